@@ -1,0 +1,1 @@
+"""What the suite costs and what it saves, measured."""

@@ -1,0 +1,163 @@
+"""A byte-level language model on Python's own standard library: real data on every machine.
+
+Notable: pre-norm, fused query-key-value projection, causal `scaled_dot_product_attention`, learnt
+positions, tied nothing, N(0, 1/fan_in) weights with residual outputs divided by sqrt(2 layers).
+Shape suffixes: B batch, T time, D width, H heads, V vocabulary (256 bytes).
+"""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteGPTConfig:
+    """Shape of the model."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    length: int = 64
+    dropout: float = 0.0
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer layer."""
+
+    def __init__(self, config: ByteGPTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Shape ``(B, T, D)`` in and out."""
+        b, t, d = x_BTD.shape
+        q, k, v = self.qkv(self.norm_attention(x_BTD)).chunk(3, -1)
+        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTD = x_BTD + self._drop(self.out(y.transpose(1, 2).reshape(b, t, d)))
+        return x_BTD + self._drop(self.down(F.gelu(self.up(self.norm_mlp(x_BTD)))))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class ByteGPT(nn.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self, config: ByteGPTConfig) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(256, config.width)
+        self.positions = nn.Parameter(torch.zeros(config.length, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, 256)
+        self._initialise(config)
+
+    def _initialise(self, config: ByteGPTConfig) -> None:
+        nn.init.normal_(self.bytes.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = 1 / math.sqrt(module.in_features)
+                if name.endswith(("out", "down")):
+                    std /= math.sqrt(2 * config.layers)
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        """Shape ``(B, T)`` in, ``(B, T, V)`` out."""
+        x_BTD = self.bytes(bytes_BT) + self.positions[: bytes_BT.shape[1]]
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        logits: Tensor = self.head(self.norm(x_BTD))
+        return logits
+
+
+class ByteGPTModule(LightningModule):
+    """Trains a `ByteGPT`; the loss of every step is kept in ``losses``.
+
+    Args:
+        config: shape of the model.
+        lr: learning rate after a linear warm-up.
+        warmup: steps of warm-up.
+        schedule: further factor on the learning rate as a function of the step.
+    """
+
+    def __init__(
+        self,
+        config: ByteGPTConfig | None = None,
+        *,
+        lr: float = 1e-3,
+        warmup: int = 20,
+        schedule: Callable[[int], float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = ByteGPT(config or ByteGPTConfig())
+        self.lr, self.warmup, self.schedule = lr, warmup, schedule
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Cross-entropy of the next byte, in nats."""
+        logits_BTV = self.model(batch[:, :-1])
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), batch[:, 1:].flatten())
+        self.log("train/loss", loss, prog_bar=True)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, (0.9, 0.95), weight_decay=0.0)
+
+        def factor(step: int) -> float:
+            extra = 1.0 if self.schedule is None else self.schedule(step)
+            return min(1.0, (step + 1) / self.warmup) * extra
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class StandardLibrary(Dataset[Tensor]):
+    """Windows of the bytes of the standard library's modules.
+
+    Args:
+        length: bytes per window.
+        limit: bytes read.
+    """
+
+    def __init__(self, length: int = 64, limit: int = 2_000_000) -> None:
+        data = bytearray()
+        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+            data += path.read_bytes()
+            if len(data) >= limit:
+                break
+        self.data = torch.frombuffer(data[:limit], dtype=torch.uint8)
+        self.length = length
+
+    def __len__(self) -> int:
+        return (len(self.data) - 1) // self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self.length
+        return self.data[start : start + self.length + 1].long()
+
+
+def loader(batch: int = 16, length: int = 64, seed: int = 0) -> DataLoader[Tensor]:
+    """Batches of shape ``(batch, length + 1)``, shuffled by a generator of their own."""
+    data = StandardLibrary(length)
+    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(data, batch, sampler=sampler)

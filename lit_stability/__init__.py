@@ -1,0 +1,33 @@
+"""Callbacks that keep a PyTorch Lightning run alive and tell you why it nearly died.
+
+Importing this package loads neither torch nor lightning: names arrive on first use (PEP 562),
+because TensorBoard imports the package at its own start.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Anomaly": "detectors",
+    "AnomalyCheckpoint": "callbacks",
+    "AutoRollback": "callbacks",
+    "GradientMonitor": "callbacks",
+    "Incident": "incidents",
+    "StepStats": "stats",
+    "TrainingStopped": "incidents",
+    "read_incidents": "incidents",
+    "stability_callbacks": "callbacks",
+}
+
+__version__ = "0.1.0.dev0"
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_stability' has no attribute {name!r}")
+    return getattr(import_module(f"lit_stability.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,41 @@
+"""Lightning callbacks: they order the work and do none of the arithmetic.
+
+One optimizer step, with the hooks in place::
+
+    on_train_batch_start        AutoRollback remembers buffers and epoch metrics
+      training_step
+      on_before_backward        GradientMonitor takes the loss
+      backward
+      on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks
+                                the detectors, and then either
+                                  on_healthy_step of every callback, in order, or
+                                  on_incident     of every callback, in order, until settled
+      clipping, update
+      lr_scheduler_step
+    on_train_batch_end          AutoRollback undoes a vetoed step, restores or takes a snapshot
+
+Any callback, and the LightningModule, may define:
+
+* ``on_healthy_step(trainer, pl_module, stats)``: an accepted step, before its update;
+* ``on_incident(trainer, pl_module, incident)``: a strike, before its update;
+* ``on_incident_closed(trainer, pl_module, incident)``: the outcome is known;
+* ``on_rollback(trainer, pl_module)``: a snapshot was just put back;
+* ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back.
+"""
+
+from lightning.pytorch import Callback
+
+from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
+from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.callbacks.gradient_monitor import GradientMonitor
+
+__all__ = ["AnomalyCheckpoint", "AutoRollback", "GradientMonitor", "stability_callbacks"]
+
+
+def stability_callbacks() -> list[Callback]:
+    """The default suite, in the order in which an incident is treated.
+
+    >>> [type(c).__name__ for c in stability_callbacks()]
+    ['GradientMonitor', 'AnomalyCheckpoint', 'AutoRollback']
+    """
+    return [GradientMonitor(), AnomalyCheckpoint(), AutoRollback()]

@@ -1,0 +1,182 @@
+"""`AnomalyCheckpoint`: saves the scene of an incident."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_stability.callbacks.gradient_monitor import require_monitor
+from lit_stability.incidents import Incident, to_json
+from lit_stability.snapshots import capture_rng
+from lit_stability.stats import StepStats, gradient_details
+from lit_stability.trainer_state import run_directory
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+class AnomalyCheckpoint(Callback):
+    """Saves a folder per incident, before anything is done about it.
+
+    The folder ``incidents/<step>-<id>`` in ``trainer.log_dir`` appears whole or not at all:
+
+    * ``checkpoint.ckpt``: the complete state as Lightning saves it (model, optimizers, schedulers,
+      scaler, loops, callbacks), with the damaged values in it: for study, not to go on from.
+    * ``scene.pt``: the offending batch, the gradients' statistics by parameter, generators' states.
+    * ``history.json``: the last losses and gradient norms, the offending ones last; versions.
+    * ``report.md``: for people; written again when the outcome is known.
+
+    A full disk or an unwritable folder is logged, and training goes on.
+
+    Args:
+        history: losses and gradient norms kept.
+        max_incidents: folders kept; the first and the newest always stay, the oldest others go.
+        max_bytes: bytes kept in all; again the first and the newest stay.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self, *, history: int = 100, max_incidents: int = 5, max_bytes: int = 10 * 2**30
+    ) -> None:
+        for name, value, least in (
+            ("history", history, 1),
+            ("max_incidents", max_incidents, 2),
+            ("max_bytes", max_bytes, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        self.max_incidents = max_incidents
+        self.max_bytes = max_bytes
+        self._history: deque[tuple[int, float, float]] = deque(maxlen=history)
+        self._batch: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to run without somebody who opens incidents.
+
+        Raises:
+            ValueError: without a `GradientMonitor` before it.
+        """
+        if stage == "fit":
+            require_monitor(trainer, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the folder."""
+        directory = run_directory(trainer)
+        self._root = None if directory is None else directory / "incidents"
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the batch, not a copy of it."""
+        self._batch = batch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of the batch."""
+        self._batch = None
+
+    def on_healthy_step(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Remember loss and gradient norm."""
+        self._history.append((stats.step, stats.loss, stats.grad_norm))
+
+    def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
+        """Save the scene of the first strike."""
+        stats = incident.stats
+        if stats is not None:
+            self._history.append((stats.step, stats.loss, stats.grad_norm))
+        if incident.strikes > 1 or self._root is None:
+            return
+        folder = self._root / f"{incident.first.step:08d}-{incident.id}"
+        try:
+            self._save(trainer, pl_module, incident, folder)
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError.
+            log.warning(
+                "the scene of incident %d was not saved (%s); training goes on", incident.id, error
+            )
+
+    def on_incident_closed(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> None:
+        """Write the report again, with the outcome."""
+        if incident.path is None or not trainer.is_global_zero:
+            return
+        try:
+            (Path(incident.path) / "report.md").write_text(incident.as_markdown(), encoding="utf8")
+        except OSError as error:
+            log.warning("the report of incident %d was not updated (%s)", incident.id, error)
+
+    def _save(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path
+    ) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        try:
+            trainer.save_checkpoint(part / "checkpoint.ckpt")
+            scene = {
+                "batch": self._batch,
+                "gradients": gradient_details(pl_module.named_parameters()),
+                "rng": capture_rng(),
+                "step": incident.first.step,
+                "batch_idx": incident.batch_idx,
+                "epoch": incident.epoch,
+            }
+            torch.save(scene, part / "scene.pt")
+            (part / "history.json").write_text(to_json(self._facts()), encoding="utf8")
+            (part / "report.md").write_text(incident.as_markdown(), encoding="utf8")
+            if folder.exists():
+                folder = folder.with_name(f"{folder.name}-{part.name.removeprefix('.part-')}")
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        incident.path = str(folder)
+        self._prune(folder)
+
+    def _facts(self) -> dict[str, Any]:
+        steps, losses, norms = zip(*self._history, strict=True) if self._history else ((), (), ())
+        return {
+            "steps": steps,
+            "losses": losses,
+            "grad_norms": norms,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+                "platform": platform.platform(),
+            },
+        }
+
+    def _prune(self, newest: Path) -> None:
+        folders = sorted(
+            (f for f in newest.parent.iterdir() if f.is_dir() and not f.name.startswith(".")),
+            key=lambda f: f.stat().st_mtime_ns,
+        )
+        spare = [f for f in folders[1:] if f != newest]
+        sizes = {f: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
+        while spare and (len(sizes) > self.max_incidents or sum(sizes.values()) > self.max_bytes):
+            oldest = spare.pop(0)
+            shutil.rmtree(oldest)
+            del sizes[oldest]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, as lists of floats."""
+        return {"history": [list(row) for row in self._history]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put the history back."""
+        self._history.extend((int(s), float(a), float(b)) for s, a, b in state_dict["history"])

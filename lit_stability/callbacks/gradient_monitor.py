@@ -1,0 +1,343 @@
+"""`GradientMonitor`: measures once per optimizer step and opens an incident where one is due."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.detectors import Anomaly, Detector, LayerBounds, default_detectors
+from lit_stability.incidents import Incident, IncidentRecord, TrainingStopped
+from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.stats import StepMeter, StepStats
+from lit_stability.tensorboard.writer import StabilityWriter
+from lit_stability.trainer_state import (
+    callbacks_of,
+    log_every,
+    logger_step,
+    loss_scaler,
+    run_directory,
+    unscale,
+)
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+class GradientMonitor(Callback):
+    """Watches loss, gradients, weights and updates of every optimizer step; changes nothing.
+
+    Each step is measured before its update: accumulated, unscaled, unclipped. A step that passes
+    all detectors is offered to the callbacks as ``on_healthy_step``; one that does not opens an
+    `Incident`, offered as ``on_incident``. Without a callback that responds the step is taken as
+    it is. An incident is closed after ``close_after`` healthy steps; a burst is one incident.
+
+    Metrics recorded, every ``trainer.log_every_n_steps`` steps, to every logger:
+
+    * ``stability/grad_norm``: norm of all gradients, before clipping.
+    * ``stability/update_ratio``: norm of the previous update over the norm of the weights, from a
+      sample; absent on the first step.
+    * ``stability/learning_rate``: largest effective learning rate of the groups.
+    * ``stability/learning_rate_factor``: effective over nominal learning rate, 1 when untouched.
+    * ``stability/loss_scale``: factor of the loss scaler; only in fp16.
+    * ``stability/incidents``: incidents so far.
+
+    With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
+    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text.
+
+    Args:
+        detectors: what to ask, in order, the first objection counts; None for the default set.
+        layer_bounds: glob of parameter names -> largest gradient norm, on top of the detectors.
+        close_after: healthy steps that close an incident.
+        scan_weights_every: optimizer steps between full scans of the weights for NaN and Inf.
+        details_every: optimizer steps between measurements of every parameter's gradient mean,
+            standard deviation, range and share of zeros; 0 for never.
+        history: details kept for `details`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        detectors: list[Detector] | None = None,
+        layer_bounds: dict[str, float] | None = None,
+        close_after: int = 10,
+        scan_weights_every: int = 10,
+        details_every: int = 50,
+        history: int = 20,
+    ) -> None:
+        for name, value in (
+            ("close_after", close_after),
+            ("scan_weights_every", scan_weights_every),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if details_every < 0:
+            raise ValueError(f"details_every must be 0 (never) or more, got {details_every!r}")
+        self.detectors = default_detectors() if detectors is None else list(detectors)
+        if layer_bounds:
+            self.detectors.append(LayerBounds(layer_bounds))
+        self.close_after = close_after
+        self.scan_weights_every = scan_weights_every
+        self.details_every = details_every
+        self.details: deque[StepStats] = deque(maxlen=history)
+        """The last measurements that carry details."""
+        self.incidents: list[Incident] = []
+        """Incidents of this fit."""
+        self.current: Incident | None = None
+        """The incident that is open, if one is."""
+        self._count = 0
+        self._steps = 0
+        self._healthy = 0
+        self._sets: dict[int, list[Detector]] = {}
+        self._restored: Mapping[str, Any] = {}
+        self._meters: dict[int, StepMeter] = {}
+        self._loss: Tensor | None = None
+        self._learning_rates: dict[int, list[float]] = {}
+        self._measured_batch: dict[int, int] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepare one meter and one set of detectors per optimizer."""
+        named = list(pl_module.named_parameters())
+        self._meters = {i: StepMeter(named, o, i) for i, o in enumerate(trainer.optimizers)}
+        self._sets = {i: copy.deepcopy(self.detectors) for i in self._meters}
+        self._load_detectors(self._restored)
+        self._restored = {}
+        self.incidents, self.current, self._loss = [], None, None
+        self._measured_batch = {}
+        directory = run_directory(trainer)
+        self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
+        self._writer = StabilityWriter(trainer.loggers)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Add up the loss of the accumulation window."""
+        detached = loss.detach()
+        self._loss = detached if self._loss is None else self._loss + detached
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Measure, ask, and pass the verdict on."""
+        index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+        if isinstance(optimizer, LBFGS):
+            # Its closure runs many times per step; the first run sees the state of the step.
+            if self._measured_batch.get(index) == logger_step(trainer):
+                self._loss = None
+                return
+            self._measured_batch[index] = logger_step(trainer)
+        stats = self._measure(trainer, index, optimizer)
+        anomaly = self._ask(stats)
+        if anomaly is None:
+            self._accept(trainer, pl_module, stats)
+        else:
+            self._raise(trainer, pl_module, self._examine(anomaly, index), stats)
+
+    def _measure(self, trainer: Trainer, index: int, optimizer: Optimizer) -> StepStats:
+        scaler = loss_scaler(trainer)
+        if scaler is not None:
+            unscale(scaler, optimizer)
+        scale = learning_rate_scale(optimizer)
+        self._steps += 1
+        every = self.details_every
+        stats = self._meters[index].measure(
+            trainer.global_step,
+            self._loss,
+            loss_scale=None if scaler is None else scaler._scale,
+            learning_rates=scale.effective(),
+            nominal_learning_rates=scale.nominal(),
+            scan_weights=self._steps % self.scan_weights_every == 0,
+            details=every > 0 and self._steps % every == 0,
+        )
+        self._loss = None
+        if stats.details:
+            self.details.append(stats)
+        return stats
+
+    def _ask(self, stats: StepStats) -> Anomaly | None:
+        for detector in self._sets[stats.optimizer]:
+            regimes = getattr(detector, "regimes", 0)
+            anomaly = detector.check(stats)
+            if anomaly is not None:
+                return anomaly
+            if getattr(detector, "regimes", 0) > regimes:
+                self._say(
+                    f"step {stats.step}: {type(detector).__name__} accepts the values of late as "
+                    "the new normal and learns anew"
+                )
+        return None
+
+    def _examine(self, anomaly: Anomaly, index: int) -> Anomaly:
+        """Look whether the state itself is damaged: that is what most needs to be known."""
+        weights, moments = self._meters[index].audit()
+        if weights and anomaly.kind != "non-finite weight":
+            message = (
+                f"{anomaly.message}; {len(weights)} parameters are non-finite, first {weights[0]}"
+            )
+            layers = tuple((name, math.nan) for name in weights[:5])
+            return dataclasses.replace(
+                anomaly, kind="non-finite weight", message=message, layers=layers, state_is_bad=True
+            )
+        if moments and not anomaly.state_is_bad:
+            message = f"{anomaly.message}; optimizer state of {moments[0]} is non-finite"
+            return dataclasses.replace(
+                anomaly, kind="optimizer state", message=message, state_is_bad=True
+            )
+        return anomaly
+
+    def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+        for detector in self._sets[stats.optimizer]:
+            detector.update(stats)
+        if self._steps % log_every(trainer) == 0:
+            self._writer.write_stats(stats, self._count, logger_step(trainer))
+        self._healthy += 1
+        if self.current is not None and self._healthy >= self.close_after:
+            outcome = "recovered" if self.current.responses else "observed"
+            self._close(trainer, pl_module, outcome)
+        call_hook("on_healthy_step", trainer, pl_module, stats)
+
+    def _raise(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
+    ) -> None:
+        self._healthy = 0
+        opening = self.current is None
+        if self.current is None:
+            self._count += 1
+            self.current = Incident(
+                self._count,
+                anomaly,
+                epoch=trainer.current_epoch,
+                batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+                record=None if self._record is None else str(self._record.path),
+            )
+            self.incidents.append(self.current)
+        else:
+            self.current.strike(anomaly)
+        self.current.stats = stats
+        call_hook("on_incident", trainer, pl_module, self.current)
+        if opening:
+            self._say(self.current.opening_line())
+            self._write("open", trainer)
+
+    def _close(self, trainer: Trainer, pl_module: LightningModule, outcome: Any) -> None:
+        incident, self.current = self.current, None
+        if incident is None:
+            return
+        incident.outcome, incident.closed_step = outcome, trainer.global_step
+        self._say(incident.closing_line())
+        self._write("close", trainer, incident)
+        call_hook("on_incident_closed", trainer, pl_module, incident)
+
+    def _write(self, event: Any, trainer: Trainer, incident: Incident | None = None) -> None:
+        incident = incident or self.current
+        if incident is None or not trainer.is_global_zero:
+            return
+        self._writer.write_incident(incident, logger_step(trainer))
+        if self._record is None:
+            return
+        try:
+            self._record.append(event, incident)
+        except OSError as error:
+            log.warning("cannot write %s (%s); training goes on", self._record.path, error)
+
+    def _say(self, line: str) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        log.info(line)
+
+    def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The weights were put back: the next update cannot be measured against the last."""
+        for meter in self._meters.values():
+            meter.forget()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close what is open and print the summary."""
+        self._close(trainer, pl_module, "unresolved")
+        self._summarise()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keep the record complete when the fit ends in an exception."""
+        if not self._meters:
+            return
+        outcome = "stopped" if isinstance(exception, TrainingStopped) else "unresolved"
+        self._close(trainer, pl_module, outcome)
+        self._summarise()
+
+    def _summarise(self) -> None:
+        if not self.incidents:
+            return
+        self._say("\n".join(["stability summary", *summary_table(self.incidents)]))
+
+    def rewindable_state(self) -> dict[str, Any]:
+        """The detectors' windows."""
+        return {str(i): [d.state_dict() for d in found] for i, found in self._sets.items()}
+
+    def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
+        """Put the detectors' windows back."""
+        self._load_detectors(state)
+
+    def _load_detectors(self, state: Mapping[str, Any]) -> None:
+        for index, saved in state.items():
+            found = self._sets.get(int(index), [])
+            if len(found) == len(saved):
+                for detector, detector_state in zip(found, saved, strict=True):
+                    detector.load_state_dict(detector_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Incidents so far and the detectors' windows."""
+        return {
+            "incidents": self._count,
+            "steps": self._steps,
+            "detectors": self.rewindable_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put them back; the windows once the detectors exist."""
+        self._count = int(state_dict["incidents"])
+        self._steps = int(state_dict["steps"])
+        self._restored = state_dict["detectors"]
+
+
+def summary_table(incidents: Sequence[Incident]) -> list[str]:
+    """Incidents as aligned lines for the console."""
+    head = ("id", "step", "kind", "strikes", "response", "outcome")
+    rows = [
+        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), i.done or "-", i.outcome)
+        for i in incidents
+    ]
+    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def require_monitor(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a callback that has no `GradientMonitor` before it in the trainer.
+
+    Raises:
+        ValueError: naming the line to add.
+    """
+    callbacks = callbacks_of(trainer)
+    names = [type(c).__name__ for c in callbacks]
+    before = callbacks[: callbacks.index(callback)]
+    if not any(isinstance(c, GradientMonitor) for c in before):
+        name = type(callback).__name__
+        raise ValueError(
+            f"{name} needs a GradientMonitor before it in the trainer's callbacks, found "
+            f"{names}; write Trainer(callbacks=[GradientMonitor(), ..., {name}()])"
+        )

@@ -1,0 +1,111 @@
+"""The command line, `lit-stability`.
+
+May import the configuration at module level, Lightning and torch only inside a command: help
+and a misspelt flag answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+from lit_stability.config import ConfigError, compose, resolve
+
+_EXIT_CODES = """\
+exit codes:
+  0  the command did what it was asked
+  1  the run failed; the traceback says where
+  2  the command line or the config is wrong; nothing was started
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; what fails inside a run is raised.
+
+    Args:
+        argv: The arguments; by default those of the process.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "overrides"):
+        # argparse takes the positionals of a sub-command from one place; these follow a flag.
+        args.overrides += [each for each in rest if not each.startswith("-")]
+        rest = [each for each in rest if each.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Targets such as `models.…` lie in the folder the user works in, not in an installed package,
+    # and a console script, unlike `python -m`, does not look there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return int(args.command(args))
+    except ConfigError as error:
+        print(f"lit-stability: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-stability",
+        description="Train with PyTorch Lightning, and keep the run alive.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_fit(commands)
+    return parser
+
+
+def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="run the experiment that a config describes",
+        description="Compose config files, check every option, train, evaluate.",
+        epilog=f"example:\n  lit-stability fit -c NAME trainer.max_steps=100\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    fit.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help="a YAML file, looked up here and in configs/; a later one is laid over an earlier one",
+    )
+    fit.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="laid over the files; the value is YAML",
+    )
+    fit.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the composed config with interpolations resolved, unchecked, and exit",
+    )
+    fit.add_argument(
+        "--resume",
+        metavar="CKPT|last",
+        help="go on from a checkpoint, or from the newest one in run_dir",
+    )
+    fit.set_defaults(command=_fit)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    config = compose(args.config, args.overrides)
+    if args.print_config:
+        print(OmegaConf.to_yaml(resolve(config)), end="")
+        return 0
+    from lit_stability import launch
+
+    launch.fit(config, resume=args.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Detectors: small state machines over floats that say when a step is not like the others.
+
+``check(stats)`` looks; ``update(stats)`` learns, and is called for accepted steps only, so that a
+flagged or non-finite value never enters a window. One instance serves one optimizer.
+No file of this folder imports torch or Lightning.
+"""
+
+from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged
+from lit_stability.detectors.bounds import LayerBounds
+from lit_stability.detectors.divergence import Divergence
+from lit_stability.detectors.nonfinite import NonFinite
+from lit_stability.detectors.spike import Spike
+from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
+from lit_stability.detectors.window import Window
+
+__all__ = [
+    "Anomaly",
+    "Detector",
+    "Divergence",
+    "Kind",
+    "LayerBounds",
+    "LearningRateJump",
+    "NonFinite",
+    "OptimizerState",
+    "Spike",
+    "UpdateSpike",
+    "Window",
+    "default_detectors",
+    "flagged",
+]
+
+
+def default_detectors() -> list[Detector]:
+    """The detectors of a `GradientMonitor` that was given none, most certain first."""
+    return [
+        NonFinite(),
+        OptimizerState(),
+        UpdateSpike(),
+        LearningRateJump(),
+        Spike("grad_norm"),
+        Divergence(),
+    ]

@@ -1,0 +1,83 @@
+"""What a detector says, and what a detector is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lit_stability.stats import StepStats
+
+Kind = Literal[
+    "non-finite loss",
+    "non-finite gradient",
+    "non-finite weight",
+    "gradient spike",
+    "loss spike",
+    "divergence",
+    "learning-rate jump",
+    "update spike",
+    "optimizer state",
+    "layer bound",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anomaly:
+    """One step that a detector objects to."""
+
+    kind: Kind
+    step: int
+    """Optimizer steps taken before the step in question."""
+    value: float
+    """What was measured, in the unit of ``signal``."""
+    message: str
+    """One line for the log: what was seen, against what."""
+    signal: str
+    """Name of the measured quantity."""
+    baseline: float | None = None
+    """What the quantity is on healthy steps, None where there is no such value."""
+    threshold: float | None = None
+    optimizer: int = 0
+    state_is_bad: bool = False
+    """Whether weights or optimizer state are damaged, so that a skip is too little."""
+    layers: tuple[tuple[str, float], ...] = ()
+    """The parameters that show it most, each with its value."""
+    bearable: tuple[float, ...] = ()
+    """Learning rate of each group that the run has borne; only with a learning-rate jump."""
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """What `GradientMonitor` asks of a detector."""
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """Say what is wrong with a step, or None."""
+
+    def update(self, stats: StepStats) -> None:
+        """Learn from an accepted step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What evolves, as plain floats, ints and lists."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put such a state back."""
+
+
+def flagged(detector: Detector, stats: StepStats) -> bool:
+    """Drive a detector by hand: learn from a step that passes, True for one that does not."""
+    if detector.check(stats) is not None:
+        return True
+    detector.update(stats)
+    return False
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Refuse an option with a message that repeats it.
+
+    Raises:
+        ValueError: if the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")

@@ -1,0 +1,115 @@
+"""A loss that rose and does not come back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.detectors.window import Window
+
+if TYPE_CHECKING:
+    from lit_stability.stats import StepStats
+
+
+class Divergence:
+    """Objects to a loss that stays far above the window for ``persist`` steps in a row.
+
+    A step is high when its loss is above the median by ``sigmas`` robust standard deviations and
+    by ``rise`` of the median's size. High losses are not learnt. One hard batch, or nine, pass
+    unmentioned. Raised ``give_up`` times without a step in between that is not high, the height
+    is a new regime: the window is emptied, ``regimes`` counts it, and learning starts anew.
+
+    Args:
+        rise: smallest rise that counts, as a share of the median's absolute value.
+        sigmas: smallest rise that counts, in robust standard deviations.
+        persist: high steps in a row before it is said.
+        window: accepted values remembered.
+        min_history: accepted values before the first verdict.
+        give_up: times it is said before the window is emptied.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.detectors import flagged
+    >>> d = Divergence(persist=3, min_history=4)
+    >>> losses = [2.0, 1.9, 2.0, 1.9, 9.0, 1.9, 5.0, 6.0, 8.0]
+    >>> [i for i, x in enumerate(losses) if flagged(d, StepStats(step=i, loss=x, grad_norm=1.0))]
+    [8]
+    """
+
+    def __init__(
+        self,
+        *,
+        rise: float = 0.5,
+        sigmas: float = 8.0,
+        persist: int = 10,
+        window: int = 50,
+        min_history: int = 20,
+        give_up: int = 2,
+    ) -> None:
+        require(rise > 0, "rise", rise, "greater than 0")
+        require(sigmas > 0, "sigmas", sigmas, "greater than 0")
+        require(persist >= 1, "persist", persist, "at least 1")
+        require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
+        require(give_up >= 1, "give_up", give_up, "at least 1")
+        self.rise, self.sigmas, self.persist = rise, sigmas, persist
+        self.min_history, self.give_up = min_history, give_up
+        self.window = Window(window)
+        self.high = 0
+        self.raised = 0
+        self.regimes = 0
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        if not self._is_high(stats.loss):
+            return None
+        self.high += 1
+        if self.high < self.persist:
+            return None
+        self.high = 0
+        self.raised += 1
+        if self.raised > self.give_up:
+            self.window.replace([])
+            self.raised = 0
+            self.regimes += 1
+            return None
+        median = self.window.median
+        return Anomaly(
+            kind="divergence",
+            step=stats.step,
+            value=stats.loss,
+            signal="loss",
+            baseline=median,
+            threshold=self._threshold(),
+            optimizer=stats.optimizer,
+            state_is_bad=True,
+            layers=tuple(stats.worst_layers()),
+            message=f"loss {stats.loss:.4g} has stayed above {self._threshold():.4g} for "
+            f"{self.persist} steps; its median was {median:.4g}",
+        )
+
+    def update(self, stats: StepStats) -> None:
+        """Learn an accepted loss, unless it is high."""
+        if self._is_high(stats.loss):
+            return
+        self.high = self.raised = 0
+        self.window.add(stats.loss)
+
+    def _threshold(self) -> float:
+        median = self.window.median
+        return median + max(self.rise * abs(median), self.sigmas * self.window.sigma)
+
+    def _is_high(self, loss: float) -> bool:
+        known = len(self.window) >= self.min_history
+        return known and math.isfinite(loss) and loss > self._threshold()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window; the counts are not part of it, so no restore can undo a give-up."""
+        return {"window": list(self.window.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a window back."""
+        self.window.replace(state["window"])

@@ -1,0 +1,73 @@
+"""NaN and Inf in weights, loss and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lit_stability.detectors.anomaly import Anomaly, Kind
+
+if TYPE_CHECKING:
+    from lit_stability.stats import StepStats
+
+
+class NonFinite:
+    """Objects to a NaN or Inf in the weights, the loss or the gradients.
+
+    Under a loss scaler two cases are no anomaly: gradients that overflow while the loss is finite
+    (the scaler's search) and an infinite loss whose gradients are finite (a step like any other).
+
+    >>> from lit_stability.stats import StepStats
+    >>> NonFinite().check(StepStats(step=7, loss=float("nan"), grad_norm=1.0)).kind
+    'non-finite loss'
+    """
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        if stats.bad_weights:
+            layers = tuple((name, math.nan) for name in stats.bad_weights[:5])
+            message = f"{_count(stats.bad_weights)} non-finite, first {stats.bad_weights[0]}"
+            return _anomaly(stats, "non-finite weight", math.nan, message, layers)
+        bad_loss = stats.has_loss and not math.isfinite(stats.loss)
+        bad_gradients = not stats.finite_gradients
+        if stats.loss_scale is not None and bad_loss != bad_gradients:
+            return None
+        if bad_loss:
+            layers = tuple(stats.worst_layers())
+            return _anomaly(stats, "non-finite loss", stats.loss, f"loss is {stats.loss}", layers)
+        if bad_gradients:
+            layers = tuple(p for p in stats.worst_layers() if not math.isfinite(p[1]))
+            first = f", first in {layers[0][0]}" if layers else ""
+            message = f"gradient norm is {stats.grad_norm}{first}"
+            return _anomaly(stats, "non-finite gradient", stats.grad_norm, message, layers)
+        return None
+
+    def update(self, stats: StepStats) -> None:
+        """There is nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing evolves."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to put back."""
+
+
+def _anomaly(
+    stats: StepStats, kind: Kind, value: float, message: str, layers: tuple[tuple[str, float], ...]
+) -> Anomaly:
+    return Anomaly(
+        kind=kind,
+        step=stats.step,
+        value=value,
+        signal=kind.removeprefix("non-finite "),
+        message=message,
+        optimizer=stats.optimizer,
+        state_is_bad=kind == "non-finite weight",
+        layers=layers,
+    )
+
+
+def _count(names: tuple[str, ...]) -> str:
+    return "1 parameter is" if len(names) == 1 else f"{len(names)} parameters are"

@@ -1,0 +1,188 @@
+"""What updates do to the weights: the update-to-weight ratio, the learning rate, Adam's moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.detectors.window import Window
+
+if TYPE_CHECKING:
+    from lit_stability.stats import StepStats
+
+
+class UpdateSpike:
+    """Objects to an update that moved the weights far more than its learning rate explains.
+
+    Looks at the update-to-weight ratio divided by the learning rate: ``ratio`` times its median
+    while the weights moved by more than ``floor`` of their norm. The step in question is already
+    taken, so the state is bad; healthy optimizers do not get there, damaged moments do.
+
+    Args:
+        ratio: smallest factor over the median that counts.
+        floor: smallest update-to-weight ratio that counts.
+        window: accepted values remembered.
+        min_history: accepted values before the first verdict.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self, *, ratio: float = 10.0, floor: float = 0.02, window: int = 100, min_history: int = 20
+    ) -> None:
+        require(ratio > 1, "ratio", ratio, "greater than 1")
+        require(floor > 0, "floor", floor, "greater than 0")
+        require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
+        self.ratio, self.floor, self.min_history = ratio, floor, min_history
+        self.window = Window(window)
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        moved = stats.update_ratio
+        if moved is None or stats.update_learning_rate <= 0 or len(self.window) < self.min_history:
+            return None
+        expected = math.exp(self.window.median) * stats.update_learning_rate
+        threshold = max(self.floor, self.ratio * expected)
+        if moved <= threshold:
+            return None
+        return Anomaly(
+            kind="update spike",
+            step=stats.step,
+            value=moved,
+            signal="update_ratio",
+            baseline=expected,
+            threshold=threshold,
+            optimizer=stats.optimizer,
+            state_is_bad=True,
+            message=f"the last update moved the weights by {moved:.2g} of their norm, "
+            f"{moved / expected:.0f} times what its learning rate explains",
+        )
+
+    def update(self, stats: StepStats) -> None:
+        """Learn an accepted update."""
+        if stats.update_ratio and stats.update_learning_rate > 0:
+            self.window.add(math.log(stats.update_ratio / stats.update_learning_rate))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window."""
+        return {"window": list(self.window.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a window back."""
+        self.window.replace(state["window"])
+
+
+class LearningRateJump(UpdateSpike):
+    """Objects, before the step, to a learning rate that would tear the weights apart.
+
+    Two things must come together: the learning rate of a group is above ``ratio`` times the
+    largest that the run has borne, *and* the update-to-weight ratio it predicts is above
+    ``floor``. The second leaves alone warm-ups that start from almost nothing and warm restarts.
+
+    Args:
+        ratio: smallest factor over the largest learning rate borne that counts.
+        floor: smallest predicted update-to-weight ratio that counts.
+        window: accepted values remembered.
+        min_history: accepted values before the first verdict.
+    """
+
+    def __init__(
+        self, *, ratio: float = 10.0, floor: float = 0.1, window: int = 100, min_history: int = 20
+    ) -> None:
+        super().__init__(ratio=ratio, floor=floor, window=window, min_history=min_history)
+        self.borne: list[float] = []
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        rates = stats.learning_rates
+        if len(self.window) < self.min_history or len(rates) != len(self.borne):
+            return None
+        jump = max((r / b for r, b in zip(rates, self.borne, strict=True) if b > 0), default=0.0)
+        predicted = math.exp(self.window.median) * max(rates)
+        if jump <= self.ratio or predicted <= self.floor:
+            return None
+        return Anomaly(
+            kind="learning-rate jump",
+            step=stats.step,
+            value=max(rates),
+            signal="learning_rate",
+            baseline=max(self.borne),
+            threshold=self.ratio * max(self.borne),
+            optimizer=stats.optimizer,
+            bearable=tuple(self.borne),
+            message=f"learning rate {max(rates):.3g} is {jump:.0f} times the largest the run has "
+            f"borne; the update would move the weights by {predicted:.2g} of their norm",
+        )
+
+    def update(self, stats: StepStats) -> None:
+        """Learn an accepted update and the learning rates it is about to be followed by."""
+        super().update(stats)
+        rates = stats.learning_rates
+        if len(rates) != len(self.borne):
+            self.borne = list(rates)
+        self.borne = [max(r, b) for r, b in zip(rates, self.borne, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window and the largest learning rate of each group."""
+        return {**super().state_dict(), "borne": list(self.borne)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put such a state back."""
+        super().load_state_dict(state)
+        self.borne = list(state["borne"])
+
+
+class OptimizerState:
+    """Objects to an Adam second moment that fell faster than its own decay allows.
+
+    ``v_t = b v_(t-1) + (1 - b) g^2`` can never be below ``b v_(t-1)`` (Kingma & Ba 2015,
+    Algorithm 1), so a sampled sum under ``share`` of that was damaged from outside. The bound is
+    exact: on an undamaged optimizer there is no false alarm.
+
+    Args:
+        share: smallest share of the decayed sum that is left alone, for the rounding of bf16.
+
+    Raises:
+        ValueError: if ``share`` is not in (0, 1).
+
+    >>> from lit_stability.stats import StepStats
+    >>> zeroed = StepStats(step=1, loss=1.0, grad_norm=1.0, moment_ratio=0.0, moment_name="w")
+    >>> OptimizerState().check(zeroed).kind
+    'optimizer state'
+    """
+
+    def __init__(self, share: float = 0.5) -> None:
+        require(0 < share < 1, "share", share, "in (0, 1)")
+        self.share = share
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        ratio = stats.moment_ratio
+        if ratio is None or ratio >= self.share:
+            return None
+        return Anomaly(
+            kind="optimizer state",
+            step=stats.step,
+            value=ratio,
+            signal="moment_ratio",
+            baseline=1.0,
+            threshold=self.share,
+            optimizer=stats.optimizer,
+            state_is_bad=True,
+            layers=((stats.moment_name, ratio),),
+            message=f"Adam's second moment of {stats.moment_name} is {ratio:.3g} of what decay "
+            "alone would leave: it was damaged from outside",
+        )
+
+    def update(self, stats: StepStats) -> None:
+        """There is nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing evolves."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to put back."""

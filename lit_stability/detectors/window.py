@@ -1,0 +1,62 @@
+"""The last accepted values of a signal, with robust statistics."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+_MAD_TO_SIGMA = 1.4826
+"""Median absolute deviation of a Gaussian times this is its standard deviation."""
+
+
+class Window:
+    """Median and robust standard deviation of the last ``size`` values.
+
+    >>> w = Window(5)
+    >>> for x in (1.0, 2.0, 3.0, 4.0, 100.0):
+    ...     w.add(x)
+    >>> w.median, w.sigma
+    (3.0, 1.4826)
+    """
+
+    def __init__(self, size: int) -> None:
+        self.values: deque[float] = deque(maxlen=size)
+        self._summary: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def add(self, value: float) -> None:
+        """Take an accepted value; a non-finite one is ignored."""
+        if math.isfinite(value):
+            self.values.append(value)
+            self._summary = None
+
+    def replace(self, values: Sequence[float]) -> None:
+        """Hold these values instead."""
+        self.values.clear()
+        self.values.extend(values)
+        self._summary = None
+
+    @property
+    def median(self) -> float:
+        """Median of the window, NaN when it is empty."""
+        return self._summarise()[0]
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation, estimated from the median absolute deviation."""
+        return self._summarise()[1]
+
+    def _summarise(self) -> tuple[float, float]:
+        if self._summary is None:
+            centre = _median(sorted(self.values))
+            spread = _median(sorted(abs(v - centre) for v in self.values))
+            self._summary = centre, _MAD_TO_SIGMA * spread
+        return self._summary
+
+
+def _median(ordered: Sequence[float]) -> float:
+    n = len(ordered)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2 if n else math.nan

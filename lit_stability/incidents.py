@@ -1,0 +1,286 @@
+"""An incident: one episode of trouble, what is known of it, what was done, how it ended.
+
+Also its record, one JSON line per opening and per closing, and the reader of that file.
+Imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_stability.detectors import Anomaly
+from lit_stability.ladder import Response, describe
+
+if TYPE_CHECKING:
+    from lit_stability.stats import StepStats
+
+SCHEMA = 1
+"""Version of the lines of ``incidents.jsonl``; a reader refuses newer ones."""
+
+Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
+
+_REMEDIES = {
+    "non-finite loss": "look at the batch in the incident's folder; check log(0), division by 0, "
+    "fully masked rows; lower the learning rate if it returns",
+    "non-finite gradient": "look for a sqrt, norm or log at 0 in the layers named; use bf16 "
+    "instead of fp16; add an epsilon inside the root",
+    "non-finite weight": "if it returns without a bad batch, suspect memory or a custom kernel",
+    "gradient spike": "look at the batch in the incident's folder; set gradient_clip_val",
+    "loss spike": "look at the batch in the incident's folder for labels or values out of range",
+    "divergence": "lower the learning rate or warm up longer",
+    "learning-rate jump": "mend the scheduler: it wrote a learning rate far above any before",
+    "update spike": "lower the learning rate or raise Adam's epsilon; suspect the optimizer state",
+    "optimizer state": "find what writes to the optimizer's moments, or suspect memory",
+    "layer bound": "raise the bound if the run is healthy, or clip gradients",
+}
+
+
+class TrainingStopped(RuntimeError):
+    """Raised out of ``Trainer.fit`` when no response in budget is left.
+
+    Weights and optimizer are back at the last confirmed snapshot when it is raised.
+    """
+
+    def __init__(self, message: str, incident: Incident) -> None:
+        super().__init__(message)
+        self.incident = incident
+
+
+@dataclass
+class Incident:
+    """One episode of trouble; it travels ``trainer.callbacks`` in order at each strike.
+
+    A burst of bad steps is one incident: it stays open until enough healthy steps have passed.
+    A callback with ``on_incident(trainer, pl_module, incident)`` is handed it before the update of
+    the step in question; the first to call `settle` decides what is done.
+    """
+
+    id: int
+    anomaly: Anomaly
+    """The anomaly of the latest strike."""
+    epoch: int = 0
+    batch_idx: int = 0
+    strikes: int = 1
+    first: Anomaly = field(init=False)
+    """The anomaly that opened it."""
+    cause: str = ""
+    """What is believed to have caused it."""
+    evidence: list[str] = field(default_factory=list)
+    """What speaks for the cause, a sentence each."""
+    response: Response | None = None
+    """What was decided at the latest strike; None while nobody has decided."""
+    responses: list[str] = field(default_factory=list)
+    """Every response given, in words."""
+    path: str | None = None
+    """Folder in which the scene was saved."""
+    record: str | None = None
+    """The file in which the incident is recorded."""
+    stats: StepStats | None = field(default=None, repr=False)
+    """The measurement of the latest strike."""
+    outcome: Outcome = "open"
+    closed_step: int | None = None
+    started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.first = self.anomaly
+
+    @property
+    def settled(self) -> bool:
+        """Whether a response was chosen for the latest strike."""
+        return self.response is not None
+
+    def settle(self, response: Response) -> None:
+        """Choose the response to the latest strike.
+
+        Raises:
+            RuntimeError: if another callback has chosen already.
+        """
+        if self.response is not None:
+            raise RuntimeError(
+                f"incident {self.id} is settled already ({describe(self.response)}); "
+                "ask `incident.settled` before settling"
+            )
+        self.response = response
+        self.responses.append(describe(response))
+
+    def strike(self, anomaly: Anomaly) -> None:
+        """Take up another anomaly of the same episode, which needs a response of its own."""
+        self.anomaly = anomaly
+        self.strikes += 1
+        self.response = None
+
+    def note(self, cause: str, evidence: str) -> None:
+        """Record what is believed; a later cause replaces the earlier, evidence accumulates."""
+        self.cause = cause
+        if evidence not in self.evidence:
+            self.evidence.append(evidence)
+
+    @property
+    def done(self) -> str:
+        """The responses in order, in words; empty when nothing was done."""
+        runs: list[list[Any]] = []
+        for response in self.responses:
+            if runs and runs[-1][0] == response:
+                runs[-1][1] += 1
+            else:
+                runs.append([response, 1])
+        return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in runs)
+
+    @property
+    def remedy(self) -> str:
+        """What a person can do about it."""
+        return _REMEDIES[self.first.kind]
+
+    def opening_line(self) -> str:
+        """One line for the console when it opens."""
+        done = describe(self.response) if self.response else "observed, nothing changed"
+        where = f" | scene in {self.path}" if self.path else ""
+        return (
+            f"incident {self.id} at step {self.first.step} (epoch {self.epoch}, batch "
+            f"{self.batch_idx}): {self.first.kind}: {self.first.message} -> {done}{where}"
+        )
+
+    def closing_line(self) -> str:
+        """One line for the console when it closes."""
+        strikes = "" if self.strikes == 1 else f" after {self.strikes} strikes"
+        return (
+            f"incident {self.id} ({self.first.kind}) {self.outcome} at step "
+            f"{self.closed_step}{strikes}: {self.done or 'nothing changed'}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The incident as JSON types."""
+        return {
+            "id": self.id,
+            "kind": self.first.kind,
+            "step": self.first.step,
+            "epoch": self.epoch,
+            "batch_idx": self.batch_idx,
+            "signal": self.first.signal,
+            "value": self.first.value,
+            "baseline": self.first.baseline,
+            "threshold": self.first.threshold,
+            "message": self.first.message,
+            "layers": [list(pair) for pair in self.first.layers],
+            "strikes": self.strikes,
+            "cause": self.cause,
+            "evidence": list(self.evidence),
+            "remedy": self.remedy,
+            "responses": list(self.responses),
+            "path": self.path,
+            "outcome": self.outcome,
+            "closed_step": self.closed_step,
+            "time": self.started,
+        }
+
+    def as_markdown(self) -> str:
+        """The incident for people, in a few lines of markdown."""
+        rows = [
+            ("what", f"{self.first.kind}: {self.first.message}"),
+            ("where", f"step {self.first.step}, epoch {self.epoch}, batch {self.batch_idx}"),
+            ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in self.first.layers) or "-"),
+            ("cause", self.cause or "unknown"),
+            ("evidence", "; ".join(self.evidence) or "-"),
+            ("done", self.done or "nothing changed"),
+            (
+                "outcome",
+                self.outcome + ("" if self.closed_step is None else f" at step {self.closed_step}"),
+            ),
+            ("to try", self.remedy),
+            ("scene", f"`{self.path}`" if self.path else "not saved"),
+        ]
+        body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+        return f"## Incident {self.id}\n\n| | |\n|---|---|\n{body}\n"
+
+
+class IncidentRecord:
+    """Appends to ``incidents.jsonl``; the file is created at the first incident.
+
+    Args:
+        path: the file. Lines already in it are kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: Literal["open", "close"], incident: Incident) -> None:
+        """Write one line and flush it to the disk.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        line = to_json({"schema": SCHEMA, "event": event, **incident.as_dict()})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_incidents(path: str | Path) -> list[dict[str, Any]]:
+    """The incidents of a record, the last line of each; a line cut short by a crash is passed over.
+
+    Args:
+        path: an ``incidents.jsonl`` or the folder that holds it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if a line was written by a newer version, or is damaged in the middle.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "incidents.jsonl"
+    incidents: dict[Any, dict[str, Any]] = {}
+    for line in _lines(file):
+        incidents[line["id"], line["time"]] = line
+    return list(incidents.values())
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    text = file.read_text(encoding="utf8")
+    rows = text.split("\n")
+    for number, row in enumerate(rows, 1):
+        if not row:
+            continue
+        try:
+            line = json.loads(row)
+        except json.JSONDecodeError as error:
+            if number == len(rows):
+                return
+            raise ValueError(f"{file}:{number} is damaged: {row[:80]!r}") from error
+        if line.get("schema", 0) > SCHEMA:
+            raise ValueError(
+                f"{file}:{number} has schema {line['schema']}, this version reads up to {SCHEMA}; "
+                "upgrade lit-stability"
+            )
+        yield {key: _number(value) for key, value in line.items()}
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line; NaN and Inf, which JSON lacks, become the strings of their names."""
+    return json.dumps(_jsonable(value), ensure_ascii=False, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    return value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

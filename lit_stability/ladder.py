@@ -1,0 +1,204 @@
+"""Which response an anomaly gets: the smallest that is enough, on a budget, ending in a stop.
+
+Data in, data out: no torch, no Lightning. The ladder is monotone state: a rollback never rewinds
+it, and a checkpoint carries it.
+
+    bad batch, state intact ......... skip the step
+    learning rate jumped ............ hold it at what the run has borne
+    weights or moments damaged ...... roll back
+    struck again on probation ....... roll back with a lower learning rate and a tighter clip
+    budget spent .................... stop, with the remedy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from lit_stability.detectors import Anomaly
+
+
+@dataclass(frozen=True)
+class SkipStep:
+    """Veto the update: weights, moments, schedulers and ``global_step`` stay as they were."""
+
+
+@dataclass(frozen=True)
+class HoldLearningRate:
+    """Cap the learning rate of each group, whatever the scheduler writes, and take the step."""
+
+    ceilings: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """Put the last confirmed snapshot back, and go on with these factors."""
+
+    lr_factor: float = 1.0
+    """What the learning rate is multiplied by from now on, on top of earlier cuts."""
+    clip_factor: float = 1.0
+    """What the clipping threshold is multiplied by from now on."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Give up: no response in budget is left."""
+
+    reason: str
+
+
+Response: TypeAlias = SkipStep | HoldLearningRate | RollBack | Stop
+
+
+def describe(response: Response) -> str:
+    """A few words for the log.
+
+    >>> describe(RollBack(0.5, 0.5))
+    'rolled back, learning rate x0.5, clip x0.5'
+    """
+    match response:
+        case SkipStep():
+            return "step skipped"
+        case HoldLearningRate(ceilings):
+            return f"learning rate held at {max(ceilings):.3g}"
+        case RollBack(lr, clip):
+            cut = f", learning rate x{lr:.3g}" if lr < 1 else ""
+            return "rolled back" + cut + (f", clip x{clip:.3g}" if clip < 1 else "")
+        case Stop(reason):
+            return f"stopped: {reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many responses a run may spend.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    skips_in_a_row: int = 10
+    """Steps skipped one after the other before the state is suspected and rolled back."""
+    skips: int = 100
+    rollbacks: int = 8
+    holds: int = 8
+    refill_every: int = 200
+    """Healthy steps that give back one response of each sort, up to the full budget."""
+    lr_factor: float = 0.5
+    """Learning-rate cut of a rollback that follows another within probation."""
+    clip_factor: float = 0.5
+    probation: int = 50
+    """Healthy steps after a rollback within which the next one counts as a second strike."""
+
+    def __post_init__(self) -> None:
+        for name in ("skips_in_a_row", "skips", "rollbacks", "holds", "refill_every", "probation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("lr_factor", "clip_factor"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)!r}")
+
+
+class Ladder:
+    """Chooses responses and counts what they cost.
+
+    However anomalies arrive, between two stops at most ``skips + rollbacks + holds`` responses are
+    given plus three per ``refill_every`` healthy steps; when one sort has run out the next heavier
+    is taken, and at the end of the ladder is `Stop`.
+
+    Args:
+        budget: the limits.
+
+    >>> from lit_stability.detectors import Anomaly
+    >>> nan = Anomaly(kind="non-finite loss", step=3, value=float("nan"), message="", signal="loss")
+    >>> ladder = Ladder(Budget(skips_in_a_row=2))
+    >>> [describe(ladder.respond(nan)) for _ in range(3)]
+    ['step skipped', 'step skipped', 'rolled back, learning rate x0.5, clip x0.5']
+    """
+
+    def __init__(self, budget: Budget | None = None) -> None:
+        self.budget = budget or Budget()
+        self._left = {
+            "skips": self.budget.skips,
+            "rollbacks": self.budget.rollbacks,
+            "holds": self.budget.holds,
+        }
+        self._skips_in_a_row = 0
+        self._healthy = 0
+        self._since_rollback: int | None = None
+
+    def healthy(self) -> None:
+        """Count a healthy step."""
+        self._skips_in_a_row = 0
+        self._healthy += 1
+        if self._since_rollback is not None:
+            self._since_rollback += 1
+        if self._healthy % self.budget.refill_every == 0:
+            for sort, left in self._left.items():
+                self._left[sort] = min(left + 1, getattr(self.budget, sort))
+
+    def respond(
+        self, anomaly: Anomaly, *, state_is_bad: bool = False, excess: float = 1.0
+    ) -> Response:
+        """Choose and pay for the response to an anomaly.
+
+        Args:
+            anomaly: what was found.
+            state_is_bad: whether an audit of weights and optimizer state found damage, beyond
+                what the anomaly itself knows.
+            excess: how many times its healthy baseline the update-to-weight ratio was just before;
+                a cut divides the learning rate by at least this much.
+        """
+        if anomaly.kind == "learning-rate jump" and self._spend("holds"):
+            return HoldLearningRate(anomaly.bearable)
+        damaged = anomaly.state_is_bad or state_is_bad
+        if (
+            not damaged
+            and self._skips_in_a_row < self.budget.skips_in_a_row
+            and self._spend("skips")
+        ):
+            self._skips_in_a_row += 1
+            return SkipStep()
+        if self._spend("rollbacks"):
+            return self._roll_back(damaged, anomaly.kind == "divergence", excess)
+        return Stop(
+            f"{anomaly.kind} came back after {self.budget.rollbacks} rollbacks ({anomaly.message})"
+        )
+
+    def _roll_back(self, damaged: bool, diverged: bool, excess: float) -> RollBack:
+        again = self._since_rollback is not None and self._since_rollback < self.budget.probation
+        self._since_rollback = 0
+        self._skips_in_a_row = 0
+        if damaged and not diverged and not again:
+            # Damage from outside blames neither the learning rate nor the batch.
+            return RollBack()
+        return RollBack(min(self.budget.lr_factor, 1.0 / max(excess, 1.0)), self.budget.clip_factor)
+
+    def _spend(self, sort: str) -> bool:
+        if self._left[sort] <= 0:
+            return False
+        self._left[sort] -= 1
+        return True
+
+    @property
+    def left(self) -> dict[str, int]:
+        """Responses left of each sort."""
+        return dict(self._left)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent, as plain ints; the budget itself comes from the constructor."""
+        return {
+            "left": dict(self._left),
+            "skips_in_a_row": self._skips_in_a_row,
+            "healthy": self._healthy,
+            "since_rollback": self._since_rollback,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put such a state back, within today's budget."""
+        limits = asdict(self.budget)
+        self._left = {sort: min(int(n), limits[sort]) for sort, n in state["left"].items()}
+        self._skips_in_a_row = int(state["skips_in_a_row"])
+        self._healthy = int(state["healthy"])
+        since = state["since_rollback"]
+        self._since_rollback = None if since is None else int(since)

@@ -1,0 +1,200 @@
+"""From a config to a finished run: check, build, fit, evaluate, write down.
+
+Nothing is built before every option has been checked, and what is built comes from the config
+alone: hyper-parameters stored in a checkpoint never replace an argument. May import Lightning.
+"""
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.resume import ConfiguredOptions, find_checkpoint
+from lit_stability.targets import Build, bind
+
+__all__ = ["FitResult", "Run", "compose", "fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The top level of a config; an unknown key is an error."""
+
+    experiment: str
+    """Name of the run; by default that of the first config file."""
+    run_dir: Path
+    """Folder of everything the run writes; by default `runs/<experiment>`."""
+    model: LightningModule
+    data: LightningDataModule | None = None
+    """Null where the model brings its own data loaders."""
+    trainer: Trainer
+    """Options of `lightning.pytorch.Trainer`, but for `callbacks` and `logger`."""
+    callbacks: dict[str, Callback | None] | None = None
+    """By name, called in this order; null removes an inherited one."""
+    logger: Logger | list[Logger] | Literal[False] | None = None
+    """By default a `TensorBoardLogger` in `run_dir`; null for none."""
+    seed: int | None = None
+    evaluate: Literal["test", "validate", "none"] | None = None
+    """What runs on the final weights after the fit."""
+    ckpt_path: str | None = None
+    """Checkpoint to resume from: a path, or `last` for the newest whole one in `run_dir`."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run leaves in memory."""
+
+    trainer: Trainer
+    model: LightningModule
+    datamodule: LightningDataModule | None
+    metrics: dict[str, float]
+    """Those of the fit and, over them, those of the evaluation."""
+
+
+def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = None) -> FitResult:
+    """Run the experiment that a config describes.
+
+    Writes `config.yaml` before the first step and `metrics.json` (null for what is not finite)
+    after the last into `run_dir`; a file already there that differs is kept, renamed.
+
+    A resumed run takes every argument from the config. The optimizer goes on from the
+    checkpoint, except that options which the config has changed since then take effect.
+
+    Args:
+        config: The composed config.
+        resume: Overrides `ckpt_path`.
+
+    Raises:
+        ConfigError: The config cannot be run; nothing was written.
+    """
+    plain = resolve(config)
+    options = _checked(plain)
+    run_dir: Path = options["run_dir"]
+    checkpoint = find_checkpoint(resume or options.get("ckpt_path"), run_dir)
+    if options.get("seed") is not None:
+        seed_everything(options["seed"], workers=True, verbose=False)
+    model, data = _make(options["model"]), _make(options.get("data"))
+    evaluate = options.get("evaluate") or "none"
+    _check_step(model, evaluate)
+    trainer = _make_trainer(options)
+    if trainer.is_global_zero:
+        _write(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
+        print(_header(options["experiment"], run_dir, trainer, model, checkpoint))
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+    metrics = _evaluate(trainer, model, data, evaluate)
+    if trainer.is_global_zero:
+        finite = {key: each if math.isfinite(each) else None for key, each in metrics.items()}
+        _write(run_dir / "metrics.json", json.dumps(finite, indent=2, sort_keys=True) + "\n")
+        lines = [f"{key} {value:.6g}" for key, value in sorted(metrics.items())]
+        print("\n".join([*lines, f"tensorboard --logdir {shlex.quote(str(run_dir))}"]))
+    return FitResult(trainer, model, data, metrics)
+
+
+def _checked(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `Run` with every target checked and none built."""
+    problems: list[str] = []
+    trainer = plain.get("trainer") or {}
+    if isinstance(trainer, dict):
+        problems += [
+            f"trainer.{key}: stands at the top level of a config, as {key}"
+            for key in ("callbacks", "logger")
+            if key in trainer
+        ]
+        trainer = {"_target_": "lightning.pytorch.Trainer"} | trainer
+    options = bind(Run, plain | {"trainer": trainer}, "", problems).options
+    if problems:
+        raise ConfigError(*problems)
+    return options
+
+
+def _make(plan: Any) -> Any:
+    """Build what was checked, innermost first."""
+    if isinstance(plan, list | tuple | set | frozenset):
+        return type(plan)(_make(each) for each in plan)
+    if isinstance(plan, dict):
+        return {key: _make(each) for key, each in plan.items()}
+    if not isinstance(plan, Build):
+        return plan
+    options = _make(plan.options)
+    try:
+        return plan.target(**options)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{plan.path}: {plan.target.__qualname__} refused: {error}") from error
+
+
+def _make_trainer(options: dict[str, Any]) -> Trainer:
+    named = options.get("callbacks") or {}
+    callbacks = [_make(each) for each in named.values() if each is not None]
+    plan: Build = options["trainer"]
+    own = {
+        "callbacks": [ConfiguredOptions(), *callbacks],
+        "logger": _make(options.get("logger")) or False,
+        "default_root_dir": options["run_dir"],
+    }
+    trainer = _make(Build(plan.target, own | plan.options, plan.path))
+    assert isinstance(trainer, Trainer)
+    return trainer
+
+
+def _check_step(model: LightningModule, evaluate: str) -> None:
+    """Refuse before the fit what would fail after it."""
+    name = {"test": "test_step", "validate": "validation_step"}.get(evaluate)
+    if name and getattr(type(model), name) is getattr(LightningModule, name):
+        raise ConfigError(f"evaluate={evaluate}: {type(model).__name__} defines no {name}")
+
+
+def _evaluate(
+    trainer: Trainer, model: LightningModule, data: LightningDataModule | None, evaluate: str
+) -> dict[str, float]:
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if evaluate != "none":
+        run = trainer.test if evaluate == "test" else trainer.validate
+        for each in run(model, datamodule=data, verbose=False):
+            metrics.update(each)
+    return metrics
+
+
+def _header(
+    experiment: str, run_dir: Path, trainer: Trainer, model: LightningModule, checkpoint: str | None
+) -> str:
+    lazy = torch.nn.parameter.is_lazy
+    count = sum(each.numel() for each in model.parameters() if not lazy(each))
+    lines = [
+        f"{experiment} -> {run_dir}",
+        f"{trainer.num_devices} x {trainer.strategy.root_device}, precision {trainer.precision}",
+        f"{type(model).__name__}, {count:,} parameters",
+    ]
+    return "\n".join(lines + ([f"resumed from {checkpoint}"] if checkpoint else []))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a different one there gets the next free number."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        number = 1
+        while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(kept)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,265 @@
+"""A healthy state of training in memory, captured and restored in place.
+
+Tensors go through preallocated buffers, one foreach copy per dtype and device; everything else is
+deep-copied. A snapshot is a candidate until enough healthy steps have confirmed it.
+May import torch; knows no Lightning.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class TensorBank:
+    """Copies of a list of tensors, in buffers that are reused from capture to capture."""
+
+    def __init__(self) -> None:
+        self._live: list[Tensor] = []
+        self._saved: list[Tensor] = []
+
+    @torch.no_grad()
+    def capture(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
+        live = [t.detach() for t in tensors]
+        if not _alike(self._saved, live):
+            self._saved = [torch.empty_like(t) for t in live]
+        self._live = live
+        _copy(self._saved, live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the saved values back into the very tensors they came from."""
+        _copy(self._live, self._saved)
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """``(live, saved)`` tensors."""
+        return list(zip(self._live, self._saved, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(t.numel() * t.element_size() for t in self._saved)
+
+
+class ModuleSnapshot:
+    """Parameters and buffers of a module, non-persistent buffers included."""
+
+    def __init__(self) -> None:
+        self.bank = TensorBank()
+        self.names: list[str] = []
+
+    def capture(self, module: nn.Module) -> None:
+        """Copy them in."""
+        parameters = dict(module.named_parameters())
+        self.names = list(parameters)
+        self.bank.capture([*parameters.values(), *module.buffers()])
+
+    def restore(self) -> None:
+        """Copy them back."""
+        self.bank.restore()
+
+    def drift(self) -> dict[str, float]:
+        """Largest absolute change of any element since the capture, by parameter."""
+        return {
+            name: float((live.float() - saved.float()).abs().amax()) if live.numel() else 0.0
+            for name, (live, saved) in zip(self.names, self.bank.pairs, strict=False)
+        }
+
+    def outlier(self, factor: float = 1e3) -> tuple[str, float] | None:
+        """The parameter of which an element moved ``factor`` times more than any other parameter's.
+
+        Training moves all parameters within a few orders of magnitude; a flipped exponent bit does
+        not keep to that. Returns its name and the largest change, or None.
+        """
+        moved = sorted(self.drift().items(), key=lambda pair: -pair[1])
+        if len(moved) < 2 or moved[1][1] == 0 or not moved[0][1] > factor * moved[1][1]:
+            return None
+        return moved[0]
+
+
+class OptimizerSnapshot:
+    """Moments, step counts and group options of an optimizer.
+
+    State that the optimizer created after the capture is deleted at restore.
+    """
+
+    def __init__(self) -> None:
+        self.bank = TensorBank()
+        self._keys: list[tuple[Tensor, str]] = []
+        self._other: list[tuple[Tensor, str, Any]] = []
+        self._groups: list[dict[str, Any]] = []
+
+    def capture(self, optimizer: Optimizer) -> None:
+        """Copy it in."""
+        self._keys, self._other, tensors = [], [], []
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    self._keys.append((parameter, key))
+                    tensors.append(value)
+                else:
+                    self._other.append((parameter, key, copy.deepcopy(value)))
+        self.bank.capture(tensors)
+        self._groups = [
+            {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+        ]
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Copy it back."""
+        kept: dict[Tensor, dict[str, Any]] = {}
+        for (parameter, key), (live, saved) in zip(self._keys, self.bank.pairs, strict=True):
+            now = optimizer.state.get(parameter, {}).get(key)
+            target = now if isinstance(now, Tensor) and now.shape == saved.shape else live
+            with torch.no_grad():
+                target.copy_(saved)
+            kept.setdefault(parameter, {})[key] = target
+        for parameter, key, value in self._other:
+            kept.setdefault(parameter, {})[key] = copy.deepcopy(value)
+        for parameter in [*optimizer.state]:
+            if parameter not in kept:
+                del optimizer.state[parameter]
+        for parameter, state in kept.items():
+            live_state = optimizer.state[parameter]
+            for key in [k for k in live_state if k not in state]:
+                del live_state[key]
+            live_state.update(state)
+        for group, saved_group in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update(copy.deepcopy(saved_group))
+
+
+class BufferGuard:
+    """Buffers as they were at the start of a step: a bad batch spoils them before its veto.
+
+    Only buffers that changed since the last capture are copied.
+
+    Args:
+        module: whose buffers to guard.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._homes = [(m, key) for m in module.modules() for key in m._buffers]
+        self._versions: list[tuple[int, int]] = [(-1, -1)] * len(self._homes)
+        self._saved: list[Tensor | None] = [None] * len(self._homes)
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Remember the buffers as they are."""
+        for i, (module, key) in enumerate(self._homes):
+            buffer = module._buffers.get(key)
+            if buffer is None or self._versions[i] == (id(buffer), buffer._version):
+                continue
+            self._saved[i] = buffer.detach().clone()
+            self._versions[i] = id(buffer), buffer._version
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the changed ones back."""
+        for i, (module, key) in enumerate(self._homes):
+            buffer, saved = module._buffers.get(key), self._saved[i]
+            if buffer is None or saved is None:
+                continue
+            if self._versions[i] != (id(buffer), buffer._version):
+                buffer.copy_(saved)
+                self._versions[i] = id(buffer), buffer._version
+
+
+def capture_rng() -> dict[str, Any]:
+    """States of the generators of python, numpy, torch and every CUDA device."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put such states back."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+S = TypeVar("S")
+
+
+@dataclass
+class Generations(Generic[S]):
+    """Two snapshots in turn: the confirmed one to go back to, and a candidate on probation.
+
+    Args:
+        make: builds an empty snapshot; called twice.
+        confirm_after: healthy steps after which a candidate is confirmed.
+
+    >>> g = Generations(make=list, confirm_after=2)
+    >>> g.begin().append("a"); g.confirm_now()
+    >>> g.begin().append("b")
+    >>> g.healthy(); g.confirmed
+    ['a']
+    >>> g.healthy(); g.confirmed
+    ['b']
+    """
+
+    make: Callable[[], S]
+    confirm_after: int
+    confirmed: S | None = None
+    candidate: S | None = None
+    _age: int = field(default=0, init=False)
+    _spare: list[S] = field(default_factory=list, init=False)
+
+    def begin(self) -> S:
+        """The snapshot to capture into; a candidate that was still waiting is given up for it."""
+        if self.candidate is None:
+            self.candidate = self._spare.pop() if self._spare else self.make()
+        self._age = 0
+        return self.candidate
+
+    def healthy(self) -> None:
+        """Count a healthy step towards the candidate's confirmation."""
+        self._age += 1
+        if self.candidate is not None and self._age >= self.confirm_after:
+            self.confirm_now()
+
+    def confirm_now(self) -> None:
+        """Trust the candidate as it is, as at the start of a fit."""
+        if self.candidate is not None:
+            if self.confirmed is not None:
+                self._spare.append(self.confirmed)
+            self.confirmed, self.candidate = self.candidate, None
+
+    def discard(self) -> None:
+        """Drop the candidate: something went wrong while it waited."""
+        if self.candidate is not None:
+            self._spare.append(self.candidate)
+            self.candidate = None
+
+
+def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """One foreach copy per dtype and device."""
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        into, out_of = groups.setdefault((target.dtype, target.device), ([], []))
+        into.append(target)
+        out_of.append(source)
+    for into, out_of in groups.values():
+        torch._foreach_copy_(into, out_of)

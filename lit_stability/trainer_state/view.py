@@ -1,0 +1,45 @@
+"""Read-only views of a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+def logger_step(trainer: Trainer) -> int:
+    """The step Lightning gives its loggers; it never goes back."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_every(trainer: Trainer) -> int:
+    """Steps between writes to the loggers, at least 1."""
+    return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The trainer's callbacks in the order in which they are called."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def run_directory(trainer: Trainer) -> Path | None:
+    """Where records go: ``trainer.log_dir``; None in a ``fast_dev_run``, which leaves no trace."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    directory = trainer.log_dir
+    return None if directory is None else Path(directory)
+
+
+def loss_scaler(trainer: Trainer) -> GradScaler | None:
+    """The scaler of fp16 training, or None."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
+
+
+def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Unscale the gradients of a fused optimizer, which Lightning leaves scaled until the step."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)

@@ -1,0 +1,140 @@
+"""The command line: what it prints and with which code it exits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lit_stability.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+
+class Local(BoringModel):
+    def __init__(self, size: int = 1, fail: bool = False) -> None:
+        super().__init__()
+        if fail:
+            raise RuntimeError("struck")
+"""
+CONFIG = """
+seed: 0
+model: {_target_: cli_targets.Local}
+trainer:
+  accelerator: cpu
+  max_steps: 1
+  limit_train_batches: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+logger: null
+"""
+
+
+@pytest.fixture
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder: a package-less module and a `configs/` of two files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "cli_targets", raising=False)
+    (tmp_path / "cli_targets.py").write_text(MODULE)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/small.yaml").write_text(CONFIG)
+    (tmp_path / "configs/longer.yaml").write_text("trainer: {max_steps: 2}")
+    return tmp_path
+
+
+def test_fit_runs_a_target_of_the_current_folder(cwd, capsys):
+    assert main(["fit", "-c", "small", "-c", "longer", "model.size=3"]) == 0
+    assert "small -> runs/small" in capsys.readouterr().out
+    saved = OmegaConf.load(cwd / "runs/small/config.yaml")
+    assert (saved.trainer.max_steps, saved.model.size) == (2, 3)
+
+
+def test_resume_goes_on_from_the_last_checkpoint(cwd, capsys):
+    assert main(["fit", "-c", "small"]) == 0
+    assert main(["fit", "-c", "small", "--resume", "last", "trainer.max_steps=2"]) == 0
+    assert "resumed from runs/small/checkpoints/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "small", "a.b=1", "--print-config", "experiment=x"],
+        ["a.b=1", "-c", "small", "experiment=x", "--print-config"],
+        ["--print-config", "--config", "small", "a.b=1", "experiment=x"],
+    ],
+)
+def test_print_config_prints_it_resolved_and_starts_nothing(arguments, cwd, capsys):
+    assert main(["fit", *arguments]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert (printed.run_dir, printed.a.b) == ("runs/x", 1)
+    assert not (cwd / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "smal"], "lit-stability: smal: no such config file; did you mean small?"),
+        (["-c", "small", "longer"], "longer: expected KEY=VALUE; to add a config file write -c"),
+        (["-c", "small", "trainer.max_step=3"], "trainer.max_step=3: unknown option of"),
+        (["-c", "small", "model.size=x"], "model.size='x': expected int, got str"),
+        (["-c", "small", "run_dir=${x}", "--print-config"], "run_dir: Interpolation key 'x'"),
+        (["-c", "small", "--resume", "last"], "resume=last: no checkpoint under runs/small"),
+    ],
+)
+def test_config_error_is_a_message_without_traceback_and_code_2(arguments, message, cwd, capsys):
+    assert main(["fit", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fti"],
+        ["fit"],
+        ["fit", "-c", "small", "--print"],
+        ["fit", "-c", "small", "--res", "last"],
+        ["fit", "-c", "small", "--other"],
+    ],
+)
+def test_bad_command_line_exits_with_code_2(arguments, cwd, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: lit-stability" in capsys.readouterr().err
+
+
+def test_failure_inside_a_run_is_raised(cwd):
+    with pytest.raises(RuntimeError, match="struck"):
+        main(["fit", "-c", "small", "model.fail=true"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"]])
+def test_help_documents_the_exit_codes(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "exit codes:" in capsys.readouterr().out
+
+
+def test_help_and_print_config_load_neither_torch_nor_lightning(cwd):
+    code = (
+        "import sys; from lit_stability.cli import main; "
+        "main(['fit', '-c', 'small', '--print-config']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
