@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.incidents import TrainingStopped
 
 _EXIT_CODES = """\
 exit codes:
   0  the command did what it was asked
   1  the run failed; the traceback says where
   2  the command line or the config is wrong; nothing was started
+  3  the suite stopped the run, with weights at the last confirmed snapshot; the message says why
 """
 
 
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"lit-stability: {error}", file=sys.stderr)
         return 2
+    except TrainingStopped as error:
+        print(f"lit-stability: {error}", file=sys.stderr)
+        return 3
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
     Raises:
         ValueError: if the norm is not finite, or ``max_norm`` not positive.
     """
-    if not math.isfinite(norm) or max_norm <= 0:
+    if not math.isfinite(norm) or not max_norm > 0:
         raise ValueError(f"cannot clip a gradient norm of {norm!r} to {max_norm!r}")
     return 1.0 if norm <= max_norm else max_norm / norm
 

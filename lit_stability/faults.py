@@ -206,6 +206,7 @@ class FaultInjector(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the injector between the module and its loss."""
+        self.module = pl_module
         original = pl_module.training_step
 
         @functools.wraps(original)

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from lit_stability.detectors import Anomaly
 from lit_stability.ladder import Response, describe
@@ -151,8 +151,8 @@ class Incident:
         """One line for the console when it closes."""
         strikes = "" if self.strikes == 1 else f" after {self.strikes} strikes"
         return (
-            f"incident {self.id} ({self.first.kind}) {self.outcome} at step "
-            f"{self.closed_step}{strikes}: {self.done or 'nothing changed'}"
+            f"incident {self.id} ({self.first.kind}) {self.outcome}{strikes}: "
+            f"{self.done or 'nothing changed'}; step {self.closed_step} now"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -200,6 +200,20 @@ class Incident:
         return f"## Incident {self.id}\n\n| | |\n|---|---|\n{body}\n"
 
 
+def summary_table(incidents: Sequence[Incident]) -> list[str]:
+    """Incidents as aligned lines for the console."""
+    head = ("id", "step", "kind", "strikes", "response", "outcome")
+    rows = [
+        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), i.done or "-", i.outcome)
+        for i in incidents
+    ]
+    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
 class IncidentRecord:
     """Appends to ``incidents.jsonl``; the file is created at the first incident.
 
@@ -218,8 +232,12 @@ class IncidentRecord:
         """
         line = to_json({"schema": SCHEMA, "event": event, **incident.as_dict()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf8") as file:
-            file.write(line + "\n")
+        # Lone surrogates, as in the path of an ill-named folder, become their JSON escapes.
+        data = (line + "\n").encode("utf8", errors="backslashreplace")
+        with self.path.open("a+b") as file:
+            if _is_cut(file):
+                data = b"\n" + data
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
@@ -244,23 +262,32 @@ def read_incidents(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    text = file.read_text(encoding="utf8")
-    rows = text.split("\n")
+    # As bytes: a line may have been cut in the middle of a character.
+    rows = file.read_bytes().split(b"\n")
     for number, row in enumerate(rows, 1):
         if not row:
             continue
         try:
             line = json.loads(row)
-        except json.JSONDecodeError as error:
-            if number == len(rows):
-                return
+        except ValueError as error:
+            if number == len(rows) or not row.endswith(b"}"):
+                continue
             raise ValueError(f"{file}:{number} is damaged: {row[:80]!r}") from error
         if line.get("schema", 0) > SCHEMA:
             raise ValueError(
                 f"{file}:{number} has schema {line['schema']}, this version reads up to {SCHEMA}; "
                 "upgrade lit-stability"
             )
-        yield {key: _number(value) for key, value in line.items()}
+        layers = [[name, _number(value)] for name, value in line.get("layers", [])]
+        yield {key: _number(value) for key, value in line.items()} | {"layers": layers}
+
+
+def _is_cut(file: BinaryIO) -> bool:
+    """Whether the last line of a file lacks its end, so that another must not be glued to it."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def to_json(value: Any) -> str:

@@ -48,6 +48,9 @@ class Stop:
     reason: str
 
 
+_LARGEST_CUT = 1e3
+"""A single rollback divides the learning rate by no more than this."""
+
 Response: TypeAlias = SkipStep | HoldLearningRate | RollBack | Stop
 
 
@@ -147,11 +150,11 @@ class Ladder:
             state_is_bad: whether an audit of weights and optimizer state found damage, beyond
                 what the anomaly itself knows.
             excess: how many times its healthy baseline the update-to-weight ratio was just before;
-                a cut divides the learning rate by at least this much.
+                a cut divides the learning rate by at least this much, up to 1000.
         """
-        if anomaly.kind == "learning-rate jump" and self._spend("holds"):
-            return HoldLearningRate(anomaly.bearable)
         damaged = anomaly.state_is_bad or state_is_bad
+        if anomaly.kind == "learning-rate jump" and not damaged and self._spend("holds"):
+            return HoldLearningRate(anomaly.bearable)
         if (
             not damaged
             and self._skips_in_a_row < self.budget.skips_in_a_row
@@ -172,7 +175,9 @@ class Ladder:
         if damaged and not diverged and not again:
             # Damage from outside blames neither the learning rate nor the batch.
             return RollBack()
-        return RollBack(min(self.budget.lr_factor, 1.0 / max(excess, 1.0)), self.budget.clip_factor)
+        # An Inf among the weights makes the excess Inf; a factor of 0 would end learning for good.
+        cut = min(self.budget.lr_factor, 1.0 / min(max(1.0, excess), _LARGEST_CUT))
+        return RollBack(cut, self.budget.clip_factor)
 
     def _spend(self, sort: str) -> bool:
         if self._left[sort] <= 0:

@@ -73,7 +73,8 @@ class LearningRateScale:
         return [min(r, c) for r, c in zip(rates, self.ceilings, strict=True)]
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on."""
+        """Leave the optimizer alone from now on, at its nominal learning rate."""
+        self._recover()
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
@@ -81,14 +82,18 @@ class LearningRateScale:
             _SCALES.pop(optimizer, None)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._nominal is not None and self._read() == self._written:
-            # The step before raised and left its scaled values behind.
-            _assign(self._groups(), self._nominal)
-        self._nominal = None
+        self._recover()
         self._inside = True
         if self.factor < 1 or self.ceilings is not None:
             self._nominal = self._read()
             self._write()
+
+    def _recover(self) -> None:
+        """Undo what a step that raised left behind."""
+        if self._nominal is not None and self._read() == self._written:
+            _assign(self._groups(), self._nominal)
+        self._nominal = None
+        self._inside = False
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._nominal is not None:

@@ -57,21 +57,25 @@ class ModuleSnapshot:
     def __init__(self) -> None:
         self.bank = TensorBank()
         self.names: list[str] = []
+        self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def capture(self, module: nn.Module) -> None:
         """Copy them in."""
         parameters = dict(module.named_parameters())
         self.names = list(parameters)
-        self.bank.capture([*parameters.values(), *module.buffers()])
+        self._homes = _buffers(module)
+        buffers = [b for _, _, b in self._homes if b is not None]
+        self.bank.capture([*parameters.values(), *buffers])
 
     def restore(self) -> None:
-        """Copy them back."""
+        """Copy them back; a buffer that was replaced by another tensor comes back itself."""
+        _put_back(self._homes)
         self.bank.restore()
 
     def drift(self) -> dict[str, float]:
         """Largest absolute change of any element since the capture, by parameter."""
         return {
-            name: float((live.float() - saved.float()).abs().amax()) if live.numel() else 0.0
+            name: float((live - saved).abs().amax()) if live.numel() else 0.0
             for name, (live, saved) in zip(self.names, self.bank.pairs, strict=False)
         }
 
@@ -141,37 +145,27 @@ class OptimizerSnapshot:
 class BufferGuard:
     """Buffers as they were at the start of a step: a bad batch spoils them before its veto.
 
-    Only buffers that changed since the last capture are copied.
+    All are copied at each capture: batch normalization writes its running statistics without
+    raising their version counters, so there is no telling which changed.
 
     Args:
         module: whose buffers to guard.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._homes = [(m, key) for m in module.modules() for key in m._buffers]
-        self._versions: list[tuple[int, int]] = [(-1, -1)] * len(self._homes)
-        self._saved: list[Tensor | None] = [None] * len(self._homes)
+        self._module = module
+        self._bank = TensorBank()
+        self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
-    @torch.no_grad()
     def capture(self) -> None:
         """Remember the buffers as they are."""
-        for i, (module, key) in enumerate(self._homes):
-            buffer = module._buffers.get(key)
-            if buffer is None or self._versions[i] == (id(buffer), buffer._version):
-                continue
-            self._saved[i] = buffer.detach().clone()
-            self._versions[i] = id(buffer), buffer._version
+        self._homes = _buffers(self._module)
+        self._bank.capture([b for _, _, b in self._homes if b is not None])
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Put the changed ones back."""
-        for i, (module, key) in enumerate(self._homes):
-            buffer, saved = module._buffers.get(key), self._saved[i]
-            if buffer is None or saved is None:
-                continue
-            if self._versions[i] != (id(buffer), buffer._version):
-                buffer.copy_(saved)
-                self._versions[i] = id(buffer), buffer._version
+        """Put them back; one that was replaced by another tensor comes back itself."""
+        _put_back(self._homes)
+        self._bank.restore()
 
 
 def capture_rng() -> dict[str, Any]:
@@ -245,6 +239,17 @@ class Generations(Generic[S]):
         if self.candidate is not None:
             self._spare.append(self.candidate)
             self.candidate = None
+
+
+def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor | None]]:
+    return [(m, key, b) for m in module.modules() for key, b in m._buffers.items()]
+
+
+def _put_back(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
+    """Undo assignments such as ``self.centre = 0.9 * self.centre + 0.1 * mean``."""
+    for module, key, buffer in homes:
+        if module._buffers.get(key) is not buffer:
+            module._buffers[key] = buffer
 
 
 def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

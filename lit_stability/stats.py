@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_BLOCKS, _BLOCK = 32, 16
-"""The sample of a tensor: 32 blocks of 16 neighbours (a cache line of fp32), evenly spread."""
+_BLOCKS, _BLOCK = 16, 32
+"""The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
+_DETAIL_BLOCKS, _DETAIL_BLOCK = 32, 128
+"""The larger sample from which a gradient's distribution is taken while a run is healthy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GradientDetail:
-    """Distribution of one parameter's gradient; all values are of the unclipped gradient."""
+    """Distribution of one parameter's unclipped gradient.
+
+    The norm is exact; while a run is healthy the rest is from a sample of 4096 elements.
+    """
 
     name: str
     norm: float
@@ -111,6 +116,8 @@ class StepMeter:
         self.parameters = [p for _, p in pairs]
         self.optimizer = optimizer
         self.index = index
+        self.count = 0
+        """Steps measured."""
         self._samples = _Samples(self.parameters)
         self._moments: _Samples | None = None
         self._beta2: list[float] = []
@@ -153,7 +160,7 @@ class StepMeter:
         parts = {"loss": _scalar(loss), "scale": _scalar(loss_scale)}
         parts["grads"] = _norms(grads)
         parts["weights"] = _norms(self.parameters) if scan_weights else []
-        parts["details"] = [_distribution(g) for g in grads] if details else []
+        parts["details"] = [_distribution(_detail_sample(g)) for g in grads] if details else []
         parts["updates"] = self._update_sums()
         parts["moments"] = self._moment_sums()
         host = _to_host(parts)
@@ -179,8 +186,13 @@ class StepMeter:
             bad_weights=_non_finite(self.names, host["weights"]),
             details=_details([n for n, _ in named], grad_norms, host["details"]),
         )
-        self._last_lr = max(learning_rates, default=0.0)
+        self.count += 1
+        self.expect(learning_rates)
         return stats
+
+    def expect(self, learning_rates: Sequence[float]) -> None:
+        """Say which learning rates the coming update uses, where that has changed since."""
+        self._last_lr = max(learning_rates, default=0.0)
 
     def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of parameters with a non-finite weight, and with a non-finite optimizer moment.
@@ -191,7 +203,7 @@ class StepMeter:
         owners, tensors = [], []
         for name, p in zip(self.names, self.parameters, strict=True):
             for value in (self.optimizer.state.get(p) or {}).values():
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
                     owners.append(name)
                     tensors.append(value)
         moments = _to_host({"norms": _norms(tensors)})["norms"]
@@ -217,7 +229,7 @@ class StepMeter:
         if not found:
             return []
         tensors = [t for _, t in found]
-        if self._moments is None or len(self._moments.counts) != len(tensors):
+        if self._moments is None or self._moments.count != len(tensors):
             self._moments = _Samples(tensors)
             self._moment_index = [i for i, _ in found]
             self._beta2 = _second_moment_decay(self.optimizer, self.parameters, self._moment_index)
@@ -232,7 +244,7 @@ class StepMeter:
             return ratio, None, ""
         # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
         kept = [
-            (now / (b * before), i)
+            (now / (b * before) if math.isfinite(now) else math.nan, i)
             for now, before, b, i in zip(
                 moments, last, self._beta2, self._moment_index, strict=True
             )
@@ -256,34 +268,70 @@ class _Samples:
     """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.counts = [min(t.numel(), _BLOCKS * _BLOCK) for t in tensors]
+        self.count = len(tensors)
+        tensors = [_real(t.detach()) for t in tensors]
         self.device = tensors[0].device
-        self._lengths = torch.tensor(self.counts, device=self.device)
-        weights = torch.tensor(
-            [t.numel() / max(c, 1) for t, c in zip(tensors, self.counts, strict=True)]
-        )
-        self._weights = weights.to(self.device).repeat_interleave(self._lengths)
+        large = [i for i, t in enumerate(tensors) if t.numel() > _BLOCKS * _BLOCK]
+        small = [i for i, t in enumerate(tensors) if t.numel() <= _BLOCKS * _BLOCK]
+        self._large, self._small = large, small
+        order = [*large, *small]
+        self._back = torch.tensor(order, device=self.device).argsort()
+        counts = [min(tensors[i].numel(), _BLOCKS * _BLOCK) for i in order]
+        self._lengths = torch.tensor(counts, device=self.device)
+        scale = [tensors[i].numel() / max(n, 1) for i, n in zip(order, counts, strict=True)]
+        self._weights = torch.tensor(scale, device=self.device).repeat_interleave(self._lengths)
+        self._addresses: list[int] = []
+        self._are_views = False
+        self._views: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Shape ``(sum of counts,)``, fp32."""
-        views = [_blocks(t.detach()) for t in tensors]
+        """Shape ``(elements of the sample,)``, fp32, the large tensors first."""
+        addresses = [t.data_ptr() for t in tensors]
+        if addresses != self._addresses or not self._are_views:
+            self._addresses = addresses
+            tensors = [_real(t.detach()) for t in tensors]
+            self._are_views = all(_is_dense(t) for t in tensors)
+            self._views = (
+                [_blocks(tensors[i]) for i in self._large],
+                [_blocks(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
+            )
+        parts = [self._join(views) for views in self._views if views]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+
+    def _join(self, views: Sequence[Tensor]) -> Tensor:
         if any(v.device != self.device for v in views):
             views = [v.to(self.device) for v in views]
-        return torch.cat(views).float()
+        return torch.cat(list(views)).reshape(-1)
 
     def weighted_square_sum(self, flat: Tensor) -> Tensor:
         """Estimate of the squared norm of all the tensors together, a scalar."""
-        return (flat.square() * self._weights).sum()
+        return torch.dot(flat * self._weights, flat)
 
     def sums(self, flat: Tensor) -> Tensor:
-        """Sum of each tensor's sample, shape ``(tensors,)``."""
-        return torch.segment_reduce(flat, "sum", lengths=self._lengths)
+        """Sum of each tensor's sample, shape ``(tensors,)``, in the tensors' order."""
+        # `unsafe` leaves out a check of the lengths, which would copy to the host twice.
+        sums = torch.segment_reduce(flat, "sum", lengths=self._lengths, unsafe=True)
+        return sums[self._back]
 
 
-def _blocks(tensor: Tensor) -> Tensor:
-    if tensor.numel() <= _BLOCKS * _BLOCK:
-        return tensor.reshape(-1)
-    return tensor.as_strided((_BLOCKS, _BLOCK), (tensor.numel() // _BLOCKS, 1)).reshape(-1)
+def _blocks(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Tensor:
+    """An evenly spread sample, shape ``(blocks, block)``; a view if the tensor is dense."""
+    if not _is_dense(tensor):
+        tensor = tensor.contiguous()
+    return tensor.as_strided((blocks, block), (tensor.numel() // blocks, 1))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return last + 1 == tensor.numel()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """The tensor, or its real and imaginary parts side by side, which have the same norm."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _second_moment_decay(
@@ -308,16 +356,19 @@ def _unscaled(loss: Sequence[float], scale: float | None) -> float:
 
 
 def _dense(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
+    return _real(grad.coalesce().values() if grad.is_sparse else grad)
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Norms in fp32 whatever the tensors' own format, so that fp16 does not overflow."""
     if not tensors:
         return []
-    wide = all(t.dtype in (torch.float32, torch.float64) for t in tensors)
-    kwargs: dict[str, Any] = {} if wide else {"dtype": torch.float32}
-    norms = torch._foreach_norm([t.detach() for t in tensors], 2.0, **kwargs)
+    tensors = [_real(t.detach()) for t in tensors]
+    types = {t.dtype for t in tensors}
+    wide = types <= {torch.float32, torch.float64}
+    widest = torch.float64 if torch.float64 in types else torch.float32
+    kwargs: dict[str, Any] = {} if wide else {"dtype": widest}
+    norms = torch._foreach_norm(tensors, 2.0, **kwargs)
     device = norms[0].device
     return [torch.stack([n.to(device=device, dtype=torch.float32) for n in norms])]
 
@@ -331,6 +382,12 @@ def _distribution(grad: Tensor) -> Tensor:
     std, mean = torch.std_mean(g, correction=0)
     zeros = 1.0 - torch.count_nonzero(g) / g.numel()
     return torch.stack([mean, std, low, high, zeros])
+
+
+def _detail_sample(grad: Tensor) -> Tensor:
+    if grad.numel() <= _DETAIL_BLOCKS * _DETAIL_BLOCK:
+        return grad
+    return _blocks(grad, _DETAIL_BLOCKS, _DETAIL_BLOCK)
 
 
 def _details(

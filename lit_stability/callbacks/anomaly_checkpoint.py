@@ -15,7 +15,7 @@ import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_stability.callbacks.gradient_monitor import require_monitor
+from lit_stability.callbacks.requirements import require_monitor, require_one_device
 from lit_stability.incidents import Incident, to_json
 from lit_stability.snapshots import capture_rng
 from lit_stability.stats import StepStats, gradient_details
@@ -62,13 +62,15 @@ class AnomalyCheckpoint(Callback):
         self._batch: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to run without somebody who opens incidents.
+        """Refuse what cannot work.
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
+            RuntimeError: on several devices.
         """
         if stage == "fit":
             require_monitor(trainer, self)
+            require_one_device(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder."""

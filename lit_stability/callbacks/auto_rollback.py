@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.dispatch import call_hook
-from lit_stability.callbacks.gradient_monitor import require_monitor
+from lit_stability.callbacks.requirements import require_monitor, require_one_device
 from lit_stability.clipping import clip_coefficient, scale_gradients
-from lit_stability.detectors import Window
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.ladder import Budget, HoldLearningRate, Ladder, RollBack, SkipStep, Stop
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.snapshots import BufferGuard, Generations
 from lit_stability.stats import StepStats
+from lit_stability.throttle import Baseline, Throttle
 from lit_stability.trainer_state import (
     LoggedMetrics,
     SchedulerPause,
@@ -38,14 +39,15 @@ class AutoRollback(Callback):
     and ``global_step`` is rewound, so that ``max_steps`` good steps are taken. When the ladder has
     nothing left, the fit ends with `TrainingStopped`, the weights at the last confirmed snapshot.
 
-    Snapshots live in memory: two of weights, buffers and optimizer state, reported at fit start.
+    Snapshots live in memory: two of weights, buffers and optimizer state; their size is reported
+    when the fit starts.
 
     Args:
         snapshot_every: healthy optimizer steps between snapshots.
         confirm_after: healthy steps after which a snapshot may be gone back to.
-        relax_after: healthy steps after which a lowered learning rate and a tightened clip are
-            doubled, until both are back; also after which a held learning rate is let go, once
-            the scheduler has come back to what is bearable.
+        relax_after: calm steps after which a lowered learning rate and a tightened clip are
+            doubled, until both are back; also those after which a learning rate that is no longer
+            above its ceiling is let go.
         budget: how many responses the run may spend.
 
     Raises:
@@ -60,28 +62,14 @@ class AutoRollback(Callback):
         relax_after: int = 20,
         budget: Budget | None = None,
     ) -> None:
-        for name, value in (
-            ("snapshot_every", snapshot_every),
-            ("confirm_after", confirm_after),
-            ("relax_after", relax_after),
-        ):
+        for name, value in (("snapshot_every", snapshot_every), ("confirm_after", confirm_after)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         self.snapshot_every = snapshot_every
         self.confirm_after = confirm_after
-        self.relax_after = relax_after
+        self.throttle = Throttle(relax_after)
         self.ladder = Ladder(budget)
-        self.lr_factor = 1.0
-        """What the nominal learning rate is multiplied by."""
-        self.clip_factor = 1.0
-        """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
-        self._ceilings: dict[int, tuple[float, ...]] = {}
-        self._norms: dict[int, Window] = {}
-        self._ratios: dict[int, Window] = {}
-        self._calm = 0
-        self._bearable_for = 0
-        self._since_snapshot = 0
-        self._in_batch = _Batch()
+        self._fit: _Fit | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.
@@ -90,86 +78,78 @@ class AutoRollback(Callback):
             ValueError: without a `GradientMonitor` before it.
             RuntimeError: on several devices.
         """
-        if stage != "fit":
-            return
-        require_monitor(trainer, self)
-        if trainer.world_size > 1:
-            raise RuntimeError(
-                f"AutoRollback runs on one device, this trainer has {trainer.world_size}: a "
-                "decision taken by one rank alone would leave the others waiting. Train on one "
-                "device, or keep GradientMonitor and AnomalyCheckpoint, which only observe"
-            )
+        if stage == "fit":
+            require_monitor(trainer, self)
+            require_one_device(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the first snapshot and put restored factors in force."""
-        self._guard = BufferGuard(pl_module)
-        self._metrics = LoggedMetrics(pl_module)
-        self._pause = SchedulerPause()
-        self._snapshots: Generations[TrainingSnapshot] = Generations(
-            lambda: TrainingSnapshot(pl_module), self.confirm_after
-        )
-        self._norms = {i: Window(100) for i in range(len(trainer.optimizers))}
-        self._ratios = {i: Window(100) for i in range(len(trainer.optimizers))}
-        self._in_batch = _Batch()
-        self._calm = self._bearable_for = self._since_snapshot = 0
+        self._fit = fit = _Fit(trainer, pl_module, self.confirm_after)
+        groups = {i: len(o.param_groups) for i, o in enumerate(trainer.optimizers)}
+        for index, ceilings in [*self.throttle.ceilings.items()]:
+            if groups.get(index) != len(ceilings):
+                del self.throttle.ceilings[index]
+                log.info("the learning rates held before belong to other groups: let go")
         self._apply(trainer)
-        self._snapshots.begin().capture(trainer, pl_module)
-        self._snapshots.confirm_now()
-        confirmed = self._snapshots.confirmed
-        if confirmed is not None:
-            log.info(
-                "AutoRollback holds two snapshots, %.1f MiB each now", confirmed.nbytes / 2**20
-            )
+        first = fit.snapshots.begin()
+        first.capture(trainer, pl_module)
+        fit.snapshots.confirm_now()
+        log.info("AutoRollback holds two snapshots, %.1f MiB each now", first.nbytes / 2**20)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember what a bad batch would spoil before its veto."""
-        if self._in_batch.window_is_new:
-            self._guard.capture()
-            self._metrics.capture(trainer)
-            self._in_batch.window_is_new = False
+        if self._now.window_is_new:
+            self._now.guard.capture()
+            self._now.metrics.capture(trainer)
+            self._now.window_is_new = False
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Count the step, clip where the clip is tightened, relax what was tightened."""
-        self._in_batch.steps += 1
-        self._since_snapshot += 1
+        now = self._now
+        now.stepped = True
+        now.since_snapshot += 1
+        now.snapshots.healthy()
         self.ladder.healthy()
-        self._snapshots.healthy()
-        norms = self._norms[stats.optimizer]
-        if self.clip_factor < 1 and stats.finite_gradients and len(norms):
-            threshold = 2 * norms.median * self.clip_factor
-            if threshold > 0:
-                parameters = _parameters(trainer.optimizers[stats.optimizer])
-                scale_gradients(parameters, clip_coefficient(stats.grad_norm, threshold))
-        norms.add(stats.grad_norm)
-        if stats.update_ratio is not None:
-            self._ratios[stats.optimizer].add(stats.update_ratio)
-        self._relax(trainer, stats)
+        baseline = now.baselines[stats.optimizer]
+        threshold = baseline.clip_threshold(self.throttle.clip_factor)
+        if threshold is not None and stats.finite_gradients:
+            parameters = _parameters(trainer.optimizers[stats.optimizer])
+            scale_gradients(parameters, clip_coefficient(stats.grad_norm, threshold))
+        baseline.add(stats.grad_norm, stats.update_ratio)
+        relaxed = self.throttle.calm(stats.optimizer, stats.nominal_learning_rates)
+        if relaxed is not None:
+            self._apply(trainer)
+            log.info("step %d: %s", stats.step, relaxed)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
         if incident.settled:
             return
-        self._calm = 0
-        anomaly = incident.anomaly
-        optimizer = trainer.optimizers[anomaly.optimizer]
-        damaged = anomaly.state_is_bad or self._damaged(incident)
+        now, anomaly = self._now, incident.anomaly
+        self.throttle.disturbed()
+        ratio = None if incident.stats is None else incident.stats.update_ratio
         response = self.ladder.respond(
-            anomaly, state_is_bad=damaged, excess=self._excess(incident.stats)
+            anomaly,
+            state_is_bad=self._damaged(incident),
+            excess=now.baselines[anomaly.optimizer].excess(ratio),
         )
         incident.settle(response)
         if isinstance(response, HoldLearningRate):
-            self._ceilings[anomaly.optimizer] = response.ceilings
+            self.throttle.hold(anomaly.optimizer, response.ceilings)
             self._apply(trainer)
-            self._in_batch.steps += 1
             return
-        self._in_batch.vetoed += 1
-        self._in_batch.incident = incident
-        veto(optimizer)
-        self._pause.begin(trainer)
+        now.vetoed += 1
+        if not isinstance(response, SkipStep):
+            now.due = (response, incident)
+        if anomaly.kind == "non-finite loss" and now.scaler_state is None:
+            # The loss scaler is about to back off for a batch that is none of its business.
+            now.scaler_state = copy.deepcopy(trainer.precision_plugin.state_dict())
+        veto(trainer.optimizers[anomaly.optimizer])
+        now.pause.begin(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -179,52 +159,59 @@ class AutoRollback(Callback):
         Raises:
             TrainingStopped: when the ladder has nothing left.
         """
-        done = self._in_batch
-        if done.vetoed:
-            self._in_batch = _Batch()
-            self._pause.end(trainer)
-            self._undo(trainer, done.vetoed)
-            self._respond(trainer, pl_module, done.incident)
-        elif done.steps:
-            self._in_batch = _Batch()
-            monitor_is_calm = self._calm > 0
-            if self._since_snapshot >= self.snapshot_every and monitor_is_calm:
-                self._snapshots.begin().capture(trainer, pl_module)
-                self._since_snapshot = 0
+        now = self._now
+        if now.vetoed:
+            self._undo(trainer)
+        if now.due is not None:
+            self._go_back(trainer, pl_module, *now.due)
+        elif now.stepped and now.since_snapshot >= self.snapshot_every:
+            now.snapshots.begin().capture(trainer, pl_module)
+            now.since_snapshot = 0
+        if now.vetoed or now.stepped:
+            now.begin_window()
 
-    def _undo(self, trainer: Trainer, vetoed: int) -> None:
-        for _ in range(vetoed):
+    @property
+    def _now(self) -> _Fit:
+        assert self._fit is not None, "between on_train_start and teardown only"
+        return self._fit
+
+    def _undo(self, trainer: Trainer) -> None:
+        """Leave no trace of the steps vetoed in this batch."""
+        now = self._now
+        now.pause.end(trainer)
+        for _ in range(now.vetoed):
             uncount_step(trainer)
-        self._guard.restore()
-        self._metrics.restore(trainer)
+        now.guard.restore()
+        now.metrics.restore(trainer)
+        if now.scaler_state:
+            trainer.precision_plugin.load_state_dict(now.scaler_state)
 
-    def _respond(
-        self, trainer: Trainer, pl_module: LightningModule, incident: Incident | None
+    def _go_back(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        response: RollBack | Stop,
+        incident: Incident,
     ) -> None:
-        response = None if incident is None else incident.response
-        if incident is None or response is None or isinstance(response, SkipStep):
-            return
-        self._snapshots.discard()
-        self._since_snapshot = 0
-        confirmed = self._snapshots.confirmed
-        if confirmed is not None:
-            confirmed.restore(trainer)
-            call_hook("on_rollback", trainer, pl_module)
-        if isinstance(response, RollBack):
-            self.lr_factor *= response.lr_factor
-            self.clip_factor *= response.clip_factor
-            self._apply(trainer)
+        now = self._now
+        now.snapshots.discard()
+        now.since_snapshot = 0
+        if now.snapshots.confirmed is not None:
+            now.snapshots.confirmed.restore(trainer)
+        call_hook("on_rollback", trainer, pl_module)
         if isinstance(response, Stop):
+            scene = f", scene: {incident.path}" if incident.path else ""
             raise TrainingStopped(
                 f"training stopped at step {trainer.global_step}: {response.reason}. "
-                f"What to try: {incident.remedy}. Record: {incident.record}"
-                + (f", scene: {incident.path}" if incident.path else ""),
+                f"What to try: {incident.remedy}. Record: {incident.record}{scene}",
                 incident,
             )
+        self.throttle.cut(response.lr_factor, response.clip_factor)
+        self._apply(trainer)
 
     def _damaged(self, incident: Incident) -> bool:
         """Whether a weight moved further since the snapshot than training can have moved it."""
-        confirmed = self._snapshots.confirmed
+        confirmed = self._now.snapshots.confirmed
         outlier = None if confirmed is None else confirmed.module.outlier()
         if confirmed is None or outlier is None:
             return False
@@ -232,72 +219,51 @@ class AutoRollback(Callback):
         incident.note(
             "a weight was damaged from outside",
             f"an element of {name} moved by {moved:.3g} since step {confirmed.step}, "
-            "a thousand times more than any other parameter",
+            "a thousand times more than any of another parameter",
         )
         return True
 
-    def _excess(self, stats: StepStats | None) -> float:
-        """The update-to-weight ratio of the last update over its median."""
-        if stats is None or not stats.update_ratio or len(self._ratios[stats.optimizer]) < 10:
-            return 1.0
-        return stats.update_ratio / max(self._ratios[stats.optimizer].median, 1e-30)
-
-    def _relax(self, trainer: Trainer, stats: StepStats) -> None:
-        self._calm += 1
-        ceilings = self._ceilings.get(stats.optimizer)
-        if ceilings is not None:
-            bearable = all(
-                n * self.lr_factor <= c
-                for n, c in zip(stats.nominal_learning_rates, ceilings, strict=True)
-            )
-            self._bearable_for = self._bearable_for + 1 if bearable else 0
-            if self._bearable_for >= self.relax_after:
-                del self._ceilings[stats.optimizer]
-                self._apply(trainer)
-                log.info("step %d: the learning rate is no longer held", stats.step)
-        tightened = self.lr_factor < 1 or self.clip_factor < 1
-        if tightened and self._calm % self.relax_after == 0:
-            self.lr_factor = min(1.0, 2 * self.lr_factor)
-            self.clip_factor = min(1.0, 2 * self.clip_factor)
-            self._apply(trainer)
-            if self.lr_factor == 1 and self.clip_factor == 1:
-                log.info("step %d: learning rate and clip are back to normal", stats.step)
-
     def _apply(self, trainer: Trainer) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
-            learning_rate_scale(optimizer).set(self.lr_factor, self._ceilings.get(index))
+            ceilings = self.throttle.ceilings.get(index)
+            learning_rate_scale(optimizer).set(self.throttle.lr_factor, ceilings)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave optimizers and memory as they were found."""
         if stage == "fit":
             for optimizer in trainer.optimizers:
                 learning_rate_scale(optimizer).detach()
+            self._fit = None
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent and what is in force; the options come from the constructor."""
-        return {
-            "ladder": self.ladder.state_dict(),
-            "lr_factor": self.lr_factor,
-            "clip_factor": self.clip_factor,
-            "ceilings": {str(i): list(c) for i, c in self._ceilings.items()},
-        }
+        return {"ladder": self.ladder.state_dict(), "throttle": self.throttle.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put such a state back; it is in force from the start of training."""
         self.ladder.load_state_dict(state_dict["ladder"])
-        self.lr_factor = float(state_dict["lr_factor"])
-        self.clip_factor = float(state_dict["clip_factor"])
-        self._ceilings = {int(i): tuple(c) for i, c in state_dict["ceilings"].items()}
+        self.throttle.load_state_dict(state_dict["throttle"])
 
 
-class _Batch:
-    """What happened between two batch ends."""
+class _Fit:
+    """What lives as long as one fit."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, confirm_after: int) -> None:
+        self.guard = BufferGuard(pl_module)
+        self.metrics = LoggedMetrics(pl_module)
+        self.pause = SchedulerPause()
+        self.snapshots = Generations(lambda: TrainingSnapshot(pl_module), confirm_after)
+        self.baselines = [Baseline() for _ in trainer.optimizers]
+        self.since_snapshot = 0
+        self.begin_window()
+
+    def begin_window(self) -> None:
+        """Forget what happened since the last optimizer step."""
         self.window_is_new = True
-        self.steps = 0
+        self.stepped = False
         self.vetoed = 0
-        self.incident: Incident | None = None
+        self.due: tuple[RollBack | Stop, Incident] | None = None
+        self.scaler_state: dict[str, Any] | None = None
 
 
 def veto(optimizer: Optimizer) -> None:

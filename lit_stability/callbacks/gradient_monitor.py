@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.reporting import Reporter
 from lit_stability.detectors import Anomaly, Detector, LayerBounds, default_detectors
-from lit_stability.incidents import Incident, IncidentRecord, TrainingStopped
+from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.stats import StepMeter, StepStats
-from lit_stability.tensorboard.writer import StabilityWriter
 from lit_stability.trainer_state import (
-    callbacks_of,
     log_every,
     logger_step,
     loss_scaler,
-    run_directory,
     unscale,
 )
-
-log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class GradientMonitor(Callback):
@@ -98,7 +92,6 @@ class GradientMonitor(Callback):
         self.current: Incident | None = None
         """The incident that is open, if one is."""
         self._count = 0
-        self._steps = 0
         self._healthy = 0
         self._sets: dict[int, list[Detector]] = {}
         self._restored: Mapping[str, Any] = {}
@@ -116,9 +109,7 @@ class GradientMonitor(Callback):
         self._restored = {}
         self.incidents, self.current, self._loss = [], None, None
         self._measured_batch = {}
-        directory = run_directory(trainer)
-        self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
-        self._writer = StabilityWriter(trainer.loggers)
+        self._reporter = Reporter(trainer)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -150,16 +141,15 @@ class GradientMonitor(Callback):
         if scaler is not None:
             unscale(scaler, optimizer)
         scale = learning_rate_scale(optimizer)
-        self._steps += 1
-        every = self.details_every
+        count, every = self._meters[index].count + 1, self.details_every
         stats = self._meters[index].measure(
             trainer.global_step,
             self._loss,
             loss_scale=None if scaler is None else scaler._scale,
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
-            scan_weights=self._steps % self.scan_weights_every == 0,
-            details=every > 0 and self._steps % every == 0,
+            scan_weights=count % self.scan_weights_every == 0,
+            details=every > 0 and count % every == 0,
         )
         self._loss = None
         if stats.details:
@@ -173,7 +163,7 @@ class GradientMonitor(Callback):
             if anomaly is not None:
                 return anomaly
             if getattr(detector, "regimes", 0) > regimes:
-                self._say(
+                self._reporter.say(
                     f"step {stats.step}: {type(detector).__name__} accepts the values of late as "
                     "the new normal and learns anew"
                 )
@@ -200,8 +190,8 @@ class GradientMonitor(Callback):
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         for detector in self._sets[stats.optimizer]:
             detector.update(stats)
-        if self._steps % log_every(trainer) == 0:
-            self._writer.write_stats(stats, self._count, logger_step(trainer))
+        if self._meters[stats.optimizer].count % log_every(trainer) == 0:
+            self._reporter.step(stats, self._count)
         self._healthy += 1
         if self.current is not None and self._healthy >= self.close_after:
             outcome = "recovered" if self.current.responses else "observed"
@@ -220,42 +210,25 @@ class GradientMonitor(Callback):
                 anomaly,
                 epoch=trainer.current_epoch,
                 batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
-                record=None if self._record is None else str(self._record.path),
+                record=self._reporter.record_path,
             )
             self.incidents.append(self.current)
         else:
             self.current.strike(anomaly)
         self.current.stats = stats
         call_hook("on_incident", trainer, pl_module, self.current)
+        scale = learning_rate_scale(trainer.optimizers[stats.optimizer])
+        self._meters[stats.optimizer].expect(scale.effective())
         if opening:
-            self._say(self.current.opening_line())
-            self._write("open", trainer)
+            self._reporter.opened(self.current)
 
     def _close(self, trainer: Trainer, pl_module: LightningModule, outcome: Any) -> None:
         incident, self.current = self.current, None
         if incident is None:
             return
         incident.outcome, incident.closed_step = outcome, trainer.global_step
-        self._say(incident.closing_line())
-        self._write("close", trainer, incident)
+        self._reporter.closed(incident)
         call_hook("on_incident_closed", trainer, pl_module, incident)
-
-    def _write(self, event: Any, trainer: Trainer, incident: Incident | None = None) -> None:
-        incident = incident or self.current
-        if incident is None or not trainer.is_global_zero:
-            return
-        self._writer.write_incident(incident, logger_step(trainer))
-        if self._record is None:
-            return
-        try:
-            self._record.append(event, incident)
-        except OSError as error:
-            log.warning("cannot write %s (%s); training goes on", self._record.path, error)
-
-    def _say(self, line: str) -> None:
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-            return
-        log.info(line)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights were put back: the next update cannot be measured against the last."""
@@ -265,7 +238,7 @@ class GradientMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open and print the summary."""
         self._close(trainer, pl_module, "unresolved")
-        self._summarise()
+        self._reporter.summary(self.incidents)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -275,12 +248,11 @@ class GradientMonitor(Callback):
             return
         outcome = "stopped" if isinstance(exception, TrainingStopped) else "unresolved"
         self._close(trainer, pl_module, outcome)
-        self._summarise()
+        self._reporter.summary(self.incidents)
 
-    def _summarise(self) -> None:
-        if not self.incidents:
-            return
-        self._say("\n".join(["stability summary", *summary_table(self.incidents)]))
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the parameters."""
+        self._meters = {}
 
     def rewindable_state(self) -> dict[str, Any]:
         """The detectors' windows."""
@@ -301,43 +273,10 @@ class GradientMonitor(Callback):
         """Incidents so far and the detectors' windows."""
         return {
             "incidents": self._count,
-            "steps": self._steps,
             "detectors": self.rewindable_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put them back; the windows once the detectors exist."""
         self._count = int(state_dict["incidents"])
-        self._steps = int(state_dict["steps"])
         self._restored = state_dict["detectors"]
-
-
-def summary_table(incidents: Sequence[Incident]) -> list[str]:
-    """Incidents as aligned lines for the console."""
-    head = ("id", "step", "kind", "strikes", "response", "outcome")
-    rows = [
-        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), i.done or "-", i.outcome)
-        for i in incidents
-    ]
-    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
-
-
-def require_monitor(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a callback that has no `GradientMonitor` before it in the trainer.
-
-    Raises:
-        ValueError: naming the line to add.
-    """
-    callbacks = callbacks_of(trainer)
-    names = [type(c).__name__ for c in callbacks]
-    before = callbacks[: callbacks.index(callback)]
-    if not any(isinstance(c, GradientMonitor) for c in before):
-        name = type(callback).__name__
-        raise ValueError(
-            f"{name} needs a GradientMonitor before it in the trainer's callbacks, found "
-            f"{names}; write Trainer(callbacks=[GradientMonitor(), ..., {name}()])"
-        )

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from lit_stability.stats import StepStats
 
 
+_LARGEST_EXPONENT = 700.0
+"""exp of more is beyond a float."""
+
+
 class Spike:
     """Objects to a gradient norm or loss far above the window of accepted ones.
 
@@ -68,7 +72,8 @@ class Spike:
         if not 0 < value < math.inf or len(self.window) < self.min_history:
             return None
         median = math.exp(self.window.median)
-        threshold = median * max(self.ratio, math.exp(self.sigmas * self.window.sigma))
+        spread = math.exp(min(self.sigmas * self.window.sigma, _LARGEST_EXPONENT))
+        threshold = median * max(self.ratio, spread)
         if value <= threshold:
             return None
         self.refusals += 1

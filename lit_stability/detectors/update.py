@@ -139,8 +139,8 @@ class OptimizerState:
     """Objects to an Adam second moment that fell faster than its own decay allows.
 
     ``v_t = b v_(t-1) + (1 - b) g^2`` can never be below ``b v_(t-1)`` (Kingma & Ba 2015,
-    Algorithm 1), so a sampled sum under ``share`` of that was damaged from outside. The bound is
-    exact: on an undamaged optimizer there is no false alarm.
+    Algorithm 1), so a sampled sum under ``share`` of that was damaged from outside; so was one that
+    is not finite. The bound is exact: on an undamaged optimizer there is no false alarm.
 
     Args:
         share: smallest share of the decayed sum that is left alone, for the rounding of bf16.
@@ -163,6 +163,9 @@ class OptimizerState:
         ratio = stats.moment_ratio
         if ratio is None or ratio >= self.share:
             return None
+        seen = f"{ratio:.3g} of what decay alone would leave"
+        if math.isnan(ratio):
+            seen = "non-finite"
         return Anomaly(
             kind="optimizer state",
             step=stats.step,
@@ -173,8 +176,8 @@ class OptimizerState:
             optimizer=stats.optimizer,
             state_is_bad=True,
             layers=((stats.moment_name, ratio),),
-            message=f"Adam's second moment of {stats.moment_name} is {ratio:.3g} of what decay "
-            "alone would leave: it was damaged from outside",
+            message=f"Adam's second moment of {stats.moment_name} is {seen}: it was damaged from "
+            "outside",
         )
 
     def update(self, stats: StepStats) -> None:

@@ -1,0 +1,70 @@
+"""What people see of an incident: console, record, loggers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning.pytorch import Trainer
+
+from lit_stability.incidents import Incident, IncidentRecord, summary_table
+from lit_stability.stats import StepStats
+from lit_stability.tensorboard.writer import StabilityWriter
+from lit_stability.trainer_state import logger_step, run_directory
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+class Reporter:
+    """Tells each thing once, from rank zero.
+
+    Args:
+        trainer: whose loggers and folder to use; a ``fast_dev_run`` leaves no record.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._writer = StabilityWriter(trainer.loggers)
+        directory = run_directory(trainer)
+        self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
+
+    @property
+    def record_path(self) -> str | None:
+        """Where incidents are recorded."""
+        return None if self._record is None else str(self._record.path)
+
+    def step(self, stats: StepStats, incidents: int) -> None:
+        """Write an accepted step's scalars to the loggers."""
+        self._writer.write_stats(stats, incidents, logger_step(self._trainer))
+
+    def opened(self, incident: Incident) -> None:
+        """Tell that an incident has opened, and what is done about it."""
+        self.say(incident.opening_line())
+        self._write("open", incident)
+
+    def closed(self, incident: Incident) -> None:
+        """Tell how it ended."""
+        self.say(incident.closing_line())
+        self._write("close", incident)
+
+    def summary(self, incidents: Sequence[Incident]) -> None:
+        """Tell of all incidents of a fit, if there were any."""
+        if incidents:
+            self.say("\n".join(["stability summary", *summary_table(incidents)]))
+
+    def say(self, line: str) -> None:
+        """A line on the console."""
+        if self._trainer.is_global_zero:
+            log.info(line)
+
+    def _write(self, event: Literal["open", "close"], incident: Incident) -> None:
+        if not self._trainer.is_global_zero:
+            return
+        self._writer.write_incident(incident, logger_step(self._trainer))
+        if self._record is None:
+            return
+        try:
+            self._record.append(event, incident)
+        except OSError as error:
+            log.warning("cannot write %s (%s); training goes on", self._record.path, error)

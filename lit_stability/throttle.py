@@ -1,0 +1,136 @@
+"""How far the learning rate and the clipping threshold are lowered, and how they come back.
+
+A state machine over floats: data in, data out, neither torch nor Lightning. It is monotone state:
+a rollback never rewinds it, and a checkpoint carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_stability.detectors import Window
+
+
+class Throttle:
+    """A factor on the learning rate, one on the clipping threshold, and ceilings.
+
+    Cuts multiply; after every ``relax_after`` calm steps both factors are doubled until they are
+    1. A ceiling is let go after ``relax_after`` calm steps in a row that would not have met it.
+
+    Args:
+        relax_after: calm steps between relaxations.
+
+    >>> t = Throttle(relax_after=2)
+    >>> t.cut(0.25, 0.5)
+    >>> [t.calm(0, [1.0]) and t.lr_factor for _ in range(4)]
+    [None, 0.5, None, 1.0]
+    """
+
+    def __init__(self, relax_after: int) -> None:
+        if relax_after < 1:
+            raise ValueError(f"relax_after must be at least 1, got {relax_after!r}")
+        self.relax_after = relax_after
+        self.lr_factor = 1.0
+        """What the nominal learning rate is multiplied by, in (0, 1]."""
+        self.clip_factor = 1.0
+        """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
+        self.ceilings: dict[int, tuple[float, ...]] = {}
+        """Largest learning rate of each group, by optimizer."""
+        self._calm = 0
+        self._below: dict[int, int] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether a factor is below 1."""
+        return self.lr_factor < 1 or self.clip_factor < 1
+
+    def cut(self, lr_factor: float, clip_factor: float) -> None:
+        """Lower both by these factors, on top of what is in force."""
+        self.lr_factor *= lr_factor
+        self.clip_factor *= clip_factor
+        self._calm = 0
+
+    def hold(self, optimizer: int, ceilings: Sequence[float]) -> None:
+        """Cap the learning rates of an optimizer's groups."""
+        self.ceilings[optimizer] = tuple(ceilings)
+        self._below[optimizer] = 0
+
+    def disturbed(self) -> None:
+        """Count calm steps anew."""
+        self._calm = 0
+
+    def calm(self, optimizer: int, nominal: Sequence[float]) -> str | None:
+        """Count a calm step; returns what was relaxed, in words, or None.
+
+        Args:
+            optimizer: whose step it was.
+            nominal: learning rates of its groups as the scheduler wrote them.
+        """
+        self._calm += 1
+        if self._release(optimizer, nominal):
+            return "the learning rate is no longer held"
+        if not self.active or self._calm % self.relax_after:
+            return None
+        self.lr_factor = min(1.0, 2 * self.lr_factor)
+        self.clip_factor = min(1.0, 2 * self.clip_factor)
+        if self.active:
+            return f"learning rate x{self.lr_factor:.3g}, clip x{self.clip_factor:.3g}"
+        return "learning rate and clip are back to normal"
+
+    def _release(self, optimizer: int, nominal: Sequence[float]) -> bool:
+        ceilings = self.ceilings.get(optimizer)
+        if ceilings is None:
+            return False
+        met = any(n * self.lr_factor > c for n, c in zip(nominal, ceilings, strict=True))
+        self._below[optimizer] = 0 if met else self._below.get(optimizer, 0) + 1
+        if self._below[optimizer] < self.relax_after:
+            return False
+        del self.ceilings[optimizer]
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is in force, as plain floats."""
+        return {
+            "lr_factor": self.lr_factor,
+            "clip_factor": self.clip_factor,
+            "ceilings": {str(i): list(c) for i, c in self.ceilings.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put such a state back."""
+        self.lr_factor = float(state["lr_factor"])
+        self.clip_factor = float(state["clip_factor"])
+        self.ceilings = {int(i): tuple(c) for i, c in state["ceilings"].items()}
+
+
+class Baseline:
+    """What gradient norms and update-to-weight ratios are on healthy steps.
+
+    Args:
+        window: healthy steps remembered.
+        min_history: healthy steps before `excess` says anything.
+    """
+
+    def __init__(self, window: int = 100, min_history: int = 10) -> None:
+        self._norms = Window(window)
+        self._ratios = Window(window)
+        self._min_history = min_history
+
+    def add(self, grad_norm: float, update_ratio: float | None) -> None:
+        """Learn a healthy step."""
+        self._norms.add(grad_norm)
+        if update_ratio:
+            self._ratios.add(update_ratio)
+
+    def clip_threshold(self, factor: float) -> float | None:
+        """Twice the median gradient norm times the factor; None at factor 1 or before any step."""
+        if factor >= 1 or not len(self._norms) or self._norms.median <= 0:
+            return None
+        return 2 * self._norms.median * factor
+
+    def excess(self, update_ratio: float | None) -> float:
+        """How many times its median an update-to-weight ratio is, at least 1."""
+        if not update_ratio or len(self._ratios) < self._min_history:
+            return 1.0
+        return max(1.0, update_ratio / self._ratios.median)

@@ -1,0 +1,90 @@
+"""What every test shares: one torch thread, a quiet Lightning, small modules to train."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+class Regression(LightningModule):
+    """A small net with dropout and BatchNorm on a fixed regression task."""
+
+    def __init__(self, optimizer="adamw", scheduler=None, dropout=0.1):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 1)
+        )
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.losses, self.rates = [], []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x).squeeze(-1), y)
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        self.losses.append(float(loss.detach()))
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val/loss", nn.functional.mse_loss(self.net(x).squeeze(-1), y))
+
+    def configure_optimizers(self):
+        kinds = {
+            "adamw": lambda p: torch.optim.AdamW(p, 1e-2),
+            "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+            "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+        }
+        optimizer = kinds[self.optimizer](self.parameters())
+        if self.scheduler == "onecycle":
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=200)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return optimizer
+
+
+def regression_data(batches=60, batch=16, seed=0):
+    """Batches of a noisy linear task; no shuffling, so that an index means the same batch."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batches * batch, 8, generator=g)
+    y = x @ torch.arange(8.0) / 8 + 0.1 * torch.randn(batches * batch, generator=g)
+    return DataLoader(TensorDataset(x, y), batch)
+
+
+def make_trainer(root, callbacks=(), **options):
+    """A Trainer that writes below `root` and prints nothing."""
+    defaults = {
+        "max_steps": 60,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": root,
+    }
+    return Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+def fit(root, callbacks=(), module=None, data=None, val=None, seed=0, **options):
+    """Train from a seed and return the module and its trainer."""
+    seed_everything(seed, verbose=False)
+    module = Regression() if module is None else module()
+    trainer = make_trainer(root, callbacks, **options)
+    trainer.fit(module, regression_data() if data is None else data, val)
+    return module, trainer
+
+
+def flat(module):
+    """All weights and buffers in one tensor."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return torch.cat([t.detach().double().flatten() for t in tensors])
