@@ -215,7 +215,7 @@ def test_rejected_steps_teach_the_detectors_nothing(tmp_path):
     for faulty in (spiked, nan):
         # The record of the first bad step carried the measurement of the good update before it.
         assert [x for x in clean[2]["window"] if x not in faulty[2]["window"]] == [
-            clean[2]["window"][29 - 1]
+            clean[2]["window"][29]
         ]
 
 
