@@ -32,7 +32,9 @@ class AnomalyCheckpoint(Callback):
     * ``checkpoint.ckpt``: the complete state as Lightning saves it (model, optimizers, schedulers,
       scaler, loops, callbacks), with the damaged values in it: for study, not to go on from.
     * ``scene.pt``: the offending batch, the gradients' statistics by parameter, generators' states.
-    * ``history.json``: the last losses and gradient norms, the offending ones last; versions.
+    * ``history.json``: the last losses and gradient norms, the offending ones last; versions,
+      precision, accumulation and the optimizers' options.
+    * ``config.yaml``: the run's config, where it has one.
     * ``report.md``: for people; written again when the outcome is known.
 
     A full disk or an unwritable folder is logged, and training goes on.
@@ -76,6 +78,9 @@ class AnomalyCheckpoint(Callback):
         """Find the folder."""
         directory = run_directory(trainer)
         self._root = None if directory is None else directory / "incidents"
+        if self._root is not None and self._root.is_dir():
+            for left_by_a_kill in self._root.glob(".part-*"):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -138,7 +143,11 @@ class AnomalyCheckpoint(Callback):
                 "epoch": incident.epoch,
             }
             torch.save(scene, part / "scene.pt")
-            (part / "history.json").write_text(to_json(self._facts()), encoding="utf8")
+            facts = self._facts(trainer)
+            (part / "history.json").write_text(to_json(facts), encoding="utf8")
+            config = folder.parent.parent / "config.yaml"
+            if config.is_file():
+                shutil.copy(config, part)
             (part / "report.md").write_text(incident.as_markdown(), encoding="utf8")
             if folder.exists():
                 folder = folder.with_name(f"{folder.name}-{part.name.removeprefix('.part-')}")
@@ -149,12 +158,18 @@ class AnomalyCheckpoint(Callback):
         incident.path = str(folder)
         self._prune(folder)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, trainer: Trainer) -> dict[str, Any]:
         steps, losses, norms = zip(*self._history, strict=True) if self._history else ((), (), ())
         return {
             "steps": steps,
             "losses": losses,
             "grad_norms": norms,
+            "precision": str(trainer.precision),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "optimizers": [
+                {"class": type(o).__name__, "groups": [_options(g) for g in o.param_groups]}
+                for o in trainer.optimizers
+            ],
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -182,3 +197,9 @@ class AnomalyCheckpoint(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put the history back."""
         self._history.extend((int(s), float(a), float(b)) for s, a, b in state_dict["history"])
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's options as JSON types."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {k: v if isinstance(v, plain) else str(v) for k, v in group.items() if k != "params"}

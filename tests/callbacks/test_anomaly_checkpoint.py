@@ -1,0 +1,141 @@
+import json
+import resource
+
+import pytest
+import torch
+
+from lit_stability import AnomalyCheckpoint, GradientMonitor, read_incidents, stability_callbacks
+from lit_stability.faults import BadBatch, FaultInjector, NanLoss, ScaleGradients
+from tests.conftest import Regression, fit, flat, make_trainer, regression_data
+
+
+def scenes(root):
+    return sorted((root / "incidents").iterdir())
+
+
+def test_scene_holds_state_batch_history_statistics_and_versions(tmp_path):
+    """S1, S11: what a person needs in the morning, saved before anything was done about it."""
+    callbacks = [FaultInjector([BadBatch(step=30)]), *stability_callbacks()]
+    fit(tmp_path, callbacks, max_steps=60)
+    (folder,) = scenes(tmp_path)
+    assert folder.name == "00000030-1"
+    (incident,) = read_incidents(tmp_path)
+    assert incident["path"] == str(folder)
+
+    scene = torch.load(folder / "scene.pt", weights_only=False)
+    x, y = scene["batch"]
+    assert torch.isnan(x).all()
+    assert torch.isnan(y).all()
+    assert (scene["step"], scene["batch_idx"], scene["epoch"]) == (30, 30, 0)
+    assert {g["name"] for g in scene["gradients"]} >= {"net.0.weight", "net.4.bias"}
+    assert set(scene["rng"]) == {"python", "numpy", "torch", "cuda"}
+
+    history = json.loads((folder / "history.json").read_text())
+    assert history["steps"] == list(range(31))
+    assert history["losses"][-1] == "nan"
+    assert all(isinstance(v, float) for v in history["losses"][:-1])
+    assert history["versions"]["torch"] == torch.__version__
+    assert history["optimizers"][0]["groups"][0]["lr"] == 1e-2
+
+    report = (folder / "report.md").read_text()
+    assert "non-finite loss" in report
+    assert "step skipped" in report
+    assert "recovered" in report, "the report is written again when the outcome is known"
+
+
+def test_scene_checkpoint_loads_as_a_lightning_checkpoint(tmp_path):
+    """S11: model, optimizer, scheduler, loops and callbacks are in it."""
+    callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks()]
+    fit(tmp_path, callbacks, lambda: Regression(scheduler="onecycle"))
+    path = scenes(tmp_path)[0] / "checkpoint.ckpt"
+    saved = torch.load(path, weights_only=True)
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(saved)
+    module = Regression(scheduler="onecycle")
+    trainer = make_trainer(tmp_path, stability_callbacks(), max_steps=50)
+    trainer.fit(module, regression_data(), ckpt_path=path)
+    assert trainer.global_step == 50
+    assert torch.isfinite(flat(module)).all()
+
+
+def test_history_keeps_the_last_hundred(tmp_path):
+    """S1: the last 100 losses and gradient norms, the offending one last."""
+    callbacks = [FaultInjector([ScaleGradients(step=150)]), *stability_callbacks()]
+    fit(tmp_path, callbacks, max_steps=160)
+    history = json.loads((scenes(tmp_path)[0] / "history.json").read_text())
+    assert history["steps"] == list(range(51, 151))
+    assert history["grad_norms"][-1] > 100 * max(history["grad_norms"][:-1])
+
+
+def test_folders_are_bounded_and_first_and_newest_stay(tmp_path):
+    faults = [NanLoss(step=s) for s in (20, 40, 60, 80, 100)]
+    callbacks = [
+        FaultInjector(faults),
+        GradientMonitor(),
+        AnomalyCheckpoint(max_incidents=3),
+        stability_callbacks()[2],
+    ]
+    fit(tmp_path, callbacks, max_steps=120)
+    assert len(read_incidents(tmp_path)) == 5
+    assert [f.name for f in scenes(tmp_path)] == ["00000020-1", "00000080-4", "00000100-5"]
+
+
+def test_folders_are_bounded_in_bytes(tmp_path):
+    faults = [NanLoss(step=s) for s in (20, 40, 60)]
+    suite = [GradientMonitor(), AnomalyCheckpoint(max_bytes=1), stability_callbacks()[2]]
+    fit(tmp_path, [FaultInjector(faults), *suite], max_steps=80)
+    assert [f.name for f in scenes(tmp_path)] == ["00000020-1", "00000060-3"]
+
+
+def test_unwritable_folder_is_logged_and_training_goes_on(tmp_path, caplog):
+    (tmp_path / "incidents").write_text("in the way")
+    callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks()]
+    _, trainer = fit(tmp_path, callbacks)
+    assert trainer.global_step == 60
+    assert "was not saved" in caplog.text
+    assert (tmp_path / "incidents").read_text() == "in the way"
+    assert read_incidents(tmp_path)[0]["outcome"] == "recovered"
+
+
+def test_full_disk_is_logged_and_leaves_no_half_folder(tmp_path, caplog):
+    callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks()]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        _, trainer = fit(tmp_path, callbacks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert trainer.global_step == 60
+    assert "was not saved" in caplog.text
+    assert scenes(tmp_path) == []
+
+
+class Killed(BaseException):
+    """As sudden as a kill, but for the test process."""
+
+
+class Unsaveable(Regression):
+    """Dies in the middle of writing its checkpoint."""
+
+    def on_save_checkpoint(self, checkpoint):
+        raise Killed
+
+
+def test_kill_while_saving_leaves_no_folder_that_looks_whole(tmp_path):
+    callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks()]
+    with pytest.raises(Killed):
+        fit(tmp_path, callbacks, Unsaveable)
+    assert scenes(tmp_path) == []
+
+
+def test_part_left_by_a_kill_is_removed_at_the_next_start(tmp_path):
+    (tmp_path / "incidents" / ".part-abc").mkdir(parents=True)
+    fit(tmp_path, stability_callbacks(), max_steps=2)
+    assert scenes(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("history", 0), ("max_incidents", 1), ("max_bytes", 0)]
+)
+def test_option_out_of_range_is_refused_with_its_value(option, value):
+    with pytest.raises(ValueError, match=rf"{option} must be at least \d+, got {value}"):
+        AnomalyCheckpoint(**{option: value})

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lit_stability import AutoRollback, GradientMonitor, read_incidents, stability_callbacks
+from lit_stability.faults import (
+    CorruptMoment,
+    CorruptWeight,
+    FaultInjector,
+    JumpLearningRate,
+    NanLoss,
+)
+from lit_stability.ladder import Budget, SkipStep
+from tests.conftest import Regression, fit, flat, make_trainer, regression_data
+from tests.test_invariants import fp16_on_cpu, optimizer_state
+
+
+class Tape(Callback):
+    """Weights, moments and step after every batch."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.states.append((trainer.global_step, flat(pl_module), optimizer_state(trainer)))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        CorruptWeight(step=40, parameter="net.0.weight"),
+        CorruptWeight(step=40, parameter="net.4.weight", bit=30),
+        CorruptMoment(step=40),
+        CorruptMoment(step=40, value=float("nan")),
+    ],
+    ids=["nan weight", "flipped bit", "zeroed moment", "nan moment"],
+)
+def test_damaged_state_goes_back_to_a_confirmed_snapshot_bit_for_bit(fault, tmp_path):
+    """K3, N3: no learning rate is cut for damage that came from outside."""
+    fault.struck = 0
+    tape = Tape()
+    callbacks = [FaultInjector([fault]), *stability_callbacks(), tape]
+    _, trainer = fit(tmp_path, callbacks, max_steps=60)
+    (incident,) = read_incidents(tmp_path)
+    assert incident["responses"] == ["rolled back"]
+    assert trainer.global_step == 60, "max_steps good steps are taken"
+
+    index = next(i for i in range(1, 60) if tape.states[i][0] <= tape.states[i - 1][0])
+    back_at = tape.states[index][0]
+    assert 40 - 25 <= back_at <= 40 - 10, "newest snapshot with ten healthy steps after it"
+    then = next(s for s in tape.states[:index] if s[0] == back_at)
+    assert torch.equal(then[1], tape.states[index][1])
+    assert all(map(torch.equal, then[2], tape.states[index][2]))
+
+
+def test_learning_rate_jump_is_held_at_what_the_run_has_borne(tmp_path):
+    """K3: no step is lost, no rollback, and the clean run's weights come out bit for bit."""
+    callbacks = [FaultInjector([JumpLearningRate(step=40)]), *stability_callbacks()]
+    held, trainer = fit(tmp_path, callbacks, max_steps=100)
+    (incident,) = read_incidents(tmp_path)
+    assert (incident["kind"], incident["strikes"]) == ("learning-rate jump", 1)
+    assert held.rates[-1] == 0.01
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 3.0, "the schedule is left alone"
+    clean, _ = fit(tmp_path, [], max_steps=100)
+    assert torch.equal(flat(held), flat(clean))
+
+
+def test_held_learning_rate_is_let_go_when_the_schedule_comes_back(tmp_path, caplog):
+    class Back(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx in (30, 50):
+                trainer.optimizers[0].param_groups[0]["lr"] = 3.0 if batch_idx == 30 else 1e-2
+
+    held, _ = fit(tmp_path, [Back(), *stability_callbacks()], max_steps=100)
+    assert "the learning rate is no longer held" in caplog.text
+    assert torch.isfinite(flat(held)).all()
+
+
+def test_settled_incident_is_left_to_whoever_settled_it(tmp_path):
+    """The order of the callbacks is the order of the treatments."""
+
+    class Pager(Callback):
+        pages = 0
+
+        def on_incident(self, trainer, pl_module, incident):
+            self.pages += 1
+            for p in pl_module.parameters():
+                p.grad = None
+            incident.settle(SkipStep())
+
+    pager, rollback = Pager(), AutoRollback()
+    faults = FaultInjector([NanLoss(step=30, steps=2)])
+    fit(tmp_path, [faults, GradientMonitor(), pager, rollback])
+    assert pager.pages == 2
+    assert rollback.ladder.left["skips"] == Budget().skips
+
+
+def test_state_and_factors_survive_a_restart(tmp_path):
+    """Monotone state: what was spent and what is in force comes back with the checkpoint."""
+    first = stability_callbacks()
+    _, trainer = fit(tmp_path, [FaultInjector([NanLoss(step=30, steps=11)]), *first], max_steps=32)
+    assert first[2].throttle.lr_factor == 0.5
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    class Factor(Callback):
+        seen = None
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen = self.seen or rollback.throttle.lr_factor
+
+    second, factor = stability_callbacks(), Factor()
+    rollback = second[2]
+    resumed = make_trainer(tmp_path, [*second, factor], max_steps=34)
+    resumed.fit(Regression(), regression_data(), ckpt_path=tmp_path / "saved.ckpt")
+    assert factor.seen == 0.5
+    assert rollback.ladder.left == first[2].ladder.left
+
+
+def test_bad_batch_does_not_make_the_loss_scaler_back_off(tmp_path):
+    """S9: a NaN loss is none of the scaler's business."""
+    scales = []
+    for faults in ([], [FaultInjector([NanLoss(step=45)])]):
+        _, trainer = fit(
+            tmp_path, [*faults, *stability_callbacks()], plugins=fp16_on_cpu(), max_steps=55
+        )
+        scales.append(trainer.precision_plugin.scaler.get_scale())
+    assert scales[0] == scales[1]
+
+
+def test_several_devices_are_refused_with_the_reason(tmp_path):
+    trainer = make_trainer(tmp_path, stability_callbacks(), devices=2, strategy="ddp_spawn")
+    callback = trainer.callbacks[2]
+    with pytest.raises(RuntimeError, match="acts on one device, this trainer has 2"):
+        callback.setup(trainer, Regression(), "fit")
+
+
+@pytest.mark.parametrize("option", ["snapshot_every", "confirm_after", "relax_after"])
+def test_option_out_of_range_is_refused_with_its_value(option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        AutoRollback(**{option: 0})
