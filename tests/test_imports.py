@@ -1,0 +1,131 @@
+"""The public names, and who may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lit_stability
+from lit_stability import detectors
+
+ROOT = Path(lit_stability.__file__).parent
+FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
+MAY_IMPORT_LIGHTNING = ("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py")
+MAY_IMPORT_TORCH = (
+    *MAY_IMPORT_LIGHTNING,
+    *("stats.py", "snapshots.py", "lr_scale.py", "clipping.py", "tensorboard/"),
+    *("locate.py", "preflight.py", "targets.py", "config.py", "cli.py"),
+)
+
+
+def modules(tree, everywhere):
+    """Top-level packages that a file imports: all, or only when it is itself imported."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif everywhere or not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            found |= modules(node, everywhere)
+    return found
+
+
+def imported(path, everywhere=True):
+    return modules(ast.parse((ROOT / path).read_text(encoding="utf8")), everywhere)
+
+
+def loaded_by(statement):
+    """Which of the heavy packages a fresh interpreter has loaded after a statement."""
+    heavy = ("torch", "lightning", "pytorch_lightning", "tensorboard", "numpy", "omegaconf")
+    code = f"{statement}\nimport sys\nprint(*sorted(set({heavy}) & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lit_stability",
+        "import lit_stability; dir(lit_stability); lit_stability.__version__",
+        "from lit_stability.detectors import default_detectors; default_detectors()",
+        "import lit_stability.ladder, lit_stability.incidents",
+        "from lit_stability import read_incidents, Anomaly, Incident, TrainingStopped",
+    ],
+)
+def test_import_of_the_light_part_loads_nothing_heavy(statement):
+    """K5: TensorBoard imports the package at its own start."""
+    assert loaded_by(statement) == []
+
+
+def test_import_of_the_arithmetic_loads_torch_without_lightning():
+    statement = "import " + ", ".join(
+        f"lit_stability.{m}" for m in ("stats", "snapshots", "lr_scale", "clipping")
+    )
+    assert "lightning" not in loaded_by(statement)
+    assert "torch" in loaded_by(statement)
+
+
+def test_public_names_are_frozen():
+    """K3."""
+    assert lit_stability.__all__ == [
+        "Anomaly",
+        "AnomalyCheckpoint",
+        "AutoRollback",
+        "GradientMonitor",
+        "Incident",
+        "StepStats",
+        "TrainingStopped",
+        "read_incidents",
+        "stability_callbacks",
+    ]
+
+
+@pytest.mark.parametrize("name", lit_stability.__all__)
+def test_public_name_resolves_to_the_object_of_that_name(name):
+    found = getattr(lit_stability, name)
+    assert found.__name__ == name
+    assert found.__module__.startswith("lit_stability.")
+    assert found.__doc__
+
+
+def test_public_names_are_what_dir_and_star_give():
+    namespace = {}
+    exec("from lit_stability import *", namespace)
+    assert sorted(set(namespace) - {"__builtins__"}) == lit_stability.__all__
+    assert set(lit_stability.__all__) | {"__version__"} == set(dir(lit_stability))
+
+
+def test_unknown_name_is_an_attribute_error_that_repeats_it():
+    with pytest.raises(AttributeError, match="no attribute 'GradientMonitr'"):
+        lit_stability.GradientMonitr  # noqa: B018
+
+
+def test_detectors_export_what_they_define():
+    public = {n for n in vars(detectors) if not n.startswith("_") and n[0].isupper()}
+    assert public | {"default_detectors", "flagged"} == set(detectors.__all__)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if not f.startswith(MAY_IMPORT_LIGHTNING)])
+def test_file_outside_the_shell_imports_no_lightning(path):
+    assert not imported(path) & {"lightning", "pytorch_lightning", "torchmetrics"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)])
+def test_file_of_decisions_imports_no_torch(path):
+    assert not imported(path) & {"torch", "numpy"}
+
+
+def test_files_of_decisions_are_the_ones_meant():
+    """The lists above must not let a file of decisions slip out."""
+    without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
+    assert {"__init__.py", "ladder.py", "incidents.py", "detectors/spike.py"} <= without_torch
+
+
+@pytest.mark.parametrize("path", ["cli.py", "targets.py", "config.py", "tensorboard/__init__.py"])
+def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):
+    assert not imported(path, everywhere=False) & {"torch", "lightning", "numpy"}

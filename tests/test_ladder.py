@@ -1,0 +1,265 @@
+"""Streams of anomalies in, responses out."""
+
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_stability.detectors import Anomaly
+from lit_stability.ladder import (
+    Budget,
+    HoldLearningRate,
+    Ladder,
+    RollBack,
+    SkipStep,
+    Stop,
+    describe,
+)
+
+
+def anomaly(kind="gradient spike", state_is_bad=False):
+    bearable = (0.1, 0.2) if kind == "learning-rate jump" else ()
+    return Anomaly(
+        kind=kind,
+        step=0,
+        value=9.0,
+        message="9 against 1",
+        signal="x",
+        state_is_bad=state_is_bad,
+        bearable=bearable,
+    )
+
+
+BAD_BATCH, JUMP = anomaly(), anomaly("learning-rate jump")
+DAMAGE = anomaly("non-finite weight", state_is_bad=True)
+DIVERGENCE = anomaly("divergence", state_is_bad=True)
+SKIP, HOLD = SkipStep(), HoldLearningRate((0.1, 0.2))
+PLAIN, CUT = RollBack(), RollBack(0.5, 0.5)
+STOP = "stop"
+
+
+def drive(ladder, events):
+    """Respond to each anomaly; an int is so many healthy steps, a stop is given as STOP."""
+    given = []
+    for event in events:
+        if isinstance(event, int):
+            for _ in range(event):
+                ladder.healthy()
+        else:
+            response = ladder.respond(event)
+            given.append(STOP if isinstance(response, Stop) else response)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("budget", "events", "responses"),
+    [
+        ({}, [BAD_BATCH], [SKIP]),
+        ({}, [JUMP], [HOLD]),
+        ({}, [DAMAGE], [PLAIN]),
+        ({}, [DIVERGENCE], [CUT]),
+        # The second strike within probation blames learning rate and clip, a later one does not.
+        ({"probation": 50}, [DAMAGE, DAMAGE], [PLAIN, CUT]),
+        ({"probation": 50}, [DAMAGE, 49, DAMAGE], [PLAIN, CUT]),
+        ({"probation": 50}, [DAMAGE, 50, DAMAGE], [PLAIN, PLAIN]),
+        # A burst of bad batches is skipped, then the state is suspected.
+        ({"skips_in_a_row": 2}, [BAD_BATCH] * 4, [SKIP, SKIP, CUT, SKIP]),
+        ({"skips_in_a_row": 2}, [BAD_BATCH, 1, BAD_BATCH, 1, BAD_BATCH], [SKIP, SKIP, SKIP]),
+        # What has run out is replaced by the next heavier.
+        ({"skips": 1}, [BAD_BATCH, 1, BAD_BATCH], [SKIP, CUT]),
+        ({"holds": 1}, [JUMP, JUMP, JUMP], [HOLD, SKIP, SKIP]),
+        ({"holds": 1, "skips": 1, "rollbacks": 1}, [JUMP] * 5, [HOLD, SKIP, CUT, STOP, STOP]),
+        ({"rollbacks": 2}, [DAMAGE] * 4, [PLAIN, CUT, STOP, STOP]),
+        ({"rollbacks": 1}, [DAMAGE, BAD_BATCH, DAMAGE], [PLAIN, SKIP, STOP]),
+        # Healthy steps give back one of each sort, no more than there were.
+        ({"rollbacks": 1, "refill_every": 10}, [DAMAGE, 9, DAMAGE], [PLAIN, STOP]),
+        ({"rollbacks": 1, "refill_every": 10}, [DAMAGE, 10, DAMAGE, DAMAGE], [PLAIN, CUT, STOP]),
+        ({"rollbacks": 1, "refill_every": 10}, [500, DAMAGE, DAMAGE], [PLAIN, STOP]),
+    ],
+)
+def test_ladder_of_a_stream_gives_the_smallest_response_in_budget(budget, events, responses):
+    """K3."""
+    assert drive(Ladder(Budget(**budget)), events) == responses
+
+
+def test_ladder_of_a_jump_on_damaged_weights_rolls_back():
+    ladder = Ladder()
+    assert ladder.respond(JUMP, state_is_bad=True) == PLAIN
+    assert ladder.respond(JUMP) == HOLD
+
+
+def test_ladder_of_a_bad_batch_on_damaged_weights_rolls_back():
+    assert Ladder().respond(BAD_BATCH, state_is_bad=True) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("excess", "factor"),
+    [
+        (1.0, 0.5),
+        (2.0, 0.5),
+        (8.0, 0.125),
+        (300.0, 1 / 300),
+        (1e9, 1e-3),
+        (math.inf, 1e-3),
+        (math.nan, 0.5),
+        (0.0, 0.5),
+    ],
+)
+def test_cut_is_sized_by_the_excess_and_never_to_nothing(excess, factor):
+    """S12, S13."""
+    assert Ladder().respond(DIVERGENCE, excess=excess) == RollBack(pytest.approx(factor), 0.5)
+
+
+def test_stop_repeats_the_anomaly_and_the_number_of_rollbacks():
+    """S13: no endless recovery."""
+    ladder = Ladder(Budget(rollbacks=2))
+    drive(ladder, [DAMAGE, DAMAGE])
+    stop = ladder.respond(DAMAGE)
+    assert describe(stop) == (
+        "stopped: non-finite weight came back after 2 rollbacks (9 against 1)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (SKIP, "step skipped"),
+        (HOLD, "learning rate held at 0.2"),
+        (PLAIN, "rolled back"),
+        (CUT, "rolled back, learning rate x0.5, clip x0.5"),
+        (RollBack(1 / 300, 1.0), "rolled back, learning rate x0.00333"),
+    ],
+)
+def test_describe_says_what_is_done(response, words):
+    assert describe(response) == words
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("skips", 0),
+        ("skips_in_a_row", 0),
+        ("rollbacks", -1),
+        ("holds", 0),
+        ("refill_every", 0),
+        ("probation", 0),
+        ("lr_factor", 0.0),
+        ("lr_factor", 1.0),
+        ("clip_factor", 1.5),
+        ("clip_factor", math.nan),
+    ],
+)
+def test_budget_refuses_a_value_out_of_range_and_repeats_it(option, value):
+    with pytest.raises(ValueError, match=rf"{option} must be .*, got {value!r}"):
+        Budget(**{option: value})
+
+
+SMALL = st.integers(1, 5)
+BUDGETS = st.builds(
+    Budget,
+    skips_in_a_row=SMALL,
+    skips=SMALL,
+    rollbacks=SMALL,
+    holds=SMALL,
+    refill_every=SMALL,
+    probation=SMALL,
+    lr_factor=st.floats(0.01, 0.99),
+    clip_factor=st.floats(0.01, 0.99),
+)
+ANOMALIES = st.sampled_from([BAD_BATCH, JUMP, DAMAGE, DIVERGENCE])
+STREAMS = st.lists(st.one_of(ANOMALIES, st.integers(1, 4)), max_size=80)
+
+
+def full(budget):
+    return budget.skips + budget.rollbacks + budget.holds
+
+
+@given(BUDGETS, STREAMS)
+def test_responses_to_any_stream_are_bounded(budget, events):
+    """Between two stops: the budget, and three per `refill_every` healthy steps."""
+    ladder = Ladder(budget)
+    healthy = spent = 0
+    for event in events:
+        if isinstance(event, int):
+            drive(ladder, [event])
+            healthy += event
+        elif drive(ladder, [event]) == [STOP]:
+            healthy = spent = 0
+            # A stop with something left of another sort is a stop all the same.
+        else:
+            spent += 1
+        assert spent <= full(budget) + 3 * (healthy // budget.refill_every + 1)
+
+
+@given(BUDGETS, st.lists(ANOMALIES, min_size=16, max_size=40))
+def test_anomalies_without_a_healthy_step_end_in_a_stop(budget, events):
+    """Fifteen is the largest budget drawn; what follows the last response is a stop for ever."""
+    responses = drive(Ladder(budget), events)
+    damage = [r for r, e in zip(responses, events, strict=True) if e.state_is_bad]
+    assert sum(r != STOP for r in responses) <= full(budget)
+    assert STOP in responses
+    assert damage.count(STOP) == max(0, len(damage) - sum(isinstance(r, RollBack) for r in damage))
+
+
+@given(BUDGETS, STREAMS, st.floats(allow_nan=True, allow_infinity=True))
+def test_rollback_within_probation_strictly_lowers_lr_and_clip(budget, events, excess):
+    ladder = Ladder(budget)
+    since = None
+    for event in events:
+        if isinstance(event, int):
+            drive(ladder, [event])
+            since = None if since is None else since + event
+            continue
+        response = ladder.respond(event, excess=excess)
+        if isinstance(response, RollBack):
+            assert 0 < response.lr_factor <= 1
+            assert 0 < response.clip_factor <= 1
+            if since is not None and since < budget.probation:
+                assert response.lr_factor <= budget.lr_factor < 1
+                assert response.clip_factor <= budget.clip_factor < 1
+            since = 0
+
+
+@given(BUDGETS, STREAMS, STREAMS)
+def test_state_saved_in_the_middle_of_a_stream_goes_on_the_same(budget, before, after):
+    ladder = Ladder(budget)
+    drive(ladder, before)
+    twin = Ladder(budget)
+    twin.load_state_dict(ladder.state_dict())
+    assert twin.left == ladder.left
+    assert drive(twin, after) == drive(ladder, after)
+    assert twin.state_dict() == ladder.state_dict()
+
+
+@settings(max_examples=20)
+@given(BUDGETS, STREAMS)
+def test_state_goes_through_a_checkpoint(budget, events):
+    ladder = Ladder(budget)
+    drive(ladder, events)
+    file = io.BytesIO()
+    torch.save(ladder.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == ladder.state_dict()
+
+
+def test_state_of_a_larger_budget_is_cut_to_todays():
+    twin = Ladder(Budget(rollbacks=2, skips=3, holds=1))
+    twin.load_state_dict(Ladder().state_dict())
+    assert twin.left == {"skips": 3, "rollbacks": 2, "holds": 1}
+
+
+def test_state_of_a_spent_ladder_stays_spent_under_a_larger_budget():
+    ladder = Ladder(Budget(rollbacks=1))
+    drive(ladder, [DAMAGE])
+    twin = Ladder(Budget(rollbacks=5))
+    twin.load_state_dict(ladder.state_dict())
+    assert drive(twin, [DAMAGE]) == [STOP]
+
+
+def test_left_is_a_copy():
+    ladder = Ladder()
+    ladder.left["skips"] = 0
+    assert drive(ladder, [BAD_BATCH]) == [SKIP]
