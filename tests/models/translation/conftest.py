@@ -1,12 +1,15 @@
 """Small networks and batches for the tests of the translation model."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from models.translation.batches import Batch
 from models.translation.config import TransformerConfig
+from models.translation.corpus import FOLDER
 from models.translation.transformer import Transformer
 
 V = 40
@@ -43,6 +46,16 @@ def model_of() -> Callable[..., Transformer]:
 def batch() -> Batch:
     """Five padded rows."""
     return make_batch()
+
+
+@pytest.fixture
+def corpus_on_disk() -> str:
+    """Root of the real corpus; the test is skipped where there is none."""
+    beside_project = Path(__file__).parents[4] / "shared/data/Classical-Modern"
+    root = Path(os.environ.get("CLASSICAL_MODERN_ROOT", beside_project))
+    if not (root / FOLDER).is_dir():
+        pytest.skip("set CLASSICAL_MODERN_ROOT to the folder that contains 双语数据")
+    return str(root)
 
 
 @pytest.fixture(autouse=True)

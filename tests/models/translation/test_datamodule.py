@@ -1,8 +1,5 @@
 """The data for a Trainer, T5."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,11 +7,6 @@ from models.translation.corpus import FOLDER
 from models.translation.datamodule import TranslationDataModule
 
 SMALL = {"n_train": 300, "n_val": 40, "n_test": 40, "batch_size": 32}
-ROOT = Path(__file__).parents[3]
-CORPUS = Path(os.environ.get("CLASSICAL_MODERN_ROOT", ROOT.parent / "shared/data/Classical-Modern"))
-needs_corpus = pytest.mark.skipif(
-    not (CORPUS / FOLDER).is_dir(), reason="set CLASSICAL_MODERN_ROOT to read the corpus"
-)
 
 
 def ready(**options):
@@ -105,10 +97,9 @@ def test_datamodule_with_a_wrong_option_repeats_it(options, message):
         TranslationDataModule(**options)
 
 
-@needs_corpus
-def test_real_corpus_is_read_split_and_batched():
+def test_real_corpus_is_read_split_and_batched(corpus_on_disk):
     """T5: the whole corpus on disk, when there is one."""
-    options = {"source": "classical_modern", "root": str(CORPUS), "n_train": 1000}
+    options = {"source": "classical_modern", "root": corpus_on_disk, "n_train": 1000}
     datamodule = ready(**options, max_length=64, long_pairs="truncate")
     assert datamodule.report.n_pairs + datamodule.report.n_empty > 1000
     assert all(len(side) <= 63 for pair in datamodule.splits.train for side in pair)

@@ -1,0 +1,1 @@
+"""The reference models on which the callbacks are exercised, one folder each."""

@@ -1,0 +1,174 @@
+"""The data of the translation model for a Trainer: the grammar, or a corpus on disk."""
+
+import random
+from typing import Literal, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from models.translation.batches import Batch, EncodedPairs, LengthSortedSampler, collate
+from models.translation.corpus import ClassicalModernCorpus, CorpusReport, LongPairs
+from models.translation.grammar import Grammar
+from models.translation.pairs import Pair, Splits
+from models.translation.vocabulary import Vocabulary
+
+Source = Literal["grammar", "classical_modern"]
+
+
+class TranslationDataModule(pl.LightningDataModule):
+    """Sentence pairs as padded batches of ids, and the vocabulary they are written in.
+
+    Raises:
+        ValueError: An option is unknown or out of range; a corpus without a root, or the reverse.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source = "grammar",
+        root: str | None = None,
+        batch_size: int = 128,
+        n_train: int = 20_000,
+        n_val: int = 500,
+        n_test: int = 500,
+        max_length: int = 32,
+        seed: int = 0,
+        held_out: float = 0.1,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        long_pairs: LongPairs = "drop",
+        min_count: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        """Choose the source and the sizes.
+
+        Args:
+            source: `grammar` draws sentences, `classical_modern` reads a corpus below `root`.
+            root: The folder that contains 双语数据; for the corpus only.
+            batch_size: Pairs in a batch.
+            n_train: Training pairs; of a corpus, at most so many, drawn by `seed`.
+            n_val: Validation pairs, likewise.
+            n_test: Test pairs, likewise.
+            max_length: Longest side in tokens, eos included; the network's must not be less.
+            seed: Decides the sentences drawn and the order of every epoch.
+            held_out: Share of the grammar's combinations kept from training.
+            val_fraction: Share of the corpus's chapters in validation.
+            test_fraction: Share of the corpus's chapters in test.
+            long_pairs: Whether to drop or to truncate what exceeds `max_length` in a corpus.
+            min_count: Rarer characters of the training pairs become unknown.
+            num_workers: Processes that collate; the data are in memory, so 0 is fast.
+        """
+        super().__init__()
+        if source not in get_args(Source):
+            raise ValueError(f"source={source!r} is unknown; choose one of {get_args(Source)}")
+        if (source == "classical_modern") != (root is not None):
+            raise ValueError(
+                f"source={source!r} with root={root!r}: 'classical_modern' needs the root that "
+                f"contains 双语数据, 'grammar' reads no files and takes none"
+            )
+        sizes = {"batch_size": batch_size, "n_train": n_train, "n_val": n_val, "n_test": n_test}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if max_length < 2:
+            raise ValueError(f"max_length={max_length} must be at least 2: one character and eos")
+        self.source, self.root = source, root
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.max_length, self.seed, self.min_count = max_length, seed, min_count
+        self._sizes = (n_train, n_val, n_test)
+        self._held_out, self._long_pairs = held_out, long_pairs
+        self._fractions = (val_fraction, test_fraction)
+        self._splits: Splits | None = None
+        self._vocabulary: Vocabulary | None = None
+        self._encoded: dict[str, EncodedPairs] = {}
+        self.report: CorpusReport | None = None
+        """What was dropped from a corpus; None for the grammar and before `setup`."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The characters of the training pairs.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        if self._vocabulary is None:
+            raise RuntimeError("the vocabulary is built by setup(); call datamodule.setup() first")
+        return self._vocabulary
+
+    @property
+    def splits(self) -> Splits:
+        """The sentence pairs as text.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        if self._splits is None:
+            raise RuntimeError("the pairs are made by setup(); call datamodule.setup() first")
+        return self._splits
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make or read the pairs, build the vocabulary and encode; the second call does nothing."""
+        if self._splits is not None:
+            return
+        self._splits = self._draw() if self.source == "grammar" else self._read(self.root or "")
+        self._vocabulary = Vocabulary.from_pairs(self._splits.train, min_count=self.min_count)
+        self._encoded = {
+            name: EncodedPairs(pairs, self._vocabulary)
+            for name, pairs in self._splits._asdict().items()
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of like length, in an order fixed by seed and epoch."""
+        lengths = self._encoded["train"].lengths()
+        return self._loader("train", LengthSortedSampler(lengths, self.batch_size, self.seed))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation pairs in their own order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test pairs in their own order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Test pairs once more, to be translated."""
+        return self._loader("test")
+
+    def _draw(self) -> Splits:
+        n_train, n_val, n_test = self._sizes
+        return Grammar().splits(
+            n_train=n_train, n_val=n_val, n_test=n_test, seed=self.seed, held_out=self._held_out
+        )
+
+    def _read(self, root: str) -> Splits:
+        corpus = ClassicalModernCorpus(
+            root,
+            max_characters=self.max_length - 1,
+            long_pairs=self._long_pairs,
+            val_fraction=self._fractions[0],
+            test_fraction=self._fractions[1],
+        )
+        self.report = corpus.report
+        rank_zero_info(f"{root}: {self.report}")
+        rng = random.Random(self.seed)
+        return Splits(
+            *(
+                _at_most(size, pairs, rng)
+                for size, pairs in zip(self._sizes, corpus.splits(), strict=True)
+            )
+        )
+
+    def _loader(self, part: str, sampler: LengthSortedSampler | None = None) -> DataLoader[Batch]:
+        return DataLoader(
+            self._encoded[part],
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _at_most(size: int, pairs: list[Pair], rng: random.Random) -> list[Pair]:
+    return pairs if len(pairs) <= size else rng.sample(pairs, size)
