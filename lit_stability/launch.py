@@ -177,10 +177,11 @@ def _header(
 ) -> str:
     lazy = torch.nn.parameter.is_lazy
     count = sum(each.numel() for each in model.parameters() if not lazy(each))
+    size = f", {count:,} parameters" if count else ", built when its data are known"
     lines = [
         f"{experiment} -> {run_dir}",
         f"{trainer.num_devices} x {trainer.strategy.root_device}, precision {trainer.precision}",
-        f"{type(model).__name__}, {count:,} parameters",
+        f"{type(model).__name__}{size}",
     ]
     return "\n".join(lines + ([f"resumed from {checkpoint}"] if checkpoint else []))
 

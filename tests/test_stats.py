@@ -239,6 +239,16 @@ def test_update_ratio_of_known_step_is_known():
     assert measured == 0.5
 
 
+@pytest.mark.parametrize("moved", ["large", "small"])
+def test_update_ratio_gives_each_tensor_the_weight_of_its_size(moved):
+    large, small = nn.Parameter(torch.ones(8000)), nn.Parameter(torch.ones(100))
+    large.grad, small.grad = torch.zeros(8000), torch.zeros(100)
+    {"large": large, "small": small}[moved].grad.fill_(1.0)
+    measured, true = moved_by_a_step({"large": large, "small": small}, 0.5)
+    assert true == pytest.approx(0.5 * math.sqrt({"large": 8000, "small": 100}[moved] / 8100))
+    assert measured == pytest.approx(true, rel=1e-6)
+
+
 @pytest.mark.parametrize("shapes", [[3], [512], [(16, 32), 5, (2, 3, 4)]])
 def test_update_ratio_of_small_tensors_is_exact(shapes):
     measured, true = moved_by_a_step(parameters(*shapes), 0.1)

@@ -103,8 +103,11 @@ class Divergence:
         return median + max(self.rise * abs(median), self.sigmas * self.window.sigma)
 
     def _is_high(self, loss: float) -> bool:
-        known = len(self.window) >= self.min_history
-        return known and math.isfinite(loss) and loss > self._threshold()
+        if len(self.window) < self.min_history or not math.isfinite(loss):
+            return False
+        median = self.window.median
+        # The cheap bound first: the other one needs the window's spread.
+        return loss > median + self.rise * abs(median) and loss > self._threshold()
 
     def state_dict(self) -> dict[str, Any]:
         """The window; the counts are not part of it, so no restore can undo a give-up."""

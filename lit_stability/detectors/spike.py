@@ -72,6 +72,8 @@ class Spike:
         if not 0 < value < math.inf or len(self.window) < self.min_history:
             return None
         median = math.exp(self.window.median)
+        if value <= self.ratio * median:
+            return None
         spread = math.exp(min(self.sigmas * self.window.sigma, _LARGEST_EXPONENT))
         threshold = median * max(self.ratio, spread)
         if value <= threshold:

@@ -44,6 +44,8 @@ class UpdateSpike:
         moved = stats.update_ratio
         if moved is None or stats.update_learning_rate <= 0 or len(self.window) < self.min_history:
             return None
+        if moved <= self.floor:
+            return None
         expected = math.exp(self.window.median) * stats.update_learning_rate
         threshold = max(self.floor, self.ratio * expected)
         if moved <= threshold:

@@ -22,7 +22,8 @@ class Window:
 
     def __init__(self, size: int) -> None:
         self.values: deque[float] = deque(maxlen=size)
-        self._summary: tuple[float, float] | None = None
+        self._median: float | None = None
+        self._sigma: float | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -31,30 +32,28 @@ class Window:
         """Take an accepted value; a non-finite one is ignored."""
         if math.isfinite(value):
             self.values.append(value)
-            self._summary = None
+            self._median = self._sigma = None
 
     def replace(self, values: Sequence[float]) -> None:
         """Hold these values instead."""
         self.values.clear()
         self.values.extend(values)
-        self._summary = None
+        self._median = self._sigma = None
 
     @property
     def median(self) -> float:
         """Median of the window, NaN when it is empty."""
-        return self._summarise()[0]
+        if self._median is None:
+            self._median = _median(sorted(self.values))
+        return self._median
 
     @property
     def sigma(self) -> float:
         """Standard deviation, estimated from the median absolute deviation."""
-        return self._summarise()[1]
-
-    def _summarise(self) -> tuple[float, float]:
-        if self._summary is None:
-            centre = _median(sorted(self.values))
-            spread = _median(sorted(abs(v - centre) for v in self.values))
-            self._summary = centre, _MAD_TO_SIGMA * spread
-        return self._summary
+        if self._sigma is None:
+            centre = self.median
+            self._sigma = _MAD_TO_SIGMA * _median(sorted(abs(v - centre) for v in self.values))
+        return self._sigma
 
 
 def _median(ordered: Sequence[float]) -> float:
