@@ -89,7 +89,9 @@ def measure(
 def report(times: dict[str, list[float]], block: int) -> None:
     """Print the median ratio of every suite to the bare step."""
     bare = times["bare"]
-    print(f"bare step {1e3 * statistics.median(bare) / block:.1f} ms, {len(bare)} blocks of {block}")
+    print(
+        f"bare step {1e3 * statistics.median(bare) / block:.1f} ms, {len(bare)} blocks of {block}"
+    )
     for name, measured in times.items():
         ratios = [m / b for m, b in zip(measured, bare, strict=False)]
         low, middle, high = statistics.quantiles(ratios, n=4)

@@ -136,7 +136,7 @@ class Incident:
     @property
     def remedy(self) -> str:
         """What a person can do about it."""
-        return _REMEDIES[self.first.kind]
+        return _REMEDIES.get(self.first.kind, "look at the scene in the incident's folder")
 
     def opening_line(self) -> str:
         """One line for the console when it opens."""

@@ -26,9 +26,10 @@ class SkipStep:
 
 @dataclass(frozen=True)
 class HoldLearningRate:
-    """Cap the learning rate of each group, whatever the scheduler writes, and take the step."""
+    """Scale the learning rate of each group down until its schedule comes back; take the step."""
 
-    ceilings: tuple[float, ...]
+    factors: tuple[float, ...]
+    """What brings each group back to the learning rate of the step before."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def describe(response: Response) -> str:
     match response:
         case SkipStep():
             return "step skipped"
-        case HoldLearningRate(ceilings):
-            return f"learning rate held at {max(ceilings):.3g}"
+        case HoldLearningRate(factors):
+            return f"learning rate held, x{min(factors):.3g}"
         case RollBack(lr, clip):
             cut = f", learning rate x{lr:.3g}" if lr < 1 else ""
             return "rolled back" + cut + (f", clip x{clip:.3g}" if clip < 1 else "")
@@ -85,8 +86,10 @@ class Budget:
     skips: int = 100
     rollbacks: int = 8
     holds: int = 8
-    refill_every: int = 200
-    """Healthy steps that give back one response of each sort, up to the full budget."""
+    refill_skips_every: int = 20
+    """Healthy steps that give back one skip: with one bad batch in twenty a run still goes on."""
+    refill_every: int = 500
+    """Healthy steps that give back one rollback and one hold."""
     lr_factor: float = 0.5
     """Learning-rate cut of a rollback that follows another within probation."""
     clip_factor: float = 0.5
@@ -94,20 +97,20 @@ class Budget:
     """Healthy steps after a rollback within which the next one counts as a second strike."""
 
     def __post_init__(self) -> None:
-        for name in ("skips_in_a_row", "skips", "rollbacks", "holds", "refill_every", "probation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("lr_factor", "clip_factor"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)!r}")
+        for name, value in asdict(self).items():
+            if name in ("lr_factor", "clip_factor"):
+                if not 0 < value < 1:
+                    raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+            elif value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
 class Ladder:
     """Chooses responses and counts what they cost.
 
-    However anomalies arrive, between two stops at most ``skips + rollbacks + holds`` responses are
-    given plus three per ``refill_every`` healthy steps; when one sort has run out the next heavier
-    is taken, and at the end of the ladder is `Stop`.
+    However anomalies arrive, at most ``skips + rollbacks + holds`` responses are given, plus one
+    per ``refill_skips_every`` and two per ``refill_every`` healthy steps; when one sort has run out
+    the next heavier is taken, and at the end of the ladder is `Stop`.
 
     Args:
         budget: the limits.
@@ -136,9 +139,11 @@ class Ladder:
         self._healthy += 1
         if self._since_rollback is not None:
             self._since_rollback += 1
+        if self._healthy % self.budget.refill_skips_every == 0:
+            self._left["skips"] = min(self._left["skips"] + 1, self.budget.skips)
         if self._healthy % self.budget.refill_every == 0:
-            for sort, left in self._left.items():
-                self._left[sort] = min(left + 1, getattr(self.budget, sort))
+            self._left["rollbacks"] = min(self._left["rollbacks"] + 1, self.budget.rollbacks)
+            self._left["holds"] = min(self._left["holds"] + 1, self.budget.holds)
 
     def respond(
         self, anomaly: Anomaly, *, state_is_bad: bool = False, excess: float = 1.0
@@ -154,7 +159,7 @@ class Ladder:
         """
         damaged = anomaly.state_is_bad or state_is_bad
         if anomaly.kind == "learning-rate jump" and not damaged and self._spend("holds"):
-            return HoldLearningRate(anomaly.bearable)
+            return HoldLearningRate(anomaly.hold)
         if (
             not damaged
             and self._skips_in_a_row < self.budget.skips_in_a_row

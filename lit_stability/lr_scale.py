@@ -1,4 +1,4 @@
-"""A factor and a ceiling on the learning rate that no scheduler can undo.
+"""A factor on the learning rate that no scheduler can undo.
 
 The nominal value, which schedulers read and write, is scaled when ``optimizer.step`` begins and
 put back when it ends. May import torch.
@@ -18,8 +18,8 @@ class LearningRateScale:
     """Scales the learning rate of every parameter group around each step.
 
     Works with float and tensor learning rates, any scheduler, fused optimizers and a loss scaler.
-    If a step raises, the next one starts from the nominal value again. At factor 1 without a
-    ceiling a step is left untouched.
+    If a step raises, the next one starts from the nominal value again. At factor 1 a step is left
+    untouched.
 
     Args:
         optimizer: whose steps to scale; `learning_rate_scale` gives everybody the same instance.
@@ -30,33 +30,31 @@ class LearningRateScale:
         self._inside = False
         self._nominal: list[float] | None = None
         self._written: list[float] = []
-        self.factor = 1.0
-        self.ceilings: tuple[float, ...] | None = None
+        self.factors: tuple[float, ...] = ()
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def set(self, factor: float = 1.0, ceilings: Sequence[float] | None = None) -> None:
-        """Scale by ``factor``, then cap each group at its ceiling; both hold from this step on.
+    def set(self, factors: Sequence[float]) -> None:
+        """Scale each group by its factor, from this step on.
 
         Callable inside a step's closure too: the update that follows already obeys.
 
         Args:
-            factor: in (0, 1].
-            ceilings: largest learning rate of each group, or None for no cap.
+            factors: one for each parameter group, in (0, 1].
 
         Raises:
-            ValueError: if the factor is out of its range, or the ceilings do not fit the groups.
+            ValueError: if a factor is out of its range, or they do not fit the groups.
         """
         groups = self._groups()
-        if not 0 < factor <= 1:
-            raise ValueError(f"the learning-rate factor must be in (0, 1], got {factor!r}")
-        if ceilings is not None and len(ceilings) != len(groups):
-            raise ValueError(f"{len(ceilings)} ceilings for {len(groups)} parameter groups")
+        if len(factors) != len(groups):
+            raise ValueError(f"{len(factors)} factors for {len(groups)} parameter groups")
+        for factor in factors:
+            if not 0 < factor <= 1:
+                raise ValueError(f"a learning-rate factor must be in (0, 1], got {factor!r}")
         nominal = self.nominal()
-        self.factor = factor
-        self.ceilings = None if ceilings is None else tuple(ceilings)
+        self.factors = tuple(factors)
         if self._inside:
             self._nominal = nominal
             self._write()
@@ -67,14 +65,14 @@ class LearningRateScale:
 
     def effective(self) -> list[float]:
         """Learning rate of each group that the next update uses."""
-        rates = [n * self.factor for n in self.nominal()]
-        if self.ceilings is None:
-            return rates
-        return [min(r, c) for r, c in zip(rates, self.ceilings, strict=True)]
+        nominal = self.nominal()
+        # A group that was added since the factors were set is not scaled.
+        factors = [*self.factors, *[1.0] * (len(nominal) - len(self.factors))]
+        return [n * f for n, f in zip(nominal, factors, strict=True)]
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on, at its nominal learning rate."""
-        self._recover()
+        self.recover()
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
@@ -82,13 +80,13 @@ class LearningRateScale:
             _SCALES.pop(optimizer, None)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._recover()
+        self.recover()
         self._inside = True
-        if self.factor < 1 or self.ceilings is not None:
+        if any(f < 1 for f in self.factors):
             self._nominal = self._read()
             self._write()
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Undo what a step that raised left behind."""
         if self._nominal is not None and self._read() == self._written:
             _assign(self._groups(), self._nominal)

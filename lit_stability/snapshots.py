@@ -138,7 +138,7 @@ class OptimizerSnapshot:
             for key in [k for k in live_state if k not in state]:
                 del live_state[key]
             live_state.update(state)
-        for group, saved_group in zip(optimizer.param_groups, self._groups, strict=True):
+        for group, saved_group in zip(optimizer.param_groups, self._groups, strict=False):
             group.update(copy.deepcopy(saved_group))
 
 
@@ -213,6 +213,11 @@ class Generations(Generic[S]):
     candidate: S | None = None
     _age: int = field(default=0, init=False)
     _spare: list[S] = field(default_factory=list, init=False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether no candidate is waiting for its confirmation."""
+        return self.candidate is None
 
     def begin(self) -> S:
         """The snapshot to capture into; a candidate that was still waiting is given up for it."""

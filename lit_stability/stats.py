@@ -106,12 +106,13 @@ class StepMeter:
         self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, index: int = 0
     ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        pairs = [(n, p) for n, p in named_parameters if id(p) in held and p.requires_grad]
+        pairs = [(n, p) for n, p in named_parameters if id(p) in held]
         if not pairs:
             raise ValueError(
-                f"optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter of "
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
                 "the module; pass it `module.parameters()`"
             )
+        self._held = len(held)
         self.names = tuple(n for n, _ in pairs)
         self.parameters = [p for _, p in pairs]
         self.optimizer = optimizer
@@ -122,6 +123,11 @@ class StepMeter:
         self._moments: _Samples | None = None
         self._beta2: list[float] = []
         self.forget()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the optimizer was given other parameters since, as when a backbone unfreezes."""
+        return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
 
     def forget(self) -> None:
         """Drop what was remembered of the last step, after the weights were put back."""

@@ -13,10 +13,11 @@ from lit_stability.detectors import Window
 
 
 class Throttle:
-    """A factor on the learning rate, one on the clipping threshold, and ceilings.
+    """A factor on the learning rate, one on the clipping threshold, and holds.
 
     Cuts multiply; after every ``relax_after`` calm steps both factors are doubled until they are
-    1. A ceiling is let go after ``relax_after`` calm steps in a row that would not have met it.
+    1. A hold scales an optimizer's groups down for as long as its schedule stays up; it is let go
+    when the schedule falls to a fifth or less from one step to the next, as one that comes back.
 
     Args:
         relax_after: calm steps between relaxations.
@@ -35,10 +36,10 @@ class Throttle:
         """What the nominal learning rate is multiplied by, in (0, 1]."""
         self.clip_factor = 1.0
         """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
-        self.ceilings: dict[int, tuple[float, ...]] = {}
-        """Largest learning rate of each group, by optimizer."""
+        self.holds: dict[int, tuple[float, ...]] = {}
+        """Further factor on the learning rate of each group, by optimizer."""
         self._calm = 0
-        self._below: dict[int, int] = {}
+        self._schedule: dict[int, float] = {}
 
     @property
     def active(self) -> bool:
@@ -51,10 +52,15 @@ class Throttle:
         self.clip_factor *= clip_factor
         self._calm = 0
 
-    def hold(self, optimizer: int, ceilings: Sequence[float]) -> None:
-        """Cap the learning rates of an optimizer's groups."""
-        self.ceilings[optimizer] = tuple(ceilings)
-        self._below[optimizer] = 0
+    def hold(self, optimizer: int, factors: Sequence[float]) -> None:
+        """Scale an optimizer's groups down, on top of a hold that is in force."""
+        before = self.holds.get(optimizer, (1.0,) * len(factors))
+        self.holds[optimizer] = tuple(b * f for b, f in zip(before, factors, strict=True))
+        self._schedule.pop(optimizer, None)
+
+    def factors(self, optimizer: int, groups: int) -> list[float]:
+        """What to multiply the nominal learning rate of each group by."""
+        return [self.lr_factor * h for h in self.holds.get(optimizer, (1.0,) * groups)]
 
     def disturbed(self) -> None:
         """Count calm steps anew."""
@@ -79,14 +85,14 @@ class Throttle:
         return "learning rate and clip are back to normal"
 
     def _release(self, optimizer: int, nominal: Sequence[float]) -> bool:
-        ceilings = self.ceilings.get(optimizer)
-        if ceilings is None:
+        if optimizer not in self.holds:
             return False
-        met = any(n * self.lr_factor > c for n, c in zip(nominal, ceilings, strict=True))
-        self._below[optimizer] = 0 if met else self._below.get(optimizer, 0) + 1
-        if self._below[optimizer] < self.relax_after:
+        now = max(nominal, default=0.0)
+        before = self._schedule.get(optimizer, now)
+        self._schedule[optimizer] = now
+        if now > before / 5:
             return False
-        del self.ceilings[optimizer]
+        del self.holds[optimizer], self._schedule[optimizer]
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,14 +100,14 @@ class Throttle:
         return {
             "lr_factor": self.lr_factor,
             "clip_factor": self.clip_factor,
-            "ceilings": {str(i): list(c) for i, c in self.ceilings.items()},
+            "holds": {str(i): list(h) for i, h in self.holds.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put such a state back."""
         self.lr_factor = float(state["lr_factor"])
         self.clip_factor = float(state["clip_factor"])
-        self.ceilings = {int(i): tuple(c) for i, c in state["ceilings"].items()}
+        self.holds = {int(i): tuple(h) for i, h in state["holds"].items()}
 
 
 class Baseline:

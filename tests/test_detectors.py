@@ -125,9 +125,9 @@ def update_alarms(rows, detector=None):
     ("rows", "expected"),
     [
         ([(1e-3, 0.1)] * 50, []),
-        ([(3e-3, 0.1)] * 30 + [(0.05, 0.1), (3e-3, 0.1)], [30]),
-        # Ten times is not enough below 2 % of the weights.
-        ([(1e-3, 0.1)] * 30 + [(0.019, 0.1)], []),
+        ([(3e-3, 0.1)] * 30 + [(0.06, 0.1), (3e-3, 0.1)], [30]),
+        # Ten times is not enough below 5 % of the weights.
+        ([(1e-3, 0.1)] * 30 + [(0.049, 0.1)], []),
         # The learning rate explains it.
         ([(3e-3, 0.1)] * 30 + [(0.05, 2.0)], []),
         # A warm-up from nothing: every update is larger than the one before.
@@ -191,7 +191,7 @@ def test_learning_rate_jump_of_a_schedule_is_flagged(rates, per_lr, expected):
     assert rate_alarms(rates, per_lr) == expected
 
 
-def test_learning_rate_jump_tells_what_each_group_has_borne():
+def test_learning_rate_jump_tells_what_brings_each_group_back():
     detector = LearningRateJump()
     for i in range(30):
         step = stats(
@@ -202,7 +202,7 @@ def test_learning_rate_jump_tells_what_each_group_has_borne():
         )
         assert not flagged(detector, step)
     found = detector.check(stats(30, learning_rates=(0.3, 0.03)))
-    assert found.bearable == (1e-3 + 29e-5, 1e-4)
+    assert found.hold == pytest.approx(((1e-3 + 29e-5) / 0.3, 1e-4 / 0.03))
     assert not found.state_is_bad
     assert found.value == 0.3
     assert "300 times" in found.message
@@ -585,7 +585,7 @@ CURVES = {
     # exceeds its median tenfold and more; or twice to each lasting threefold rise of the loss.
     "noise 0.1": (gaussian(0.1), 2 * FLAT, FLAT, FLAT, ALL),
     "noise 0.5": (gaussian(0.5), 2 * FLAT, FLAT, FLAT, ALL),
-    "noise 1.0": (gaussian(1.0), 2 * FLAT, FLAT, FLAT, {SPIKE, DIVERGENCE}),
+    "noise 1.0": (gaussian(1.0), 2 * FLAT, FLAT, FLAT, ALL),
     "heavy tails": (student(0.3), 2 * FLAT, FLAT, FLAT, {DIVERGENCE}),
     "correlated 0.1": (correlated(0.9, 0.1), 2 * FLAT, FLAT, FLAT, ALL),
     "correlated 0.5": (correlated(0.9, 0.5), 2 * FLAT, FLAT, FLAT, {SPIKE, UPDATE}),

@@ -222,7 +222,7 @@ SKIP, ROLL, HOLD = SkipStep(), RollBack(), HoldLearningRate((1e-3, 1e-4))
         ([SKIP], "step skipped"),
         ([SKIP, SKIP, SKIP], "step skipped (3x)"),
         ([SKIP, SKIP, ROLL, SKIP], "step skipped (2x), rolled back, step skipped"),
-        ([HOLD, Stop("over")], "learning rate held at 0.001, stopped: over"),
+        ([HOLD, Stop("over")], "learning rate held, x0.0001, stopped: over"),
     ],
 )
 def test_done_counts_runs_of_equal_responses(responses, done):

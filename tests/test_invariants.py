@@ -307,7 +307,7 @@ def test_learning_rate_factor_holds_through_a_scheduler_and_comes_back(tmp_path)
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             optimizer: Optimizer = trainer.optimizers[0]
-            self.factors.append(learning_rate_scale(optimizer).factor)
+            self.factors.extend(learning_rate_scale(optimizer).factors)
 
     factor = Factor()
     callbacks = [FaultInjector([NanLoss(step=30, steps=11)]), *stability_callbacks(), factor]

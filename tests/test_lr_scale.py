@@ -79,7 +79,7 @@ def test_scale_under_any_scheduler_is_exact_and_leaves_the_schedule_alone(name, 
 
     scaled, optimizer = make(lr=[nominal_lr(), nominal_lr()], momentum=0.9)
     schedule = SCHEDULERS[name](optimizer)
-    learning_rate_scale(optimizer).set(factor)
+    learning_rate_scale(optimizer).set([factor] * len(optimizer.param_groups))
     seen = []
     for i in range(STEPS):
         seen.append(rates(optimizer))
@@ -108,18 +108,17 @@ def update(lr, scale, lr_type=float):
 
 
 @pytest.mark.parametrize(
-    ("lr", "factor", "ceilings", "effective"),
+    ("lr", "factors", "effective"),
     [
-        ([0.5, 0.25], 1.0, None, [0.5, 0.25]),
-        ([0.5, 0.25], 0.5, None, [0.25, 0.125]),
-        ([0.5, 0.25], 1.0, [0.125, 1.0], [0.125, 0.25]),
-        ([0.5, 0.25], 0.5, [0.125, 1.0], [0.125, 0.125]),
-        ([0.5, 0.0], 0.5, [1.0, 1.0], [0.25, 0.0]),
+        ([0.5, 0.25], [1.0, 1.0], [0.5, 0.25]),
+        ([0.5, 0.25], [0.5, 0.5], [0.25, 0.125]),
+        ([0.5, 0.25], [0.25, 1.0], [0.125, 0.25]),
+        ([0.5, 0.0], [0.5, 0.5], [0.25, 0.0]),
     ],
 )
 @pytest.mark.parametrize("lr_type", [float, torch.tensor])
-def test_set_scales_then_caps_each_group(lr, factor, ceilings, effective, lr_type):
-    used, left = update(lr, lambda scale: scale.set(factor, ceilings), lr_type)
+def test_set_scales_each_group(lr, factors, effective, lr_type):
+    used, left = update(lr, lambda scale: scale.set(factors), lr_type)
     assert used == effective
     assert left == lr
 
@@ -127,27 +126,27 @@ def test_set_scales_then_caps_each_group(lr, factor, ceilings, effective, lr_typ
 def test_effective_and_nominal_tell_what_the_next_update_uses():
     _, optimizer = make(lr=[0.5, 0.25])
     scale = learning_rate_scale(optimizer)
-    scale.set(0.5, [1.0, 0.0625])
+    scale.set([0.5, 0.25])
     assert scale.nominal() == [0.5, 0.25]
     assert scale.effective() == [0.25, 0.0625]
 
 
 @pytest.mark.parametrize(
-    ("factor", "ceilings", "message"),
+    ("factors", "message"),
     [
-        (0.0, None, r"in \(0, 1\], got 0.0"),
-        (1.5, None, "got 1.5"),
-        (-1, None, "got -1"),
-        (float("nan"), None, "got nan"),
-        (0.5, [1.0], "1 ceilings for 2 parameter groups"),
+        ([0.0, 1.0], r"in \(0, 1\], got 0.0"),
+        ([1.0, 1.5], "got 1.5"),
+        ([-1, 1.0], "got -1"),
+        ([1.0, float("nan")], "got nan"),
+        ([0.5], "1 factors for 2 parameter groups"),
     ],
 )
-def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factor, ceilings, message):
+def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factors, message):
     _, optimizer = make(lr=[0.5, 0.25])
     scale = learning_rate_scale(optimizer)
-    scale.set(0.5)
+    scale.set([0.5] * len(optimizer.param_groups))
     with pytest.raises(ValueError, match=message):
-        scale.set(factor, ceilings)
+        scale.set(factors)
     assert scale.effective() == [0.25, 0.125]
 
 
@@ -165,11 +164,11 @@ def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factor, ceilings, me
 def test_set_inside_the_closure_is_obeyed_by_that_very_update(before, inside, used, lr_type):
     weights, optimizer = make(lr=[lr_type(0.5), lr_type(0.5)])
     scale = learning_rate_scale(optimizer)
-    scale.set(before)
+    scale.set([before] * len(optimizer.param_groups))
 
     def closure():
         for factor in inside:
-            scale.set(factor)
+            scale.set([factor] * len(optimizer.param_groups))
             assert scale.nominal() == [0.5, 0.5]
         for w in weights:
             w.data.zero_()
@@ -189,13 +188,13 @@ def test_exception_inside_a_step_leaves_the_next_step_at_the_nominal_rate(change
     """S13."""
     weights, optimizer = make(lr=[0.5, 0.5])
     scale = learning_rate_scale(optimizer)
-    scale.set(0.5)
+    scale.set([0.5] * len(optimizer.param_groups))
     for _ in range(3):
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step(fail)
     assert scale.nominal() == [0.5, 0.5]
     if change:
-        scale.set(change)
+        scale.set([change] * len(optimizer.param_groups))
     for w in weights:
         w.data.zero_()
         w.grad = torch.ones(4)
@@ -206,7 +205,7 @@ def test_exception_inside_a_step_leaves_the_next_step_at_the_nominal_rate(change
 
 def test_exception_inside_a_step_then_a_rate_of_someone_elses_is_kept():
     _, optimizer = make(lr=[0.5, 0.5])
-    learning_rate_scale(optimizer).set(0.5)
+    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
     with pytest.raises(RuntimeError):
         optimizer.step(fail)
     for group in optimizer.param_groups:
@@ -219,7 +218,7 @@ def test_exception_inside_a_step_then_a_rate_of_someone_elses_is_kept():
 def test_detach_leaves_the_optimizer_at_its_nominal_rate(raised):
     weights, optimizer = make(lr=[0.5, 0.5])
     scale = learning_rate_scale(optimizer)
-    scale.set(0.5)
+    scale.set([0.5] * len(optimizer.param_groups))
     if raised:
         with pytest.raises(RuntimeError):
             optimizer.step(fail)
@@ -242,7 +241,7 @@ def test_scale_of_an_optimizer_is_the_same_for_everybody():
 
 def test_scale_does_not_keep_its_optimizer_alive():
     _, optimizer = make()
-    learning_rate_scale(optimizer).set(0.5)
+    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()
@@ -252,7 +251,7 @@ def test_scale_does_not_keep_its_optimizer_alive():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copy_of_a_scaled_optimizer_steps_at_its_nominal_rate(copied):
     weights, optimizer = make(lr=[0.5, 0.5])
-    learning_rate_scale(optimizer).set(0.5)
+    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
     step(weights, optimizer, 0)
     twin = copied(optimizer)
     assert rates(twin) == [0.5, 0.5]
@@ -265,6 +264,6 @@ def test_copy_of_a_scaled_optimizer_steps_at_its_nominal_rate(copied):
 
 def test_state_dict_of_a_scaled_optimizer_holds_the_nominal_rate():
     weights, optimizer = make(AdamW, lr=[0.5, 0.25])
-    learning_rate_scale(optimizer).set(0.5)
+    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
     step(weights, optimizer, 0)
     assert [g["lr"] for g in optimizer.state_dict()["param_groups"]] == [0.5, 0.25]

@@ -10,7 +10,7 @@ SEEDS = (0, 1)
 KINDS = {
     "NaN batch": ("non-finite loss", "step skipped"),
     "loss x1e4": ("gradient spike", "step skipped"),
-    "LR x300 by the scheduler": ("learning-rate jump", "learning rate held at 0.001"),
+    "LR x300 by the scheduler": ("learning-rate jump", "learning rate held, x0.00333"),
     "NaN weight": ("non-finite weight", "rolled back"),
     "Adam v zeroed": ("optimizer state", "rolled back"),
     "gradients x1e3, 5 steps": ("gradient spike", "step skipped (5x)"),

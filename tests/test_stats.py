@@ -127,16 +127,29 @@ def test_tied_parameter_counts_once():
     assert stats.grad_norm == pytest.approx(norm64(net["a"].weight.grad), rel=1e-6)
 
 
-def test_frozen_parameter_is_left_out():
+def test_frozen_parameter_is_measured_once_it_thaws():
     net = nn.Linear(3, 3)
     net.bias.requires_grad_(False)
     m = StepMeter(net.named_parameters(), torch.optim.SGD(net.parameters(), lr=0.1))
-    assert m.names == ("weight",)
+    net(torch.ones(1, 3)).sum().backward()
+    assert m.measure(0, None).names == ("weight",)
+    net.bias.requires_grad_(True)
+    net(torch.ones(1, 3)).sum().backward()
+    assert m.measure(1, None).names == ("weight", "bias")
+
+
+def test_meter_is_stale_when_the_optimizer_was_given_more():
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD([net.weight], lr=0.1)
+    m = StepMeter(net.named_parameters(), optimizer)
+    assert not m.stale
+    optimizer.add_param_group({"params": [net.bias]})
+    assert m.stale
 
 
 def test_optimizer_of_other_parameters_is_refused_by_name():
     other = torch.optim.RMSprop([nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match=r"optimizer 2 \(RMSprop\) holds no trainable parameter"):
+    with pytest.raises(ValueError, match=r"optimizer 2 \(RMSprop\) holds no parameter"):
         StepMeter(parameters(3).items(), other, index=2)
 
 

@@ -35,25 +35,32 @@ def test_cuts_multiply_and_a_disturbance_starts_the_wait_anew():
     assert calm_steps(throttle, 1) == ["learning rate x0.5, clip x0.5"]
 
 
-def test_ceiling_stays_while_the_schedule_is_above_it():
+def test_hold_stays_while_the_schedule_stays_up_and_goes_when_it_comes_back():
     throttle = Throttle(relax_after=10)
-    throttle.hold(0, [1e-3])
-    assert calm_steps(throttle, 1000, nominal=[0.3]) == []
-    assert throttle.ceilings == {0: (1e-3,)}
-    assert calm_steps(throttle, 9, nominal=[1e-3]) == []
-    calm_steps(throttle, 1, nominal=[0.3])
-    assert calm_steps(throttle, 9, nominal=[1e-3]) == []
-    assert calm_steps(throttle, 1, nominal=[1e-3]) == ["the learning rate is no longer held"]
-    assert throttle.ceilings == {}
+    throttle.hold(0, [0.01])
+    decaying = [0.3 * 0.99**i for i in range(1000)]
+    assert [throttle.calm(0, [lr]) for lr in decaying] == [None] * 1000
+    assert throttle.factors(0, 1) == [0.01]
+    assert calm_steps(throttle, 1, nominal=[1e-7]) == ["the learning rate is no longer held"]
+    assert throttle.factors(0, 1) == [1.0]
+
+
+def test_holds_and_cuts_multiply_group_by_group():
+    throttle = Throttle(relax_after=10)
+    throttle.hold(0, [0.1, 1.0])
+    throttle.hold(0, [0.5, 0.5])
+    throttle.cut(0.5, 1.0)
+    assert throttle.factors(0, 2) == [0.025, 0.25]
+    assert throttle.factors(1, 3) == [0.5, 0.5, 0.5]
 
 
 def test_state_round_trip_keeps_what_is_in_force():
     throttle, fresh = Throttle(relax_after=10), Throttle(relax_after=10)
     throttle.cut(0.5, 0.25)
-    throttle.hold(1, [1e-3, 1e-4])
+    throttle.hold(1, [0.1, 0.5])
     fresh.load_state_dict(throttle.state_dict())
     assert (fresh.lr_factor, fresh.clip_factor) == (0.5, 0.25)
-    assert fresh.ceilings == {1: (1e-3, 1e-4)}
+    assert fresh.holds == {1: (0.1, 0.5)}
 
 
 def test_wait_below_one_is_refused_with_its_value():

@@ -46,8 +46,8 @@ class AutoRollback(Callback):
         snapshot_every: healthy optimizer steps between snapshots.
         confirm_after: healthy steps after which a snapshot may be gone back to.
         relax_after: calm steps after which a lowered learning rate and a tightened clip are
-            doubled, until both are back; also those after which a learning rate that is no longer
-            above its ceiling is let go.
+            doubled, until both are back. A learning rate that is held against a jump of its
+            schedule is let go when the schedule comes back.
         budget: how many responses the run may spend.
 
     Raises:
@@ -86,9 +86,9 @@ class AutoRollback(Callback):
         """Take the first snapshot and put restored factors in force."""
         self._fit = fit = _Fit(trainer, pl_module, self.confirm_after)
         groups = {i: len(o.param_groups) for i, o in enumerate(trainer.optimizers)}
-        for index, ceilings in [*self.throttle.ceilings.items()]:
-            if groups.get(index) != len(ceilings):
-                del self.throttle.ceilings[index]
+        for index, factors in [*self.throttle.holds.items()]:
+            if groups.get(index) != len(factors):
+                del self.throttle.holds[index]
                 log.info("the learning rates held before belong to other groups: let go")
         self._apply(trainer)
         first = fit.snapshots.begin()
@@ -139,7 +139,7 @@ class AutoRollback(Callback):
         )
         incident.settle(response)
         if isinstance(response, HoldLearningRate):
-            self.throttle.hold(anomaly.optimizer, response.ceilings)
+            self.throttle.hold(anomaly.optimizer, response.factors)
             self._apply(trainer)
             return
         now.vetoed += 1
@@ -164,7 +164,7 @@ class AutoRollback(Callback):
             self._undo(trainer)
         if now.due is not None:
             self._go_back(trainer, pl_module, *now.due)
-        elif now.stepped and now.since_snapshot >= self.snapshot_every:
+        elif now.stepped and now.since_snapshot >= self.snapshot_every and now.snapshots.ready:
             now.snapshots.begin().capture(trainer, pl_module)
             now.since_snapshot = 0
         if now.vetoed or now.stepped:
@@ -225,8 +225,15 @@ class AutoRollback(Callback):
 
     def _apply(self, trainer: Trainer) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
-            ceilings = self.throttle.ceilings.get(index)
-            learning_rate_scale(optimizer).set(self.throttle.lr_factor, ceilings)
+            factors = self.throttle.factors(index, len(optimizer.param_groups))
+            learning_rate_scale(optimizer).set(factors)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
+        for optimizer in trainer.optimizers:
+            learning_rate_scale(optimizer).recover()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave optimizers and memory as they were found."""

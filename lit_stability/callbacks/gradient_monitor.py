@@ -141,8 +141,12 @@ class GradientMonitor(Callback):
         if scaler is not None:
             unscale(scaler, optimizer)
         scale = learning_rate_scale(optimizer)
-        count, every = self._meters[index].count + 1, self.details_every
-        stats = self._meters[index].measure(
+        meter = self._meters[index]
+        if meter.stale:
+            named = trainer.lightning_module.named_parameters()
+            meter = self._meters[index] = StepMeter(named, optimizer, index)
+        count, every = meter.count + 1, self.details_every
+        stats = meter.measure(
             trainer.global_step,
             self._loss,
             loss_scale=None if scaler is None else scaler._scale,

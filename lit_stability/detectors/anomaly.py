@@ -27,7 +27,8 @@ Kind = Literal[
 class Anomaly:
     """One step that a detector objects to."""
 
-    kind: Kind
+    kind: Kind | str
+    """One of `Kind`, or the name that a detector of your own gives."""
     step: int
     """Optimizer steps taken before the step in question."""
     value: float
@@ -44,8 +45,8 @@ class Anomaly:
     """Whether weights or optimizer state are damaged, so that a skip is too little."""
     layers: tuple[tuple[str, float], ...] = ()
     """The parameters that show it most, each with its value."""
-    bearable: tuple[float, ...] = ()
-    """Learning rate of each group that the run has borne; only with a learning-rate jump."""
+    hold: tuple[float, ...] = ()
+    """Factor that brings each group back to its last accepted learning rate; only with a jump."""
 
 
 @runtime_checkable

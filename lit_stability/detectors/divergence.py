@@ -46,7 +46,7 @@ class Divergence:
         rise: float = 0.5,
         sigmas: float = 8.0,
         persist: int = 10,
-        window: int = 50,
+        window: int = 200,
         min_history: int = 20,
         give_up: int = 2,
     ) -> None:

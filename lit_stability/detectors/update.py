@@ -13,58 +13,22 @@ if TYPE_CHECKING:
     from lit_stability.stats import StepStats
 
 
-class UpdateSpike:
-    """Objects to an update that moved the weights far more than its learning rate explains.
+class _RatioWindow:
+    """The update-to-weight ratio over the learning rate, in logarithms, of accepted steps."""
 
-    Looks at the update-to-weight ratio divided by the learning rate: ``ratio`` times its median
-    while the weights moved by more than ``floor`` of their norm. The step in question is already
-    taken, so the state is bad; healthy optimizers do not get there, damaged moments do.
-
-    Args:
-        ratio: smallest factor over the median that counts.
-        floor: smallest update-to-weight ratio that counts.
-        window: accepted values remembered.
-        min_history: accepted values before the first verdict.
-
-    Raises:
-        ValueError: if an argument is out of its range.
-    """
-
-    def __init__(
-        self, *, ratio: float = 10.0, floor: float = 0.02, window: int = 100, min_history: int = 20
-    ) -> None:
+    def __init__(self, *, ratio: float, floor: float, window: int, min_history: int) -> None:
         require(ratio > 1, "ratio", ratio, "greater than 1")
         require(floor > 0, "floor", floor, "greater than 0")
         require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
         self.ratio, self.floor, self.min_history = ratio, floor, min_history
         self.window = Window(window)
 
-    def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
-        moved = stats.update_ratio
-        if moved is None or stats.update_learning_rate <= 0 or len(self.window) < self.min_history:
-            return None
-        if moved <= self.floor:
-            return None
-        expected = math.exp(self.window.median) * stats.update_learning_rate
-        threshold = max(self.floor, self.ratio * expected)
-        if moved <= threshold:
-            return None
-        return Anomaly(
-            kind="update spike",
-            step=stats.step,
-            value=moved,
-            signal="update_ratio",
-            baseline=expected,
-            threshold=threshold,
-            optimizer=stats.optimizer,
-            state_is_bad=True,
-            message=f"the last update moved the weights by {moved:.2g} of their norm, "
-            f"{moved / expected:.0f} times what its learning rate explains",
-        )
+    def expected(self, learning_rate: float) -> float:
+        """The update-to-weight ratio that a learning rate explains."""
+        return math.exp(self.window.median) * learning_rate
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted update."""
+        """Learn from an accepted step."""
         if stats.update_ratio and stats.update_learning_rate > 0:
             self.window.add(math.log(stats.update_ratio / stats.update_learning_rate))
 
@@ -77,7 +41,66 @@ class UpdateSpike:
         self.window.replace(state["window"])
 
 
-class LearningRateJump(UpdateSpike):
+class UpdateSpike(_RatioWindow):
+    """Objects to an update that moved the weights far more than its learning rate explains.
+
+    Looks at the update-to-weight ratio divided by the learning rate: it is a spike when it is
+    above ``ratio`` times its median and, in logarithms, above it by ``sigmas`` robust standard
+    deviations, while the weights moved by more than ``floor`` of their norm. The step in question
+    is already taken, so the state is bad; healthy optimizers do not get there, damaged moments do.
+
+    Args:
+        ratio: smallest factor over the median that counts.
+        sigmas: robust standard deviations of the logarithm that count.
+        floor: smallest update-to-weight ratio that counts.
+        window: accepted values remembered.
+        min_history: accepted values before the first verdict.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: float = 10.0,
+        sigmas: float = 8.0,
+        floor: float = 0.05,
+        window: int = 100,
+        min_history: int = 20,
+    ) -> None:
+        super().__init__(ratio=ratio, floor=floor, window=window, min_history=min_history)
+        require(sigmas > 0, "sigmas", sigmas, "greater than 0")
+        self.sigmas = sigmas
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        moved = stats.update_ratio
+        if moved is None or stats.update_learning_rate <= 0 or len(self.window) < self.min_history:
+            return None
+        if moved <= self.floor:
+            return None
+        expected = self.expected(stats.update_learning_rate)
+        if moved <= self.ratio * expected:
+            return None
+        above = math.log(moved / expected) if expected > 0 else math.inf
+        if above <= self.sigmas * self.window.sigma:
+            return None
+        return Anomaly(
+            kind="update spike",
+            step=stats.step,
+            value=moved,
+            signal="update_ratio",
+            baseline=expected,
+            threshold=max(self.floor, self.ratio * expected),
+            optimizer=stats.optimizer,
+            state_is_bad=True,
+            message=f"the last update moved the weights by {moved:.2g} of their norm, "
+            f"{moved / expected:.0f} times what its learning rate explains",
+        )
+
+
+class LearningRateJump(_RatioWindow):
     """Objects, before the step, to a learning rate that would tear the weights apart.
 
     Two things must come together: the learning rate of a group is above ``ratio`` times the
@@ -96,6 +119,7 @@ class LearningRateJump(UpdateSpike):
     ) -> None:
         super().__init__(ratio=ratio, floor=floor, window=window, min_history=min_history)
         self.borne: list[float] = []
+        self.last: list[float] = []
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
@@ -103,7 +127,8 @@ class LearningRateJump(UpdateSpike):
         if len(self.window) < self.min_history or len(rates) != len(self.borne):
             return None
         jump = max((r / b for r, b in zip(rates, self.borne, strict=True) if b > 0), default=0.0)
-        predicted = math.exp(self.window.median) * max(rates)
+        predicted = self.expected(max(rates))
+        pairs = zip(self.last, rates, strict=True)
         if jump <= self.ratio or predicted <= self.floor:
             return None
         return Anomaly(
@@ -114,7 +139,7 @@ class LearningRateJump(UpdateSpike):
             baseline=max(self.borne),
             threshold=self.ratio * max(self.borne),
             optimizer=stats.optimizer,
-            bearable=tuple(self.borne),
+            hold=tuple(min(1.0, last / r) if r > 0 else 1.0 for last, r in pairs),
             message=f"learning rate {max(rates):.3g} is {jump:.0f} times the largest the run has "
             f"borne; the update would move the weights by {predicted:.2g} of their norm",
         )
@@ -126,15 +151,17 @@ class LearningRateJump(UpdateSpike):
         if len(rates) != len(self.borne):
             self.borne = list(rates)
         self.borne = [max(r, b) for r, b in zip(rates, self.borne, strict=True)]
+        self.last = list(rates)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window and the largest learning rate of each group."""
-        return {**super().state_dict(), "borne": list(self.borne)}
+        """The window, and the largest and the last learning rate of each group."""
+        return {**super().state_dict(), "borne": list(self.borne), "last": list(self.last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put such a state back."""
         super().load_state_dict(state)
         self.borne = list(state["borne"])
+        self.last = list(state["last"])
 
 
 class OptimizerState:

@@ -176,3 +176,21 @@ def test_lightning_module_is_offered_the_incident_last(tmp_path):
 def test_option_out_of_range_is_refused_with_its_value(option, value, message):
     with pytest.raises(ValueError, match=message):
         GradientMonitor(**{option: value})
+
+
+def test_parameters_given_to_the_optimizer_later_are_watched_too(tmp_path):
+    """As when a backbone is unfrozen: a NaN there is seen, and a rollback still works."""
+
+    class Thaws(Regression):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.net[4].parameters(), 1e-2)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 20:
+                self.optimizers().optimizer.add_param_group({"params": self.net[0].parameters()})
+
+    callbacks = [FaultInjector([CorruptWeight(step=40, parameter="net.0.weight")])]
+    module, _ = fit(tmp_path, [*callbacks, *stability_callbacks()], Thaws)
+    (incident,) = read_incidents(tmp_path)
+    assert incident["layers"][0][0] == "net.0.weight"
+    assert torch.isfinite(flat(module)).all()
