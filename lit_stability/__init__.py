@@ -15,7 +15,7 @@ _HOME = {
     "Incident": "incidents",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
-    "read_incidents": "incidents",
+    "read_incidents": "records",
     "stability_callbacks": "callbacks",
 }
 

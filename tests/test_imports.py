@@ -15,7 +15,7 @@ FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 MAY_IMPORT_LIGHTNING = ("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py")
 MAY_IMPORT_TORCH = (
     *MAY_IMPORT_LIGHTNING,
-    *("stats.py", "snapshots.py", "lr_scale.py", "clipping.py", "tensorboard/"),
+    *("meter.py", "sampling.py", "snapshots.py", "lr_scale.py", "clipping.py", "tensorboard/"),
     *("locate.py", "preflight.py", "targets.py", "config.py", "cli.py"),
 )
 
@@ -64,7 +64,7 @@ def test_import_of_the_light_part_loads_nothing_heavy(statement):
 
 def test_import_of_the_arithmetic_loads_torch_without_lightning():
     statement = "import " + ", ".join(
-        f"lit_stability.{m}" for m in ("stats", "snapshots", "lr_scale", "clipping")
+        f"lit_stability.{m}" for m in ("meter", "snapshots", "lr_scale", "clipping")
     )
     assert "lightning" not in loaded_by(statement)
     assert "torch" in loaded_by(statement)

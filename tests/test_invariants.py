@@ -106,6 +106,7 @@ FAULTS = {
     "flipped bit": lambda: CorruptWeight(step=30, parameter="net.0.weight", bit=30),
     "Inf moment": lambda: CorruptMoment(step=30, value=float("inf")),
     "zeroed second moment": lambda: CorruptMoment(step=30),
+    "NaN momentum": lambda: CorruptMoment(step=30, key="exp_avg", value=float("nan")),
     "learning-rate jump": lambda: JumpLearningRate(step=30),
     "NaN batch": lambda: BadBatch(step=30),
 }

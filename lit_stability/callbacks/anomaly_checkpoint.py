@@ -16,9 +16,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.requirements import require_monitor, require_one_device
-from lit_stability.incidents import Incident, to_json
+from lit_stability.incidents import Incident
+from lit_stability.meter import gradient_details
+from lit_stability.records import to_json
 from lit_stability.snapshots import capture_rng
-from lit_stability.stats import StepStats, gradient_details
+from lit_stability.stats import StepStats
 from lit_stability.trainer_state import run_directory
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

@@ -18,7 +18,8 @@ from lit_stability.callbacks.reporting import Reporter
 from lit_stability.detectors import Anomaly, Detector, LayerBounds, default_detectors
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
-from lit_stability.stats import StepMeter, StepStats
+from lit_stability.meter import StepMeter
+from lit_stability.stats import StepStats
 from lit_stability.trainer_state import (
     log_every,
     logger_step,
@@ -253,6 +254,19 @@ class GradientMonitor(Callback):
         outcome = "stopped" if isinstance(exception, TrainingStopped) else "unresolved"
         self._close(trainer, pl_module, outcome)
         self._reporter.summary(self.incidents)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so when somebody saves weights that are non-finite, outside of an incident."""
+        if self.current is not None:
+            return
+        bad = [name for meter in self._meters.values() for name in meter.audit()[0]]
+        if bad:
+            self._reporter.say(
+                f"a checkpoint saved at step {trainer.global_step} holds non-finite weights, first "
+                f"{bad[0]}: do not go on from it"
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the parameters."""

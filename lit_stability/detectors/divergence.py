@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.window import Window
-
-if TYPE_CHECKING:
-    from lit_stability.stats import StepStats
+from lit_stability.stats import StepStats
 
 
 class Divergence:

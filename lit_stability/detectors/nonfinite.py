@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, Kind
-
-if TYPE_CHECKING:
-    from lit_stability.stats import StepStats
+from lit_stability.stats import StepStats
 
 
 class NonFinite:

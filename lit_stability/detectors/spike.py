@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.window import Window
-
-if TYPE_CHECKING:
-    from lit_stability.stats import StepStats
-
+from lit_stability.stats import StepStats
 
 _LARGEST_EXPONENT = 700.0
 """exp of more is beyond a float."""

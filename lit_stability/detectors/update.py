@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.window import Window
-
-if TYPE_CHECKING:
-    from lit_stability.stats import StepStats
+from lit_stability.stats import StepStats
 
 
 class _RatioWindow:
@@ -165,7 +163,7 @@ class LearningRateJump(_RatioWindow):
 
 
 class OptimizerState:
-    """Objects to an Adam second moment that fell faster than its own decay allows.
+    """Objects to a non-finite momentum, and to a second moment that fell faster than it can.
 
     ``v_t = b v_(t-1) + (1 - b) g^2`` can never be below ``b v_(t-1)`` (Kingma & Ba 2015,
     Algorithm 1), so a sampled sum under ``share`` of that was damaged from outside; so was one that
@@ -189,12 +187,15 @@ class OptimizerState:
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
-        ratio = stats.moment_ratio
-        if ratio is None or ratio >= self.share:
+        ratio, name = stats.moment_ratio, stats.moment_name
+        if stats.bad_momentum:
+            ratio, name, seen = math.nan, stats.bad_momentum[0], "momentum is non-finite"
+        elif ratio is None or ratio >= self.share:
             return None
-        seen = f"{ratio:.3g} of what decay alone would leave"
-        if math.isnan(ratio):
-            seen = "non-finite"
+        elif math.isnan(ratio):
+            seen = "second moment is non-finite"
+        else:
+            seen = f"second moment is {ratio:.3g} of what decay alone would leave"
         return Anomaly(
             kind="optimizer state",
             step=stats.step,
@@ -204,9 +205,8 @@ class OptimizerState:
             threshold=self.share,
             optimizer=stats.optimizer,
             state_is_bad=True,
-            layers=((stats.moment_name, ratio),),
-            message=f"Adam's second moment of {stats.moment_name} is {seen}: it was damaged from "
-            "outside",
+            layers=((name, ratio),),
+            message=f"the {seen} in {name}: it was damaged from outside",
         )
 
     def update(self, stats: StepStats) -> None:

@@ -194,3 +194,16 @@ def test_parameters_given_to_the_optimizer_later_are_watched_too(tmp_path):
     (incident,) = read_incidents(tmp_path)
     assert incident["layers"][0][0] == "net.0.weight"
     assert torch.isfinite(flat(module)).all()
+
+
+def test_checkpoint_of_non_finite_weights_is_spoken_of(tmp_path, caplog):
+    """Nobody saves a NaN in silence, even where no step has shown it yet."""
+
+    class Spoils(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                pl_module.net[0].weight.data.view(-1)[0] = float("nan")
+                trainer.save_checkpoint(tmp_path / "bad.ckpt")
+
+    fit(tmp_path, [GradientMonitor(), Spoils()], max_steps=5)
+    assert "saved at step 5 holds non-finite weights, first net.0.weight" in caplog.text

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_stability.stats import StepMeter, gradient_details
+from lit_stability.meter import StepMeter, gradient_details
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 ADAMS = {
@@ -490,3 +490,26 @@ def _flat(value):
         return [value]
     items = value.values() if isinstance(value, dict) else value
     return [t for v in items if isinstance(v, (dict, list, tuple, torch.Tensor)) for t in _flat(v)]
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda p: torch.optim.AdamW(p), "exp_avg"),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "momentum_buffer"),
+    ],
+)
+def test_non_finite_momentum_is_named_before_it_reaches_a_weight(make, key):
+    """N3."""
+    net = nn.Linear(3, 3)
+    optimizer = make(net.parameters())
+    m = StepMeter(net.named_parameters(), optimizer)
+    found = []
+    for step in range(3):
+        optimizer.zero_grad()
+        net(torch.ones(1, 3)).sum().backward()
+        if step == 2:
+            optimizer.state[net.bias][key].fill_(math.inf)
+        found.append(m.measure(step, None).bad_momentum)
+        optimizer.step()
+    assert found == [(), (), ("bias",)]

@@ -1,0 +1,323 @@
+"""From tensors to floats: everything the detectors look at, measured once per optimizer step.
+
+One foreach pass over the gradients, one gather of a fixed sample of weights and second moments,
+one copy to the host. May import torch; knows neither Lightning nor detectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_stability.sampling import Samples, blocks_of, real
+from lit_stability.stats import GradientDetail, StepStats
+
+_DETAIL_BLOCKS, _DETAIL_BLOCK = 32, 128
+"""The larger sample from which a gradient's distribution is taken while a run is healthy."""
+_MOMENTUM = ("exp_avg", "momentum_buffer")
+"""Where torch's optimizers keep what moves the weights most."""
+
+
+class StepMeter:
+    """Measures one optimizer's parameters, step after step.
+
+    Args:
+        named_parameters: ``(name, parameter)`` pairs; those the optimizer lacks are left out.
+        optimizer: the optimizer whose updates are measured.
+        index: position of the optimizer in ``trainer.optimizers``.
+
+    Raises:
+        ValueError: if the optimizer holds none of the parameters.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, index: int = 0
+    ) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        pairs = [(n, p) for n, p in named_parameters if id(p) in held]
+        if not pairs:
+            raise ValueError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
+                "the module; pass it `module.parameters()`"
+            )
+        self._held = len(held)
+        self.names = tuple(n for n, _ in pairs)
+        self.parameters = [p for _, p in pairs]
+        self.optimizer = optimizer
+        self.index = index
+        self.count = 0
+        """Steps measured."""
+        self._samples = Samples(self.parameters)
+        self._moments: Samples | None = None
+        self._momentum: Samples | None = None
+        self._momentum_names: list[str] = []
+        self._beta2: list[float] = []
+        self.forget()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the optimizer was given other parameters since, as when a backbone unfreezes."""
+        return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
+
+    def forget(self) -> None:
+        """Drop what was remembered of the last step, after the weights were put back."""
+        self._last_weights: Tensor | None = None
+        self._last_moments: list[float] | None = None
+        self._last_lr = 0.0
+
+    def measure(
+        self,
+        step: int,
+        loss: Tensor | None,
+        *,
+        loss_scale: Tensor | None = None,
+        learning_rates: Sequence[float] = (),
+        nominal_learning_rates: Sequence[float] = (),
+        scan_weights: bool = False,
+        details: bool = False,
+    ) -> StepStats:
+        """Measure the gradients as they are now, and the previous update by the weights.
+
+        Args:
+            step: optimizer steps taken so far.
+            loss: the step's loss, a scalar on any device, or None.
+            loss_scale: what the loss was multiplied by before it got here, a scalar.
+            learning_rates: effective learning rate of each group.
+            nominal_learning_rates: what the scheduler wrote.
+            scan_weights: read every weight too, not only the sample.
+            details: fill ``StepStats.details``.
+        """
+        named = [
+            (n, p.grad)
+            for n, p in zip(self.names, self.parameters, strict=True)
+            if p.grad is not None
+        ]
+        grads = [_dense(g) for _, g in named]
+        parts = {"loss": _scalar(loss), "scale": _scalar(loss_scale)}
+        parts["grads"] = _norms(grads)
+        parts["weights"] = _norms(self.parameters) if scan_weights else []
+        parts["details"] = [_distribution(_detail_sample(g)) for g in grads] if details else []
+        parts["updates"] = self._update_sums()
+        parts["moments"] = self._moment_sums()
+        parts["momentum"] = self._momentum_sums()
+        host = _to_host(parts)
+        grad_norms = tuple(host["grads"])
+        ratio, moment, moment_name = self._ratios(host["updates"], host["moments"])
+        scale = host["scale"][0] if host["scale"] else None
+        stats = StepStats(
+            step=step,
+            loss=_unscaled(host["loss"], scale),
+            has_loss=bool(host["loss"]),
+            loss_scale=scale,
+            grad_norm=_total(grad_norms),
+            optimizer=self.index,
+            names=tuple(n for n, _ in named),
+            grad_norms=grad_norms,
+            learning_rates=tuple(learning_rates),
+            nominal_learning_rates=tuple(nominal_learning_rates),
+            update_ratio=ratio,
+            update_learning_rate=self._last_lr,
+            moment_ratio=moment,
+            moment_name=moment_name,
+            bad_momentum=_non_finite(self._momentum_names, host["momentum"]),
+            weight_norm=_total(host["weights"]) if scan_weights else None,
+            bad_weights=_non_finite(self.names, host["weights"]),
+            details=_details([n for n, _ in named], grad_norms, host["details"]),
+        )
+        self.count += 1
+        self.expect(learning_rates)
+        return stats
+
+    def expect(self, learning_rates: Sequence[float]) -> None:
+        """Say which learning rates the coming update uses, where that has changed since."""
+        self._last_lr = max(learning_rates, default=0.0)
+
+    def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of parameters with a non-finite weight, and with a non-finite optimizer moment.
+
+        Reads everything and copies to the host: for an incident, not for every step.
+        """
+        weights = _to_host({"norms": _norms(self.parameters)})["norms"]
+        owners, tensors = [], []
+        for name, p in zip(self.names, self.parameters, strict=True):
+            for value in (self.optimizer.state.get(p) or {}).values():
+                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                    owners.append(name)
+                    tensors.append(value)
+        moments = _to_host({"norms": _norms(tensors)})["norms"]
+        return _non_finite(self.names, weights), _non_finite(owners, moments)
+
+    def _update_sums(self) -> list[Tensor]:
+        now = self._samples.gather(self.parameters)
+        last, self._last_weights = self._last_weights, now
+        if last is None:
+            return []
+        return [
+            self._samples.weighted_square_sum(now - last).reshape(1),
+            self._samples.weighted_square_sum(last).reshape(1),
+        ]
+
+    def _moment_sums(self) -> list[Tensor]:
+        """Sampled sums of Adam's second moment, one per parameter that has one."""
+        found = [
+            (i, state["exp_avg_sq"])
+            for i, p in enumerate(self.parameters)
+            if (state := self.optimizer.state.get(p)) and "exp_avg_sq" in state
+        ]
+        if not found:
+            return []
+        tensors = [t for _, t in found]
+        if self._moments is None or self._moments.count != len(tensors):
+            self._moments = Samples(tensors)
+            self._moment_index = [i for i, _ in found]
+            self._beta2 = _second_moment_decay(self.optimizer, self.parameters, self._moment_index)
+        return [self._moments.sums(self._moments.gather(tensors))]
+
+    def _momentum_sums(self) -> list[Tensor]:
+        """Sampled sums of the first moment or momentum: only whether they are finite counts."""
+        found = [
+            (name, state[key])
+            for name, p in zip(self.names, self.parameters, strict=True)
+            if (state := self.optimizer.state.get(p))
+            and (key := next((k for k in _MOMENTUM if state.get(k) is not None), None))
+        ]
+        if not found:
+            return []
+        tensors = [t for _, t in found]
+        if self._momentum is None or self._momentum.count != len(tensors):
+            self._momentum = Samples(tensors)
+            self._momentum_names = [n for n, _ in found]
+        return [self._momentum.sums(self._momentum.gather(tensors))]
+
+    def _ratios(
+        self, updates: list[float], moments: list[float]
+    ) -> tuple[float | None, float | None, str]:
+        ratio = math.sqrt(updates[0] / updates[1]) if updates and updates[1] > 0 else None
+        last, self._last_moments = self._last_moments, moments or None
+        if not moments or last is None or len(last) != len(moments):
+            return ratio, None, ""
+        # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
+        kept = [
+            (now / (b * before) if math.isfinite(now) else math.nan, i)
+            for now, before, b, i in zip(
+                moments, last, self._beta2, self._moment_index, strict=True
+            )
+            if before > 0 and b > 0
+        ]
+        if not kept:
+            return ratio, None, ""
+        value, i = min(kept, key=lambda pair: pair[0] if pair[0] == pair[0] else -1.0)
+        return ratio, value, self.names[i]
+
+
+def gradient_details(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+    """Distribution of every gradient there is, a dict of plain values each; for an incident."""
+    named = [(n, p.grad) for n, p in named_parameters if p.grad is not None]
+    grads = [_dense(g) for _, g in named]
+    host = _to_host({"norms": _norms(grads), "rows": [_distribution(g) for g in grads]})
+    return [asdict(d) for d in _details([n for n, _ in named], host["norms"], host["rows"])]
+
+
+def _second_moment_decay(
+    optimizer: Optimizer, parameters: Sequence[Tensor], index: Sequence[int]
+) -> list[float]:
+    beta2 = {
+        id(p): float(group["betas"][1]) if "betas" in group else 0.0
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    return [beta2[id(parameters[i])] for i in index]
+
+
+def _scalar(value: Tensor | None) -> list[Tensor]:
+    return [] if value is None else [value.detach().float().reshape(1)]
+
+
+def _unscaled(loss: Sequence[float], scale: float | None) -> float:
+    if not loss:
+        return math.nan
+    return loss[0] if not scale else loss[0] / scale
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return real(grad.coalesce().values() if grad.is_sparse else grad)
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Norms in fp32 whatever the tensors' own format, so that fp16 does not overflow."""
+    if not tensors:
+        return []
+    tensors = [real(t.detach()) for t in tensors]
+    types = {t.dtype for t in tensors}
+    wide = types <= {torch.float32, torch.float64}
+    widest = torch.float64 if torch.float64 in types else torch.float32
+    kwargs: dict[str, Any] = {} if wide else {"dtype": widest}
+    norms = torch._foreach_norm(tensors, 2.0, **kwargs)
+    device = norms[0].device
+    return [torch.stack([n.to(device=device, dtype=torch.float32) for n in norms])]
+
+
+def _distribution(grad: Tensor) -> Tensor:
+    """Mean, standard deviation, minimum, maximum and share of zeros, shape ``(5,)``."""
+    if grad.numel() == 0:
+        return grad.new_zeros(5, dtype=torch.float32)
+    g = grad.detach().float()
+    low, high = torch.aminmax(g)
+    std, mean = torch.std_mean(g, correction=0)
+    zeros = 1.0 - torch.count_nonzero(g) / g.numel()
+    return torch.stack([mean, std, low, high, zeros])
+
+
+def _detail_sample(grad: Tensor) -> Tensor:
+    if grad.numel() <= _DETAIL_BLOCKS * _DETAIL_BLOCK:
+        return grad
+    return blocks_of(grad, _DETAIL_BLOCKS, _DETAIL_BLOCK)
+
+
+def _details(
+    names: Sequence[str], norms: Sequence[float], flat: Sequence[float]
+) -> tuple[GradientDetail, ...]:
+    if not flat:
+        return ()
+    rows = [flat[5 * i : 5 * i + 5] for i in range(len(names))]
+    return tuple(
+        GradientDetail(
+            name=n, norm=norm, mean=r[0], std=r[1], minimum=r[2], maximum=r[3], zero_share=r[4]
+        )
+        for n, norm, r in zip(names, norms, rows, strict=True)
+    )
+
+
+def _to_host(parts: dict[str, list[Tensor]]) -> dict[str, list[float]]:
+    """The one copy to the host of an optimizer step."""
+    tensors = [t for group in parts.values() for t in group]
+    if not tensors:
+        return {key: [] for key in parts}
+    device = tensors[0].device
+    flat = torch.cat([t if t.device == device else t.to(device) for t in tensors]).tolist()
+    out: dict[str, list[float]] = {}
+    start = 0
+    for key, group in parts.items():
+        end = start + sum(t.numel() for t in group)
+        out[key] = flat[start:end]
+        start = end
+    return out
+
+
+def _non_finite(names: Sequence[str], norms: Sequence[float]) -> tuple[str, ...]:
+    return tuple(
+        dict.fromkeys(n for n, w in zip(names, norms, strict=False) if not math.isfinite(w))
+    )
+
+
+def _total(norms: Sequence[float]) -> float:
+    """Norm of the whole from the norms of its parts; NaN if a part is NaN, Inf if one is Inf."""
+    if any(n != n for n in norms):
+        return math.nan
+    return math.sqrt(math.fsum(n * n for n in norms))

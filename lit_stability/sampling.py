@@ -1,0 +1,84 @@
+"""A fixed, evenly spread sample of many tensors, gathered at the cost of a few cache lines each.
+
+May import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCKS, _BLOCK = 16, 32
+"""The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
+
+
+class Samples:
+    """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.count = len(tensors)
+        tensors = [real(t.detach()) for t in tensors]
+        self.device = tensors[0].device
+        large = [i for i, t in enumerate(tensors) if t.numel() > _BLOCKS * _BLOCK]
+        small = [i for i, t in enumerate(tensors) if t.numel() <= _BLOCKS * _BLOCK]
+        self._large, self._small = large, small
+        order = [*large, *small]
+        self._back = torch.tensor(order, device=self.device).argsort()
+        counts = [min(tensors[i].numel(), _BLOCKS * _BLOCK) for i in order]
+        self._lengths = torch.tensor(counts, device=self.device)
+        scale = [tensors[i].numel() / max(n, 1) for i, n in zip(order, counts, strict=True)]
+        self._weights = torch.tensor(scale, device=self.device).repeat_interleave(self._lengths)
+        self._addresses: list[int] = []
+        self._are_views = False
+        self._views: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Shape ``(elements of the sample,)``, fp32, the large tensors first."""
+        addresses = [t.data_ptr() for t in tensors]
+        if addresses != self._addresses or not self._are_views:
+            self._addresses = addresses
+            tensors = [real(t.detach()) for t in tensors]
+            self._are_views = all(_is_dense(t) for t in tensors)
+            self._views = (
+                [blocks_of(tensors[i]) for i in self._large],
+                [blocks_of(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
+            )
+        parts = [self._join(views) for views in self._views if views]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+
+    def _join(self, views: Sequence[Tensor]) -> Tensor:
+        if any(v.device != self.device for v in views):
+            views = [v.to(self.device) for v in views]
+        return torch.cat(list(views)).reshape(-1)
+
+    def weighted_square_sum(self, flat: Tensor) -> Tensor:
+        """Estimate of the squared norm of all the tensors together, a scalar."""
+        return torch.dot(flat * self._weights, flat)
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """Sum of each tensor's sample, shape ``(tensors,)``, in the tensors' order."""
+        # `unsafe` leaves out a check of the lengths, which would copy to the host twice.
+        sums = torch.segment_reduce(flat, "sum", lengths=self._lengths, unsafe=True)
+        return sums[self._back]
+
+
+def blocks_of(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Tensor:
+    """An evenly spread sample, shape ``(blocks, block)``; a view if the tensor is dense."""
+    if not _is_dense(tensor):
+        tensor = tensor.contiguous()
+    return tensor.as_strided((blocks, block), (tensor.numel() // blocks, 1))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return last + 1 == tensor.numel()
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor, or its real and imaginary parts side by side, which have the same norm."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
