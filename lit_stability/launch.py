@@ -84,7 +84,7 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
         ConfigError: The config cannot be run; nothing was written.
     """
     plain = resolve(config)
-    options = _checked(plain)
+    options = check_options(plain)
     run_dir: Path = options["run_dir"]
     checkpoint = find_checkpoint(resume or options.get("ckpt_path"), run_dir)
     if options.get("seed") is not None:
@@ -106,8 +106,15 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     return FitResult(trainer, model, data, metrics)
 
 
-def _checked(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of `Run` with every target checked and none built."""
+def check_options(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `Run` with every target checked and none built.
+
+    Args:
+        plain: A resolved config.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
     problems: list[str] = []
     trainer = plain.get("trainer") or {}
     if isinstance(trainer, dict):

@@ -98,13 +98,14 @@ class GradientMonitor(Callback):
         self._restored: Mapping[str, Any] = {}
         self._meters: dict[int, StepMeter] = {}
         self._loss: Tensor | None = None
-        self._learning_rates: dict[int, list[float]] = {}
         self._measured_batch: dict[int, int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare one meter and one set of detectors per optimizer."""
         named = list(pl_module.named_parameters())
         self._meters = {i: StepMeter(named, o, i) for i, o in enumerate(trainer.optimizers)}
+        for optimizer in trainer.optimizers:
+            learning_rate_scale(optimizer)
         self._sets = {i: copy.deepcopy(self.detectors) for i in self._meters}
         self._load_detectors(self._restored)
         self._restored = {}

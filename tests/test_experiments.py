@@ -1,0 +1,87 @@
+"""The reference experiments: every config is sound, and the main job does what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_stability import read_incidents
+from lit_stability.config import compose, resolve
+from lit_stability.launch import check_options, fit
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
+RUNS = ("clean", "unprotected", "rescue")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_clone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("extra", [[], ["model/translation_medium"], ["data/classical_modern"]])
+def test_experiment_composes_and_fits_its_targets(experiment, extra):
+    """K5, V2: each model and each source of data under each experiment."""
+    overrides = ["data.root=/somewhere"] if "data/classical_modern" in extra else []
+    check_options(resolve(compose([experiment, *extra], overrides)))
+
+
+def test_real_corpus_without_its_folder_says_what_to_give():
+    problem = r"data\.root: has no value yet; give it one in a file or with data\.root=VALUE"
+    with pytest.raises(ValueError, match=problem):
+        check_options(resolve(compose(["translation_rescue", "data/classical_modern"])))
+
+
+def test_experiment_runs_a_few_steps(tmp_path):
+    small = ["trainer.max_steps=3", "data.n_train=256", "data.n_test=8", "data.n_val=8"]
+    result = fit(compose(["translation_rescue"], [*small, f"run_dir={tmp_path}/run"]))
+    assert result.trainer.global_step == 3
+    assert set(result.metrics) >= {"train/loss", "test/loss", "test/exact_match"}
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The three runs of the main job as a user starts them; metrics and output of each."""
+    runs = {}
+    for name in RUNS:
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, "-m", "lit_stability.cli", "fit", "-c", f"translation_{name}"]
+        done = subprocess.run(
+            [*command, f"run_dir={folder}", "trainer.enable_progress_bar=false"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        runs[name] = folder, metrics, done.stdout + done.stderr
+    return runs
+
+
+@pytest.mark.slow
+def test_rescued_run_ends_where_the_clean_run_ends(main_job):
+    """K3, K4: within 5 % relative of the clean twin's exact match on held-out sentences, T5."""
+    clean, rescued = (main_job[name][1]["test/exact_match"] for name in ("clean", "rescue"))
+    assert clean >= 0.9
+    assert rescued >= 0.95 * clean
+    assert main_job["unprotected"][1]["test/exact_match"] == 0
+    assert main_job["unprotected"][1]["test/loss"] is None, "NaN"
+
+
+@pytest.mark.slow
+def test_rescued_run_tells_what_happened(main_job):
+    """K5: live lines, the summary, the record, and the command for TensorBoard."""
+    folder, _, output = main_job["rescue"]
+    kinds = ["non-finite loss", "non-finite weight", "learning-rate jump"]
+    assert [i["kind"] for i in read_incidents(folder)] == kinds
+    assert {i["outcome"] for i in read_incidents(folder)} == {"recovered"}
+    for number, kind in enumerate(kinds, 1):
+        assert f"incident {number} at step" in output
+        assert f"incident {number} ({kind}) recovered" in output
+    assert "stability summary" in output
+    assert f"tensorboard --logdir {folder}" in output
+    assert len(list((folder / "incidents").iterdir())) == 3
