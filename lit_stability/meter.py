@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.moments import Moments
 from lit_stability.sampling import Samples, blocks_of, real
 from lit_stability.stats import GradientDetail, StepStats
 
 _DETAIL_BLOCKS, _DETAIL_BLOCK = 32, 128
 """The larger sample from which a gradient's distribution is taken while a run is healthy."""
-_MOMENTUM = ("exp_avg", "momentum_buffer")
-"""Where torch's optimizers keep what moves the weights most."""
 
 
 class StepMeter:
@@ -54,10 +53,7 @@ class StepMeter:
         self.count = 0
         """Steps measured."""
         self._samples = Samples(self.parameters)
-        self._moments: Samples | None = None
-        self._momentum: Samples | None = None
-        self._momentum_names: list[str] = []
-        self._beta2: list[float] = []
+        self._moments = Moments(self.names, self.parameters, optimizer)
         self.forget()
 
     @property
@@ -68,7 +64,7 @@ class StepMeter:
     def forget(self) -> None:
         """Drop what was remembered of the last step, after the weights were put back."""
         self._last_weights: Tensor | None = None
-        self._last_moments: list[float] | None = None
+        self._moments.forget()
         self._last_lr = 0.0
 
     def measure(
@@ -104,11 +100,11 @@ class StepMeter:
         parts["weights"] = _norms(self.parameters) if scan_weights else []
         parts["details"] = [_distribution(_detail_sample(g)) for g in grads] if details else []
         parts["updates"] = self._update_sums()
-        parts["moments"] = self._moment_sums()
-        parts["momentum"] = self._momentum_sums()
+        parts["moments"] = self._moments.second()
+        parts["momentum"] = self._moments.first()
         host = _to_host(parts)
         grad_norms = tuple(host["grads"])
-        ratio, moment, moment_name = self._ratios(host["updates"], host["moments"])
+        moment, moment_name = self._moments.ratio(host["moments"])
         scale = host["scale"][0] if host["scale"] else None
         stats = StepStats(
             step=step,
@@ -121,11 +117,11 @@ class StepMeter:
             grad_norms=grad_norms,
             learning_rates=tuple(learning_rates),
             nominal_learning_rates=tuple(nominal_learning_rates),
-            update_ratio=ratio,
+            update_ratio=_ratio(host["updates"]),
             update_learning_rate=self._last_lr,
             moment_ratio=moment,
             moment_name=moment_name,
-            bad_momentum=_non_finite(self._momentum_names, host["momentum"]),
+            bad_momentum=_non_finite(self._moments.first_names, host["momentum"]),
             weight_norm=_total(host["weights"]) if scan_weights else None,
             bad_weights=_non_finite(self.names, host["weights"]),
             details=_details([n for n, _ in named], grad_norms, host["details"]),
@@ -163,58 +159,6 @@ class StepMeter:
             self._samples.weighted_square_sum(last).reshape(1),
         ]
 
-    def _moment_sums(self) -> list[Tensor]:
-        """Sampled sums of Adam's second moment, one per parameter that has one."""
-        found = [
-            (i, state["exp_avg_sq"])
-            for i, p in enumerate(self.parameters)
-            if (state := self.optimizer.state.get(p)) and "exp_avg_sq" in state
-        ]
-        if not found:
-            return []
-        tensors = [t for _, t in found]
-        if self._moments is None or self._moments.count != len(tensors):
-            self._moments = Samples(tensors)
-            self._moment_index = [i for i, _ in found]
-            self._beta2 = _second_moment_decay(self.optimizer, self.parameters, self._moment_index)
-        return [self._moments.sums(self._moments.gather(tensors))]
-
-    def _momentum_sums(self) -> list[Tensor]:
-        """Sampled sums of the first moment or momentum: only whether they are finite counts."""
-        found = [
-            (name, state[key])
-            for name, p in zip(self.names, self.parameters, strict=True)
-            if (state := self.optimizer.state.get(p))
-            and (key := next((k for k in _MOMENTUM if state.get(k) is not None), None))
-        ]
-        if not found:
-            return []
-        tensors = [t for _, t in found]
-        if self._momentum is None or self._momentum.count != len(tensors):
-            self._momentum = Samples(tensors)
-            self._momentum_names = [n for n, _ in found]
-        return [self._momentum.sums(self._momentum.gather(tensors))]
-
-    def _ratios(
-        self, updates: list[float], moments: list[float]
-    ) -> tuple[float | None, float | None, str]:
-        ratio = math.sqrt(updates[0] / updates[1]) if updates and updates[1] > 0 else None
-        last, self._last_moments = self._last_moments, moments or None
-        if not moments or last is None or len(last) != len(moments):
-            return ratio, None, ""
-        # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
-        kept = [
-            (now / (b * before) if math.isfinite(now) else math.nan, i)
-            for now, before, b, i in zip(
-                moments, last, self._beta2, self._moment_index, strict=True
-            )
-            if before > 0 and b > 0
-        ]
-        if not kept:
-            return ratio, None, ""
-        value, i = min(kept, key=lambda pair: pair[0] if pair[0] == pair[0] else -1.0)
-        return ratio, value, self.names[i]
-
 
 def gradient_details(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Distribution of every gradient there is, a dict of plain values each; for an incident."""
@@ -224,15 +168,8 @@ def gradient_details(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dic
     return [asdict(d) for d in _details([n for n, _ in named], host["norms"], host["rows"])]
 
 
-def _second_moment_decay(
-    optimizer: Optimizer, parameters: Sequence[Tensor], index: Sequence[int]
-) -> list[float]:
-    beta2 = {
-        id(p): float(group["betas"][1]) if "betas" in group else 0.0
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    return [beta2[id(parameters[i])] for i in index]
+def _ratio(squares: Sequence[float]) -> float | None:
+    return math.sqrt(squares[0] / squares[1]) if squares and squares[1] > 0 else None
 
 
 def _scalar(value: Tensor | None) -> list[Tensor]:

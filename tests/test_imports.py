@@ -15,7 +15,15 @@ FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 MAY_IMPORT_LIGHTNING = ("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py")
 MAY_IMPORT_TORCH = (
     *MAY_IMPORT_LIGHTNING,
-    *("meter.py", "sampling.py", "snapshots.py", "lr_scale.py", "clipping.py", "tensorboard/"),
+    *(
+        "meter.py",
+        "moments.py",
+        "sampling.py",
+        "snapshots.py",
+        "lr_scale.py",
+        "clipping.py",
+        "tensorboard/",
+    ),
     *("locate.py", "preflight.py", "targets.py", "config.py", "cli.py"),
 )
 
@@ -107,7 +115,7 @@ def test_unknown_name_is_an_attribute_error_that_repeats_it():
 
 def test_detectors_export_what_they_define():
     public = {n for n in vars(detectors) if not n.startswith("_") and n[0].isupper()}
-    assert public | {"default_detectors", "flagged"} == set(detectors.__all__)
+    assert public | {"default_detectors", "flagged", "with_damage"} == set(detectors.__all__)
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if not f.startswith(MAY_IMPORT_LIGHTNING)])

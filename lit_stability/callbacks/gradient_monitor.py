@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +13,13 @@ from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.reporting import Reporter
-from lit_stability.detectors import Anomaly, Detector, LayerBounds, default_detectors
+from lit_stability.detectors import (
+    Anomaly,
+    Detector,
+    LayerBounds,
+    default_detectors,
+    with_damage,
+)
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
@@ -136,7 +140,8 @@ class GradientMonitor(Callback):
         if anomaly is None:
             self._accept(trainer, pl_module, stats)
         else:
-            self._raise(trainer, pl_module, self._examine(anomaly, index), stats)
+            weights, moments = self._meters[index].audit()
+            self._raise(trainer, pl_module, with_damage(anomaly, weights, moments), stats)
 
     def _measure(self, trainer: Trainer, index: int, optimizer: Optimizer) -> StepStats:
         scaler = loss_scaler(trainer)
@@ -174,24 +179,6 @@ class GradientMonitor(Callback):
                     "the new normal and learns anew"
                 )
         return None
-
-    def _examine(self, anomaly: Anomaly, index: int) -> Anomaly:
-        """Look whether the state itself is damaged: that is what most needs to be known."""
-        weights, moments = self._meters[index].audit()
-        if weights and anomaly.kind != "non-finite weight":
-            message = (
-                f"{anomaly.message}; {len(weights)} parameters are non-finite, first {weights[0]}"
-            )
-            layers = tuple((name, math.nan) for name in weights[:5])
-            return dataclasses.replace(
-                anomaly, kind="non-finite weight", message=message, layers=layers, state_is_bad=True
-            )
-        if moments and not anomaly.state_is_bad:
-            message = f"{anomaly.message}; optimizer state of {moments[0]} is non-finite"
-            return dataclasses.replace(
-                anomaly, kind="optimizer state", message=message, state_is_bad=True
-            )
-        return anomaly
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         for detector in self._sets[stats.optimizer]:

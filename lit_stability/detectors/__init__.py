@@ -5,7 +5,7 @@ flagged or non-finite value never enters a window. One instance serves one optim
 No file of this folder imports torch or Lightning.
 """
 
-from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged
+from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
 from lit_stability.detectors.bounds import LayerBounds
 from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.nonfinite import NonFinite
@@ -27,6 +27,7 @@ __all__ = [
     "Window",
     "default_detectors",
     "flagged",
+    "with_damage",
 ]
 
 

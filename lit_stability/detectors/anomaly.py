@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lit_stability.stats import StepStats
@@ -46,6 +47,30 @@ class Anomaly:
     """The parameters that show it most, each with its value."""
     hold: tuple[float, ...] = ()
     """Factor that brings each group back to its last accepted learning rate; only with a jump."""
+
+
+def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]) -> Anomaly:
+    """The anomaly in the light of an audit: damaged state is what most needs to be known.
+
+    Args:
+        anomaly: what a detector said.
+        weights: parameters found non-finite.
+        moments: parameters whose optimizer state was found non-finite.
+    """
+    if weights and anomaly.kind != "non-finite weight":
+        kind, seen = "non-finite weight", f"{len(weights)} parameters are non-finite"
+    elif moments and not weights and not anomaly.state_is_bad:
+        kind, seen = "optimizer state", f"the state of {len(moments)} parameters is non-finite"
+    else:
+        return anomaly
+    names = weights or moments
+    return replace(
+        anomaly,
+        kind=kind,
+        message=f"{anomaly.message}; {seen}, first {names[0]}",
+        layers=tuple((name, math.nan) for name in names[:5]),
+        state_is_bad=True,
+    )
 
 
 @runtime_checkable
