@@ -3,8 +3,9 @@
     python -m benchmarks.overhead [--steps 120] [--quick]
 
 One process, one torch thread. A bare and a protected Trainer take turns, step by step, on equal
-models and batches, so that both meet the same noise of the machine; reported is the median over
-pairs of the ratio of a block of consecutive steps (long enough to hold a snapshot).
+models and batches, so that both meet the same noise of the machine. Steps are added up in blocks of
+15, so that each block of the suite holds one snapshot; reported is the median ratio of a block to
+the bare block beside it, and its quartiles.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ SUITES: dict[str, Any] = {
 
 
 class Baton(Callback):
-    """Lets one Trainer at a time take a block of steps, and times them."""
+    """Lets one Trainer at a time take a step, and times it."""
 
-    def __init__(self, turn: list[threading.Semaphore], index: int, block: int) -> None:
-        self.turn, self.index, self.block = turn, index, block
+    def __init__(self, turn: list[threading.Semaphore], index: int) -> None:
+        self.turn, self.index = turn, index
         self.times: list[float] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -44,12 +45,11 @@ class Baton(Callback):
         self.last = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Pass the baton at the end of a block."""
-        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % self.block == 0:
-            self.times.append(time.perf_counter() - self.last)
-            self.turn[(self.index + 1) % len(self.turn)].release()
-            self.turn[self.index].acquire()
-            self.last = time.perf_counter()
+        """Pass the baton."""
+        self.times.append(time.perf_counter() - self.last)
+        self.turn[(self.index + 1) % len(self.turn)].release()
+        self.turn[self.index].acquire()
+        self.last = time.perf_counter()
 
     def on_train_end(self, *args: Any) -> None:
         """Let the others finish."""
@@ -57,11 +57,11 @@ class Baton(Callback):
 
 
 def measure(
-    names: list[str], *, steps: int, block: int, batch: int, config: ByteGPTConfig
+    names: list[str], *, steps: int, batch: int, config: ByteGPTConfig
 ) -> dict[str, list[float]]:
-    """Seconds of each block of steps, by suite."""
+    """Seconds of each step, by suite."""
     turn = [threading.Semaphore(0) for _ in names]
-    batons = [Baton(turn, i, block) for i in range(len(names))]
+    batons = [Baton(turn, i) for i in range(len(names))]
     threads = []
     for name, baton in zip(names, batons, strict=True):
         seed_everything(0, verbose=False)
@@ -83,17 +83,20 @@ def measure(
     turn[0].release()
     for thread in threads:
         thread.join()
-    return {name: baton.times[1:] for name, baton in zip(names, batons, strict=True)}
+    return {name: baton.times for name, baton in zip(names, batons, strict=True)}
 
 
-def report(times: dict[str, list[float]], block: int) -> None:
-    """Print the median ratio of every suite to the bare step."""
-    bare = times["bare"]
-    print(
-        f"bare step {1e3 * statistics.median(bare) / block:.1f} ms, {len(bare)} blocks of {block}"
-    )
+def report(times: dict[str, list[float]], block: int = 15) -> None:
+    """Print the median ratio of every suite to the bare step; the first block warms up."""
+
+    def blocks(steps: list[float]) -> list[float]:
+        return [sum(steps[i : i + block]) for i in range(block, len(steps) - block + 1, block)]
+
+    bare = blocks(times["bare"])
+    step = 1e3 * statistics.median(times["bare"])
+    print(f"bare step {step:.1f} ms, {len(bare)} blocks of {block} steps")
     for name, measured in times.items():
-        ratios = [m / b for m, b in zip(measured, bare, strict=False)]
+        ratios = [m / b for m, b in zip(blocks(measured), bare, strict=False)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name:36s} x{middle:.4f}  (quartiles {low:.4f} .. {high:.4f})")
 
@@ -109,9 +112,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     shape = ByteGPTConfig(width=128, layers=4) if args.quick else ByteGPTConfig(width=400, layers=5)
-    block = 15
     names = ["bare", *args.suites]
-    report(measure(names, steps=args.steps, block=block, batch=args.batch, config=shape), block)
+    report(measure(names, steps=args.steps, batch=args.batch, config=shape))
 
 
 if __name__ == "__main__":

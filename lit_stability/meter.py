@@ -100,11 +100,10 @@ class StepMeter:
         parts["weights"] = _norms(self.parameters) if scan_weights else []
         parts["details"] = [_distribution(_detail_sample(g)) for g in grads] if details else []
         parts["updates"] = self._update_sums()
-        parts["moments"] = self._moments.second()
-        parts["momentum"] = self._moments.first()
+        parts["moments"] = self._moments.sums()
         host = _to_host(parts)
         grad_norms = tuple(host["grads"])
-        moment, moment_name = self._moments.ratio(host["moments"])
+        moments = self._moments.judge(host["moments"])
         scale = host["scale"][0] if host["scale"] else None
         stats = StepStats(
             step=step,
@@ -119,9 +118,9 @@ class StepMeter:
             nominal_learning_rates=tuple(nominal_learning_rates),
             update_ratio=_ratio(host["updates"]),
             update_learning_rate=self._last_lr,
-            moment_ratio=moment,
-            moment_name=moment_name,
-            bad_momentum=_non_finite(self._moments.first_names, host["momentum"]),
+            moment_ratio=moments.ratio,
+            moment_name=moments.name,
+            bad_momentum=moments.bad_momentum,
             weight_norm=_total(host["weights"]) if scan_weights else None,
             bad_weights=_non_finite(self.names, host["weights"]),
             details=_details([n for n, _ in named], grad_norms, host["details"]),

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.sampling import Samples
 
-_FIRST = ("exp_avg", "momentum_buffer")
-"""Where torch's optimizers keep what moves the weights most."""
+_BLOCKS = 4
+"""Blocks sampled of each moment: damage that matters fills a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class MomentStats:
+    """What the sample says of the moments."""
+
+    bad_momentum: tuple[str, ...] = ()
+    """Parameters whose momentum or first moment is non-finite."""
+    ratio: float | None = None
+    """Smallest ratio over parameters of the second moment to what its decay alone leaves."""
+    name: str = ""
+    """The parameter that has it."""
 
 
 class Moments:
-    """Sampled sums of momentum and second moment, one per parameter that has one.
+    """Sampled sums of momentum and second moment of each parameter, from step to step.
 
     Args:
         names: of the parameters.
@@ -30,11 +43,9 @@ class Moments:
         self, names: Sequence[str], parameters: Sequence[Tensor], optimizer: Optimizer
     ) -> None:
         self._names, self._parameters, self._optimizer = names, parameters, optimizer
-        self._first: Samples | None = None
-        self._second: Samples | None = None
-        self.first_names: list[str] = []
-        """The parameters that have a momentum or a first moment, in the order of `first`."""
-        self._second_names: list[str] = []
+        self._samples: Samples | None = None
+        self._first: list[str] = []
+        self._second: list[str] = []
         self._decay: list[float] = []
         self._last: list[float] | None = None
 
@@ -42,53 +53,51 @@ class Moments:
         """Drop what was remembered of the last step."""
         self._last = None
 
-    def first(self) -> list[Tensor]:
-        """Sums of the momentum, a tensor of shape ``(parameters that have one,)`` or nothing."""
-        names, tensors = self._find(_FIRST)
+    def sums(self) -> list[Tensor]:
+        """Sums of the moments there are, one tensor for the host, or nothing."""
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        first_names: list[str] = []
+        second_names: list[str] = []
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            state = self._optimizer.state.get(parameter)
+            if not state:
+                continue
+            momentum = state.get("exp_avg", state.get("momentum_buffer"))
+            if momentum is not None:
+                first.append(momentum)
+                first_names.append(name)
+            if "exp_avg_sq" in state:
+                second.append(state["exp_avg_sq"])
+                second_names.append(name)
+        tensors = first + second
         if not tensors:
             return []
-        if self._first is None or self._first.count != len(tensors):
-            self._first, self.first_names = Samples(tensors), names
-        return [self._first.sums(self._first.gather(tensors))]
-
-    def second(self) -> list[Tensor]:
-        """Sums of Adam's second moment, likewise."""
-        names, tensors = self._find(("exp_avg_sq",))
-        if not tensors:
-            return []
-        if self._second is None or self._second.count != len(tensors):
-            self._second, self._second_names = Samples(tensors), names
+        if self._samples is None or (self._first, self._second) != (first_names, second_names):
+            self._samples = Samples(tensors, _BLOCKS)
+            self._first, self._second = first_names, second_names
             decay = self._decays()
-            self._decay = [decay[name] for name in names]
-        return [self._second.sums(self._second.gather(tensors))]
+            self._decay = [decay[name] for name in second_names]
+        return [self._samples.sums(self._samples.gather(tensors))]
 
-    def ratio(self, sums: Sequence[float]) -> tuple[float | None, str]:
-        """Smallest ratio of a second moment to what its decay alone leaves, and whose it is.
-
-        Args:
-            sums: what `second` gave, on the host.
-        """
-        last, self._last = self._last, list(sums) or None
-        if not sums or last is None or len(last) != len(sums):
-            return None, ""
+    def judge(self, sums: Sequence[float]) -> MomentStats:
+        """What the sums, on the host, say against those of the step before."""
+        momentum, second = sums[: len(self._first)], list(sums[len(self._first) :])
+        bad = tuple(n for n, s in zip(self._first, momentum, strict=False) if not math.isfinite(s))
+        last, self._last = self._last, second or None
+        if last is None or len(last) != len(second):
+            return MomentStats(bad)
         # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
-        rows = zip(self._second_names, sums, last, self._decay, strict=True)
+        rows = zip(self._second, second, last, self._decay, strict=True)
         ratios = [
             (now / (b * before) if math.isfinite(now) else math.nan, name)
             for name, now, before, b in rows
             if before > 0 and b > 0
         ]
-        worst = min(ratios, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0], default=None)
-        return worst or (None, "")
-
-    def _find(self, keys: Sequence[str]) -> tuple[list[str], list[Tensor]]:
-        found = [
-            (name, state[key])
-            for name, p in zip(self._names, self._parameters, strict=True)
-            if (state := self._optimizer.state.get(p))
-            and (key := next((k for k in keys if state.get(k) is not None), None))
-        ]
-        return [n for n, _ in found], [t for _, t in found]
+        if not ratios:
+            return MomentStats(bad)
+        ratio, name = min(ratios, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0])
+        return MomentStats(bad, ratio, name)
 
     def _decays(self) -> dict[str, float]:
         by_id = {

@@ -15,18 +15,24 @@ _BLOCKS, _BLOCK = 16, 32
 
 
 class Samples:
-    """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor."""
+    """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    Args:
+        tensors: what to sample, now and at each `gather`.
+        blocks: blocks of 32 neighbours taken from each; smaller tensors are taken whole.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], blocks: int = _BLOCKS) -> None:
         self.count = len(tensors)
+        self._blocks, most = blocks, blocks * _BLOCK
         tensors = [real(t.detach()) for t in tensors]
         self.device = tensors[0].device
-        large = [i for i, t in enumerate(tensors) if t.numel() > _BLOCKS * _BLOCK]
-        small = [i for i, t in enumerate(tensors) if t.numel() <= _BLOCKS * _BLOCK]
+        large = [i for i, t in enumerate(tensors) if t.numel() > most]
+        small = [i for i, t in enumerate(tensors) if t.numel() <= most]
         self._large, self._small = large, small
         order = [*large, *small]
         self._back = torch.tensor(order, device=self.device).argsort()
-        counts = [min(tensors[i].numel(), _BLOCKS * _BLOCK) for i in order]
+        counts = [min(tensors[i].numel(), most) for i in order]
         self._lengths = torch.tensor(counts, device=self.device)
         scale = [tensors[i].numel() / max(n, 1) for i, n in zip(order, counts, strict=True)]
         self._weights = torch.tensor(scale, device=self.device).repeat_interleave(self._lengths)
@@ -42,7 +48,7 @@ class Samples:
             tensors = [real(t.detach()) for t in tensors]
             self._are_views = all(_is_dense(t) for t in tensors)
             self._views = (
-                [blocks_of(tensors[i]) for i in self._large],
+                [blocks_of(tensors[i], self._blocks) for i in self._large],
                 [blocks_of(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
             )
         parts = [self._join(views) for views in self._views if views]

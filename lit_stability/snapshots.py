@@ -63,7 +63,7 @@ class ModuleSnapshot:
         """Copy them in."""
         parameters = dict(module.named_parameters())
         self.names = list(parameters)
-        self._homes = _buffers(module)
+        self._homes = _buffers(module.modules())
         buffers = [b for _, _, b in self._homes if b is not None]
         self.bank.capture([*parameters.values(), *buffers])
 
@@ -153,13 +153,13 @@ class BufferGuard:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._modules = list(module.modules())
         self._bank = TensorBank()
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def capture(self) -> None:
         """Remember the buffers as they are."""
-        self._homes = _buffers(self._module)
+        self._homes = _buffers(self._modules)
         self._bank.capture([b for _, _, b in self._homes if b is not None])
 
     def restore(self) -> None:
@@ -246,8 +246,8 @@ class Generations(Generic[S]):
             self.candidate = None
 
 
-def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor | None]]:
-    return [(m, key, b) for m in module.modules() for key, b in m._buffers.items()]
+def _buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor | None]]:
+    return [(m, key, b) for m in modules if m._buffers for key, b in m._buffers.items()]
 
 
 def _put_back(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:

@@ -135,7 +135,7 @@ class AnomalyCheckpoint(Callback):
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
         try:
-            trainer.save_checkpoint(part / "checkpoint.ckpt")
+            trainer.save_checkpoint(part / "checkpoint.ckpt", weights_only=False)
             scene = {
                 "batch": self._batch,
                 "gradients": gradient_details(pl_module.named_parameters()),

@@ -43,7 +43,7 @@ class AutoRollback(Callback):
     when the fit starts.
 
     Args:
-        snapshot_every: healthy optimizer steps between snapshots.
+        snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed.
         confirm_after: healthy steps after which a snapshot may be gone back to.
         relax_after: calm steps after which a lowered learning rate and a tightened clip are
             doubled, until both are back. A learning rate that is held against a jump of its
@@ -57,7 +57,7 @@ class AutoRollback(Callback):
     def __init__(
         self,
         *,
-        snapshot_every: int = 15,
+        snapshot_every: int = 20,
         confirm_after: int = 10,
         relax_after: int = 20,
         budget: Budget | None = None,

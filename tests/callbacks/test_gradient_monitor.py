@@ -186,7 +186,7 @@ def test_parameters_given_to_the_optimizer_later_are_watched_too(tmp_path):
             return torch.optim.AdamW(self.net[4].parameters(), 1e-2)
 
         def on_train_batch_start(self, batch, batch_idx):
-            if batch_idx == 20:
+            if batch_idx == 20 and self.current_epoch == 0:
                 self.optimizers().optimizer.add_param_group({"params": self.net[0].parameters()})
 
     callbacks = [FaultInjector([CorruptWeight(step=40, parameter="net.0.weight")])]
