@@ -158,7 +158,7 @@ class Ladder:
                 a cut divides the learning rate by at least this much, up to 1000.
         """
         damaged = anomaly.state_is_bad or state_is_bad
-        if anomaly.kind == "learning-rate jump" and not damaged and self._spend("holds"):
+        if anomaly.hold and not damaged and self._spend("holds"):
             return HoldLearningRate(anomaly.hold)
         if (
             not damaged

@@ -67,6 +67,7 @@ class StepMeter:
         self._moments.forget()
         self._last_lr = 0.0
 
+    @torch.no_grad()
     def measure(
         self,
         step: int,
@@ -133,6 +134,7 @@ class StepMeter:
         """Say which learning rates the coming update uses, where that has changed since."""
         self._last_lr = max(learning_rates, default=0.0)
 
+    @torch.no_grad()
     def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of parameters with a non-finite weight, and with a non-finite optimizer moment.
 
@@ -149,7 +151,7 @@ class StepMeter:
         return _non_finite(self.names, weights), _non_finite(owners, moments)
 
     def _update_sums(self) -> list[Tensor]:
-        now = self._samples.gather(self.parameters)
+        now = self._samples.gather()
         last, self._last_weights = self._last_weights, now
         if last is None:
             return []
@@ -159,6 +161,7 @@ class StepMeter:
         ]
 
 
+@torch.no_grad()
 def gradient_details(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Distribution of every gradient there is, a dict of plain values each; for an incident."""
     named = [(n, p.grad) for n, p in named_parameters if p.grad is not None]
@@ -189,7 +192,10 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Norms in fp32 whatever the tensors' own format, so that fp16 does not overflow."""
     if not tensors:
         return []
-    tensors = [real(t.detach()) for t in tensors]
+    types = {t.dtype for t in tensors}
+    if types == {torch.float32} and len({t.device for t in tensors}) == 1:
+        return [torch.stack(torch._foreach_norm(list(tensors), 2.0))]
+    tensors = [real(t) for t in tensors]
     types = {t.dtype for t in tensors}
     wide = types <= {torch.float32, torch.float64}
     widest = torch.float64 if torch.float64 in types else torch.float32

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.sampling import Samples
+from lit_stability.sampling import RECHECK, Samples
 
-_BLOCKS = 4
+_BLOCKS = 2
 """Blocks sampled of each moment: damage that matters fills a tensor."""
 
 
@@ -44,41 +44,45 @@ class Moments:
     ) -> None:
         self._names, self._parameters, self._optimizer = names, parameters, optimizer
         self._samples: Samples | None = None
+        self._tensors: list[Tensor] = []
+        self._calls = 0
         self._first: list[str] = []
         self._second: list[str] = []
         self._decay: list[float] = []
         self._last: list[float] | None = None
 
     def forget(self) -> None:
-        """Drop what was remembered of the last step."""
+        """Drop what was remembered of the last step, and look for the moments anew."""
         self._last = None
+        self._calls = 0
 
     def sums(self) -> list[Tensor]:
         """Sums of the moments there are, one tensor for the host, or nothing."""
-        first: list[Tensor] = []
-        second: list[Tensor] = []
-        first_names: list[str] = []
-        second_names: list[str] = []
+        if self._samples is None or self._calls % RECHECK == 0:
+            self._find()
+        self._calls += 1
+        return [] if self._samples is None else [self._samples.sums(self._samples.gather())]
+
+    def _find(self) -> None:
+        """Look for the moments; an optimizer makes them at its first step, and may replace them."""
+        first: dict[str, Tensor] = {}
+        second: dict[str, Tensor] = {}
         for name, parameter in zip(self._names, self._parameters, strict=True):
-            state = self._optimizer.state.get(parameter)
-            if not state:
-                continue
+            state = self._optimizer.state.get(parameter) or {}
             momentum = state.get("exp_avg", state.get("momentum_buffer"))
             if momentum is not None:
-                first.append(momentum)
-                first_names.append(name)
+                first[name] = momentum
             if "exp_avg_sq" in state:
-                second.append(state["exp_avg_sq"])
-                second_names.append(name)
-        tensors = first + second
-        if not tensors:
-            return []
-        if self._samples is None or (self._first, self._second) != (first_names, second_names):
-            self._samples = Samples(tensors, _BLOCKS)
-            self._first, self._second = first_names, second_names
-            decay = self._decays()
-            self._decay = [decay[name] for name in second_names]
-        return [self._samples.sums(self._samples.gather(tensors))]
+                second[name] = state["exp_avg_sq"]
+        tensors = [*first.values(), *second.values()]
+        if [id(t) for t in tensors] == [id(t) for t in self._tensors]:
+            return
+        self._tensors = tensors
+        self._samples = Samples(tensors, _BLOCKS) if tensors else None
+        self._first, self._second = list(first), list(second)
+        decay = self._decays()
+        self._decay = [decay[name] for name in second]
+        self._last = None
 
     def judge(self, sums: Sequence[float]) -> MomentStats:
         """What the sums, on the host, say against those of the step before."""

@@ -12,18 +12,21 @@ from torch import Tensor
 
 _BLOCKS, _BLOCK = 16, 32
 """The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
+RECHECK = 10
+"""Gathers between looks at whether tensors, or the optimizer's state, were replaced."""
 
 
 class Samples:
     """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor.
 
     Args:
-        tensors: what to sample, now and at each `gather`.
+        tensors: what to sample; memory that they are given later is seen within `RECHECK` calls.
         blocks: blocks of 32 neighbours taken from each; smaller tensors are taken whole.
     """
 
     def __init__(self, tensors: Sequence[Tensor], blocks: int = _BLOCKS) -> None:
-        self.count = len(tensors)
+        self._tensors = list(tensors)
+        self._calls = 0
         self._blocks, most = blocks, blocks * _BLOCK
         tensors = [real(t.detach()) for t in tensors]
         self.device = tensors[0].device
@@ -40,19 +43,26 @@ class Samples:
         self._are_views = False
         self._views: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self) -> Tensor:
         """Shape ``(elements of the sample,)``, fp32, the large tensors first."""
-        addresses = [t.data_ptr() for t in tensors]
-        if addresses != self._addresses or not self._are_views:
-            self._addresses = addresses
-            tensors = [real(t.detach()) for t in tensors]
-            self._are_views = all(_is_dense(t) for t in tensors)
-            self._views = (
-                [blocks_of(tensors[i], self._blocks) for i in self._large],
-                [blocks_of(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
-            )
+        if self._calls % RECHECK == 0 or not self._are_views:
+            self._look_again()
+        self._calls += 1
         parts = [self._join(views) for views in self._views if views]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+
+    def _look_again(self) -> None:
+        """Make the views anew where a tensor was given other memory."""
+        addresses = [t.data_ptr() for t in self._tensors]
+        if addresses == self._addresses and self._are_views:
+            return
+        self._addresses = addresses
+        tensors = [real(t.detach()) for t in self._tensors]
+        self._are_views = all(_is_dense(t) for t in tensors)
+        self._views = (
+            [blocks_of(tensors[i], self._blocks) for i in self._large],
+            [blocks_of(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
+        )
 
     def _join(self, views: Sequence[Tensor]) -> Tensor:
         if any(v.device != self.device for v in views):

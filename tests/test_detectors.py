@@ -192,6 +192,14 @@ def test_learning_rate_jump_of_a_schedule_is_flagged(rates, per_lr, expected):
     assert rate_alarms(rates, per_lr) == expected
 
 
+def test_infinite_learning_rate_is_flagged_and_cannot_be_held():
+    detector = LearningRateJump()
+    for i in range(30):
+        step = stats(i, learning_rates=(1e-3,), update_ratio=0.01, update_learning_rate=1e-3)
+        assert not flagged(detector, step)
+    assert detector.check(stats(30, learning_rates=(INF,))).hold == ()
+
+
 def test_learning_rate_jump_tells_what_brings_each_group_back():
     detector = LearningRateJump()
     for i in range(30):

@@ -141,6 +141,7 @@ class AutoRollback(Callback):
         if isinstance(response, HoldLearningRate):
             self.throttle.hold(anomaly.optimizer, response.factors)
             self._apply(trainer)
+            now.stepped = True
             return
         now.vetoed += 1
         if not isinstance(response, SkipStep):

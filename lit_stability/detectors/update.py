@@ -137,7 +137,10 @@ class LearningRateJump(_RatioWindow):
             baseline=max(self.borne),
             threshold=self.ratio * max(self.borne),
             optimizer=stats.optimizer,
-            hold=tuple(min(1.0, last / r) if r > 0 else 1.0 for last, r in pairs),
+            # No factor brings an infinite learning rate back.
+            hold=tuple(min(1.0, last / r) if r > 0 else 1.0 for last, r in pairs)
+            if math.isfinite(max(rates))
+            else (),
             message=f"learning rate {max(rates):.3g} is {jump:.0f} times the largest the run has "
             f"borne; the update would move the weights by {predicted:.2g} of their norm",
         )

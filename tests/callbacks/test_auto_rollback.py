@@ -2,7 +2,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_stability import AutoRollback, GradientMonitor, read_incidents, stability_callbacks
+from lit_stability import (
+    AutoRollback,
+    GradientMonitor,
+    TrainingStopped,
+    read_incidents,
+    stability_callbacks,
+)
 from lit_stability.faults import (
     CorruptMoment,
     CorruptWeight,
@@ -138,3 +144,23 @@ def test_several_devices_are_refused_with_the_reason(tmp_path):
 def test_option_out_of_range_is_refused_with_its_value(option):
     with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
         AutoRollback(**{option: 0})
+
+
+def test_infinite_learning_rate_ends_in_a_stop_with_finite_weights(tmp_path):
+    """Nothing can be held, and no update is taken with it."""
+
+    class Infinite(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step >= 30:
+                trainer.optimizers[0].param_groups[0]["lr"] = float("inf")
+
+    modules = []
+    with pytest.raises(TrainingStopped, match="mend the scheduler"):
+        fit(
+            tmp_path,
+            [Infinite(), *stability_callbacks()],
+            lambda: modules.append(Regression()) or modules[0],
+            max_epochs=50,
+            max_steps=-1,
+        )
+    assert torch.isfinite(flat(modules[0])).all()
