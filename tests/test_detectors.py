@@ -626,3 +626,31 @@ def test_healthy_run_of_100000_steps_raises_no_alarm(name):
             found[type(detector)] += flagged(detector, step)
     assert found == dict.fromkeys(found, 0)
     assert all(getattr(d, "regimes", 0) == 0 for d in detectors)
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ([1e-9] * 3, [2]),
+        ([1e-9] * 9, [2]),
+        ([1e-9, 1e-9, 1.0, 1e-9, 1e-9], []),
+        ([1e-9, 1e-9, 0.0, 1e-9, 1e-9, 1e-9], [5]),
+        ([1e-9] * 3 + [1.0] + [1e-9] * 3, [2, 6]),
+        ([101.0, 1.0, 101.0], [0, 2]),
+    ],
+)
+def test_layer_bounds_of_a_stream_are_told(norms, expected):
+    """S6, V1: (1e-8, 100), three steps of patience; a gradient of exactly 0 is not small."""
+    detector = LayerBounds({"w": (1e-8, 100.0)}, persist=3)
+    told = [
+        detector.check(stats(i, names=("w",), grad_norms=(norm,), grad_norm=norm))
+        for i, norm in enumerate(norms)
+    ]
+    assert [i for i, anomaly in enumerate(told) if anomaly] == expected
+    assert all(a.observe_only == (a.value < 1) for a in told if a)
+
+
+@pytest.mark.parametrize("bounds", [(5.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])
+def test_layer_bounds_out_of_order_are_refused_with_their_value(bounds):
+    with pytest.raises(ValueError, match=rf"got \({bounds[0]}, {bounds[1]}\)"):
+        LayerBounds({"w": bounds})

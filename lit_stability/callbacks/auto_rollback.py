@@ -127,7 +127,7 @@ class AutoRollback(Callback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
-        if incident.settled:
+        if incident.settled or incident.anomaly.observe_only:
             return
         now, anomaly = self._now, incident.anomaly
         self.throttle.disturbed()

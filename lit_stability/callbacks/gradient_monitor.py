@@ -55,7 +55,8 @@ class GradientMonitor(Callback):
 
     Args:
         detectors: what to ask, in order, the first objection counts; None for the default set.
-        layer_bounds: glob of parameter names -> largest gradient norm, on top of the detectors.
+        layer_bounds: glob of parameter names -> largest gradient norm, or the smallest and the
+            largest, on top of the detectors; see `LayerBounds`.
         close_after: healthy steps that close an incident.
         scan_weights_every: optimizer steps between full scans of the weights for NaN and Inf.
         details_every: optimizer steps between measurements of every parameter's gradient mean,
@@ -70,7 +71,7 @@ class GradientMonitor(Callback):
         self,
         *,
         detectors: list[Detector] | None = None,
-        layer_bounds: dict[str, float] | None = None,
+        layer_bounds: dict[str, float | tuple[float, float]] | None = None,
         close_after: int = 10,
         scan_weights_every: int = 10,
         details_every: int = 50,
@@ -137,11 +138,12 @@ class GradientMonitor(Callback):
             self._measured_batch[index] = logger_step(trainer)
         stats = self._measure(trainer, index, optimizer)
         anomaly = self._ask(stats)
-        if anomaly is None:
-            self._accept(trainer, pl_module, stats)
-        else:
+        if anomaly is not None:
             weights, moments = self._meters[index].audit()
-            self._raise(trainer, pl_module, with_damage(anomaly, weights, moments), stats)
+            anomaly = with_damage(anomaly, weights, moments)
+            self._raise(trainer, pl_module, anomaly, stats)
+        if anomaly is None or anomaly.observe_only:
+            self._accept(trainer, pl_module, stats)
 
     def _measure(self, trainer: Trainer, index: int, optimizer: Optimizer) -> StepStats:
         scaler = loss_scaler(trainer)
@@ -168,17 +170,20 @@ class GradientMonitor(Callback):
         return stats
 
     def _ask(self, stats: StepStats) -> Anomaly | None:
+        """The first objection; one that only asks to be told of gives way to any other."""
+        told: Anomaly | None = None
         for detector in self._sets[stats.optimizer]:
             regimes = getattr(detector, "regimes", 0)
             anomaly = detector.check(stats)
-            if anomaly is not None:
+            if anomaly is not None and not anomaly.observe_only:
                 return anomaly
+            told = told or anomaly
             if getattr(detector, "regimes", 0) > regimes:
                 self._reporter.say(
                     f"step {stats.step}: {type(detector).__name__} accepts the values of late as "
                     "the new normal and learns anew"
                 )
-        return None
+        return told
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         for detector in self._sets[stats.optimizer]:

@@ -43,6 +43,8 @@ class Anomaly:
     optimizer: int = 0
     state_is_bad: bool = False
     """Whether weights or optimizer state are damaged, so that a skip is too little."""
+    observe_only: bool = False
+    """Whether the step itself is good: it is told of, taken and learnt from."""
     layers: tuple[tuple[str, float], ...] = ()
     """The parameters that show it most, each with its value."""
     hold: tuple[float, ...] = ()
@@ -70,6 +72,7 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
         message=f"{anomaly.message}; {seen}, first {names[0]}",
         layers=tuple((name, math.nan) for name in names[:5]),
         state_is_bad=True,
+        observe_only=False,
     )
 
 

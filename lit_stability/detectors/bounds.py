@@ -11,38 +11,64 @@ from lit_stability.stats import StepStats
 
 
 class LayerBounds:
-    """Objects to a parameter whose gradient norm is above the bound given for its name.
+    """Objects to a parameter whose gradient norm is outside the bounds given for its name.
+
+    Above the upper bound the step is bad. Below the lower one nothing is wrong with the step:
+    after ``persist`` steps in a row it is said once, and nothing is done, as a small gradient for
+    a while is what warm-up looks like. A gradient of exactly 0 does not count as small.
 
     Args:
-        bounds: glob pattern of parameter names -> largest gradient norm; of several patterns that
-            fit a name the first counts.
+        bounds: glob pattern of parameter names -> the largest gradient norm, or a pair of the
+            smallest and the largest; of several patterns that fit a name the first counts.
+        persist: steps in a row below the lower bound before it is said.
 
     Raises:
-        ValueError: if a bound is not positive.
+        ValueError: if a bound is not positive, or a pair is not in order.
 
     >>> from lit_stability.stats import StepStats
-    >>> d = LayerBounds({"head.*": 10.0, "*": 100.0})
+    >>> d = LayerBounds({"head.*": 10.0, "*": (1e-8, 100.0)})
     >>> names, norms = ("body.weight", "head.weight"), (50.0, 20.0)
     >>> d.check(StepStats(step=0, loss=1.0, grad_norm=54.0, names=names, grad_norms=norms)).layers
     (('head.weight', 20.0),)
     """
 
-    def __init__(self, bounds: Mapping[str, float]) -> None:
+    def __init__(
+        self, bounds: Mapping[str, float | tuple[float, float]], *, persist: int = 50
+    ) -> None:
+        require(persist >= 1, "persist", persist, "at least 1")
+        self.persist = persist
+        self.bounds: dict[str, tuple[float, float]] = {}
         for pattern, bound in bounds.items():
-            require(bound > 0, f"the bound of {pattern!r}", bound, "greater than 0")
-        self.bounds = dict(bounds)
-        self._resolved: dict[str, float | None] = {}
+            low, high = (0.0, bound) if isinstance(bound, (int, float)) else bound
+            require(high > 0, f"the bound of {pattern!r}", bound, "greater than 0")
+            require(0 <= low < high, f"the bound of {pattern!r}", bound, "in order: low, high")
+            self.bounds[pattern] = (low, high)
+        self._resolved: dict[str, tuple[float, float] | None] = {}
+        self._low_for: dict[str, int] = {}
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
-        over = [
-            (name, norm, bound)
-            for name, norm in zip(stats.names, stats.grad_norms, strict=True)
-            if (bound := self._bound(name)) is not None and norm > bound
-        ]
-        if not over:
-            return None
-        name, norm, bound = max(over, key=lambda row: row[1] / row[2])
+        over: list[tuple[str, float, float]] = []
+        low: list[tuple[str, float, float]] = []
+        for name, norm in zip(stats.names, stats.grad_norms, strict=True):
+            bounds = self._bounds(name)
+            if bounds is None:
+                continue
+            if norm > bounds[1]:
+                over.append((name, norm, bounds[1]))
+            if 0 < norm < bounds[0]:
+                self._low_for[name] = self._low_for.get(name, 0) + 1
+                if self._low_for[name] == self.persist:
+                    low.append((name, norm, bounds[0]))
+            else:
+                self._low_for.pop(name, None)
+        if over:
+            return self._anomaly(stats, over, "above")
+        return self._anomaly(stats, low, f"for {self.persist} steps below") if low else None
+
+    @staticmethod
+    def _anomaly(stats: StepStats, rows: list[tuple[str, float, float]], how: str) -> Anomaly:
+        name, norm, bound = max(rows, key=lambda row: abs(row[1] / row[2] - 1))
         return Anomaly(
             kind="layer bound",
             step=stats.step,
@@ -50,11 +76,12 @@ class LayerBounds:
             signal="grad_norm",
             threshold=bound,
             optimizer=stats.optimizer,
-            layers=tuple((n, v) for n, v, _ in over[:5]),
-            message=f"gradient norm {norm:.4g} of {name} is above its bound {bound:.4g}",
+            observe_only=how != "above",
+            layers=tuple((n, v) for n, v, _ in rows[:5]),
+            message=f"gradient norm {norm:.4g} of {name} is {how} its bound {bound:.4g}",
         )
 
-    def _bound(self, name: str) -> float | None:
+    def _bounds(self, name: str) -> tuple[float, float] | None:
         if name not in self._resolved:
             fits = (b for pattern, b in self.bounds.items() if fnmatchcase(name, pattern))
             self._resolved[name] = next(fits, None)
@@ -64,7 +91,7 @@ class LayerBounds:
         """There is nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing evolves."""
+        """Nothing that evolves is worth keeping."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

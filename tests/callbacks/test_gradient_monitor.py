@@ -207,3 +207,15 @@ def test_checkpoint_of_non_finite_weights_is_spoken_of(tmp_path, caplog):
 
     fit(tmp_path, [GradientMonitor(), Spoils()], max_steps=5)
     assert "saved at step 5 holds non-finite weights, first net.0.weight" in caplog.text
+
+
+def test_gradient_below_its_lower_bound_is_told_once_and_the_steps_are_taken(tmp_path):
+    """S6, V1: not at the first small value, and never by skipping."""
+    monitor = GradientMonitor(layer_bounds={"net.0.weight": (1e6, 1e9)})
+    module, _ = fit(tmp_path, [monitor, *stability_callbacks()[1:]], max_steps=120)
+    (incident,) = monitor.incidents
+    assert (incident.first.kind, incident.first.step) == ("layer bound", 49)
+    assert "for 50 steps below its bound" in incident.first.message
+    assert (incident.responses, incident.outcome) == ([], "observed")
+    clean, _ = fit(tmp_path, [], max_steps=120)
+    assert torch.equal(flat(module), flat(clean))
