@@ -39,7 +39,8 @@ class AnomalyCheckpoint(Callback):
     * ``config.yaml``: the run's config, where it has one.
     * ``report.md``: for people; written again when the outcome is known.
 
-    A full disk or an unwritable folder is logged, and training goes on.
+    What cannot be saved (a full disk, an unwritable folder, a batch that does not pickle) is
+    logged, and training goes on.
 
     Args:
         history: losses and gradient norms kept.
@@ -112,8 +113,9 @@ class AnomalyCheckpoint(Callback):
         folder = self._root / f"{incident.first.step:08d}-{incident.id}"
         try:
             self._save(trainer, pl_module, incident, folder)
-        except (OSError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError.
+        except Exception as error:
+            # A full disk, a batch that does not pickle, a save hook of the user's that raises:
+            # evidence must never be what ends the run.
             log.warning(
                 "the scene of incident %d was not saved (%s); training goes on", incident.id, error
             )

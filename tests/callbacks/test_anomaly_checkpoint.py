@@ -3,6 +3,7 @@ import resource
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lit_stability import AnomalyCheckpoint, GradientMonitor, read_incidents, stability_callbacks
 from lit_stability.faults import BadBatch, FaultInjector, NanLoss, ScaleGradients
@@ -104,6 +105,24 @@ def test_full_disk_is_logged_and_leaves_no_half_folder(tmp_path, caplog):
         _, trainer = fit(tmp_path, callbacks)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert trainer.global_step == 60
+    assert "was not saved" in caplog.text
+    assert scenes(tmp_path) == []
+
+
+def test_batch_that_does_not_pickle_is_logged_and_training_goes_on(tmp_path, caplog):
+    def collate(rows):
+        x, y = zip(*rows, strict=True)
+        return torch.stack(x), torch.stack(y), lambda: "cannot be pickled"
+
+    class Ignores(Regression):
+        def training_step(self, batch, batch_idx):
+            x, y, _ = batch
+            return torch.nn.functional.mse_loss(self.net(x).squeeze(-1), y)
+
+    data = DataLoader(regression_data().dataset, 16, collate_fn=collate)
+    callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks()]
+    _, trainer = fit(tmp_path, callbacks, Ignores, data)
     assert trainer.global_step == 60
     assert "was not saved" in caplog.text
     assert scenes(tmp_path) == []
