@@ -74,6 +74,8 @@ class Incident:
     """The file in which the incident is recorded."""
     stats: StepStats | None = field(default=None, repr=False)
     """The measurement of the latest strike."""
+    verdict: str = ""
+    """"transient" if it did not return when the steps were taken again, else "deterministic"."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -165,6 +167,7 @@ class Incident:
             "remedy": self.remedy,
             "responses": list(self.responses),
             "path": self.path,
+            "verdict": self.verdict,
             "outcome": self.outcome,
             "closed_step": self.closed_step,
             "time": self.started,
@@ -179,6 +182,7 @@ class Incident:
             ("cause", self.cause or "unknown"),
             ("evidence", "; ".join(self.evidence) or "-"),
             ("done", self.done or "nothing changed"),
+            ("taken again", self.verdict or "no"),
             (
                 "outcome",
                 self.outcome + ("" if self.closed_step is None else f" at step {self.closed_step}"),

@@ -26,7 +26,6 @@ from lit_stability.meter import StepMeter
 from lit_stability.stats import StepStats
 from lit_stability.trainer_state import (
     log_every,
-    logger_step,
     loss_scaler,
     unscale,
 )
@@ -103,7 +102,7 @@ class GradientMonitor(Callback):
         self._restored: Mapping[str, Any] = {}
         self._meters: dict[int, StepMeter] = {}
         self._loss: Tensor | None = None
-        self._measured_batch: dict[int, int] = {}
+        self._measured: set[int] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare one meter and one set of detectors per optimizer."""
@@ -115,8 +114,13 @@ class GradientMonitor(Callback):
         self._load_detectors(self._restored)
         self._restored = {}
         self.incidents, self.current, self._loss = [], None, None
-        self._measured_batch = {}
         self._reporter = Reporter(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Another batch, another measurement."""
+        self._measured.clear()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -132,10 +136,10 @@ class GradientMonitor(Callback):
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
         if isinstance(optimizer, LBFGS):
             # Its closure runs many times per step; the first run sees the state of the step.
-            if self._measured_batch.get(index) == logger_step(trainer):
+            if index in self._measured:
                 self._loss = None
                 return
-            self._measured_batch[index] = logger_step(trainer)
+            self._measured.add(index)
         stats = self._measure(trainer, index, optimizer)
         anomaly = self._ask(stats)
         if anomaly is not None:
@@ -161,7 +165,8 @@ class GradientMonitor(Callback):
             loss_scale=None if scaler is None else scaler._scale,
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
-            scan_weights=count % self.scan_weights_every == 0,
+            # While an incident is open, at every step: what returns is to be found at its origin.
+            scan_weights=count % self.scan_weights_every == 0 or self.current is not None,
             details=every > 0 and count % every == 0,
         )
         self._loss = None
@@ -191,10 +196,13 @@ class GradientMonitor(Callback):
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
             self._reporter.step(stats, self._count)
         self._healthy += 1
-        if self.current is not None and self._healthy >= self.close_after:
+        call_hook("on_healthy_step", trainer, pl_module, stats)
+        if self.current is None or self._healthy < self.close_after:
+            return
+        # A rollback comes by the step of the anomaly again: it is not over before.
+        if stats.step >= self.current.anomaly.step + self.close_after:
             outcome = "recovered" if self.current.responses else "observed"
             self._close(trainer, pl_module, outcome)
-        call_hook("on_healthy_step", trainer, pl_module, stats)
 
     def _raise(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats

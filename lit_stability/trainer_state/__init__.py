@@ -4,15 +4,16 @@ Each private attribute relied on is listed in `PRIVATE`, with the versions it wa
 fails loudly when one of them moves.
 """
 
-from lit_stability.trainer_state.metrics import LoggedMetrics
+from lit_stability.trainer_state.checkpoints import CheckpointLedger
+from lit_stability.trainer_state.companions import Stateful
 from lit_stability.trainer_state.progress import (
-    Progress,
+    LoopState,
     SchedulerPause,
-    capture_progress,
-    restore_progress,
+    make_up_for,
     uncount_step,
 )
-from lit_stability.trainer_state.snapshot import TrainingSnapshot
+from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
+from lit_stability.trainer_state.snapshot import StepStart, TrainingSnapshot
 from lit_stability.trainer_state.view import (
     callbacks_of,
     log_every,
@@ -26,11 +27,21 @@ LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
 """Oldest and newest version of lightning that the tests were run on."""
 
 PRIVATE = (
+    "_logger_connector._callback_metrics",
+    "_logger_connector._current_fx",
+    "_logger_connector._first_loop_iter",
+    "_logger_connector._logged_metrics",
+    "_logger_connector._progress_bar_metrics",
+    "fit_loop._data_fetcher",
     "fit_loop.epoch_loop._batches_that_stepped",
     "fit_loop.epoch_loop._results",
+    "fit_loop.epoch_loop._skip_next_val",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress",
+    "fit_loop.epoch_loop.batch_progress.is_last_batch",
     "fit_loop.epoch_loop.manual_optimization.optim_step_progress",
     "fit_loop.epoch_loop.scheduler_progress",
+    "fit_loop.epoch_loop.val_loop.batch_progress",
+    "fit_loop.epoch_progress",
     "strategy.lr_scheduler_configs",
 )
 """Paths below a Trainer that are not public API and that this package reads or writes."""
@@ -38,16 +49,20 @@ PRIVATE = (
 __all__ = [
     "LIGHTNING_VERSIONS",
     "PRIVATE",
-    "LoggedMetrics",
-    "Progress",
+    "CheckpointLedger",
+    "Entry",
+    "LoopState",
+    "Recorder",
+    "ReplayRing",
     "SchedulerPause",
+    "Stateful",
+    "StepStart",
     "TrainingSnapshot",
     "callbacks_of",
-    "capture_progress",
     "log_every",
     "logger_step",
     "loss_scaler",
-    "restore_progress",
+    "make_up_for",
     "run_directory",
     "uncount_step",
     "unscale",
