@@ -119,8 +119,15 @@ class OptimizerSnapshot:
             for group in optimizer.param_groups
         ]
 
-    def restore(self, optimizer: Optimizer) -> None:
-        """Copy it back."""
+    def restore(self, optimizer: Optimizer, *, drop_new_groups: bool = False) -> None:
+        """Copy it back.
+
+        Args:
+            optimizer: the one captured.
+            drop_new_groups: remove parameter groups added since, for a replay that adds them again.
+        """
+        if drop_new_groups:
+            del optimizer.param_groups[len(self._groups) :]
         kept: dict[Tensor, dict[str, Any]] = {}
         for (parameter, key), (live, saved) in zip(self._keys, self.bank.pairs, strict=True):
             now = optimizer.state.get(parameter, {}).get(key)

@@ -369,7 +369,7 @@ class _Fit:
     def offenders(self) -> list[Entry]:
         """The batch that is to blame for a bad step, or all of its window."""
         window = self.rewinder.window
-        if len(window) != len(self.norms):
+        if not self.norms or len(window) != len(self.norms):
             return window
         steps = [b - a for a, b in zip([0.0, *self.norms], self.norms, strict=False)]
         bad = [i for i, n in enumerate(self.norms) if not math.isfinite(n)]

@@ -238,18 +238,18 @@ class Rewinder:
 
     def to_snapshot(self, snapshot: TrainingSnapshot, leave_out: Collection[Entry]) -> None:
         """Put a snapshot back, and serve the batches since then, but for those left out."""
-        self._restore(snapshot)
+        self._restore(snapshot, replay=True)
         self._rewind(snapshot, leave_out, same_step=False)
 
     def to_snapshot_only(self, snapshot: TrainingSnapshot) -> None:
         """Put a snapshot back, and go on with the next batch; the step count goes back."""
-        self._restore(snapshot)
+        self._restore(snapshot, replay=False)
         snapshot.steps.restore(self._trainer)
         self._pause.hide(self._trainer, same_step=False)
         # It will be taken anew before the next batch, as data and loops have gone on.
         self.snapshots.restart()
 
-    def _restore(self, snapshot: TrainingSnapshot) -> None:
+    def _restore(self, snapshot: TrainingSnapshot, *, replay: bool) -> None:
         self.snapshots.discard()
         if snapshot is self.snapshots.older:
             self.snapshots.go_back()
@@ -257,7 +257,7 @@ class Rewinder:
         for path in self._ledger.go_back(snapshot.mark):
             self._tell(f"written since the snapshot, renamed: {path}")
         self._pause.forget()
-        snapshot.restore(self._trainer)
+        snapshot.restore(self._trainer, replay=replay)
 
     def _rewind(
         self, to: StepStart | TrainingSnapshot, leave_out: Collection[Entry], *, same_step: bool

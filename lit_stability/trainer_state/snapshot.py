@@ -72,11 +72,16 @@ class TrainingSnapshot:
         self.loops, self.steps = LoopState(trainer), Steps.of(trainer)
         self._rng = capture_rng()
 
-    def restore(self, trainer: Trainer) -> None:
-        """Copy the state back, but for the loops and the data. Gradients are cleared."""
+    def restore(self, trainer: Trainer, *, replay: bool) -> None:
+        """Copy the state back, but for the loops and the data. Gradients are cleared.
+
+        Args:
+            trainer: to restore.
+            replay: whether the steps since are taken again, and so add what they added.
+        """
         self.module.restore()
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
-            saved.restore(optimizer)
+            saved.restore(optimizer, drop_new_groups=replay)
             optimizer.zero_grad(set_to_none=True)
         self._metrics.restore(trainer)
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
