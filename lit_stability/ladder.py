@@ -258,7 +258,6 @@ class Ladder:
             "skips_in_a_row": self._skips_in_a_row,
             "healthy": self._healthy,
             "since_rollback": self._since_rollback,
-            "trial": self.trial.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,4 +268,3 @@ class Ladder:
         self._healthy = int(state["healthy"])
         since = state["since_rollback"]
         self._since_rollback = None if since is None else int(since)
-        self.trial.load_state_dict(state["trial"])

@@ -8,6 +8,7 @@ May import torch; knows no Lightning.
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,21 +30,21 @@ class TensorBank:
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
-        live = [t.detach() for t in tensors]
-        if not _alike(self._saved, live):
-            self._saved = [torch.empty_like(t) for t in live]
+        live = list(tensors)
+        if not _same(self._live, live) and not _alike(self._saved, live):
+            self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
         self._live = live
         _copy(self._saved, live)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Copy the saved values back into the very tensors they came from."""
-        _copy(self._live, self._saved)
+    def restore(self, targets: Sequence[Tensor] | None = None) -> None:
+        """Copy the saved values back into the very tensors they came from, or into others."""
+        _copy(self._live if targets is None else targets, self._saved)
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """``(live, saved)`` tensors."""
-        return list(zip(self._live, self._saved, strict=True))
+        return [(t.detach(), s) for t, s in zip(self._live, self._saved, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -129,12 +130,13 @@ class OptimizerSnapshot:
         if drop_new_groups:
             del optimizer.param_groups[len(self._groups) :]
         kept: dict[Tensor, dict[str, Any]] = {}
+        targets = []
         for (parameter, key), (live, saved) in zip(self._keys, self.bank.pairs, strict=True):
             now = optimizer.state.get(parameter, {}).get(key)
             target = now if isinstance(now, Tensor) and now.shape == saved.shape else live
-            with torch.no_grad():
-                target.copy_(saved)
+            targets.append(target)
             kept.setdefault(parameter, {})[key] = target
+        self.bank.restore(targets)
         for parameter, key, value in self._other:
             kept.setdefault(parameter, {})[key] = copy.deepcopy(value)
         for parameter in [*optimizer.state]:
@@ -285,6 +287,10 @@ def _put_back(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
     for module, key, buffer in homes:
         if module._buffers.get(key) is not buffer:
             module._buffers[key] = buffer
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

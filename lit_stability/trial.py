@@ -1,13 +1,13 @@
 """Whether an anomaly returns when the same steps are taken again.
 
-Data in, data out: no torch, no Lightning. Monotone state: a rollback never rewinds it.
+Data in, data out: no torch, no Lightning. Monotone state: a rollback never rewinds it. A
+checkpoint does not carry it, as a restarted job does not begin at the snapshot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Verdict = Literal["transient", "deterministic"]
 
@@ -58,11 +58,3 @@ class Trial:
     def end(self) -> None:
         """Another batch takes the place of the one on trial."""
         self._until = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain ints."""
-        return {"stage": self.stage, "until": self._until}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A restarted job starts from a checkpoint, not from the snapshot: no trial goes on."""
-        self.stage, self._until = 0, None

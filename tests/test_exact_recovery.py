@@ -92,7 +92,7 @@ class Net(LightningModule):
         loss = nn.functional.mse_loss(guess, y)
         self.error(guess.float(), y.float())
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(y))
-        self.log("train/error", self.error, on_step=False, on_epoch=True)
+        self.log("train/error", self.error, on_step=False, on_epoch=True, batch_size=len(y))
         return loss
 
     def validation_step(self, batch, batch_idx):

@@ -196,8 +196,8 @@ class Recorder:
             item = fetch()
             self._live_done = fetcher.done
             kept = copy.deepcopy(item) if ring.clone else item
-            nbytes = sum(t.numel() * t.element_size() for t in _tensors(kept))
-            entry = Entry(item, self._live_epoch, self._live_index, None, nbytes, _versions(kept))
+            versions = _versions(kept)
+            entry = Entry(item, self._live_epoch, self._live_index, None, size_of(kept), versions)
             self._live_index += 1
             if ring.clone:
                 entry.item = kept
@@ -232,6 +232,11 @@ def _recorded(base: type, recorder: Recorder) -> type:
 
     # A mixin would change the layout, which the assignment to an instance's class refuses.
     return type(base.__name__, (base,), {"__iter__": __iter__, "__next__": __next__})
+
+
+def size_of(item: Any) -> int:
+    """Bytes of the tensors in a batch."""
+    return sum(t.numel() * t.element_size() for t in _tensors(item))
 
 
 def _versions(item: Any) -> tuple[int, ...]:
