@@ -89,7 +89,7 @@ def run(root, module, data, callbacks=(), *, val=None, seed=3, **options):
     seed_everything(seed, verbose=False)
     diary = Diary()
     module = module()
-    trainer = make_trainer(root, [*callbacks, diary], **options)
+    trainer = make_trainer(root, [*callbacks, diary], **{"max_steps": -1, **options})
     trainer.fit(module, data() if callable(data) else data, val() if callable(val) else val)
     return {
         "weights": digest(dict(module.state_dict())),
