@@ -69,7 +69,7 @@ LATE = {
 def test_batch_that_does_damage_is_found_by_replay_and_left_out(module, detectors, bad, tmp_path):
     """S17: the first replay shows that it returns, the second goes without the suspect."""
     monitor = GradientMonitor(detectors=detectors())
-    options = {"max_epochs": 2}
+    options = {"max_epochs": 1}
     faulty = run(tmp_path, module, marked(mark=(bad,)), [monitor, AutoRollback()], **options)
     clean = run(tmp_path / "clean", module, marked(left_out=(bad,)), [], **options)
     assert differences(faulty, clean) == {}
