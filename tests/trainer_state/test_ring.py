@@ -1,4 +1,4 @@
-"""The replay ring by itself: what is kept, what is given up, what comes again and in which order."""
+"""The replay ring by itself: what is kept, what is given up, what comes again, in which order."""
 
 import pytest
 import torch
