@@ -6,7 +6,7 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ _REMEDIES = {
     "learning-rate jump": "mend the scheduler: it wrote a learning rate far above any before",
     "update spike": "lower the learning rate or raise Adam's epsilon; suspect the optimizer state",
     "optimizer state": "find what writes to the optimizer's moments, or suspect memory",
+    "rank disagreement": "suspect the memory, the driver or the network of the rank that is named; "
+    "look for code that runs on one rank only and changes weights, gradients or schedulers",
     "layer bound": "raise the bound if the run is healthy, or clip gradients",
 }
 
@@ -74,6 +76,10 @@ class Incident:
     """The file in which the incident is recorded."""
     stats: StepStats | None = field(default=None, repr=False)
     """The measurement of the latest strike."""
+    agree: Callable[[bool], bool] = field(default=bool, repr=False, compare=False)
+    """Whether what one rank found holds for all: given a finding of one's own, True if any rank has
+    it. To be called on every rank or none. Where the ranks must not wait for each other now, the
+    finding is put aside, False is returned, and the incident comes again once all know of it."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)

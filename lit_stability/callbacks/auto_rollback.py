@@ -12,7 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.dispatch import call_hook
-from lit_stability.callbacks.requirements import require_monitor, require_one_device
+from lit_stability.callbacks.requirements import (
+    require_monitor,
+    require_tried_strategy,
+    require_whole_optimizers,
+)
 from lit_stability.clipping import clip_coefficient, scale_gradients
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.ladder import Budget, HoldLearningRate, Ladder, RollBack, SkipStep, Stop
@@ -76,14 +80,15 @@ class AutoRollback(Callback):
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
-            RuntimeError: on several devices.
+            RuntimeError: under a strategy that was not tried.
         """
         if stage == "fit":
             require_monitor(trainer, self)
-            require_one_device(trainer, self)
+            require_tried_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the first snapshot and put restored factors in force."""
+        require_whole_optimizers(trainer, self)
         self._fit = fit = _Fit(trainer, pl_module, self.confirm_after)
         groups = {i: len(o.param_groups) for i, o in enumerate(trainer.optimizers)}
         for index, factors in [*self.throttle.holds.items()]:
@@ -112,7 +117,7 @@ class AutoRollback(Callback):
         now = self._now
         now.stepped = True
         now.since_snapshot += 1
-        now.snapshots.healthy()
+        now.healthy += 1
         self.ladder.healthy()
         baseline = now.baselines[stats.optimizer]
         threshold = baseline.clip_threshold(self.throttle.clip_factor)
@@ -134,7 +139,7 @@ class AutoRollback(Callback):
         ratio = None if incident.stats is None else incident.stats.update_ratio
         response = self.ladder.respond(
             anomaly,
-            state_is_bad=self._damaged(incident),
+            state_is_bad=incident.agree(self._damaged(incident)),
             excess=now.baselines[anomaly.optimizer].excess(ratio),
         )
         incident.settle(response)
@@ -165,11 +170,22 @@ class AutoRollback(Callback):
             self._undo(trainer)
         if now.due is not None:
             self._go_back(trainer, pl_module, *now.due)
-        elif now.stepped and now.since_snapshot >= self.snapshot_every and now.snapshots.ready:
-            now.snapshots.begin().capture(trainer, pl_module)
-            now.since_snapshot = 0
+        elif now.stepped:
+            self._keep(trainer, pl_module)
         if now.vetoed or now.stepped:
             now.begin_window()
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count healthy steps towards a snapshot, and take one where it is due.
+
+        Not before the end of the batch: until then another rank may turn out not to have stepped.
+        """
+        now = self._now
+        for _ in range(now.healthy):
+            now.snapshots.healthy()
+        if now.since_snapshot >= self.snapshot_every and now.snapshots.ready:
+            now.snapshots.begin().capture(trainer, pl_module)
+            now.since_snapshot = 0
 
     @property
     def _now(self) -> _Fit:
@@ -243,6 +259,19 @@ class AutoRollback(Callback):
                 learning_rate_scale(optimizer).detach()
             self._fit = None
 
+    def books(self) -> dict[str, Any]:
+        """What was spent, what is in force and what is healthy, for ranks that disagree."""
+        baselines = [baseline.state_dict() for baseline in self._now.baselines]
+        return {**self.state_dict(), "baselines": baselines}
+
+    def load_books(self, books: dict[str, Any]) -> None:
+        """Go on from the books of another rank; what this one alone vetoed is rolled back."""
+        self.load_state_dict(books)
+        for baseline, saved in zip(self._now.baselines, books["baselines"], strict=True):
+            baseline.load_state_dict(saved)
+        self._now.vetoed = 0
+        self._now.due = None
+
     def state_dict(self) -> dict[str, Any]:
         """What was spent and what is in force; the options come from the constructor."""
         return {"ladder": self.ladder.state_dict(), "throttle": self.throttle.state_dict()}
@@ -269,6 +298,7 @@ class _Fit:
         """Forget what happened since the last optimizer step."""
         self.window_is_new = True
         self.stepped = False
+        self.healthy = 0
         self.vetoed = 0
         self.due: tuple[RollBack | Stop, Incident] | None = None
         self.scaler_state: dict[str, Any] | None = None

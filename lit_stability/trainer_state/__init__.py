@@ -12,9 +12,17 @@ from lit_stability.trainer_state.progress import (
     restore_progress,
     uncount_step,
 )
+from lit_stability.trainer_state.scene import save_scene_checkpoint
 from lit_stability.trainer_state.snapshot import TrainingSnapshot
+from lit_stability.trainer_state.strategies import (
+    ranks_of,
+    reshard,
+    sharing,
+    why_untried,
+)
 from lit_stability.trainer_state.view import (
     callbacks_of,
+    ends_window,
     log_every,
     logger_step,
     loss_scaler,
@@ -26,8 +34,10 @@ LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
 """Oldest and newest version of lightning that the tests were run on."""
 
 PRIVATE = (
+    "_checkpoint_connector._get_loops_state_dict",
     "fit_loop.epoch_loop._batches_that_stepped",
     "fit_loop.epoch_loop._results",
+    "fit_loop.epoch_loop._should_accumulate",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress",
     "fit_loop.epoch_loop.manual_optimization.optim_step_progress",
     "fit_loop.epoch_loop.scheduler_progress",
@@ -44,11 +54,17 @@ __all__ = [
     "TrainingSnapshot",
     "callbacks_of",
     "capture_progress",
+    "ends_window",
     "log_every",
     "logger_step",
     "loss_scaler",
+    "ranks_of",
+    "reshard",
     "restore_progress",
     "run_directory",
+    "save_scene_checkpoint",
+    "sharing",
     "uncount_step",
     "unscale",
+    "why_untried",
 ]
