@@ -11,8 +11,9 @@ all ranks at the same place whatever one of them has seen. One optimizer step un
     The vector is waited for and read together with the norms of the gradients, which DDP has
     averaged. What detectors find in the vector all ranks find: it is *shared*, and they may talk
     about it at once. What they find in the gradients need not be: one rank's may have been damaged
-    after DDP averaged them. That rank may veto its own step, and nothing more. Each rank then votes:
-    objected or not, its gradient norm, damage found. The votes are summed while the optimizer steps.
+    after DDP averaged them. That rank may veto its own step, and nothing more. Each rank then
+    votes: objected or not, its gradient norm, damage found. The votes are summed while the
+    optimizer steps.
 ``on_train_batch_end``
     The votes are counted before a counter, a snapshot or a checkpoint has seen the step. If all
     objected, or none, so be it. If not, or if the gradient norms differ, the ranks disagree: all go

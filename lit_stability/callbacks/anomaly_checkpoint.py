@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
-from lit_stability.incidents import Incident
 from lit_stability.details import gradient_details
+from lit_stability.incidents import Incident
 from lit_stability.records import to_json
 from lit_stability.snapshots import capture_rng
 from lit_stability.stats import StepStats

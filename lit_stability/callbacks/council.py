@@ -6,7 +6,7 @@ The protocol is told in `lit_stability.ranks`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lit_stability.detectors import Vote
@@ -86,10 +86,13 @@ class Council:
         _, rows = votes.split(votes.wait().tolist())
         return [Vote.from_row(row) for row in rows]
 
-    def from_first(self, books: Any) -> Any:
-        """Rank 0's books."""
+    def adopt_books(self, owners: Iterable[Any]) -> None:
+        """Give everybody who keeps books those of rank 0: what is spent, and what is in force."""
         assert self._ranks is not None
-        return self._ranks.from_first(books)
+        keepers = [owner for owner in owners if hasattr(owner, "load_books")]
+        adopted = self._ranks.from_first([keeper.books() for keeper in keepers])
+        for keeper, books in zip(keepers, adopted, strict=True):
+            keeper.load_books(books)
 
     def close(self) -> None:
         """Part."""
@@ -98,5 +101,5 @@ class Council:
             self._ranks = None
 
 
-def _union(groups: Any) -> tuple[str, ...]:
+def _union(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group in groups for name in group))

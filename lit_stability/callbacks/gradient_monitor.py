@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.council import Council
+from lit_stability.callbacks.desk import IncidentDesk, Voted
 from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.measuring import Measuring
 from lit_stability.callbacks.reporting import Reporter, log
@@ -20,11 +20,9 @@ from lit_stability.detectors import (
     Detector,
     LayerBounds,
     Panel,
-    Replicas,
     damage,
     default_detectors,
     disagreement,
-    rates_differ,
     with_damage,
 )
 from lit_stability.incidents import Incident, TrainingStopped
@@ -103,18 +101,23 @@ class GradientMonitor(Callback):
         self.details_every = details_every
         self.details: deque[StepStats] = deque(maxlen=history)
         """The last measurements that carry details."""
-        self.incidents: list[Incident] = []
-        """Incidents of this fit."""
-        self.current: Incident | None = None
-        """The incident that is open, if one is."""
         self.allow_strategies = tuple(allow_strategies)
-        self._count = 0
-        self._healthy = 0
         self._restored: Mapping[str, Any] = {}
         self._panel = Panel([], [], log.info)
         self._measuring: Measuring | None = None
         self._council = Council(None)
-        self._voted: _Voted | None = None
+        self._desk = IncidentDesk(None, close_after, 0)
+        self._voted: Voted | None = None
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """Incidents of this fit, or of the last one."""
+        return self._desk.incidents
+
+    @property
+    def current(self) -> Incident | None:
+        """The incident that is open, if one is."""
+        return self._desk.current
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare one meter and one set of detectors per optimizer."""
@@ -133,8 +136,8 @@ class GradientMonitor(Callback):
         self._panel = Panel(self.detectors, self._measuring.meters, self._reporter.say)
         self._panel.load_state_dict(self._restored)
         self._restored = {}
-        self._replicas = Replicas()
-        self.incidents, self.current, self._voted = [], None, None
+        self._desk = IncidentDesk(self._reporter, self.close_after, self._desk.count)
+        self._voted = None
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -153,15 +156,15 @@ class GradientMonitor(Callback):
             return
         if stats.details:
             self.details.append(stats)
-        anomaly, shared = self._ask(stats)
-        books = None
+        anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
+        page = None
         if anomaly is not None:
-            books = self._books()
+            page = self._desk.page()
             anomaly = self._raise(trainer, pl_module, anomaly, stats, shared)
         if anomaly is None or anomaly.observe_only:
             self._accept(trainer, pl_module, stats, shared)
         if not shared:
-            self._voted = _Voted(stats, anomaly, books)
+            self._voted = Voted(stats, anomaly, page)
             self._council.vote(objected=self._voted.objected, grad_norm=stats.grad_norm)
 
     def on_train_batch_end(
@@ -174,7 +177,9 @@ class GradientMonitor(Callback):
         votes = self._council.count()
         apart = disagreement(voted.stats, votes)
         if apart is not None:
-            self._go_on_from_rank_zero(trainer, voted.books)
+            if voted.page is not None:
+                self._desk.turn_back(voted.page)
+            self._council.adopt_books(callbacks_of(trainer))
             self._raise(trainer, pl_module, apart, voted.stats, shared=True)
             return
         damaged = damage(voted.stats, votes, voted.anomaly)
@@ -185,48 +190,19 @@ class GradientMonitor(Callback):
         if voted.opening and self.current is not None:
             self._reporter.opened(self.current)
 
-    def _ask(self, stats: StepStats) -> tuple[Anomaly | None, bool]:
-        """What is wrong with a step, and whether all ranks are known to have found the same."""
-        voting = self._council.votes
-        anomaly = rates_differ(stats) or self._panel.ask(stats, "shared" if voting else "all")
-        anomaly = self._compare_weights(anomaly, stats)
-        if not voting:
-            return anomaly, True
-        if anomaly is None or anomaly.observe_only:
-            return self._panel.ask(stats, "own") or anomaly, False
-        if anomaly.signal == "loss" and not anomaly.layers:
-            anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
-        return anomaly, True
-
-    def _compare_weights(self, anomaly: Anomaly | None, stats: StepStats) -> Anomaly | None:
-        compared = not self._replicas.given_up
-        if anomaly is None:
-            anomaly = self._replicas.check(stats)
-        else:
-            anomaly = self._replicas.explain(anomaly, stats)
-        if compared and self._replicas.given_up:
-            self._reporter.say(
-                f"step {stats.step}: the ranks' weights differ from the start of the fit on, and "
-                "are not compared"
-            )
-        return anomaly
-
     def _accept(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats, shared: bool
     ) -> None:
         if shared:
             self._settle(trainer, pl_module, stats)
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
-            self._reporter.step(stats, self._count)
+            self._reporter.step(stats, self._desk.count)
         call_hook("on_healthy_step", trainer, pl_module, stats)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         """Learn from a step that all ranks have accepted."""
         self._panel.learn(stats)
-        self._healthy += 1
-        if self.current is not None and self._healthy >= self.close_after:
-            outcome = "recovered" if self.current.responses else "observed"
-            self._close(trainer, pl_module, outcome)
+        self._desk.healthy(trainer, pl_module)
 
     def _raise(
         self,
@@ -238,9 +214,8 @@ class GradientMonitor(Callback):
     ) -> Anomaly:
         weights, moments = self._meters[stats.optimizer].audit()
         anomaly = with_damage(anomaly, *self._council.audit(weights, moments, shared=shared))
-        self._healthy = 0
         opening = self.current is None
-        incident = self._open_or_strike(trainer, anomaly)
+        incident = self._desk.strike(trainer, anomaly)
         incident.stats = stats
         self._council.open(incident, shared=shared)
         call_hook("on_incident", trainer, pl_module, incident)
@@ -250,49 +225,6 @@ class GradientMonitor(Callback):
         if opening and shared:
             self._reporter.opened(incident)
         return anomaly
-
-    def _open_or_strike(self, trainer: Trainer, anomaly: Anomaly) -> Incident:
-        if self.current is not None:
-            self.current.strike(anomaly)
-            return self.current
-        self._count += 1
-        self.current = Incident(
-            self._count,
-            anomaly,
-            epoch=trainer.current_epoch,
-            batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
-            record=self._reporter.record_path,
-        )
-        self.incidents.append(self.current)
-        return self.current
-
-    def _go_on_from_rank_zero(self, trainer: Trainer, books: _Books | None) -> None:
-        """Forget what this rank alone found, and adopt what rank 0 has spent and put in force."""
-        if books is not None:
-            self._count, self._healthy = books.count, books.healthy
-            self.current = books.incident
-            if self.current is None:
-                self.incidents.pop()
-            else:
-                vars(self.current).update(books.fields)
-        owners = [c for c in callbacks_of(trainer) if hasattr(c, "load_books")]
-        for owner, adopted in zip(
-            owners, self._council.from_first([o.books() for o in owners]), strict=True
-        ):
-            owner.load_books(adopted)
-
-    def _books(self) -> _Books:
-        fields = {} if self.current is None else vars(self.current)
-        copied = {k: list(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return _Books(self._count, self._healthy, self.current, copied)
-
-    def _close(self, trainer: Trainer, pl_module: LightningModule, outcome: Any) -> None:
-        incident, self.current = self.current, None
-        if incident is None:
-            return
-        incident.outcome, incident.closed_step = outcome, trainer.global_step
-        self._reporter.closed(incident)
-        call_hook("on_incident_closed", trainer, pl_module, incident)
 
     @property
     def _meters(self) -> dict[int, StepMeter]:
@@ -305,7 +237,7 @@ class GradientMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open and print the summary."""
-        self._close(trainer, pl_module, "unresolved")
+        self._desk.close(trainer, pl_module, "unresolved")
         self._reporter.summary(self.incidents)
 
     def on_exception(
@@ -314,8 +246,8 @@ class GradientMonitor(Callback):
         """Keep the record complete when the fit ends in an exception."""
         if self._measuring is None:
             return
-        outcome = "stopped" if isinstance(exception, TrainingStopped) else "unresolved"
-        self._close(trainer, pl_module, outcome)
+        stopped = isinstance(exception, TrainingStopped)
+        self._desk.close(trainer, pl_module, "stopped" if stopped else "unresolved")
         self._reporter.summary(self.incidents)
 
     def on_save_checkpoint(
@@ -348,38 +280,9 @@ class GradientMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Incidents so far and the detectors' windows."""
-        return {"incidents": self._count, "detectors": self.rewindable_state()}
+        return {"incidents": self._desk.count, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put them back; the windows once the detectors exist."""
-        self._count = int(state_dict["incidents"])
+        self._desk.count = int(state_dict["incidents"])
         self._restored = state_dict["detectors"]
-
-
-@dataclass(frozen=True)
-class _Books:
-    """Where a monitor stands, before a step that the ranks may turn out to disagree on."""
-
-    count: int
-    healthy: int
-    incident: Incident | None
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Voted:
-    """A step whose votes are on their way."""
-
-    stats: StepStats
-    anomaly: Anomaly | None
-    books: _Books | None
-
-    @property
-    def objected(self) -> bool:
-        """Whether this rank did not take it."""
-        return self.anomaly is not None and not self.anomaly.observe_only
-
-    @property
-    def opening(self) -> bool:
-        """Whether it opened an incident."""
-        return self.books is not None and self.books.incident is None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from lit_stability.detectors.agreement import Replicas, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector
 from lit_stability.stats import StepStats
 
@@ -27,15 +28,46 @@ class Panel:
     ) -> None:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
         self._say = say
+        self._replicas = Replicas()
+
+    def verdict(self, stats: StepStats, *, voting: bool) -> tuple[Anomaly | None, bool]:
+        """What is wrong with a step, and whether all ranks are known to have found the same.
+
+        Args:
+            stats: of the step.
+            voting: whether the ranks vote on what they find in the gradients, which may be their
+                own; see `lit_stability.ranks`. Otherwise all that is measured they have alike.
+        """
+        anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")
+        anomaly = self._compare_weights(anomaly, stats)
+        if not voting:
+            return anomaly, True
+        if anomaly is None or anomaly.observe_only:
+            return self.ask(stats, "own") or anomaly, False
+        if anomaly.signal == "loss" and not anomaly.layers:
+            anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
+        return anomaly, True
+
+    def _compare_weights(self, anomaly: Anomaly | None, stats: StepStats) -> Anomaly | None:
+        compared = not self._replicas.given_up
+        if anomaly is None:
+            anomaly = self._replicas.check(stats)
+        else:
+            anomaly = self._replicas.explain(anomaly, stats)
+        if compared and self._replicas.given_up:
+            self._say(
+                f"step {stats.step}: the ranks' weights differ from the start of the fit on, and "
+                "are not compared"
+            )
+        return anomaly
 
     def ask(self, stats: StepStats, part: Part = "all") -> Anomaly | None:
         """The first objection; one that only asks to be told of gives way to any other.
 
         Args:
             stats: of the step.
-            part: "shared" for what follows from the numbers that all ranks have alike before
-                gradients are looked at, "own" for the rest; a detector that has no
-                ``shared_by_ranks`` belongs to the rest. See `lit_stability.ranks`.
+            part: "shared" for what follows from numbers other than gradients, "own" for the rest;
+                a detector that has no ``shared_by_ranks`` belongs to the rest.
         """
         seen = stats if part != "shared" else _without_gradients(stats)
         told: Anomaly | None = None

@@ -25,7 +25,7 @@ def sharing(trainer: Trainer) -> Sharing:
         return "alone"
     if type(strategy) is DDPStrategy and strategy._model_averaging_period is None:
         return "alone" if trainer.world_size == 1 else "replicas"
-    if type(strategy) is ModelParallelStrategy and _tensor_parallel(strategy, trainer) == 1:
+    if type(strategy) is ModelParallelStrategy and strategy._tensor_parallel_size == 1:
         return "alone" if trainer.world_size == 1 else "shards"
     return "untried"
 
@@ -40,7 +40,7 @@ def why_untried(trainer: Trainer) -> str:
             return "with tensor parallelism a rank's loss and gradients are not its share of a sum"
         case "FSDPStrategy":
             return (
-                "FSDP1 keeps weights in flat shards, in which norms and names cannot be told apart; "
+                "FSDP1 keeps weights in flat shards, in which no parameter can be told apart; "
                 "use FSDP2, as ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)"
             )
         case "DeepSpeedStrategy":
@@ -69,8 +69,3 @@ def reshard(pl_module: LightningModule) -> None:
     for module in pl_module.modules():
         if callable(back := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
             back()
-
-
-def _tensor_parallel(strategy: Any, trainer: Trainer) -> int:
-    size = strategy._tensor_parallel_size
-    return trainer.world_size if size == "auto" else int(size)
