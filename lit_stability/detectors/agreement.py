@@ -41,8 +41,8 @@ def disagreement(stats: StepStats, votes: Sequence[Vote]) -> Anomaly | None:
     """Objects to a step that some ranks took and others did not, or took with other gradients.
 
     >>> step = StepStats(step=7, loss=1.0, grad_norm=1.0)
-    >>> disagreement(step, [Vote(False, 1.0), Vote(True, 1e3)]).message
-    'rank 1 objects to its gradients, the others do not; gradient norms by rank: 1, 1e+03'
+    >>> disagreement(step, [Vote(False, 1.0), Vote(True, 900.0)]).message
+    'rank 1 objects to its gradients, the others do not; gradient norms by rank: 1, 900'
     """
     norms = [v.grad_norm for v in votes]
     objecting = [r for r, v in enumerate(votes) if v.objected]
