@@ -34,6 +34,10 @@ _REMEDIES = {
 }
 
 
+def _alone(said: Any) -> list[Any]:
+    return [said]
+
+
 class TrainingStopped(RuntimeError):
     """Raised out of ``Trainer.fit`` when no response in budget is left.
 
@@ -76,10 +80,11 @@ class Incident:
     """The file in which the incident is recorded."""
     stats: StepStats | None = field(default=None, repr=False)
     """The measurement of the latest strike."""
-    agree: Callable[[bool], bool] = field(default=bool, repr=False, compare=False)
-    """Whether what one rank found holds for all: given a finding of one's own, True if any rank has
-    it. To be called on every rank or none. Where the ranks must not wait for each other now, the
-    finding is put aside, False is returned, and the incident comes again once all know of it."""
+    verdict: str = ""
+    """"transient" if it did not return when the steps were taken again, else "deterministic"."""
+    gather: Callable[[Any], list[Any]] = field(default=_alone, repr=False, compare=False)
+    """What each rank says, in their order, given what this one says; to be called by all of them or
+    none. An incident is offered to all ranks alike."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -111,6 +116,24 @@ class Incident:
         self.anomaly = anomaly
         self.strikes += 1
         self.response = None
+
+    def agree(self, found: bool) -> bool:
+        """Whether any rank has found it; evidence and cause become those of all ranks together.
+
+        To be called on every rank or on none. On one rank it is what was found.
+        """
+        said = self.gather((found, self.cause, list(self.evidence)))
+        everywhere = set.intersection(*(set(evidence) for _, _, evidence in said))
+        # In the order of the ranks, so that the record is the same whoever writes it.
+        self.evidence = list(
+            dict.fromkeys(
+                line if line in everywhere else f"rank {rank}: {line}"
+                for rank, (_, _, evidence) in enumerate(said)
+                for line in evidence
+            )
+        )
+        self.cause = next((cause for _, cause, _ in said if cause), "")
+        return any(each for each, _, _ in said)
 
     def note(self, cause: str, evidence: str) -> None:
         """Record what is believed; a later cause replaces the earlier, evidence accumulates."""
@@ -171,6 +194,7 @@ class Incident:
             "remedy": self.remedy,
             "responses": list(self.responses),
             "path": self.path,
+            "verdict": self.verdict,
             "outcome": self.outcome,
             "closed_step": self.closed_step,
             "time": self.started,
@@ -185,6 +209,7 @@ class Incident:
             ("cause", self.cause or "unknown"),
             ("evidence", "; ".join(self.evidence) or "-"),
             ("done", self.done or "nothing changed"),
+            ("taken again", self.verdict or "no"),
             (
                 "outcome",
                 self.outcome + ("" if self.closed_step is None else f" at step {self.closed_step}"),

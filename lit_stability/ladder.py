@@ -3,11 +3,14 @@
 Data in, data out: no torch, no Lightning. The ladder is monotone state: a rollback never rewinds
 it, and a checkpoint carries it.
 
-    bad batch, state intact ......... skip the step
+    bad batch, state intact ......... take the step again; if it returns, leave the batch out
     learning rate jumped ............ hold it at what the run has borne
-    weights or moments damaged ...... roll back
+    weights or moments damaged ...... roll back and replay; if it returns, leave the suspect out;
+                                      then from an older snapshot; then as below
     struck again on probation ....... roll back with a lower learning rate and a tighter clip
     budget spent .................... stop, with the remedy
+
+Where data cannot be replayed, a bad batch is skipped at once and a rollback goes on with new data.
 """
 
 from __future__ import annotations
@@ -17,11 +20,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from lit_stability.detectors import Anomaly
+from lit_stability.trial import Trial, Verdict
+
+
+@dataclass(frozen=True)
+class RunAgain:
+    """Veto the update and take the very same step again: nothing is blamed yet."""
 
 
 @dataclass(frozen=True)
 class SkipStep:
-    """Veto the update: weights, moments, schedulers and ``global_step`` stay as they were."""
+    """Veto the update and leave the batch out: all stays as if it had not come."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,18 @@ class HoldLearningRate:
 
 @dataclass(frozen=True)
 class RollBack:
-    """Put the last confirmed snapshot back, and go on with these factors."""
+    """Put a confirmed snapshot back, and go on with these factors."""
 
     lr_factor: float = 1.0
     """What the learning rate is multiplied by from now on, on top of earlier cuts."""
     clip_factor: float = 1.0
     """What the clipping threshold is multiplied by from now on."""
+    replay: bool = False
+    """Train on the batches since the snapshot again, instead of on new ones."""
+    leave_out: bool = False
+    """Replay without the batch that is suspected."""
+    older: bool = False
+    """Go back to the snapshot before the newest confirmed one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class Stop:
 _LARGEST_CUT = 1e3
 """A single rollback divides the learning rate by no more than this."""
 
-Response: TypeAlias = SkipStep | HoldLearningRate | RollBack | Stop
+Response: TypeAlias = RunAgain | SkipStep | HoldLearningRate | RollBack | Stop
 
 
 def describe(response: Response) -> str:
@@ -62,13 +77,17 @@ def describe(response: Response) -> str:
     'rolled back, learning rate x0.5, clip x0.5'
     """
     match response:
+        case RunAgain():
+            return "step taken again"
         case SkipStep():
             return "step skipped"
         case HoldLearningRate(factors):
             return f"learning rate held, x{min(factors):.3g}"
-        case RollBack(lr, clip):
-            cut = f", learning rate x{lr:.3g}" if lr < 1 else ""
-            return "rolled back" + cut + (f", clip x{clip:.3g}" if clip < 1 else "")
+        case RollBack(lr, clip, replay, leave_out, older):
+            words = "rolled back" + (" further" if older else "") + (" and replayed" * replay)
+            words += " without the suspect" if leave_out else ""
+            words += f", learning rate x{lr:.3g}" if lr < 1 else ""
+            return words + (f", clip x{clip:.3g}" if clip < 1 else "")
         case Stop(reason):
             return f"stopped: {reason}"
 
@@ -132,9 +151,10 @@ class Ladder:
         self._skips_in_a_row = 0
         self._healthy = 0
         self._since_rollback: int | None = None
+        self.trial = Trial()
 
-    def healthy(self) -> None:
-        """Count a healthy step."""
+    def healthy(self, step: int | None = None) -> Verdict | None:
+        """Count a healthy step; returns the verdict of a trial that ends with it."""
         self._skips_in_a_row = 0
         self._healthy += 1
         if self._since_rollback is not None:
@@ -144,9 +164,16 @@ class Ladder:
         if self._healthy % self.budget.refill_every == 0:
             self._left["rollbacks"] = min(self._left["rollbacks"] + 1, self.budget.rollbacks)
             self._left["holds"] = min(self._left["holds"] + 1, self.budget.holds)
+        return None if step is None else self.trial.passed(step)
 
     def respond(
-        self, anomaly: Anomaly, *, state_is_bad: bool = False, excess: float = 1.0
+        self,
+        anomaly: Anomaly,
+        *,
+        state_is_bad: bool = False,
+        excess: float = 1.0,
+        replay: bool = False,
+        older: bool = False,
     ) -> Response:
         """Choose and pay for the response to an anomaly.
 
@@ -156,33 +183,62 @@ class Ladder:
                 what the anomaly itself knows.
             excess: how many times its healthy baseline the update-to-weight ratio was just before;
                 a cut divides the learning rate by at least this much, up to 1000.
+            replay: whether the step, or those since the snapshot, can be taken again.
+            older: whether there is a snapshot before the newest confirmed one.
         """
         damaged = anomaly.state_is_bad or state_is_bad
         if anomaly.hold and not damaged and self._spend("holds"):
             return HoldLearningRate(anomaly.hold)
-        if (
-            not damaged
-            and self._skips_in_a_row < self.budget.skips_in_a_row
-            and self._spend("skips")
-        ):
-            self._skips_in_a_row += 1
-            return SkipStep()
+        row_is_full = self._skips_in_a_row >= self.budget.skips_in_a_row
+        if not damaged and not row_is_full and self._spend("skips"):
+            return self._veto(anomaly.step, replay)
         if self._spend("rollbacks"):
-            return self._roll_back(damaged, anomaly.kind == "divergence", excess)
+            if replay and damaged:
+                return self._replay(anomaly, excess, older)
+            return self._roll_back(damaged, anomaly.kind == "divergence", excess, replay)
         return Stop(
             f"{anomaly.kind} came back after {self.budget.rollbacks} rollbacks ({anomaly.message})"
         )
 
-    def _roll_back(self, damaged: bool, diverged: bool, excess: float) -> RollBack:
-        again = self._since_rollback is not None and self._since_rollback < self.budget.probation
+    def _veto(self, step: int, replay: bool) -> Response:
+        if replay and not self.trial.returns(step):
+            self.trial.begin(step, slack=0)
+            return RunAgain()
+        self.trial.end()
+        self._skips_in_a_row += 1
+        return SkipStep()
+
+    def _replay(self, anomaly: Anomaly, excess: float, older: bool) -> RollBack:
+        outside = anomaly.kind not in ("divergence", "update spike")
+        again = self._on_probation and not outside and not self.trial.returns(anomaly.step)
+        self.trial.begin(anomaly.step)
+        self._since_rollback = 0
+        self._skips_in_a_row = 0
+        stage = self.trial.stage
+        if stage >= (3 if older else 2) or again:
+            cut = self._cut(excess)
+            return RollBack(cut, self.budget.clip_factor, True, stage > 0, older and stage > 0)
+        return RollBack(replay=True, leave_out=stage > 0, older=stage > 1)
+
+    def _roll_back(
+        self, damaged: bool, diverged: bool, excess: float, replay: bool = False
+    ) -> RollBack:
+        again = self._on_probation
         self._since_rollback = 0
         self._skips_in_a_row = 0
         if damaged and not diverged and not again:
             # Damage from outside blames neither the learning rate nor the batch.
             return RollBack()
+        return RollBack(self._cut(excess), self.budget.clip_factor, replay)
+
+    @property
+    def _on_probation(self) -> bool:
+        since = self._since_rollback
+        return since is not None and since < self.budget.probation
+
+    def _cut(self, excess: float) -> float:
         # An Inf among the weights makes the excess Inf; a factor of 0 would end learning for good.
-        cut = min(self.budget.lr_factor, 1.0 / min(max(1.0, excess), _LARGEST_CUT))
-        return RollBack(cut, self.budget.clip_factor)
+        return min(self.budget.lr_factor, 1.0 / min(max(1.0, excess), _LARGEST_CUT))
 
     def _spend(self, sort: str) -> bool:
         if self._left[sort] <= 0:

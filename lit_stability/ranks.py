@@ -10,14 +10,14 @@ all ranks at the same place whatever one of them has seen. One optimizer step un
 ``on_before_optimizer_step``
     The vector is waited for and read together with the norms of the gradients, which DDP has
     averaged. What detectors find in the vector all ranks find: it is *shared*, and they may talk
-    about it at once. What they find in the gradients need not be: one rank's may have been damaged
-    after DDP averaged them. That rank may veto its own step, and nothing more. Each rank then
-    votes: objected or not, its gradient norm, damage found. The votes are summed while the
-    optimizer steps.
+    about it at once, in collectives that wait. What they find in the gradients need not be: one
+    rank's may have been damaged after DDP averaged them. That rank vetoes its own step, and does
+    nothing more (``on_suspicion``). Each rank votes: whether it objects, and its gradient norm. The
+    votes are summed while the optimizer steps.
 ``on_train_batch_end``
     The votes are counted before a counter, a snapshot or a checkpoint has seen the step. If all
-    objected, or none, so be it. If not, or if the gradient norms differ, the ranks disagree: all go
-    back to a snapshot from before the step and go on from rank 0's books.
+    object, it is an incident like one that is shared. If some do, or if the gradient norms differ,
+    the ranks disagree: all go back to a snapshot from before the step, and on from rank 0's books.
 
 The vote belongs to the same step, not to the next: between two steps a rank that had vetoed alone
 would count fewer steps than the others, and would miss the checkpoint that they stop for.

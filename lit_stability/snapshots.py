@@ -8,6 +8,7 @@ steps have confirmed it. May import torch; knows no Lightning.
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,21 +32,21 @@ class TensorBank:
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
-        live = [local(t.detach()) for t in tensors]
-        if not _alike(self._saved, live):
-            self._saved = [torch.empty_like(t) for t in live]
+        live = [local(t) for t in tensors]
+        if not _same(self._live, live) and not _alike(self._saved, live):
+            self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
         self._live = live
         _copy(self._saved, live)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Copy the saved values back into the very tensors they came from."""
-        _copy(self._live, self._saved)
+    def restore(self, targets: Sequence[Tensor] | None = None) -> None:
+        """Copy the saved values back into the very tensors they came from, or into others."""
+        _copy(self._live if targets is None else targets, self._saved)
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """``(live, saved)`` tensors."""
-        return list(zip(self._live, self._saved, strict=True))
+        return [(t.detach(), s) for t, s in zip(self._live, self._saved, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -120,16 +121,24 @@ class OptimizerSnapshot:
             for group in optimizer.param_groups
         ]
 
-    def restore(self, optimizer: Optimizer) -> None:
-        """Copy it back."""
+    def restore(self, optimizer: Optimizer, *, drop_new_groups: bool = False) -> None:
+        """Copy it back.
+
+        Args:
+            optimizer: the one captured.
+            drop_new_groups: remove parameter groups added since, for a replay that adds them again.
+        """
+        if drop_new_groups:
+            del optimizer.param_groups[len(self._groups) :]
         kept: dict[Tensor, dict[str, Any]] = {}
+        targets = []
         for (parameter, key, then), (_, saved) in zip(self._keys, self.bank.pairs, strict=True):
             now = optimizer.state.get(parameter, {}).get(key)
             alike = isinstance(now, Tensor) and local(now).shape == saved.shape
             target = now if alike else then
-            with torch.no_grad():
-                local(target).copy_(saved)
+            targets.append(local(target))
             kept.setdefault(parameter, {})[key] = target
+        self.bank.restore(targets)
         for parameter, key, value in self._other:
             kept.setdefault(parameter, {})[key] = copy.deepcopy(value)
         for parameter in [*optimizer.state]:
@@ -196,6 +205,8 @@ S = TypeVar("S")
 class Generations(Generic[S]):
     """Two snapshots in turn: the confirmed one to go back to, and a candidate on probation.
 
+    While no candidate waits, the one confirmed before is still there, as ``older``.
+
     Args:
         make: builds an empty snapshot; called twice.
         confirm_after: healthy steps after which a candidate is confirmed.
@@ -205,26 +216,38 @@ class Generations(Generic[S]):
     >>> g.begin().append("b")
     >>> g.healthy(); g.confirmed
     ['a']
-    >>> g.healthy(); g.confirmed
-    ['b']
+    >>> g.healthy(); g.confirmed, g.older
+    (['b'], ['a'])
     """
 
     make: Callable[[], S]
     confirm_after: int
     confirmed: S | None = None
+    older: S | None = None
     candidate: S | None = None
     _age: int = field(default=0, init=False)
-    _spare: list[S] = field(default_factory=list, init=False)
+    _spare: S | None = field(default=None, init=False)
 
     @property
     def ready(self) -> bool:
         """Whether no candidate is waiting for its confirmation."""
         return self.candidate is None
 
+    @property
+    def oldest(self) -> S | None:
+        """The snapshot furthest back."""
+        return self.confirmed if self.older is None else self.older
+
     def begin(self) -> S:
         """The snapshot to capture into; a candidate that was still waiting is given up for it."""
         if self.candidate is None:
-            self.candidate = self._spare.pop() if self._spare else self.make()
+            for each in (self._spare, self.older):
+                if each is not None:
+                    self.candidate = each
+                    break
+            else:
+                self.candidate = self.make()
+            self._spare = self.older = None
         self._age = 0
         return self.candidate
 
@@ -237,15 +260,24 @@ class Generations(Generic[S]):
     def confirm_now(self) -> None:
         """Trust the candidate as it is, as at the start of a fit."""
         if self.candidate is not None:
-            if self.confirmed is not None:
-                self._spare.append(self.confirmed)
-            self.confirmed, self.candidate = self.candidate, None
+            self.older, self.confirmed = self.confirmed, self.candidate
+            self.candidate = None
 
     def discard(self) -> None:
         """Drop the candidate: something went wrong while it waited."""
         if self.candidate is not None:
-            self._spare.append(self.candidate)
-            self.candidate = None
+            self._spare, self.candidate = self.candidate, None
+
+    def go_back(self) -> None:
+        """Trust the older one alone: the one confirmed after it was too late."""
+        if self.older is not None:
+            self._spare, self.confirmed, self.older = self.confirmed, self.older, None
+
+    def restart(self) -> None:
+        """Begin as at first, with a snapshot that is yet to be taken."""
+        self.discard()
+        self._spare = self._spare or self.confirmed
+        self.confirmed = self.older = None
 
 
 def _buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor | None]]:
@@ -257,6 +289,10 @@ def _put_back(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
     for module, key, buffer in homes:
         if module._buffers.get(key) is not buffer:
             module._buffers[key] = buffer
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

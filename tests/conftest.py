@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lit_stability import AutoRollback, stability_callbacks
+
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
 
@@ -82,6 +84,12 @@ def fit(root, callbacks=(), module=None, data=None, val=None, seed=0, **options)
     trainer = make_trainer(root, callbacks, **options)
     trainer.fit(module, regression_data() if data is None else data, val)
     return module, trainer
+
+
+def skipping_suite():
+    """The default suite, but for data that are not replayed."""
+    suite = stability_callbacks()
+    return [*suite[:-1], AutoRollback(data="skip")]
 
 
 def flat(module):

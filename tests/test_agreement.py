@@ -11,7 +11,6 @@ from lit_stability.detectors import (
     Replicas,
     Spike,
     Vote,
-    damage,
     disagreement,
     rates_differ,
 )
@@ -91,16 +90,6 @@ def test_weights_that_differ_make_any_anomaly_one_of_bad_state():
     worse = replicas.explain(spike, step(rank_weights=(5.0, 4.0)))
     assert (worse.kind, worse.state_is_bad) == ("loss spike", True)
     assert worse.message.startswith("high; the ranks' weights")
-
-
-def test_damage_found_by_one_rank_makes_a_shared_objection_one_of_bad_state():
-    spike = Anomaly(kind="gradient spike", step=7, value=9.0, message="high", signal="grad_norm")
-    calm = [Vote(True, 9.0), Vote(True, 9.0)]
-    assert damage(step(), calm, spike) is None
-    worse = damage(step(), [calm[0], Vote(True, 9.0, damaged=True)], spike)
-    assert (worse.kind, worse.state_is_bad) == ("gradient spike", True)
-    assert worse.message == "high; rank 1 found damage in the weights or the optimizer state"
-    assert damage(step(), [Vote(False, 1.0), Vote(False, 1.0, True)], None).kind == KIND
 
 
 class Mine:

@@ -121,7 +121,7 @@ def test_unknown_name_is_an_attribute_error_that_repeats_it():
 def test_detectors_export_what_they_define():
     public = {n for n in vars(detectors) if not n.startswith("_") and n[0].isupper()}
     assert public | {
-        *("damage", "default_detectors", "disagreement", "flagged", "rates_differ", "with_damage")
+        *("default_detectors", "disagreement", "flagged", "rates_differ", "with_damage")
     } == set(detectors.__all__)
 
 

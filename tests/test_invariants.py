@@ -20,7 +20,7 @@ from lit_stability.faults import (
     ScaleLoss,
 )
 from lit_stability.lr_scale import learning_rate_scale
-from tests.conftest import Regression, fit, flat, regression_data
+from tests.conftest import Regression, fit, flat, regression_data, skipping_suite
 
 
 def fp16_on_cpu():
@@ -200,7 +200,7 @@ def test_rejected_steps_teach_the_detectors_nothing(tmp_path):
     states = []
     for faults in ([], [ScaleGradients(step=30, steps=4, factor=1e4)], [NanLoss(step=30, steps=4)]):
         monitor = GradientMonitor()
-        suite = [monitor, *stability_callbacks()[1:]]
+        suite = [monitor, *skipping_suite()[1:]]
         injector = [FaultInjector(faults)] if faults else []
 
         def data(skip=bool(faults)):
@@ -277,7 +277,7 @@ def test_normal_step_copies_to_the_host_once_and_hooks_no_module(tmp_path, monke
 
 def test_incident_is_told_once_when_it_opens_and_once_when_it_closes(tmp_path, caplog):
     """Invariant 8: a burst of five bad steps is one incident and two lines."""
-    callbacks = [FaultInjector([ScaleGradients(step=30, steps=5)]), *stability_callbacks()]
+    callbacks = [FaultInjector([ScaleGradients(step=30, steps=5)]), *skipping_suite()]
     fit(tmp_path, callbacks)
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("incident ")]
     assert len(lines) == 2
@@ -311,7 +311,7 @@ def test_learning_rate_factor_holds_through_a_scheduler_and_comes_back(tmp_path)
             self.factors.extend(learning_rate_scale(optimizer).factors)
 
     factor = Factor()
-    callbacks = [FaultInjector([NanLoss(step=30, steps=11)]), *stability_callbacks(), factor]
+    callbacks = [FaultInjector([NanLoss(step=30, steps=11)]), *skipping_suite(), factor]
     module, _ = fit(tmp_path, callbacks, lambda: Regression(scheduler="onecycle"), max_steps=100)
     assert min(factor.factors) == 0.5
     assert 10 <= factor.factors.count(0.5) <= 40

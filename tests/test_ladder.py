@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ from lit_stability.ladder import (
 )
 
 
-def anomaly(kind="gradient spike", state_is_bad=False):
+def anomaly(kind="gradient spike", state_is_bad=False, step=0):
     hold = (0.1, 0.2) if kind == "learning-rate jump" else ()
     return Anomaly(
         kind=kind,
-        step=0,
+        step=step,
         value=9.0,
         message="9 against 1",
         signal="x",
@@ -190,6 +191,98 @@ def test_responses_to_any_stream_are_bounded(budget, events):
         elif drive(ladder, [event]) == [STOP]:
             healthy = spent = 0
             # A stop with something left of another sort is a stop all the same.
+        else:
+            spent += 1
+        assert spent <= full(budget) + (
+            healthy // budget.refill_skips_every + 2 * (healthy // budget.refill_every)
+        )
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        # (kind, step) of each anomaly; an int is a healthy step of that number.
+        ([("bad", 7)], ["step taken again"]),
+        ([("bad", 7), ("bad", 7)], ["step taken again", "step skipped"]),
+        # The batch that takes the place of one left out has its own trial.
+        ([("bad", 7)] * 4, ["step taken again", "step skipped"] * 2),
+        ([("bad", 7), 7, ("bad", 8)], ["step taken again"] * 2),
+        ([("damage", 30)], ["rolled back and replayed"]),
+        # What returns within ten steps of where it was found is the same.
+        (
+            [("damage", 30), 29, ("damage", 30), 30, 39, ("damage", 40)],
+            [
+                "rolled back and replayed",
+                "rolled back and replayed without the suspect",
+                "rolled back further and replayed without the suspect",
+            ],
+        ),
+        (
+            [("damage", 30)] * 4,
+            [
+                "rolled back and replayed",
+                "rolled back and replayed without the suspect",
+                "rolled back further and replayed without the suspect",
+                "rolled back further and replayed without the suspect, learning rate x0.5, "
+                "clip x0.5",
+            ],
+        ),
+        # Damage from outside that comes later blames nothing; a divergence that comes later does.
+        ([("damage", 30), 40, ("damage", 41)], ["rolled back and replayed"] * 2),
+        (
+            [("divergence", 30), 40, ("divergence", 41)],
+            [
+                "rolled back and replayed",
+                "rolled back and replayed, learning rate x0.5, clip x0.5",
+            ],
+        ),
+    ],
+)
+def test_ladder_with_replay_blames_only_what_returns(events, words):
+    """S17: nothing is changed before the same steps have shown the trouble again."""
+    kinds = {"bad": BAD_BATCH, "damage": DAMAGE, "divergence": DIVERGENCE}
+    ladder, given = Ladder(), []
+    for event in events:
+        if isinstance(event, int):
+            ladder.healthy(event)
+        else:
+            found = replace(kinds[event[0]], step=event[1])
+            given.append(describe(ladder.respond(found, replay=True, older=True)))
+    assert given == words
+
+
+def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
+    ladder = Ladder()
+    responses = [ladder.respond(DAMAGE, replay=True, older=False) for _ in range(3)]
+    assert responses == [
+        RollBack(replay=True),
+        RollBack(replay=True, leave_out=True),
+        RollBack(0.5, 0.5, replay=True, leave_out=True),
+    ]
+
+
+@given(
+    BUDGETS,
+    st.lists(
+        st.one_of(
+            st.tuples(ANOMALIES, st.integers(0, 30), st.booleans(), st.booleans()),
+            st.integers(0, 30),
+        ),
+        max_size=80,
+    ),
+)
+def test_responses_to_any_stream_are_bounded_with_replay_too(budget, events):
+    ladder = Ladder(budget)
+    healthy = spent = 0
+    for event in events:
+        if isinstance(event, int):
+            ladder.healthy(event)
+            healthy += 1
+            continue
+        found, step, replay, older = event
+        response = ladder.respond(replace(found, step=step), replay=replay, older=older)
+        if isinstance(response, Stop):
+            healthy = spent = 0
         else:
             spent += 1
         assert spent <= full(budget) + (

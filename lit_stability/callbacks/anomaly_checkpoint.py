@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.details import gradient_details
+from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.records import to_json
 from lit_stability.snapshots import capture_rng
@@ -69,6 +70,7 @@ class AnomalyCheckpoint(Callback):
         self.max_bytes = max_bytes
         self._history: deque[tuple[int, float, float]] = deque(maxlen=history)
         self._batch: Any = None
+        self._suspected: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.
@@ -99,13 +101,17 @@ class AnomalyCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of the batch."""
-        self._batch = None
+        self._batch, self._suspected = None, []
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Remember loss and gradient norm."""
         self._history.append((stats.step, stats.loss, stats.grad_norm))
+
+    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+        """Look at the gradients before they are dropped; it is saved if all ranks object."""
+        self._suspected = gradient_details(pl_module.named_parameters())
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Save the scene of the first strike."""
@@ -144,7 +150,7 @@ class AnomalyCheckpoint(Callback):
                 save_scene_checkpoint(trainer, part / "checkpoint.ckpt")
             scene = {
                 "batch": self._batch,
-                "gradients": gradient_details(pl_module.named_parameters()),
+                "gradients": gradient_details(pl_module.named_parameters()) or self._suspected,
                 "rng": capture_rng(),
                 "step": incident.first.step,
                 "batch_idx": incident.batch_idx,

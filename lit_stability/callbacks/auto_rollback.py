@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
 
 from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.requirements import (
@@ -17,42 +14,59 @@ from lit_stability.callbacks.requirements import (
     require_tried_strategy,
     require_whole_optimizers,
 )
+from lit_stability.callbacks.rewinder import Rewinder, parameters_of
 from lit_stability.clipping import clip_coefficient, scale_gradients
+from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.ladder import Budget, HoldLearningRate, Ladder, RollBack, SkipStep, Stop
+from lit_stability.ladder import (
+    Budget,
+    HoldLearningRate,
+    Ladder,
+    Response,
+    RollBack,
+    RunAgain,
+    SkipStep,
+    Stop,
+)
 from lit_stability.lr_scale import learning_rate_scale
-from lit_stability.snapshots import BufferGuard, Generations
+from lit_stability.norms import dense, norms_of, to_host, total
 from lit_stability.stats import StepStats
 from lit_stability.throttle import Baseline, Throttle
-from lit_stability.trainer_state import (
-    LoggedMetrics,
-    SchedulerPause,
-    TrainingSnapshot,
-    uncount_step,
-)
+from lit_stability.trainer_state import Entry, Stateful
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class AutoRollback(Callback):
-    """Skips bad steps, holds a jumping learning rate, rolls back damage, and knows its limits.
+    """Takes bad steps back, holds a jumping learning rate, rolls back damage, knows its limits.
 
-    A bad batch costs its step and nothing else: weights, moments, schedulers, buffers, epoch
-    metrics and ``global_step`` are as if it had not come. Damaged state is put back to the newest
-    snapshot that ``confirm_after`` healthy steps have confirmed; the data goes on where it is
-    and ``global_step`` is rewound, so that ``max_steps`` good steps are taken. When the ladder has
-    nothing left, the fit ends with `TrainingStopped`, the weights at the last confirmed snapshot.
+    With ``data="replay"`` the fit goes on as if the bad batch had never existed, bit for bit:
+    weights, optimizers, schedulers, scaler, RNG, ``global_step``, logged metrics, validation
+    points and the decisions of ModelCheckpoint and EarlyStopping. A rejected step is taken again
+    once, which shows whether the trouble was *transient* or is *deterministic*; if it returns, its
+    batch is left out. Damaged state is put back to the newest snapshot, confirmed by
+    ``confirm_after`` healthy steps, from before the suspected cause, and all batches since are
+    trained on again; if the damage returns, without the suspected batch, then from the snapshot
+    before, then with a lower learning rate and a tighter clip. Checkpoint files written since the
+    snapshot are renamed to ``NAME.quarantined``.
 
-    Snapshots live in memory: two of weights, buffers and optimizer state; their size is reported
-    when the fit starts.
+    With ``data="skip"``, and where batches cannot be replayed, a rejected step costs its batch and
+    a rollback goes on with new data, ``global_step`` rewound. When the ladder has nothing left,
+    the fit ends with `TrainingStopped`, the weights at the last confirmed snapshot.
+
+    Two snapshots of weights, buffers and optimizer state are held in memory, and the raw batches
+    since the older; their sizes are reported when they are first known.
 
     Args:
+        data: what happens to the batches since the snapshot.
         snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed.
         confirm_after: healthy steps after which a snapshot may be gone back to.
         relax_after: calm steps after which a lowered learning rate and a tightened clip are
             doubled, until both are back. A learning rate that is held against a jump of its
             schedule is let go when the schedule comes back.
         budget: how many responses the run may spend.
+        max_ring_bytes: bound on the raw batches kept; beyond it they cannot be replayed.
+        clone_batches: keep copies, for a ``training_step`` that writes into its batch.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -61,19 +75,51 @@ class AutoRollback(Callback):
     def __init__(
         self,
         *,
+        data: Literal["replay", "skip"] = "replay",
         snapshot_every: int = 20,
         confirm_after: int = 10,
         relax_after: int = 20,
         budget: Budget | None = None,
+        max_ring_bytes: int = 2**30,
+        clone_batches: bool = False,
     ) -> None:
-        for name, value in (("snapshot_every", snapshot_every), ("confirm_after", confirm_after)):
+        if data not in ("replay", "skip"):
+            raise ValueError(f"data must be 'replay' or 'skip', got {data!r}")
+        for name, value in (
+            ("snapshot_every", snapshot_every),
+            ("confirm_after", confirm_after),
+            ("max_ring_bytes", max_ring_bytes),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        self.data = data
         self.snapshot_every = snapshot_every
         self.confirm_after = confirm_after
+        self.max_ring_bytes = max_ring_bytes
+        self.clone_batches = clone_batches
         self.throttle = Throttle(relax_after)
         self.ladder = Ladder(budget)
+        self._registered: list[Stateful] = []
         self._fit: _Fit | None = None
+
+    def register(self, *objects: Stateful) -> None:
+        """Let a rollback take back the state of further objects, such as an average of weights.
+
+        A rejected step may have touched them, so it is taken back by way of the snapshot too.
+
+        Args:
+            objects: with ``state_dict`` and ``load_state_dict``.
+
+        Raises:
+            TypeError: if one lacks them.
+        """
+        for each in objects:
+            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+                raise TypeError(
+                    f"register() needs state_dict and load_state_dict, {type(each).__name__} "
+                    "lacks them"
+                )
+            self._registered.append(each)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.
@@ -87,148 +133,183 @@ class AutoRollback(Callback):
             require_tried_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the first snapshot and put restored factors in force."""
+        """Take hold of the data, and put restored factors in force."""
         require_whole_optimizers(trainer, self)
-        self._fit = fit = _Fit(trainer, pl_module, self.confirm_after)
+        rewinder = Rewinder(
+            trainer,
+            pl_module,
+            confirm_after=self.confirm_after,
+            snapshot_every=self.snapshot_every,
+            replay=self.data == "replay",
+            max_ring_bytes=self.max_ring_bytes,
+            clone=self.clone_batches,
+            registered=self._registered,
+        )
+        self._fit = _Fit(rewinder, len(trainer.optimizers))
         groups = {i: len(o.param_groups) for i, o in enumerate(trainer.optimizers)}
         for index, factors in [*self.throttle.holds.items()]:
             if groups.get(index) != len(factors):
                 del self.throttle.holds[index]
                 log.info("the learning rates held before belong to other groups: let go")
         self._apply(trainer)
-        first = fit.snapshots.begin()
-        first.capture(trainer, pl_module)
-        fit.snapshots.confirm_now()
-        log.info("AutoRollback holds two snapshots, %.1f MiB each now", first.nbytes / 2**20)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take hold of the data where the loader is a new one."""
+        self._now.rewinder.recorder.attach()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember what a bad batch would spoil before its veto."""
-        if self._now.window_is_new:
-            self._now.guard.capture()
-            self._now.metrics.capture(trainer)
-            self._now.window_is_new = False
+        """Note to which step the batch belongs."""
+        self._now.rewinder.batch_started()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """While an accumulation window is taken again, see which of its batches is the bad one."""
+        if self._now.inspecting:
+            self._now.norms.append(_norm(trainer))
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Count the step, clip where the clip is tightened, relax what was tightened."""
         now = self._now
-        now.stepped = True
-        now.since_snapshot += 1
-        now.healthy += 1
-        self.ladder.healthy()
+        if now.due is not None and now.rewinder.replay:
+            # Another optimizer of this batch was vetoed: the whole batch is to be taken back.
+            now.rewinder.veto(trainer.optimizers[stats.optimizer])
+            return
+        now.rewinder.healthy()
+        now.reach(stats.step, self.ladder.healthy(stats.step))
         baseline = now.baselines[stats.optimizer]
         threshold = baseline.clip_threshold(self.throttle.clip_factor)
         if threshold is not None and stats.finite_gradients:
-            parameters = _parameters(trainer.optimizers[stats.optimizer])
+            parameters = parameters_of(trainer.optimizers[stats.optimizer])
             scale_gradients(parameters, clip_coefficient(stats.grad_norm, threshold))
         baseline.add(stats.grad_norm, stats.update_ratio)
+        if stats.step < now.trouble:
+            return
         relaxed = self.throttle.calm(stats.optimizer, stats.nominal_learning_rates)
         if relaxed is not None:
             self._apply(trainer)
             log.info("step %d: %s", stats.step, relaxed)
 
+    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+        """Take no step that one rank objects to, until all have voted; choose nothing yet."""
+        self._now.rewinder.veto(trainer.optimizers[anomaly.optimizer])
+
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
         if incident.settled or incident.anomaly.observe_only:
             return
-        now, anomaly = self._now, incident.anomaly
+        now, optimizer = self._now, trainer.optimizers[incident.anomaly.optimizer]
         self.throttle.disturbed()
-        ratio = None if incident.stats is None else incident.stats.update_ratio
-        response = self.ladder.respond(
-            anomaly,
-            state_is_bad=incident.agree(self._damaged(incident)),
-            excess=now.baselines[anomaly.optimizer].excess(ratio),
-        )
+        if now.due is not None:
+            # Another optimizer of this batch has struck already.
+            incident.settle(now.due[0])
+            now.rewinder.veto(optimizer)
+            return
+        response = self._choose(incident)
         incident.settle(response)
         if isinstance(response, HoldLearningRate):
-            self.throttle.hold(anomaly.optimizer, response.factors)
+            self.throttle.hold(incident.anomaly.optimizer, response.factors)
             self._apply(trainer)
-            now.stepped = True
+            now.rewinder.stepped = True
             return
-        now.vetoed += 1
-        if not isinstance(response, SkipStep):
-            now.due = (response, incident)
-        if anomaly.kind == "non-finite loss" and now.scaler_state is None:
-            # The loss scaler is about to back off for a batch that is none of its business.
-            now.scaler_state = copy.deepcopy(trainer.precision_plugin.state_dict())
-        veto(trainer.optimizers[anomaly.optimizer])
-        now.pause.begin(trainer)
+        now.due = (response, incident)
+        now.rewinder.veto(optimizer)
+
+    def _choose(self, incident: Incident) -> Response:
+        now, anomaly = self._now, incident.anomaly
+        ratio = None if incident.stats is None else incident.stats.update_ratio
+        damaged = incident.agree(self._damaged(incident))
+        snapshot = now.rewinder.snapshot_for(anomaly.suspect, older=False)
+        if damaged or anomaly.state_is_bad:
+            replay = now.rewinder.can_replay(snapshot)
+        else:
+            replay = now.rewinder.can_take_again()
+        replay = not incident.agree(not replay)
+        if self.ladder.trial.returns(anomaly.step):
+            incident.verdict = "deterministic"
+        now.on_trial = incident
+        return self.ladder.respond(
+            anomaly,
+            state_is_bad=damaged,
+            excess=now.baselines[anomaly.optimizer].excess(ratio),
+            replay=replay,
+            older=now.rewinder.snapshots.older is not None,
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Do the part of the response that comes after the step, or take a snapshot.
+        """Do the part of the response that comes after the step.
 
         Raises:
             TrainingStopped: when the ladder has nothing left.
         """
         now = self._now
-        if now.vetoed:
-            self._undo(trainer)
-        if now.due is not None:
-            self._go_back(trainer, pl_module, *now.due)
-        elif now.stepped:
-            self._keep(trainer, pl_module)
-        if now.vetoed or now.stepped:
-            now.begin_window()
+        due, now.due = now.due, None
+        if due is not None:
+            self._carry_out(trainer, pl_module, *due)
+        elif now.rewinder.stepped:
+            now.inspecting, now.norms = False, []
+        now.rewinder.batch_ended()
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count healthy steps towards a snapshot, and take one where it is due.
-
-        Not before the end of the batch: until then another rank may turn out not to have stepped.
-        """
-        now = self._now
-        for _ in range(now.healthy):
-            now.snapshots.healthy()
-        if now.since_snapshot >= self.snapshot_every and now.snapshots.ready:
-            now.snapshots.begin().capture(trainer, pl_module)
-            now.since_snapshot = 0
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of what was held for the rest of a rejected batch."""
+        self._now.rewinder.epoch_ended()
 
     @property
     def _now(self) -> _Fit:
         assert self._fit is not None, "between on_train_start and teardown only"
         return self._fit
 
-    def _undo(self, trainer: Trainer) -> None:
-        """Leave no trace of the steps vetoed in this batch."""
-        now = self._now
-        now.pause.end(trainer)
-        for _ in range(now.vetoed):
-            uncount_step(trainer)
-        now.guard.restore()
-        now.metrics.restore(trainer)
-        if now.scaler_state:
-            trainer.precision_plugin.load_state_dict(now.scaler_state)
-
-    def _go_back(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        response: RollBack | Stop,
-        incident: Incident,
+    def _carry_out(
+        self, trainer: Trainer, pl_module: LightningModule, response: Response, incident: Incident
     ) -> None:
         now = self._now
-        now.snapshots.discard()
-        now.since_snapshot = 0
-        if now.snapshots.confirmed is not None:
-            now.snapshots.confirmed.restore(trainer)
-        call_hook("on_rollback", trainer, pl_module)
-        if isinstance(response, Stop):
-            scene = f", scene: {incident.path}" if incident.path else ""
-            raise TrainingStopped(
-                f"training stopped at step {trainer.global_step}: {response.reason}. "
-                f"What to try: {incident.remedy}. Record: {incident.record}{scene}",
-                incident,
-            )
-        self.throttle.cut(response.lr_factor, response.clip_factor)
-        self._apply(trainer)
+        match response:
+            case RunAgain():
+                now.inspecting, now.norms = len(now.rewinder.window) > 1, []
+                now.rewinder.to_step_start(())
+            case SkipStep():
+                offenders = now.offenders(incident)
+                now.inspecting, now.norms = False, []
+                again = bool(offenders) and now.rewinder.can_take_again(offenders)
+                if not incident.agree(not again):
+                    now.rewinder.to_step_start(offenders)
+                else:
+                    now.rewinder.forget_step()
+            case RollBack():
+                self._roll_back(response, incident)
+                call_hook("on_rollback", trainer, pl_module)
+                self.throttle.cut(response.lr_factor, response.clip_factor)
+                self._apply(trainer)
+            case Stop():
+                now.rewinder.to_snapshot_only(now.rewinder.snapshot_for(0, older=False))
+                call_hook("on_rollback", trainer, pl_module)
+                scene = f", scene: {incident.path}" if incident.path else ""
+                raise TrainingStopped(
+                    f"training stopped at step {trainer.global_step}: {response.reason}. "
+                    f"What to try: {incident.remedy}. Record: {incident.record}{scene}",
+                    incident,
+                )
+
+    def _roll_back(self, response: RollBack, incident: Incident) -> None:
+        now, rewinder = self._now, self._now.rewinder
+        suspect = incident.anomaly.suspect
+        snapshot = rewinder.snapshot_for(suspect, older=response.older)
+        if not response.replay:
+            rewinder.to_snapshot_only(snapshot)
+            return
+        now.trouble = max(now.trouble, incident.anomaly.step)
+        rewinder.on_trial = True
+        batches = rewinder.ring.since(snapshot.position)
+        left_out = [e for e in batches if response.leave_out and e.step == suspect]
+        rewinder.to_snapshot(snapshot, left_out)
 
     def _damaged(self, incident: Incident) -> bool:
         """Whether a weight moved further since the snapshot than training can have moved it."""
-        confirmed = self._now.snapshots.confirmed
+        confirmed = self._now.rewinder.snapshots.confirmed
         outlier = None if confirmed is None else confirmed.module.outlier()
         if confirmed is None or outlier is None:
             return False
@@ -249,6 +330,8 @@ class AutoRollback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
+        if self._fit is not None:
+            self._fit.rewinder.close()
         for optimizer in trainer.optimizers:
             learning_rate_scale(optimizer).recover()
 
@@ -257,20 +340,28 @@ class AutoRollback(Callback):
         if stage == "fit":
             for optimizer in trainer.optimizers:
                 learning_rate_scale(optimizer).detach()
+            if self._fit is not None:
+                self._fit.rewinder.close()
             self._fit = None
 
     def books(self) -> dict[str, Any]:
         """What was spent, what is in force and what is healthy, for ranks that disagree."""
-        baselines = [baseline.state_dict() for baseline in self._now.baselines]
-        return {**self.state_dict(), "baselines": baselines}
+        return {
+            **self.state_dict(),
+            "trial": self.ladder.trial,
+            "baselines": [baseline.state_dict() for baseline in self._now.baselines],
+            "on_trial": self._now.rewinder.on_trial,
+        }
 
     def load_books(self, books: dict[str, Any]) -> None:
-        """Go on from the books of another rank; what this one alone vetoed is rolled back."""
+        """Go on from the books of another rank."""
+        now = self._now
         self.load_state_dict(books)
-        for baseline, saved in zip(self._now.baselines, books["baselines"], strict=True):
+        self.ladder.trial = books["trial"]
+        for baseline, saved in zip(now.baselines, books["baselines"], strict=True):
             baseline.load_state_dict(saved)
-        self._now.vetoed = 0
-        self._now.due = None
+        now.rewinder.on_trial, now.on_trial = books["on_trial"], None
+        now.inspecting, now.norms = False, []
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent and what is in force; the options come from the constructor."""
@@ -285,34 +376,40 @@ class AutoRollback(Callback):
 class _Fit:
     """What lives as long as one fit."""
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, confirm_after: int) -> None:
-        self.guard = BufferGuard(pl_module)
-        self.metrics = LoggedMetrics(pl_module)
-        self.pause = SchedulerPause()
-        self.snapshots = Generations(lambda: TrainingSnapshot(pl_module), confirm_after)
-        self.baselines = [Baseline() for _ in trainer.optimizers]
-        self.since_snapshot = 0
-        self.begin_window()
+    def __init__(self, rewinder: Rewinder, optimizers: int) -> None:
+        self.rewinder = rewinder
+        self.baselines = [Baseline() for _ in range(optimizers)]
+        self.due: tuple[Response, Incident] | None = None
+        """What is to be done at the end of the batch."""
+        self.on_trial: Incident | None = None
+        """The incident whose steps are being taken again."""
+        self.trouble = 0
+        """The step of the anomaly last rolled back for; until then, no relaxing."""
+        self.inspecting = False
+        self.norms: list[float] = []
+        """Norm of the gradients accumulated, after each batch of a window under inspection."""
 
-    def begin_window(self) -> None:
-        """Forget what happened since the last optimizer step."""
-        self.window_is_new = True
-        self.stepped = False
-        self.healthy = 0
-        self.vetoed = 0
-        self.due: tuple[RollBack | Stop, Incident] | None = None
-        self.scaler_state: dict[str, Any] | None = None
+    def reach(self, step: int, verdict: Literal["transient", "deterministic"] | None) -> None:
+        """Take note of a step accepted, and of what it says of the incident on trial."""
+        if verdict is None or self.on_trial is None:
+            return
+        self.on_trial.verdict = self.on_trial.verdict or verdict
+        self.on_trial = None
+        self.rewinder.on_trial = False
+
+    def offenders(self, incident: Incident) -> list[Entry]:
+        """The batch that is to blame for a bad step, of any rank, or all of its window."""
+        window = self.rewinder.window
+        ranks = incident.gather(self.norms if len(window) == len(self.norms) else [])
+        if not all(ranks):
+            return window
+        steps = [[b - a for a, b in zip([0.0, *n], n, strict=False)] for n in ranks]
+        bad = [i for norms in ranks for i, n in enumerate(norms) if not math.isfinite(n)]
+        moved = [max(abs(step) for step in of_ranks) for of_ranks in zip(*steps, strict=True)]
+        return [window[min(bad) if bad else moved.index(max(moved))]]
 
 
-def veto(optimizer: Optimizer) -> None:
-    """Keep an optimizer from moving anything at the step it is about to take.
-
-    Without gradients no optimizer touches weights, moments, decay or step counts; with gradients
-    of zero they do.
-    """
-    for parameter in _parameters(optimizer):
-        parameter.grad = None
-
-
-def _parameters(optimizer: Optimizer) -> Sequence[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _norm(trainer: Trainer) -> float:
+    """Of this rank's gradients, or of its shards of them."""
+    found = [p.grad for o in trainer.optimizers for p in parameters_of(o) if p.grad is not None]
+    return total(to_host({"norms": norms_of([dense(grad) for grad in found])})["norms"])

@@ -1,15 +1,14 @@
-"""Where incidents are opened, struck again, closed, and, of several ranks, taken back."""
+"""Where incidents are opened, struck again and closed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.reporting import Reporter
-from lit_stability.detectors import Anomaly
+from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
 from lit_stability.stats import StepStats
 
@@ -46,10 +45,13 @@ class IncidentDesk:
         self.incidents.append(self.current)
         return self.current
 
-    def healthy(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def healthy(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Count a healthy step; enough of them close the open incident."""
         self._healthy += 1
-        if self.current is not None and self._healthy >= self.close_after:
+        if self.current is None or self._healthy < self.close_after:
+            return
+        # A rollback comes by the step of the anomaly again: it is not over before.
+        if step >= self.current.anomaly.step + self.close_after:
             outcome: Outcome = "recovered" if self.current.responses else "observed"
             self.close(trainer, pl_module, outcome)
 
@@ -63,30 +65,6 @@ class IncidentDesk:
             self.reporter.closed(incident)
         call_hook("on_incident_closed", trainer, pl_module, incident)
 
-    def page(self) -> Page:
-        """Where things stand now, to be gone back to."""
-        fields = {} if self.current is None else vars(self.current)
-        copied = {k: list(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return Page(self.count, self._healthy, self.current, copied)
-
-    def turn_back(self, page: Page) -> None:
-        """Forget a strike that this rank alone had seen."""
-        self.count, self._healthy, self.current = page.count, page.healthy, page.incident
-        if self.current is None:
-            self.incidents.pop()
-        else:
-            vars(self.current).update(page.fields)
-
-
-@dataclass(frozen=True)
-class Page:
-    """Where a desk stands, before a strike that the ranks may turn out to disagree on."""
-
-    count: int
-    healthy: int
-    incident: Incident | None
-    fields: dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Voted:
@@ -94,15 +72,10 @@ class Voted:
 
     stats: StepStats
     anomaly: Anomaly | None
-    page: Page | None
-    """The desk before its incident, None where there was nothing to say."""
+    """What this rank makes of it."""
 
     @property
-    def objected(self) -> bool:
-        """Whether this rank did not take it."""
-        return self.anomaly is not None and not self.anomaly.observe_only
-
-    @property
-    def opening(self) -> bool:
-        """Whether it opened an incident."""
-        return self.page is not None and self.page.incident is None
+    def vote(self) -> Vote:
+        """In numbers."""
+        told = self.anomaly is not None and self.anomaly.observe_only
+        return Vote(self.anomaly is not None and not told, self.stats.grad_norm, told)

@@ -20,7 +20,6 @@ from lit_stability.detectors import (
     Detector,
     LayerBounds,
     Panel,
-    damage,
     default_detectors,
     disagreement,
     with_damage,
@@ -139,33 +138,48 @@ class GradientMonitor(Callback):
         self._desk = IncidentDesk(self._reporter, self.close_after, self._desk.count)
         self._voted = None
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Another batch, another measurement."""
+        if self._measuring is not None:
+            self._measuring.batch_started()
+
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Add up the loss of the accumulation window."""
         if self._measuring is not None:
-            self._measuring.take_loss(trainer, loss)
+            self._measuring.take_loss(trainer, loss, scan=self.current is not None)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure, ask, and pass the verdict on."""
         assert self._measuring is not None
-        stats = self._measuring.measure(trainer, optimizer)
+        stats = self._measuring.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
         if stats.details:
             self.details.append(stats)
         anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
-        page = None
-        if anomaly is not None:
-            page = self._desk.page()
-            anomaly = self._raise(trainer, pl_module, anomaly, stats, shared)
-        if anomaly is None or anomaly.observe_only:
-            self._accept(trainer, pl_module, stats, shared)
         if not shared:
-            self._voted = Voted(stats, anomaly, page)
-            self._council.vote(objected=self._voted.objected, grad_norm=stats.grad_norm)
+            self._suspect(trainer, pl_module, Voted(stats, anomaly))
+            return
+        if anomaly is not None:
+            anomaly = self._raise(trainer, pl_module, anomaly, stats)
+        if anomaly is None or anomaly.observe_only:
+            self._accept(trainer, pl_module, stats)
+            self._settle(trainer, pl_module, stats)
+
+    def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
+        """Veto or accept a step for this rank alone, until all have voted on it."""
+        self._voted = voted
+        if voted.vote.objected:
+            call_hook("on_suspicion", trainer, pl_module, voted.anomaly)
+        else:
+            self._accept(trainer, pl_module, voted.stats)
+        self._council.vote(voted.vote)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,27 +188,18 @@ class GradientMonitor(Callback):
         voted, self._voted = self._voted, None
         if voted is None:
             return
-        votes = self._council.count()
-        apart = disagreement(voted.stats, votes)
+        votes, stats, anomaly = self._council.count(), voted.stats, voted.anomaly
+        apart = disagreement(stats, votes)
         if apart is not None:
-            if voted.page is not None:
-                self._desk.turn_back(voted.page)
             self._council.adopt_books(callbacks_of(trainer))
-            self._raise(trainer, pl_module, apart, voted.stats, shared=True)
+            self._raise(trainer, pl_module, apart, stats)
             return
-        damaged = damage(voted.stats, votes, voted.anomaly)
-        if damaged is not None:
-            self._raise(trainer, pl_module, damaged, voted.stats, shared=True)
-        elif not voted.objected:
-            self._settle(trainer, pl_module, voted.stats)
-        if voted.opening and self.current is not None:
-            self._reporter.opened(self.current)
-
-    def _accept(
-        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats, shared: bool
-    ) -> None:
-        if shared:
+        if anomaly is not None and all(vote.objected or vote.told for vote in votes):
+            anomaly = self._raise(trainer, pl_module, anomaly, stats)
+        if not voted.vote.objected and (anomaly is None or anomaly.observe_only):
             self._settle(trainer, pl_module, stats)
+
+    def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
             self._reporter.step(stats, self._desk.count)
         call_hook("on_healthy_step", trainer, pl_module, stats)
@@ -202,27 +207,20 @@ class GradientMonitor(Callback):
     def _settle(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         """Learn from a step that all ranks have accepted."""
         self._panel.learn(stats)
-        self._desk.healthy(trainer, pl_module)
+        self._desk.healthy(trainer, pl_module, stats.step)
 
     def _raise(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        anomaly: Anomaly,
-        stats: StepStats,
-        shared: bool,
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
     ) -> Anomaly:
-        weights, moments = self._meters[stats.optimizer].audit()
-        anomaly = with_damage(anomaly, *self._council.audit(weights, moments, shared=shared))
+        """Open an incident, or strike again; on all ranks or none."""
+        anomaly = with_damage(anomaly, *self._council.audit(*self._meters[stats.optimizer].audit()))
         opening = self.current is None
         incident = self._desk.strike(trainer, anomaly)
-        incident.stats = stats
-        self._council.open(incident, shared=shared)
+        incident.stats, incident.gather = stats, self._council.gather
         call_hook("on_incident", trainer, pl_module, incident)
-        incident.agree = bool
         scale = learning_rate_scale(trainer.optimizers[stats.optimizer])
         self._meters[stats.optimizer].expect(scale.effective())
-        if opening and shared:
+        if opening:
             self._reporter.opened(incident)
         return anomaly
 
@@ -258,7 +256,7 @@ class GradientMonitor(Callback):
             return
         bad = [name for meter in self._meters.values() for name in meter.audit()[0]]
         if self._council.sharded:
-            bad = [*self._council.audit(bad, (), shared=True)[0]]
+            bad = [*self._council.audit(bad, ())[0]]
         if bad:
             self._reporter.say(
                 f"a checkpoint saved at step {trainer.global_step} holds non-finite weights, first "

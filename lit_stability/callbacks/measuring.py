@@ -11,7 +11,7 @@ from lit_stability.meter import StepMeter
 from lit_stability.rank_meter import RankMeter
 from lit_stability.ranks import Ranks
 from lit_stability.stats import StepStats
-from lit_stability.trainer_state import ends_window, logger_step, loss_scaler, unscale
+from lit_stability.trainer_state import ends_window, loss_scaler, unscale
 
 
 class Measuring:
@@ -40,10 +40,21 @@ class Measuring:
         for optimizer in trainer.optimizers:
             learning_rate_scale(optimizer)
         self._loss: Tensor | None = None
-        self._measured_batch: dict[int, int] = {}
+        self._measured: set[int] = set()
 
-    def take_loss(self, trainer: Trainer, loss: Tensor) -> None:
-        """Add up the loss; with the last of the window the ranks begin to measure."""
+    def batch_started(self) -> None:
+        """Another batch, another measurement."""
+        self._measured.clear()
+
+    def take_loss(self, trainer: Trainer, loss: Tensor, *, scan: bool) -> None:
+        """Add up the loss; with the last of the window the ranks begin to measure.
+
+        Args:
+            trainer: before backward.
+            loss: of the batch.
+            scan: scan the weights, whether it is their turn or not: while an incident is open,
+                what returns is to be found at its origin.
+        """
         detached = loss.detach()
         self._loss = detached if self._loss is None else self._loss + detached
         if self._ranks is None or not self._ranks.overlapped or not ends_window(trainer):
@@ -55,15 +66,23 @@ class Measuring:
             self._loss,
             loss_scale=None if scaler is None else scaler._scale,
             learning_rates=learning_rate_scale(trainer.optimizers[0]).effective(),
-            scan_weights=self._is_due(meter, self._scan_every),
+            scan_weights=scan or self._is_due(meter, self._scan_every),
         )
 
-    def measure(self, trainer: Trainer, optimizer: Optimizer) -> StepStats | None:
-        """Measure a step, before it is taken; None for one that was measured already."""
+    def measure(self, trainer: Trainer, optimizer: Optimizer, *, scan: bool) -> StepStats | None:
+        """Measure a step, before it is taken; None for one that was measured already.
+
+        Args:
+            trainer: in the optimizer's step.
+            optimizer: whose gradients to measure.
+            scan: as in `take_loss`.
+        """
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
-        if isinstance(optimizer, LBFGS) and self._again(index, logger_step(trainer)):
+        if isinstance(optimizer, LBFGS) and index in self._measured:
+            # Its closure runs many times per step; the first run sees the state of the step.
             self._loss = None
             return None
+        self._measured.add(index)
         scaler = loss_scaler(trainer)
         if scaler is not None:
             unscale(scaler, optimizer)
@@ -76,15 +95,9 @@ class Measuring:
             loss_scale=None if scaler is None else scaler._scale,
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
-            scan_weights=self._is_due(meter, self._scan_every),
+            scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
         )
-
-    def _again(self, index: int, batch: int) -> bool:
-        """Whether LBFGS, which runs its closure many times per step, was measured in this batch."""
-        last = self._measured_batch.get(index)
-        self._measured_batch[index] = batch
-        return last == batch
 
     def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:
         if self.meters[index].stale:

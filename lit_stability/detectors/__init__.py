@@ -5,7 +5,7 @@ flagged or non-finite value never enters a window. One instance serves one optim
 No file of this folder imports torch or Lightning.
 """
 
-from lit_stability.detectors.agreement import Replicas, Vote, damage, disagreement, rates_differ
+from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
 from lit_stability.detectors.bounds import LayerBounds
 from lit_stability.detectors.divergence import Divergence
@@ -30,7 +30,6 @@ __all__ = [
     "UpdateSpike",
     "Vote",
     "Window",
-    "damage",
     "default_detectors",
     "disagreement",
     "flagged",

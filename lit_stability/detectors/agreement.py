@@ -24,12 +24,12 @@ class Vote:
 
     objected: bool
     grad_norm: float
-    damaged: bool = False
-    """Whether it found damage in its weights or optimizer state."""
+    told: bool = False
+    """Whether it has something to tell of a step that it takes."""
 
     def row(self) -> tuple[float, float, float]:
         """As numbers; see `from_row`."""
-        return float(self.objected), self.grad_norm, float(self.damaged)
+        return float(self.objected), self.grad_norm, float(self.told)
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> Vote:
@@ -54,24 +54,6 @@ def disagreement(stats: StepStats, votes: Sequence[Vote]) -> Anomaly | None:
     else:
         return None
     return _anomaly(stats, "grad_norm", f"{seen}; gradient norms by rank: {_list(norms)}", norms)
-
-
-def damage(stats: StepStats, votes: Sequence[Vote], anomaly: Anomaly | None) -> Anomaly | None:
-    """What was objected to, in the light of damage that any rank found behind it.
-
-    Args:
-        stats: of the step.
-        votes: of all ranks, who do not disagree.
-        anomaly: what this rank's detectors said; where all object, all said the same.
-    """
-    finders = [r for r, v in enumerate(votes) if v.damaged]
-    if not finders:
-        return None
-    if anomaly is None or not all(v.objected for v in votes):
-        anomaly = _anomaly(stats, "weights", "a step that was looked at closely", [0.0])
-    seen = f"{_ranks(finders)} found damage in the weights or the optimizer state"
-    message = f"{anomaly.message}; {seen}"
-    return replace(anomaly, message=message, state_is_bad=True, observe_only=False)
 
 
 def rates_differ(stats: StepStats) -> Anomaly | None:
@@ -146,7 +128,7 @@ def _weights_differ(stats: StepStats) -> Anomaly:
     else:
         seen = "the ranks' weights are no longer the same"
     message = f"{seen}; checksums by rank: {', '.join(f'{v:.0f}' for v in sums[:8])}"
-    return _anomaly(stats, "weights", message, sums)
+    return replace(_anomaly(stats, "weights", message, sums), since=max(0, stats.step - 1))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

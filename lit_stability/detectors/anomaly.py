@@ -46,10 +46,17 @@ class Anomaly:
     """Whether weights or optimizer state are damaged, so that a skip is too little."""
     observe_only: bool = False
     """Whether the step itself is good: it is told of, taken and learnt from."""
+    since: int | None = None
+    """Step of the batch that is suspected, where that is not the step itself."""
     layers: tuple[tuple[str, float], ...] = ()
     """The parameters that show it most, each with its value."""
     hold: tuple[float, ...] = ()
     """Factor that brings each group back to its last accepted learning rate; only with a jump."""
+
+    @property
+    def suspect(self) -> int:
+        """Step of the batch that is suspected."""
+        return self.step if self.since is None else self.since
 
 
 def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]) -> Anomaly:
@@ -74,6 +81,7 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
         layers=tuple((name, math.nan) for name in names[:5]),
         state_is_bad=True,
         observe_only=False,
+        since=max(0, anomaly.step - 1),
     )
 
 

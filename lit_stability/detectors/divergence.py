@@ -86,6 +86,7 @@ class Divergence:
             threshold=self._threshold(),
             optimizer=stats.optimizer,
             state_is_bad=True,
+            since=max(0, stats.step - self.persist),
             layers=tuple(stats.worst_layers()),
             message=f"loss {stats.loss:.4g} has stayed above {self._threshold():.4g} for "
             f"{self.persist} steps; its median was {median:.4g}",

@@ -66,6 +66,7 @@ def _anomaly(
         message=message,
         optimizer=stats.optimizer,
         state_is_bad=kind == "non-finite weight",
+        since=max(0, stats.step - 1) if kind == "non-finite weight" else None,
         layers=layers,
     )
 

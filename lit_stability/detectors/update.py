@@ -95,6 +95,7 @@ class UpdateSpike(_RatioWindow):
             threshold=max(self.floor, self.ratio * expected),
             optimizer=stats.optimizer,
             state_is_bad=True,
+            since=max(0, stats.step - 1),
             message=f"the last update moved the weights by {moved:.2g} of their norm, "
             f"{moved / expected:.0f} times what its learning rate explains",
         )
@@ -212,6 +213,7 @@ class OptimizerState:
             threshold=self.share,
             optimizer=stats.optimizer,
             state_is_bad=True,
+            since=max(0, stats.step - 1),
             layers=((name, ratio),),
             message=f"the {seen} in {name}: it was damaged from outside",
         )

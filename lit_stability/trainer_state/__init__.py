@@ -4,16 +4,17 @@ Each private attribute relied on is listed in `PRIVATE`, with the versions it wa
 fails loudly when one of them moves.
 """
 
-from lit_stability.trainer_state.metrics import LoggedMetrics
+from lit_stability.trainer_state.checkpoints import CheckpointLedger
+from lit_stability.trainer_state.companions import Stateful
 from lit_stability.trainer_state.progress import (
-    Progress,
+    LoopState,
     SchedulerPause,
-    capture_progress,
-    restore_progress,
+    make_up_for,
     uncount_step,
 )
+from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
 from lit_stability.trainer_state.scene import save_scene_checkpoint
-from lit_stability.trainer_state.snapshot import TrainingSnapshot
+from lit_stability.trainer_state.snapshot import StepStart, TrainingSnapshot
 from lit_stability.trainer_state.strategies import (
     ranks_of,
     reshard,
@@ -35,12 +36,22 @@ LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
 
 PRIVATE = (
     "_checkpoint_connector._get_loops_state_dict",
+    "_logger_connector._callback_metrics",
+    "_logger_connector._current_fx",
+    "_logger_connector._first_loop_iter",
+    "_logger_connector._logged_metrics",
+    "_logger_connector._progress_bar_metrics",
+    "fit_loop._data_fetcher",
     "fit_loop.epoch_loop._batches_that_stepped",
     "fit_loop.epoch_loop._results",
     "fit_loop.epoch_loop._should_accumulate",
+    "fit_loop.epoch_loop._skip_next_val",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress",
+    "fit_loop.epoch_loop.batch_progress.is_last_batch",
     "fit_loop.epoch_loop.manual_optimization.optim_step_progress",
     "fit_loop.epoch_loop.scheduler_progress",
+    "fit_loop.epoch_loop.val_loop.batch_progress",
+    "fit_loop.epoch_progress",
     "strategy.lr_scheduler_configs",
 )
 """Paths below a Trainer that are not public API and that this package reads or writes."""
@@ -48,19 +59,23 @@ PRIVATE = (
 __all__ = [
     "LIGHTNING_VERSIONS",
     "PRIVATE",
-    "LoggedMetrics",
-    "Progress",
+    "CheckpointLedger",
+    "Entry",
+    "LoopState",
+    "Recorder",
+    "ReplayRing",
     "SchedulerPause",
+    "Stateful",
+    "StepStart",
     "TrainingSnapshot",
     "callbacks_of",
-    "capture_progress",
     "ends_window",
     "log_every",
     "logger_step",
     "loss_scaler",
+    "make_up_for",
     "ranks_of",
     "reshard",
-    "restore_progress",
     "run_directory",
     "save_scene_checkpoint",
     "sharing",

@@ -1,4 +1,4 @@
-"""Step counters and schedulers of a Trainer."""
+"""Where a Trainer's loops stand: counters, what was logged last, and schedulers on hold."""
 
 from __future__ import annotations
 
@@ -8,17 +8,120 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+_LOGGED = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+_PAUSED = "rejected"
+"""Interval of a scheduler that is on hold; Lightning moves only those of "step" and "epoch"."""
+
+
+class LoopState:
+    """All counters of the fit loop as they are between two batches.
+
+    ``_batches_that_stepped``, the step that loggers are given, is left out: it never goes back.
+
+    Args:
+        trainer: to read, before a batch is fetched.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._counters = [(each, dict(vars(each))) for each in _counters(trainer)]
+        self._should_stop = trainer.should_stop
+        self._accumulate = trainer.accumulate_grad_batches
+        connector = trainer._logger_connector
+        self._logged = {name: dict(getattr(connector, name)) for name in _LOGGED}
+        self._position = (connector._first_loop_iter, connector._current_fx)
+        self.epoch = trainer.current_epoch
+
+    def restore_at_batch_end(self, trainer: Trainer, *, more: bool) -> None:
+        """Rewind at the end of a rejected batch, before Lightning counts it as completed.
+
+        Args:
+            trainer: to rewind.
+            more: whether the epoch has another batch to train on; without one it ends now.
+        """
+        self._restore(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        for tracker in (loop.batch_progress.total, loop.batch_progress.current):
+            tracker.completed -= 1
+        loop.batch_progress.is_last_batch = not more
+        loop._skip_next_val = more or not validates_at_end(trainer)
+
+    def restore_at_fetch(self, trainer: Trainer) -> None:
+        """Rewind between two batches, undoing what the end of the rejected one still moved."""
+        self._restore(trainer)
+        trainer.fit_loop.epoch_loop._skip_next_val = False
+        connector = trainer._logger_connector
+        connector._first_loop_iter, connector._current_fx = self._position
+
+    def _restore(self, trainer: Trainer) -> None:
+        for counter, values in self._counters:
+            vars(counter).update(values)
+        trainer.should_stop = self._should_stop
+        trainer.accumulate_grad_batches = self._accumulate
+        for name, values in self._logged.items():
+            setattr(trainer._logger_connector, name, dict(values))
+
+
+def _counters(trainer: Trainer) -> list[Any]:
+    fit = trainer.fit_loop
+    loop = fit.epoch_loop
+    optimizer = loop.automatic_optimization.optim_progress.optimizer
+    pairs = (
+        fit.epoch_progress,
+        loop.batch_progress,
+        loop.scheduler_progress,
+        optimizer.step,
+        optimizer.zero_grad,
+        loop.manual_optimization.optim_step_progress,
+        loop.val_loop.batch_progress,
+    )
+    return [counter for pair in pairs for counter in (pair.total, pair.current)]
+
+
+def validates_at_end(trainer: Trainer) -> bool:
+    """Whether validation is due after the last batch of an epoch, however many it has."""
+    batches: float | None = trainer.val_check_batch
+    if batches is None:
+        return False
+    interval = trainer.val_check_interval
+    return not isinstance(interval, int) or batches == trainer.num_training_batches
+
+
+def make_up_for(trainer: Trainer, left_out: int) -> None:
+    """Count batches left out at the end of an epoch, or its validation would not be due."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if not (left_out and progress.is_last_batch and validates_at_end(trainer)):
+        return
+    if trainer.check_val_every_n_epoch is not None:
+        current = progress.current
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(current, name, getattr(current, name) + left_out)
+
 
 @dataclass(frozen=True)
-class Progress:
+class Steps:
     """Optimizer steps counted in automatic and manual mode, and scheduler steps."""
 
     automatic: int
     manual: int
     scheduler: int
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> Steps:
+        """Read the counters."""
+        return cls(*(counter.total.completed for counter in _step_counters(trainer)))
 
-def _counters(trainer: Trainer) -> tuple[Any, Any, Any]:
+    def restore(self, trainer: Trainer) -> None:
+        """Rewind them at the end of a batch; ``global_step`` follows, the data do not."""
+        saved = (self.automatic, self.manual, self.scheduler)
+        for counter, completed in zip(_step_counters(trainer), saved, strict=True):
+            back = counter.total.completed - completed
+            for tracker in (counter.total, counter.current):
+                # Those of the epoch start at 0, also when this goes back beyond its start.
+                tracker.ready = max(0, tracker.ready - back)
+                tracker.completed = max(0, tracker.completed - back)
+
+
+def _step_counters(trainer: Trainer) -> tuple[Any, Any, Any]:
     loop = trainer.fit_loop.epoch_loop
     return (
         loop.automatic_optimization.optim_progress.optimizer.step,
@@ -27,70 +130,86 @@ def _counters(trainer: Trainer) -> tuple[Any, Any, Any]:
     )
 
 
-def capture_progress(trainer: Trainer) -> Progress:
-    """Read the counters at the end of a batch."""
-    return Progress(*(counter.total.completed for counter in _counters(trainer)))
-
-
-def restore_progress(trainer: Trainer, progress: Progress) -> None:
-    """Rewind the counters at the end of a batch; ``global_step`` follows them."""
-    saved = (progress.automatic, progress.manual, progress.scheduler)
-    for counter, completed in zip(_counters(trainer), saved, strict=True):
-        _rewind(counter, counter.total.completed - completed)
-
-
 def uncount_step(trainer: Trainer) -> None:
-    """Take one vetoed optimizer step off the count, at the end of its batch."""
-    automatic, manual, _ = _counters(trainer)
-    module = trainer.lightning_module
-    _rewind(automatic if module.automatic_optimization else manual, 1)
-
-
-def _rewind(counter: Any, steps: int) -> None:
+    """Take a vetoed step off the count while it is being taken: Lightning is about to count it."""
+    automatic, manual, _ = _step_counters(trainer)
+    counter = automatic if trainer.lightning_module.automatic_optimization else manual
     for tracker in (counter.total, counter.current):
-        # The counts of the epoch start at 0, also when a rollback goes back beyond its start.
-        tracker.ready = max(0, tracker.ready - steps)
-        tracker.completed = max(0, tracker.completed - steps)
+        tracker.ready -= 1
+        tracker.completed -= 1
 
 
 @dataclass
 class SchedulerPause:
-    """Keeps learning-rate schedulers from moving on a vetoed step.
+    """Keeps learning-rate schedulers, and the loggers, from moving on a rejected step.
 
-    In automatic optimization Lightning is shown a list without the step-interval schedulers until
-    the end of the batch; in manual optimization, where the module steps them, their state is put
-    back then.
+    Holds from the veto to the next fetch, or to the end of the epoch: schedulers that follow a
+    metric are stepped after the end of the batch. In manual optimization, where the module steps
+    them, their state is put back at the end of the batch.
     """
 
-    _configs: list[Any] | None = field(default=None, init=False)
+    _intervals: list[tuple[Any, str]] = field(default_factory=list, init=False)
     _states: list[tuple[Any, Any]] = field(default_factory=list, init=False)
     _groups: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list, init=False)
+    _shown: list[tuple[Any, bool]] = field(default_factory=list, init=False)
 
-    def begin(self, trainer: Trainer) -> None:
-        """From the veto on."""
-        if self._configs is not None:
+    def begin(self, trainer: Trainer, *, epoch: bool) -> None:
+        """From the veto on.
+
+        Args:
+            trainer: whose schedulers to hold.
+            epoch: hold those of interval "epoch" too, as the epoch will not end with this batch.
+        """
+        configs = trainer.strategy.lr_scheduler_configs
+        for config in configs:
+            if config.interval == "step" or (epoch and config.interval == "epoch"):
+                self._intervals.append((config, config.interval))
+                config.interval = _PAUSED
+        if trainer.lightning_module.automatic_optimization or self._states:
             return
-        self._configs = trainer.strategy.lr_scheduler_configs
-        if trainer.lightning_module.automatic_optimization:
-            kept = [c for c in self._configs if c.interval != "step" or c.reduce_on_plateau]
-            trainer.strategy.lr_scheduler_configs = kept
-            return
-        self._states = [
-            (c.scheduler, copy.deepcopy(c.scheduler.state_dict())) for c in self._configs
-        ]
+        self._states = [(c.scheduler, copy.deepcopy(c.scheduler.state_dict())) for c in configs]
         self._groups = [
             (g, {k: copy.deepcopy(v) for k, v in g.items() if k != "params"})
             for optimizer in trainer.optimizers
             for g in optimizer.param_groups
         ]
 
-    def end(self, trainer: Trainer) -> None:
-        """At the end of the batch."""
-        if self._configs is None:
-            return
-        trainer.strategy.lr_scheduler_configs = self._configs
+    def undo(self) -> None:
+        """Put back what the module did to schedulers since the veto, in manual optimization."""
         for scheduler, state in self._states:
             scheduler.load_state_dict(state)
         for group, saved in self._groups:
             group.update(saved)
-        self._configs, self._states, self._groups = None, [], []
+        self.forget()
+
+    def forget(self) -> None:
+        """A snapshot is put back, which has the schedulers' state."""
+        self._states, self._groups = [], []
+
+    def hide(self, trainer: Trainer, *, same_step: bool) -> None:
+        """At the end of a rejected batch: nothing is logged for it.
+
+        Args:
+            trainer: as before.
+            same_step: whether the next batch is to be logged at the step of this one.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        for metric in loop._results.values():
+            self._shown.append((metric, metric.has_reset))
+            metric.has_reset = True
+        if same_step and not loop._should_accumulate():
+            loop._batches_that_stepped -= 1
+
+    def end(self) -> None:
+        """Before the next batch is fetched, or at the end of the epoch."""
+        for config, interval in self._intervals:
+            config.interval = interval
+        for metric, has_reset in self._shown:
+            metric.has_reset = has_reset
+        self._intervals, self._shown = [], []
+
+    def release_epoch(self) -> None:
+        """Let go of the schedulers of interval "epoch" alone: the epoch ends after all."""
+        for config, interval in self._intervals:
+            if interval == "epoch":
+                config.interval = interval

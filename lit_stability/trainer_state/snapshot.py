@@ -1,23 +1,31 @@
-"""A whole healthy state of training: everything that a rollback rewinds."""
+"""States of training that can be gone back to: a whole snapshot, and the start of a step."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.snapshots import ModuleSnapshot, OptimizerSnapshot, capture_rng, restore_rng
+from lit_stability.snapshots import (
+    BufferGuard,
+    ModuleSnapshot,
+    OptimizerSnapshot,
+    capture_rng,
+    restore_rng,
+)
+from lit_stability.trainer_state.companions import Restore, Stateful, capture_companions
 from lit_stability.trainer_state.metrics import LoggedMetrics
-from lit_stability.trainer_state.progress import Progress, capture_progress, restore_progress
-from lit_stability.trainer_state.view import callbacks_of
+from lit_stability.trainer_state.progress import LoopState, Steps
 
 
 class TrainingSnapshot:
-    """Weights, buffers, optimizers, schedulers, scaler, RNG, counters, metrics, callbacks' state.
+    """Weights, buffers, optimizers, schedulers, scaler, RNG, metrics, loops, others' state.
 
-    A callback takes part by defining ``rewindable_state()`` and ``load_rewindable_state(state)``.
-    To be captured and restored at the end of a batch, outside the optimizer's step.
+    A callback, or the module, takes part by defining ``rewindable_state()`` and
+    ``load_rewindable_state(state)``. To be captured between two batches, and restored at the end
+    of one.
 
     Args:
         pl_module: the module in training.
@@ -26,17 +34,30 @@ class TrainingSnapshot:
     def __init__(self, pl_module: LightningModule) -> None:
         self.module = ModuleSnapshot()
         self.step = 0
+        self.position = 0
+        """Of the batch that comes next, in the replay ring."""
+        self.mark = 0
+        """The moment, in the ledger of checkpoint files."""
+        self.loops: LoopState
+        self.steps = Steps(0, 0, 0)
         self._optimizers: list[OptimizerSnapshot] = []
         self._metrics = LoggedMetrics(pl_module)
         self._schedulers: list[Any] = []
         self._scaler: Any = None
         self._rng: dict[str, Any] = {}
-        self._progress = Progress(0, 0, 0)
-        self._callbacks: list[tuple[Any, Any]] = []
+        self._companions: list[Restore] = []
 
-    def capture(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def capture(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *,
+        position: int,
+        mark: int,
+        registered: Iterable[Stateful] = (),
+    ) -> None:
         """Copy the state in."""
-        self.step = trainer.global_step
+        self.step, self.position, self.mark = trainer.global_step, position, mark
         self.module.capture(pl_module)
         if len(self._optimizers) != len(trainer.optimizers):
             self._optimizers = [OptimizerSnapshot() for _ in trainer.optimizers]
@@ -47,31 +68,66 @@ class TrainingSnapshot:
             copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
         ]
         self._scaler = copy.deepcopy(trainer.precision_plugin.state_dict())
+        self._companions = capture_companions(trainer, pl_module, registered)
+        self.loops, self.steps = LoopState(trainer), Steps.of(trainer)
         self._rng = capture_rng()
-        self._progress = capture_progress(trainer)
-        self._callbacks = [
-            (callback, callback.rewindable_state())
-            for callback in callbacks_of(trainer)
-            if hasattr(callback, "rewindable_state")
-        ]
 
-    def restore(self, trainer: Trainer) -> None:
-        """Copy the state back. Gradients are cleared; the data goes on where it is."""
+    def restore(self, trainer: Trainer, *, replay: bool) -> None:
+        """Copy the state back, but for the loops and the data. Gradients are cleared.
+
+        Args:
+            trainer: to restore.
+            replay: whether the steps since are taken again, and so add what they added.
+        """
         self.module.restore()
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
-            saved.restore(optimizer)
+            saved.restore(optimizer, drop_new_groups=replay)
             optimizer.zero_grad(set_to_none=True)
         self._metrics.restore(trainer)
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         if self._scaler:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(self._scaler))
+        self.restore_companions()
         restore_rng(self._rng)
-        restore_progress(trainer, self._progress)
-        for callback, state in self._callbacks:
-            callback.load_rewindable_state(state)
+
+    def restore_companions(self) -> None:
+        """Put the state of callbacks, module and registered objects back."""
+        for restore in self._companions:
+            restore()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
         return self.module.bank.nbytes + sum(o.bank.nbytes for o in self._optimizers)
+
+
+class StepStart:
+    """What a rejected step spoils before its veto: buffers, metrics, RNG, the loops' counters.
+
+    Args:
+        pl_module: the module in training.
+    """
+
+    def __init__(self, pl_module: LightningModule) -> None:
+        self._buffers = BufferGuard(pl_module)
+        self._metrics = LoggedMetrics(pl_module)
+        self.position = 0
+        self.loops: LoopState
+        self._rng: dict[str, Any] = {}
+
+    def capture(self, trainer: Trainer, *, position: int) -> None:
+        """Remember them, before the first batch of the step is fetched."""
+        self.position = position
+        self._buffers.capture()
+        self._metrics.capture(trainer)
+        self.loops = LoopState(trainer)
+        self._rng = capture_rng()
+
+    def restore(self, trainer: Trainer) -> None:
+        """Put them back, but for the loops and the data. Gradients are cleared."""
+        self._buffers.restore()
+        self._metrics.restore(trainer)
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        restore_rng(self._rng)

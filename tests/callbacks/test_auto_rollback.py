@@ -17,7 +17,7 @@ from lit_stability.faults import (
     NanLoss,
 )
 from lit_stability.ladder import Budget, SkipStep
-from tests.conftest import Regression, fit, flat, make_trainer, regression_data
+from tests.conftest import Regression, fit, flat, make_trainer, regression_data, skipping_suite
 from tests.test_invariants import fp16_on_cpu, optimizer_state
 
 
@@ -45,7 +45,7 @@ def test_damaged_state_goes_back_to_a_confirmed_snapshot_bit_for_bit(fault, tmp_
     """K3, N3: no learning rate is cut for damage that came from outside."""
     fault.struck = 0
     tape = Tape()
-    callbacks = [FaultInjector([fault]), *stability_callbacks(), tape]
+    callbacks = [FaultInjector([fault]), *skipping_suite(), tape]
     _, trainer = fit(tmp_path, callbacks, max_steps=60)
     (incident,) = read_incidents(tmp_path)
     assert incident["responses"] == ["rolled back"]
@@ -103,7 +103,7 @@ def test_settled_incident_is_left_to_whoever_settled_it(tmp_path):
 
 def test_state_and_factors_survive_a_restart(tmp_path):
     """Monotone state: what was spent and what is in force comes back with the checkpoint."""
-    first = stability_callbacks()
+    first = skipping_suite()
     _, trainer = fit(tmp_path, [FaultInjector([NanLoss(step=30, steps=11)]), *first], max_steps=32)
     assert first[2].throttle.lr_factor == 0.5
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
@@ -114,7 +114,7 @@ def test_state_and_factors_survive_a_restart(tmp_path):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             self.seen = self.seen or rollback.throttle.lr_factor
 
-    second, factor = stability_callbacks(), Factor()
+    second, factor = skipping_suite(), Factor()
     rollback = second[2]
     resumed = make_trainer(tmp_path, [*second, factor], max_steps=34)
     resumed.fit(Regression(), regression_data(), ckpt_path=tmp_path / "saved.ckpt")

@@ -1,0 +1,128 @@
+"""What snapshots and the replay ring cost, as ratios to a plain copy of the same bytes.
+
+    python -m benchmarks.snapshot [--rounds 40] [--quick]
+
+One process, one torch thread, a byte-level Transformer of 9.9M parameters with AdamW. In every
+round a plain copy (one `Tensor.copy_` of as many bytes), a snapshot, a restore, and what is kept
+at the start of a step are timed one after the other, so that all meet the same noise; reported are
+medians of the rounds' ratios and their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
+from lit_stability.trainer_state import ReplayRing, StepStart, TrainingSnapshot
+
+
+class Rounds(Callback):
+    """Times the copies at the end of the fit's last step.
+
+    Args:
+        rounds: how often.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+        self.times: dict[str, list[float]] = {}
+        self.step: list[float] = []
+        self._last = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Time the steps too."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Measure once the optimizer has its state."""
+        self.step.append(time.perf_counter() - self._last)
+        if trainer.global_step == trainer.max_steps:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+        snapshot, start = TrainingSnapshot(pl_module), StepStart(pl_module)
+        snapshot.capture(trainer, pl_module, position=0, mark=0)
+        source = torch.zeros(snapshot.nbytes // 4)
+        target = torch.empty_like(source)
+        self.nbytes = snapshot.nbytes
+        work: dict[str, Callable[[], Any]] = {
+            "plain copy": lambda: target.copy_(source),
+            "snapshot": lambda: snapshot.capture(trainer, pl_module, position=0, mark=0),
+            "restore": lambda: snapshot.restore(trainer, replay=True),
+            "start of a step": lambda: start.capture(trainer, position=0),
+        }
+        self.times = {name: [] for name in work}
+        for turn in range(self.rounds + 3):
+            for name, act in work.items():
+                before = time.perf_counter()
+                act()
+                if turn >= 3:
+                    self.times[name].append(time.perf_counter() - before)
+
+
+def report(rounds: Rounds, ring: ReplayRing, every: int = 20) -> None:
+    """Print the ratios."""
+    copy, step = rounds.times["plain copy"], statistics.median(rounds.step)
+    print(
+        f"{rounds.nbytes / 2**20:.1f} MiB, step {1e3 * step:.1f} ms, plain copy "
+        f"{1e3 * statistics.median(copy):.2f} ms, {len(copy)} rounds"
+    )
+    for name in ("snapshot", "restore"):
+        ratios = [a / b for a, b in zip(rounds.times[name], copy, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name:24s} x{middle:.3f} of the copy  (quartiles {low:.3f} .. {high:.3f})")
+    taken = statistics.median(rounds.times["snapshot"])
+    start = statistics.median(rounds.times["start of a step"])
+    print(
+        f"{'snapshot, amortised':24s} {100 * taken / every / step:.3f} % of a step, every {every}"
+    )
+    print(f"{'start of a step':24s} {100 * start / step:.3f} % of a step")
+    print(f"{'memory':24s} {2 * rounds.nbytes / 2**20:.1f} MiB for two snapshots")
+    print(f"{'replay ring':24s} {ring.nbytes / 2**20:.3f} MiB for {ring.position} batches")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    shape = ByteGPTConfig(width=128, layers=4) if args.quick else ByteGPTConfig(width=400, layers=5)
+    seed_everything(0, verbose=False)
+    rounds = Rounds(args.rounds)
+    trainer = Trainer(
+        max_steps=5,
+        accelerator="cpu",
+        callbacks=[rounds],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(ByteGPTModule(shape), loader(8, shape.length))
+    report(rounds, _ring(shape))
+
+
+def _ring(shape: ByteGPTConfig) -> ReplayRing:
+    """As full as it gets: two snapshots' distance of 20 steps, and ten of probation."""
+    from lit_stability.trainer_state import Entry
+    from lit_stability.trainer_state.replay import size_of
+
+    ring = ReplayRing(2**30, clone=False)
+    for index, batch in zip(range(50), loader(8, shape.length), strict=False):
+        ring.add(Entry(batch, 0, index, None, size_of(batch), ()))
+    return ring
+
+
+if __name__ == "__main__":
+    main()

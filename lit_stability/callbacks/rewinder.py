@@ -1,0 +1,324 @@
+"""Takes a fit back, to the start of a step or to a snapshot, with or without its data."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lit_stability.callbacks.gradient_monitor import GradientMonitor
+from lit_stability.snapshots import Generations
+from lit_stability.trainer_state import (
+    CheckpointLedger,
+    Entry,
+    Recorder,
+    ReplayRing,
+    SchedulerPause,
+    Stateful,
+    StepStart,
+    TrainingSnapshot,
+    callbacks_of,
+    make_up_for,
+    uncount_step,
+)
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+class Rewinder:
+    """What lives as long as one fit: snapshots, batches kept, and what a rejected step spoils.
+
+    Args:
+        trainer: in its fit.
+        pl_module: the module in training.
+        confirm_after: healthy steps after which a snapshot may be gone back to.
+        snapshot_every: healthy steps between snapshots.
+        replay: whether data are to be replayed, where that is possible.
+        max_ring_bytes: bound on the batches kept.
+        clone: keep copies of the batches.
+        registered: objects whose state belongs to the snapshot.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *,
+        confirm_after: int,
+        snapshot_every: int,
+        replay: bool,
+        max_ring_bytes: int,
+        clone: bool,
+        registered: Sequence[Stateful],
+    ) -> None:
+        self._trainer, self._module, self._registered = trainer, pl_module, registered
+        self._every = snapshot_every
+        self._since = 0
+        self.ring = ReplayRing(max_ring_bytes, clone)
+        self.recorder = Recorder(trainer, self.ring, self._before_fetch)
+        self.recorder.attach()
+        self.replay = replay and self.recorder.can_replay
+        if replay and not self.replay:
+            log.info(
+                "training_step draws from dataloader_iter: data are not replayed, only skipped"
+            )
+        self.snapshots = Generations(lambda: TrainingSnapshot(pl_module), confirm_after)
+        self._ledger = CheckpointLedger(trainer)
+        self._ledger.attach()
+        self._start = StepStart(pl_module)
+        self._pause = SchedulerPause()
+        self._finish: StepStart | TrainingSnapshot | None = None
+        self._told: set[str] = set()
+        self.on_trial = False
+        """Whether no new snapshot is to be taken for now."""
+        self._has_extra = bool(registered) or any(
+            hasattr(owner, "rewindable_state") and not isinstance(owner, GradientMonitor)
+            for owner in [*callbacks_of(trainer), pl_module]
+        )
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        """Forget what happened since the last optimizer step."""
+        self._window_is_new = True
+        self.stepped = False
+        self._accepted = 0
+        self._vetoed = False
+        self._scaler_state: dict[str, Any] | None = None
+        self._counts: list[tuple[Optimizer, dict[torch.Tensor, dict[str, Any]]]] = []
+
+    def close(self) -> None:
+        """Leave the trainer as it was found."""
+        self._pause.end()
+        self.recorder.detach()
+        self._ledger.detach()
+
+    def _before_fetch(self) -> None:
+        self._pause.end()
+        if self._finish is not None:
+            # Hooks of the rejected batch that came after the rewind have moved these again.
+            if isinstance(self._finish, TrainingSnapshot):
+                self._finish.restore_companions()
+            self._finish.loops.restore_at_fetch(self._trainer)
+            self._finish = None
+        if not self._window_is_new:
+            return
+        self._window_is_new = False
+        position = self.ring.position
+        first = self.snapshots.confirmed is None
+        due = self._since >= self._every and self.snapshots.ready and not self.on_trial
+        if first or due:
+            self._take_snapshot(position)
+        if first:
+            self.snapshots.confirm_now()
+        self._start.capture(self._trainer, position=position)
+
+    def _take_snapshot(self, position: int) -> None:
+        snapshot = self.snapshots.begin()
+        oldest = self.snapshots.oldest
+        if oldest is not None:
+            self.ring.prune(oldest.position)
+            self._ledger.settle(oldest.mark)
+        snapshot.capture(
+            self._trainer,
+            self._module,
+            position=position,
+            mark=self._ledger.mark,
+            registered=self._registered,
+        )
+        self._since = 0
+        if oldest is None:
+            self._tell_once(
+                f"AutoRollback holds two snapshots, {snapshot.nbytes / 2**20:.1f} MiB each"
+            )
+        elif self.replay and "ring" not in self._told:
+            self._told.add("ring")
+            self._tell(
+                f"AutoRollback keeps {position - oldest.position} batches to replay, "
+                f"{self.ring.nbytes / 2**20:.1f} MiB of at most {self.ring.max_bytes / 2**20:.0f}"
+            )
+
+    def batch_started(self) -> None:
+        """Note to which optimizer step the batch belongs."""
+        if self.ring.entries:
+            self.ring.entries[-1].step = self._trainer.global_step
+
+    def healthy(self) -> None:
+        """Count an accepted step, at the end of its batch: another rank may turn out to object."""
+        self.stepped = True
+        self._accepted += 1
+
+    def veto(self, optimizer: Optimizer) -> None:
+        """Keep an optimizer from moving anything at the step it is about to take.
+
+        Without gradients no optimizer touches weights, moments, decay or step counts; with
+        gradients of zero they do.
+        """
+        for parameter in parameters_of(optimizer):
+            parameter.grad = None
+        if any(vetoed is optimizer for vetoed, _ in self._counts):
+            return
+        self._counts.append((optimizer, _counts(optimizer)))
+        uncount_step(self._trainer)
+        if not self._vetoed:
+            # The loss scaler is about to count a step that never was.
+            self._scaler_state = copy.deepcopy(self._trainer.precision_plugin.state_dict())
+            self._pause.begin(self._trainer, epoch=self.replay)
+        self._vetoed = True
+
+    @property
+    def window(self) -> list[Entry]:
+        """The batches of the step being taken."""
+        return self.ring.since(self._start.position) if self.replay else []
+
+    def can_take_again(self, leave_out: Collection[Entry] = ()) -> bool:
+        """Whether the step being taken can be taken again, without some of its batches."""
+        if not self.replay:
+            return False
+        self.ring.check_spoilt()
+        position = self._start.position
+        if self._must_go_further:
+            assert self.snapshots.confirmed is not None
+            position = self.snapshots.confirmed.position
+        return self._replayable(position, leave_out)
+
+    def can_replay(self, snapshot: TrainingSnapshot) -> bool:
+        """Whether everything since a snapshot can be trained on again."""
+        if not self.replay:
+            return False
+        self.ring.check_spoilt()
+        return self._replayable(snapshot.position)
+
+    def _replayable(self, position: int, leave_out: Collection[Entry] = ()) -> bool:
+        found = self.ring.replayable(position, leave_out)
+        if not found and position < self.ring.first:
+            self._tell_once(
+                "the batches since the snapshot are more than max_ring_bytes="
+                f"{self.ring.max_bytes}: they are skipped, not replayed"
+            )
+        elif not found:
+            self._tell_once(
+                "training_step writes into its batch, so that it cannot be replayed: pass "
+                "AutoRollback(clone_batches=True)"
+            )
+        return found
+
+    @property
+    def _must_go_further(self) -> bool:
+        """Whether more than a step's own traces have to be undone: only a snapshot has it all."""
+        return self.stepped or self._has_extra
+
+    def snapshot_for(self, step: int, *, older: bool) -> TrainingSnapshot:
+        """The newest confirmed snapshot from before a step, or the one before it."""
+        found = self.snapshots.confirmed
+        assert found is not None
+        before = self.snapshots.older
+        return before if before is not None and (older or found.step > step) else found
+
+    def to_step_start(self, leave_out: Collection[Entry]) -> None:
+        """Take the step back, and serve its batches again, but for those left out."""
+        if self._must_go_further:
+            assert self.snapshots.confirmed is not None
+            self.to_snapshot(self.snapshots.confirmed, leave_out)
+            return
+        start = self._start
+        self._pause.undo()
+        start.restore(self._trainer)
+        self._restore_vetoed()
+        self._rewind(start, leave_out, same_step=True)
+
+    def forget_step(self) -> None:
+        """Take the step back, and go on with the next batch."""
+        self._pause.undo()
+        self._start.restore(self._trainer)
+        self._restore_vetoed()
+        self._pause.hide(self._trainer, same_step=True)
+
+    def to_snapshot(self, snapshot: TrainingSnapshot, leave_out: Collection[Entry]) -> None:
+        """Put a snapshot back, and serve the batches since then, but for those left out."""
+        self._restore(snapshot, replay=True)
+        self._rewind(snapshot, leave_out, same_step=False)
+
+    def to_snapshot_only(self, snapshot: TrainingSnapshot) -> None:
+        """Put a snapshot back, and go on with the next batch; the step count goes back."""
+        self._restore(snapshot, replay=False)
+        snapshot.steps.restore(self._trainer)
+        self._pause.hide(self._trainer, same_step=False)
+        # It will be taken anew before the next batch, as data and loops have gone on.
+        self.snapshots.restart()
+
+    def _restore(self, snapshot: TrainingSnapshot, *, replay: bool) -> None:
+        self.snapshots.discard()
+        if snapshot is self.snapshots.older:
+            self.snapshots.go_back()
+        self._since = 0
+        for path in self._ledger.go_back(snapshot.mark):
+            self._tell(f"written since the snapshot, renamed: {path}")
+        self._pause.forget()
+        snapshot.restore(self._trainer, replay=replay)
+
+    def _rewind(
+        self, to: StepStart | TrainingSnapshot, leave_out: Collection[Entry], *, same_step: bool
+    ) -> None:
+        epoch = to.loops.epoch
+        self.recorder.rewind(to.position, epoch, leave_out)
+        more = self.recorder.more_in(epoch)
+        to.loops.restore_at_batch_end(self._trainer, more=more)
+        self._pause.hide(self._trainer, same_step=same_step)
+        self._finish = to if more else None
+        if not more:
+            self._pause.release_epoch()
+            loop = self._trainer.fit_loop.epoch_loop
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+            make_up_for(self._trainer, self.ring.left_out[epoch])
+
+    def _restore_vetoed(self) -> None:
+        """What counts the steps even where there is no gradient."""
+        if self._scaler_state:
+            self._trainer.precision_plugin.load_state_dict(self._scaler_state)
+        for optimizer, counts in self._counts:
+            for parameter, values in counts.items():
+                optimizer.state[parameter].update(values)
+
+    def batch_ended(self) -> None:
+        """After an accepted batch, or after whatever was done about a rejected one."""
+        self.ring.check_spoilt()
+        if not self._vetoed:
+            make_up_for(self._trainer, self.ring.left_out[self._trainer.current_epoch])
+        if not self._vetoed:
+            self._since += self._accepted
+            for _ in range(self._accepted):
+                self.snapshots.healthy()
+        if self._vetoed or self.stepped:
+            self._begin_window()
+
+    def epoch_ended(self) -> None:
+        """No batch is fetched any more in this epoch."""
+        self._pause.end()
+
+    def _tell(self, line: str) -> None:
+        if self._trainer.is_global_zero:
+            log.info(line)
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self._tell(line)
+
+
+def parameters_of(optimizer: Optimizer) -> Sequence[torch.Tensor]:
+    """All parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _counts(optimizer: Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
+    """State that is no tensor, such as the evaluations that LBFGS counts."""
+    found = {
+        parameter: {k: v for k, v in state.items() if isinstance(v, int | float)}
+        for parameter, state in optimizer.state.items()
+    }
+    return {parameter: values for parameter, values in found.items() if values}

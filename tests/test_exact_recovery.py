@@ -1,0 +1,354 @@
+"""Invariant 7: a run with a fault and its recovery, against one that never met it, bit by bit.
+
+Every cell trains twice on a small net with dropout and BatchNorm, for three epochs with validation.
+Either the fault strikes once from outside, and the other run is a clean one; or a batch of the data
+is bad however often it is served, and the other run's data lack it.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    Timer,
+)
+from lightning.pytorch.utilities import CombinedLoader
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import IterableDataset
+
+from lit_stability import AutoRollback, GradientMonitor, read_incidents
+from lit_stability.faults import (
+    CorruptGradient,
+    CorruptMoment,
+    CorruptWeight,
+    FaultInjector,
+    NanLoss,
+    ScaleGradients,
+    ScaleLoss,
+)
+from tests.exact import Batches, differences, loader, run
+from tests.test_invariants import fp16_on_cpu
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 1e-2),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "foreach amsgrad": lambda p: torch.optim.Adam(p, 1e-2, amsgrad=True, foreach=True),
+    "SGD": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, nesterov=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9, centered=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 1e-2),
+    "NAdam": lambda p: torch.optim.NAdam(p, 1e-3),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.01, max_iter=3),
+    "tensor LR": lambda p: torch.optim.AdamW(p, torch.tensor(1e-2), foreach=False),
+}
+
+
+def onecycle(optimizer):
+    schedule = lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=200)
+    return {"scheduler": schedule, "interval": "step"}
+
+
+def cosine_by_epoch(optimizer):
+    return {"scheduler": lr_scheduler.CosineAnnealingLR(optimizer, 3), "interval": "epoch"}
+
+
+def plateau(monitor, interval):
+    def make(optimizer):
+        schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5)
+        return {"scheduler": schedule, "interval": interval, "monitor": monitor}
+
+    return make
+
+
+class Net(LightningModule):
+    """Dropout and BatchNorm on a regression task."""
+
+    def __init__(self, optimizer="AdamW", scheduler=None, recompute=False, compiled=False):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.last = nn.Sequential(nn.Dropout(0.1), nn.Linear(16, 1))
+        self.error = torchmetrics.MeanAbsoluteError()
+        self.optimizer, self.scheduler = OPTIMIZERS[optimizer], scheduler
+        self.recompute = recompute
+        if compiled:
+            self.first.compile(backend="eager")
+
+    def forward(self, x):
+        if self.recompute:
+            return self.last(checkpoint(self.first, x, use_reentrant=False)).squeeze(-1)
+        return self.last(self.first(x)).squeeze(-1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch["a"] if isinstance(batch, dict) else batch
+        guess = self(x)
+        loss = nn.functional.mse_loss(guess, y)
+        self.error(guess.float(), y.float())
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(y))
+        self.log("train/error", self.error, on_step=False, on_epoch=True, batch_size=len(y))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val/loss", nn.functional.mse_loss(self(x), y))
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+
+class TwoOptimizers(Net):
+    """Manual optimization: two optimizers, one of them with a scheduler that the module steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            optimizer.step()
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self):
+        a = torch.optim.AdamW(self.first.parameters(), 1e-2)
+        b = torch.optim.SGD(self.last.parameters(), 1e-2, momentum=0.9)
+        return [a, b], [lr_scheduler.StepLR(a, 10, 0.5)]
+
+
+class OwnState(Net):
+    """Keeps a slow copy of a weight by itself, and says how to take it back."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = {"slow": torch.zeros(16, 8), "seen": 0}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.extra["slow"] = 0.9 * self.extra["slow"] + 0.1 * self.first[0].weight.detach()
+
+    def training_step(self, batch, batch_idx):
+        self.extra["seen"] += 1
+        return super().training_step(batch, batch_idx)
+
+    def rewindable_state(self):
+        return copy.deepcopy(self.extra)
+
+    def load_rewindable_state(self, state):
+        self.extra = copy.deepcopy(state)
+
+
+class OwnScheduler(Net):
+    """Steps a scheduler that Lightning does not know of."""
+
+    def on_fit_start(self):
+        optimizer = self.trainer.optimizers[0]
+        self.schedule = lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=200)
+
+    def on_before_zero_grad(self, optimizer):
+        if self.trainer.global_step:
+            self.schedule.step()
+
+    def rewindable_state(self):
+        return copy.deepcopy(self.schedule.state_dict())
+
+    def load_rewindable_state(self, state):
+        self.schedule.load_state_dict(copy.deepcopy(state))
+
+
+class WritesIntoItsBatch(Net):
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+class Stream(IterableDataset):
+    """The same batches without a length."""
+
+    def __init__(self, **options):
+        self.batches = Batches(**options)
+
+    def __iter__(self):
+        return (self.batches[i] for i in range(len(self.batches)))
+
+
+def in_dict(**options):
+    return CombinedLoader({"a": loader(Batches(**options)), "b": loader(Batches(7))}, "max_size")
+
+
+def sequence(dataset, **options):
+    """An order of its own in every epoch, whatever is left out."""
+    return loader(dataset, sampler=Shuffled(dataset), **options)
+
+
+class Shuffled(torch.utils.data.Sampler):
+    def __init__(self, data):
+        self.data, self.epoch = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(self.epoch)
+        self.epoch += 1
+        order = torch.randperm(24, generator=g).tolist()
+        kept = {original: i for i, original in enumerate(self.data.kept)}
+        return iter([kept[i] for i in order if i in kept])
+
+
+WEIGHT = functools.partial(CorruptWeight, parameter="first.0.weight")
+FLIP = functools.partial(CorruptWeight, parameter="last.1.weight", bit=30)
+ADAM_V = CorruptMoment
+ADAM_NAN = functools.partial(CorruptMoment, key="exp_avg", value=float("nan"))
+TRANSIENT = {
+    "NaN loss": NanLoss,
+    "loss x1e4": ScaleLoss,
+    "NaN gradient": CorruptGradient,
+    "gradients x1e3": ScaleGradients,
+    "NaN weight": WEIGHT,
+    "bit flip": FLIP,
+    "zeroed moment": ADAM_V,
+    "NaN moment": ADAM_NAN,
+}
+
+FEATURES = {
+    "plain": {},
+    "accumulation": {"accumulate_grad_batches": 3},
+    "clipping": {"gradient_clip_val": 0.1},
+    "OneCycle": {"module": functools.partial(Net, scheduler=onecycle)},
+    "cosine by epoch": {"module": functools.partial(Net, scheduler=cosine_by_epoch)},
+    "plateau by step": {"module": functools.partial(Net, scheduler=plateau("train/loss", "step"))},
+    "plateau by epoch": {"module": functools.partial(Net, scheduler=plateau("val/loss", "epoch"))},
+    "validation in mid-epoch": {"val_check_interval": 5},
+    "validation across epochs": {"val_check_interval": 7, "check_val_every_n_epoch": None},
+    "max_steps": {"max_steps": 50, "max_epochs": None},
+    "max_time": {"callbacks": lambda root: [Timer(duration={"hours": 1})]},
+    "limit_train_batches": {"limit_train_batches": 20, "clean": {"limit_train_batches": 19}},
+    "shuffled": {"loader": lambda **o: sequence(Batches(**o))},
+    "workers": {"loader": lambda **o: loader(Batches(**o), num_workers=1)},
+    "augmentation": {"loader": lambda **o: loader(Batches(augment=True, **o))},
+    "iterable": {"loader": lambda **o: loader(Stream(**o))},
+    "CombinedLoader": {"loader": in_dict},
+    "reloaded every epoch": {"reload_dataloaders_every_n_epochs": 1},
+    "EMA": {"callbacks": lambda root: [EMAWeightAveraging(decay=0.9)]},
+    "EarlyStopping": {"callbacks": lambda root: [EarlyStopping("val/loss", patience=1)]},
+    "ModelCheckpoint": {
+        "enable_checkpointing": True,
+        "val_check_interval": 6,
+        "callbacks": lambda root: [
+            ModelCheckpoint(
+                root / "best", monitor="val/loss", save_top_k=2, filename="{step}", save_last=True
+            )
+        ],
+    },
+    "ModelCheckpoint by step": {
+        "enable_checkpointing": True,
+        "callbacks": lambda root: [
+            ModelCheckpoint(root / "often", every_n_train_steps=4, save_top_k=3, monitor="step",
+                            mode="max", filename="{step}")
+        ],
+    },
+    "two optimizers": {"module": TwoOptimizers},
+    "state of its own": {"module": OwnState},
+    "scheduler of its own": {"module": OwnScheduler},
+    "gradient checkpointing": {"module": functools.partial(Net, recompute=True)},
+    "torch.compile": {"module": functools.partial(Net, compiled=True)},
+    "batch written into": {
+        "module": WritesIntoItsBatch, "rollback": {"clone_batches": True},
+    },
+}  # fmt: skip
+PRECISIONS = {
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "fp16 with a scaler": {"plugins": fp16_on_cpu},
+    "64-true": {"precision": "64-true"},
+    "bf16-true": {"precision": "bf16-true"},
+}
+
+
+def both(tmp_path, options, faults=(), nan=()):
+    """Train with the fault and the suite, and without either; returns what differs."""
+    options = dict(options)
+    module = options.pop("module", Net)
+    make = options.pop("loader", lambda **o: loader(Batches(**o)))
+    others = options.pop("callbacks", lambda root: [])
+    rollback = options.pop("rollback", {})
+    clean = options.pop("clean", {})
+    limits = {"max_epochs": 3, "max_steps": -1, **options}
+    results = []
+    for name in ("faulty", "clean"):
+        root = tmp_path / name
+        callbacks = others(root)
+        if name == "faulty":
+            injector = [FaultInjector(list(faults))] if faults else []
+            callbacks = [*injector, GradientMonitor(), AutoRollback(**rollback), *callbacks]
+        data = make(**({"nan": nan} if name == "faulty" else {"left_out": nan}))
+        own = {k: v() if callable(v) else v for k, v in limits.items()}
+        own |= clean if nan and name == "clean" else {}
+        val = loader(Batches(4))
+        results.append(run(root, module, data, callbacks, val=val, **own))
+    return differences(*results)
+
+
+CELLS = [
+    *[(f"{f}, bad batch", FEATURES[f], {"nan": (10,)}) for f in FEATURES],
+    *[(f"{f}, NaN weight", FEATURES[f], {"faults": [lambda: WEIGHT(step=15)]}) for f in FEATURES],
+    *[
+        (f"{o}, {name}", {"module": functools.partial(Net, o)}, cell)
+        for o in OPTIMIZERS
+        for name, cell in (
+            ("bad batch", {"nan": (10,)}),
+            ("NaN weight", {"faults": [lambda: WEIGHT(step=35)]}),
+        )
+    ],
+    *[
+        (f"{p}, {name}", PRECISIONS[p], cell)
+        for p in PRECISIONS
+        for name, cell in (
+            ("bad batch", {"nan": (10,)}),
+            ("NaN weight", {"faults": [lambda: WEIGHT(step=35)]}),
+        )
+    ],
+    *[
+        (f"plain, {f}", {}, {"faults": [functools.partial(TRANSIENT[f], step=35)]})
+        for f in TRANSIENT
+    ],
+    *[(f"plain, bad batch {i}", {}, {"nan": i}) for i in [(0,), (23,), (0, 1), (22, 23)]],
+    *[
+        (f"accumulation, bad batch {i}", {"accumulate_grad_batches": 4}, {"nan": i})
+        for i in [(0,), (3,), (21,), (23,), (9, 10)]
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "cell"), [c[1:] for c in CELLS], ids=[c[0].replace(" ", "-") for c in CELLS]
+)
+def test_recovered_run_equals_one_that_never_met_the_fault(options, cell, tmp_path):
+    """S12, S17, K3."""
+    cell = {k: [f() for f in v] if k == "faults" else v for k, v in cell.items()}
+    assert both(tmp_path, options, **cell) == {}
+    incidents = read_incidents(tmp_path / "faulty")
+    assert incidents, "there was something to recover from"
+    assert {i["outcome"] for i in incidents} <= {"recovered", "unresolved"}
+
+
+HEALTHY = {**FEATURES, **PRECISIONS} | {
+    o: {"module": functools.partial(Net, o)} for o in OPTIMIZERS
+}
+
+
+@pytest.mark.parametrize("options", HEALTHY.values(), ids=[h.replace(" ", "-") for h in HEALTHY])
+def test_healthy_run_is_left_as_it_is(options, tmp_path):
+    """Invariant 1: weights, optimizers, generators, metrics, validations, files."""
+    assert both(tmp_path, options) == {}
+    assert not (tmp_path / "faulty" / "incidents.jsonl").exists()

@@ -1,0 +1,92 @@
+"""The replay ring by itself: what is kept, what is given up, what comes again in which order."""
+
+import pytest
+import torch
+
+from lit_stability.trainer_state import Entry, ReplayRing
+from lit_stability.trainer_state.replay import size_of
+
+
+def ring_of(count, max_bytes=10**6):
+    ring = ReplayRing(max_bytes, clone=False)
+    entries = [Entry(i, 0, i, {"after": i}, 8, ()) for i in range(count)]
+    for entry in entries:
+        ring.add(entry)
+    return ring, entries
+
+
+def queued(ring):
+    return [(e.item, e.rng is not None) for e in ring.queue]
+
+
+@pytest.mark.parametrize(
+    ("position", "left_out", "queue"),
+    [
+        # Batches before the first left out come with their generators, those after without.
+        (2, [], [(2, True), (3, True), (4, True)]),
+        (2, [3], [(2, True), (4, False)]),
+        (2, [2], [(3, False), (4, False)]),
+        (2, [4], [(2, True), (3, True)]),
+        (0, [1, 3], [(0, True), (2, False), (4, False)]),
+        (5, [], []),
+    ],
+)
+def test_rewind_queues_what_came_since_but_for_what_is_left_out(position, left_out, queue):
+    ring, entries = ring_of(5)
+    ring.rewind(position, [entries[i] for i in left_out])
+    assert queued(ring) == queue
+    assert ring.position == position
+    assert ring.left_out[0] == len(left_out)
+    assert ring.nbytes == 8 * position
+
+
+def test_rewind_during_a_replay_puts_the_served_before_the_waiting():
+    ring, _ = ring_of(5)
+    ring.rewind(1)
+    for _ in range(2):
+        ring.add(ring.queue.popleft())
+    ring.rewind(2)
+    assert [item for item, _ in queued(ring)] == [2, 3, 4]
+
+
+def test_bytes_are_bounded_and_what_was_given_up_cannot_be_replayed():
+    ring, _ = ring_of(10, max_bytes=40)
+    assert (ring.nbytes, ring.first, ring.position) == (40, 5, 10)
+    assert ring.replayable(5)
+    assert not ring.replayable(4)
+    with pytest.raises(LookupError, match="batches before 5 are no longer kept, 4 asked"):
+        ring.since(4)
+
+
+def test_one_batch_larger_than_the_bound_is_kept_alone():
+    ring, _ = ring_of(3, max_bytes=1)
+    assert (ring.first, len(ring.entries)) == (2, 1)
+
+
+def test_prune_gives_up_what_lies_before_a_position():
+    ring, _ = ring_of(6)
+    ring.prune(4)
+    assert (ring.first, [e.item for e in ring.entries]) == (4, [4, 5])
+    ring.prune(2)
+    assert ring.first == 4
+
+
+def test_batch_written_into_is_noted_and_only_its_own_absence_heals_it():
+    ring = ReplayRing(10**6, clone=False)
+    batch = {"x": torch.zeros(3), "y": [torch.zeros(2)]}
+    entry = Entry(batch, 0, 0, None, size_of(batch), (0, 0))
+    ring.add(entry)
+    ring.check_spoilt()
+    assert ring.replayable(0)
+    batch["y"][0].add_(1)
+    ring.check_spoilt()
+    assert not ring.replayable(0)
+    assert ring.replayable(0, leave_out=[entry])
+
+
+def test_size_counts_tensors_in_containers_and_batch_objects():
+    class Batch:
+        def __init__(self):
+            self.x, self.others = torch.zeros(4), {"y": torch.zeros(2, dtype=torch.int64)}
+
+    assert size_of([Batch(), (torch.zeros(1),), "text"]) == 16 + 16 + 4
