@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lit_stability.shards import local
+
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
     """What to multiply gradients of this norm by, so that it is at most ``max_norm``.
@@ -27,6 +29,6 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
 
 def scale_gradients(parameters: Iterable[Tensor], coefficient: float) -> None:
     """Multiply every gradient in place."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     if coefficient != 1.0 and grads:
         torch._foreach_mul_(grads, coefficient)

@@ -3,7 +3,7 @@
     FaultInjector([NanLoss(step=150), CorruptWeight(step=200, parameter="decoder.*", bit=30)])
 
 Each fault strikes once, when ``global_step`` reaches its step; a rollback that rewinds the count
-does not bring it back.
+does not bring it back. Of a sharded weight each rank spoils its own shard.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+
+from lit_stability.shards import local
 
 
 @dataclass(kw_only=True)
@@ -84,7 +86,7 @@ class CorruptGradient(Fault):
         """See `Fault`."""
         for _, p in _matching(pl_module, self.parameter):
             if p.grad is not None:
-                p.grad.view(-1)[0] = self.value
+                local(p.grad).view(-1)[:1] = self.value
 
 
 @dataclass(kw_only=True)
@@ -98,7 +100,7 @@ class ScaleGradients(Fault):
         """See `Fault`."""
         for _, p in _matching(pl_module, self.parameter):
             if p.grad is not None:
-                p.grad.mul_(self.factor)
+                local(p.grad).mul_(self.factor)
 
 
 @dataclass(kw_only=True)
@@ -119,9 +121,9 @@ class CorruptWeight(Fault):
     def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """See `Fault`."""
         for _, p in _matching(pl_module, self.parameter):
-            flat = p.data.view(-1)
+            flat = local(p.data).view(-1)
             if self.bit is None:
-                flat[0] = self.value
+                flat[:1] = self.value
             else:
                 # 1 << 31 is beyond int32; its two's complement has the same bits.
                 mask = (1 << self.bit) - (1 << 32 if self.bit == 31 else 0)
@@ -143,7 +145,7 @@ class CorruptMoment(Fault):
             for _, p in _matching(pl_module, self.parameter):
                 state = optimizer.state.get(p) or {}
                 if self.key in state:
-                    state[self.key].fill_(self.value)
+                    local(state[self.key]).fill_(self.value)
 
 
 @dataclass(kw_only=True)

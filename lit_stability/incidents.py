@@ -6,7 +6,7 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +28,14 @@ _REMEDIES = {
     "learning-rate jump": "mend the scheduler: it wrote a learning rate far above any before",
     "update spike": "lower the learning rate or raise Adam's epsilon; suspect the optimizer state",
     "optimizer state": "find what writes to the optimizer's moments, or suspect memory",
+    "rank disagreement": "suspect the memory, the driver or the network of the rank that is named; "
+    "look for code that runs on one rank only and changes weights, gradients or schedulers",
     "layer bound": "raise the bound if the run is healthy, or clip gradients",
 }
+
+
+def _alone(said: Any) -> list[Any]:
+    return [said]
 
 
 class TrainingStopped(RuntimeError):
@@ -76,6 +82,9 @@ class Incident:
     """The measurement of the latest strike."""
     verdict: str = ""
     """"transient" if it did not return when the steps were taken again, else "deterministic"."""
+    gather: Callable[[Any], list[Any]] = field(default=_alone, repr=False, compare=False)
+    """What each rank says, in their order, given what this one says; to be called by all of them or
+    none. An incident is offered to all ranks alike."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -107,6 +116,24 @@ class Incident:
         self.anomaly = anomaly
         self.strikes += 1
         self.response = None
+
+    def agree(self, found: bool) -> bool:
+        """Whether any rank has found it; evidence and cause become those of all ranks together.
+
+        To be called on every rank or on none. On one rank it is what was found.
+        """
+        said = self.gather((found, self.cause, list(self.evidence)))
+        everywhere = set.intersection(*(set(evidence) for _, _, evidence in said))
+        # In the order of the ranks, so that the record is the same whoever writes it.
+        self.evidence = list(
+            dict.fromkeys(
+                line if line in everywhere else f"rank {rank}: {line}"
+                for rank, (_, _, evidence) in enumerate(said)
+                for line in evidence
+            )
+        )
+        self.cause = next((cause for _, cause, _ in said if cause), "")
+        return any(each for each, _, _ in said)
 
     def note(self, cause: str, evidence: str) -> None:
         """Record what is believed; a later cause replaces the earlier, evidence accumulates."""

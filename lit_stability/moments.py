@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -50,10 +51,12 @@ class Moments:
         self._second: list[str] = []
         self._decay: list[float] = []
         self._last: list[float] | None = None
+        self._last_sums: Tensor | None = None
+        self._decays_there: Tensor | None = None
 
     def forget(self) -> None:
         """Drop what was remembered of the last step, and look for the moments anew."""
-        self._last = None
+        self._last = self._last_sums = None
         self._calls = 0
 
     def sums(self) -> list[Tensor]:
@@ -82,7 +85,8 @@ class Moments:
         self._first, self._second = list(first), list(second)
         decay = self._decays()
         self._decay = [decay[name] for name in second]
-        self._last = None
+        self._decays_there = None
+        self._last = self._last_sums = None
 
     def judge(self, sums: Sequence[float]) -> MomentStats:
         """What the sums, on the host, say against those of the step before."""
@@ -102,6 +106,41 @@ class Moments:
             return MomentStats(bad)
         ratio, name = min(ratios, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0])
         return MomentStats(bad, ratio, name)
+
+    def row(self, device: torch.device) -> Tensor:
+        """The rank's own judgement, left on the device: see `judge_rows`; shape ``(3,)``."""
+        found = self.sums()
+        row = torch.zeros(3, dtype=torch.float64, device=device)
+        row[0], row[1] = -1.0, math.inf
+        if not found:
+            return row
+        momentum, second = found[0][: len(self._first)], found[0][len(self._first) :]
+        if len(momentum):
+            bad = ~torch.isfinite(momentum)
+            row[0] = torch.where(bad.any(), bad.int().argmax(), -1)
+        last, self._last_sums = self._last_sums, second
+        if last is not None and len(second):
+            if self._decays_there is None:
+                self._decays_there = last.new_tensor(self._decay)
+            floor = last * self._decays_there
+            ratio = torch.where(torch.isfinite(second), second / floor, math.nan)
+            # A parameter without gradients so far, or an empty shard, has nothing that could fall.
+            row[1], row[2] = torch.where(floor > 0, ratio, math.inf).min(dim=0)
+        return row
+
+    def judge_rows(self, rows: Sequence[Sequence[float]]) -> MomentStats:
+        """The worst of all ranks' judgements, the same on every rank.
+
+        Args:
+            rows: of each rank the index of the first parameter with a bad momentum, or -1; the
+                smallest ratio, Inf where there is none; and the index of the parameter that has it.
+        """
+        bad = {int(row[0]) for row in rows if row[0] >= 0}
+        names = tuple(self._first[i] for i in sorted(bad))
+        worst = min(rows, key=lambda row: -1.0 if math.isnan(row[1]) else row[1])
+        if worst[1] == math.inf:
+            return MomentStats(names)
+        return MomentStats(names, worst[1], self._second[int(worst[2])])
 
     def _decays(self) -> dict[str, float]:
         by_id = {

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_stability.shards import local
+
 _BLOCKS, _BLOCK = 16, 32
 """The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
 RECHECK = 10
@@ -18,6 +20,8 @@ RECHECK = 10
 
 class Samples:
     """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor.
+
+    Of a sharded tensor the rank's own shard is sampled; an empty one has a sum of 0.
 
     Args:
         tensors: what to sample; memory that they are given later is seen within `RECHECK` calls.
@@ -28,7 +32,7 @@ class Samples:
         self._tensors = list(tensors)
         self._calls = 0
         self._blocks, most = blocks, blocks * _BLOCK
-        tensors = [real(t.detach()) for t in tensors]
+        tensors = [_detached(t) for t in tensors]
         self.device = tensors[0].device
         large = [i for i, t in enumerate(tensors) if t.numel() > most]
         small = [i for i, t in enumerate(tensors) if t.numel() <= most]
@@ -53,11 +57,11 @@ class Samples:
 
     def _look_again(self) -> None:
         """Make the views anew where a tensor was given other memory."""
-        addresses = [t.data_ptr() for t in self._tensors]
+        addresses = [local(t).data_ptr() for t in self._tensors]
         if addresses == self._addresses and self._are_views:
             return
         self._addresses = addresses
-        tensors = [real(t.detach()) for t in self._tensors]
+        tensors = [_detached(t) for t in self._tensors]
         self._are_views = all(_is_dense(t) for t in tensors)
         self._views = (
             [blocks_of(tensors[i], self._blocks) for i in self._large],
@@ -85,6 +89,10 @@ def blocks_of(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Ten
     if not _is_dense(tensor):
         tensor = tensor.contiguous()
     return tensor.as_strided((blocks, block), (tensor.numel() // blocks, 1))
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return real(local(tensor).detach())
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """A healthy state of training in memory, captured and restored in place.
 
-Tensors go through preallocated buffers, one foreach copy per dtype and device; everything else is
-deep-copied. A snapshot is a candidate until enough healthy steps have confirmed it.
-May import torch; knows no Lightning.
+Tensors go through preallocated buffers, one foreach copy per dtype and device, of a sharded tensor
+the rank's own shard; everything else is deep-copied. A snapshot is a candidate until enough healthy
+steps have confirmed it. May import torch; knows no Lightning.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_stability.shards import local
+
 
 class TensorBank:
     """Copies of a list of tensors, in buffers that are reused from capture to capture."""
@@ -30,7 +32,7 @@ class TensorBank:
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
-        live = list(tensors)
+        live = [local(t) for t in tensors]
         if not _same(self._live, live) and not _alike(self._saved, live):
             self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
         self._live = live
@@ -100,21 +102,20 @@ class OptimizerSnapshot:
 
     def __init__(self) -> None:
         self.bank = TensorBank()
-        self._keys: list[tuple[Tensor, str]] = []
+        self._keys: list[tuple[Tensor, str, Tensor]] = []
         self._other: list[tuple[Tensor, str, Any]] = []
         self._groups: list[dict[str, Any]] = []
 
     def capture(self, optimizer: Optimizer) -> None:
         """Copy it in."""
-        self._keys, self._other, tensors = [], [], []
+        self._keys, self._other = [], []
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    self._keys.append((parameter, key))
-                    tensors.append(value)
+                    self._keys.append((parameter, key, value))
                 else:
                     self._other.append((parameter, key, copy.deepcopy(value)))
-        self.bank.capture(tensors)
+        self.bank.capture([value for _, _, value in self._keys])
         self._groups = [
             {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
             for group in optimizer.param_groups
@@ -131,10 +132,11 @@ class OptimizerSnapshot:
             del optimizer.param_groups[len(self._groups) :]
         kept: dict[Tensor, dict[str, Any]] = {}
         targets = []
-        for (parameter, key), (live, saved) in zip(self._keys, self.bank.pairs, strict=True):
+        for (parameter, key, then), (_, saved) in zip(self._keys, self.bank.pairs, strict=True):
             now = optimizer.state.get(parameter, {}).get(key)
-            target = now if isinstance(now, Tensor) and now.shape == saved.shape else live
-            targets.append(target)
+            alike = isinstance(now, Tensor) and local(now).shape == saved.shape
+            target = now if alike else then
+            targets.append(local(target))
             kept.setdefault(parameter, {})[key] = target
         self.bank.restore(targets)
         for parameter, key, value in self._other:

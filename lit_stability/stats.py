@@ -30,7 +30,8 @@ class GradientDetail:
 class StepStats:
     """What one optimizer step looks like before the update is applied.
 
-    Gradients are measured accumulated, unscaled and unclipped. Norms are Euclidean.
+    Gradients are measured accumulated, unscaled and unclipped. Norms are Euclidean. On several
+    ranks the numbers are those of all of them together; the loss is their mean.
     """
 
     step: int
@@ -65,6 +66,10 @@ class StepStats:
     """Norm of all weights; only on the steps that scan them, else None."""
     bad_weights: tuple[str, ...] = ()
     """Parameters found non-finite on a step that scans them."""
+    rank_weights: tuple[float, ...] = field(default=(), repr=False)
+    """Checksum of each rank's sampled weights; only where all ranks hold the same weights."""
+    rank_rates: tuple[float, ...] = field(default=(), repr=False)
+    """Sum of each rank's effective learning rates; only on several ranks."""
     details: tuple[GradientDetail, ...] = field(default=(), repr=False)
     """Per-parameter distributions; only on the steps that ask for them."""
 

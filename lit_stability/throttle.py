@@ -129,6 +129,15 @@ class Baseline:
         if update_ratio:
             self._ratios.add(update_ratio)
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Both windows."""
+        return {"norms": list(self._norms.values), "ratios": list(self._ratios.values)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Put such windows back."""
+        self._norms.replace(state["norms"])
+        self._ratios.replace(state["ratios"])
+
     def clip_threshold(self, factor: float) -> float | None:
         """Twice the median gradient norm times the factor; None at factor 1 or before any step."""
         if factor >= 1 or not len(self._norms) or self._norms.median <= 0:

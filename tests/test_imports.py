@@ -18,6 +18,11 @@ MAY_IMPORT_TORCH = (
     *(
         "meter.py",
         "moments.py",
+        "norms.py",
+        "details.py",
+        "shards.py",
+        "ranks.py",
+        "rank_meter.py",
         "sampling.py",
         "snapshots.py",
         "lr_scale.py",
@@ -115,7 +120,9 @@ def test_unknown_name_is_an_attribute_error_that_repeats_it():
 
 def test_detectors_export_what_they_define():
     public = {n for n in vars(detectors) if not n.startswith("_") and n[0].isupper()}
-    assert public | {"default_detectors", "flagged", "with_damage"} == set(detectors.__all__)
+    assert public | {
+        *("default_detectors", "disagreement", "flagged", "rates_differ", "with_damage")
+    } == set(detectors.__all__)
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if not f.startswith(MAY_IMPORT_LIGHTNING)])

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_stability.meter import StepMeter, gradient_details
+from lit_stability.details import gradient_details
+from lit_stability.meter import StepMeter
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 ADAMS = {

@@ -15,13 +15,14 @@ import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_stability.callbacks.requirements import require_monitor, require_one_device
+from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.details import gradient_details
+from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
-from lit_stability.meter import gradient_details
 from lit_stability.records import to_json
 from lit_stability.snapshots import capture_rng
 from lit_stability.stats import StepStats
-from lit_stability.trainer_state import run_directory
+from lit_stability.trainer_state import run_directory, save_scene_checkpoint, sharing
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -38,6 +39,10 @@ class AnomalyCheckpoint(Callback):
       precision, accumulation and the optimizers' options.
     * ``config.yaml``: the run's config, where it has one.
     * ``report.md``: for people; written again when the outcome is known.
+
+    On several ranks each other rank has a folder ``<step>-<id>-rank<r>``, with its own batch. Under
+    DDP no rank waits for another, and ``checkpoint.ckpt`` is rank 0's, without what hooks of the
+    user's would add; under FSDP2 it is Lightning's folder of shards.
 
     What cannot be saved (a full disk, an unwritable folder, a batch that does not pickle) is
     logged, and training goes on.
@@ -65,17 +70,18 @@ class AnomalyCheckpoint(Callback):
         self.max_bytes = max_bytes
         self._history: deque[tuple[int, float, float]] = deque(maxlen=history)
         self._batch: Any = None
+        self._suspected: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
-            RuntimeError: on several devices.
+            RuntimeError: under a strategy that was not tried.
         """
         if stage == "fit":
             require_monitor(trainer, self)
-            require_one_device(trainer, self)
+            require_tried_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder."""
@@ -95,13 +101,17 @@ class AnomalyCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of the batch."""
-        self._batch = None
+        self._batch, self._suspected = None, []
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Remember loss and gradient norm."""
         self._history.append((stats.step, stats.loss, stats.grad_norm))
+
+    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+        """Look at the gradients before they are dropped; it is saved if all ranks object."""
+        self._suspected = gradient_details(pl_module.named_parameters())
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Save the scene of the first strike."""
@@ -110,7 +120,7 @@ class AnomalyCheckpoint(Callback):
             self._history.append((stats.step, stats.loss, stats.grad_norm))
         if incident.strikes > 1 or self._root is None:
             return
-        folder = self._root / f"{incident.first.step:08d}-{incident.id}"
+        folder = self._root / f"{incident.first.step:08d}-{incident.id}{_suffix(trainer)}"
         try:
             self._save(trainer, pl_module, incident, folder)
         except Exception as error:
@@ -134,13 +144,13 @@ class AnomalyCheckpoint(Callback):
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path
     ) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        part = self._begin(trainer, folder)
         try:
-            trainer.save_checkpoint(part / "checkpoint.ckpt", weights_only=False)
+            if trainer.is_global_zero or sharing(trainer) != "replicas":
+                save_scene_checkpoint(trainer, part / "checkpoint.ckpt")
             scene = {
                 "batch": self._batch,
-                "gradients": gradient_details(pl_module.named_parameters()),
+                "gradients": gradient_details(pl_module.named_parameters()) or self._suspected,
                 "rng": capture_rng(),
                 "step": incident.first.step,
                 "batch_idx": incident.batch_idx,
@@ -160,7 +170,23 @@ class AnomalyCheckpoint(Callback):
             shutil.rmtree(part, ignore_errors=True)
             raise
         incident.path = str(folder)
-        self._prune(folder)
+        self._prune(folder, trainer.global_rank)
+
+    @staticmethod
+    def _begin(trainer: Trainer, folder: Path) -> Path:
+        """A folder to write into; where ranks save in step, only if each of them has one."""
+        error: OSError | None = None
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        except OSError as refused:
+            error = refused
+        in_step = trainer.world_size > 1 and sharing(trainer) != "replicas"
+        if in_step and not trainer.strategy.reduce_boolean_decision(error is None):
+            error = error or OSError("another rank cannot write its part")
+        if error is not None:
+            raise error
+        return part
 
     def _facts(self, trainer: Trainer) -> dict[str, Any]:
         steps, losses, norms = zip(*self._history, strict=True) if self._history else ((), (), ())
@@ -182,11 +208,13 @@ class AnomalyCheckpoint(Callback):
             },
         }
 
-    def _prune(self, newest: Path) -> None:
-        folders = sorted(
-            (f for f in newest.parent.iterdir() if f.is_dir() and not f.name.startswith(".")),
-            key=lambda f: f.stat().st_mtime_ns,
+    def _prune(self, newest: Path, rank: int) -> None:
+        own = (
+            f
+            for f in newest.parent.glob(f"*-rank{rank}*" if rank else "*")
+            if f.is_dir() and not f.name.startswith(".") and (rank or "-rank" not in f.name)
         )
+        folders = sorted(own, key=lambda f: f.stat().st_mtime_ns)
         spare = [f for f in folders[1:] if f != newest]
         sizes = {f: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
         while spare and (len(sizes) > self.max_incidents or sum(sizes.values()) > self.max_bytes):
@@ -201,6 +229,10 @@ class AnomalyCheckpoint(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put the history back."""
         self._history.extend((int(s), float(a), float(b)) for s, a, b in state_dict["history"])
+
+
+def _suffix(trainer: Trainer) -> str:
+    return f"-rank{trainer.global_rank}" if trainer.global_rank else ""
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,17 @@ import logging
 import math
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.dispatch import call_hook
-from lit_stability.callbacks.requirements import require_monitor, require_one_device
+from lit_stability.callbacks.requirements import (
+    require_monitor,
+    require_tried_strategy,
+    require_whole_optimizers,
+)
 from lit_stability.callbacks.rewinder import Rewinder, parameters_of
 from lit_stability.clipping import clip_coefficient, scale_gradients
+from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.ladder import (
     Budget,
@@ -25,6 +29,7 @@ from lit_stability.ladder import (
     Stop,
 )
 from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.norms import dense, norms_of, to_host, total
 from lit_stability.stats import StepStats
 from lit_stability.throttle import Baseline, Throttle
 from lit_stability.trainer_state import Entry, Stateful
@@ -121,14 +126,15 @@ class AutoRollback(Callback):
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
-            RuntimeError: on several devices.
+            RuntimeError: under a strategy that was not tried.
         """
         if stage == "fit":
             require_monitor(trainer, self)
-            require_one_device(trainer, self)
+            require_tried_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the data, and put restored factors in force."""
+        require_whole_optimizers(trainer, self)
         rewinder = Rewinder(
             trainer,
             pl_module,
@@ -186,6 +192,10 @@ class AutoRollback(Callback):
             self._apply(trainer)
             log.info("step %d: %s", stats.step, relaxed)
 
+    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+        """Take no step that one rank objects to, until all have voted; choose nothing yet."""
+        self._now.rewinder.veto(trainer.optimizers[anomaly.optimizer])
+
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
         if incident.settled or incident.anomaly.observe_only:
@@ -210,12 +220,13 @@ class AutoRollback(Callback):
     def _choose(self, incident: Incident) -> Response:
         now, anomaly = self._now, incident.anomaly
         ratio = None if incident.stats is None else incident.stats.update_ratio
-        damaged = self._damaged(incident)
+        damaged = incident.agree(self._damaged(incident))
         snapshot = now.rewinder.snapshot_for(anomaly.suspect, older=False)
         if damaged or anomaly.state_is_bad:
             replay = now.rewinder.can_replay(snapshot)
         else:
             replay = now.rewinder.can_take_again()
+        replay = not incident.agree(not replay)
         if self.ladder.trial.returns(anomaly.step):
             incident.verdict = "deterministic"
         now.on_trial = incident
@@ -261,9 +272,10 @@ class AutoRollback(Callback):
                 now.inspecting, now.norms = len(now.rewinder.window) > 1, []
                 now.rewinder.to_step_start(())
             case SkipStep():
-                offenders = now.offenders()
+                offenders = now.offenders(incident)
                 now.inspecting, now.norms = False, []
-                if offenders and now.rewinder.can_take_again(offenders):
+                again = bool(offenders) and now.rewinder.can_take_again(offenders)
+                if not incident.agree(not again):
                     now.rewinder.to_step_start(offenders)
                 else:
                     now.rewinder.forget_step()
@@ -332,6 +344,25 @@ class AutoRollback(Callback):
                 self._fit.rewinder.close()
             self._fit = None
 
+    def books(self) -> dict[str, Any]:
+        """What was spent, what is in force and what is healthy, for ranks that disagree."""
+        return {
+            **self.state_dict(),
+            "trial": self.ladder.trial,
+            "baselines": [baseline.state_dict() for baseline in self._now.baselines],
+            "on_trial": self._now.rewinder.on_trial,
+        }
+
+    def load_books(self, books: dict[str, Any]) -> None:
+        """Go on from the books of another rank."""
+        now = self._now
+        self.load_state_dict(books)
+        self.ladder.trial = books["trial"]
+        for baseline, saved in zip(now.baselines, books["baselines"], strict=True):
+            baseline.load_state_dict(saved)
+        now.rewinder.on_trial, now.on_trial = books["on_trial"], None
+        now.inspecting, now.norms = False, []
+
     def state_dict(self) -> dict[str, Any]:
         """What was spent and what is in force; the options come from the constructor."""
         return {"ladder": self.ladder.state_dict(), "throttle": self.throttle.state_dict()}
@@ -366,17 +397,19 @@ class _Fit:
         self.on_trial = None
         self.rewinder.on_trial = False
 
-    def offenders(self) -> list[Entry]:
-        """The batch that is to blame for a bad step, or all of its window."""
+    def offenders(self, incident: Incident) -> list[Entry]:
+        """The batch that is to blame for a bad step, of any rank, or all of its window."""
         window = self.rewinder.window
-        if not self.norms or len(window) != len(self.norms):
+        ranks = incident.gather(self.norms if len(window) == len(self.norms) else [])
+        if not all(ranks):
             return window
-        steps = [b - a for a, b in zip([0.0, *self.norms], self.norms, strict=False)]
-        bad = [i for i, n in enumerate(self.norms) if not math.isfinite(n)]
-        worst = bad[0] if bad else max(range(len(steps)), key=lambda i: abs(steps[i]))
-        return [window[worst]]
+        steps = [[b - a for a, b in zip([0.0, *n], n, strict=False)] for n in ranks]
+        bad = [i for norms in ranks for i, n in enumerate(norms) if not math.isfinite(n)]
+        moved = [max(abs(step) for step in of_ranks) for of_ranks in zip(*steps, strict=True)]
+        return [window[min(bad) if bad else moved.index(max(moved))]]
 
 
 def _norm(trainer: Trainer) -> float:
-    grads = [p.grad for o in trainer.optimizers for p in parameters_of(o) if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+    """Of this rank's gradients, or of its shards of them."""
+    found = [p.grad for o in trainer.optimizers for p in parameters_of(o) if p.grad is not None]
+    return total(to_host({"norms": norms_of([dense(grad) for grad in found])})["norms"])

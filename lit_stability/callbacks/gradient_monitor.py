@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from lit_stability.callbacks.council import Council
+from lit_stability.callbacks.desk import IncidentDesk, Voted
 from lit_stability.callbacks.dispatch import call_hook
-from lit_stability.callbacks.reporting import Reporter
+from lit_stability.callbacks.measuring import Measuring
+from lit_stability.callbacks.reporting import Reporter, log
 from lit_stability.detectors import (
     Anomaly,
     Detector,
     LayerBounds,
+    Panel,
     default_detectors,
+    disagreement,
     with_damage,
 )
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
 from lit_stability.stats import StepStats
-from lit_stability.trainer_state import (
-    log_every,
-    loss_scaler,
-    unscale,
-)
+from lit_stability.trainer_state import callbacks_of, log_every, ranks_of, reshard, sharing
 
 
 class GradientMonitor(Callback):
@@ -49,6 +49,11 @@ class GradientMonitor(Callback):
     * ``stability/loss_scale``: factor of the loss scaler; only in fp16.
     * ``stability/incidents``: incidents so far.
 
+    On several ranks all decide the same, from numbers added up over the ranks: under DDP while
+    backward runs; under FSDP2, in manual optimization and with LBFGS in one collective that is
+    waited for before each optimizer step. See `lit_stability.ranks`. Under a strategy that is
+    neither run nor allowed, each rank observes what is its own.
+
     With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
     ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text.
 
@@ -61,6 +66,8 @@ class GradientMonitor(Callback):
         details_every: optimizer steps between measurements of every parameter's gradient mean,
             standard deviation, range and share of zeros; 0 for never.
         history: details kept for `details`.
+        allow_strategies: names of strategy classes that the suite was never run under and is to
+            work with all the same; it adds up its numbers over the ranks at every step, then.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -75,6 +82,7 @@ class GradientMonitor(Callback):
         scan_weights_every: int = 10,
         details_every: int = 50,
         history: int = 20,
+        allow_strategies: Sequence[str] = (),
     ) -> None:
         for name, value in (
             ("close_after", close_after),
@@ -92,149 +100,133 @@ class GradientMonitor(Callback):
         self.details_every = details_every
         self.details: deque[StepStats] = deque(maxlen=history)
         """The last measurements that carry details."""
-        self.incidents: list[Incident] = []
-        """Incidents of this fit."""
-        self.current: Incident | None = None
-        """The incident that is open, if one is."""
-        self._count = 0
-        self._healthy = 0
-        self._sets: dict[int, list[Detector]] = {}
+        self.allow_strategies = tuple(allow_strategies)
         self._restored: Mapping[str, Any] = {}
-        self._meters: dict[int, StepMeter] = {}
-        self._loss: Tensor | None = None
-        self._measured: set[int] = set()
+        self._panel = Panel([], [], log.info)
+        self._measuring: Measuring | None = None
+        self._council = Council(None)
+        self._desk = IncidentDesk(None, close_after, 0)
+        self._voted: Voted | None = None
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """Incidents of this fit, or of the last one."""
+        return self._desk.incidents
+
+    @property
+    def current(self) -> Incident | None:
+        """The incident that is open, if one is."""
+        return self._desk.current
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare one meter and one set of detectors per optimizer."""
-        named = list(pl_module.named_parameters())
-        self._meters = {i: StepMeter(named, o, i) for i, o in enumerate(trainer.optimizers)}
-        for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer)
-        self._sets = {i: copy.deepcopy(self.detectors) for i in self._meters}
-        self._load_detectors(self._restored)
-        self._restored = {}
-        self.incidents, self.current, self._loss = [], None, None
+        if sharing(trainer) == "shards":
+            reshard(pl_module)
+        ranks = ranks_of(trainer, self.allow_strategies)
+        self._council = Council(ranks)
+        self._measuring = Measuring(
+            trainer,
+            pl_module,
+            ranks,
+            scan_weights_every=self.scan_weights_every,
+            details_every=self.details_every,
+        )
         self._reporter = Reporter(trainer)
+        self._panel = Panel(self.detectors, self._measuring.meters, self._reporter.say)
+        self._panel.load_state_dict(self._restored)
+        self._restored = {}
+        self._desk = IncidentDesk(self._reporter, self.close_after, self._desk.count)
+        self._voted = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Another batch, another measurement."""
-        self._measured.clear()
+        if self._measuring is not None:
+            self._measuring.batch_started()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Add up the loss of the accumulation window."""
-        detached = loss.detach()
-        self._loss = detached if self._loss is None else self._loss + detached
+        if self._measuring is not None:
+            self._measuring.take_loss(trainer, loss, scan=self.current is not None)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure, ask, and pass the verdict on."""
-        index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
-        if isinstance(optimizer, LBFGS):
-            # Its closure runs many times per step; the first run sees the state of the step.
-            if index in self._measured:
-                self._loss = None
-                return
-            self._measured.add(index)
-        stats = self._measure(trainer, index, optimizer)
-        anomaly = self._ask(stats)
-        if anomaly is not None:
-            weights, moments = self._meters[index].audit()
-            anomaly = with_damage(anomaly, weights, moments)
-            self._raise(trainer, pl_module, anomaly, stats)
-        if anomaly is None or anomaly.observe_only:
-            self._accept(trainer, pl_module, stats)
-
-    def _measure(self, trainer: Trainer, index: int, optimizer: Optimizer) -> StepStats:
-        scaler = loss_scaler(trainer)
-        if scaler is not None:
-            unscale(scaler, optimizer)
-        scale = learning_rate_scale(optimizer)
-        meter = self._meters[index]
-        if meter.stale:
-            named = trainer.lightning_module.named_parameters()
-            meter = self._meters[index] = StepMeter(named, optimizer, index)
-        count, every = meter.count + 1, self.details_every
-        stats = meter.measure(
-            trainer.global_step,
-            self._loss,
-            loss_scale=None if scaler is None else scaler._scale,
-            learning_rates=scale.effective(),
-            nominal_learning_rates=scale.nominal(),
-            # While an incident is open, at every step: what returns is to be found at its origin.
-            scan_weights=count % self.scan_weights_every == 0 or self.current is not None,
-            details=every > 0 and count % every == 0,
-        )
-        self._loss = None
+        assert self._measuring is not None
+        stats = self._measuring.measure(trainer, optimizer, scan=self.current is not None)
+        if stats is None:
+            return
         if stats.details:
             self.details.append(stats)
-        return stats
+        anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
+        if not shared:
+            self._suspect(trainer, pl_module, Voted(stats, anomaly))
+            return
+        if anomaly is not None:
+            anomaly = self._raise(trainer, pl_module, anomaly, stats)
+        if anomaly is None or anomaly.observe_only:
+            self._accept(trainer, pl_module, stats)
+            self._settle(trainer, pl_module, stats)
 
-    def _ask(self, stats: StepStats) -> Anomaly | None:
-        """The first objection; one that only asks to be told of gives way to any other."""
-        told: Anomaly | None = None
-        for detector in self._sets[stats.optimizer]:
-            regimes = getattr(detector, "regimes", 0)
-            anomaly = detector.check(stats)
-            if anomaly is not None and not anomaly.observe_only:
-                return anomaly
-            told = told or anomaly
-            if getattr(detector, "regimes", 0) > regimes:
-                self._reporter.say(
-                    f"step {stats.step}: {type(detector).__name__} accepts the values of late as "
-                    "the new normal and learns anew"
-                )
-        return told
+    def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
+        """Veto or accept a step for this rank alone, until all have voted on it."""
+        self._voted = voted
+        if voted.vote.objected:
+            call_hook("on_suspicion", trainer, pl_module, voted.anomaly)
+        else:
+            self._accept(trainer, pl_module, voted.stats)
+        self._council.vote(voted.vote)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the votes on the step, if it was voted on, before anything else sees it."""
+        voted, self._voted = self._voted, None
+        if voted is None:
+            return
+        votes, stats, anomaly = self._council.count(), voted.stats, voted.anomaly
+        apart = disagreement(stats, votes)
+        if apart is not None:
+            self._council.adopt_books(callbacks_of(trainer))
+            self._raise(trainer, pl_module, apart, stats)
+            return
+        if anomaly is not None and all(vote.objected or vote.told for vote in votes):
+            anomaly = self._raise(trainer, pl_module, anomaly, stats)
+        if not voted.vote.objected and (anomaly is None or anomaly.observe_only):
+            self._settle(trainer, pl_module, stats)
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
-        for detector in self._sets[stats.optimizer]:
-            detector.update(stats)
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
-            self._reporter.step(stats, self._count)
-        self._healthy += 1
+            self._reporter.step(stats, self._desk.count)
         call_hook("on_healthy_step", trainer, pl_module, stats)
-        if self.current is None or self._healthy < self.close_after:
-            return
-        # A rollback comes by the step of the anomaly again: it is not over before.
-        if stats.step >= self.current.anomaly.step + self.close_after:
-            outcome = "recovered" if self.current.responses else "observed"
-            self._close(trainer, pl_module, outcome)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+        """Learn from a step that all ranks have accepted."""
+        self._panel.learn(stats)
+        self._desk.healthy(trainer, pl_module, stats.step)
 
     def _raise(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
-    ) -> None:
-        self._healthy = 0
+    ) -> Anomaly:
+        """Open an incident, or strike again; on all ranks or none."""
+        anomaly = with_damage(anomaly, *self._council.audit(*self._meters[stats.optimizer].audit()))
         opening = self.current is None
-        if self.current is None:
-            self._count += 1
-            self.current = Incident(
-                self._count,
-                anomaly,
-                epoch=trainer.current_epoch,
-                batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
-                record=self._reporter.record_path,
-            )
-            self.incidents.append(self.current)
-        else:
-            self.current.strike(anomaly)
-        self.current.stats = stats
-        call_hook("on_incident", trainer, pl_module, self.current)
+        incident = self._desk.strike(trainer, anomaly)
+        incident.stats, incident.gather = stats, self._council.gather
+        call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_scale(trainer.optimizers[stats.optimizer])
         self._meters[stats.optimizer].expect(scale.effective())
         if opening:
-            self._reporter.opened(self.current)
+            self._reporter.opened(incident)
+        return anomaly
 
-    def _close(self, trainer: Trainer, pl_module: LightningModule, outcome: Any) -> None:
-        incident, self.current = self.current, None
-        if incident is None:
-            return
-        incident.outcome, incident.closed_step = outcome, trainer.global_step
-        self._reporter.closed(incident)
-        call_hook("on_incident_closed", trainer, pl_module, incident)
+    @property
+    def _meters(self) -> dict[int, StepMeter]:
+        return {} if self._measuring is None else self._measuring.meters
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights were put back: the next update cannot be measured against the last."""
@@ -243,26 +235,28 @@ class GradientMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open and print the summary."""
-        self._close(trainer, pl_module, "unresolved")
+        self._desk.close(trainer, pl_module, "unresolved")
         self._reporter.summary(self.incidents)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Keep the record complete when the fit ends in an exception."""
-        if not self._meters:
+        if self._measuring is None:
             return
-        outcome = "stopped" if isinstance(exception, TrainingStopped) else "unresolved"
-        self._close(trainer, pl_module, outcome)
+        stopped = isinstance(exception, TrainingStopped)
+        self._desk.close(trainer, pl_module, "stopped" if stopped else "unresolved")
         self._reporter.summary(self.incidents)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say so when somebody saves weights that are non-finite, outside of an incident."""
-        if self.current is not None:
+        if self.current is not None or self._measuring is None:
             return
         bad = [name for meter in self._meters.values() for name in meter.audit()[0]]
+        if self._council.sharded:
+            bad = [*self._council.audit(bad, ())[0]]
         if bad:
             self._reporter.say(
                 f"a checkpoint saved at step {trainer.global_step} holds non-finite weights, first "
@@ -270,32 +264,23 @@ class GradientMonitor(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the parameters."""
-        self._meters = {}
+        """Let go of the parameters and the other ranks."""
+        self._measuring = None
+        self._council.close()
 
     def rewindable_state(self) -> dict[str, Any]:
         """The detectors' windows."""
-        return {str(i): [d.state_dict() for d in found] for i, found in self._sets.items()}
+        return self._panel.state_dict()
 
     def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
         """Put the detectors' windows back."""
-        self._load_detectors(state)
-
-    def _load_detectors(self, state: Mapping[str, Any]) -> None:
-        for index, saved in state.items():
-            found = self._sets.get(int(index), [])
-            if len(found) == len(saved):
-                for detector, detector_state in zip(found, saved, strict=True):
-                    detector.load_state_dict(detector_state)
+        self._panel.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Incidents so far and the detectors' windows."""
-        return {
-            "incidents": self._count,
-            "detectors": self.rewindable_state(),
-        }
+        return {"incidents": self._desk.count, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put them back; the windows once the detectors exist."""
-        self._count = int(state_dict["incidents"])
+        self._desk.count = int(state_dict["incidents"])
         self._restored = state_dict["detectors"]

@@ -17,6 +17,11 @@ from lit_stability.trainer_state import logger_step, run_directory
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
+def only_warnings(record: logging.LogRecord) -> bool:
+    """A filter for the log of ranks other than the first."""
+    return record.levelno >= logging.WARNING
+
+
 class Reporter:
     """Tells each thing once, from rank zero.
 
@@ -26,6 +31,8 @@ class Reporter:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        if not trainer.is_global_zero:
+            log.addFilter(only_warnings)
         self._writer = StabilityWriter(trainer.loggers)
         directory = run_directory(trainer)
         self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, Trainer
 
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_state import callbacks_of, sharing, why_untried
 
 
 def require_monitor(trainer: Trainer, callback: Callback) -> None:
@@ -25,15 +25,33 @@ def require_monitor(trainer: Trainer, callback: Callback) -> None:
         )
 
 
-def require_one_device(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a callback that acts in a trainer with several devices.
+def require_tried_strategy(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a callback that acts under a strategy that it was never run under.
 
     Raises:
         RuntimeError: saying why, and what can be done.
     """
-    if trainer.world_size > 1:
+    strategy = type(trainer.strategy).__name__
+    monitors = [c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor)]
+    allowed = any(strategy in monitor.allow_strategies for monitor in monitors)
+    if sharing(trainer) == "untried" and not allowed:
         raise RuntimeError(
-            f"{type(callback).__name__} acts on one device, this trainer has {trainer.world_size}: "
-            "what one rank alone decides would leave the others waiting. Train on one device, or "
-            "keep GradientMonitor alone, which only observes"
+            f"{type(callback).__name__} was not run under {strategy}: {why_untried(trainer)}. "
+            "Train on one device, with DDP or with FSDP2, keep GradientMonitor alone, which only "
+            f"observes, or try it with GradientMonitor(allow_strategies=({strategy!r},))"
         )
+
+
+def require_whole_optimizers(trainer: Trainer, callback: Callback) -> None:
+    """Refuse optimizers that hold a part of their state only, and gather it in collectives.
+
+    Raises:
+        RuntimeError: naming the optimizer.
+    """
+    for optimizer in trainer.optimizers:
+        if hasattr(optimizer, "consolidate_state_dict"):
+            raise RuntimeError(
+                f"{type(callback).__name__} cannot put back the state of a "
+                f"{type(optimizer).__name__}, which each rank holds a part of; use FSDP2 to "
+                "shard optimizer state"
+            )

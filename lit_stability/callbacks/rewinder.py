@@ -86,6 +86,7 @@ class Rewinder:
         """Forget what happened since the last optimizer step."""
         self._window_is_new = True
         self.stepped = False
+        self._accepted = 0
         self._vetoed = False
         self._scaler_state: dict[str, Any] | None = None
         self._counts: list[tuple[Optimizer, dict[torch.Tensor, dict[str, Any]]]] = []
@@ -147,10 +148,9 @@ class Rewinder:
             self.ring.entries[-1].step = self._trainer.global_step
 
     def healthy(self) -> None:
-        """Count an accepted step."""
+        """Count an accepted step, at the end of its batch: another rank may turn out to object."""
         self.stepped = True
-        self._since += 1
-        self.snapshots.healthy()
+        self._accepted += 1
 
     def veto(self, optimizer: Optimizer) -> None:
         """Keep an optimizer from moving anything at the step it is about to take.
@@ -160,6 +160,8 @@ class Rewinder:
         """
         for parameter in parameters_of(optimizer):
             parameter.grad = None
+        if any(vetoed is optimizer for vetoed, _ in self._counts):
+            return
         self._counts.append((optimizer, _counts(optimizer)))
         uncount_step(self._trainer)
         if not self._vetoed:
@@ -287,6 +289,10 @@ class Rewinder:
         self.ring.check_spoilt()
         if not self._vetoed:
             make_up_for(self._trainer, self.ring.left_out[self._trainer.current_epoch])
+        if not self._vetoed:
+            self._since += self._accepted
+            for _ in range(self._accepted):
+                self.snapshots.healthy()
         if self._vetoed or self.stepped:
             self._begin_window()
 

@@ -5,10 +5,12 @@ flagged or non-finite value never enters a window. One instance serves one optim
 No file of this folder imports torch or Lightning.
 """
 
+from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
 from lit_stability.detectors.bounds import LayerBounds
 from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.nonfinite import NonFinite
+from lit_stability.detectors.panel import Panel
 from lit_stability.detectors.spike import Spike
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.window import Window
@@ -22,11 +24,16 @@ __all__ = [
     "LearningRateJump",
     "NonFinite",
     "OptimizerState",
+    "Panel",
+    "Replicas",
     "Spike",
     "UpdateSpike",
+    "Vote",
     "Window",
     "default_detectors",
+    "disagreement",
     "flagged",
+    "rates_differ",
     "with_damage",
 ]
 

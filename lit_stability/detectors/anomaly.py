@@ -20,6 +20,7 @@ Kind = Literal[
     "update spike",
     "optimizer state",
     "layer bound",
+    "rank disagreement",
 ]
 
 
@@ -86,7 +87,11 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
 
 @runtime_checkable
 class Detector(Protocol):
-    """What `GradientMonitor` asks of a detector."""
+    """What `GradientMonitor` asks of a detector.
+
+    One that looks neither at gradients nor at anything that differs from rank to rank may say so
+    by ``shared_by_ranks = "yes"``: it is then asked before gradients are looked at.
+    """
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Say what is wrong with a step, or None."""

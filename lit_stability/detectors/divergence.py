@@ -38,6 +38,8 @@ class Divergence:
     [8]
     """
 
+    shared_by_ranks = "yes"
+
     def __init__(
         self,
         *,

@@ -21,6 +21,9 @@ class NonFinite:
     'non-finite loss'
     """
 
+    shared_by_ranks = "in part"
+    """Weights and loss are; gradients are not."""
+
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
         if stats.bad_weights:

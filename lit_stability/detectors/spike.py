@@ -59,6 +59,7 @@ class Spike:
         self.signal: Literal["grad_norm", "loss"] = signal
         self.ratio, self.sigmas = ratio, sigmas
         self.min_history, self.give_up = min_history, give_up
+        self.shared_by_ranks = "yes" if signal == "loss" else "no"
         self.window = Window(window)
         self.refusals = 0
         self.regimes = 0

@@ -14,6 +14,8 @@ from lit_stability.stats import StepStats
 class _RatioWindow:
     """The update-to-weight ratio over the learning rate, in logarithms, of accepted steps."""
 
+    shared_by_ranks = "yes"
+
     def __init__(self, *, ratio: float, floor: float, window: int, min_history: int) -> None:
         require(ratio > 1, "ratio", ratio, "greater than 1")
         require(floor > 0, "floor", floor, "greater than 0")
@@ -184,6 +186,8 @@ class OptimizerState:
     >>> OptimizerState().check(zeroed).kind
     'optimizer state'
     """
+
+    shared_by_ranks = "yes"
 
     def __init__(self, share: float = 0.5) -> None:
         require(0 < share < 1, "share", share, "in (0, 1)")

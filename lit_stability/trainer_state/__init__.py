@@ -13,9 +13,17 @@ from lit_stability.trainer_state.progress import (
     uncount_step,
 )
 from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
+from lit_stability.trainer_state.scene import save_scene_checkpoint
 from lit_stability.trainer_state.snapshot import StepStart, TrainingSnapshot
+from lit_stability.trainer_state.strategies import (
+    ranks_of,
+    reshard,
+    sharing,
+    why_untried,
+)
 from lit_stability.trainer_state.view import (
     callbacks_of,
+    ends_window,
     log_every,
     logger_step,
     loss_scaler,
@@ -27,6 +35,7 @@ LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
 """Oldest and newest version of lightning that the tests were run on."""
 
 PRIVATE = (
+    "_checkpoint_connector._get_loops_state_dict",
     "_logger_connector._callback_metrics",
     "_logger_connector._current_fx",
     "_logger_connector._first_loop_iter",
@@ -35,6 +44,7 @@ PRIVATE = (
     "fit_loop._data_fetcher",
     "fit_loop.epoch_loop._batches_that_stepped",
     "fit_loop.epoch_loop._results",
+    "fit_loop.epoch_loop._should_accumulate",
     "fit_loop.epoch_loop._skip_next_val",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress",
     "fit_loop.epoch_loop.batch_progress.is_last_batch",
@@ -59,11 +69,17 @@ __all__ = [
     "StepStart",
     "TrainingSnapshot",
     "callbacks_of",
+    "ends_window",
     "log_every",
     "logger_step",
     "loss_scaler",
     "make_up_for",
+    "ranks_of",
+    "reshard",
     "run_directory",
+    "save_scene_checkpoint",
+    "sharing",
     "uncount_step",
     "unscale",
+    "why_untried",
 ]

@@ -15,6 +15,11 @@ def logger_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def ends_window(trainer: Trainer) -> bool:
+    """Whether the batch at hand is the last before an optimizer step; automatic mode only."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 def log_every(trainer: Trainer) -> int:
     """Steps between writes to the loggers, at least 1."""
     return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]

@@ -133,13 +133,6 @@ def test_bad_batch_does_not_make_the_loss_scaler_back_off(tmp_path):
     assert scales[0] == scales[1]
 
 
-def test_several_devices_are_refused_with_the_reason(tmp_path):
-    trainer = make_trainer(tmp_path, stability_callbacks(), devices=2, strategy="ddp_spawn")
-    callback = trainer.callbacks[2]
-    with pytest.raises(RuntimeError, match="acts on one device, this trainer has 2"):
-        callback.setup(trainer, Regression(), "fit")
-
-
 @pytest.mark.parametrize("option", ["snapshot_every", "confirm_after", "relax_after"])
 def test_option_out_of_range_is_refused_with_its_value(option):
     with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):

@@ -1,0 +1,75 @@
+"""What a `GradientMonitor` and its fellows on the other ranks say to each other.
+
+The protocol is told in `lit_stability.ranks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lit_stability.detectors import Vote
+from lit_stability.ranks import Ranks, Summed
+
+
+class Council:
+    """Findings, votes and books of several ranks; on one rank, its own.
+
+    Args:
+        ranks: the ranks, None for one on its own.
+    """
+
+    def __init__(self, ranks: Ranks | None) -> None:
+        self._ranks = ranks
+        self._votes: Summed | None = None
+
+    @property
+    def votes(self) -> bool:
+        """Whether a step that looks good in the shared numbers is voted on."""
+        return self._ranks is not None and self._ranks.overlapped
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds a part of the weights only."""
+        return self._ranks is not None and not self._ranks.replicas
+
+    def gather(self, said: Any) -> list[Any]:
+        """What each rank says; to be called by all of them or none."""
+        return [said] if self._ranks is None else self._ranks.gather(said)
+
+    def audit(
+        self, weights: Sequence[str], moments: Sequence[str]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names that any rank found something bad in; to be called by all of them or none."""
+        said = self.gather((tuple(weights), tuple(moments)))
+        return _union(w for w, _ in said), _union(m for _, m in said)
+
+    def vote(self, vote: Vote) -> None:
+        """Send this rank's vote on the step."""
+        assert self._ranks is not None
+        self._votes = self._ranks.vote(vote.row())
+
+    def count(self) -> list[Vote]:
+        """The votes of all ranks on the step."""
+        assert self._votes is not None
+        votes, self._votes = self._votes, None
+        _, rows = votes.split(votes.wait().tolist())
+        return [Vote.from_row(row) for row in rows]
+
+    def adopt_books(self, owners: Iterable[Any]) -> None:
+        """Give everybody who keeps books those of rank 0: what is spent, and what is in force."""
+        assert self._ranks is not None
+        keepers = [owner for owner in owners if hasattr(owner, "load_books")]
+        adopted = self._ranks.from_first([keeper.books() for keeper in keepers])
+        for keeper, books in zip(keepers, adopted, strict=True):
+            keeper.load_books(books)
+
+    def close(self) -> None:
+        """Part."""
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+
+
+def _union(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group))

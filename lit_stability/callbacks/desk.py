@@ -1,0 +1,81 @@
+"""Where incidents are opened, struck again and closed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.reporting import Reporter
+from lit_stability.detectors import Anomaly, Vote
+from lit_stability.incidents import Incident, Outcome
+from lit_stability.stats import StepStats
+
+
+class IncidentDesk:
+    """The incidents of a fit, of which one at most is open.
+
+    Args:
+        reporter: who tells people, None before a fit.
+        close_after: healthy steps that close an incident.
+        count: incidents of the run before this fit.
+    """
+
+    def __init__(self, reporter: Reporter | None, close_after: int, count: int) -> None:
+        self.reporter, self.close_after, self.count = reporter, close_after, count
+        self.incidents: list[Incident] = []
+        self.current: Incident | None = None
+        self._healthy = 0
+
+    def strike(self, trainer: Trainer, anomaly: Anomaly) -> Incident:
+        """Open an incident, or take the anomaly up in the open one."""
+        self._healthy = 0
+        if self.current is not None:
+            self.current.strike(anomaly)
+            return self.current
+        self.count += 1
+        self.current = Incident(
+            self.count,
+            anomaly,
+            epoch=trainer.current_epoch,
+            batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+            record=None if self.reporter is None else self.reporter.record_path,
+        )
+        self.incidents.append(self.current)
+        return self.current
+
+    def healthy(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Count a healthy step; enough of them close the open incident."""
+        self._healthy += 1
+        if self.current is None or self._healthy < self.close_after:
+            return
+        # A rollback comes by the step of the anomaly again: it is not over before.
+        if step >= self.current.anomaly.step + self.close_after:
+            outcome: Outcome = "recovered" if self.current.responses else "observed"
+            self.close(trainer, pl_module, outcome)
+
+    def close(self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome) -> None:
+        """Close the open incident, if there is one, and tell everybody."""
+        incident, self.current = self.current, None
+        if incident is None:
+            return
+        incident.outcome, incident.closed_step = outcome, trainer.global_step
+        if self.reporter is not None:
+            self.reporter.closed(incident)
+        call_hook("on_incident_closed", trainer, pl_module, incident)
+
+
+@dataclass(frozen=True)
+class Voted:
+    """A step whose votes are on their way."""
+
+    stats: StepStats
+    anomaly: Anomaly | None
+    """What this rank makes of it."""
+
+    @property
+    def vote(self) -> Vote:
+        """In numbers."""
+        told = self.anomaly is not None and self.anomaly.observe_only
+        return Vote(self.anomaly is not None and not told, self.stats.grad_norm, told)

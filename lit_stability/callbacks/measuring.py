@@ -1,0 +1,115 @@
+"""What `GradientMonitor` measures, and when in Lightning's step."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.meter import StepMeter
+from lit_stability.rank_meter import RankMeter
+from lit_stability.ranks import Ranks
+from lit_stability.stats import StepStats
+from lit_stability.trainer_state import ends_window, loss_scaler, unscale
+
+
+class Measuring:
+    """One meter per optimizer, and the loss of the accumulation window.
+
+    Args:
+        trainer: at the start of its fit.
+        pl_module: in training.
+        ranks: those who measure together, None for a rank on its own.
+        scan_weights_every: optimizer steps between full scans of the weights.
+        details_every: optimizer steps between measurements of distributions; 0 for never.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        ranks: Ranks | None,
+        *,
+        scan_weights_every: int,
+        details_every: int,
+    ) -> None:
+        self._module, self._ranks = pl_module, ranks
+        self._scan_every, self._details_every = scan_weights_every, details_every
+        self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}
+        for optimizer in trainer.optimizers:
+            learning_rate_scale(optimizer)
+        self._loss: Tensor | None = None
+        self._measured: set[int] = set()
+
+    def batch_started(self) -> None:
+        """Another batch, another measurement."""
+        self._measured.clear()
+
+    def take_loss(self, trainer: Trainer, loss: Tensor, *, scan: bool) -> None:
+        """Add up the loss; with the last of the window the ranks begin to measure.
+
+        Args:
+            trainer: before backward.
+            loss: of the batch.
+            scan: scan the weights, whether it is their turn or not: while an incident is open,
+                what returns is to be found at its origin.
+        """
+        detached = loss.detach()
+        self._loss = detached if self._loss is None else self._loss + detached
+        if self._ranks is None or not self._ranks.overlapped or not ends_window(trainer):
+            return
+        meter = self._meter(0, trainer.optimizers[0])
+        assert isinstance(meter, RankMeter)
+        scaler = loss_scaler(trainer)
+        meter.begin(
+            self._loss,
+            loss_scale=None if scaler is None else scaler._scale,
+            learning_rates=learning_rate_scale(trainer.optimizers[0]).effective(),
+            scan_weights=scan or self._is_due(meter, self._scan_every),
+        )
+
+    def measure(self, trainer: Trainer, optimizer: Optimizer, *, scan: bool) -> StepStats | None:
+        """Measure a step, before it is taken; None for one that was measured already.
+
+        Args:
+            trainer: in the optimizer's step.
+            optimizer: whose gradients to measure.
+            scan: as in `take_loss`.
+        """
+        index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+        if isinstance(optimizer, LBFGS) and index in self._measured:
+            # Its closure runs many times per step; the first run sees the state of the step.
+            self._loss = None
+            return None
+        self._measured.add(index)
+        scaler = loss_scaler(trainer)
+        if scaler is not None:
+            unscale(scaler, optimizer)
+        scale = learning_rate_scale(optimizer)
+        meter = self._meter(index, optimizer)
+        loss, self._loss = self._loss, None
+        return meter.measure(
+            trainer.global_step,
+            loss,
+            loss_scale=None if scaler is None else scaler._scale,
+            learning_rates=scale.effective(),
+            nominal_learning_rates=scale.nominal(),
+            scan_weights=scan or self._is_due(meter, self._scan_every),
+            details=self._is_due(meter, self._details_every),
+        )
+
+    def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:
+        if self.meters[index].stale:
+            self.meters[index] = self._make(index, optimizer)
+        return self.meters[index]
+
+    def _make(self, index: int, optimizer: Optimizer) -> StepMeter:
+        named = self._module.named_parameters()
+        if self._ranks is None:
+            return StepMeter(named, optimizer, index)
+        return RankMeter(named, optimizer, index, self._ranks)
+
+    @staticmethod
+    def _is_due(meter: StepMeter, every: int) -> bool:
+        return every > 0 and (meter.count + 1) % every == 0

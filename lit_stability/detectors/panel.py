@@ -1,0 +1,113 @@
+"""The detectors of every optimizer: asked in order, taught together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from lit_stability.detectors.agreement import Replicas, rates_differ
+from lit_stability.detectors.anomaly import Anomaly, Detector
+from lit_stability.stats import StepStats
+
+Part = Literal["all", "shared", "own"]
+
+
+class Panel:
+    """One set of detectors per optimizer.
+
+    Args:
+        detectors: what to ask, in order; every optimizer gets copies.
+        optimizers: their indices.
+        say: called with a line when a detector accepts a new regime.
+    """
+
+    def __init__(
+        self, detectors: Sequence[Detector], optimizers: Iterable[int], say: Callable[[str], None]
+    ) -> None:
+        self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
+        self._say = say
+        self._replicas = Replicas()
+
+    def verdict(self, stats: StepStats, *, voting: bool) -> tuple[Anomaly | None, bool]:
+        """What is wrong with a step, and whether all ranks are known to have found the same.
+
+        Args:
+            stats: of the step.
+            voting: whether the ranks vote on what they find in the gradients, which may be their
+                own; see `lit_stability.ranks`. Otherwise all that is measured they have alike.
+        """
+        anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")
+        anomaly = self._compare_weights(anomaly, stats)
+        if not voting:
+            return anomaly, True
+        if anomaly is None or anomaly.observe_only:
+            return self.ask(stats, "own") or anomaly, False
+        if anomaly.signal == "loss" and not anomaly.layers:
+            anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
+        return anomaly, True
+
+    def _compare_weights(self, anomaly: Anomaly | None, stats: StepStats) -> Anomaly | None:
+        compared = not self._replicas.given_up
+        if anomaly is None:
+            anomaly = self._replicas.check(stats)
+        else:
+            anomaly = self._replicas.explain(anomaly, stats)
+        if compared and self._replicas.given_up:
+            self._say(
+                f"step {stats.step}: the ranks' weights differ from the start of the fit on, and "
+                "are not compared"
+            )
+        return anomaly
+
+    def ask(self, stats: StepStats, part: Part = "all") -> Anomaly | None:
+        """The first objection; one that only asks to be told of gives way to any other.
+
+        Args:
+            stats: of the step.
+            part: "shared" for what follows from numbers other than gradients, "own" for the rest;
+                a detector that has no ``shared_by_ranks`` belongs to the rest.
+        """
+        seen = stats if part != "shared" else _without_gradients(stats)
+        told: Anomaly | None = None
+        for detector in self._sets[stats.optimizer]:
+            if not _belongs(detector, part):
+                continue
+            regimes = getattr(detector, "regimes", 0)
+            anomaly = detector.check(seen)
+            if anomaly is not None and not anomaly.observe_only:
+                return anomaly
+            told = told or anomaly
+            if getattr(detector, "regimes", 0) > regimes:
+                self._say(
+                    f"step {stats.step}: {type(detector).__name__} accepts the values of late as "
+                    "the new normal and learns anew"
+                )
+        return told
+
+    def learn(self, stats: StepStats) -> None:
+        """Teach an accepted step."""
+        for detector in self._sets[stats.optimizer]:
+            detector.update(stats)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detectors' windows."""
+        return {str(i): [d.state_dict() for d in found] for i, found in self._sets.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put windows back, of sets that are as long."""
+        for index, saved in state.items():
+            found = self._sets.get(int(index), [])
+            if len(found) == len(saved):
+                for detector, detector_state in zip(found, saved, strict=True):
+                    detector.load_state_dict(detector_state)
+
+
+def _belongs(detector: Detector, part: Part) -> bool:
+    shared = getattr(detector, "shared_by_ranks", "no")
+    return part == "all" or shared == "in part" or (shared == "yes") == (part == "shared")
+
+
+def _without_gradients(stats: StepStats) -> StepStats:
+    return replace(stats, grad_norm=0.0, names=(), grad_norms=(), details=())

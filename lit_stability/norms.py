@@ -1,0 +1,69 @@
+"""Norms of many tensors in one pass, and the one copy to the host.
+
+May import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_stability.sampling import real
+from lit_stability.shards import local
+
+
+def dense(grad: Tensor) -> Tensor:
+    """The elements that this rank holds of a gradient."""
+    grad = local(grad)
+    return real(grad.coalesce().values() if grad.is_sparse else grad)
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Norms, in one tensor; in fp32 whatever the tensors' own format: fp16 would overflow."""
+    if not tensors:
+        return []
+    types = {t.dtype for t in tensors}
+    if types == {torch.float32} and len({t.device for t in tensors}) == 1:
+        return [torch.stack(torch._foreach_norm(list(tensors), 2.0))]
+    tensors = [real(t) for t in tensors]
+    types = {t.dtype for t in tensors}
+    wide = types <= {torch.float32, torch.float64}
+    widest = torch.float64 if torch.float64 in types else torch.float32
+    kwargs: dict[str, Any] = {} if wide else {"dtype": widest}
+    norms = torch._foreach_norm(tensors, 2.0, **kwargs)
+    device = norms[0].device
+    return [torch.stack([n.to(device=device, dtype=torch.float32) for n in norms])]
+
+
+def to_host(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[float]]:
+    """The one copy to the host of an optimizer step."""
+    tensors = [t for group in parts.values() for t in group]
+    if not tensors:
+        return {key: [] for key in parts}
+    device = tensors[0].device
+    flat = torch.cat([t if t.device == device else t.to(device) for t in tensors]).tolist()
+    out: dict[str, list[float]] = {}
+    start = 0
+    for key, group in parts.items():
+        end = start + sum(t.numel() for t in group)
+        out[key] = flat[start:end]
+        start = end
+    return out
+
+
+def non_finite(names: Sequence[str], norms: Sequence[float]) -> tuple[str, ...]:
+    """The names whose norm is not finite, each once."""
+    return tuple(
+        dict.fromkeys(n for n, w in zip(names, norms, strict=False) if not math.isfinite(w))
+    )
+
+
+def total(norms: Sequence[float]) -> float:
+    """Norm of the whole from the norms of its parts; NaN if a part is NaN, Inf if one is Inf."""
+    if any(n != n for n in norms):
+        return math.nan
+    return math.sqrt(math.fsum(n * n for n in norms))

@@ -1,0 +1,50 @@
+"""The complete state of a Trainer, as evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch import Trainer
+
+from lit_stability.trainer_state.strategies import sharing
+from lit_stability.trainer_state.view import callbacks_of
+
+
+def save_scene_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Save what Lightning saves, for study.
+
+    Under DDP only rank 0 is to call it: it waits for nobody, as the other ranks may not have seen
+    anything. Therefore it calls no hook of a user's, which might wait, and the states of callbacks
+    are those of Lightning's and of this package. Under FSDP2 all ranks are to call it.
+    """
+    if sharing(trainer) != "replicas":
+        trainer.save_checkpoint(path, weights_only=False)
+        return
+    trainer.strategy.save_checkpoint(_dump(trainer), path)
+
+
+def _dump(trainer: Trainer) -> dict[str, Any]:
+    module, precision = trainer.lightning_module, trainer.precision_plugin
+    checkpoint = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": module.state_dict(),
+        "loops": trainer._checkpoint_connector._get_loops_state_dict(),
+        "callbacks": {
+            c.state_key: state
+            for c in callbacks_of(trainer)
+            if type(c).__module__.split(".")[0] in _KNOWN and (state := c.state_dict())
+        },
+        "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams),
+    }
+    if state := precision.state_dict():
+        checkpoint[type(precision).__qualname__] = state
+    return checkpoint
+
+
+_KNOWN = ("lightning", "pytorch_lightning", "lit_stability")

@@ -1,0 +1,205 @@
+"""What the ranks run for tests/test_ranks.py: small fits, with a fault on one rank."""
+
+import logging
+import warnings
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_stability import TrainingStopped, stability_callbacks
+from lit_stability.faults import FaultInjector
+
+logging.getLogger("lightning").setLevel(logging.ERROR)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class Net(LightningModule):
+    """An uneven width, and a bias too small to be cut in two: rank 1 holds nothing of it."""
+
+    def __init__(self, sharded, dropout=0.1):
+        super().__init__()
+        norm = nn.LayerNorm(31) if sharded else nn.BatchNorm1d(31)
+        self.net = nn.Sequential(
+            nn.Linear(9, 31), norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(31, 1)
+        )
+        self.sharded, self.losses = sharded, []
+
+    def configure_model(self):
+        if self.sharded:
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+    def loss(self, batch):
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x).squeeze(-1), y)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.loss(batch)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=400)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Manual(Net):
+    """Two optimizers that take turns in every batch."""
+
+    def __init__(self, sharded, dropout=0.1):
+        super().__init__(sharded, dropout)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            optimizer.step()
+        self.losses.append(float(loss.detach()))
+
+    def configure_optimizers(self):
+        trunk, head = self.net[:4].parameters(), self.net[4].parameters()
+        return [torch.optim.AdamW(trunk, 1e-2), torch.optim.SGD(head, 1e-2, momentum=0.9)]
+
+
+def batches(rank, ranks, count=60, leave_out=()):
+    """Each rank's own batches; an index means the same data whatever else is left out."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(count * ranks * 8, 9, generator=g)
+    y = x @ torch.arange(9.0) / 9 + 0.1 * torch.randn(len(x), generator=g)
+    x, y = (t.view(count, ranks, 8, -1)[:, rank] for t in (x, y))
+    keep = [i for i in range(count) if i not in leave_out]
+    return DataLoader(TensorDataset(x[keep].flatten(0, 1), y[keep].flatten()), 8)
+
+
+class Truth(Callback):
+    """The norm of the whole gradient, put together from its shards; to stand before the suite."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norms.append([float(whole([p.grad]).norm()) for p in pl_module.parameters()])
+
+
+class Tape(Callback):
+    """Accepted steps, the count after every batch, and the collectives asked for in python."""
+
+    def __init__(self):
+        self.stats, self.steps, self.calls = [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self._count, self._originals = [], {}
+        for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "barrier"):
+            self._originals[name] = getattr(dist, name)
+            setattr(dist, name, self._counting(name))
+
+    def _counting(self, name):
+        original = self._originals[name]
+
+        def counted(*args, **kwargs):
+            self._count.append(name if kwargs.get("async_op") is None else f"{name} async")
+            return original(*args, **kwargs)
+
+        return counted
+
+    def on_healthy_step(self, trainer, pl_module, stats):
+        self.stats.append(stats)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.steps.append(trainer.global_step)
+        self.calls.append(tuple(self._count))
+        self._count.clear()
+
+    def teardown(self, trainer, pl_module, stage):
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def whole(tensors):
+    """All in one tensor, put together from their shards."""
+    full = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors)
+    return torch.cat([t.detach().double().flatten() for t in full])
+
+
+def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, leave_out=(), val=False, **options):
+    """Train this rank's share from a seed."""
+    seed_everything(0, verbose=False)
+    net = module(name == "fsdp2", dropout)
+    strategy = ModelParallelStrategy(2, 1) if name == "fsdp2" else name
+    if options.pop("fp16", False):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=20)
+        options["plugins"] = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    defaults = {
+        "max_steps": 50,
+        "accelerator": "cpu",
+        "devices": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": root,
+    }
+    trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
+    data = batches(trainer.global_rank, 2, leave_out=leave_out)
+    torch.manual_seed(trainer.global_rank)
+    trainer.fit(net, data, batches(trainer.global_rank, 2, count=2) if val else None)
+    return net, trainer
+
+
+def outcome(root, name, faults=(), *, suite=True, checkpoint=False, **options):
+    """What a rank tells of a fit with these faults."""
+    tape, truth, suite = Tape(), Truth(), stability_callbacks() if suite else []
+    callbacks = [FaultInjector(list(faults))] if faults else [truth]
+    callbacks += [*suite, tape]
+    if checkpoint:
+        callbacks.append(ModelCheckpoint(root / "saved", every_n_train_steps=1, save_top_k=-1))
+    try:
+        net, trainer = fit_rank(root, name, callbacks, enable_checkpointing=checkpoint, **options)
+    except TrainingStopped as stopped:
+        return {"stopped": stopped.args[0].split(". Record")[0], "incidents": told(suite)}
+    return {
+        "incidents": told(suite),
+        "messages": [i.first.message for i in suite[0].incidents] if suite else [],
+        "evidence": [i.evidence for i in suite[0].incidents] if suite else [],
+        "books": suite[2].state_dict() if suite else {},
+        "weights": whole(net.parameters()),
+        "buffers": whole([torch.zeros(1), *net.buffers()]),
+        "step": trainer.global_step,
+        "steps": tape.steps,
+        "stats": tape.stats,
+        "calls": tape.calls,
+        "losses": net.losses,
+        "norms": truth.norms,
+    }
+
+
+def told(suite):
+    """Incidents as both ranks must have them."""
+    return [
+        (i.id, i.first.kind, i.first.step, i.strikes, i.responses, i.outcome)
+        for i in (suite[0].incidents if suite else [])
+    ]
+
+
+def outcomes(root, name, cases):
+    """Several fits one after the other; each in a folder of its own."""
+    warnings.simplefilter("ignore")
+    return {
+        label: outcome(root / label.replace(" ", "-"), name, faults, **options)
+        for label, (faults, options) in cases.items()
+    }

@@ -1,0 +1,304 @@
+"""Two ranks, a fault on one of them: both see the same, do the same, and go on together."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor
+from lit_stability.faults import (
+    BadBatch,
+    CorruptGradient,
+    CorruptMoment,
+    CorruptWeight,
+    JumpLearningRate,
+    NanLoss,
+    ScaleGradients,
+    ScaleLoss,
+)
+from tests.conftest import Regression, make_trainer
+from tests.distributed import run_ranks_once
+from tests.rank_cases import Manual, outcomes
+
+AGAIN, SKIP = ["step taken again"], ["step skipped"]
+BACK = ["rolled back and replayed"]
+APART = "rank disagreement"
+WEIGHT = "net.0.weight"
+
+BOTH = {
+    "bare": ((), {"suite": False}),
+    "clean": ((), {}),
+    "without batch 30": ((), {"leave_out": (30,)}),
+    "NaN loss": ((NanLoss(step=30, rank=1),), {}),
+    "NaN loss twice": ((NanLoss(step=30, steps=2, rank=1),), {}),
+    "NaN batch": ((BadBatch(step=30, rank=1),), {}),
+    "loss spike": ((ScaleLoss(step=30, rank=1),), {}),
+    "loss spike twice": ((ScaleLoss(step=30, steps=2, rank=1),), {}),
+    "NaN weight": ((CorruptWeight(step=30, rank=1, parameter=WEIGHT),), {}),
+    "flipped bit": ((CorruptWeight(step=30, rank=1, parameter=WEIGHT, bit=30),), {}),
+    "zeroed moment": ((CorruptMoment(step=30, rank=1),), {}),
+    "scaled gradients": ((ScaleGradients(step=30, rank=1),), {}),
+    "NaN gradient": ((CorruptGradient(step=30, rank=1, parameter=WEIGHT),), {}),
+    "learning rate": ((JumpLearningRate(step=30, rank=1),), {}),
+}
+DDP = {
+    **BOTH,
+    "scaled on rank 0": ((ScaleGradients(step=30, rank=0),), {}),
+    "one element": ((CorruptGradient(step=30, rank=1, parameter=WEIGHT, value=0.3),), {}),
+    "checkpoints": ((ScaleGradients(step=30, rank=1),), {"checkpoint": True}),
+    "last step": ((ScaleGradients(step=49, rank=1),), {}),
+    "accumulation": ((NanLoss(step=12, rank=1),), {"accumulate_grad_batches": 2, "max_steps": 25}),
+    "fp16": ((NanLoss(step=30, rank=1),), {"fp16": True}),
+    "two optimizers": ((ScaleGradients(step=60, rank=1),), {"module": Manual, "max_steps": 100}),
+}
+FSDP2 = {**BOTH, "validation": ((), {"val": True, "val_check_interval": 10})}
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return run_ranks_once(tmp_path_factory, outcomes, "ddp", DDP)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    return run_ranks_once(tmp_path_factory, outcomes, "fsdp2", FSDP2)
+
+
+@pytest.fixture(params=["ddp", "fsdp2"])
+def both(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "responses"),
+    [
+        ("NaN loss", "non-finite loss", AGAIN),
+        ("NaN loss twice", "non-finite loss", AGAIN + SKIP),
+        # The fault writes into rank 1's batch: where one cannot replay, nobody does.
+        ("NaN batch", "non-finite loss", SKIP),
+        ("loss spike", "gradient spike", AGAIN),
+        ("loss spike twice", "gradient spike", AGAIN + SKIP),
+        ("NaN weight", "non-finite weight", BACK),
+        ("flipped bit", "non-finite weight", BACK),
+        ("zeroed moment", "optimizer state", BACK),
+    ],
+)
+def test_fault_on_one_rank_gets_the_same_response_on_both_at_the_same_step(
+    case, kind, responses, both
+):
+    """Invariant 5."""
+    one, other = (rank[case] for rank in both[1])
+    assert one["incidents"] == [(1, kind, 30, len(responses), responses, "recovered")]
+    same_on_both_ranks(one, other)
+
+
+def same_on_both_ranks(one, other):
+    for key in ("incidents", "messages", "evidence", "books", "step", "steps"):
+        assert one[key] == other[key], key
+    assert torch.equal(one["weights"], other["weights"])
+    assert torch.isfinite(one["weights"]).all()
+    # A step that the ranks disagree on was accepted by one of them before it was undone.
+    assert [s.loss for s in one["stats"][-15:]] == [s.loss for s in other["stats"][-15:]]
+
+
+@pytest.mark.parametrize("case", ["NaN loss twice", "NaN batch", "loss spike twice"])
+def test_batch_that_is_left_out_on_all_ranks_might_never_have_come(case, both):
+    """Invariant 2: weights of all ranks, rank 0's buffers, which DDP hands round, the count."""
+    as_without_trouble(both[1], case, "without batch 30")
+
+
+@pytest.mark.parametrize(
+    "case", ["NaN loss", "loss spike", "NaN weight", "flipped bit", "zeroed moment"]
+)
+def test_trouble_that_passes_leaves_the_run_as_if_it_had_not_been(case, both):
+    """Invariant 7."""
+    as_without_trouble(both[1], case, "clean")
+
+
+@pytest.mark.parametrize("case", ["scaled gradients", "NaN gradient", "one element", "checkpoints"])
+def test_disagreement_leaves_the_run_as_if_it_had_not_been(case, ddp):
+    """Invariant 7."""
+    as_without_trouble(ddp[1], case, "clean")
+
+
+def as_without_trouble(ranks, case, clean):
+    for rank in ranks:
+        assert torch.equal(rank[case]["weights"], rank[clean]["weights"])
+        assert rank[case]["step"] == rank[clean]["step"]
+    assert torch.equal(ranks[0][case]["buffers"], ranks[0][clean]["buffers"])
+
+
+def test_healthy_ranks_with_the_suite_are_bit_identical_to_those_without(both):
+    """Invariant 1."""
+    for rank in both[1]:
+        assert rank["clean"]["incidents"] == []
+        assert torch.equal(rank["clean"]["weights"], rank["bare"]["weights"])
+        assert torch.equal(rank["clean"]["buffers"], rank["bare"]["buffers"])
+        assert rank["clean"]["losses"] == rank["bare"]["losses"]
+
+
+def test_measured_norms_and_loss_are_those_of_all_ranks_together(both):
+    """Invariant 5: also where a rank holds an uneven shard, or none."""
+    one, other = (rank["clean"] for rank in both[1])
+    for i, (stats, norms) in enumerate(zip(one["stats"], one["norms"], strict=True)):
+        assert stats.grad_norms == pytest.approx(norms, rel=1e-5)
+        assert stats.loss == pytest.approx((one["losses"][i] + other["losses"][i]) / 2, rel=1e-5)
+    assert [s.grad_norms for s in one["stats"]] == [s.grad_norms for s in other["stats"]]
+    scans = [s.weight_norm for s in one["stats"] if s.weight_norm]
+    assert len(scans) == 5
+    assert [s.update_ratio for s in one["stats"]] == [s.update_ratio for s in other["stats"]]
+
+
+def test_last_scan_measures_the_norm_of_the_whole_weights(both):
+    """At the 50th step, before its update: an update away from the weights at the end."""
+    rank = both[1][0]["clean"]
+    measured = [s.weight_norm for s in rank["stats"] if s.weight_norm][-1]
+    assert measured == pytest.approx(float(rank["weights"].norm()), rel=0.02)
+
+
+def test_healthy_step_under_ddp_asks_for_two_collectives_and_waits_for_neither_at_once(ddp):
+    for rank in ddp[1]:
+        assert set(rank["clean"]["calls"]) == {("all_reduce async",) * 2}
+
+
+def test_healthy_step_under_fsdp2_asks_for_one_collective(fsdp2):
+    for rank in fsdp2[1]:
+        assert set(rank["clean"]["calls"]) == {("all_reduce async",)}
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("scaled gradients", "rank 1 objects to its gradients, the others do not"),
+        ("NaN gradient", "rank 1 objects to its gradients, the others do not"),
+        ("scaled on rank 0", "rank 0 objects to its gradients, the others do not"),
+        ("one element", "the ranks' averaged gradients differ"),
+        ("checkpoints", "rank 1 objects to its gradients"),
+    ],
+)
+def test_gradient_damaged_after_averaging_is_a_disagreement_that_all_roll_back(case, message, ddp):
+    """Invariant 5: no rank waits for one that has seen nothing."""
+    one, other = (rank[case] for rank in ddp[1])
+    assert one["incidents"] == [(1, APART, 30, 1, BACK, "recovered")]
+    assert one["messages"][0].startswith(message)
+    same_on_both_ranks(one, other)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("scaled gradients", "gradient spike"), ("NaN gradient", "non-finite gradient")],
+)
+def test_gradient_shard_that_is_damaged_is_seen_by_all_before_the_update(case, kind, fsdp2):
+    one, other = (rank[case] for rank in fsdp2[1])
+    assert one["incidents"] == [(1, kind, 30, 1, AGAIN, "recovered")]
+    same_on_both_ranks(one, other)
+
+
+def test_disagreement_at_the_last_step_lets_no_rank_end_before_the_others(ddp):
+    one, other = (rank["last step"] for rank in ddp[1])
+    assert one["incidents"] == [(1, APART, 49, 1, BACK, "unresolved")]
+    assert one["step"] == 50
+    same_on_both_ranks(one, other)
+
+
+def test_rank_with_a_learning_rate_of_its_own_ends_in_a_stop_that_says_so(both):
+    """Invariant 4: what no rollback mends is given up, by all ranks together."""
+    one, other = (rank["learning rate"] for rank in both[1])
+    assert one == other
+    assert "the ranks' learning rates differ, by rank: " in one["stopped"]
+    assert one["incidents"][0][1:4:2] == (APART, 9)
+
+
+@pytest.mark.parametrize(
+    ("case", "step", "kind", "responses"),
+    [
+        ("accumulation", 12, "non-finite loss", AGAIN),
+        ("fp16", 30, "non-finite loss", AGAIN),
+        ("two optimizers", 60, "gradient spike", AGAIN),
+    ],
+)
+def test_windows_scalers_and_manual_optimization_decide_together_too(
+    case, step, kind, responses, ddp
+):
+    one, other = (rank[case] for rank in ddp[1])
+    (incident,) = one["incidents"]
+    assert incident[1:3] == (kind, step)
+    assert set(incident[4]) == set(responses)
+    same_on_both_ranks(one, other)
+
+
+def test_validation_before_and_between_steps_leaves_shards_where_they_were(fsdp2):
+    one, other = (rank["validation"] for rank in fsdp2[1])
+    same_on_both_ranks(one, other)
+    assert one["incidents"] == []
+    assert len(one["stats"][0].names) == 6
+
+
+def test_scene_under_ddp_is_saved_by_each_rank_on_its_own(ddp):
+    """Rank 0 has the whole state, every rank its own batch; the record is rank 0's."""
+    folder = ddp[0] / "NaN-batch"
+    first, second = sorted((folder / "incidents").iterdir())
+    assert (first.name, second.name) == ("00000030-1", "00000030-1-rank1")
+    checkpoint = torch.load(first / "checkpoint.ckpt", weights_only=True)
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(
+        checkpoint
+    )
+    assert not (second / "checkpoint.ckpt").exists()
+    good, bad = (torch.load(f / "scene.pt", weights_only=False)["batch"] for f in (first, second))
+    assert torch.isfinite(good[0]).all()
+    assert torch.isnan(bad[0]).all()
+    lines = [json.loads(x) for x in (folder / "incidents.jsonl").read_text().splitlines()]
+    assert [x["event"] for x in lines] == ["open", "close"]
+
+
+def test_scene_under_fsdp2_holds_the_shards_of_all_ranks(fsdp2):
+    first, second = sorted((fsdp2[0] / "NaN-loss" / "incidents").iterdir())
+    assert {".metadata", "__0_0.distcp", "__1_0.distcp"} <= {
+        p.name for p in (first / "checkpoint.ckpt").iterdir()
+    }
+    assert (second / "scene.pt").exists()
+
+
+def test_checkpoints_around_a_disagreement_are_finite(ddp):
+    saved = sorted((ddp[0] / "checkpoints" / "saved").glob("*.ckpt"))
+    assert len(saved) >= 50
+    for path in saved:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.isfinite(v).all() for v in state.values()), path
+
+
+class Own(DDPStrategy):
+    """A strategy of the user's."""
+
+
+UNTRIED = {
+    "FSDP1": (FSDPStrategy, "FSDPStrategy: FSDP1 keeps weights in flat shards.* use FSDP2"),
+    "tensor parallel": (lambda: ModelParallelStrategy(1, 2), "ModelParallelStrategy: with tensor"),
+    "model averaging": (lambda: DDPStrategy(model_averaging_period=4), "with model averaging"),
+    "the user's": (Own, "Own: it was never run with the suite"),
+}
+
+
+@pytest.mark.parametrize("callback", [AutoRollback, AnomalyCheckpoint])
+@pytest.mark.parametrize("name", UNTRIED)
+def test_strategy_never_run_is_refused_unless_it_is_allowed_by_name(name, callback, tmp_path):
+    """K3: with the reason, and the line to write."""
+    make, message = UNTRIED[name]
+    trainer = make_trainer(tmp_path, [GradientMonitor(), callback()], devices=2, strategy="ddp")
+    # Lightning itself lets no FSDP1 near a CPU.
+    trainer._accelerator_connector.strategy = make()
+    with pytest.raises(RuntimeError, match=f"{callback.__name__} was not run under .*{message}"):
+        trainer.callbacks[1].setup(trainer, Regression(), "fit")
+    kind = type(trainer.strategy).__name__
+    trainer.callbacks[0].allow_strategies = (kind,)
+    trainer.callbacks[1].setup(trainer, Regression(), "fit")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", lambda: ModelParallelStrategy(2, 1)])
+def test_strategy_that_was_run_is_accepted(strategy, tmp_path):
+    strategy = strategy if isinstance(strategy, str) else strategy()
+    callbacks = [GradientMonitor(), AnomalyCheckpoint(), AutoRollback()]
+    trainer = make_trainer(tmp_path, callbacks, devices=2, strategy=strategy)
+    for callback in trainer.callbacks[1:3]:
+        callback.setup(trainer, Regression(), "fit")
