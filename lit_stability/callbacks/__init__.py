@@ -28,14 +28,21 @@ from lightning.pytorch import Callback
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
+from lit_stability.callbacks.last_known_good import LastKnownGood
 
-__all__ = ["AnomalyCheckpoint", "AutoRollback", "GradientMonitor", "stability_callbacks"]
+__all__ = [
+    "AnomalyCheckpoint",
+    "AutoRollback",
+    "GradientMonitor",
+    "LastKnownGood",
+    "stability_callbacks",
+]
 
 
 def stability_callbacks() -> list[Callback]:
     """The default suite, in the order in which an incident is treated.
 
     >>> [type(c).__name__ for c in stability_callbacks()]
-    ['GradientMonitor', 'AnomalyCheckpoint', 'AutoRollback']
+    ['GradientMonitor', 'AnomalyCheckpoint', 'LastKnownGood', 'AutoRollback']
     """
-    return [GradientMonitor(), AnomalyCheckpoint(), AutoRollback()]
+    return [GradientMonitor(), AnomalyCheckpoint(), LastKnownGood(), AutoRollback()]
