@@ -176,7 +176,7 @@ class LastKnownGood(Callback):
         position = {} if self._fit is None else self._fit.position.state_dict()
         if self._fit is None or not position:
             return {}
-        epoch = {} if position["epoch_over"] else EpochMetrics.state_dict(self._fit.trainer)
+        epoch = EpochMetrics.state_dict(self._fit.trainer, epoch_over=position["epoch_over"])
         return {"position": position, "epoch": epoch, "between_batches": self._capturing}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -232,7 +232,6 @@ class _Fit:
         if restored:
             self.position.resume(restored["position"], between_batches=restored["between_batches"])
             self.verification = Verification(restored.get("kept"), owner.on_mismatch)
-        if restored and restored["epoch"]:
             self.epoch.resume(self.trainer, restored["epoch"])
 
     def _between_batches(self) -> None:

@@ -111,6 +111,7 @@ class DataPosition:
             "reloaded": self._reloaded,
             "start": pack_rng(self._start["rng"]),
             "generators": self._start["generators"],
+            "again": self._start["again"],
             "generators_now": [g.get_state() for g in _generators(self._trainer)],
             "states": {i: pack_rng(s) for i, s in states.items()},
             "now": pack_rng(capture_rng()),
@@ -168,6 +169,8 @@ class DataPosition:
         self._start = {
             "rng": capture_rng(),
             "generators": [g.get_state() for g in _generators(self._trainer)],
+            # Persistent workers are seeded once: to iterate their loader again draws less.
+            "again": [getattr(dl, "_iterator", None) is not None for dl in _loaders(self._trainer)],
         }
         self._fetches, self._first, self._last, self._states = 0, None, None, {}
 
@@ -209,7 +212,6 @@ class DataPosition:
         if self.obstacle is None and not self._stateful:
             if state["epoch_over"]:
                 self._set_generators(state["generators_now"])
-                fetcher.combined_loader.reset()
                 fetcher.__iter__()
                 return
             self._repeat(fetcher, base, state)
@@ -217,9 +219,13 @@ class DataPosition:
 
     def _repeat(self, fetcher: Any, base: type, state: Mapping[str, Any]) -> None:
         """Iterate the loaders as the epoch began, and drop what was trained on."""
+        assert self._trainer is not None
+        fetcher.combined_loader.reset()
+        for loader, again in zip(_loaders(self._trainer), state["again"], strict=False):
+            if again:
+                iter(loader)
         self._set_generators(state["generators"])
         restore_rng(unpack_rng(state["start"]))
-        fetcher.combined_loader.reset()
         self._before_iter()
         base.__iter__(fetcher)  # type: ignore[attr-defined]
         self._states = {i: unpack_rng(s) for i, s in state["states"].items()}

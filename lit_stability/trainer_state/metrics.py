@@ -51,10 +51,14 @@ class EpochMetrics:
         self._logged: dict[str, dict[str, Tensor]] = {}
 
     @staticmethod
-    def state_dict(trainer: Trainer) -> dict[str, Any]:
+    def state_dict(trainer: Trainer, *, epoch_over: bool) -> dict[str, Any]:
         """The aggregates now, in what ``torch.load(weights_only=True)`` accepts."""
+        callback = {k: _copy(v) for k, v in trainer.callback_metrics.items()}
+        if epoch_over:
+            return {"logged": {}, "metrics": {}, "callback": callback}
         results = trainer.fit_loop.epoch_loop._results
         return {
+            "callback": callback,
             "logged": {
                 key: {name: _copy(getattr(metric, name)) for name in metric._defaults}
                 for key, metric in results.items()
@@ -65,7 +69,6 @@ class EpochMetrics:
                 for name, module in trainer.lightning_module.named_modules()
                 if isinstance(module, Metric)
             },
-            "callback": {k: _copy(v) for k, v in trainer.callback_metrics.items()},
         }
 
     def resume(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
