@@ -21,13 +21,23 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
-from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor, stability_callbacks
+from lit_stability import (
+    AnomalyCheckpoint,
+    AutoRollback,
+    GradientMonitor,
+    LastKnownGood,
+    stability_callbacks,
+)
 
 SUITES: dict[str, Any] = {
     "bare": list,
     "GradientMonitor": lambda: [GradientMonitor()],
     "GradientMonitor, AutoRollback": lambda: [GradientMonitor(), AutoRollback()],
     "default suite": stability_callbacks,
+    "GradientMonitor, LastKnownGood": lambda: [
+        GradientMonitor(),
+        LastKnownGood(every_n_steps=15),
+    ],
     "GradientMonitor, AnomalyCheckpoint": lambda: [GradientMonitor(), AnomalyCheckpoint()],
 }
 

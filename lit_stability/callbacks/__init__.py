@@ -13,6 +13,8 @@ One optimizer step, with the hooks in place::
       clipping, update
       lr_scheduler_step
     on_train_batch_end          AutoRollback undoes a vetoed step, restores or takes a snapshot
+    validation, if it is due
+    the next batch is fetched   LastKnownGood copies the state for the disk, just before
 
 Any callback, and the LightningModule, may define:
 

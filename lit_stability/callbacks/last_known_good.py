@@ -229,6 +229,8 @@ class _Fit:
             )
         if self.keeper is not None and self.behind is not None and self.behind.source is not None:
             self.keeper.last = self.trainer.global_step
+        if self.position.obstacle is not None:
+            log.warning("a resume cannot position the data: %s", self.position.obstacle)
         if restored:
             self.position.resume(restored["position"], between_batches=restored["between_batches"])
             self.verification = Verification(restored.get("kept"), owner.on_mismatch)

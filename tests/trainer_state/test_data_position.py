@@ -71,6 +71,28 @@ class Augmented(Dataset):
         )
 
 
+class Stateful:
+    """A loader with a state of its own, which Lightning saves and restores."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __iter__(self):
+        while self.given < 7:
+            self.given += 1
+            yield torch.full((BATCH, 3), self.given / 7) + torch.arange(BATCH)[:, None]
+        self.given = 0
+
+    def __len__(self):
+        return 7
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.given = state["given"]
+
+
 class Stream(IterableDataset):
     """No length, a shuffle buffer, and augmentation."""
 
@@ -157,6 +179,7 @@ LOADERS = {
     "combined, the short one in a cycle": lambda: combined("max_size_cycle"),
     "combined, to the end of the short one": lambda: combined("min_size"),
     "an iterable of batches": lambda: Batches(),
+    "a loader with a state": Stateful,
     "one batch in an epoch": lambda: DataLoader(samples(BATCH), BATCH, shuffle=True),
 }
 OPTIONS = {
