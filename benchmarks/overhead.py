@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import tempfile
 import threading
 import time
 from typing import Any
@@ -84,6 +85,7 @@ def measure(
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
+            default_root_dir=tempfile.mkdtemp(),
         )
         data = loader(batch, config.length)
         threads.append(threading.Thread(target=trainer.fit, args=(module, data)))

@@ -21,6 +21,9 @@ from lit_stability.last_good import free_path, good_files, step_of
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
+_PATIENCE = 600.0
+"""Seconds to wait at the end of a fit for a disk that may have died."""
+
 
 class CheckpointWriter:
     """Writes one checkpoint at a time in a thread that lives as long as the writing.
@@ -64,10 +67,12 @@ class CheckpointWriter:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until what is being written is written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait until what is being written is written, for ten minutes at most."""
+        if self._thread is None:
+            return
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            log.warning("%s has taken a write for ten minutes: given up", self.folder)
 
     def _run(self, state: Mapping[str, Any], step: int, constants: Collection[str]) -> None:
         started = time.perf_counter()

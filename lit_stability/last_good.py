@@ -9,10 +9,9 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FOLDER = "good"
 """Name of the folder, in the run's own, that good checkpoints lie in."""
@@ -20,6 +19,7 @@ FOLDER = "good"
 _NAME = re.compile(r"step=(\d+)(?:-v(\d+))?\.ckpt")
 
 State = Literal["running", "finished", "interrupted", "failed"]
+_STATES = get_args(State)
 
 
 def find_last_good(directory: str | Path) -> Path | None:
@@ -67,18 +67,20 @@ def free_path(folder: Path, step: int) -> Path:
     return path
 
 
-def put_aside(folder: Path) -> None:
+def put_aside(folder: Path) -> Path | None:
     """Rename a folder that holds good checkpoints, so that those of another run can follow.
+
+    Returns its new name; None where there was nothing to put aside.
 
     Raises:
         OSError: if it cannot be renamed.
     """
     if not good_files(folder):
-        return
+        return None
     number = 1
     while (other := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    folder.rename(other)
+    return folder.rename(other)
 
 
 def _age(file: Path) -> tuple[int, int, int]:
@@ -121,11 +123,8 @@ class RunEnd:
             raw: Any = json.loads((folder / "run.json").read_text(encoding="utf8"))
         except (OSError, ValueError):
             return None
-        return cls._of(raw) if isinstance(raw, dict) and raw.get("schema") == 1 else None
-
-    @classmethod
-    def _of(cls, raw: Mapping[str, Any]) -> RunEnd:
-        return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw})
+        ours = isinstance(raw, dict) and raw.get("schema") == 1 and raw.get("state") in _STATES
+        return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw}) if ours else None
 
     def failures_behind(self, checkpoint: Path) -> int:
         """Failures in a row of runs that had this checkpoint as their newest.

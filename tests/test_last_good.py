@@ -68,7 +68,9 @@ def test_end_of_a_run_comes_back_as_it_was_written(tmp_path):
     assert end.in_words() == "failed at step 3: ValueError: \u00fc"
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"schema": 2}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"schema": 2}', "{", '{"schema": 1}', '{"schema": 1, "state": "odd"}']
+)
 def test_file_that_is_no_end_of_a_run_counts_as_none(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     assert RunEnd.read(tmp_path) is None

@@ -68,8 +68,9 @@ class RunBehind:
         try:
             for part in folder.glob(".part-*"):
                 part.unlink(missing_ok=True)
-            if self._trainer.ckpt_path is None:
-                put_aside(folder)
+            aside = put_aside(folder) if self._trainer.ckpt_path is None else None
+            if aside is not None:
+                log.info("the good checkpoints of another run in this folder are in %s now", aside)
         except OSError as error:
             self._tell(folder, error)
 

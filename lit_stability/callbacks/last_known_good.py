@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -177,7 +178,12 @@ class LastKnownGood(Callback):
         if self._fit is None or not position:
             return {}
         epoch = EpochMetrics.state_dict(self._fit.trainer, epoch_over=position["epoch_over"])
-        return {"position": position, "epoch": epoch, "between_batches": self._capturing}
+        return {
+            "position": position,
+            "epoch": epoch,
+            "between_batches": self._capturing,
+            "time": time.time(),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep such a state until the training starts."""

@@ -8,16 +8,16 @@ same states and drained of that many batches, it goes on with the very batch tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from torch.utils.data import DataLoader, IterableDataset
 
 from lit_stability.rng import capture_rng, pack_rng, restore_rng, same_rng, unpack_rng
+from lit_stability.trainer_state.loaders import generators, is_plain, iterators, loaders
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -50,6 +50,7 @@ class DataPosition:
         self._first: dict[str, Any] | None = None
         self._last: tuple[int, dict[str, Any]] | None = None
         self._states: dict[int, dict[str, Any]] = {}
+        self._told = False
 
     def attach(self, trainer: Trainer) -> None:
         """Follow the loaders from the moment they exist; before the fit's data are set up."""
@@ -92,7 +93,7 @@ class DataPosition:
     def _stateful(self) -> bool:
         """Whether the loaders have a state of their own, which Lightning saves and restores."""
         assert self._trainer is not None
-        return any(isinstance(dl, _Stateful) for dl in _loaders(self._trainer))
+        return any(isinstance(dl, _Stateful) for dl in loaders(self._trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The position now, in what ``torch.load(weights_only=True)`` accepts; {} outside a fit."""
@@ -112,7 +113,7 @@ class DataPosition:
             "start": pack_rng(self._start["rng"]),
             "generators": self._start["generators"],
             "again": self._start["again"],
-            "generators_now": [g.get_state() for g in _generators(self._trainer)],
+            "generators_now": [g.get_state() for g in generators(self._trainer)],
             "states": {i: pack_rng(s) for i, s in states.items()},
             "now": pack_rng(capture_rng()),
         }
@@ -168,9 +169,9 @@ class DataPosition:
         assert self._trainer is not None
         self._start = {
             "rng": capture_rng(),
-            "generators": [g.get_state() for g in _generators(self._trainer)],
+            "generators": [g.get_state() for g in generators(self._trainer)],
             # Persistent workers are seeded once: to iterate their loader again draws less.
-            "again": [getattr(dl, "_iterator", None) is not None for dl in _loaders(self._trainer)],
+            "again": [getattr(dl, "_iterator", None) is not None for dl in loaders(self._trainer)],
         }
         self._fetches, self._first, self._last, self._states = 0, None, None, {}
 
@@ -178,9 +179,10 @@ class DataPosition:
         """Fetch, and keep the generators' states if the fetch cannot be repeated without them."""
         assert self._trainer is not None
         index, count = self._fetches, fetcher.fetched
-        watched = index == 0 or not _is_plain(self._trainer)
-        before = capture_rng() if watched else None
-        iterators = _iterators(fetcher)
+        found = loaders(self._trainer)
+        plain = all(map(is_plain, found))
+        before = capture_rng() if index == 0 or not plain or len(found) > 1 else None
+        begun = iterators(fetcher)
         item = base.__next__(fetcher)  # type: ignore[attr-defined]
         self._fetches += fetcher.fetched - count
         if before is None or self._fetches == index:
@@ -188,21 +190,21 @@ class DataPosition:
         self._last = (index, before)
         if index == 0:
             self._first = before
-        elif iterators != _iterators(fetcher) or not same_rng(before, capture_rng()):
+        elif begun != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
             self._keep(index, before)
         return item
 
     def _keep(self, index: int, state: dict[str, Any]) -> None:
-        self._states[index] = state
-        if len(self._states) == MOST_STATES:
+        if len(self._states) < MOST_STATES:
+            self._states[index] = state
+        elif not self._told:
+            self._told = True
             log.info(
-                "the data set draws random numbers while it is read: a resume in this epoch, more "
-                "than %d batches into it, may read it in another order; give it a generator of its "
-                "own or workers",
+                "the data set or its sampler draws random numbers as it goes: after a resume more "
+                "than %d batches into this epoch its order may be another; give it a generator of "
+                "its own, or workers",
                 MOST_STATES,
             )
-        if len(self._states) > MOST_STATES:
-            del self._states[index]
 
     def _take_up(self, fetcher: Any, base: type) -> None:
         assert self._trainer is not None
@@ -221,7 +223,7 @@ class DataPosition:
         """Iterate the loaders as the epoch began, and drop what was trained on."""
         assert self._trainer is not None
         fetcher.combined_loader.reset()
-        for loader, again in zip(_loaders(self._trainer), state["again"], strict=False):
+        for loader, again in zip(loaders(self._trainer), state["again"], strict=False):
             if again:
                 iter(loader)
         self._set_generators(state["generators"])
@@ -230,6 +232,8 @@ class DataPosition:
         base.__iter__(fetcher)  # type: ignore[attr-defined]
         self._states = {i: unpack_rng(s) for i, s in state["states"].items()}
         self._first = self._states.pop(0, None)
+        if state["batches"] >= 1000:
+            log.info("reading the first %d batches of the epoch again", state["batches"])
         for done in range(state["batches"]):
             if (known := self._states.get(fetcher.fetched, None)) is not None:
                 restore_rng(known)
@@ -248,37 +252,5 @@ class DataPosition:
 
     def _set_generators(self, states: list[torch.Tensor]) -> None:
         assert self._trainer is not None
-        for generator, state in zip(_generators(self._trainer), states, strict=False):
+        for generator, state in zip(generators(self._trainer), states, strict=False):
             generator.set_state(state.cpu())
-
-
-def _loaders(trainer: Trainer) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
-
-
-def _is_plain(trainer: Trainer) -> bool:
-    """Whether repeating the fetches in a row repeats the order, whatever was drawn in between."""
-    loaders = _loaders(trainer)
-    if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
-        return False
-    return loaders[0].num_workers > 0 or not isinstance(loaders[0].dataset, IterableDataset)
-
-
-def _iterators(fetcher: Any) -> list[int]:
-    """Changes where one of several loaders came to its end and was begun anew."""
-    iterator = getattr(fetcher.combined_loader, "_iterator", None)
-    return [id(each) for each in getattr(iterator, "iterators", ())]
-
-
-def _generators(trainer: Trainer) -> Iterator[torch.Generator]:
-    """Generators that loaders and samplers were given, each once."""
-    seen: set[int] = set()
-    for loader in _loaders(trainer):
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        sampler = getattr(loader, "sampler", None)
-        for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator) and id(generator) not in seen:
-                seen.add(id(generator))
-                yield generator

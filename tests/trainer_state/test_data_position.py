@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from lit_stability import GradientMonitor, LastKnownGood
 from lit_stability.last_good import good_files, step_of
+from lit_stability.trainer_state import data_position
 from tests.conftest import flat, make_trainer
 from tests.test_invariants import optimizer_state
 
@@ -133,10 +134,13 @@ class Batches:
 class Buckets(Sampler):
     """A sampler of batches that draws as it goes."""
 
+    def __init__(self, draw):
+        self.draw = draw
+
     def __iter__(self):
         rest = list(range(SAMPLES))
         while rest:
-            start = BATCH * random.randrange(len(rest) // BATCH)
+            start = BATCH * self.draw(len(rest) // BATCH)
             chosen, rest[start : start + BATCH] = rest[start : start + BATCH], []
             yield chosen
 
@@ -164,7 +168,12 @@ LOADERS = {
     "augmented": lambda: DataLoader(Augmented(), BATCH, shuffle=True),
     "a generator of its own": own_generator,
     "a sampler with epochs": distributed,
-    "a sampler that draws as it goes": lambda: DataLoader(samples(), batch_sampler=Buckets()),
+    "a sampler that draws from python as it goes": lambda: DataLoader(
+        samples(), batch_sampler=Buckets(by_python)
+    ),
+    "a sampler that draws from torch as it goes": lambda: DataLoader(
+        samples(), batch_sampler=Buckets(by_torch)
+    ),
     "drawn with replacement": lambda: DataLoader(
         samples(), BATCH, sampler=torch.utils.data.WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)
     ),
@@ -226,7 +235,7 @@ def validation():
     return DataLoader(samples(8), BATCH)
 
 
-def run(root, loader, *, ckpt=None, seed=0, callbacks=(), module=Net, **options):
+def run(root, loader, *, ckpt=None, seed=0, callbacks=(), module=Net, good=True, **options):
     """A fit in which every state between two batches is kept; returns all that can differ."""
     seed_everything(seed, verbose=False)
     net, tape = module(), Tape()
@@ -235,9 +244,11 @@ def run(root, loader, *, ckpt=None, seed=0, callbacks=(), module=Net, **options)
         data = None
     else:
         data = loader()
-    good = LastKnownGood(every_n_steps=1, confirm_after=1, keep=10**6)
-    suite = [GradientMonitor(), good, tape, *callbacks]
-    trainer = make_trainer(root, suite, **({"max_steps": -1, "max_epochs": 4} | options))
+    keeper = LastKnownGood(every_n_steps=1, confirm_after=1, keep=10**6)
+    suite = [GradientMonitor(), keeper, tape] if good else [tape]
+    trainer = make_trainer(
+        root, [*suite, *callbacks], **({"max_steps": -1, "max_epochs": 4} | options)
+    )
     trainer.fit(net, data, validation(), ckpt_path=ckpt)
     assert not vars(trainer.fit_loop).keys() & {"setup_data", "_load_combined_loader_states"}
     return flat(net), optimizer_state(trainer), torch.get_rng_state(), random.getstate(), tape.seen
@@ -265,6 +276,14 @@ def check_resumes(tmp_path, caplog, loader, **options):
         resumed = run(root, loader, ckpt=files[i], seed=9, **options)
         assert_same_end(whole, resumed)
         assert "the data go on with the batch that came next" in caplog.text
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_following_the_data_changes_nothing(name, tmp_path):
+    """Invariant 1: nothing is drawn and nothing fetched for it, though every state is copied."""
+    bare = run(tmp_path, LOADERS[name], good=False, max_epochs=2)
+    assert_same_end(bare, run(tmp_path, LOADERS[name], max_epochs=2))
+    assert good_files(tmp_path / "good")
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -303,6 +322,17 @@ def test_any_checkpoint_of_the_trainer_carries_the_position(when, loader, tmp_pa
         resumed = run(tmp_path / file.stem, LOADERS[loader], **again, **options)
         # From a file of an epoch's last batch Lightning goes on without the end of that epoch.
         assert_same_end(whole, resumed, logged=False)
+
+
+def test_states_kept_are_bounded_and_it_is_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(data_position, "MOST_STATES", 3)
+    run(tmp_path, LOADERS["stream shuffled by torch"], max_epochs=3)
+    states = [
+        torch.load(f, weights_only=True)["callbacks"]["LastKnownGood"]["position"]["states"]
+        for f in good_files(tmp_path / "good")
+    ]
+    assert max(map(len, states)) == 4, "and the one before the batch that is read ahead"
+    assert caplog.text.count("its order may be another") == 1
 
 
 def test_steps_of_a_plateau_scheduler_are_not_taken_twice(tmp_path, caplog):
