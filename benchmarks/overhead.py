@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import tempfile
 import threading
 import time
 from typing import Any
@@ -21,13 +22,23 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
-from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor, stability_callbacks
+from lit_stability import (
+    AnomalyCheckpoint,
+    AutoRollback,
+    GradientMonitor,
+    LastKnownGood,
+    stability_callbacks,
+)
 
 SUITES: dict[str, Any] = {
     "bare": list,
     "GradientMonitor": lambda: [GradientMonitor()],
     "GradientMonitor, AutoRollback": lambda: [GradientMonitor(), AutoRollback()],
     "default suite": stability_callbacks,
+    "GradientMonitor, LastKnownGood": lambda: [
+        GradientMonitor(),
+        LastKnownGood(every_n_steps=15),
+    ],
     "GradientMonitor, AnomalyCheckpoint": lambda: [GradientMonitor(), AnomalyCheckpoint()],
 }
 
@@ -74,6 +85,7 @@ def measure(
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
+            default_root_dir=tempfile.mkdtemp(),
         )
         data = loader(batch, config.length)
         threads.append(threading.Thread(target=trainer.fit, args=(module, data)))

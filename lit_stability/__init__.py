@@ -13,8 +13,10 @@ _HOME = {
     "AutoRollback": "callbacks",
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
+    "LastKnownGood": "callbacks",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
+    "find_last_good": "last_good",
     "read_incidents": "records",
     "stability_callbacks": "callbacks",
 }

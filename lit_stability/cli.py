@@ -8,11 +8,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
 from lit_stability.incidents import TrainingStopped
+from lit_stability.last_good import RunEnd, find_last_good, step_of
 
 _EXIT_CODES = """\
 exit codes:
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fit(commands)
+    _add_resume(commands)
     return parser
 
 
@@ -95,8 +98,8 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     fit.add_argument(
         "--resume",
-        metavar="CKPT|last",
-        help="go on from a checkpoint, or from the newest one in run_dir",
+        metavar="CKPT|last|good",
+        help="go on from a checkpoint, or from the newest, or the last known good one, in run_dir",
     )
     fit.set_defaults(command=_fit)
 
@@ -109,6 +112,49 @@ def _fit(args: argparse.Namespace) -> int:
     from lit_stability import launch
 
     launch.fit(config, resume=args.resume)
+    return 0
+
+
+def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run from its last known good checkpoint",
+        description="Take the config and the last known good checkpoint of a run, and go on.",
+        epilog=f"example:\n  lit-stability resume runs/NAME\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    resume.add_argument("run", metavar="RUN", help="folder of the run, with its config.yaml")
+    resume.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="laid over the config of the run",
+    )
+    resume.set_defaults(command=_resume)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    run = Path(args.run)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run}: no config.yaml there; give the run_dir of a run, such as runs/NAME"
+        )
+    config = compose([run / "config.yaml"], [f"run_dir={run}", *args.overrides])
+    checkpoint = find_last_good(run)
+    if checkpoint is None:
+        raise ConfigError(
+            f"{run}: no good checkpoint there; `lit_stability.LastKnownGood` among the callbacks "
+            "writes one after some healthy steps. To go on from any other: "
+            f"lit-stability fit -c {run / 'config.yaml'} --resume last"
+        )
+    end = RunEnd.read(checkpoint.parent)
+    behind = "" if end is None else f"; the run {end.in_words()}"
+    print(f"step {step_of(checkpoint)} is the last known good{behind}")
+    from lit_stability import launch
+
+    launch.fit(config, resume=checkpoint)
     return 0
 
 

@@ -53,7 +53,7 @@ class Run:
     evaluate: Literal["test", "validate", "none"] | None = None
     """What runs on the final weights after the fit."""
     ckpt_path: str | None = None
-    """Checkpoint to resume from: a path, or `last` for the newest whole one in `run_dir`."""
+    """Checkpoint to resume from: a path, `last` for the newest one in `run_dir`, or `good`."""
 
 
 @dataclass(frozen=True)

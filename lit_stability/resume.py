@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_stability.config import ConfigError
+from lit_stability.last_good import find_last_good
 
 
 def find_checkpoint(wanted: str | Path | None, run_dir: Path) -> str | None:
@@ -22,13 +23,22 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path) -> str | None:
 
     `last` means the newest file by time, as Lightning numbers `last-v1.ckpt` beside a stale
     `last.ckpt`. Only folders named `checkpoints` count: evidence of an anomaly lies elsewhere.
-    A file cut short by the end of its job is passed over.
+    A file cut short by the end of its job is passed over. `good` means the newest one that a
+    `LastKnownGood` has confirmed.
     """
     if wanted is None:
         return None
+    if str(wanted) == "good":
+        good = find_last_good(run_dir)
+        if good is None:
+            raise ConfigError(
+                f"resume=good: no good checkpoint under {run_dir}; `lit_stability.LastKnownGood` "
+                "among the callbacks writes one after some healthy steps; `last` finds any"
+            )
+        return str(good)
     if str(wanted) != "last":
         if not Path(wanted).exists():
-            raise ConfigError(f"resume={wanted}: no such checkpoint; `last` finds the newest one")
+            raise ConfigError(f"resume={wanted}: no such checkpoint; `last` and `good` find one")
         return str(wanted)
     found = list(run_dir.glob("**/checkpoints/*.ckpt"))
     whole = [each for each in found if each.is_dir() or zipfile.is_zipfile(each)]

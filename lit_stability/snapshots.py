@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import operator
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -177,25 +175,6 @@ class BufferGuard:
         """Put them back; one that was replaced by another tensor comes back itself."""
         _put_back(self._homes)
         self._bank.restore()
-
-
-def capture_rng() -> dict[str, Any]:
-    """States of the generators of python, numpy, torch and every CUDA device."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put such states back."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 S = TypeVar("S")

@@ -59,6 +59,54 @@ def test_resume_goes_on_from_the_last_checkpoint(cwd, capsys):
     assert "resumed from runs/small/checkpoints/" in capsys.readouterr().out
 
 
+GOOD = """
+compose: [small]
+trainer: {max_steps: 30, limit_train_batches: 1.0, enable_checkpointing: false}
+callbacks:
+  monitor: {_target_: lit_stability.GradientMonitor}
+  good: {_target_: lit_stability.LastKnownGood, every_n_steps: 10, confirm_after: 3}
+"""
+
+
+@pytest.fixture
+def good_run(cwd):
+    """A finished run with good checkpoints in `runs/good`."""
+    (cwd / "configs/good.yaml").write_text(GOOD)
+    assert main(["fit", "-c", "good"]) == 0
+    return cwd / "runs/good"
+
+
+def test_resume_goes_on_from_the_last_known_good_with_the_run_s_own_config(good_run, capsys):
+    """S12."""
+    assert main(["resume", "runs/good", "trainer.max_steps=40"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 20 is the last known good; the run finished at step 30" in printed
+    assert "resumed from runs/good/good/step=00000020.ckpt" in printed
+    assert OmegaConf.load(good_run / "config.yaml").trainer.max_steps == 40
+    assert OmegaConf.load(good_run / "config.1.yaml").trainer.max_steps == 30
+    assert main(["fit", "-c", "good", "--resume", "good", "trainer.max_steps=50"]) == 0
+    assert "resumed from runs/good/good/step=00000030.ckpt" in capsys.readouterr().out
+
+
+def test_resume_follows_a_run_whose_folder_was_moved(good_run, capsys):
+    good_run.rename(good_run.parent / "moved")
+    assert main(["resume", "runs/moved", "trainer.max_steps=32"]) == 0
+    assert not good_run.exists()
+    assert "good -> runs/moved" in capsys.readouterr().out
+
+
+def test_resume_without_a_good_checkpoint_says_what_can_be_done(cwd, capsys):
+    assert main(["fit", "-c", "small"]) == 0
+    assert main(["resume", "runs/small"]) == 2
+    error = capsys.readouterr().err
+    assert "runs/small: no good checkpoint there" in error
+    assert "lit-stability fit -c runs/small/config.yaml --resume last" in error
+    assert main(["fit", "-c", "small", "--resume", "good"]) == 2
+    assert "resume=good: no good checkpoint under runs/small" in capsys.readouterr().err
+    assert main(["resume", "runs/smal"]) == 2
+    assert "runs/smal: no config.yaml there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

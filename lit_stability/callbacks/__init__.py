@@ -13,6 +13,8 @@ One optimizer step, with the hooks in place::
       clipping, update
       lr_scheduler_step
     on_train_batch_end          AutoRollback undoes a vetoed step, restores or takes a snapshot
+    validation, if it is due
+    the next batch is fetched   LastKnownGood copies the state for the disk, just before
 
 Any callback, and the LightningModule, may define:
 
@@ -28,14 +30,21 @@ from lightning.pytorch import Callback
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
+from lit_stability.callbacks.last_known_good import LastKnownGood
 
-__all__ = ["AnomalyCheckpoint", "AutoRollback", "GradientMonitor", "stability_callbacks"]
+__all__ = [
+    "AnomalyCheckpoint",
+    "AutoRollback",
+    "GradientMonitor",
+    "LastKnownGood",
+    "stability_callbacks",
+]
 
 
 def stability_callbacks() -> list[Callback]:
     """The default suite, in the order in which an incident is treated.
 
     >>> [type(c).__name__ for c in stability_callbacks()]
-    ['GradientMonitor', 'AnomalyCheckpoint', 'AutoRollback']
+    ['GradientMonitor', 'AnomalyCheckpoint', 'LastKnownGood', 'AutoRollback']
     """
-    return [GradientMonitor(), AnomalyCheckpoint(), AutoRollback()]
+    return [GradientMonitor(), AnomalyCheckpoint(), LastKnownGood(), AutoRollback()]

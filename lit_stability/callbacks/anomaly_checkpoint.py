@@ -20,7 +20,7 @@ from lit_stability.details import gradient_details
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.records import to_json
-from lit_stability.snapshots import capture_rng
+from lit_stability.rng import capture_rng
 from lit_stability.stats import StepStats
 from lit_stability.trainer_state import run_directory, save_scene_checkpoint, sharing
 

@@ -6,6 +6,8 @@ fails loudly when one of them moves.
 
 from lit_stability.trainer_state.checkpoints import CheckpointLedger
 from lit_stability.trainer_state.companions import Stateful
+from lit_stability.trainer_state.data_position import DataPosition
+from lit_stability.trainer_state.metrics import EpochMetrics, LoggedMetrics
 from lit_stability.trainer_state.progress import (
     LoopState,
     SchedulerPause,
@@ -22,13 +24,22 @@ from lit_stability.trainer_state.strategies import (
     why_untried,
 )
 from lit_stability.trainer_state.view import (
+    between_steps,
     callbacks_of,
     ends_window,
+    full_checkpoint,
     log_every,
     logger_step,
     loss_scaler,
     run_directory,
     unscale,
+)
+from lit_stability.trainer_state.witness import (
+    StepWitness,
+    incomparable,
+    replay_loss,
+    same_batch,
+    same_loss,
 )
 
 LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
@@ -36,15 +47,22 @@ LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
 
 PRIVATE = (
     "_checkpoint_connector._get_loops_state_dict",
+    "_checkpoint_connector.dump_checkpoint",
     "_logger_connector._callback_metrics",
     "_logger_connector._current_fx",
     "_logger_connector._first_loop_iter",
     "_logger_connector._logged_metrics",
     "_logger_connector._progress_bar_metrics",
+    "fit_loop._combined_loader",
     "fit_loop._data_fetcher",
+    "fit_loop._last_train_dl_reload_epoch",
+    "fit_loop._load_combined_loader_states",
+    "fit_loop._should_accumulate",
     "fit_loop.epoch_loop._batches_that_stepped",
+    "fit_loop.epoch_loop._num_ready_batches_reached",
     "fit_loop.epoch_loop._results",
     "fit_loop.epoch_loop._should_accumulate",
+    "fit_loop.epoch_loop._should_check_val_fx",
     "fit_loop.epoch_loop._skip_next_val",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress",
     "fit_loop.epoch_loop.batch_progress.is_last_batch",
@@ -52,6 +70,7 @@ PRIVATE = (
     "fit_loop.epoch_loop.scheduler_progress",
     "fit_loop.epoch_loop.val_loop.batch_progress",
     "fit_loop.epoch_progress",
+    "fit_loop.setup_data",
     "strategy.lr_scheduler_configs",
 )
 """Paths below a Trainer that are not public API and that this package reads or writes."""
@@ -60,23 +79,33 @@ __all__ = [
     "LIGHTNING_VERSIONS",
     "PRIVATE",
     "CheckpointLedger",
+    "DataPosition",
     "Entry",
+    "EpochMetrics",
+    "LoggedMetrics",
     "LoopState",
     "Recorder",
     "ReplayRing",
     "SchedulerPause",
     "Stateful",
     "StepStart",
+    "StepWitness",
     "TrainingSnapshot",
+    "between_steps",
     "callbacks_of",
     "ends_window",
+    "full_checkpoint",
+    "incomparable",
     "log_every",
     "logger_step",
     "loss_scaler",
     "make_up_for",
     "ranks_of",
+    "replay_loss",
     "reshard",
     "run_directory",
+    "same_batch",
+    "same_loss",
     "save_scene_checkpoint",
     "sharing",
     "uncount_step",

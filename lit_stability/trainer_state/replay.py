@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch import Tensor
 
-from lit_stability.snapshots import capture_rng, restore_rng
+from lit_stability.rng import capture_rng, restore_rng
 
 
 @dataclass(eq=False)
@@ -137,7 +137,6 @@ class Recorder:
         self._trainer, self.ring, self._before_fetch = trainer, ring, before_fetch
         self._fetcher: Any = None
         self._live_epoch = 0
-        self._live_index = 0
         self._live_done = False
         self._rewound = False
 
@@ -155,7 +154,6 @@ class Recorder:
         self._fetcher = fetcher
         fetcher.__class__ = _recorded(type(fetcher), self)
         self._live_epoch = self._trainer.current_epoch
-        self._live_index = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
         self._live_done = fetcher.done
 
     def detach(self) -> None:
@@ -176,9 +174,12 @@ class Recorder:
         return epoch == self._live_epoch and not self._live_done
 
     @property
-    def loader_position(self) -> int:
-        """Batches of the current epoch that the loader has behind it, those left out included."""
-        return self.ring.queue[0].index if self.ring.queue else self._live_index
+    def behind(self) -> int | None:
+        """Index of the next batch, if the loader is beyond it; -1 if in another epoch."""
+        if not self.ring.queue:
+            return None
+        waiting = self.ring.queue[0]
+        return waiting.index if waiting.epoch == self._live_epoch else -1
 
     def next(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
         """What the fetcher returns."""
@@ -197,8 +198,8 @@ class Recorder:
             self._live_done = fetcher.done
             kept = copy.deepcopy(item) if ring.clone else item
             versions = _versions(kept)
-            entry = Entry(item, self._live_epoch, self._live_index, None, size_of(kept), versions)
-            self._live_index += 1
+            index = fetcher.fetched - len(getattr(fetcher, "batches", ())) - 1
+            entry = Entry(item, self._live_epoch, index, None, size_of(kept), versions)
             if ring.clone:
                 entry.item = kept
                 entry.rng = capture_rng()
@@ -217,7 +218,7 @@ class Recorder:
             fetcher.done = not self.more_in(epoch)
             return fetcher
         restart()
-        self._live_epoch, self._live_index, self._live_done = epoch, 0, fetcher.done
+        self._live_epoch, self._live_done = epoch, fetcher.done
         return fetcher
 
 
@@ -231,7 +232,8 @@ def _recorded(base: type, recorder: Recorder) -> type:
         return recorder.next(self, lambda: base.__next__(self))  # type: ignore[attr-defined]
 
     # A mixin would change the layout, which the assignment to an instance's class refuses.
-    return type(base.__name__, (base,), {"__iter__": __iter__, "__next__": __next__})
+    body = {"__iter__": __iter__, "__next__": __next__, "recorder": recorder}
+    return type(base.__name__, (base,), body)
 
 
 def size_of(item: Any) -> int:

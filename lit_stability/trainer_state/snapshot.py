@@ -8,13 +8,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.snapshots import (
-    BufferGuard,
-    ModuleSnapshot,
-    OptimizerSnapshot,
-    capture_rng,
-    restore_rng,
-)
+from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.snapshots import BufferGuard, ModuleSnapshot, OptimizerSnapshot
 from lit_stability.trainer_state.companions import Restore, Stateful, capture_companions
 from lit_stability.trainer_state.metrics import LoggedMetrics
 from lit_stability.trainer_state.progress import LoopState, Steps

@@ -38,6 +38,16 @@ def run_directory(trainer: Trainer) -> Path | None:
     return None if directory is None else Path(directory)
 
 
+def between_steps(trainer: Trainer) -> bool:
+    """Whether no gradients are being accumulated, between two batches."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def full_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """The checkpoint as Lightning saves it; its tensors are the live ones, not copies."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
 def loss_scaler(trainer: Trainer) -> GradScaler | None:
     """The scaler of fp16 training, or None."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

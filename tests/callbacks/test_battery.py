@@ -106,6 +106,7 @@ def test_callback_in_fast_dev_run_leaves_no_file(cls, tmp_path):
         max_steps=-1,
     )
     assert not list(tmp_path.rglob("incident*"))
+    assert not list(tmp_path.rglob("good*"))
 
 
 @pytest.mark.parametrize("loggers", ["none", "tensorboard", "two"])
@@ -144,7 +145,7 @@ def test_suite_with_two_optimizers_skips_the_bad_one_only(tmp_path):
     assert trainer.global_step == 80
 
 
-@pytest.mark.parametrize("callback", ["AnomalyCheckpoint", "AutoRollback"])
+@pytest.mark.parametrize("callback", ["AnomalyCheckpoint", "AutoRollback", "LastKnownGood"])
 @pytest.mark.parametrize("order", ["alone", "before"])
 def test_responder_without_a_monitor_before_it_names_the_line_to_add(callback, order, tmp_path):
     lone = getattr(lit_stability, callback)()
