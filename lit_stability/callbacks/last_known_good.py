@@ -176,7 +176,7 @@ class LastKnownGood(Callback):
         # Lightning ends a fit at SIGTERM with a kind of SystemExit.
         interrupted = isinstance(exception, (KeyboardInterrupt, SystemExit))
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0][:500]
-        self._now.end("interrupted" if interrupted else "failed", reason)
+        self._fit.end("interrupted" if interrupted else "failed", reason)
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
