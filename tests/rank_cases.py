@@ -161,9 +161,12 @@ def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, leave_out=(), va
     return net, trainer
 
 
-def outcome(root, name, faults=(), *, suite=True, checkpoint=False, **options):
+SUITES = {"whole": stability_callbacks, "monitor": lambda: stability_callbacks()[:1], "none": list}
+
+
+def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options):
     """What a rank tells of a fit with these faults."""
-    tape, truth, suite = Tape(), Truth(), stability_callbacks() if suite else []
+    tape, truth, suite = Tape(), Truth(), SUITES[suite]()
     callbacks = [FaultInjector(list(faults))] if faults else [truth]
     callbacks += [*suite, tape]
     if checkpoint:
@@ -176,7 +179,7 @@ def outcome(root, name, faults=(), *, suite=True, checkpoint=False, **options):
         "incidents": told(suite),
         "messages": [i.first.message for i in suite[0].incidents] if suite else [],
         "evidence": [i.evidence for i in suite[0].incidents] if suite else [],
-        "books": suite[2].state_dict() if suite else {},
+        "books": suite[2].state_dict() if len(suite) > 2 else {},
         "weights": whole(net.parameters()),
         "buffers": whole([torch.zeros(1), *net.buffers()]),
         "step": trainer.global_step,

@@ -27,7 +27,7 @@ APART = "rank disagreement"
 WEIGHT = "net.0.weight"
 
 BOTH = {
-    "bare": ((), {"suite": False}),
+    "bare": ((), {"suite": "none"}),
     "clean": ((), {}),
     "without batch 30": ((), {"leave_out": (30,)}),
     "NaN loss": ((NanLoss(step=30, rank=1),), {}),
@@ -47,6 +47,7 @@ DDP = {
     "scaled on rank 0": ((ScaleGradients(step=30, rank=0),), {}),
     "one element": ((CorruptGradient(step=30, rank=1, parameter=WEIGHT, value=0.3),), {}),
     "checkpoints": ((ScaleGradients(step=30, rank=1),), {"checkpoint": True}),
+    "observed": ((CorruptGradient(step=30, rank=1),), {"suite": "monitor"}),
     "last step": ((ScaleGradients(step=49, rank=1),), {}),
     "accumulation": ((NanLoss(step=12, rank=1),), {"accumulate_grad_batches": 2, "max_steps": 25}),
     "fp16": ((NanLoss(step=30, rank=1),), {"fp16": True}),
@@ -193,6 +194,17 @@ def test_gradient_shard_that_is_damaged_is_seen_by_all_before_the_update(case, k
     one, other = (rank[case] for rank in fsdp2[1])
     assert one["incidents"] == [(1, kind, 30, 1, AGAIN, "recovered")]
     same_on_both_ranks(one, other)
+
+
+def test_monitor_alone_sees_the_same_on_all_ranks_and_changes_nothing(ddp):
+    """K3: replicas that nobody brings together again stay an incident, and nobody waits."""
+    one, other = (rank["observed"] for rank in ddp[1])
+    assert (
+        one["incidents"]
+        == other["incidents"]
+        == [(1, "non-finite weight", 30, 20, [], "unresolved")]
+    )
+    assert one["step"] == other["step"] == 50
 
 
 def test_disagreement_at_the_last_step_lets_no_rank_end_before_the_others(ddp):

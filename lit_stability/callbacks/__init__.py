@@ -4,7 +4,7 @@ One optimizer step, with the hooks in place::
 
     on_train_batch_start        AutoRollback remembers buffers and epoch metrics
       training_step
-      on_before_backward        GradientMonitor takes the loss
+      on_before_backward        GradientMonitor takes the loss (DDP: the ranks begin to measure)
       backward
       on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks
                                 the detectors, and then either
@@ -12,16 +12,20 @@ One optimizer step, with the hooks in place::
                                   on_incident     of every callback, in order, until settled
       clipping, update
       lr_scheduler_step
-    on_train_batch_end          AutoRollback undoes a vetoed step, restores or takes a snapshot
+    on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
+                                AutoRollback undoes a vetoed step, or goes back to a snapshot
     validation, if it is due
-    the next batch is fetched   LastKnownGood copies the state for the disk, just before
+    before the next fetch       AutoRollback takes a snapshot, LastKnownGood a copy for the disk
 
 Any callback, and the LightningModule, may define:
 
 * ``on_healthy_step(trainer, pl_module, stats)``: an accepted step, before its update;
-* ``on_incident(trainer, pl_module, incident)``: a strike, before its update;
+* ``on_incident(trainer, pl_module, incident)``: a strike, before its update; on all ranks alike;
+* ``on_suspicion(trainer, pl_module, anomaly)``: this rank objects to its gradients, and whether all
+  do is known at the end of the batch: veto what must not be taken, and wait for nobody (DDP);
 * ``on_incident_closed(trainer, pl_module, incident)``: the outcome is known;
 * ``on_rollback(trainer, pl_module)``: a snapshot was just put back;
+* ``books()`` and ``load_books(books)``: what ranks that disagree take over from rank 0;
 * ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back.
 """
 
