@@ -15,6 +15,7 @@ _HOME = {
     "Incident": "incidents",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
+    "fit_with_recovery": "recovery",
     "read_incidents": "records",
     "stability_callbacks": "callbacks",
 }
