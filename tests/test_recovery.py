@@ -31,7 +31,10 @@ class Net(LightningModule):
         self.layer = nn.Linear(4, 1).double()
         self.optimizer, self.limit, self.strike = optimizer, limit, strike
         self.every = every
-        self.seen, self.rates, self.modes = [], [], []
+        self.seen, self.rates, self.modes, self.starts = [], [], [], []
+
+    def on_train_start(self):
+        self.starts.append(len(self.seen))
 
     def training_step(self, batch, batch_idx):
         index, x, y = batch
@@ -138,13 +141,13 @@ def record(root):
 
 
 def steps(module):
-    """The samples of each optimizer step, of the last time it was taken."""
-    found, last = {}, -1
-    for step, samples in module.seen:
-        if step < last:
-            found = {s: x for s, x in found.items() if s < step}
-        found.setdefault(step, []).extend(samples)
-        last = step
+    """The samples of each optimizer step, of the last fit that took it."""
+    found = {}
+    for start, end in zip(module.starts, [*module.starts[1:], None], strict=True):
+        taken = module.seen[start:end]
+        found = {step: x for step, x in found.items() if step < taken[0][0]}
+        for step, samples in taken:
+            found.setdefault(step, []).extend(samples)
     return found
 
 
@@ -197,12 +200,11 @@ class Resumable(DataLoader):
         self.skip = state["samples"] % SAMPLES
 
     def __iter__(self):
-        self.given = 0
+        skip, self.skip, self.given = self.skip, 0, 0
         for batch in super().__iter__():
             self.given += len(batch[0])
-            if self.given > self.skip:
+            if self.given > skip:
                 yield batch
-        self.skip = 0
 
 
 class Keeper(Callback):

@@ -1,6 +1,6 @@
 """The record of crashes: one JSON line for each, ``recoveries.jsonl`` beside the incidents.
 
-Imports neither torch nor Lightning.
+Knows neither torch nor Lightning.
 """
 
 from __future__ import annotations
