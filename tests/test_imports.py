@@ -14,8 +14,8 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 MAY_IMPORT_LIGHTNING = (
     *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py"),
-    *(f"recovery/{m}.py" for m in ("__init__", "fit", "attempt", "left_out", "trainers")),
-    *(f"recovery/{m}.py" for m in ("beginning", "memory", "remedies")),
+    *(f"recovery/{m}.py" for m in ("__init__", "fit", "loop", "attempt", "left_out")),
+    *(f"recovery/{m}.py" for m in ("beginning", "memory", "remedies", "trainers")),
 )
 MAY_IMPORT_TORCH = (
     *MAY_IMPORT_LIGHTNING,

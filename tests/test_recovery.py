@@ -13,8 +13,16 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, fit_with_recovery
+from lit_stability import (
+    AutoRollback,
+    GradientMonitor,
+    TrainingStopped,
+    fit_with_recovery,
+    read_incidents,
+    stability_callbacks,
+)
 from lit_stability.detectors import Anomaly
+from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.incidents import Incident
 from lit_stability.recovery.crashes import kind_of
 from tests.conftest import flat, make_trainer
@@ -119,7 +127,8 @@ def maker(root, callbacks=lambda: [], made=None, **options):
 
 def recovered(root, net=Net, data=None, seed=0, saves=newest, **options):
     """Run with recovery; returns the module and the result."""
-    limits = {k: options.pop(k) for k in ("max_crashes", "progress_steps") if k in options}
+    own = ("max_crashes", "progress_steps", "ckpt_path")
+    limits = {k: options.pop(k) for k in own if k in options}
     seed_everything(seed, verbose=False)
     module = net()
     result = fit_with_recovery(
@@ -149,6 +158,22 @@ def steps(module):
         for step, samples in taken:
             found.setdefault(step, []).extend(samples)
     return found
+
+
+def test_fit_without_a_crash_is_what_it_is_without_recovery(tmp_path):
+    options = {"callbacks": stability_callbacks}
+    module, result = recovered(tmp_path / "a", data=Data(shuffle=True, num_workers=1), **options)
+    generators = torch.get_rng_state()
+    wanted = plain(tmp_path / "b", data=Data(shuffle=True, num_workers=1), **options)
+    assert torch.equal(flat(module), flat(wanted))
+    assert torch.equal(generators, torch.get_rng_state())
+    assert module.seen == wanted.seen
+    assert (result.attempts, result.remedies) == (1, ())
+    saved = [torch.load(newest(tmp_path / d), weights_only=True) for d in "ab"]
+    assert saved[0].keys() == saved[1].keys()
+    assert saved[0]["loops"] == saved[1]["loops"]
+    assert len(saved[0]["callbacks"]) == len(saved[1]["callbacks"])
+    assert not (tmp_path / "a" / "recoveries.jsonl").exists()
 
 
 # --- out of memory
@@ -257,6 +282,22 @@ def test_out_of_memory_from_mid_epoch_goes_on_at_the_same_sample(twice, tmp_path
     assert [k.told for k in keepers] == [[], [2], [4]][: len(keepers)]
     assert keepers[-1].batches == factor * 3 * EPOCH
     assert result.trainer.global_step == 3 * EPOCH
+
+
+def test_checkpoint_of_halved_batches_is_gone_on_from_with_batches_as_small(tmp_path):
+    kill = Strike(13, lambda: KeyboardInterrupt())
+    with pytest.raises(SystemExit):
+        recovered(tmp_path, lambda: Net(limit=4, strike=kill))
+    net, data = Net(limit=4), Data()
+    result = fit_with_recovery(maker(tmp_path), net, data, ckpt_path=newest(tmp_path), find=newest)
+    assert result.crashes == ()
+    assert (data.batch_size, result.trainer.accumulate_grad_batches) == (4, 2)
+    wanted = plain(tmp_path / "b", lambda: Net(every=4), Data(4), accumulate_grad_batches=2)
+    assert torch.equal(flat(net), flat(wanted))
+    with pytest.raises(
+        ValueError, match=r"cut into 2, and .*batch_size=7 cannot be halved.*resume"
+    ):
+        recovered(tmp_path, data=Data(7), ckpt_path=newest(tmp_path))
 
 
 def test_out_of_memory_with_samples_left_over_keeps_the_number_of_steps(tmp_path):
@@ -378,6 +419,7 @@ def test_batch_that_cannot_be_read_is_left_out_and_named(workers, tmp_path, capl
     (line,) = record(tmp_path / "a")
     assert (line["kind"], line["error"], line["batch_idx"]) == ("data", "OSError", 2)
     assert line["samples"] == list(range(16, 24))
+    assert line["message"].endswith("sample 19 is damaged")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -396,6 +438,22 @@ def test_epoch_that_lacks_a_batch_ends_validates_and_saves_as_ever(workers, wher
     )
     names = [sorted(p.name for p in (tmp_path / d / "saved").iterdir()) for d in "ab"]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("where", [3, EPOCH - 1])
+def test_rollback_and_replay_work_in_an_epoch_that_lacks_a_batch(where, tmp_path):
+    def callbacks():
+        return [FaultInjector([NanLoss(step=EPOCH + 4)]), *stability_callbacks()]
+
+    kept = [i for i in range(SAMPLES) if i // SIZE != where]
+    good = Data()
+    good.data.x, good.data.y = good.data.x[kept], good.data.y[kept]
+    bad = Data(bad=(where * SIZE,))
+    module, result = recovered(tmp_path / "a", data=bad, callbacks=callbacks)
+    wanted = plain(tmp_path / "b", data=good, callbacks=callbacks)
+    assert torch.equal(flat(module), flat(wanted))
+    assert result.trainer.global_step == 3 * (EPOCH - 1)
+    assert len(read_incidents(tmp_path / "a")) == 1
 
 
 def test_shuffled_bad_sample_costs_one_batch_of_each_epoch(tmp_path):
@@ -526,6 +584,26 @@ def test_deterministic_error_is_raised_as_it_came_with_what_was_tried(tmp_path):
     assert "it is deterministic" in note
     assert "crash 1 at step 5 (epoch 0, batch 5): other: ValueError: a bug -> plain restart" in note
     assert [line["event"] for line in record(tmp_path)] == ["restart", "give up"]
+
+
+@pytest.mark.parametrize(
+    ("error", "limit", "reason"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), 3, "the device is lost"),
+        (torch.OutOfMemoryError("out of memory"), 0, "1 crashes in a row, max_crashes=0"),
+    ],
+)
+def test_error_that_nothing_can_be_done_about_is_raised_at_once(error, limit, reason, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        recovered(tmp_path, lambda: Net(strike=Strike(5, lambda: error)), max_crashes=limit)
+    assert caught.value is error
+    assert reason in error.__notes__[0]
+    assert [line["event"] for line in record(tmp_path)] == ["give up"]
+
+
+def test_several_devices_are_refused_before_the_first_fit(tmp_path):
+    with pytest.raises(RuntimeError, match="works on one device, this trainer has 2"):
+        recovered(tmp_path, devices=2)
 
 
 def test_crashes_in_a_row_are_limited(tmp_path):

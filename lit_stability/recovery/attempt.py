@@ -5,7 +5,6 @@ May import Lightning.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,14 +17,20 @@ from lit_stability.recovery.memory import batch_sizes
 from lit_stability.recovery.remedies import Plan, throttles
 from lit_stability.trainer_state import callbacks_of
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
-
 _KEY = "lit_stability.recovery"
 _PARTS = "accumulate_grad_batches"
 
 
 class RemedyFailedError(RuntimeError):
     """Raised before the first step when a remedy had no effect; the message says what to mend."""
+
+
+class CountedInPartsError(RuntimeError):
+    """Raised by the first fit if its checkpoint is from one whose batches had been cut."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__(f"the checkpoint counts in batches cut into {parts}")
+        self.parts = parts
 
 
 class Attempt(Callback):
@@ -74,30 +79,21 @@ class Attempt(Callback):
         states = checkpoint.get("callbacks", {})
         written = states.get(_KEY, {}).get(_PARTS, self._plan.accumulation)
         now = trainer.accumulate_grad_batches
+        if self._first and written > now and written % now == 0:
+            raise CountedInPartsError(written // now)
         if written == now:
             return
         if now % written:
-            self._refuse(written, now)
-            return
+            raise RemedyFailedError(
+                f"the checkpoint was written with accumulate_grad_batches={written}, this fit has "
+                f"{now}: its place in the epoch has no equivalent"
+            )
         parts = now // written
         count_in_parts(checkpoint, parts)
         for callback in callbacks_of(trainer):
             count = getattr(callback, "count_in_parts", None)
             if callable(count) and callback.state_key in states:
                 count(states[callback.state_key], parts)
-
-    def _refuse(self, written: int, now: int) -> None:
-        message = (
-            f"the checkpoint was written with accumulate_grad_batches={written}, this fit has {now}"
-        )
-        if not self._first:
-            raise RemedyFailedError(f"{message}: its place in the epoch has no equivalent")
-        log.warning(
-            "%s: its place in the epoch is taken for another; resume with %d and the batch_size "
-            "that goes with it",
-            message,
-            written,
-        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of new layers; lower learning rate and clip where an AutoRollback holds them.

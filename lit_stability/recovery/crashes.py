@@ -24,6 +24,7 @@ _EVALUATION = "lightning/pytorch/loops/evaluation_loop.py"
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 _NONFINITE = re.compile(r"\bnans?\b|\bnon-?finite\b|\bnot finite\b", re.IGNORECASE)
 _LOST_DEVICE = re.compile(r"(CUDA|HIP) error|device-side assert|cuDNN error", re.IGNORECASE)
+_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 
 
@@ -37,7 +38,7 @@ class Crash:
     error: str
     """Name of its class."""
     message: str
-    """Its first line."""
+    """Its first line; of one that a worker sent, the last."""
     place: str
     """File, line and function that raised it."""
     step: int
@@ -93,9 +94,14 @@ def place_of(error: BaseException) -> str:
     return f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of its message, at most 500 characters of it."""
-    return (str(error).splitlines() or [""])[0][:500]
+def headline(error: BaseException) -> str:
+    r"""The line of its message that says most, at most 500 characters of it.
+
+    >>> headline(ValueError("Caught OSError in DataLoader worker process 0.\n...\nOSError: 7"))
+    'OSError: 7'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1 if _FROM_WORKER.match(lines[0]) else 0][:500]
 
 
 def _while_fetching(error: BaseException) -> bool:

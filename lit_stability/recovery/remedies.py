@@ -104,6 +104,28 @@ class Plan:
             case _:
                 return self._again(crash)
 
+    def adopt(self, parts: int, trainer: Trainer, module: LightningModule) -> str:
+        """Cut batches as those of the checkpoint had been; returns it in words.
+
+        Args:
+            parts: into how many they were.
+            trainer: of the first fit, attached to the module.
+            module: in training.
+
+        Raises:
+            GiveUp: if they cannot be cut.
+        """
+        words = []
+        while self.parts < parts:
+            obstacle = self._obstacle(trainer, module)
+            if obstacle is not None:
+                raise GiveUp(
+                    f"the checkpoint counts in batches cut into {parts}, and {obstacle}: resume "
+                    "with the batch_size and accumulate_grad_batches that it was written with"
+                )
+            words.append(self._halve(trainer, module))
+        return ", ".join(words)
+
     def _smaller(self, trainer: Trainer, module: LightningModule) -> str:
         obstacle = self._obstacle(trainer, module)
         if obstacle is None:
@@ -146,7 +168,7 @@ class Plan:
         size = lightning_getattr(module, "batch_size")
         assert isinstance(size, int)
         lightning_setattr(module, "batch_size", size // 2)
-        accumulation = trainer.accumulate_grad_batches
+        accumulation = self.accumulation * self.parts
         self.parts *= 2
         self.batch_sizes = [
             None if each is None or each % 2 else each // 2 for each in batch_sizes(trainer)
