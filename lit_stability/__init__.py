@@ -17,6 +17,7 @@ _HOME = {
     "StepStats": "stats",
     "TrainingStopped": "incidents",
     "find_last_good": "last_good",
+    "fit_with_recovery": "recovery",
     "read_incidents": "records",
     "stability_callbacks": "callbacks",
 }

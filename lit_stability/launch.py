@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.recovery import Recover, fit_with_recovery
 from lit_stability.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.targets import Build, bind
 
@@ -54,6 +55,9 @@ class Run:
     """What runs on the final weights after the fit."""
     ckpt_path: str | None = None
     """Checkpoint to resume from: a path, `last` for the newest one in `run_dir`, or `good`."""
+    recover: Recover | None = None
+    """With `{}` or limits such as `{max_crashes: 3}`: go on from the last good checkpoint after an
+    exception, as `fit_with_recovery` does; by default the first exception ends the run."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,15 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     checkpoint = find_checkpoint(resume or options.get("ckpt_path"), run_dir)
     if options.get("seed") is not None:
         seed_everything(options["seed"], workers=True, verbose=False)
+    recover = _make(options.get("recover"))
     model, data = _make(options["model"]), _make(options.get("data"))
     evaluate = options.get("evaluate") or "none"
     _check_step(model, evaluate)
-    trainer = _make_trainer(options)
-    if trainer.is_global_zero:
+    made = [_make_trainer(options)]
+    if made[0].is_global_zero:
         _write(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
-        print(_header(options["experiment"], run_dir, trainer, model, checkpoint))
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+        print(_header(options["experiment"], run_dir, made[0], model, checkpoint))
+    trainer = _fit(options, recover, made, model, data, checkpoint)
     metrics = _evaluate(trainer, model, data, evaluate)
     if trainer.is_global_zero:
         finite = {key: each if math.isfinite(each) else None for key, each in metrics.items()}
@@ -147,7 +152,37 @@ def _make(plan: Any) -> Any:
         raise ConfigError(f"{plan.path}: {plan.target.__qualname__} refused: {error}") from error
 
 
-def _make_trainer(options: dict[str, Any]) -> Trainer:
+def _fit(
+    options: dict[str, Any],
+    recover: Recover | None,
+    made: list[Trainer],
+    model: LightningModule,
+    data: LightningDataModule | None,
+    checkpoint: str | None,
+) -> Trainer:
+    """Fit, with recovery if it is asked for; returns the trainer of the fit that came through.
+
+    Args:
+        options: Of `Run`, checked.
+        recover: Its limits, or None for none.
+        made: The first trainer; taken out, for nothing else to keep it alive after a crash.
+        model: In training.
+        data: Or None.
+        checkpoint: To go on from.
+    """
+    if recover is None:
+        trainer = made.pop()
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+        return trainer
+
+    def make_trainer(**overrides: Any) -> Trainer:
+        return made.pop() if made else _make_trainer(options, **overrides)
+
+    limits = asdict(recover)
+    return fit_with_recovery(make_trainer, model, data, ckpt_path=checkpoint, **limits).trainer
+
+
+def _make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
     named = options.get("callbacks") or {}
     callbacks = [_make(each) for each in named.values() if each is not None]
     plan: Build = options["trainer"]
@@ -156,7 +191,7 @@ def _make_trainer(options: dict[str, Any]) -> Trainer:
         "logger": _make(options.get("logger")) or False,
         "default_root_dir": options["run_dir"],
     }
-    trainer = _make(Build(plan.target, own | plan.options, plan.path))
+    trainer = _make(Build(plan.target, own | plan.options | overrides, plan.path))
     assert isinstance(trainer, Trainer)
     return trainer
 

@@ -34,16 +34,28 @@ class IncidentRecord:
         Raises:
             OSError: if the file cannot be written.
         """
-        line = to_json({"schema": SCHEMA, "event": event, **incident.as_dict()})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Lone surrogates, as in the path of an ill-named folder, become their JSON escapes.
-        data = (line + "\n").encode("utf8", errors="backslashreplace")
-        with self.path.open("a+b") as file:
-            if _is_cut(file):
-                data = b"\n" + data
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, {"schema": SCHEMA, "event": event, **incident.as_dict()})
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a file as a line of JSON, and flush it to the disk.
+
+    Args:
+        path: created, with its folder, if it is not there.
+        row: the names and values.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Lone surrogates, as in the path of an ill-named folder, become their JSON escapes.
+    data = (to_json(row) + "\n").encode("utf8", errors="backslashreplace")
+    with path.open("a+b") as file:
+        if _is_cut(file):
+            data = b"\n" + data
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_incidents(path: str | Path) -> list[dict[str, Any]]:

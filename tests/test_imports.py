@@ -12,7 +12,11 @@ from lit_stability import detectors
 
 ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
-MAY_IMPORT_LIGHTNING = ("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py")
+MAY_IMPORT_LIGHTNING = (
+    *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py"),
+    *(f"recovery/{m}.py" for m in ("__init__", "fit", "loop", "attempt", "left_out")),
+    *(f"recovery/{m}.py" for m in ("beginning", "memory", "remedies", "trainers")),
+)
 MAY_IMPORT_TORCH = (
     *MAY_IMPORT_LIGHTNING,
     *(
@@ -32,6 +36,7 @@ MAY_IMPORT_TORCH = (
         "clipping.py",
         "tensorboard/",
     ),
+    "recovery/crashes.py",
     *("locate.py", "preflight.py", "targets.py", "config.py", "cli.py"),
 )
 
@@ -98,6 +103,7 @@ def test_public_names_are_frozen():
         "StepStats",
         "TrainingStopped",
         "find_last_good",
+        "fit_with_recovery",
         "read_incidents",
         "stability_callbacks",
     ]

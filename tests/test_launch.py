@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Literal
 
@@ -99,6 +100,20 @@ class Note(Callback):
 class Fails(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         raise RuntimeError("struck")
+
+
+class FailsOnce(Callback):
+    """Raises at step 3 of the first fit of a process."""
+
+    fits: list[weakref.ref] = []  # noqa: RUF012 (what is shared is the point)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer not in [each() for each in self.fits]:
+            self.fits.append(weakref.ref(trainer))
+        if len(self.fits) == 1 and trainer.global_step == 3:
+            raise RuntimeError("struck")
+        if len(self.fits) == 2:
+            assert self.fits[0]() is None, "what failed must not stay in memory"
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +266,31 @@ def test_failure_of_a_run_is_not_swallowed(cwd):
         run(f"callbacks.a._target_={HERE}.Fails")
     assert (cwd / "runs/base/config.yaml").exists()
     assert not (cwd / "runs/base/metrics.json").exists()
+
+
+@pytest.mark.parametrize("recover", ["{}", "{max_crashes: 1, progress_steps: 50}"])
+def test_run_that_recovers_ends_as_one_that_never_failed(recover, cwd, monkeypatch):
+    monkeypatch.setattr(FailsOnce, "fits", [])
+    result = run(f"callbacks.a._target_={HERE}.FailsOnce", f"recover={recover}")
+    wanted = run("experiment=clean")
+    assert torch.equal(result.model.layer.weight, wanted.model.layer.weight)
+    assert result.trainer.global_step == 4
+    (line,) = (cwd / "runs/base/recoveries.jsonl").read_text().splitlines()
+    assert json.loads(line)["remedy"] == "plain restart"
+
+
+def test_failure_that_cannot_be_recovered_from_is_not_swallowed(cwd):
+    with pytest.raises(RuntimeError, match="struck") as caught:
+        run(f"callbacks.a._target_={HERE}.Fails", "recover={}")
+    assert "it is deterministic" in caught.value.__notes__[0]
+    assert not (cwd / "runs/base/metrics.json").exists()
+
+
+def test_recovery_options_are_checked_before_anything_is_built(cwd):
+    assert "recover.max_crashs=3: unknown option" in problems("recover.max_crashs=3")
+    with pytest.raises(ConfigError, match="max_crashes must be at least 0, got -1"):
+        run("recover.max_crashes=-1")
+    assert not (cwd / "runs").exists()
 
 
 def test_resolved_config_is_saved_and_can_be_run_again(cwd):

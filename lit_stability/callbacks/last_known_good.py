@@ -201,6 +201,19 @@ class LastKnownGood(Callback):
         """Keep such a state until the training starts."""
         self._restored = state_dict
 
+    def count_in_parts(self, state: dict[str, Any], parts: int) -> None:
+        """Change a state of this callback to one that counts each batch as so many.
+
+        Args:
+            state: what `state_dict` returned.
+            parts: what every batch has been cut into.
+        """
+        position = state["position"]
+        position["batches"] *= parts
+        position["states"] = {i * parts: s for i, s in position["states"].items()}
+        # The whole batch would not fit into memory, nor give the loss of a part.
+        state.pop("kept", None)
+
     def checkpoint(self, trainer: Trainer) -> dict[str, Any]:
         """Lightning's checkpoint between two batches; its tensors are the live ones."""
         self._capturing = True

@@ -53,6 +53,7 @@ PRIVATE = (
     "_logger_connector._first_loop_iter",
     "_logger_connector._logged_metrics",
     "_logger_connector._progress_bar_metrics",
+    "_teardown",
     "fit_loop._combined_loader",
     "fit_loop._data_fetcher",
     "fit_loop._last_train_dl_reload_epoch",

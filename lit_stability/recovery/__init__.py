@@ -1,0 +1,9 @@
+"""Recovery from exceptions: a fit that crashes is begun again from its last good checkpoint.
+
+May import Lightning.
+"""
+
+from lit_stability.recovery.fit import fit_with_recovery
+from lit_stability.recovery.loop import Recover, RecoveryResult
+
+__all__ = ["Recover", "RecoveryResult", "fit_with_recovery"]

@@ -1,0 +1,235 @@
+"""The loop of fits: fit, crash, remedy, fit.
+
+May import Lightning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_stability.recovery.attempt import Attempt, CountedInPartsError, RemedyFailedError
+from lit_stability.recovery.beginning import Beginning
+from lit_stability.recovery.crashes import (
+    Crash,
+    forget_locals,
+    free_memory,
+    headline,
+    kind_of,
+    place_of,
+)
+from lit_stability.recovery.record import RecoveryRecord
+from lit_stability.recovery.remedies import GiveUp, Plan
+from lit_stability.recovery.sources import Sources
+from lit_stability.recovery.trainers import Trainers, own_callbacks
+from lit_stability.trainer_state import callbacks_of, run_directory
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """How much is put up with before a crash is let through.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    max_crashes: int = 3
+    """Crashes in a row that are recovered from; the next one is raised."""
+    progress_steps: int = 100
+    """Optimizer steps beyond the furthest crash after which crashes are counted anew."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_crashes", 0), ("progress_steps", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """How a fit that came through went."""
+
+    trainer: Trainer
+    """That of the last attempt."""
+    crashes: tuple[Crash, ...]
+    remedies: tuple[str, ...]
+    """What was done about each crash."""
+
+    @property
+    def attempts(self) -> int:
+        """Fits begun."""
+        return len(self.crashes) + 1
+
+
+class Recovery:
+    """One call of `fit_with_recovery`.
+
+    Args:
+        make_trainer: makes the trainer of each fit.
+        model: in training.
+        data: further arguments of ``Trainer.fit``.
+        limits: what is put up with.
+        sources: what a fit goes on from.
+    """
+
+    def __init__(
+        self,
+        make_trainer: Callable[..., Trainer],
+        model: LightningModule,
+        data: dict[str, Any],
+        limits: Recover,
+        sources: Sources,
+    ) -> None:
+        self._trainers = Trainers(make_trainer)
+        self._model, self._data = model, data
+        self._limits, self._sources = limits, sources
+        self._plan = Plan(loaders_given=data["train_dataloaders"] is not None)
+        self._beginning = Beginning(model)
+        self._record: RecoveryRecord | None = None
+        self._crashes: list[Crash] = []
+        self._remedies: list[str] = []
+        self._lines: list[str] = []
+        self._in_a_row = 0
+        self._furthest = 0
+
+    def run(self) -> RecoveryResult:
+        """Fit until one comes through."""
+        before: Exception | None = None
+        source = self._sources.given
+        while True:
+            trainer = self._trainer(before)
+            attempt = Attempt(self._plan, first=self._is_first, beginning=self._beginning)
+            own_callbacks(trainer).insert(0, attempt)
+            error = self._fit(trainer, attempt, source)
+            if error is None:
+                return RecoveryResult(trainer, tuple(self._crashes), tuple(self._remedies))
+            if isinstance(error, RemedyFailedError) and before is not None:
+                raise self._noted(before, str(error))
+            if isinstance(error, CountedInPartsError):
+                self._adopt(error, trainer)
+            else:
+                source = self._recover(error, trainer, attempt)
+                before = error
+            self._release(trainer, attempt, error)
+            del trainer, attempt, error
+            free_memory()
+            self._beginning.restore(self._model)
+            if source is None:
+                self._beginning.restore_generators()
+
+    @property
+    def _is_first(self) -> bool:
+        return not self._crashes and self._plan.parts == 1
+
+    def _adopt(self, error: CountedInPartsError, trainer: Trainer) -> None:
+        try:
+            words = self._plan.adopt(error.parts, trainer, self._model)
+        except GiveUp as end:
+            raise ValueError(str(end)) from None
+        log.info("as the run behind %s: %s", self._sources.given, words)
+
+    def _recover(self, error: Exception, trainer: Trainer, attempt: Attempt) -> Path | str | None:
+        """Choose a remedy and what to go on from, or raise the error."""
+        crash = self._crash(error, attempt)
+        self._crashes.append(crash)
+        reason = self._choose(crash, trainer)
+        if reason is not None:
+            self._lines.append(self._record_of(trainer).give_up(crash, reason))
+            raise self._noted(error, reason)
+        source = self._sources.newest()
+        self._lines.append(self._record_of(trainer).add(crash, self._remedies[-1], source))
+        return source
+
+    def _choose(self, crash: Crash, trainer: Trainer) -> str | None:
+        """Choose a remedy; returns why there is none, or None."""
+        most = self._limits.max_crashes
+        if crash.in_a_row > most:
+            return f"{crash.in_a_row} crashes in a row, max_crashes={most}"
+        try:
+            self._remedies.append(self._plan.choose(crash, trainer, self._model))
+        except GiveUp as end:
+            return str(end)
+        return None
+
+    def _trainer(self, before: Exception | None) -> Trainer:
+        try:
+            trainer = self._trainers.make(self._plan.overrides)
+        except Exception as error:
+            if before is None:
+                raise
+            refusal = f"make_trainer(**{self._plan.overrides}) cannot be used: {error!r}"
+        else:
+            if self._is_first:
+                self._plan.accumulation = trainer.accumulate_grad_batches
+            self._sources.add(run_directory(trainer))
+            return trainer
+        raise self._noted(before, refusal)
+
+    def _record_of(self, trainer: Trainer) -> RecoveryRecord:
+        if self._record is None:
+            self._record = RecoveryRecord(run_directory(trainer))
+        return self._record
+
+    def _fit(self, trainer: Trainer, attempt: Attempt, source: Path | str | None) -> Any:
+        """The exception that ended a fit, or None."""
+        try:
+            trainer.fit(self._model, **self._data, ckpt_path=source)
+        except Exception as error:
+            noted = attempt.error
+            if noted is None or error is noted:
+                return error
+            # A callback that failed over the first one kept the trainer from cleaning up.
+            with contextlib.suppress(Exception):
+                trainer._teardown()
+            return noted
+        return None
+
+    def _crash(self, error: Exception, attempt: Attempt) -> Crash:
+        step, epoch, begun = attempt.position
+        kind = kind_of(error)
+        if self._in_a_row and step >= self._furthest + self._limits.progress_steps:
+            self._in_a_row = 0
+            self._plan.made_progress()
+        self._furthest = max(self._furthest, step)
+        self._in_a_row += 1
+        return Crash(
+            attempt=len(self._crashes) + 1,
+            kind=kind,
+            error=type(error).__name__,
+            message=headline(error),
+            place=place_of(error),
+            step=step,
+            epoch=epoch,
+            batch_idx=begun if kind == "data" else max(0, begun - 1),
+            samples=attempt.not_fetched if kind == "data" else None,
+            in_a_row=self._in_a_row,
+        )
+
+    def _noted(self, error: Exception, reason: str) -> Exception:
+        tried = "".join(f"\n  {line}" for line in self._lines)
+        error.add_note(
+            f"fit_with_recovery gave up: {reason}.{' It went:' + tried if tried else ''}"
+        )
+        return error
+
+    def _release(self, trainer: Trainer, attempt: Attempt, error: Exception) -> None:
+        """Let go of all that a failed fit holds."""
+        module, datamodule = self._model, self._data["datamodule"]
+        for callback in callbacks_of(trainer):
+            with contextlib.suppress(Exception):
+                callback.teardown(trainer, module, stage="fit")
+        for owner in (module, datamodule):
+            if owner is not None:
+                with contextlib.suppress(Exception):
+                    owner.teardown("fit")
+                owner.trainer = None
+        attempt.error = None
+        forget_locals(error)

@@ -1,0 +1,72 @@
+"""The record of crashes: one JSON line for each, ``recoveries.jsonl`` beside the incidents.
+
+Knows neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from lit_stability.records import append_line
+from lit_stability.recovery.crashes import Crash
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+SCHEMA = 1
+"""Version of the lines."""
+
+
+class RecoveryRecord:
+    """Tells each crash once, on the console and in a file.
+
+    Args:
+        folder: of the first fit; None for one that leaves no trace.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / "recoveries.jsonl"
+
+    def add(self, crash: Crash, remedy: str, checkpoint: Path | str | None) -> str:
+        """Tell of a crash, of what is done about it, and of what the next fit goes on from.
+
+        Returns:
+            The line of the console.
+        """
+        line = f"{crash.in_words()} -> {remedy}; " + (
+            f"on from {checkpoint}" if checkpoint else "from the beginning: no good checkpoint yet"
+        )
+        self._write(crash, remedy, checkpoint, "restart")
+        log.warning("%s", line)
+        return line
+
+    def give_up(self, crash: Crash, reason: str) -> str:
+        """Tell of a crash that is not recovered from.
+
+        Returns:
+            The line of the console.
+        """
+        line = f"{crash.in_words()} -> gave up: {reason}"
+        self._write(crash, reason, None, "give up")
+        log.warning("%s", line)
+        return line
+
+    def _write(self, crash: Crash, remedy: str, checkpoint: object, event: str) -> None:
+        if self.path is None:
+            return
+        row = asdict(crash) | {
+            "samples": None if crash.samples is None else [_plain(s) for s in crash.samples],
+            "remedy": remedy,
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "time": time.time(),
+        }
+        try:
+            append_line(self.path, {"schema": SCHEMA, "event": event, **row})
+        except OSError as error:
+            log.warning("cannot write %s (%s); training goes on", self.path, error)
+
+
+def _plain(sample: object) -> object:
+    return sample if isinstance(sample, (int, str)) else str(sample)

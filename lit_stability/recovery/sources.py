@@ -1,0 +1,56 @@
+"""Where a restart goes on from.
+
+Imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from lit_stability.last_good import find_last_good
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+Find: TypeAlias = Callable[[Path], Path | str | None]
+
+
+class Sources:
+    """The folders that the fits of one recovery write to, and what they found there.
+
+    A file that lay in a folder before the first fit wrote there belongs to another run: it is not
+    gone on from.
+
+    Args:
+        find: finds the last good checkpoint below a folder; None for `find_last_good`.
+        given: what the first fit goes on from.
+    """
+
+    def __init__(self, find: Find | None, given: str | Path | None) -> None:
+        self._find = find or find_last_good
+        self.given = given
+        """What a restart goes on from as long as there is nothing better."""
+        self._before: dict[Path, tuple[Path, int] | None] = {}
+
+    def add(self, folder: Path | None) -> None:
+        """Take up the folder of a fit that is about to begin."""
+        if folder is not None and folder not in self._before:
+            self._before[folder] = self._found(folder)
+
+    def newest(self) -> Path | str | None:
+        """The last good checkpoint of the latest fit that has one."""
+        for folder in reversed(self._before):
+            found = self._found(folder)
+            if found is not None and found != self._before[folder]:
+                return found[0]
+        return self.given
+
+    def _found(self, folder: Path) -> tuple[Path, int] | None:
+        try:
+            path = self._find(folder) if folder.is_dir() else None
+            return None if path is None else (Path(path), Path(path).stat().st_mtime_ns)
+        except OSError as error:
+            log.warning("no checkpoint can be looked for in %s (%s)", folder, error)
+            return None
