@@ -84,13 +84,14 @@ def loader(dataset, **options):
     return DataLoader(dataset, batch_size=None, **options)
 
 
-def run(root, module, data, callbacks=(), *, val=None, seed=3, **options):
+def run(root, module, data, callbacks=(), *, val=None, seed=3, resume=None, **options):
     """Train, and return what is left behind."""
     seed_everything(seed, verbose=False)
     diary = Diary()
     module = module()
     trainer = make_trainer(root, [*callbacks, diary], **{"max_steps": -1, **options})
-    trainer.fit(module, data() if callable(data) else data, val() if callable(val) else val)
+    data, val = (each() if callable(each) else each for each in (data, val))
+    trainer.fit(module, data, val, ckpt_path=resume)
     return {
         "weights": digest(dict(module.state_dict())),
         "optimizers": digest([_optimizer(o, module) for o in trainer.optimizers]),
