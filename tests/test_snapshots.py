@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from lit_stability.rng import capture_rng, restore_rng
 from lit_stability.snapshots import (
     BufferGuard,
     Generations,
     ModuleSnapshot,
     OptimizerSnapshot,
     TensorBank,
-    capture_rng,
-    restore_rng,
 )
 
 O = torch.optim  # noqa: E741

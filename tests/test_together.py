@@ -31,6 +31,7 @@ def suite(**options):
     return [GradientMonitor(), LastKnownGood(**options), AutoRollback()]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("saved_at", [25, 31, 34, 36, 45])
 def test_checkpoint_written_during_a_replay_goes_on_with_the_batch_that_came_next(
     saved_at, tmp_path

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.requirements import (
     require_monitor,
     require_tried_strategy,
     require_whole_optimizers,
 )
-from lit_stability.callbacks.rewinder import Rewinder, parameters_of
+from lit_stability.callbacks.rewinder import Rewinder
+from lit_stability.callbacks.treatment import Treatment
 from lit_stability.clipping import clip_coefficient, scale_gradients
 from lit_stability.detectors import Anomaly
-from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.ladder import (
-    Budget,
-    HoldLearningRate,
-    Ladder,
-    Response,
-    RollBack,
-    RunAgain,
-    SkipStep,
-    Stop,
-)
+from lit_stability.incidents import Incident
+from lit_stability.ladder import Budget, HoldLearningRate, Ladder
 from lit_stability.lr_scale import learning_rate_scale
-from lit_stability.norms import dense, norms_of, to_host, total
 from lit_stability.stats import StepStats
-from lit_stability.throttle import Baseline, Throttle
-from lit_stability.trainer_state import Entry, Stateful
+from lit_stability.throttle import Throttle
+from lit_stability.trainer_state import Stateful, parameters_of
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -100,7 +89,7 @@ class AutoRollback(Callback):
         self.throttle = Throttle(relax_after)
         self.ladder = Ladder(budget)
         self._registered: list[Stateful] = []
-        self._fit: _Fit | None = None
+        self._fit: Treatment | None = None
 
     def register(self, *objects: Stateful) -> None:
         """Let a rollback take back the state of further objects, such as an average of weights.
@@ -145,7 +134,7 @@ class AutoRollback(Callback):
             clone=self.clone_batches,
             registered=self._registered,
         )
-        self._fit = _Fit(rewinder, len(trainer.optimizers))
+        self._fit = Treatment(rewinder, self.ladder, self.throttle, len(trainer.optimizers))
         groups = {i: len(o.param_groups) for i, o in enumerate(trainer.optimizers)}
         for index, factors in [*self.throttle.holds.items()]:
             if groups.get(index) != len(factors):
@@ -165,8 +154,8 @@ class AutoRollback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """While an accumulation window is taken again, see which of its batches is the bad one."""
-        if self._now.inspecting:
-            self._now.norms.append(_norm(trainer))
+        if self._now.inspection.active:
+            self._now.inspection.look(trainer)
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
@@ -178,7 +167,7 @@ class AutoRollback(Callback):
             now.rewinder.veto(trainer.optimizers[stats.optimizer])
             return
         now.rewinder.healthy()
-        now.reach(stats.step, self.ladder.healthy(stats.step))
+        now.reached(stats.step)
         baseline = now.baselines[stats.optimizer]
         threshold = baseline.clip_threshold(self.throttle.clip_factor)
         if threshold is not None and stats.finite_gradients:
@@ -207,7 +196,7 @@ class AutoRollback(Callback):
             incident.settle(now.due[0])
             now.rewinder.veto(optimizer)
             return
-        response = self._choose(incident)
+        response = now.choose(incident)
         incident.settle(response)
         if isinstance(response, HoldLearningRate):
             self.throttle.hold(incident.anomaly.optimizer, response.factors)
@@ -216,27 +205,6 @@ class AutoRollback(Callback):
             return
         now.due = (response, incident)
         now.rewinder.veto(optimizer)
-
-    def _choose(self, incident: Incident) -> Response:
-        now, anomaly = self._now, incident.anomaly
-        ratio = None if incident.stats is None else incident.stats.update_ratio
-        damaged = incident.agree(self._damaged(incident))
-        snapshot = now.rewinder.snapshot_for(anomaly.suspect, older=False)
-        if damaged or anomaly.state_is_bad:
-            replay = now.rewinder.can_replay(snapshot)
-        else:
-            replay = now.rewinder.can_take_again()
-        replay = not incident.agree(not replay)
-        if self.ladder.trial.returns(anomaly.step):
-            incident.verdict = "deterministic"
-        now.on_trial = incident
-        return self.ladder.respond(
-            anomaly,
-            state_is_bad=damaged,
-            excess=now.baselines[anomaly.optimizer].excess(ratio),
-            replay=replay,
-            older=now.rewinder.snapshots.older is not None,
-        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -247,11 +215,11 @@ class AutoRollback(Callback):
             TrainingStopped: when the ladder has nothing left.
         """
         now = self._now
-        due, now.due = now.due, None
-        if due is not None:
-            self._carry_out(trainer, pl_module, *due)
+        if now.due is not None:
+            now.carry_out(trainer, pl_module)
+            self._apply(trainer)
         elif now.rewinder.stepped:
-            now.inspecting, now.norms = False, []
+            now.inspection.end()
         now.rewinder.batch_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,67 +227,9 @@ class AutoRollback(Callback):
         self._now.rewinder.epoch_ended()
 
     @property
-    def _now(self) -> _Fit:
+    def _now(self) -> Treatment:
         assert self._fit is not None, "between on_train_start and teardown only"
         return self._fit
-
-    def _carry_out(
-        self, trainer: Trainer, pl_module: LightningModule, response: Response, incident: Incident
-    ) -> None:
-        now = self._now
-        match response:
-            case RunAgain():
-                now.inspecting, now.norms = len(now.rewinder.window) > 1, []
-                now.rewinder.to_step_start(())
-            case SkipStep():
-                offenders = now.offenders(incident)
-                now.inspecting, now.norms = False, []
-                again = bool(offenders) and now.rewinder.can_take_again(offenders)
-                if not incident.agree(not again):
-                    now.rewinder.to_step_start(offenders)
-                else:
-                    now.rewinder.forget_step()
-            case RollBack():
-                self._roll_back(response, incident)
-                call_hook("on_rollback", trainer, pl_module)
-                self.throttle.cut(response.lr_factor, response.clip_factor)
-                self._apply(trainer)
-            case Stop():
-                now.rewinder.to_snapshot_only(now.rewinder.snapshot_for(0, older=False))
-                call_hook("on_rollback", trainer, pl_module)
-                scene = f", scene: {incident.path}" if incident.path else ""
-                raise TrainingStopped(
-                    f"training stopped at step {trainer.global_step}: {response.reason}. "
-                    f"What to try: {incident.remedy}. Record: {incident.record}{scene}",
-                    incident,
-                )
-
-    def _roll_back(self, response: RollBack, incident: Incident) -> None:
-        now, rewinder = self._now, self._now.rewinder
-        suspect = incident.anomaly.suspect
-        snapshot = rewinder.snapshot_for(suspect, older=response.older)
-        if not response.replay:
-            rewinder.to_snapshot_only(snapshot)
-            return
-        now.trouble = max(now.trouble, incident.anomaly.step)
-        rewinder.on_trial = True
-        batches = rewinder.ring.since(snapshot.position)
-        left_out = [e for e in batches if response.leave_out and e.step == suspect]
-        rewinder.to_snapshot(snapshot, left_out)
-
-    def _damaged(self, incident: Incident) -> bool:
-        """Whether a weight moved further since the snapshot than training can have moved it."""
-        confirmed = self._now.rewinder.snapshots.confirmed
-        outlier = None if confirmed is None else confirmed.module.outlier()
-        if confirmed is None or outlier is None:
-            return False
-        name, moved = outlier
-        incident.note(
-            "a weight was damaged from outside",
-            f"an element of {name} moved by {moved:.3g} since step {confirmed.step}, "
-            "a thousand times more than any of another parameter",
-        )
-        return True
 
     def _apply(self, trainer: Trainer) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
@@ -361,7 +271,7 @@ class AutoRollback(Callback):
         for baseline, saved in zip(now.baselines, books["baselines"], strict=True):
             baseline.load_state_dict(saved)
         now.rewinder.on_trial, now.on_trial = books["on_trial"], None
-        now.inspecting, now.norms = False, []
+        now.inspection.end()
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent and what is in force; the options come from the constructor."""
@@ -371,45 +281,3 @@ class AutoRollback(Callback):
         """Put such a state back; it is in force from the start of training."""
         self.ladder.load_state_dict(state_dict["ladder"])
         self.throttle.load_state_dict(state_dict["throttle"])
-
-
-class _Fit:
-    """What lives as long as one fit."""
-
-    def __init__(self, rewinder: Rewinder, optimizers: int) -> None:
-        self.rewinder = rewinder
-        self.baselines = [Baseline() for _ in range(optimizers)]
-        self.due: tuple[Response, Incident] | None = None
-        """What is to be done at the end of the batch."""
-        self.on_trial: Incident | None = None
-        """The incident whose steps are being taken again."""
-        self.trouble = 0
-        """The step of the anomaly last rolled back for; until then, no relaxing."""
-        self.inspecting = False
-        self.norms: list[float] = []
-        """Norm of the gradients accumulated, after each batch of a window under inspection."""
-
-    def reach(self, step: int, verdict: Literal["transient", "deterministic"] | None) -> None:
-        """Take note of a step accepted, and of what it says of the incident on trial."""
-        if verdict is None or self.on_trial is None:
-            return
-        self.on_trial.verdict = self.on_trial.verdict or verdict
-        self.on_trial = None
-        self.rewinder.on_trial = False
-
-    def offenders(self, incident: Incident) -> list[Entry]:
-        """The batch that is to blame for a bad step, of any rank, or all of its window."""
-        window = self.rewinder.window
-        ranks = incident.gather(self.norms if len(window) == len(self.norms) else [])
-        if not all(ranks):
-            return window
-        steps = [[b - a for a, b in zip([0.0, *n], n, strict=False)] for n in ranks]
-        bad = [i for norms in ranks for i, n in enumerate(norms) if not math.isfinite(n)]
-        moved = [max(abs(step) for step in of_ranks) for of_ranks in zip(*steps, strict=True)]
-        return [window[min(bad) if bad else moved.index(max(moved))]]
-
-
-def _norm(trainer: Trainer) -> float:
-    """Of this rank's gradients, or of its shards of them."""
-    found = [p.grad for o in trainer.optimizers for p in parameters_of(o) if p.grad is not None]
-    return total(to_host({"norms": norms_of([dense(grad) for grad in found])})["norms"])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
@@ -22,9 +19,9 @@ from lit_stability.trainer_state import (
     Stateful,
     StepStart,
     TrainingSnapshot,
+    Veto,
     callbacks_of,
     make_up_for,
-    uncount_step,
 )
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -72,6 +69,7 @@ class Rewinder:
         self._ledger.attach()
         self._start = StepStart(pl_module)
         self._pause = SchedulerPause()
+        self._veto = Veto(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
         self._told: set[str] = set()
         self.on_trial = False
@@ -87,9 +85,7 @@ class Rewinder:
         self._window_is_new = True
         self.stepped = False
         self._accepted = 0
-        self._vetoed = False
-        self._scaler_state: dict[str, Any] | None = None
-        self._counts: list[tuple[Optimizer, dict[torch.Tensor, dict[str, Any]]]] = []
+        self._veto.forget()
 
     def close(self) -> None:
         """Leave the trainer as it was found."""
@@ -153,22 +149,8 @@ class Rewinder:
         self._accepted += 1
 
     def veto(self, optimizer: Optimizer) -> None:
-        """Keep an optimizer from moving anything at the step it is about to take.
-
-        Without gradients no optimizer touches weights, moments, decay or step counts; with
-        gradients of zero they do.
-        """
-        for parameter in parameters_of(optimizer):
-            parameter.grad = None
-        if any(vetoed is optimizer for vetoed, _ in self._counts):
-            return
-        self._counts.append((optimizer, _counts(optimizer)))
-        uncount_step(self._trainer)
-        if not self._vetoed:
-            # The loss scaler is about to count a step that never was.
-            self._scaler_state = copy.deepcopy(self._trainer.precision_plugin.state_dict())
-            self._pause.begin(self._trainer, epoch=self.replay)
-        self._vetoed = True
+        """Keep an optimizer from the step it is about to take."""
+        self._veto.take(optimizer, epoch=self.replay)
 
     @property
     def window(self) -> list[Entry]:
@@ -228,14 +210,14 @@ class Rewinder:
         start = self._start
         self._pause.undo()
         start.restore(self._trainer)
-        self._restore_vetoed()
+        self._veto.restore()
         self._rewind(start, leave_out, same_step=True)
 
     def forget_step(self) -> None:
         """Take the step back, and go on with the next batch."""
         self._pause.undo()
         self._start.restore(self._trainer)
-        self._restore_vetoed()
+        self._veto.restore()
         self._pause.hide(self._trainer, same_step=True)
 
     def to_snapshot(self, snapshot: TrainingSnapshot, leave_out: Collection[Entry]) -> None:
@@ -276,24 +258,15 @@ class Rewinder:
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
             make_up_for(self._trainer, self.ring.left_out[epoch])
 
-    def _restore_vetoed(self) -> None:
-        """What counts the steps even where there is no gradient."""
-        if self._scaler_state:
-            self._trainer.precision_plugin.load_state_dict(self._scaler_state)
-        for optimizer, counts in self._counts:
-            for parameter, values in counts.items():
-                optimizer.state[parameter].update(values)
-
     def batch_ended(self) -> None:
         """After an accepted batch, or after whatever was done about a rejected one."""
         self.ring.check_spoilt()
-        if not self._vetoed:
+        if not self._veto.active:
             make_up_for(self._trainer, self.ring.left_out[self._trainer.current_epoch])
-        if not self._vetoed:
             self._since += self._accepted
             for _ in range(self._accepted):
                 self.snapshots.healthy()
-        if self._vetoed or self.stepped:
+        if self._veto.active or self.stepped:
             self._begin_window()
 
     def epoch_ended(self) -> None:
@@ -308,17 +281,3 @@ class Rewinder:
         if line not in self._told:
             self._told.add(line)
             self._tell(line)
-
-
-def parameters_of(optimizer: Optimizer) -> Sequence[torch.Tensor]:
-    """All parameters of an optimizer."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _counts(optimizer: Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
-    """State that is no tensor, such as the evaluations that LBFGS counts."""
-    found = {
-        parameter: {k: v for k, v in state.items() if isinstance(v, int | float)}
-        for parameter, state in optimizer.state.items()
-    }
-    return {parameter: values for parameter, values in found.items() if values}

@@ -8,12 +8,7 @@ from lit_stability.trainer_state.checkpoints import CheckpointLedger
 from lit_stability.trainer_state.companions import Stateful
 from lit_stability.trainer_state.data_position import DataPosition
 from lit_stability.trainer_state.metrics import EpochMetrics, LoggedMetrics
-from lit_stability.trainer_state.progress import (
-    LoopState,
-    SchedulerPause,
-    make_up_for,
-    uncount_step,
-)
+from lit_stability.trainer_state.progress import LoopState, make_up_for
 from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
 from lit_stability.trainer_state.scene import save_scene_checkpoint
 from lit_stability.trainer_state.snapshot import StepStart, TrainingSnapshot
@@ -23,6 +18,7 @@ from lit_stability.trainer_state.strategies import (
     sharing,
     why_untried,
 )
+from lit_stability.trainer_state.veto import SchedulerPause, Veto, parameters_of
 from lit_stability.trainer_state.view import (
     between_steps,
     callbacks_of,
@@ -92,6 +88,7 @@ __all__ = [
     "StepStart",
     "StepWitness",
     "TrainingSnapshot",
+    "Veto",
     "between_steps",
     "callbacks_of",
     "ends_window",
@@ -101,6 +98,7 @@ __all__ = [
     "logger_step",
     "loss_scaler",
     "make_up_for",
+    "parameters_of",
     "ranks_of",
     "replay_loss",
     "reshard",
@@ -109,7 +107,6 @@ __all__ = [
     "same_loss",
     "save_scene_checkpoint",
     "sharing",
-    "uncount_step",
     "unscale",
     "why_untried",
 ]

@@ -1,16 +1,13 @@
-"""Where a Trainer's loops stand: counters, what was logged last, and schedulers on hold."""
+"""Where a Trainer's loops stand: counters, and what was logged last."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 _LOGGED = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
-_PAUSED = "rejected"
-"""Interval of a scheduler that is on hold; Lightning moves only those of "step" and "epoch"."""
 
 
 class LoopState:
@@ -108,12 +105,12 @@ class Steps:
     @classmethod
     def of(cls, trainer: Trainer) -> Steps:
         """Read the counters."""
-        return cls(*(counter.total.completed for counter in _step_counters(trainer)))
+        return cls(*(counter.total.completed for counter in step_counters(trainer)))
 
     def restore(self, trainer: Trainer) -> None:
         """Rewind them at the end of a batch; ``global_step`` follows, the data do not."""
         saved = (self.automatic, self.manual, self.scheduler)
-        for counter, completed in zip(_step_counters(trainer), saved, strict=True):
+        for counter, completed in zip(step_counters(trainer), saved, strict=True):
             back = counter.total.completed - completed
             for tracker in (counter.total, counter.current):
                 # Those of the epoch start at 0, also when this goes back beyond its start.
@@ -121,95 +118,11 @@ class Steps:
                 tracker.completed = max(0, tracker.completed - back)
 
 
-def _step_counters(trainer: Trainer) -> tuple[Any, Any, Any]:
+def step_counters(trainer: Trainer) -> tuple[Any, Any, Any]:
+    """Of optimizer steps in automatic and manual optimization, and of scheduler steps."""
     loop = trainer.fit_loop.epoch_loop
     return (
         loop.automatic_optimization.optim_progress.optimizer.step,
         loop.manual_optimization.optim_step_progress,
         loop.scheduler_progress,
     )
-
-
-def uncount_step(trainer: Trainer) -> None:
-    """Take a vetoed step off the count while it is being taken: Lightning is about to count it."""
-    automatic, manual, _ = _step_counters(trainer)
-    counter = automatic if trainer.lightning_module.automatic_optimization else manual
-    for tracker in (counter.total, counter.current):
-        tracker.ready -= 1
-        tracker.completed -= 1
-
-
-@dataclass
-class SchedulerPause:
-    """Keeps learning-rate schedulers, and the loggers, from moving on a rejected step.
-
-    Holds from the veto to the next fetch, or to the end of the epoch: schedulers that follow a
-    metric are stepped after the end of the batch. In manual optimization, where the module steps
-    them, their state is put back at the end of the batch.
-    """
-
-    _intervals: list[tuple[Any, str]] = field(default_factory=list, init=False)
-    _states: list[tuple[Any, Any]] = field(default_factory=list, init=False)
-    _groups: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list, init=False)
-    _shown: list[tuple[Any, bool]] = field(default_factory=list, init=False)
-
-    def begin(self, trainer: Trainer, *, epoch: bool) -> None:
-        """From the veto on.
-
-        Args:
-            trainer: whose schedulers to hold.
-            epoch: hold those of interval "epoch" too, as the epoch will not end with this batch.
-        """
-        configs = trainer.strategy.lr_scheduler_configs
-        for config in configs:
-            if config.interval == "step" or (epoch and config.interval == "epoch"):
-                self._intervals.append((config, config.interval))
-                config.interval = _PAUSED
-        if trainer.lightning_module.automatic_optimization or self._states:
-            return
-        self._states = [(c.scheduler, copy.deepcopy(c.scheduler.state_dict())) for c in configs]
-        self._groups = [
-            (g, {k: copy.deepcopy(v) for k, v in g.items() if k != "params"})
-            for optimizer in trainer.optimizers
-            for g in optimizer.param_groups
-        ]
-
-    def undo(self) -> None:
-        """Put back what the module did to schedulers since the veto, in manual optimization."""
-        for scheduler, state in self._states:
-            scheduler.load_state_dict(state)
-        for group, saved in self._groups:
-            group.update(saved)
-        self.forget()
-
-    def forget(self) -> None:
-        """A snapshot is put back, which has the schedulers' state."""
-        self._states, self._groups = [], []
-
-    def hide(self, trainer: Trainer, *, same_step: bool) -> None:
-        """At the end of a rejected batch: nothing is logged for it.
-
-        Args:
-            trainer: as before.
-            same_step: whether the next batch is to be logged at the step of this one.
-        """
-        loop = trainer.fit_loop.epoch_loop
-        for metric in loop._results.values():
-            self._shown.append((metric, metric.has_reset))
-            metric.has_reset = True
-        if same_step and not loop._should_accumulate():
-            loop._batches_that_stepped -= 1
-
-    def end(self) -> None:
-        """Before the next batch is fetched, or at the end of the epoch."""
-        for config, interval in self._intervals:
-            config.interval = interval
-        for metric, has_reset in self._shown:
-            metric.has_reset = has_reset
-        self._intervals, self._shown = [], []
-
-    def release_epoch(self) -> None:
-        """Let go of the schedulers of interval "epoch" alone: the epoch ends after all."""
-        for config, interval in self._intervals:
-            if interval == "epoch":
-                config.interval = interval
