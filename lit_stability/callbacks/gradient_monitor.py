@@ -234,7 +234,10 @@ class GradientMonitor(Callback):
             meter.forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close what is open and print the summary."""
+        """Close what is open, say so if the weights are damaged, and print the summary."""
+        bad = self._non_finite_weights()
+        if bad:
+            self._reporter.say(f"the fit ends with non-finite weights, first {bad[0]}")
         self._desk.close(trainer, pl_module, "unresolved")
         self._reporter.summary(self.incidents)
 
@@ -252,16 +255,16 @@ class GradientMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say so when somebody saves weights that are non-finite, outside of an incident."""
-        if self.current is not None or self._measuring is None:
-            return
-        bad = [name for meter in self._meters.values() for name in meter.audit()[0]]
-        if self._council.sharded:
-            bad = [*self._council.audit(bad, ())[0]]
+        bad = [] if self.current is not None else self._non_finite_weights()
         if bad:
             self._reporter.say(
                 f"a checkpoint saved at step {trainer.global_step} holds non-finite weights, first "
                 f"{bad[0]}: do not go on from it"
             )
+
+    def _non_finite_weights(self) -> list[str]:
+        bad = [name for meter in self._meters.values() for name in meter.audit()[0]]
+        return [*self._council.audit(bad, ())[0]] if self._council.sharded else bad
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the parameters and the other ranks."""

@@ -209,6 +209,18 @@ def test_checkpoint_of_non_finite_weights_is_spoken_of(tmp_path, caplog):
     assert "saved at step 5 holds non-finite weights, first net.0.weight" in caplog.text
 
 
+def test_damage_done_by_the_very_last_step_is_spoken_of(tmp_path, caplog):
+    """No step follows that could show it."""
+
+    class Spoils(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 5:
+                pl_module.net[0].weight.data.view(-1)[0] = float("nan")
+
+    fit(tmp_path, [GradientMonitor(), Spoils()], max_steps=5)
+    assert "the fit ends with non-finite weights, first net.0.weight" in caplog.text
+
+
 def test_gradient_below_its_lower_bound_is_told_once_and_the_steps_are_taken(tmp_path):
     """S6, V1: not at the first small value, and never by skipping."""
     monitor = GradientMonitor(layer_bounds={"net.0.weight": (1e6, 1e9)})
