@@ -21,7 +21,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
-from lit_stability.trainer_state import ReplayRing, StepStart, TrainingSnapshot
+from lit_stability.batches import size_of
+from lit_stability.trainer_state import Entry, ReplayRing, StepStart, TrainingSnapshot
 
 
 class Rounds(Callback):
@@ -115,9 +116,6 @@ def main() -> None:
 
 def _ring(shape: ByteGPTConfig) -> ReplayRing:
     """As full as it gets: two snapshots' distance of 20 steps, and ten of probation."""
-    from lit_stability.trainer_state import Entry
-    from lit_stability.trainer_state.replay import size_of
-
     ring = ReplayRing(2**30, clone=False)
     for index, batch in zip(range(50), loader(8, shape.length), strict=False):
         ring.add(Entry(batch, 0, index, None, size_of(batch), ()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lit_stability.batches import tensors_in
 from lit_stability.shards import local
 
 
@@ -178,7 +179,7 @@ class BadBatch(Fault):
     @torch.no_grad()
     def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """See `Fault`."""
-        tensors = list(_tensors(batch))
+        tensors = list(tensors_in(batch))
         floating = [t for t in tensors if t.is_floating_point()]
         for t in floating:
             t.fill_(self.value)
@@ -260,14 +261,3 @@ def _matching(module: nn.Module, pattern: str) -> Sequence[tuple[str, nn.Paramet
         names = [n for n, _ in module.named_parameters()]
         raise ValueError(f"no parameter matches {pattern!r}; there are {names[:10]}")
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

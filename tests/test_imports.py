@@ -20,6 +20,7 @@ MAY_IMPORT_LIGHTNING = (
 MAY_IMPORT_TORCH = (
     *MAY_IMPORT_LIGHTNING,
     *(
+        "batches.py",
         "meter.py",
         "moments.py",
         "norms.py",

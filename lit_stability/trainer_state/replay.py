@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from torch import Tensor
 
+from lit_stability.batches import size_of, tensors_in
 from lit_stability.rng import capture_rng, restore_rng
 
 
@@ -236,26 +236,5 @@ def _recorded(base: type, recorder: Recorder) -> type:
     return type(base.__name__, (base,), body)
 
 
-def size_of(item: Any) -> int:
-    """Bytes of the tensors in a batch."""
-    return sum(t.numel() * t.element_size() for t in _tensors(item))
-
-
 def _versions(item: Any) -> tuple[int, ...]:
-    return tuple(t._version for t in _tensors(item) if not t.is_inference())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in containers, and in the attributes of batch objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        for each in vars(value).values():
-            if isinstance(each, (Tensor, Mapping, list, tuple)):
-                yield from _tensors(each)
+    return tuple(t._version for t in tensors_in(item) if not t.is_inference())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lit_stability.batches import size_of
 from lit_stability.trainer_state import Entry, ReplayRing
-from lit_stability.trainer_state.replay import size_of
 
 
 def ring_of(count, max_bytes=10**6):
