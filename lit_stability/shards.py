@@ -10,11 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The rank's own shard, in place and without gradient; any other tensor itself."""
+    if type(tensor) in _PLAIN:
+        return tensor
     # Asked by name: importing DTensor costs a second, and a single device has none.
     to_local = getattr(tensor, "to_local", None)
     if to_local is None:

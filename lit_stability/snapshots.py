@@ -11,7 +11,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,27 @@ class TensorBank:
     def __init__(self) -> None:
         self._live: list[Tensor] = []
         self._saved: list[Tensor] = []
+        self._pairs: _Pairs = []
 
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
         live = [local(t) for t in tensors]
-        if not _same(self._live, live) and not _alike(self._saved, live):
-            self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
-        self._live = live
-        _copy(self._saved, live)
+        if not _same(self._live, live):
+            if not _alike(self._saved, live):
+                self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
+            self._live = live
+            self._pairs = _in_groups(self._saved, live)
+        for saved, now in self._pairs:
+            torch._foreach_copy_(saved, now)
 
     @torch.no_grad()
     def restore(self, targets: Sequence[Tensor] | None = None) -> None:
         """Copy the saved values back into the very tensors they came from, or into others."""
-        _copy(self._live if targets is None else targets, self._saved)
+        same = targets is None or _same(self._live, targets)
+        pairs = self._pairs if same else _in_groups(self._saved, targets or [])
+        for saved, now in pairs:
+            torch._foreach_copy_(now, saved)
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -281,12 +288,14 @@ def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     )
 
 
-def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """One foreach copy per dtype and device."""
+_Pairs: TypeAlias = list[tuple[list[Tensor], list[Tensor]]]
+
+
+def _in_groups(a: Iterable[Tensor], b: Iterable[Tensor]) -> _Pairs:
+    """Both lists in parts of one dtype and device, a foreach copy each."""
     groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in zip(targets, sources, strict=True):
-        into, out_of = groups.setdefault((target.dtype, target.device), ([], []))
-        into.append(target)
-        out_of.append(source)
-    for into, out_of in groups.values():
-        torch._foreach_copy_(into, out_of)
+    for x, y in zip(a, b, strict=True):
+        xs, ys = groups.setdefault((x.dtype, x.device), ([], []))
+        xs.append(x)
+        ys.append(y)
+    return list(groups.values())
