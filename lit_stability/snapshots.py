@@ -49,6 +49,11 @@ class TensorBank:
             torch._foreach_copy_(now, saved)
 
     @property
+    def saved(self) -> list[Tensor]:
+        """The copies."""
+        return self._saved
+
+    @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """``(live, saved)`` tensors."""
         return [(t.detach(), s) for t, s in zip(self._live, self._saved, strict=True)]
@@ -64,16 +69,19 @@ class ModuleSnapshot:
 
     def __init__(self) -> None:
         self.bank = TensorBank()
-        self.names: list[str] = []
+        self._module: nn.Module | None = None
+        self._parameters: list[Tensor] = []
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def capture(self, module: nn.Module) -> None:
         """Copy them in."""
-        parameters = dict(module.named_parameters())
-        self.names = list(parameters)
-        self._homes = _buffers(module.modules())
+        self._module = module
+        modules = list(module.modules())
+        found = (p for m in modules for p in m._parameters.values() if p is not None)
+        self._parameters = list(dict.fromkeys(found))
+        self._homes = _buffers(modules)
         buffers = [b for _, _, b in self._homes if b is not None]
-        self.bank.capture([*parameters.values(), *buffers])
+        self.bank.capture([*self._parameters, *buffers])
 
     def restore(self) -> None:
         """Copy them back; a buffer that was replaced by another tensor comes back itself."""
@@ -82,9 +90,13 @@ class ModuleSnapshot:
 
     def drift(self) -> dict[str, float]:
         """Largest absolute change of any element since the capture, by parameter."""
+        if self._module is None:
+            return {}
+        names = {id(p): name for name, p in self._module.named_parameters()}
         return {
-            name: float((live - saved).abs().amax()) if live.numel() else 0.0
-            for name, (live, saved) in zip(self.names, self.bank.pairs, strict=False)
+            names[id(p)]: float((live - saved).abs().amax()) if live.numel() else 0.0
+            for p, (live, saved) in zip(self._parameters, self.bank.pairs, strict=False)
+            if id(p) in names
         }
 
     def outlier(self, factor: float = 1e3) -> tuple[str, float] | None:
@@ -137,7 +149,7 @@ class OptimizerSnapshot:
             del optimizer.param_groups[len(self._groups) :]
         kept: dict[Tensor, dict[str, Any]] = {}
         targets = []
-        for (parameter, key, then), (_, saved) in zip(self._keys, self.bank.pairs, strict=True):
+        for (parameter, key, then), saved in zip(self._keys, self.bank.saved, strict=True):
             now = optimizer.state.get(parameter, {}).get(key)
             alike = isinstance(now, Tensor) and local(now).shape == saved.shape
             target = now if alike else then

@@ -26,6 +26,11 @@ from lit_stability.trainer_state import (
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
+_WRITTEN_INTO = (
+    "training_step writes into its batch, so that it cannot be replayed: pass "
+    "AutoRollback(clone_batches=True)"
+)
+
 
 class Rewinder:
     """What lives as long as one fit: snapshots, batches kept, and what a rejected step spoils.
@@ -183,10 +188,7 @@ class Rewinder:
                 f"{self.ring.max_bytes}: they are skipped, not replayed"
             )
         elif not found:
-            self._tell_once(
-                "training_step writes into its batch, so that it cannot be replayed: pass "
-                "AutoRollback(clone_batches=True)"
-            )
+            self._tell_once(_WRITTEN_INTO)
         return found
 
     @property
@@ -261,6 +263,8 @@ class Rewinder:
     def batch_ended(self) -> None:
         """After an accepted batch, or after whatever was done about a rejected one."""
         self.ring.check_spoilt()
+        if self.replay and self.ring.position == 1 and self.ring.entries[0].spoilt:
+            self._tell_once(_WRITTEN_INTO)
         if not self._veto.active:
             make_up_for(self._trainer, self.ring.left_out[self._trainer.current_epoch])
             self._since += self._accepted
