@@ -155,6 +155,11 @@ class Incident:
     @property
     def remedy(self) -> str:
         """What a person can do about it."""
+        if self.verdict == "transient":
+            return (
+                "nothing in data or model: it did not return when the same steps were taken again; "
+                "if it happens often, suspect the hardware or a nondeterministic kernel"
+            )
         return _REMEDIES.get(self.first.kind, "look at the scene in the incident's folder")
 
     def opening_line(self) -> str:

@@ -121,6 +121,13 @@ def test_markdown_of_a_closed_incident_tells_the_whole_story():
 
 
 @pytest.mark.parametrize("kind", get_args(detectors.Kind))
+def test_remedy_of_what_did_not_return_blames_neither_data_nor_model(kind):
+    trouble = incident(kind=kind)
+    trouble.verdict = "transient"
+    assert trouble.remedy.startswith("nothing in data or model")
+
+
+@pytest.mark.parametrize("kind", get_args(detectors.Kind))
 def test_remedy_of_every_kind_is_something_to_do(kind):
     """V5."""
     assert len(incident(kind=kind).remedy) > 20
