@@ -152,6 +152,9 @@ class Ladder:
         self._healthy = 0
         self._since_rollback: int | None = None
         self.trial = Trial()
+        """Of the steps since a snapshot."""
+        self.retake = Trial(slack=0)
+        """Of one step alone."""
 
     def healthy(self, step: int | None = None) -> Verdict | None:
         """Count a healthy step; returns the verdict of a trial that ends with it."""
@@ -164,7 +167,15 @@ class Ladder:
         if self._healthy % self.budget.refill_every == 0:
             self._left["rollbacks"] = min(self._left["rollbacks"] + 1, self.budget.rollbacks)
             self._left["holds"] = min(self._left["holds"] + 1, self.budget.holds)
-        return None if step is None else self.trial.passed(step)
+        if step is None:
+            return None
+        verdicts = [self.retake.passed(step), self.trial.passed(step)]
+        return next((verdict for verdict in verdicts if verdict is not None), None)
+
+    def returns(self, anomaly: Anomaly, *, state_is_bad: bool) -> bool:
+        """Whether an anomaly is the return of one that the same steps were taken again for."""
+        damaged = anomaly.state_is_bad or state_is_bad
+        return (self.trial if damaged else self.retake).returns(anomaly.step)
 
     def respond(
         self,
@@ -201,10 +212,10 @@ class Ladder:
         )
 
     def _veto(self, step: int, replay: bool) -> Response:
-        if replay and not self.trial.returns(step):
-            self.trial.begin(step, slack=0)
+        if replay and not self.retake.returns(step):
+            self.retake.begin(step)
             return RunAgain()
-        self.trial.end()
+        self.retake.end()
         self._skips_in_a_row += 1
         return SkipStep()
 

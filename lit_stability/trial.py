@@ -40,13 +40,17 @@ class Trial:
         """Whether an anomaly at a step is the return of the one on trial."""
         return self._until is not None and step <= self._until
 
-    def begin(self, step: int, slack: int | None = None) -> None:
+    @property
+    def active(self) -> bool:
+        """Whether the steps are being taken again."""
+        return self._until is not None
+
+    def begin(self, step: int) -> None:
         """Take the steps up to one again; a pass that follows a return is a stage higher."""
-        slack = self.slack if slack is None else slack
         if self.returns(step):
             self.stage += 1
         else:
-            self.stage, self._until = 0, step + slack
+            self.stage, self._until = 0, step + self.slack
 
     def passed(self, step: int) -> Verdict | None:
         """Count a healthy step; the verdict once the anomaly's own is passed."""

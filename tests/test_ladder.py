@@ -227,6 +227,15 @@ def test_responses_to_any_stream_are_bounded(budget, events):
                 "clip x0.5",
             ],
         ),
+        # A bad batch among the steps that are taken again is not the damage's return, nor its end.
+        (
+            [("damage", 30), ("bad", 25), 25, ("damage", 30)],
+            [
+                "rolled back and replayed",
+                "step taken again",
+                "rolled back and replayed without the suspect",
+            ],
+        ),
         # Damage from outside that comes later blames nothing; a divergence that comes later does.
         ([("damage", 30), 40, ("damage", 41)], ["rolled back and replayed"] * 2),
         (

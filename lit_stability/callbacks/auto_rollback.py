@@ -258,19 +258,18 @@ class AutoRollback(Callback):
         """What was spent, what is in force and what is healthy, for ranks that disagree."""
         return {
             **self.state_dict(),
-            "trial": self.ladder.trial,
+            "trials": (self.ladder.trial, self.ladder.retake),
             "baselines": [baseline.state_dict() for baseline in self._now.baselines],
-            "on_trial": self._now.rewinder.on_trial,
         }
 
     def load_books(self, books: dict[str, Any]) -> None:
         """Go on from the books of another rank."""
         now = self._now
         self.load_state_dict(books)
-        self.ladder.trial = books["trial"]
+        self.ladder.trial, self.ladder.retake = books["trials"]
         for baseline, saved in zip(now.baselines, books["baselines"], strict=True):
             baseline.load_state_dict(saved)
-        now.rewinder.on_trial, now.on_trial = books["on_trial"], None
+        now.rewinder.on_trial, now.on_trial = self.ladder.trial.active, None
         now.inspection.end()
 
     def state_dict(self) -> dict[str, Any]:

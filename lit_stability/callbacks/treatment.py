@@ -34,7 +34,7 @@ class Treatment:
         self.due: tuple[Response, Incident] | None = None
         """What is to be done at the end of the batch."""
         self.on_trial: Incident | None = None
-        """The incident whose steps are being taken again."""
+        """The incident for which steps were taken again last."""
         self.trouble = 0
         """The step of the anomaly last rolled back for; until then, no relaxing."""
 
@@ -48,7 +48,7 @@ class Treatment:
         else:
             replay = rewinder.can_take_again()
         replay = not incident.agree(not replay)
-        if self._ladder.trial.returns(anomaly.step):
+        if self._ladder.returns(anomaly, state_is_bad=damaged):
             incident.verdict = "deterministic"
         self.on_trial = incident
         return self._ladder.respond(
@@ -62,11 +62,9 @@ class Treatment:
     def reached(self, step: int) -> None:
         """Count a healthy step; it may tell what the incident on trial is."""
         verdict = self._ladder.healthy(step)
-        if verdict is None or self.on_trial is None:
-            return
-        self.on_trial.verdict = self.on_trial.verdict or verdict
-        self.on_trial = None
-        self.rewinder.on_trial = False
+        if verdict is not None and self.on_trial is not None:
+            self.on_trial.verdict = self.on_trial.verdict or verdict
+        self.rewinder.on_trial = self._ladder.trial.active
 
     def carry_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due, at the end of the batch.

@@ -92,6 +92,23 @@ def test_damage_from_outside_is_transient_and_blames_nothing(tmp_path):
     assert incident["responses"] == ["rolled back and replayed"]
 
 
+def test_bad_batch_among_replayed_steps_has_its_own_trial_and_snapshots_go_on(tmp_path):
+    """What strikes during a replay must not keep later snapshots from being taken."""
+
+    damage = [CorruptWeight(step=s, parameter="first.0.weight") for s in (33, 75)]
+    # The trial of the damage of step 33 lasts until step 44.
+    injector = FaultInjector([*damage, NanLoss(step=41)])
+    rollback = AutoRollback()
+    result = run(tmp_path, Net, marked(), [injector, GradientMonitor(), rollback], max_epochs=2)
+    clean = run(tmp_path / "clean", Net, marked(), [], max_epochs=2)
+    assert differences(result, clean) == {}
+    incidents = read_incidents(tmp_path)
+    assert {i["verdict"] for i in incidents} == {"transient"}
+    replayed = [r for i in incidents for r in i["responses"]]
+    assert "step skipped" not in replayed
+    assert rollback.throttle.lr_factor == 1.0
+
+
 def test_step_that_is_clean_the_second_time_is_called_transient(tmp_path):
     callbacks = [FaultInjector([NanLoss(step=30)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, Net, marked(), callbacks, max_epochs=1)
