@@ -146,13 +146,18 @@ class StepMeter:
         self._last_lr = max(learning_rates, default=0.0)
 
     @torch.no_grad()
+    def bad_weights(self) -> tuple[str, ...]:
+        """Names of parameters with a non-finite weight, of all that this rank holds."""
+        weights = to_host({"norms": norms_of(self._local_weights())})["norms"]
+        return non_finite(self.names, weights)
+
+    @torch.no_grad()
     def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of parameters with a non-finite weight, and with a non-finite optimizer moment.
 
         Reads everything that this rank holds and copies to the host: for an incident, not for
         every step.
         """
-        weights = to_host({"norms": norms_of(self._local_weights())})["norms"]
         owners, tensors = [], []
         for name, p in zip(self.names, self.parameters, strict=True):
             for value in (self.optimizer.state.get(p) or {}).values():
@@ -160,7 +165,7 @@ class StepMeter:
                     owners.append(name)
                     tensors.append(local(value))
         moments = to_host({"norms": norms_of(tensors)})["norms"]
-        return non_finite(self.names, weights), non_finite(owners, moments)
+        return self.bad_weights(), non_finite(owners, moments)
 
     def _read(
         self,

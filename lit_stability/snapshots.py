@@ -1,17 +1,15 @@
 """A healthy state of training in memory, captured and restored in place.
 
 Tensors go through preallocated buffers, one foreach copy per dtype and device, of a sharded tensor
-the rank's own shard; everything else is deep-copied. A snapshot is a candidate until enough healthy
-steps have confirmed it. May import torch; knows no Lightning.
+the rank's own shard; everything else is deep-copied. May import torch; knows no Lightning.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -194,88 +192,6 @@ class BufferGuard:
         """Put them back; one that was replaced by another tensor comes back itself."""
         _put_back(self._homes)
         self._bank.restore()
-
-
-S = TypeVar("S")
-
-
-@dataclass
-class Generations(Generic[S]):
-    """Two snapshots in turn: the confirmed one to go back to, and a candidate on probation.
-
-    While no candidate waits, the one confirmed before is still there, as ``older``.
-
-    Args:
-        make: builds an empty snapshot; called twice.
-        confirm_after: healthy steps after which a candidate is confirmed.
-
-    >>> g = Generations(make=list, confirm_after=2)
-    >>> g.begin().append("a"); g.confirm_now()
-    >>> g.begin().append("b")
-    >>> g.healthy(); g.confirmed
-    ['a']
-    >>> g.healthy(); g.confirmed, g.older
-    (['b'], ['a'])
-    """
-
-    make: Callable[[], S]
-    confirm_after: int
-    confirmed: S | None = None
-    older: S | None = None
-    candidate: S | None = None
-    _age: int = field(default=0, init=False)
-    _spare: S | None = field(default=None, init=False)
-
-    @property
-    def ready(self) -> bool:
-        """Whether no candidate is waiting for its confirmation."""
-        return self.candidate is None
-
-    @property
-    def oldest(self) -> S | None:
-        """The snapshot furthest back."""
-        return self.confirmed if self.older is None else self.older
-
-    def begin(self) -> S:
-        """The snapshot to capture into; a candidate that was still waiting is given up for it."""
-        if self.candidate is None:
-            for each in (self._spare, self.older):
-                if each is not None:
-                    self.candidate = each
-                    break
-            else:
-                self.candidate = self.make()
-            self._spare = self.older = None
-        self._age = 0
-        return self.candidate
-
-    def healthy(self) -> None:
-        """Count a healthy step towards the candidate's confirmation."""
-        self._age += 1
-        if self.candidate is not None and self._age >= self.confirm_after:
-            self.confirm_now()
-
-    def confirm_now(self) -> None:
-        """Trust the candidate as it is, as at the start of a fit."""
-        if self.candidate is not None:
-            self.older, self.confirmed = self.confirmed, self.candidate
-            self.candidate = None
-
-    def discard(self) -> None:
-        """Drop the candidate: something went wrong while it waited."""
-        if self.candidate is not None:
-            self._spare, self.candidate = self.candidate, None
-
-    def go_back(self) -> None:
-        """Trust the older one alone: the one confirmed after it was too late."""
-        if self.older is not None:
-            self._spare, self.confirmed, self.older = self.confirmed, self.older, None
-
-    def restart(self) -> None:
-        """Begin as at first, with a snapshot that is yet to be taken."""
-        self.discard()
-        self._spare = self._spare or self.confirmed
-        self.confirmed = self.older = None
 
 
 def _buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor | None]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,8 +134,6 @@ def _others(callback):
 
 
 def _files(callback):
-    from pathlib import Path
-
     return [f for f in Path(callback.dirpath).glob("*") if f.suffix == ".ckpt"]
 
 

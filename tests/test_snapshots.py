@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from lit_stability.generations import Generations
 from lit_stability.rng import capture_rng, restore_rng
 from lit_stability.snapshots import (
     BufferGuard,
-    Generations,
     ModuleSnapshot,
     OptimizerSnapshot,
     TensorBank,

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.checkpoint_copy import CheckpointCopy, is_finite
 from lit_stability.checkpoint_writer import CheckpointWriter
-from lit_stability.trainer_state import StepWitness, between_steps
+from lit_stability.trainer_state import StepWitness, ends_window
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -78,7 +78,7 @@ class GoodKeeper:
             and self._age is None
             and self._calm
             and not self.writer.busy
-            and between_steps(self._trainer)
+            and ends_window(self._trainer)
         )
 
     def healthy(self, state_key: str) -> None:

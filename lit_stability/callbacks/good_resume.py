@@ -10,14 +10,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.last_good import FOLDER, RunEnd, State, put_aside
-from lit_stability.throttle import Throttle
 from lit_stability.trainer_state import (
     StepWitness,
-    callbacks_of,
     incomparable,
     replay_loss,
     same_batch,
     same_loss,
+    throttles,
 )
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -51,8 +50,7 @@ class RunBehind:
         if not self._failures or after_crash == 1:
             return
         factor = after_crash ** min(self._failures, _MOST_FAILURES)
-        throttles = [getattr(c, "throttle", None) for c in callbacks_of(self._trainer)]
-        found = [t for t in throttles if isinstance(t, Throttle)]
+        found = throttles(self._trainer)
         for throttle in found:
             throttle.cut(factor, factor)
         done = (

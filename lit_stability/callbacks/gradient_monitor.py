@@ -263,7 +263,7 @@ class GradientMonitor(Callback):
             )
 
     def _non_finite_weights(self) -> list[str]:
-        bad = [name for meter in self._meters.values() for name in meter.audit()[0]]
+        bad = [name for meter in self._meters.values() for name in meter.bad_weights()]
         return [*self._council.audit(bad, ())[0]] if self._council.sharded else bad
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
-from lit_stability.snapshots import Generations
+from lit_stability.generations import Generations
 from lit_stability.trainer_state import (
     CheckpointLedger,
     Entry,

@@ -14,8 +14,8 @@ from lit_stability.recovery.beginning import Beginning
 from lit_stability.recovery.counters import count_in_parts, forget_moments
 from lit_stability.recovery.left_out import TrainingData
 from lit_stability.recovery.memory import batch_sizes
-from lit_stability.recovery.remedies import Plan, throttles
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.recovery.remedies import Plan
+from lit_stability.trainer_state import callbacks_of, throttles
 
 _KEY = "lit_stability.recovery"
 _PARTS = "accumulate_grad_batches"

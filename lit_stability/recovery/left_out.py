@@ -13,7 +13,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_stability.trainer_state import make_up_for
+from lit_stability.trainer_state import loaders, make_up_for
 
 Samples = frozenset[Any]
 
@@ -147,11 +147,10 @@ class TrainingData:
 
     @property
     def _loader(self) -> DataLoader[Any] | None:
-        combined = self._trainer.fit_loop._combined_loader
-        loaders = [] if combined is None else combined.flattened
-        if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
+        found = loaders(self._trainer)
+        if len(found) != 1 or not isinstance(found[0], DataLoader):
             return None
-        return None if isinstance(loaders[0].dataset, IterableDataset) else loaders[0]
+        return None if isinstance(found[0].dataset, IterableDataset) else found[0]
 
     def count(self, yes: bool) -> None:
         """Have the loader's length tell of what is left out, or not.

@@ -5,12 +5,13 @@ May import Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+
+from lit_stability.trainer_state import loaders
 
 
 def checkpoint_activations(module: LightningModule) -> bool:
@@ -41,7 +42,7 @@ def _enable(module: nn.Module) -> bool:
 def batch_sizes(trainer: Trainer) -> list[int | None]:
     """Batch size of each training loader, None where it is not known."""
     found = []
-    for loader in _loaders(trainer):
+    for loader in loaders(trainer):
         sampler = getattr(loader, "batch_sampler", None)
         size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
         found.append(size if isinstance(size, int) else None)
@@ -50,12 +51,5 @@ def batch_sizes(trainer: Trainer) -> list[int | None]:
 
 def drops_last(trainer: Trainer) -> bool:
     """Whether an epoch leaves over the samples that do not fill a batch."""
-    loaders = list(_loaders(trainer))
-    return any(isinstance(each, DataLoader) and each.drop_last for each in loaders) and (
-        trainer.num_training_batches != float("inf")
-    )
-
-
-def _loaders(trainer: Trainer) -> Iterator[Any]:
-    combined = trainer.fit_loop._combined_loader
-    yield from [] if combined is None else combined.flattened
+    dropped = any(isinstance(each, DataLoader) and each.drop_last for each in loaders(trainer))
+    return dropped and trainer.num_training_batches != float("inf")

@@ -24,8 +24,7 @@ from lightning.pytorch.utilities.parsing import (
 
 from lit_stability.recovery.crashes import Crash
 from lit_stability.recovery.memory import batch_sizes, checkpoint_activations, drops_last
-from lit_stability.throttle import Throttle
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_state import callbacks_of, throttles
 
 CUT = 0.5
 """What learning rate and clip are multiplied by for each instability in a row."""
@@ -219,12 +218,6 @@ def _hint_for_data(crash: Crash) -> str:
         "; which samples the batch has is known only for one map-style DataLoader: catch the "
         "error where the data are read"
     )
-
-
-def throttles(trainer: Trainer) -> list[Throttle]:
-    """What lowers learning rate and clip in a fit, and brings them back: an `AutoRollback`'s."""
-    found = [getattr(each, "throttle", None) for each in callbacks_of(trainer)]
-    return [each for each in found if isinstance(each, Throttle)]
 
 
 def _shortened(samples: tuple[Any, ...]) -> str:

@@ -7,6 +7,7 @@ fails loudly when one of them moves.
 from lit_stability.trainer_state.checkpoints import CheckpointLedger
 from lit_stability.trainer_state.companions import Stateful
 from lit_stability.trainer_state.data_position import DataPosition
+from lit_stability.trainer_state.loaders import loaders
 from lit_stability.trainer_state.metrics import EpochMetrics, LoggedMetrics
 from lit_stability.trainer_state.progress import LoopState, make_up_for
 from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
@@ -20,7 +21,6 @@ from lit_stability.trainer_state.strategies import (
 )
 from lit_stability.trainer_state.veto import SchedulerPause, Veto, parameters_of
 from lit_stability.trainer_state.view import (
-    between_steps,
     callbacks_of,
     ends_window,
     full_checkpoint,
@@ -28,6 +28,7 @@ from lit_stability.trainer_state.view import (
     logger_step,
     loss_scaler,
     run_directory,
+    throttles,
     unscale,
 )
 from lit_stability.trainer_state.witness import (
@@ -54,7 +55,6 @@ PRIVATE = (
     "fit_loop._data_fetcher",
     "fit_loop._last_train_dl_reload_epoch",
     "fit_loop._load_combined_loader_states",
-    "fit_loop._should_accumulate",
     "fit_loop.epoch_loop._batches_that_stepped",
     "fit_loop.epoch_loop._num_ready_batches_reached",
     "fit_loop.epoch_loop._results",
@@ -89,11 +89,11 @@ __all__ = [
     "StepWitness",
     "TrainingSnapshot",
     "Veto",
-    "between_steps",
     "callbacks_of",
     "ends_window",
     "full_checkpoint",
     "incomparable",
+    "loaders",
     "log_every",
     "logger_step",
     "loss_scaler",
@@ -107,6 +107,7 @@ __all__ = [
     "same_loss",
     "save_scene_checkpoint",
     "sharing",
+    "throttles",
     "unscale",
     "why_untried",
 ]

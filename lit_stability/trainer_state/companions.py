@@ -29,9 +29,19 @@ class Stateful(Protocol):
 
 
 def capture_companions(
-    trainer: Trainer, pl_module: LightningModule, registered: Iterable[Stateful]
+    trainer: Trainer,
+    pl_module: LightningModule,
+    registered: Iterable[Stateful],
+    averages: dict[int, ModuleSnapshot],
 ) -> list[Restore]:
-    """Remember the state of callbacks, module and registered objects; each result puts one back."""
+    """Remember the state of callbacks, module and registered objects; each result puts one back.
+
+    Args:
+        trainer: whose callbacks.
+        pl_module: in training.
+        registered: further objects.
+        averages: copies of averaged weights, to be reused from capture to capture.
+    """
     restores: list[Restore] = []
     for owner in [*callbacks_of(trainer), pl_module]:
         if hasattr(owner, "rewindable_state"):
@@ -40,7 +50,7 @@ def capture_companions(
             restores.append(_stateful(owner))
             restores.append(_attributes(owner))
         elif isinstance(owner, WeightAveraging):
-            restores.append(_average(owner))
+            restores.append(_average(owner, averages))
             restores.append(_attributes(owner))
     return [*restores, *(_stateful(each) for each in registered)]
 
@@ -72,9 +82,9 @@ def _attributes(owner: Any) -> Restore:
     return lambda: vars(owner).update(values)
 
 
-def _average(owner: WeightAveraging) -> Restore:
+def _average(owner: WeightAveraging, averages: dict[int, ModuleSnapshot]) -> Restore:
     if owner._average_model is None:
         return lambda: None
-    snapshot = ModuleSnapshot()
+    snapshot = averages.setdefault(id(owner), ModuleSnapshot())
     snapshot.capture(owner._average_model)
     return snapshot.restore

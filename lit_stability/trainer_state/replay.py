@@ -196,15 +196,9 @@ class Recorder:
             fetcher.done = self._live_done
             item = fetch()
             self._live_done = fetcher.done
-            kept = copy.deepcopy(item) if ring.clone else item
-            versions = _versions(kept)
             index = fetcher.fetched - len(getattr(fetcher, "batches", ())) - 1
-            entry = Entry(item, self._live_epoch, index, None, size_of(kept), versions)
-            if ring.clone:
-                entry.item = kept
-                entry.rng = capture_rng()
-                ring.add(entry)
-                return item
+            size = size_of(item)
+            entry = Entry(item, self._live_epoch, index, None, size, _versions(item))
         entry.rng = capture_rng()
         ring.add(entry)
         return copy.deepcopy(entry.item) if ring.clone else entry.item

@@ -41,6 +41,7 @@ class TrainingSnapshot:
         self._scaler: Any = None
         self._rng: dict[str, Any] = {}
         self._companions: list[Restore] = []
+        self._averages: dict[int, ModuleSnapshot] = {}
 
     def capture(
         self,
@@ -63,7 +64,7 @@ class TrainingSnapshot:
             copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
         ]
         self._scaler = copy.deepcopy(trainer.precision_plugin.state_dict())
-        self._companions = capture_companions(trainer, pl_module, registered)
+        self._companions = capture_companions(trainer, pl_module, registered, self._averages)
         self.loops, self.steps = LoopState(trainer), Steps.of(trainer)
         self._rng = capture_rng()
 
@@ -94,7 +95,8 @@ class TrainingSnapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        return self.module.bank.nbytes + sum(o.bank.nbytes for o in self._optimizers)
+        banks = [self.module.bank, *(each.bank for each in self._averages.values())]
+        return sum(bank.nbytes for bank in (*banks, *(o.bank for o in self._optimizers)))
 
 
 class StepStart:

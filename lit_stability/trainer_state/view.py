@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lit_stability.throttle import Throttle
+
 
 def logger_step(trainer: Trainer) -> int:
     """The step Lightning gives its loggers; it never goes back."""
@@ -16,8 +18,14 @@ def logger_step(trainer: Trainer) -> int:
 
 
 def ends_window(trainer: Trainer) -> bool:
-    """Whether the batch at hand is the last before an optimizer step; automatic mode only."""
+    """Whether an optimizer step comes with the batch at hand, or came with the one just over."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def throttles(trainer: Trainer) -> list[Throttle]:
+    """What lowers learning rate and clip in a fit, and brings them back: an `AutoRollback`'s."""
+    found = [getattr(each, "throttle", None) for each in callbacks_of(trainer)]
+    return [each for each in found if isinstance(each, Throttle)]
 
 
 def log_every(trainer: Trainer) -> int:
@@ -36,11 +44,6 @@ def run_directory(trainer: Trainer) -> Path | None:
         return None
     directory = trainer.log_dir
     return None if directory is None else Path(directory)
-
-
-def between_steps(trainer: Trainer) -> bool:
-    """Whether no gradients are being accumulated, between two batches."""
-    return not trainer.fit_loop._should_accumulate()
 
 
 def full_checkpoint(trainer: Trainer) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Late detection, verdicts, and what cannot be replayed."""
 
-import functools
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -9,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lit_stability import AutoRollback, GradientMonitor, read_incidents
+from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, read_incidents
 from lit_stability.detectors import Divergence, NonFinite
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import fit, flat, make_trainer, regression_data
@@ -268,10 +266,14 @@ def test_ring_and_ledger_do_not_grow_with_the_run(tmp_path):
     """Memory: batches are kept back to the older snapshot and no further."""
 
     class Sizes(Callback):
-        seen = ()
+        seen, files = (), ()
 
         def on_train_batch_end(self, trainer, *args):
             self.seen = (*self.seen, len(rollback._now.rewinder.ring.entries))
+            self.files = (
+                *self.files,
+                len(list((tmp_path / "c").glob("*"))),
+            )
 
     rollback, sizes = AutoRollback(), Sizes()
     checkpoint = ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_top_k=1)
@@ -279,6 +281,8 @@ def test_ring_and_ledger_do_not_grow_with_the_run(tmp_path):
     fit(tmp_path, callbacks, max_steps=400, enable_checkpointing=True)
     assert max(sizes.seen) == max(sizes.seen[:60])
     assert max(sizes.seen) <= 50
+    assert max(sizes.files) <= 60, "removed ones are hidden until nothing can go back before it"
+    assert len(list((tmp_path / "c").iterdir())) == 1
 
 
 def test_logger_steps_stay_in_order_and_a_rejected_step_is_not_logged(tmp_path):
@@ -311,8 +315,6 @@ def test_rollback_across_the_ends_of_epochs_is_exact(epochs, batches, step, tmp_
 
 def test_damage_that_always_returns_ends_in_a_stop(tmp_path):
     """S13: every stage is tried, and then it is over, with finite weights."""
-    from lit_stability import TrainingStopped
-
     fault = CorruptWeight(step=30, steps=10**9, parameter="first.0.weight")
     suite = [FaultInjector([fault]), GradientMonitor(), AutoRollback()]
     seen = []
@@ -336,15 +338,12 @@ def test_option_out_of_range_is_refused(option):
         AutoRollback(**option)
 
 
-NOTHING = functools.partial(AutoRollback, data="skip")
-
-
 def test_skipping_leaves_the_data_alone(tmp_path):
     """With ``data="skip"`` a rollback goes on with new batches, ``max_steps`` good ones in all."""
     callbacks = [
         FaultInjector([CorruptWeight(step=33, parameter="first.0.weight")]),
         GradientMonitor(),
-        NOTHING(),
+        AutoRollback(data="skip"),
     ]
     _, trainer = fit(tmp_path, callbacks, Net, marked(), max_steps=70, max_epochs=None)
     assert trainer.global_step == 70
