@@ -30,6 +30,14 @@ _REMEDIES = {
     "optimizer state": "find what writes to the optimizer's moments, or suspect memory",
     "rank disagreement": "suspect the memory, the driver or the network of the rank that is named; "
     "look for code that runs on one rank only and changes weights, gradients or schedulers",
+    "loss-scale collapse": "use bf16 or 32-bit precision, or add PrecisionFallback, which changes "
+    "to it; scale inputs and targets to about 1",
+    "loss-scale fall": "gradients grow, or a module overflows: bf16 does not; look at the layers "
+    "named",
+    "infinite loss": "compute the loss in float32: cast outputs and targets before it, or scale "
+    "the targets",
+    "lost updates": "train with bf16-mixed, which keeps float32 weights, or raise the learning "
+    "rate",
     "layer bound": "raise the bound if the run is healthy, or clip gradients",
 }
 
@@ -74,6 +82,8 @@ class Incident:
     """What was decided at the latest strike; None while nobody has decided."""
     responses: list[str] = field(default_factory=list)
     """Every response given, in words."""
+    adjusted: bool = False
+    """Whether something was changed for the latest strike that may cure it."""
     path: str | None = None
     """Folder in which the scene was saved."""
     record: str | None = None
@@ -111,11 +121,16 @@ class Incident:
         self.response = response
         self.responses.append(describe(response))
 
+    def adjust(self, response: Response) -> None:
+        """Record a change that may cure it, and leave to others what becomes of the step."""
+        self.adjusted = True
+        self.responses.append(describe(response))
+
     def strike(self, anomaly: Anomaly) -> None:
         """Take up another anomaly of the same episode, which needs a response of its own."""
         self.anomaly = anomaly
         self.strikes += 1
-        self.response = None
+        self.response, self.adjusted = None, False
 
     def agree(self, found: bool) -> bool:
         """Whether any rank has found it; evidence and cause become those of all ranks together.
@@ -164,7 +179,7 @@ class Incident:
 
     def opening_line(self) -> str:
         """One line for the console when it opens."""
-        done = describe(self.response) if self.response else "observed, nothing changed"
+        done = self.done or "observed, nothing changed"
         where = f" | scene in {self.path}" if self.path else ""
         return (
             f"incident {self.id} at step {self.first.step} (epoch {self.epoch}, batch "

@@ -58,6 +58,22 @@ class RollBack:
 
 
 @dataclass(frozen=True)
+class FallBack:
+    """Compute in a precision that holds more numbers from the next step on."""
+
+    was: str
+    """Precision so far, by Lightning's name."""
+    precision: str
+
+
+@dataclass(frozen=True)
+class Island:
+    """Compute one module in float32 from the next step on."""
+
+    module: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """Give up: no response in budget is left."""
 
@@ -67,7 +83,7 @@ class Stop:
 _LARGEST_CUT = 1e3
 """A single rollback divides the learning rate by no more than this."""
 
-Response: TypeAlias = RunAgain | SkipStep | HoldLearningRate | RollBack | Stop
+Response: TypeAlias = RunAgain | SkipStep | HoldLearningRate | RollBack | FallBack | Island | Stop
 
 
 def describe(response: Response) -> str:
@@ -88,6 +104,10 @@ def describe(response: Response) -> str:
             words += " without the suspect" if leave_out else ""
             words += f", learning rate x{lr:.3g}" if lr < 1 else ""
             return words + (f", clip x{clip:.3g}" if clip < 1 else "")
+        case FallBack(was, precision):
+            return f"precision {was} -> {precision}"
+        case Island(module):
+            return f"fp32 island {module}"
         case Stop(reason):
             return f"stopped: {reason}"
 
@@ -185,6 +205,7 @@ class Ladder:
         excess: float = 1.0,
         replay: bool = False,
         older: bool = False,
+        adjusted: bool = False,
     ) -> Response:
         """Choose and pay for the response to an anomaly.
 
@@ -196,8 +217,15 @@ class Ladder:
                 a cut divides the learning rate by at least this much, up to 1000.
             replay: whether the step, or those since the snapshot, can be taken again.
             older: whether there is a snapshot before the newest confirmed one.
+            adjusted: whether something was changed that may cure it, such as the precision: what
+                returned with the old is tried with the new as if it had not.
         """
         damaged = anomaly.state_is_bad or state_is_bad
+        if adjusted:
+            self.retake.end()
+            self.trial.end()
+        elif anomaly.kind == "loss-scale collapse":
+            return Stop(anomaly.message)
         if anomaly.hold and not damaged and self._spend("holds"):
             return HoldLearningRate(anomaly.hold)
         row_is_full = self._skips_in_a_row >= self.budget.skips_in_a_row

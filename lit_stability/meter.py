@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lit_stability.details import details_of, sampled_distribution
 from lit_stability.moments import Moments, MomentStats
 from lit_stability.norms import dense, non_finite, norms_of, to_host, total
+from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
 from lit_stability.stats import StepStats
@@ -36,6 +37,8 @@ class Reading:
     """Squared norms of the last update and of the weights before it, or empty."""
     moments: MomentStats
     distributions: Sequence[float]
+    stuck: Sequence[float] = ()
+    """Sampled 16-bit weights that stand still, and all whose gradient pulls; or empty."""
     rank_weights: tuple[float, ...] = ()
     rank_rates: tuple[float, ...] = ()
 
@@ -71,6 +74,7 @@ class StepMeter:
         """Steps measured."""
         self._samples = Samples(self.parameters)
         self._moments = Moments(self.names, self.parameters, optimizer)
+        self._rounding = Rounding(self.parameters)
         self.forget()
 
     @property
@@ -82,6 +86,7 @@ class StepMeter:
         """Drop what was remembered of the last step, after the weights were put back."""
         self._last_weights: Tensor | None = None
         self._moments.forget()
+        self._rounding.forget()
         self._last_lr = 0.0
 
     @torch.no_grad()
@@ -128,6 +133,7 @@ class StepMeter:
             nominal_learning_rates=tuple(nominal_learning_rates),
             update_ratio=_ratio(read.updates),
             update_learning_rate=self._last_lr,
+            stuck_share=read.stuck[0] / read.stuck[1] if read.stuck and read.stuck[1] else None,
             moment_ratio=read.moments.ratio,
             moment_name=read.moments.name,
             bad_momentum=read.moments.bad_momentum,
@@ -185,6 +191,7 @@ class StepMeter:
                 "rows": rows,
                 "updates": self._update_sums(),
                 "moments": self._moments.sums(),
+                "stuck": self._rounding.look(),
             }
         )
         return Reading(
@@ -195,6 +202,7 @@ class StepMeter:
             updates=host["updates"],
             moments=self._moments.judge(host["moments"]),
             distributions=host["rows"],
+            stuck=host["stuck"],
         )
 
     def _local_weights(self) -> list[Tensor]:

@@ -131,7 +131,9 @@ class RankMeter(StepMeter):
         begun, self._begun = self._begun, None
         vector = begun or self._start(loss, loss_scale, scan_weights, rate, grads)
         own = norms_of(list(grads.values())) if begun else []
-        host = to_host({"vector": [vector.sum.wait()], "grads": own, "rows": rows})
+        # Replicas are stuck alike; of shards it is not asked.
+        stuck = self._rounding.look() if self._ranks.replicas else []
+        host = to_host({"vector": [vector.sum.wait()], "grads": own, "rows": rows, "stuck": stuck})
         parts, ranks = vector.split(host["vector"])
         if not begun:
             norms = dict(zip(self.names, _roots(parts["grads"]), strict=True))
@@ -144,6 +146,7 @@ class RankMeter(StepMeter):
             updates=parts["updates"],
             moments=self._moments.judge_rows([row[:3] for row in ranks]),
             distributions=host["rows"],
+            stuck=host["stuck"],
             rank_weights=tuple(row[3] for row in ranks) if self._ranks.replicas else (),
             rank_rates=tuple(row[4] for row in ranks),
         )

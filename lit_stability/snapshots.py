@@ -30,7 +30,7 @@ class TensorBank:
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
         live = [local(t) for t in tensors]
-        if not _same(self._live, live):
+        if not _same(self._live, live) or not _alike(self._saved, live):
             if not _alike(self._saved, live):
                 self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
             self._live = live

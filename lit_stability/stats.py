@@ -56,6 +56,9 @@ class StepStats:
     """Norm of the *previous* update over that of the weights, from the sample; None at first."""
     update_learning_rate: float = 0.0
     """Largest effective learning rate of that previous update."""
+    stuck_share: float | None = None
+    """Share of sampled 16-bit weights that are what they were ten updates ago, of those whose
+    gradient kept its sign, in [0, 1]; on one step in ten, and only where weights are 16-bit."""
     moment_ratio: float | None = None
     """Smallest ratio over parameters of Adam's sampled second moment to what decay alone leaves."""
     moment_name: str = ""

@@ -210,14 +210,15 @@ def test_rejected_steps_teach_the_detectors_nothing(tmp_path):
             return DataLoader(batches, batch_size=None)
 
         fit(tmp_path, [*injector, *suite], lambda: Regression(dropout=0.0), data(), max_steps=50)
-        states.append(monitor.rewindable_state()["0"])
+        names = [type(detector).__name__ for detector in monitor.detectors]
+        states.append(dict(zip(names, monitor.rewindable_state()["0"], strict=True)))
     clean, spiked, nan = states
-    assert clean[4:] == spiked[4:] == nan[4:], "gradient norms and losses"
+    for name in ("Spike", "Divergence", "LossScale", "LostUpdates"):
+        assert clean[name] == spiked[name] == nan[name]
     for faulty in (spiked, nan):
         # The record of the first bad step carried the measurement of the good update before it.
-        assert [x for x in clean[2]["window"] if x not in faulty[2]["window"]] == [
-            clean[2]["window"][29]
-        ]
+        before, after = clean["UpdateSpike"]["window"], faulty["UpdateSpike"]["window"]
+        assert [x for x in before if x not in after] == [before[29]]
 
 
 @pytest.mark.parametrize("fault", [NanLoss, ScaleLoss])

@@ -13,6 +13,7 @@ One optimizer step, with the hooks in place::
       clipping, update
       lr_scheduler_step
     on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
+                                PrecisionFallback changes the precision, if that was the cause
                                 AutoRollback undoes a vetoed step, or goes back to a snapshot
     validation, if it is due
     before the next fetch       AutoRollback takes a snapshot, LastKnownGood a copy for the disk
@@ -25,6 +26,7 @@ Any callback, and the LightningModule, may define:
   do is known at the end of the batch: veto what must not be taken, and wait for nobody (DDP);
 * ``on_incident_closed(trainer, pl_module, incident)``: the outcome is known;
 * ``on_rollback(trainer, pl_module)``: a snapshot was just put back;
+* ``on_precision_changed(trainer, pl_module)``: another precision is in force, between two steps;
 * ``books()`` and ``load_books(books)``: what ranks that disagree take over from rank 0;
 * ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back.
 """
@@ -35,12 +37,14 @@ from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
+from lit_stability.callbacks.precision_fallback import PrecisionFallback
 
 __all__ = [
     "AnomalyCheckpoint",
     "AutoRollback",
     "GradientMonitor",
     "LastKnownGood",
+    "PrecisionFallback",
     "stability_callbacks",
 ]
 
@@ -48,7 +52,13 @@ __all__ = [
 def stability_callbacks() -> list[Callback]:
     """The default suite, in the order in which an incident is treated.
 
-    >>> [type(c).__name__ for c in stability_callbacks()]
-    ['GradientMonitor', 'AnomalyCheckpoint', 'LastKnownGood', 'AutoRollback']
+    >>> print(*(type(c).__name__ for c in stability_callbacks()))
+    GradientMonitor AnomalyCheckpoint LastKnownGood PrecisionFallback AutoRollback
     """
-    return [GradientMonitor(), AnomalyCheckpoint(), LastKnownGood(), AutoRollback()]
+    return [
+        GradientMonitor(),
+        AnomalyCheckpoint(),
+        LastKnownGood(),
+        PrecisionFallback(),
+        AutoRollback(),
+    ]

@@ -233,6 +233,11 @@ class GradientMonitor(Callback):
         for meter in self._meters.values():
             meter.forget()
 
+    def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights and optimizer state may be other memory now."""
+        if self._measuring is not None:
+            self._measuring.renew(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open, say so if the weights are damaged, and print the summary."""
         bad = self._non_finite_weights()

@@ -42,6 +42,14 @@ class Measuring:
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
 
+    def renew(self, trainer: Trainer) -> None:
+        """Measure with new meters, where tensors were replaced; they go on counting."""
+        for index, optimizer in enumerate(trainer.optimizers):
+            count = self.meters[index].count
+            self.meters[index].forget()
+            self.meters[index] = self._make(index, optimizer)
+            self.meters[index].count = count
+
     def batch_started(self) -> None:
         """Another batch, another measurement."""
         self._measured.clear()

@@ -57,6 +57,7 @@ class Treatment:
             excess=self.baselines[anomaly.optimizer].excess(ratio),
             replay=replay,
             older=rewinder.snapshots.older is not None,
+            adjusted=incident.adjusted,
         )
 
     def reached(self, step: int) -> None:

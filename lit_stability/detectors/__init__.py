@@ -9,8 +9,10 @@ from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rate
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
 from lit_stability.detectors.bounds import LayerBounds
 from lit_stability.detectors.divergence import Divergence
+from lit_stability.detectors.lost import LostUpdates
 from lit_stability.detectors.nonfinite import NonFinite
 from lit_stability.detectors.panel import Panel
+from lit_stability.detectors.scale import LossScale
 from lit_stability.detectors.spike import Spike
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.window import Window
@@ -22,6 +24,8 @@ __all__ = [
     "Kind",
     "LayerBounds",
     "LearningRateJump",
+    "LossScale",
+    "LostUpdates",
     "NonFinite",
     "OptimizerState",
     "Panel",
@@ -42,9 +46,11 @@ def default_detectors() -> list[Detector]:
     """The detectors of a `GradientMonitor` that was given none, most certain first."""
     return [
         NonFinite(),
+        LossScale(),
         OptimizerState(),
         UpdateSpike(),
         LearningRateJump(),
         Spike("grad_norm"),
         Divergence(),
+        LostUpdates(),
     ]

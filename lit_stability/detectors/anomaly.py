@@ -21,6 +21,10 @@ Kind = Literal[
     "optimizer state",
     "layer bound",
     "rank disagreement",
+    "loss-scale collapse",
+    "loss-scale fall",
+    "infinite loss",
+    "lost updates",
 ]
 
 

@@ -9,8 +9,15 @@ from lit_stability.trainer_state.companions import Stateful
 from lit_stability.trainer_state.data_position import DataPosition
 from lit_stability.trainer_state.loaders import loaders
 from lit_stability.trainer_state.metrics import EpochMetrics, LoggedMetrics
+from lit_stability.trainer_state.precision import (
+    PrecisionSwitch,
+    is_supported,
+    put_islands,
+    why_fixed,
+)
 from lit_stability.trainer_state.progress import LoopState, make_up_for
 from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
+from lit_stability.trainer_state.rerun import Outcome, StepTape
 from lit_stability.trainer_state.scene import save_scene_checkpoint
 from lit_stability.trainer_state.snapshot import StepStart, TrainingSnapshot
 from lit_stability.trainer_state.strategies import (
@@ -56,6 +63,7 @@ PRIVATE = (
     "fit_loop._last_train_dl_reload_epoch",
     "fit_loop._load_combined_loader_states",
     "fit_loop.epoch_loop._batches_that_stepped",
+    "fit_loop.epoch_loop._build_kwargs",
     "fit_loop.epoch_loop._num_ready_batches_reached",
     "fit_loop.epoch_loop._results",
     "fit_loop.epoch_loop._should_accumulate",
@@ -81,11 +89,14 @@ __all__ = [
     "EpochMetrics",
     "LoggedMetrics",
     "LoopState",
+    "Outcome",
+    "PrecisionSwitch",
     "Recorder",
     "ReplayRing",
     "SchedulerPause",
     "Stateful",
     "StepStart",
+    "StepTape",
     "StepWitness",
     "TrainingSnapshot",
     "Veto",
@@ -93,12 +104,14 @@ __all__ = [
     "ends_window",
     "full_checkpoint",
     "incomparable",
+    "is_supported",
     "loaders",
     "log_every",
     "logger_step",
     "loss_scaler",
     "make_up_for",
     "parameters_of",
+    "put_islands",
     "ranks_of",
     "replay_loss",
     "reshard",
@@ -109,5 +122,6 @@ __all__ = [
     "sharing",
     "throttles",
     "unscale",
+    "why_fixed",
     "why_untried",
 ]

@@ -18,8 +18,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lit_stability.rng import capture_rng, pack_rng, restore_rng, unpack_rng
-from lit_stability.snapshots import BufferGuard
-from lit_stability.trainer_state.metrics import LoggedMetrics
+from lit_stability.trainer_state.aside import aside
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -101,24 +100,10 @@ class StepWitness:
 
 def replay_loss(trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Any]) -> float:
     """The loss of the kept step now; generators, buffers and metrics are as before afterwards."""
-    rng, guard, metrics = capture_rng(), BufferGuard(pl_module), LoggedMetrics(pl_module)
-    guard.capture()
-    metrics.capture(trainer)
-    silenced = {name: vars(pl_module).get(name) for name in ("log", "log_dict")}
     batch = move_data_to_device(_on_host(kept["batch"]), pl_module.device)
-    try:
-        vars(pl_module).update(dict.fromkeys(silenced, lambda *args, **kwargs: None))
+    with aside(trainer, pl_module), torch.no_grad():
         restore_rng(unpack_rng(kept["rng"]))
-        with torch.no_grad():
-            output = trainer.strategy.training_step(batch, *kept["extra"], **kept["named"])
-    finally:
-        for name, before in silenced.items():
-            vars(pl_module).pop(name)
-            if before is not None:
-                vars(pl_module)[name] = before
-        guard.restore()
-        metrics.restore(trainer)
-        restore_rng(rng)
+        output = trainer.strategy.training_step(batch, *kept["extra"], **kept["named"])
     loss = output.get("loss") if isinstance(output, dict) else output
     return float(loss)  # type: ignore[arg-type]
 

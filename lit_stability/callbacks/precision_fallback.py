@@ -1,0 +1,306 @@
+"""`PrecisionFallback`: another precision where numbers overflow, and the faster one again later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.precision_proof import PrecisionProof
+from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.detectors import Anomaly
+from lit_stability.incidents import Incident
+from lit_stability.islands import HALF, matching
+from lit_stability.ladder import FallBack
+from lit_stability.precision_ladder import PRECISIONS, PrecisionLadder, is_below, rungs_below
+from lit_stability.stats import StepStats
+from lit_stability.trainer_state import (
+    PrecisionSwitch,
+    ends_window,
+    is_supported,
+    parameters_of,
+    put_islands,
+    why_fixed,
+)
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+_FAILED = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "loss-scale fall")
+"""Kinds of anomaly for which the step is taken again in float32."""
+
+
+class PrecisionFallback(Callback):
+    """Changes to a precision that holds more numbers when, and only when, precision is the cause.
+
+    That is proven first: a failing step is taken again beside training, in its own precision and
+    in float32. If float32 makes an ordinary step of it, the model goes down a rung, such as from
+    16-mixed to bf16-mixed, and the step is taken anew by the `AutoRollback` that follows in the
+    list; without one, that step is lost. A batch that is bad in float32 too is left to others, and
+    so is the scaler's search for a scale. After ``try_again_after`` healthy steps the faster
+    precision is tried again; each failure doubles that wait, and after ``failures`` of them it
+    stays down. What is in force is saved in checkpoints and holds on resume, and beyond the fit.
+
+    Weights in half precision (``16-true``, ``bf16-true``) become float32 for good, with the
+    optimizer state: when the proof says so; when rounding swallows most updates; and before the
+    first step if Adam's ``eps`` is 0 in their format, which makes 0 / 0 of the first update.
+
+    Args:
+        rungs: precisions to go down to, in order, by Lightning's names; None for bf16-mixed and
+            32-true. Those that are not below the trainer's precision, or that the device lacks,
+            are left out.
+        fp32_modules: modules that compute in float32 from the start while the rest is in 16 bits:
+            names, globs or class names, or classes; see `lit_stability.islands`.
+        try_again_after: healthy steps.
+        failures: tries of the faster precision that may fail.
+        infinite_losses: strikes of an infinite loss with finite gradients before it is acted upon;
+            training goes on meanwhile.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        rungs: Sequence[str] | None = None,
+        fp32_modules: Sequence[str | type[nn.Module]] = (),
+        try_again_after: int = 500,
+        failures: int = 3,
+        infinite_losses: int = 3,
+    ) -> None:
+        for name, value, least in (
+            ("try_again_after", try_again_after, 1),
+            ("failures", failures, 0),
+            ("infinite_losses", infinite_losses, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        for rung in rungs or ():
+            if rung not in PRECISIONS or rung in ("16-true", "bf16-true"):
+                raise ValueError(
+                    f"rungs must be of '16-mixed', 'bf16-mixed' and '32-true', got {rung!r}"
+                )
+        self.rungs = None if rungs is None else tuple(rungs)
+        self.fp32_modules = tuple(fp32_modules)
+        self.try_again_after = try_again_after
+        self.failures = failures
+        self.infinite_losses = infinite_losses
+        self.islands: list[str] = []
+        """Modules that compute in float32."""
+        self._ladder: PrecisionLadder | None = None
+        self._switch: PrecisionSwitch | None = None
+        self._proof = PrecisionProof()
+        self._restored: Mapping[str, Any] = {}
+        self._scalers: dict[str, dict[str, Any]] = {}
+        self._due: str | None = None
+        self._counted = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the rungs, and refuse what cannot work.
+
+        Raises:
+            ValueError: without a `GradientMonitor` before it, or if ``fp32_modules`` match nothing.
+            RuntimeError: under a strategy that was not tried.
+        """
+        if stage != "fit":
+            return
+        require_monitor(trainer, self)
+        require_tried_strategy(trainer, self)
+        if self._switch is None or self._switch.trainer is not trainer:
+            self._switch = PrecisionSwitch(trainer)
+        precision, ladder = str(trainer.precision), self._ladder
+        if ladder is None or precision not in (ladder.home, ladder.current):
+            self._ladder = PrecisionLadder(
+                precision,
+                self._rungs(trainer),
+                wait=self.try_again_after,
+                failures=self.failures,
+            )
+        self._restore()
+
+    def _rungs(self, trainer: Trainer) -> list[str]:
+        home = str(trainer.precision)
+        reason = why_fixed(trainer) if "16" in home else None
+        if reason is not None:
+            log.info("PrecisionFallback changes nothing: %s", reason)
+        if reason is not None or home not in PRECISIONS:
+            return []
+        rungs = rungs_below(home) if self.rungs is None else self.rungs
+        return [r for r in rungs if is_below(r, home) and is_supported(trainer, r)]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the precision in force before the module is made to fit the one configured."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None and trainer.state.fn == "fit":
+            self.load_state_dict(state)
+            self._now.before_setup(self._rung.current, checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put precision and islands in force, and look at the optimizers' epsilons."""
+        self._due = None
+        self._now.load_scalers(self._scalers)
+        self._scalers = {}
+        if "16" in self._rung.home:
+            chosen = matching(pl_module, self.fp32_modules)
+            self.islands = list(dict.fromkeys([*chosen, *self.islands]))
+        self._put(trainer, pl_module, self._rung.current)
+        lost = lost_epsilon(trainer)
+        if lost is None:
+            return
+        if self._rung.next is None:
+            log.warning("%s: raise it to 1e-4", lost)
+            return
+        was, precision = self._rung.current, self._rung.down()
+        log.info("%s: precision %s -> %s before the first step", lost, was, precision)
+        self._put(trainer, pl_module, precision)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold the batch, where there is a precision to fall back to."""
+        if self._rung.next is not None:
+            self._proof.batch_started(batch, batch_idx)
+
+    def on_healthy_step(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Count the calm, and learn what a healthy step looks like."""
+        if self._rung.next is not None:
+            self._proof.learn(stats)
+        if stats.step == self._counted:
+            return
+        self._counted = stats.step
+        was, precision = self._rung.current, self._rung.healthy()
+        if precision is not None:
+            self._due = precision
+            log.info("step %d: calm, precision %s -> %s again", stats.step, was, precision)
+
+    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+        """Take no step that is not finite, until all ranks have voted."""
+        if self._rung.next is not None and anomaly.kind in _FAILED:
+            _drop(trainer.optimizers[anomaly.optimizer])
+
+    def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
+        """Go down a rung if precision is the cause; the step is for others to take again."""
+        self._rung.disturbed()
+        self._due = None
+        if incident.settled or self._rung.next is None:
+            return
+        if not self._is_cause(trainer, pl_module, incident):
+            return
+        incident.cause = "numeric precision"
+        was = self._rung.current
+        self._due = self._rung.down()
+        incident.adjust(FallBack(was, self._due))
+        if not incident.anomaly.observe_only:
+            _drop(trainer.optimizers[incident.anomaly.optimizer])
+
+    def _is_cause(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> bool:
+        kind = incident.anomaly.kind
+        if kind == "lost updates":
+            return self._rung.current.endswith("-true")
+        if kind == "infinite loss":
+            if incident.strikes < self.infinite_losses:
+                return False
+        elif kind not in _FAILED:
+            return False
+        finding = self._proof.find(trainer, pl_module, incident)
+        if finding == "precision":
+            incident.verdict = "deterministic"
+        return finding == "precision" or (
+            # What cannot be taken again: the scaler's own verdict has to do.
+            finding == "unknown" and kind == "loss-scale collapse"
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Change the precision, between two optimizer steps."""
+        over = ends_window(trainer)
+        if self._due is not None and over:
+            self._put(trainer, pl_module, self._due)
+            self._due = None
+        self._proof.batch_ended(stepped=over)
+
+    def _put(self, trainer: Trainer, pl_module: LightningModule, precision: str) -> None:
+        if str(trainer.precision) != precision:
+            self._now.put(precision)
+            call_hook("on_precision_changed", trainer, pl_module)
+        if precision != "32-true":
+            put_islands(trainer, self.islands)
+
+    @property
+    def _rung(self) -> PrecisionLadder:
+        assert self._ladder is not None, "between setup and teardown only"
+        return self._ladder
+
+    @property
+    def _now(self) -> PrecisionSwitch:
+        assert self._switch is not None, "between setup and teardown only"
+        return self._switch
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the batches; the precision stays as it is for what the trainer does next."""
+        self._proof.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The precision in force and what it has cost, islands, and scalers put aside."""
+        if self._ladder is None or self._switch is None:
+            return {}
+        return {
+            "ladder": self._ladder.state_dict(),
+            "islands": list(self.islands),
+            "scalers": self._switch.scalers(),
+            "proof": self._proof.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put such a state back; it is in force from the start of training."""
+        self._restored = state_dict
+        if self._ladder is not None:
+            self._restore()
+
+    def _restore(self) -> None:
+        state, self._restored = self._restored, {}
+        if not state or not self._rung.load_state_dict(state["ladder"]):
+            return
+        self.islands = list(state["islands"])
+        self._scalers = dict(state["scalers"])
+        self._proof.load_state_dict(state["proof"])
+
+
+def lost_epsilon(trainer: Trainer) -> str | None:
+    """What is wrong with an optimizer whose ``eps`` is 0 in the format of its weights, or None.
+
+    Of ``torch.optim`` only, and not fused: those compute in float32.
+    """
+    for optimizer in trainer.optimizers:
+        if not type(optimizer).__module__.startswith("torch.optim"):
+            continue
+        for group in optimizer.param_groups:
+            eps = group.get("eps")
+            if not isinstance(eps, float) or not eps or group.get("fused"):
+                continue
+            formats = {p.dtype for p in group["params"] if p.dtype in HALF}
+            lost = [f for f in formats if not torch.tensor(eps, dtype=f)]
+            if lost:
+                name = str(lost[0]).removeprefix("torch.")
+                return (
+                    f"{type(optimizer).__name__}'s eps of {eps:g} is 0 in {name}, and its first "
+                    "update 0 / 0"
+                )
+    return None
+
+
+def _drop(optimizer: Optimizer) -> None:
+    """Keep an optimizer from its step."""
+    for parameter in parameters_of(optimizer):
+        parameter.grad = None

@@ -1,0 +1,91 @@
+"""Whether a step failed for want of precision: taken again, in its own precision and in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_stability.detectors import Spike
+from lit_stability.incidents import Incident
+from lit_stability.stats import StepStats
+from lit_stability.trainer_state import Outcome, StepTape
+
+Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "unknown"]
+
+
+class PrecisionProof:
+    """Takes failing steps again beside training, and judges by what float32 makes of them.
+
+    Precision is to blame if the step fails again in its own precision, is finite in float32, and
+    has there a gradient norm and a loss like those of healthy steps before it. A batch of which
+    float32 makes a spike is bad data whatever the precision.
+    """
+
+    def __init__(self) -> None:
+        self._tape = StepTape()
+        self._usual = (Spike("grad_norm"), Spike("loss"))
+
+    def batch_started(self, batch: Any, batch_idx: int) -> None:
+        """Hold a batch, with the generators before it."""
+        self._tape.batch_started(batch, batch_idx)
+
+    def batch_ended(self, *, stepped: bool) -> None:
+        """Let go of a window that is over."""
+        self._tape.batch_ended(stepped=stepped)
+
+    def learn(self, stats: StepStats) -> None:
+        """Take up what a healthy step looks like."""
+        for each in self._usual:
+            each.update(stats)
+
+    def forget(self) -> None:
+        """Let go of the batches."""
+        self._tape.forget()
+
+    def find(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Finding:
+        """Judge the step of an incident, on all ranks alike; its evidence goes to the incident."""
+        obstacle = self._tape.obstacle(trainer)
+        if obstacle is not None:
+            return "unknown"
+        own = self._tape.take_again(trainer, pl_module, float32=False)
+        wide = self._tape.take_again(trainer, pl_module, float32=True)
+        finding, words = self._judge(str(trainer.precision), own, wide, incident)
+        if words not in incident.evidence:
+            incident.evidence.append(words)
+        found: list[Finding] = incident.gather(finding)
+        incident.agree(True)
+        for worst in ("not precision", "precision"):
+            if worst in found:
+                return worst
+        return finding
+
+    def _judge(
+        self, precision: str, own: Outcome, wide: Outcome, incident: Incident
+    ) -> tuple[Finding, str]:
+        lost = not own.finite or incident.anomaly.kind == "infinite loss"
+        if own.finite:
+            return "not reproduced", f"taken again in {precision} beside training, it is finite"
+        seen = (
+            f"taken again in {precision} it fails (loss {own.loss:.4g}, gradient norm "
+            f"{own.grad_norm:.4g}), in float32 "
+        )
+        assert lost
+        if not wide.finite:
+            return "not precision", f"{seen}too"
+        seen += f"it is loss {wide.loss:.4g}, gradient norm {wide.grad_norm:.4g}"
+        stats = StepStats(step=incident.anomaly.step, loss=wide.loss, grad_norm=wide.grad_norm)
+        unusual = [a.message for each in self._usual if (a := each.check(stats)) is not None]
+        if unusual:
+            return "not precision", f"{seen}: {unusual[0]}"
+        return "precision", f"{seen}, as is usual"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What healthy steps look like."""
+        return {each.signal: each.state_dict() for each in self._usual}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put it back."""
+        for each in self._usual:
+            each.load_state_dict(state[each.signal])

@@ -1,0 +1,72 @@
+"""16-bit weights that stand still although their gradient pulls: updates that rounding swallows.
+
+May import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_stability.islands import HALF
+from lit_stability.norms import dense
+from lit_stability.sampling import blocks_of
+from lit_stability.shards import local
+
+EVERY = 10
+"""Steps between looks."""
+_BLOCKS, _BLOCK = 4, 32
+"""The sample of a parameter: 4 blocks of 32 neighbours; smaller ones are taken whole."""
+
+
+class Rounding:
+    """Looks at a sample of the 16-bit weights on one step in ten.
+
+    A weight is stuck if it is bit for bit what it was ten updates ago and its gradient had one sign
+    at both looks. One update alone says little: those of a weight that has arrived are small and
+    may be lost without harm, and their signs change.
+
+    Args:
+        parameters: of an optimizer; those in other formats are left out.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = [p for p in parameters if p.dtype in HALF]
+        self._steps = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was seen at the last look."""
+        self._last: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    def look(self) -> list[Tensor]:
+        """Count the stuck weights among those whose gradient pulls, before an update.
+
+        Returns:
+            One tensor of shape ``(2,)``, both numbers; nothing where it is not the turn of this
+            step, or where no weight was looked at before.
+        """
+        self._steps += 1
+        if not self._parameters or self._steps % EVERY:
+            return []
+        now = {p: (_sample(p), _sample(dense(g)).sign()) for p, g in self._gradients()}
+        pairs = [(self._last[p], now[p]) for p in now if p in self._last]
+        self._last = {p: (weights.clone(), sign) for p, (weights, sign) in now.items()}
+        if not pairs:
+            return []
+        pulled = torch.cat([(a * b) > 0 for (_, a), (_, b) in pairs])
+        still = torch.cat([a == b for (a, _), (b, _) in pairs])
+        return [torch.stack([(still & pulled).sum(), pulled.sum()]).float()]
+
+    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = [(p, p.grad) for p in self._parameters]
+        return [(p, g) for p, g in pairs if g is not None and g.layout is torch.strided]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = local(tensor.detach())
+    if flat.numel() > _BLOCKS * _BLOCK:
+        return blocks_of(flat, _BLOCKS, _BLOCK).reshape(-1)
+    return flat.reshape(-1)

@@ -1,0 +1,191 @@
+"""The optimizer step at hand, kept so that it can be taken again beside training.
+
+Weights, gradients, buffers, generators and metrics are as before afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_stability.batches import size_of
+from lit_stability.islands import HALF, cast
+from lit_stability.norms import dense, norms_of, to_host, total
+from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.trainer_state.aside import aside
+from lit_stability.trainer_state.strategies import sharing
+from lit_stability.trainer_state.view import loss_scaler
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives: its loss, and the norm of its gradients, unscaled and unclipped."""
+
+    loss: float
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass
+class _Taken:
+    batch: Any
+    batch_idx: int
+    rng: dict[str, Any]
+
+
+class StepTape:
+    """The batches of the optimizer step being taken, with the generators before each.
+
+    Batches are held on the device, not copied; those of one accumulation window, ``max_bytes`` at
+    most: beyond it the oldest are let go.
+
+    Args:
+        max_bytes: of the batches held.
+    """
+
+    def __init__(self, max_bytes: int = 2**28) -> None:
+        self._max_bytes = max_bytes
+        self._taken: list[_Taken] = []
+        self._window_is_over = True
+
+    def batch_started(self, batch: Any, batch_idx: int) -> None:
+        """Hold a batch that is about to be trained on."""
+        if self._window_is_over:
+            self.forget()
+        self._window_is_over = False
+        self._taken.append(_Taken(batch, batch_idx, capture_rng()))
+        while len(self._taken) > 1 and sum(size_of(t.batch) for t in self._taken) > self._max_bytes:
+            self._taken.pop(0)
+
+    def batch_ended(self, *, stepped: bool) -> None:
+        """Let go of the window with the next batch, if an optimizer step came with this one."""
+        self._window_is_over = stepped
+
+    def forget(self) -> None:
+        """Let go of all batches."""
+        self._taken = []
+
+    def obstacle(self, trainer: Trainer) -> str | None:
+        """Why the step cannot be taken again, or None."""
+        if not trainer.lightning_module.automatic_optimization:
+            return "in manual optimization a training_step cannot be run without its update"
+        return None if self._taken else "its batch is not kept"
+
+    def take_again(self, trainer: Trainer, pl_module: LightningModule, *, float32: bool) -> Outcome:
+        """Take the step again, in the precision at hand or with every number in float32.
+
+        Under FSDP2 all ranks are to call it, as they gather weights; under DDP each is on its own.
+
+        Args:
+            trainer: in its step, or at the end of its batch.
+            pl_module: in training.
+            float32: without autocast, and with half-precision weights converted.
+        """
+        sharded = sharing(trainer) == "shards"
+        with ExitStack() as stack:
+            stack.enter_context(aside(trainer, pl_module))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(
+                _own_gradients(pl_module) if sharded else _copies(pl_module, float32)
+            )
+            stack.enter_context(torch.enable_grad())
+            losses = [_backward(trainer, pl_module, t, float32) for t in self._taken]
+            grads = [dense(p.grad) for p in pl_module.parameters() if p.grad is not None]
+            host = to_host(
+                {"loss": [x.reshape(1).float() for x in losses], "norms": norms_of(grads)}
+            )
+        scaler = None if float32 else loss_scaler(trainer)
+        scale = 1.0 if scaler is None else float(scaler.get_scale()) or 1.0
+        return Outcome(sum(host["loss"]), total(host["norms"]) / scale)
+
+
+def _backward(trainer: Trainer, pl_module: LightningModule, taken: _Taken, float32: bool) -> Tensor:
+    """The loss of one batch, its gradients added to those of the module."""
+    restore_rng(taken.rng)
+    batch = cast(taken.batch, torch.float32) if float32 and _is_half(trainer) else taken.batch
+    build = trainer.fit_loop.epoch_loop._build_kwargs
+    arguments = build(OrderedDict(), batch, taken.batch_idx).values()
+    device = trainer.strategy.root_device.type
+    context = torch.autocast(device, enabled=False)
+    with context if float32 else trainer.precision_plugin.train_step_context():
+        output = _eager_step(pl_module)(*arguments)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    assert isinstance(loss, Tensor), "a step without a loss is not measured either"
+    scaler = None if float32 else loss_scaler(trainer)
+    share = loss / trainer.accumulate_grad_batches
+    (share if scaler is None else scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
+    return share.detach()
+
+
+def _is_half(trainer: Trainer) -> bool:
+    return str(trainer.precision) in ("16-true", "bf16-true")
+
+
+def _eager_step(pl_module: LightningModule) -> Callable[..., Any]:
+    compiled = getattr(pl_module, "_compiler_ctx", None)
+    return compiled["original_training_step"] if compiled else pl_module.training_step
+
+
+@contextmanager
+def _copies(pl_module: LightningModule, float32: bool) -> Iterator[None]:
+    """Other parameters and buffers in the module's place: no gradient reaches its own.
+
+    They share the module's memory, but for half-precision ones that are to be float32.
+    """
+    homes: list[tuple[dict[str, Any], str, Tensor]] = [
+        (table, key, value)
+        for module in pl_module.modules()
+        for table in (module._parameters, module._buffers)
+        for key, value in table.items()
+        if value is not None
+    ]
+    copies = {id(value): _copy(value, float32) for _, _, value in homes}
+    try:
+        for table, key, value in homes:
+            table[key] = copies[id(value)]
+        _relist(pl_module)
+        yield
+    finally:
+        for table, key, value in homes:
+            table[key] = value
+        _relist(pl_module)
+
+
+def _relist(pl_module: LightningModule) -> None:
+    """Recurrent modules keep a list of their weights."""
+    for module in pl_module.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+
+def _copy(value: Tensor, float32: bool) -> Tensor:
+    data = value.detach()
+    data = data.float() if float32 and data.dtype in HALF else data
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(data, requires_grad=value.requires_grad)
+    return data.clone()
+
+
+@contextmanager
+def _own_gradients(pl_module: LightningModule) -> Iterator[None]:
+    """Sharded parameters cannot be replaced: their gradients are set aside instead."""
+    grads = [(p, p.grad) for p in pl_module.parameters()]
+    try:
+        for p, _ in grads:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
