@@ -1,0 +1,389 @@
+"""S9, S10: a run that dies of its precision goes on in another, and only such a run."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_stability import (
+    AutoRollback,
+    GradientMonitor,
+    PrecisionFallback,
+    TrainingStopped,
+    stability_callbacks,
+)
+from lit_stability.faults import CorruptGradient, CorruptWeight, FaultInjector
+from tests.conftest import fit, flat, make_trainer
+
+
+class Net(LightningModule):
+    """A regression with dropout; its loss may be computed in the format of its outputs."""
+
+    def __init__(self, lr=1e-2, eps=1e-8, own_loss=False, norm=True):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, 32),
+            nn.LayerNorm(32) if norm else nn.Identity(),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(32, 1),
+        )
+        self.lr, self.eps, self.own_loss, self.losses = lr, eps, own_loss, []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self.net(x).squeeze(-1)
+        if self.own_loss:
+            loss = (out - y.to(out.dtype)).pow(2).mean()
+        else:
+            loss = nn.functional.mse_loss(out.float(), y.float())
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), self.lr, eps=self.eps)
+
+
+def data(inputs=1.0, targets=1.0, poison=None, batches=100):
+    """Batches of a linear task; `poison` is the index of a batch and a factor of its inputs."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batches * 16, 8, generator=g)
+    y = x @ torch.arange(8.0) / 8 + 0.1 * torch.randn(batches * 16, generator=g)
+    x = x * inputs
+    if poison is not None:
+        index, factor = poison
+        x[index * 16 : index * 16 + 16] *= factor
+    return DataLoader(TensorDataset(x, y * targets), 16)
+
+
+def fp16(init_scale=2.0**16):
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=50)
+    return {"plugins": MixedPrecision("16-mixed", device="cpu", scaler=scaler)}
+
+
+def suite(**options):
+    return [GradientMonitor(), PrecisionFallback(**options), AutoRollback()]
+
+
+def train(root, callbacks, loader, steps=100, **options):
+    module = options.pop("module", Net)
+    return fit(root, callbacks, module, loader, max_steps=steps, **options)
+
+
+def evaluate(module, loader):
+    """Loss in float32, without dropout."""
+    module = module.float().eval()
+    with torch.no_grad():
+        errors = [(module.net(x).squeeze(-1) - y).pow(2).mean() for x, y in loader]
+    return float(sum(errors) / len(errors))
+
+
+DYING = {
+    "half-precision squared error, targets x2000": (
+        lambda: Net(own_loss=True, lr=3e-2),
+        lambda: data(targets=2000.0),
+        fp16,
+        "non-finite loss",
+    ),
+    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "non-finite loss"),
+    "half-precision weights, Adam's eps 0 in float16": (
+        Net,
+        data,
+        lambda: {"precision": "16-true"},
+        None,
+    ),
+    "half-precision weights, learning rate 3e-4": (
+        lambda: Net(lr=3e-4),
+        data,
+        lambda: {"precision": "bf16-true"},
+        "lost updates",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DYING)
+def test_run_that_dies_of_its_precision_reaches_the_loss_of_its_fp32_twin(name, tmp_path):
+    """S9: within 5 %; unprotected it is NaN, far behind, or has no loss to see."""
+    module, loader, options, kind = DYING[name]
+    steps = 1500 if kind == "lost updates" else 400
+    losses, runs = {}, {}
+    for who, callbacks, how in (
+        ("clean", [], {}),
+        ("bare", [], options()),
+        ("suite", suite(), options()),
+    ):
+        trained, trainer = train(tmp_path, callbacks, loader(), steps, module=module, **how)
+        losses[who] = evaluate(trained, loader())
+        runs[who] = trained
+    blind = all(x == float("inf") for x in runs["bare"].losses)
+    assert blind or not losses["bare"] < 1.2 * losses["clean"]
+    assert losses["suite"] == pytest.approx(losses["clean"], rel=0.05) or (
+        losses["suite"] < losses["clean"]
+    )
+    assert trainer.precision == "bf16-mixed"
+    incidents = callbacks[0].incidents
+    assert [i.first.kind for i in incidents] == ([] if kind is None else [kind])
+    assert all(i.outcome == "recovered" and i.cause == "numeric precision" for i in incidents)
+
+
+HEALTHY = {
+    "a search from 2**24": (Net, data, lambda: fp16(2.0**24)),
+    "fp16": (lambda: Net(own_loss=True), data, fp16),
+    "bf16": (Net, data, lambda: {"precision": "bf16-mixed"}),
+    "half-precision weights, eps 1e-4": (
+        lambda: Net(eps=1e-4),
+        data,
+        lambda: {"precision": "16-true"},
+    ),
+    "half-precision weights, learning rate 1e-2": (
+        Net,
+        data,
+        lambda: {"precision": "bf16-true"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_run_is_bit_identical_and_keeps_its_precision(name, tmp_path):
+    """Invariant 1, and no false alarm: a scaler's search is 14 steps left out, and healthy."""
+    module, loader, options = HEALTHY[name]
+    bare, bare_trainer = train(tmp_path, [], loader(), 250, module=module, **options())
+    callbacks = stability_callbacks()
+    with_suite, trainer = train(tmp_path, callbacks, loader(), 250, module=module, **options())
+    assert torch.equal(flat(bare), flat(with_suite))
+    assert bare.losses == with_suite.losses
+    assert trainer.precision == bare_trainer.precision
+    assert callbacks[0].incidents == []
+
+
+def test_step_that_failed_is_taken_again_as_if_the_run_had_begun_in_the_new_precision(tmp_path):
+    """Invariant 7: nothing of the fp16 attempt, nor of its proof, is left; dropout is on."""
+    fallen, _ = train(tmp_path, suite(), data(inputs=1e5), **fp16())
+    begun, _ = train(tmp_path, [], data(inputs=1e5), precision="bf16-mixed")
+    assert torch.equal(flat(fallen), flat(begun))
+
+
+@pytest.mark.parametrize(
+    ("loader", "fault", "options", "evidence"),
+    [
+        (lambda: data(poison=(40, float("nan"))), [], fp16(), "in float32 too"),
+        (lambda: data(poison=(40, 1e6)), [], fp16(), "times its median"),
+        (data, [CorruptGradient(step=40)], {"precision": "bf16-mixed"}, "it is finite"),
+    ],
+    ids=["a NaN in the batch", "a batch out of range", "a fault from outside"],
+)
+def test_bad_batch_is_left_to_others_with_what_float32_says_of_it(
+    loader, fault, options, evidence, tmp_path
+):
+    """S13: precision is not lowered for bad data; the evidence says why."""
+    callbacks = [*([FaultInjector(fault)] if fault else []), *suite()]
+    module = lambda: Net(norm=False)  # noqa: E731
+    _, trainer = train(tmp_path, callbacks, loader(), module=module, **options)
+    (incident,) = callbacks[-3].incidents
+    assert trainer.precision == options.get("precision", "16-mixed")
+    assert incident.outcome == "recovered"
+    assert any(evidence in line for line in incident.evidence), incident.evidence
+
+
+def test_faster_precision_is_tried_again_and_stays_if_it_holds(tmp_path):
+    loader = data()
+    loader.dataset.tensors[0][: 30 * 16] *= 1e5
+    callbacks = suite(try_again_after=40)
+    module, trainer = train(tmp_path, callbacks, loader, **fp16())
+    (incident,) = callbacks[0].incidents
+    assert incident.done == "precision 16-mixed -> bf16-mixed, step taken again"
+    assert trainer.precision == "16-mixed"
+    assert torch.isfinite(flat(module)).all()
+
+
+class Precisions(Callback):
+    """The precision of each step taken."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.precision)
+
+
+def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(tmp_path):
+    """Invariant 4: tries are bounded; each costs one step, taken again."""
+    seen = Precisions()
+    callbacks = [*suite(try_again_after=20, failures=2), seen]
+    module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 200, **fp16())
+    tries = [i for i, name in enumerate(seen.seen) if name == "16-mixed"]
+    assert tries == [0, 21, 62]
+    assert trainer.precision == "bf16-mixed"
+    begun, _ = train(tmp_path, [], data(inputs=1e5), 200, precision="bf16-mixed")
+    assert torch.equal(flat(module), flat(begun))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("module", "loader", "options"),
+    [
+        (Net, lambda: data(inputs=1e5), fp16),
+        (lambda: Net(lr=1e-4), data, lambda: {"precision": "bf16-true"}),
+        (Net, data, lambda: {"precision": "16-true"}),
+    ],
+    ids=["fp16", "bf16 weights", "fp16 weights"],
+)
+def test_choice_survives_a_resume_bit_for_bit(module, loader, options, tmp_path):
+    """With dropout and in mid-epoch, by way of `LastKnownGood`'s data position."""
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=150, save_top_k=-1)
+    whole, _ = train(
+        tmp_path,
+        [*stability_callbacks(), keep],
+        loader(),
+        180,
+        module=module,
+        enable_checkpointing=True,
+        **options(),
+    )
+    callbacks = stability_callbacks()
+    resumed = module()
+    trainer = make_trainer(tmp_path, callbacks, max_steps=180, **options())
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "step=150.ckpt")
+    assert trainer.precision == "bf16-mixed"
+    assert callbacks[0].incidents == []
+    assert torch.equal(flat(whole), flat(resumed))
+
+
+class AfterRollback(Callback):
+    """What the weights are right after a rollback."""
+
+    def on_rollback(self, trainer, pl_module):
+        self.weights = [p.detach().clone() for p in pl_module.parameters()]
+
+
+def test_snapshot_of_half_precision_weights_is_put_back_exactly_after_they_were_converted(tmp_path):
+    """What was bfloat16 when it was kept comes back into float32 weights, and they go on so."""
+    after = AfterRollback()
+    injector = FaultInjector([CorruptWeight(step=112, parameter="net.0.weight")])
+    callbacks = [injector, *suite(), after]
+    module, trainer = train(
+        tmp_path, callbacks, data(), 160, module=lambda: Net(lr=1e-4), precision="bf16-true"
+    )
+    (incident,) = callbacks[1].incidents
+    assert incident.done == "precision bf16-true -> bf16-mixed, rolled back and replayed"
+    assert all(p.dtype == torch.float32 for p in after.weights)
+    assert all(torch.equal(p, p.bfloat16().float()) for p in after.weights)
+    assert trainer.precision == "bf16-mixed"
+    assert torch.isfinite(flat(module)).all()
+
+
+def test_without_autorollback_the_failing_step_is_lost_and_training_goes_on(tmp_path):
+    callbacks = [GradientMonitor(), PrecisionFallback()]
+    module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
+    (incident,) = callbacks[0].incidents
+    assert incident.done == "precision 16-mixed -> bf16-mixed"
+    assert trainer.precision == "bf16-mixed"
+    assert torch.isfinite(flat(module)).all()
+    assert module.losses[-1] < 1.0
+
+
+def test_infinite_loss_with_finite_gradients_is_named_and_after_three_of_them_acted_upon(tmp_path):
+    """S9: the steps are good, and taken: training in fp16 alone does as well, but blindly."""
+    module = lambda: Net(own_loss=True)  # noqa: E731
+    callbacks = suite()
+    _, trainer = train(tmp_path, callbacks, data(targets=2000.0), module=module, **fp16(1.0))
+    (incident,) = callbacks[0].incidents
+    assert incident.first.kind == "infinite loss"
+    assert incident.strikes == 3
+    assert trainer.precision == "bf16-mixed"
+    assert "compute the loss in float32" in incident.remedy
+
+
+class HugeGradient(torch.autograd.Function):
+    """The identity, whose gradient is too large for float16 and not for float32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1e9
+
+
+class Collapsing(Net):
+    """Gradients of 1e9 where activations are float16: no scale above 1e-5 lets them through."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = HugeGradient.apply(self.net[:4](x))
+        return nn.functional.mse_loss(self.net[4](hidden).squeeze(-1).float(), y)
+
+
+def test_scale_that_no_search_will_find_ends_in_a_stop_with_the_remedy(tmp_path):
+    """S9: inputs out of range take a scaler to 0.0 in silence; here it ends at 2**-10."""
+    callbacks = [GradientMonitor(), AutoRollback()]
+    with pytest.raises(TrainingStopped, match=r"loss scale of 0.0009.*bf16 or 32-bit") as stop:
+        train(tmp_path, callbacks, data(), module=Collapsing, **fp16())
+    assert stop.value.incident.first.kind == "loss-scale collapse"
+    assert stop.value.incident.first.step <= 30
+
+
+def test_scale_that_no_search_will_find_is_answered_by_another_precision(tmp_path):
+    callbacks = suite()
+    module, trainer = train(tmp_path, callbacks, data(), module=Collapsing, **fp16())
+    assert trainer.precision == "bf16-mixed"
+    assert callbacks[0].incidents[0].first.kind in ("loss-scale fall", "loss-scale collapse")
+    assert torch.isfinite(flat(module)).all()
+
+
+def test_named_modules_compute_in_float32_while_the_rest_does_not(tmp_path):
+    """S9: chosen layers are kept in fp32; the state dict is what it was."""
+    formats = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with trainer.precision_plugin.train_step_context(), torch.no_grad():
+                hidden = pl_module.net[0](batch[0])
+                formats["linear"] = hidden.dtype
+                formats["norm"] = pl_module.net[1](hidden).dtype
+
+    callbacks = [GradientMonitor(), PrecisionFallback(fp32_modules=["LayerNorm"]), Look()]
+    module, _ = train(tmp_path, callbacks, data(), 5, **fp16())
+    assert formats == {"linear": torch.float16, "norm": torch.float32}
+    assert set(module.state_dict()) == set(Net().state_dict())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_precision_with_nothing_below_is_left_alone(precision, tmp_path):
+    callbacks = suite(fp32_modules=["LayerNorm"])
+    module, trainer = train(tmp_path, callbacks, _as(precision), 20, precision=precision)
+    assert trainer.precision == precision
+    assert "forward" not in vars(module.net[1])
+
+
+def _as(precision):
+    loader = data()
+    if precision == "64-true":
+        x, y = (t.double() for t in loader.dataset.tensors)
+        loader = DataLoader(TensorDataset(x, y), 16)
+    return loader
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rungs": ["bf16"]}, "got 'bf16'"),
+        ({"rungs": ["16-true"]}, "got '16-true'"),
+        ({"try_again_after": 0}, "try_again_after must be at least 1, got 0"),
+        ({"failures": -1}, "failures must be at least 0, got -1"),
+        ({"infinite_losses": 0}, "infinite_losses must be at least 1, got 0"),
+    ],
+)
+def test_option_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PrecisionFallback(**options)
+
+
+def test_pattern_that_matches_nothing_is_refused_before_training(tmp_path):
+    callbacks = suite(fp32_modules=["encoder.*norm"])
+    with pytest.raises(ValueError, match=r"'encoder.\*norm' matches no module of Net"):
+        train(tmp_path, callbacks, data(), 5, **fp16())
