@@ -47,6 +47,9 @@ class GradientMonitor(Callback):
     * ``stability/learning_rate``: largest effective learning rate of the groups.
     * ``stability/learning_rate_factor``: effective over nominal learning rate, 1 when untouched.
     * ``stability/loss_scale``: factor of the loss scaler; only in fp16.
+    * ``stability/overflows``: steps of this fit that the loss scaler left out; only in fp16.
+    * ``stability/stuck_share``: share of 16-bit weights that stand still while their gradient
+      pulls, in [0, 1]; only with 16-bit weights, and on the steps that measure it.
     * ``stability/incidents``: incidents so far.
 
     On several ranks all decide the same, from numbers added up over the ranks: under DDP while
@@ -200,6 +203,7 @@ class GradientMonitor(Callback):
             self._settle(trainer, pl_module, stats)
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+        self._reporter.scaler(stats)
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
             self._reporter.step(stats, self._desk.count)
         call_hook("on_healthy_step", trainer, pl_module, stats)

@@ -34,6 +34,8 @@ class Reporter:
         if not trainer.is_global_zero:
             log.addFilter(only_warnings)
         self._writer = StabilityWriter(trainer.loggers)
+        self._overflows = 0
+        self._searching = True
         directory = run_directory(trainer)
         self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
 
@@ -44,7 +46,26 @@ class Reporter:
 
     def step(self, stats: StepStats, incidents: int) -> None:
         """Write an accepted step's scalars to the loggers."""
-        self._writer.write_stats(stats, incidents, logger_step(self._trainer))
+        overflows = None if stats.loss_scale is None else self._overflows
+        self._writer.write_stats(stats, incidents, logger_step(self._trainer), overflows)
+
+    def scaler(self, stats: StepStats) -> None:
+        """Count the steps that the loss scaler leaves out, and tell when its first search is over.
+
+        Args:
+            stats: of an accepted step, in fp16 or not.
+        """
+        if stats.loss_scale is None:
+            return
+        if not stats.finite_gradients:
+            self._overflows += 1
+        elif self._searching:
+            self._searching = False
+            if self._overflows:
+                self.say(
+                    f"step {stats.step}: the loss scaler left {self._overflows} steps out, as is "
+                    f"usual at the start, and found its scale: {stats.loss_scale:g}"
+                )
 
     def opened(self, incident: Incident) -> None:
         """Tell that an incident has opened, and what is done about it."""

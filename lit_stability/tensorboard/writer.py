@@ -19,13 +19,16 @@ class StabilityWriter:
     def __init__(self, loggers: Sequence[Any]) -> None:
         self._loggers = list(loggers)
 
-    def write_stats(self, stats: StepStats, incidents: int, step: int) -> None:
+    def write_stats(
+        self, stats: StepStats, incidents: int, step: int, overflows: int | None = None
+    ) -> None:
         """Write the ``stability/*`` scalars that `GradientMonitor` documents.
 
         Args:
             stats: an accepted step.
             incidents: incidents so far.
             step: the loggers' own step, which never goes back.
+            overflows: steps that the loss scaler has left out; None where there is none.
         """
         suffix = f"_{stats.optimizer}" if stats.optimizer else ""
         rates = (
@@ -38,6 +41,8 @@ class StabilityWriter:
             "learning_rate": rates[0],
             "learning_rate_factor": rates[0] / rates[1] if rates[1] else 1.0,
             "loss_scale": stats.loss_scale,
+            "overflows": overflows,
+            "stuck_share": stats.stuck_share,
             "incidents": float(incidents),
         }
         metrics = {f"stability/{k}{suffix}": v for k, v in scalars.items() if v is not None}

@@ -1,9 +1,13 @@
 """S9, S10: a run that dies of its precision goes on in another, and only such a run."""
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -387,3 +391,20 @@ def test_pattern_that_matches_nothing_is_refused_before_training(tmp_path):
     callbacks = suite(fp32_modules=["encoder.*norm"])
     with pytest.raises(ValueError, match=r"'encoder.\*norm' matches no module of Net"):
         train(tmp_path, callbacks, data(), 5, **fp16())
+
+
+def test_search_of_the_scaler_is_told_of_once_and_counted(tmp_path, caplog):
+    """S9: the loss scale is watched and explained."""
+    logger = CSVLogger(tmp_path)
+    options = {"logger": logger, "log_every_n_steps": 10, **fp16(2.0**24)}
+    train(tmp_path, [GradientMonitor()], data(), 60, **options)
+    lines = [r.getMessage() for r in caplog.records if "loss scaler" in r.getMessage()]
+    with open(Path(logger.log_dir) / "metrics.csv", encoding="utf8") as file:
+        last = list(csv.DictReader(file))[-1]
+    left_out = int(last["stability/overflows"])
+    assert left_out > 5
+    assert lines == [
+        f"step {left_out}: the loss scaler left {left_out} steps out, as is usual at the start, "
+        f"and found its scale: {2.0 ** (24 - left_out):g}"
+    ]
+    assert float(last["stability/loss_scale"]) <= 2.0 ** (25 - left_out)
