@@ -10,19 +10,20 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from lit_stability.locate.origin import Phase
 
-_LIBRARIES = tuple(f"{Path(f).parent}/" for f in (torch.__file__, __file__.rsplit("/locate/")[0]))
+_LIBRARIES = tuple(
+    f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
 _PASSIVE = frozenset({"__get__", "__set__", "__delete__", "backward", "grad", "_set_grad_enabled"})
 """Functions that compute nothing themselves."""
 _COMPOSITE = frozenset({"multi_head_attention_forward"})
@@ -52,7 +53,7 @@ class CallSites(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, on_leaf: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self._paths = {id(m): path for path, m in model.named_modules()}
+        self._named = list(model.named_modules())
         self._on_leaf = on_leaf
         self._modules: list[str] = []
         self._function: str | None = None
@@ -63,10 +64,13 @@ class CallSites(TorchFunctionMode):
     def __enter__(self) -> CallSites:
         """Watch calls of functions and modules."""
         self._floor = sys._getframe(1)
-        self._handles = [
-            hooks.register_module_forward_pre_hook(self._enter_module),
-            hooks.register_module_forward_hook(self._leave_module, always_call=True),
-        ]
+        for path, module in self._named:
+            if not isinstance(module, torch.jit.ScriptModule):
+                enter = partial(self._enter_module, path)
+                self._handles += [
+                    module.register_forward_pre_hook(enter, prepend=True),
+                    module.register_forward_hook(self._leave_module, always_call=True),
+                ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -77,8 +81,8 @@ class CallSites(TorchFunctionMode):
             handle.remove()
         self._floor = None
 
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        self._modules.append(self._paths.get(id(module), self._module))
+    def _enter_module(self, path: str, module: nn.Module, args: Any) -> None:
+        self._modules.append(path)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         self._label_unknown(_nodes(_tensors(_leaves(output))))

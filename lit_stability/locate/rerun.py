@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 
 from lit_stability.locate.call_sites import CallSites
 from lit_stability.locate.kernel_call import Operand
@@ -67,7 +68,7 @@ def _run(model: nn.Module, step: Callable[[], Any], state: StepState) -> NonFini
             return _finished(model, _birth(watch, loss).origin)
         if not loss.requires_grad:
             return None
-        torch.autograd.backward(loss)
+        _backward(loss)
         births = [
             _birth(watch, p.grad)
             for p in model.parameters()
@@ -77,6 +78,20 @@ def _run(model: nn.Module, step: Callable[[], Any], state: StepState) -> NonFini
         return None
     first = min(births, key=lambda b: (b.excused, b.order))
     return _finished(model, _spoiling_gradients(first.origin))
+
+
+def _backward(loss: Tensor) -> None:
+    # torch.autograd.backward is a watched function itself, within which no other is watched: the
+    # operations of custom Functions would go unnamed.
+    _engine_run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 def _scalar(loss: Any) -> Tensor:

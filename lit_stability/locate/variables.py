@@ -25,7 +25,9 @@ def variable_of(memory: int, frames: Iterable[FrameType]) -> str:
         frames: the deepest first. The outermost name is given, as it is closest to the data.
     """
     for frame in reversed(list(frames)):
-        for name, value in [*frame.f_locals.items(), *_globals_of(frame)]:
+        variables = [*frame.f_locals.items(), *_globals_of(frame)]
+        # Containers first: a batch says more than the name that a part of it was given.
+        for name, value in sorted(variables, key=lambda v: isinstance(v[1], Tensor)):
             for path, held in _tensors_by_path(name, value):
                 if _memory_of(held) == memory:
                     return path
