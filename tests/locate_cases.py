@@ -185,7 +185,7 @@ def root_of_a_negative_number():
 
 @bad(module="block.fc", op="linear", kind="overflow", overflow=True, dtype="float16")
 def linear_that_overflows_under_autocast():
-    model = Wrapped(Net(torch.tanh))  # called from here: origin is the line in Net.forward
+    model = Wrapped(Net(torch.tanh))
     nn.init.constant_(model.block.fc.weight, 300.0)
 
     def step():
@@ -208,6 +208,19 @@ def linear_that_overflows_in_a_half_model():
     model = Model().half()
     nn.init.constant_(model.fc.weight, 300.0)
     return model, lambda: model(data().half() * 100.0 + 200.0).float().sum()
+
+
+@bad(module="", op="matmul", kind="overflow", overflow=True, dtype="float16")
+def attention_scores_that_overflow_before_the_softmax():
+    model = nn.Linear(4, 4).half()
+    mask = torch.full((3, 3), -INF, dtype=torch.half).triu(1)
+
+    def step():
+        y = model(data().half()) * 0.0 + 200.0
+        scores = y @ y.T  # origin
+        return (scores + mask).softmax(-1).float().square().sum()
+
+    return model, step
 
 
 @bad(module="", op="linear", overflow=True, kind="overflow", dtype="float16")
@@ -594,7 +607,6 @@ _noted("root_in_a_reentrant_checkpoint", lambda block, x: checkpoint(block, x, u
 _noted(
     "root_in_a_checkpointed_method",
     lambda block, x: checkpoint(block.forward, x, use_reentrant=True),
-    module="",
 )
 _noted("root_in_a_compiled_block", _eager_compiled)
 
@@ -638,7 +650,7 @@ def root_in_place_in_a_view():
     return model, step
 
 
-@bad(module="", op="norm", phase="backward", kind="division by zero")
+@bad(module="", op="sqrt", phase="backward", kind="division by zero")
 def gradient_penalty_at_zero():
     model = nn.Sequential(zero(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1))
 
@@ -647,7 +659,6 @@ def gradient_penalty_at_zero():
         (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         return slope.square().sum().sqrt()  # origin
 
-    BAD[-1][1].update(op="sqrt")
     return model, step
 
 

@@ -54,6 +54,7 @@ class CallSites(TorchFunctionMode):
     def __init__(self, model: nn.Module, on_leaf: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._named = list(model.named_modules())
+        self._paths = {id(m): path for path, m in self._named}
         self._on_leaf = on_leaf
         self._modules: list[str] = []
         self._function: str | None = None
@@ -148,7 +149,11 @@ class CallSites(TorchFunctionMode):
         frame = next(self.frames(), None)
         if frame is None:
             return Site(op, self._module)
-        return Site(op, self._module, frame.f_code.co_filename, frame.f_lineno)
+        # A method that is called directly runs in its module too, and no hook tells.
+        owner = self._paths.get(id(frame.f_locals.get("self")), "")
+        is_below = owner.startswith(f"{self._module}." if self._module else "")
+        module = owner if owner and is_below else self._module
+        return Site(op, module, frame.f_code.co_filename, frame.f_lineno)
 
     def frames(self) -> Iterator[FrameType]:
         """The program's own frames, the deepest first: neither torch's nor ours."""

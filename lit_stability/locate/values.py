@@ -36,17 +36,20 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 def elements(tensor: Tensor) -> Tensor:
     """The numbers that this rank holds of it; a sparse tensor's values."""
+    held = _held(tensor)
+    return held.float() if held.is_floating_point() and held.dtype.itemsize == 1 else held
+
+
+def _held(tensor: Tensor) -> Tensor:
     tensor = local(tensor).detach()
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor._values()
-    elif tensor.layout != torch.strided:
-        tensor = tensor.values()
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
     """The memory that a tensor shares with its views."""
-    return elements(tensor).untyped_storage()
+    return _held(tensor).untyped_storage()
 
 
 def is_nonfinite(tensor: Tensor) -> bool:
@@ -64,6 +67,11 @@ def has_nan(tensor: Tensor) -> bool:
     return bool(torch.isnan(elements(tensor)).any())
 
 
+def has_zero(tensor: Tensor) -> bool:
+    """Whether any element is 0."""
+    return bool((elements(tensor) == 0).any())
+
+
 def value_of(tensor: Tensor) -> str:
     """The worst there is in it: ``nan``, ``inf`` or ``-inf``."""
     numbers = real(elements(tensor))
@@ -73,9 +81,9 @@ def value_of(tensor: Tensor) -> str:
 
 
 def is_mask(tensor: Tensor) -> bool:
-    """Whether it is made of -inf and 0 alone, to be added to scores."""
+    """Whether it is made of infinities and 0 alone, to be added to scores or written over them."""
     numbers = real(elements(tensor))
-    return bool(((numbers == 0) | torch.isneginf(numbers)).all())
+    return bool(((numbers == 0) | torch.isinf(numbers)).all())
 
 
 def range_of(name: str, tensor: Tensor) -> TensorRange:

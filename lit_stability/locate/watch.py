@@ -29,6 +29,7 @@ from lit_stability.locate.step_state import StepState
 from lit_stability.locate.values import (
     HALF,
     has_nan,
+    has_zero,
     is_finite_when_wider,
     is_mask,
     is_nonfinite,
@@ -171,7 +172,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_nan=is_nan,
             wider_is_finite=wider,
             from_infinity=from_infinity or constant,
-            zero_base=bool(operands) and bool((operands[0].tensor == 0).any()),
+            zero_base=bool(operands) and has_zero(operands[0].tensor),
         )
         origin = self._origin(
             call,
