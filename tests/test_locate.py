@@ -1,16 +1,23 @@
 """Where NaNs are born, case by case; and what a search leaves behind: nothing."""
 
 import json
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_stability import locate_nonfinite
 from lit_stability.locate.advice import ADVICE, LAYERS, OPS, advise
 from lit_stability.rng import capture_rng, same_rng
+from lit_stability.shards import local
 from tests import locate_cases
+from tests.distributed import run_ranks
 from tests.locate_cases import BAD, HEALTHY, data
 
 EXPECTED = {"phase": "forward", "cause": "operation"}
@@ -224,3 +231,43 @@ def test_locate_whole_transformer_with_one_bad_weight_names_it():
     found = locate_nonfinite(model, lambda: F.mse_loss(model(x), x))
     assert (found.cause, found.tensor) == ("parameter", "layers.1.linear1.weight")
     assert (found.op, found.module) == ("linear", "layers.1.linear1")
+
+
+def ranks_search(sharded):
+    """On each rank: what is found in steps that are healthy, or bad on both ranks or on rank 1."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        wrapped = model
+    else:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    x = torch.randn(4, 8)
+    wrapped(x).sum().backward()
+    before = [local(p.grad).clone() for p in model.parameters()]
+    steps = [
+        lambda: wrapped(x).sum(),
+        lambda: torch.log(wrapped(x) * 0.0).sum(),
+        lambda: torch.sqrt(wrapped(x) * 0.0).sum(),
+        lambda: torch.sqrt(wrapped(x) * 0.0 + 1.0 - rank).sum(),
+    ]
+    found = [locate_nonfinite(model, step) for step in steps]
+    after = [local(p.grad) for p in model.parameters()]
+    same = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return same, [f and (f.op, f.phase, f.kind) for f in found]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_locate_on_two_ranks_blames_the_operation_and_not_the_collective(sharded, tmp_path):
+    """S15: and on a rank that only received the NaN it says so."""
+    zero, one = run_ranks(ranks_search, sharded, folder=tmp_path)
+    both = [None, ("log", "forward", "domain error"), ("sqrt", "backward", "division by zero")]
+    assert zero[0]
+    assert one[0]
+    assert zero[1][:3] == both
+    assert one[1] == [*both, both[2]]
+    assert zero[1][3][1:] == ("backward", "unseen")

@@ -27,7 +27,19 @@ purpose. ``non-finite constant``: a NaN or Inf that the program itself writes re
 ``unseen``: no operation that could be watched made it."""
 
 _DIVIDING = ("div", "reciprocal", "rsqrt", "norm", "var", "std", "remainder", "fmod")
-_POLES = ("log", "xlogy", "digamma", "lgamma", "logit", "atanh", "sqrt", "acos", "asin", "erfinv")
+_POLES = (
+    "log",
+    "xlogy",
+    "digamma",
+    "lgamma",
+    "logit",
+    "atanh",
+    "sqrt",
+    "acos",
+    "asin",
+    "erfinv",
+    "ctc_loss",
+)
 
 ADVICE: dict[str, str] = {
     "overflow": "bound what goes in: normalise it, lower the learning rate, clip the gradients",
@@ -43,7 +55,7 @@ ADVICE: dict[str, str] = {
     "non-finite buffer": "go back to a state from before, or reset the module's running "
     "statistics; the damage is older than this step",
     "non-finite input": "look at the data: leave the sample out or mend it where it is loaded",
-    "unseen": "look at code that computes outside torch (numpy, an extension)",
+    "unseen": "look at what the other ranks found, and at code that computes outside torch",
 }
 """By kind of accident. The first that applies is given: half precision, `OPS`, `LAYERS`, this."""
 
@@ -56,6 +68,14 @@ OPS: dict[tuple[str, str], str] = {
     "its value out of the loss, and not its gradient",
     ("division by zero", "sqrt"): "add the epsilon inside the root: outside it the slope at 0 is "
     "infinite all the same",
+    ("domain error", "ctc_loss"): "leave out targets that are longer than their inputs allow, or "
+    "set zero_infinity=True",
+    ("division by zero", "acos"): "keep the argument inside (-1, 1): the slope is infinite at 1",
+    ("division by zero", "asin"): "keep the argument inside (-1, 1): the slope is infinite at 1",
+    ("division by zero", "linalg_svd"): "its gradient divides by differences of singular values: "
+    "use svdvals, or keep them apart",
+    ("division by zero", "std"): "a deviation needs two elements, or correction=0",
+    ("division by zero", "var"): "a variance needs two elements, or correction=0",
     ("division by zero", "pow"): "add the epsilon to the base: the slope at 0 is infinite",
 }
 """By kind of accident and operation."""

@@ -93,6 +93,11 @@ class KernelCall:
         """Name of the kernel without overload, such as ``_softmax``."""
         return str(getattr(self.func, "_opname", None) or self.func.__name__).split(".")[0]
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether the result depends on what other ranks hold."""
+        return str(self.func).startswith(("c10d.", "_c10d_functional."))
+
     def operands(self) -> list[Operand]:
         """Tensors that the call reads, as they were before it."""
         skipped = set(self.traits.overwrites)

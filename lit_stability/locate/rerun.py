@@ -68,6 +68,7 @@ def _run(model: nn.Module, step: Callable[[], Any], state: StepState) -> NonFini
             return _finished(model, _birth(watch, loss).origin)
         if not loss.requires_grad:
             return None
+        watch.in_backward = True
         _backward(loss)
         births = [
             _birth(watch, p.grad)

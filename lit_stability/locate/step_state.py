@@ -26,7 +26,8 @@ class StepState:
 
     def __init__(self, model: nn.Module) -> None:
         self._rng = capture_rng()
-        self._modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
+        plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._modules = [(m, m.training, dict(m._buffers)) for m in plain]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
@@ -59,7 +60,9 @@ class StepState:
     def restore(self) -> None:
         """Put everything back."""
         for storage, copy in self._memory.values():
-            storage.copy_(copy)
+            # Memory that its owner gives back, as FSDP that of gathered weights, held no state.
+            if storage.nbytes() == copy.nbytes():
+                storage.copy_(copy)
         for module, training, buffers in self._modules:
             module.training = training
             module._buffers.clear()

@@ -83,7 +83,9 @@ def value_of(tensor: Tensor) -> str:
 def is_mask(tensor: Tensor) -> bool:
     """Whether it is made of infinities and 0 alone, to be added to scores or written over them."""
     numbers = real(elements(tensor))
-    return bool(((numbers == 0) | torch.isinf(numbers)).all())
+    zeros = numbers == 0
+    is_made_of_them = bool((zeros | torch.isinf(numbers)).all())
+    return is_made_of_them and (numbers.numel() == 1 or bool(zeros.any()))
 
 
 def range_of(name: str, tensor: Tensor) -> TensorRange:

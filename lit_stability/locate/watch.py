@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_stability.locate.advice import Kind, kind_of
-from lit_stability.locate.call_sites import CallSites, kernel_name
+from lit_stability.locate.call_sites import CallSites, Site, kernel_name
 from lit_stability.locate.kernel_call import KernelCall, Operand, traits_of
 from lit_stability.locate.origin import Cause, NonFiniteOrigin, TensorRange
 from lit_stability.locate.step_state import StepState
@@ -68,7 +68,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module, calls: CallSites, state: StepState) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model, self._calls, self._state = model, calls, state
+        self._calls, self._state = calls, state
+        self._types = {path: type(m).__name__ for path, m in model.named_modules()}
         self._known: dict[int, tuple[Cause, str]] = {}
         for name, tensor in model.named_buffers():
             self._known[storage_of(tensor)._cdata] = ("buffer", name)
@@ -78,6 +79,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: dict[int, StorageWeakRef] = {}
         self._births: dict[int, tuple[StorageWeakRef, Birth]] = {}
         self._count = 0
+        self.in_backward = False
+        self._first_in_backward: Birth | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a kernel and look at what it made."""
@@ -120,9 +123,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _birth_of_result(self, call: KernelCall, made: list[Tensor]) -> Birth:
         is_nan = any(has_nan(t) for t in made)
         parents = [
-            (birth, has_nan(operand.tensor))
+            (self._birth_of_operand(call, operand), has_nan(operand.tensor))
             for operand in call.operands()
-            if is_nonfinite(operand.tensor) and (birth := self._birth_of_operand(call, operand))
+            if is_nonfinite(operand.tensor)
         ]
         pool = [b for b, nan in parents if nan] if is_nan else []
         pool = pool or [b for b, _ in parents]
@@ -131,18 +134,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return min(guilty or pool, key=lambda b: b.order)
         return self._birth_of_operation(call, made, is_nan=is_nan, from_infinity=bool(pool))
 
-    def _birth_of_operand(self, call: KernelCall, operand: Operand) -> Birth | None:
-        """None for memory that the step made and left blank."""
+    def _birth_of_operand(self, call: KernelCall, operand: Operand) -> Birth:
         if operand.memory in self._births:
             return self._births[operand.memory][1]
-        if operand.memory in self._made:
-            return None
         return self.birth_outside(operand, call)
 
     def birth_outside(self, operand: Operand, call: KernelCall | None = None) -> Birth:
-        """Of a tensor that was non-finite before any operation of the step."""
+        """Of a tensor that was non-finite before the step, or was filled by what is not watched."""
         cause, name = self._known.get(operand.memory, ("input", ""))
-        name = name or variable_of(operand.memory, self._calls.frames()) or operand.name
+        name = name or variable_of(operand.memory, self._calls.frames())
+        # Collectives fill memory of the step later on; nothing else comes into a backward pass.
+        unknown = operand.memory in self._made or (self.in_backward and not name)
+        lost = cause == "input" and unknown
+        if lost and self._first_in_backward is not None:
+            return self._first_in_backward
         is_meant = is_mask(operand.tensor) or (
             cause == "buffer" and value_of(operand.tensor) == "-inf"
         )
@@ -150,9 +155,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call,
             operand.tensor,
             cause=cause,
-            kind=_KINDS[cause],
-            tensor=name,
-            inputs=(range_of(name, operand.tensor),),
+            kind="unseen" if lost else _KINDS[cause],
+            tensor=name or operand.name,
+            inputs=(range_of(name or operand.name, operand.tensor),),
         )
         birth = self._birth(origin, excused=is_meant and cause != "parameter")
         self._note(operand.tensor, birth)
@@ -161,6 +166,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _birth_of_operation(
         self, call: KernelCall, made: list[Tensor], *, is_nan: bool, from_infinity: bool
     ) -> Birth:
+        if call.is_collective:
+            origin = self._origin(call, made[0], cause="input", kind="unseen", tensor="other ranks")
+            return self._birth(origin, excused=False)
         constant = bool(call.constants())
         if constant and not (is_nan and any(map(math.isinf, call.constants()))):
             origin = self._origin(call, made[0], cause="operation", kind="non-finite constant")
@@ -184,7 +192,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 range_of(self._known.get(o.memory, ("", o.name))[1], o.tensor) for o in operands
             ),
         )
-        return self._birth(origin, excused=False)
+        birth = self._birth(origin, excused=False)
+        if self.in_backward and self._first_in_backward is None:
+            self._first_in_backward = birth
+        return birth
 
     def _birth(self, origin: NonFiniteOrigin, *, excused: bool) -> Birth:
         self._count += 1
@@ -202,6 +213,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs: tuple[TensorRange, ...] = (),
     ) -> NonFiniteOrigin:
         site = self._calls.here()
+        if call is not None and call.is_collective:
+            site = Site(op=call.kernel.strip("_"), phase=site.phase)
         return NonFiniteOrigin(
             op=site.op or (kernel_name(call.kernel) if call else ""),
             kernel=str(call.func) if call else "",
@@ -212,7 +225,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             overflow=overflow,
             dtype=str(made.dtype).removeprefix("torch."),
             module=site.module,
-            module_type=type(self._model.get_submodule(site.module)).__name__,
+            module_type=self._types[site.module],
             file=site.file,
             line=site.line,
             tensor=tensor,
