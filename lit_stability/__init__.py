@@ -14,11 +14,13 @@ _HOME = {
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
     "LastKnownGood": "callbacks",
+    "NonFiniteOrigin": "locate",
     "PrecisionFallback": "callbacks",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
     "find_last_good": "last_good",
     "fit_with_recovery": "recovery",
+    "locate_nonfinite": "locate",
     "read_incidents": "records",
     "stability_callbacks": "callbacks",
 }

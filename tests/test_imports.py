@@ -40,7 +40,9 @@ MAY_IMPORT_TORCH = (
         "tensorboard/",
     ),
     "recovery/crashes.py",
-    *("locate.py", "preflight.py", "targets.py", "config.py", "cli.py"),
+    *(f"locate/{m}.py" for m in ("call_sites", "kernel_call", "rerun", "step_state")),
+    *(f"locate/{m}.py" for m in ("values", "variables", "watch")),
+    *("preflight.py", "targets.py", "config.py", "cli.py"),
 )
 
 
@@ -103,11 +105,13 @@ def test_public_names_are_frozen():
         "GradientMonitor",
         "Incident",
         "LastKnownGood",
+        "NonFiniteOrigin",
         "PrecisionFallback",
         "StepStats",
         "TrainingStopped",
         "find_last_good",
         "fit_with_recovery",
+        "locate_nonfinite",
         "read_incidents",
         "stability_callbacks",
     ]
