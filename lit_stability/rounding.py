@@ -5,10 +5,11 @@ May import torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_stability.islands import HALF
 from lit_stability.norms import dense
@@ -63,6 +64,29 @@ class Rounding:
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(p, p.grad) for p in self._parameters]
         return [(p, g) for p, g in pairs if g is not None and g.layout is torch.strided]
+
+
+def lost_epsilon(optimizers: Iterable[Optimizer]) -> str | None:
+    """What is wrong with an optimizer whose ``eps`` is 0 in the format of its weights, or None.
+
+    Of ``torch.optim`` only, and not fused: those compute in float32.
+    """
+    for optimizer in optimizers:
+        if not type(optimizer).__module__.startswith("torch.optim"):
+            continue
+        for group in optimizer.param_groups:
+            eps = group.get("eps")
+            if not isinstance(eps, float) or not eps or group.get("fused"):
+                continue
+            formats = {p.dtype for p in group["params"] if p.dtype in HALF}
+            lost = [f for f in formats if not torch.tensor(eps, dtype=f)]
+            if lost:
+                name = str(lost[0]).removeprefix("torch.")
+                return (
+                    f"{type(optimizer).__name__}'s eps of {eps:g} is 0 in {name}, and its first "
+                    "update 0 / 0"
+                )
+    return None
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lit_stability import AutoRollback, GradientMonitor, PrecisionFallback
+from lit_stability.islands import islands_of
 from tests.rank_cases import Net, fit_rank, told, whole
 
 
@@ -46,13 +47,15 @@ class Slow(Net):
 def fallen(root, name, module, options):
     """What a rank tells of a fit that falls back."""
     warnings.simplefilter("ignore")
-    suite = [GradientMonitor(), PrecisionFallback(), AutoRollback()]
+    fallback = PrecisionFallback(max_islands=options.pop("max_islands", 0))
+    suite = [GradientMonitor(), fallback, AutoRollback()]
     net, trainer = fit_rank(root, name, suite, module=module, **options)
     return {
         "incidents": told(suite),
         "evidence": [i.evidence for i in suite[0].incidents],
         "precision": trainer.precision,
         "weights": whole(net.parameters()),
+        "islands": islands_of(net),
         "formats": {str(p.dtype) for p in net.parameters()},
         "losses": net.losses,
     }
@@ -60,6 +63,7 @@ def fallen(root, name, module, options):
 
 CASES = {
     "ddp fp16": ("ddp", OutOfRange, {"fp16": True}),
+    "ddp island": ("ddp", OutOfRange, {"fp16": True, "max_islands": 3}),
     "ddp begun in bf16": ("ddp", OutOfRange, {"precision": "bf16-mixed"}),
     "ddp bf16 weights": ("ddp", Slow, {"precision": "bf16-true", "max_steps": 170}),
     "fsdp2 bf16": ("fsdp2", Rounded, {"precision": "bf16-mixed"}),
@@ -70,7 +74,7 @@ CASES = {
 def all_cases(root, name):
     """Every case of a strategy, one after the other."""
     return {
-        label: fallen(root / label.replace(" ", "-"), strategy, module, options)
+        label: fallen(root / label.replace(" ", "-"), strategy, module, dict(options))
         for label, (strategy, module, options) in CASES.items()
         if strategy == name
     }

@@ -26,6 +26,15 @@ def test_overflow_on_one_rank_lowers_the_precision_of_both_and_costs_no_batch(dd
     assert torch.equal(one["weights"], ddp[0]["ddp begun in bf16"]["weights"])
 
 
+def test_module_that_overflows_on_one_rank_is_an_island_on_both(ddp):
+    one, other = (rank["ddp island"] for rank in ddp)
+    assert one["precision"] == other["precision"] == "16-mixed"
+    assert one["islands"] == other["islands"] == ["net.0"]
+    assert one["incidents"] == other["incidents"]
+    assert one["incidents"][0][4] == ["fp32 island net.0", "step taken again"]
+    assert torch.equal(one["weights"], other["weights"])
+
+
 def test_half_precision_weights_are_converted_on_both_ranks_which_stay_equal(ddp):
     """Without a new wrapper the buckets would be of the old format, and the ranks drift apart."""
     one, other = (rank["ddp bf16 weights"] for rank in ddp)

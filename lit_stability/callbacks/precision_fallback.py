@@ -6,25 +6,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.optim import Optimizer
 
 from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.precision_proof import PrecisionProof
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
-from lit_stability.islands import HALF, matching
-from lit_stability.ladder import FallBack
+from lit_stability.islands import matching
+from lit_stability.ladder import FallBack, Island
 from lit_stability.precision_ladder import PRECISIONS, PrecisionLadder, is_below, rungs_below
+from lit_stability.rounding import lost_epsilon
 from lit_stability.stats import StepStats
 from lit_stability.trainer_state import (
     PrecisionSwitch,
     ends_window,
     is_supported,
-    parameters_of,
     put_islands,
     why_fixed,
 )
@@ -58,6 +56,8 @@ class PrecisionFallback(Callback):
             names, globs or class names, or classes; see `lit_stability.islands`.
         try_again_after: healthy steps.
         failures: tries of the faster precision that may fail.
+        max_islands: modules that may be made float32 islands in the course of a run before the
+            whole model goes down a rung; 0 for never.
         infinite_losses: strikes of an infinite loss with finite gradients before it is acted upon;
             training goes on meanwhile.
 
@@ -72,9 +72,11 @@ class PrecisionFallback(Callback):
         fp32_modules: Sequence[str | type[nn.Module]] = (),
         try_again_after: int = 500,
         failures: int = 3,
+        max_islands: int = 3,
         infinite_losses: int = 3,
     ) -> None:
         for name, value, least in (
+            ("max_islands", max_islands, 0),
             ("try_again_after", try_again_after, 1),
             ("failures", failures, 0),
             ("infinite_losses", infinite_losses, 1),
@@ -90,6 +92,7 @@ class PrecisionFallback(Callback):
         self.fp32_modules = tuple(fp32_modules)
         self.try_again_after = try_again_after
         self.failures = failures
+        self.max_islands = max_islands
         self.infinite_losses = infinite_losses
         self.islands: list[str] = []
         """Modules that compute in float32."""
@@ -98,6 +101,7 @@ class PrecisionFallback(Callback):
         self._proof = PrecisionProof()
         self._restored: Mapping[str, Any] = {}
         self._scalers: dict[str, dict[str, Any]] = {}
+        self._made = 0
         self._due: str | None = None
         self._counted = -1
 
@@ -152,7 +156,7 @@ class PrecisionFallback(Callback):
             chosen = matching(pl_module, self.fp32_modules)
             self.islands = list(dict.fromkeys([*chosen, *self.islands]))
         self._put(trainer, pl_module, self._rung.current)
-        lost = lost_epsilon(trainer)
+        lost = lost_epsilon(trainer.optimizers)
         if lost is None:
             return
         if self._rung.next is None:
@@ -186,7 +190,7 @@ class PrecisionFallback(Callback):
     def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
         """Take no step that is not finite, until all ranks have voted."""
         if self._rung.next is not None and anomaly.kind in _FAILED:
-            _drop(trainer.optimizers[anomaly.optimizer])
+            trainer.optimizers[anomaly.optimizer].zero_grad(set_to_none=True)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Go down a rung if precision is the cause; the step is for others to take again."""
@@ -197,11 +201,12 @@ class PrecisionFallback(Callback):
         if not self._is_cause(trainer, pl_module, incident):
             return
         incident.cause = "numeric precision"
-        was = self._rung.current
-        self._due = self._rung.down()
-        incident.adjust(FallBack(was, self._due))
+        if not self._make_islands(trainer, pl_module, incident):
+            was = self._rung.current
+            self._due = self._rung.down()
+            incident.adjust(FallBack(was, self._due))
         if not incident.anomaly.observe_only:
-            _drop(trainer.optimizers[incident.anomaly.optimizer])
+            trainer.optimizers[incident.anomaly.optimizer].zero_grad(set_to_none=True)
 
     def _is_cause(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> bool:
         kind = incident.anomaly.kind
@@ -219,6 +224,20 @@ class PrecisionFallback(Callback):
             # What cannot be taken again: the scaler's own verdict has to do.
             finding == "unknown" and kind == "loss-scale collapse"
         )
+
+    def _make_islands(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> bool:
+        """Whether islands of the modules that overflow are enough; they are in force then."""
+        left = self.max_islands - self._made
+        if left < 1 or incident.anomaly.kind not in _FAILED or "true" in self._rung.current:
+            return False
+        names = self._proof.islands(trainer, pl_module, incident, left)
+        self._made += len(names)
+        self.islands += names
+        for name in names:
+            incident.adjust(Island(name))
+        return bool(names)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -258,6 +277,7 @@ class PrecisionFallback(Callback):
         return {
             "ladder": self._ladder.state_dict(),
             "islands": list(self.islands),
+            "made": self._made,
             "scalers": self._switch.scalers(),
             "proof": self._proof.state_dict(),
         }
@@ -272,35 +292,6 @@ class PrecisionFallback(Callback):
         state, self._restored = self._restored, {}
         if not state or not self._rung.load_state_dict(state["ladder"]):
             return
-        self.islands = list(state["islands"])
+        self.islands, self._made = list(state["islands"]), int(state["made"])
         self._scalers = dict(state["scalers"])
         self._proof.load_state_dict(state["proof"])
-
-
-def lost_epsilon(trainer: Trainer) -> str | None:
-    """What is wrong with an optimizer whose ``eps`` is 0 in the format of its weights, or None.
-
-    Of ``torch.optim`` only, and not fused: those compute in float32.
-    """
-    for optimizer in trainer.optimizers:
-        if not type(optimizer).__module__.startswith("torch.optim"):
-            continue
-        for group in optimizer.param_groups:
-            eps = group.get("eps")
-            if not isinstance(eps, float) or not eps or group.get("fused"):
-                continue
-            formats = {p.dtype for p in group["params"] if p.dtype in HALF}
-            lost = [f for f in formats if not torch.tensor(eps, dtype=f)]
-            if lost:
-                name = str(lost[0]).removeprefix("torch.")
-                return (
-                    f"{type(optimizer).__name__}'s eps of {eps:g} is 0 in {name}, and its first "
-                    "update 0 / 0"
-                )
-    return None
-
-
-def _drop(optimizer: Optimizer) -> None:
-    """Keep an optimizer from its step."""
-    for parameter in parameters_of(optimizer):
-        parameter.grad = None

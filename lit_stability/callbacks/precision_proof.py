@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -9,8 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.detectors import Spike
 from lit_stability.incidents import Incident
+from lit_stability.islands import release_island
+from lit_stability.locate import NonFiniteOrigin
 from lit_stability.stats import StepStats
-from lit_stability.trainer_state import Outcome, StepTape
+from lit_stability.trainer_state import Outcome, StepTape, put_islands
 
 Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "unknown"]
 
@@ -61,17 +64,48 @@ class PrecisionProof:
                 return worst
         return finding
 
+    def islands(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident, most: int
+    ) -> list[str]:
+        """Make islands of the modules that overflow, until the step is finite, on all ranks alike.
+
+        Args:
+            trainer: at the incident.
+            pl_module: in training, with float32 weights.
+            incident: that `find` has blamed on precision.
+            most: islands that may be made.
+
+        Returns:
+            Their names; nothing, and no island made, where that many are not enough.
+        """
+        made: list[str] = []
+        while len(made) < most:
+            origin = self._tape.locate(trainer, pl_module)
+            blamed = _module_of(origin)
+            names = sorted({n for n in incident.gather(blamed) if n and n not in made})
+            if not names:
+                break
+            if origin is not None and blamed in names:
+                incident.evidence.append(origin.describe().splitlines()[0])
+            incident.agree(True)
+            made += names
+            put_islands(trainer, names)
+            own = self._tape.take_again(trainer, pl_module, float32=False)
+            if all(incident.gather(own.finite or _is_for_the_scaler(own, incident))):
+                return made
+        for name in made:
+            release_island(pl_module.get_submodule(name))
+        return []
+
     def _judge(
         self, precision: str, own: Outcome, wide: Outcome, incident: Incident
     ) -> tuple[Finding, str]:
-        lost = not own.finite or incident.anomaly.kind == "infinite loss"
         if own.finite:
             return "not reproduced", f"taken again in {precision} beside training, it is finite"
         seen = (
             f"taken again in {precision} it fails (loss {own.loss:.4g}, gradient norm "
             f"{own.grad_norm:.4g}), in float32 "
         )
-        assert lost
         if not wide.finite:
             return "not precision", f"{seen}too"
         seen += f"it is loss {wide.loss:.4g}, gradient norm {wide.grad_norm:.4g}"
@@ -89,3 +123,15 @@ class PrecisionProof:
         """Put it back."""
         for each in self._usual:
             each.load_state_dict(state[each.signal])
+
+
+def _module_of(origin: NonFiniteOrigin | None) -> str:
+    """The module that overflows, or "" where none does, or where it is the model's own code."""
+    return origin.module if origin is not None and origin.overflow else ""
+
+
+def _is_for_the_scaler(outcome: Outcome, incident: Incident) -> bool:
+    """Whether nothing overflows any more but gradients whose scale is still being searched for."""
+    scaled = incident.stats is not None and incident.stats.loss_scale is not None
+    searching = not incident.anomaly.kind.startswith("loss-scale")
+    return scaled and searching and math.isfinite(outcome.loss)

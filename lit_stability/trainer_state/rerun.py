@@ -5,6 +5,7 @@ Weights, gradients, buffers, generators and metrics are as before afterwards.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from lit_stability.batches import size_of
 from lit_stability.islands import HALF, cast
+from lit_stability.locate import NonFiniteOrigin, locate_nonfinite
 from lit_stability.norms import dense, norms_of, to_host, total
 from lit_stability.rng import capture_rng, restore_rng
 from lit_stability.trainer_state.aside import aside
+from lit_stability.trainer_state.precision import is_half
 from lit_stability.trainer_state.strategies import sharing
 from lit_stability.trainer_state.view import loss_scaler
 
@@ -93,28 +96,47 @@ class StepTape:
             pl_module: in training.
             float32: without autocast, and with half-precision weights converted.
         """
-        sharded = sharing(trainer) == "shards"
-        with ExitStack() as stack:
-            stack.enter_context(aside(trainer, pl_module))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(
-                _own_gradients(pl_module) if sharded else _copies(pl_module, float32)
-            )
-            stack.enter_context(torch.enable_grad())
-            losses = [_backward(trainer, pl_module, t, float32) for t in self._taken]
+        with _beside(trainer, pl_module, float32):
+            losses = []
+            for taken in self._taken:
+                loss = _loss(trainer, pl_module, taken, float32)
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach().reshape(1).float())
             grads = [dense(p.grad) for p in pl_module.parameters() if p.grad is not None]
-            host = to_host(
-                {"loss": [x.reshape(1).float() for x in losses], "norms": norms_of(grads)}
-            )
+            host = to_host({"loss": losses, "norms": norms_of(grads)})
         scaler = None if float32 else loss_scaler(trainer)
         scale = 1.0 if scaler is None else float(scaler.get_scale()) or 1.0
-        return Outcome(sum(host["loss"]), total(host["norms"]) / scale)
+        return Outcome(sum(host["loss"]) / scale, total(host["norms"]) / scale)
+
+    def locate(self, trainer: Trainer, pl_module: LightningModule) -> NonFiniteOrigin | None:
+        """Find the operation that made the step's first NaN or Inf, in the precision at hand.
+
+        Under FSDP2 all ranks are to call it.
+        """
+        origins = []
+        with _beside(trainer, pl_module, False):
+            for taken in self._taken:
+                step = functools.partial(_loss, trainer, pl_module, taken, False)
+                origins.append(locate_nonfinite(pl_module, step))
+        return next((each for each in origins if each is not None), None)
 
 
-def _backward(trainer: Trainer, pl_module: LightningModule, taken: _Taken, float32: bool) -> Tensor:
-    """The loss of one batch, its gradients added to those of the module."""
+@contextmanager
+def _beside(trainer: Trainer, pl_module: LightningModule, float32: bool) -> Iterator[None]:
+    """Let nothing that is computed here reach the training."""
+    sharded = sharing(trainer) == "shards"
+    with ExitStack() as stack:
+        stack.enter_context(aside(trainer, pl_module))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_own_gradients(pl_module) if sharded else _copies(pl_module, float32))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _loss(trainer: Trainer, pl_module: LightningModule, taken: _Taken, float32: bool) -> Tensor:
+    """The loss of one batch as it goes into backward: its share of the window, scaled."""
     restore_rng(taken.rng)
-    batch = cast(taken.batch, torch.float32) if float32 and _is_half(trainer) else taken.batch
+    batch = cast(taken.batch, torch.float32) if float32 and is_half(trainer) else taken.batch
     build = trainer.fit_loop.epoch_loop._build_kwargs
     arguments = build(OrderedDict(), batch, taken.batch_idx).values()
     device = trainer.strategy.root_device.type
@@ -125,12 +147,7 @@ def _backward(trainer: Trainer, pl_module: LightningModule, taken: _Taken, float
     assert isinstance(loss, Tensor), "a step without a loss is not measured either"
     scaler = None if float32 else loss_scaler(trainer)
     share = loss / trainer.accumulate_grad_batches
-    (share if scaler is None else scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
-    return share.detach()
-
-
-def _is_half(trainer: Trainer) -> bool:
-    return str(trainer.precision) in ("16-true", "bf16-true")
+    return share if scaler is None else scaler.scale(share)
 
 
 def _eager_step(pl_module: LightningModule) -> Callable[..., Any]:

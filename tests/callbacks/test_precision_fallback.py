@@ -20,6 +20,7 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.faults import CorruptGradient, CorruptWeight, FaultInjector
+from lit_stability.islands import islands_of
 from tests.conftest import fit, flat, make_trainer
 
 
@@ -90,9 +91,9 @@ DYING = {
         lambda: Net(own_loss=True, lr=3e-2),
         lambda: data(targets=2000.0),
         fp16,
-        "non-finite loss",
+        "precision 16-mixed -> bf16-mixed, step taken again",
     ),
-    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "non-finite loss"),
+    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "fp32 island net.0, step taken again"),
     "half-precision weights, Adam's eps 0 in float16": (
         Net,
         data,
@@ -103,7 +104,7 @@ DYING = {
         lambda: Net(lr=3e-4),
         data,
         lambda: {"precision": "bf16-true"},
-        "lost updates",
+        "precision bf16-true -> bf16-mixed",
     ),
 }
 
@@ -111,15 +112,15 @@ DYING = {
 @pytest.mark.parametrize("name", DYING)
 def test_run_that_dies_of_its_precision_reaches_the_loss_of_its_fp32_twin(name, tmp_path):
     """S9: within 5 %; unprotected it is NaN, far behind, or has no loss to see."""
-    module, loader, options, kind = DYING[name]
-    steps = 1500 if kind == "lost updates" else 400
+    module, loader, options, done = DYING[name]
+    steps = 1500 if done == "precision bf16-true -> bf16-mixed" else 400
     losses, runs = {}, {}
     for who, callbacks, how in (
         ("clean", [], {}),
         ("bare", [], options()),
         ("suite", suite(), options()),
     ):
-        trained, trainer = train(tmp_path, callbacks, loader(), steps, module=module, **how)
+        trained, _ = train(tmp_path, callbacks, loader(), steps, module=module, **how)
         losses[who] = evaluate(trained, loader())
         runs[who] = trained
     blind = all(x == float("inf") for x in runs["bare"].losses)
@@ -127,10 +128,9 @@ def test_run_that_dies_of_its_precision_reaches_the_loss_of_its_fp32_twin(name, 
     assert losses["suite"] == pytest.approx(losses["clean"], rel=0.05) or (
         losses["suite"] < losses["clean"]
     )
-    assert trainer.precision == "bf16-mixed"
-    incidents = callbacks[0].incidents
-    assert [i.first.kind for i in incidents] == ([] if kind is None else [kind])
-    assert all(i.outcome == "recovered" and i.cause == "numeric precision" for i in incidents)
+    assert [i.done for i in callbacks[0].incidents] == ([] if done is None else [done])
+    for incident in callbacks[0].incidents:
+        assert (incident.outcome, incident.cause) == ("recovered", "numeric precision")
 
 
 HEALTHY = {
@@ -165,7 +165,7 @@ def test_healthy_run_is_bit_identical_and_keeps_its_precision(name, tmp_path):
 
 def test_step_that_failed_is_taken_again_as_if_the_run_had_begun_in_the_new_precision(tmp_path):
     """Invariant 7: nothing of the fp16 attempt, nor of its proof, is left; dropout is on."""
-    fallen, _ = train(tmp_path, suite(), data(inputs=1e5), **fp16())
+    fallen, _ = train(tmp_path, suite(max_islands=0), data(inputs=1e5), **fp16())
     begun, _ = train(tmp_path, [], data(inputs=1e5), precision="bf16-mixed")
     assert torch.equal(flat(fallen), flat(begun))
 
@@ -195,7 +195,7 @@ def test_bad_batch_is_left_to_others_with_what_float32_says_of_it(
 def test_faster_precision_is_tried_again_and_stays_if_it_holds(tmp_path):
     loader = data()
     loader.dataset.tensors[0][: 30 * 16] *= 1e5
-    callbacks = suite(try_again_after=40)
+    callbacks = suite(max_islands=0, try_again_after=40)
     module, trainer = train(tmp_path, callbacks, loader, **fp16())
     (incident,) = callbacks[0].incidents
     assert incident.done == "precision 16-mixed -> bf16-mixed, step taken again"
@@ -216,7 +216,7 @@ class Precisions(Callback):
 def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(tmp_path):
     """Invariant 4: tries are bounded; each costs one step, taken again."""
     seen = Precisions()
-    callbacks = [*suite(try_again_after=20, failures=2), seen]
+    callbacks = [*suite(max_islands=0, try_again_after=20, failures=2), seen]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 200, **fp16())
     tries = [i for i, name in enumerate(seen.seen) if name == "16-mixed"]
     assert tries == [0, 21, 62]
@@ -227,15 +227,16 @@ def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
-    ("module", "loader", "options"),
+    ("module", "loader", "options", "precision"),
     [
-        (Net, lambda: data(inputs=1e5), fp16),
-        (lambda: Net(lr=1e-4), data, lambda: {"precision": "bf16-true"}),
-        (Net, data, lambda: {"precision": "16-true"}),
+        (Net, lambda: data(inputs=1e5), fp16, "16-mixed"),
+        (lambda: Net(own_loss=True), lambda: data(targets=2000.0), fp16, "bf16-mixed"),
+        (lambda: Net(lr=1e-4), data, lambda: {"precision": "bf16-true"}, "bf16-mixed"),
+        (Net, data, lambda: {"precision": "16-true"}, "bf16-mixed"),
     ],
-    ids=["fp16", "bf16 weights", "fp16 weights"],
+    ids=["an island in fp16", "fp16", "bf16 weights", "fp16 weights"],
 )
-def test_choice_survives_a_resume_bit_for_bit(module, loader, options, tmp_path):
+def test_choice_survives_a_resume_bit_for_bit(module, loader, options, precision, tmp_path):
     """With dropout and in mid-epoch, by way of `LastKnownGood`'s data position."""
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=150, save_top_k=-1)
     whole, _ = train(
@@ -251,7 +252,7 @@ def test_choice_survives_a_resume_bit_for_bit(module, loader, options, tmp_path)
     resumed = module()
     trainer = make_trainer(tmp_path, callbacks, max_steps=180, **options())
     trainer.fit(resumed, loader(), ckpt_path=tmp_path / "step=150.ckpt")
-    assert trainer.precision == "bf16-mixed"
+    assert trainer.precision == precision
     assert callbacks[0].incidents == []
     assert torch.equal(flat(whole), flat(resumed))
 
@@ -280,7 +281,7 @@ def test_snapshot_of_half_precision_weights_is_put_back_exactly_after_they_were_
 
 
 def test_without_autorollback_the_failing_step_is_lost_and_training_goes_on(tmp_path):
-    callbacks = [GradientMonitor(), PrecisionFallback()]
+    callbacks = [GradientMonitor(), PrecisionFallback(max_islands=0)]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
     (incident,) = callbacks[0].incidents
     assert incident.done == "precision 16-mixed -> bf16-mixed"
@@ -339,6 +340,28 @@ def test_scale_that_no_search_will_find_is_answered_by_another_precision(tmp_pat
     assert torch.isfinite(flat(module)).all()
 
 
+def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_path):
+    """S9: found by running the step again, with the line that overflowed as evidence."""
+    callbacks = suite()
+    module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
+    (incident,) = callbacks[0].incidents
+    assert incident.done == "fp32 island net.0, step taken again"
+    assert "linear made" in incident.evidence[1]
+    assert "overflow of float16, finite in float32" in incident.evidence[1]
+    assert trainer.precision == "16-mixed"
+    assert islands_of(module) == ["net.0"]
+    assert torch.isfinite(flat(module)).all()
+
+
+def test_islands_are_not_made_where_they_are_not_enough(tmp_path):
+    """The loss overflows in the module's own code."""
+    module, trainer = train(
+        tmp_path, suite(), data(targets=2000.0), module=lambda: Net(own_loss=True), **fp16()
+    )
+    assert trainer.precision == "bf16-mixed"
+    assert islands_of(module) == []
+
+
 def test_named_modules_compute_in_float32_while_the_rest_does_not(tmp_path):
     """S9: chosen layers are kept in fp32; the state dict is what it was."""
     formats = {}
@@ -378,6 +401,7 @@ def _as(precision):
         ({"rungs": ["bf16"]}, "got 'bf16'"),
         ({"rungs": ["16-true"]}, "got '16-true'"),
         ({"try_again_after": 0}, "try_again_after must be at least 1, got 0"),
+        ({"max_islands": -1}, "max_islands must be at least 0, got -1"),
         ({"failures": -1}, "failures must be at least 0, got -1"),
         ({"infinite_losses": 0}, "infinite_losses must be at least 1, got 0"),
     ],
