@@ -1,6 +1,6 @@
 """What the suite costs per optimizer step, as a ratio to the bare step in the same run.
 
-    python -m benchmarks.overhead [--steps 120] [--quick]
+    python -m benchmarks.overhead [--steps 120] [--quick] [--precision bf16-mixed] [--suites ...]
 
 One process, one torch thread. A bare and a protected Trainer take turns, step by step, on equal
 models and batches, so that both meet the same noise of the machine. Steps are added up in blocks of
@@ -27,6 +27,7 @@ from lit_stability import (
     AutoRollback,
     GradientMonitor,
     LastKnownGood,
+    PrecisionFallback,
     stability_callbacks,
 )
 
@@ -38,6 +39,15 @@ SUITES: dict[str, Any] = {
     "GradientMonitor, LastKnownGood": lambda: [
         GradientMonitor(),
         LastKnownGood(every_n_steps=15),
+    ],
+    "GradientMonitor, PrecisionFallback": lambda: [GradientMonitor(), PrecisionFallback()],
+    "PrecisionFallback, one Linear in float32": lambda: [
+        GradientMonitor(),
+        PrecisionFallback(fp32_modules=["*blocks.0.up"]),
+    ],
+    "PrecisionFallback, all norms in float32": lambda: [
+        GradientMonitor(),
+        PrecisionFallback(fp32_modules=["LayerNorm"]),
     ],
     "GradientMonitor, AnomalyCheckpoint": lambda: [GradientMonitor(), AnomalyCheckpoint()],
 }
@@ -68,7 +78,7 @@ class Baton(Callback):
 
 
 def measure(
-    names: list[str], *, steps: int, batch: int, config: ByteGPTConfig
+    names: list[str], *, steps: int, batch: int, config: ByteGPTConfig, precision: Any
 ) -> dict[str, list[float]]:
     """Seconds of each step, by suite."""
     turn = [threading.Semaphore(0) for _ in names]
@@ -79,6 +89,7 @@ def measure(
         module = ByteGPTModule(config)
         trainer = Trainer(
             max_steps=steps,
+            precision=precision,
             accelerator="cpu",
             callbacks=[*SUITES[name](), baton],
             logger=False,
@@ -110,7 +121,7 @@ def report(times: dict[str, list[float]], block: int = 15) -> None:
     for name, measured in times.items():
         ratios = [m / b for m, b in zip(blocks(measured), bare, strict=False)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:36s} x{middle:.4f}  (quartiles {low:.4f} .. {high:.4f})")
+        print(f"{name:42s} x{middle:.4f}  (quartiles {low:.4f} .. {high:.4f})")
 
 
 def main() -> None:
@@ -119,13 +130,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--suites", nargs="*", default=["default suite"], choices=list(SUITES))
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--quick", action="store_true", help="a small model")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     shape = ByteGPTConfig(width=128, layers=4) if args.quick else ByteGPTConfig(width=400, layers=5)
     names = ["bare", *args.suites]
-    report(measure(names, steps=args.steps, batch=args.batch, config=shape))
+    how = {"steps": args.steps, "batch": args.batch, "precision": args.precision}
+    report(measure(names, config=shape, **how))
 
 
 if __name__ == "__main__":

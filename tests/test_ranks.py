@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor
+from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor, PrecisionFallback
 from lit_stability.faults import (
     BadBatch,
     CorruptGradient,
@@ -292,7 +292,7 @@ UNTRIED = {
 }
 
 
-@pytest.mark.parametrize("callback", [AutoRollback, AnomalyCheckpoint])
+@pytest.mark.parametrize("callback", [AutoRollback, AnomalyCheckpoint, PrecisionFallback])
 @pytest.mark.parametrize("name", UNTRIED)
 def test_strategy_never_run_is_refused_unless_it_is_allowed_by_name(name, callback, tmp_path):
     """K3: with the reason, and the line to write."""
@@ -310,7 +310,7 @@ def test_strategy_never_run_is_refused_unless_it_is_allowed_by_name(name, callba
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", lambda: ModelParallelStrategy(2, 1)])
 def test_strategy_that_was_run_is_accepted(strategy, tmp_path):
     strategy = strategy if isinstance(strategy, str) else strategy()
-    callbacks = [GradientMonitor(), AnomalyCheckpoint(), AutoRollback()]
+    callbacks = [GradientMonitor(), AnomalyCheckpoint(), PrecisionFallback(), AutoRollback()]
     trainer = make_trainer(tmp_path, callbacks, devices=2, strategy=strategy)
-    for callback in trainer.callbacks[1:3]:
+    for callback in trainer.callbacks[1:4]:
         callback.setup(trainer, Regression(), "fit")

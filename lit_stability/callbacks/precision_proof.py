@@ -79,6 +79,8 @@ class PrecisionProof:
             Their names; nothing, and no island made, where that many are not enough.
         """
         made: list[str] = []
+        if self._tape.obstacle(trainer) is not None:
+            return made
         while len(made) < most:
             origin = self._tape.locate(trainer, pl_module)
             blamed = _module_of(origin)

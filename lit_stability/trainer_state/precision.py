@@ -80,10 +80,12 @@ def is_half(trainer: Trainer) -> bool:
 
 def why_fixed(trainer: Trainer) -> str | None:
     """Why the precision of a fit cannot be changed, or None."""
+    if type(trainer.strategy).__name__ == "FSDPStrategy":
+        return "FSDP1 fixed the format of its shards when it made them; FSDP2 did not"
     if type(trainer.precision_plugin) not in (Precision, MixedPrecision, HalfPrecision):
         return f"{type(trainer.precision_plugin).__name__} converts the module in ways of its own"
     if is_half(trainer) and sharing(trainer) == "shards":
-        return "FSDP2 fixed the format of its shards when it made them"
+        return "FSDP2 made its shards of half-precision weights"
     return None
 
 

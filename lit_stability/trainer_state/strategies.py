@@ -40,7 +40,8 @@ def why_untried(trainer: Trainer) -> str:
             return "with tensor parallelism a rank's loss and gradients are not its share of a sum"
         case "FSDPStrategy":
             return (
-                "FSDP1 keeps weights in flat shards, in which no parameter can be told apart; "
+                "FSDP1 keeps weights in flat shards, in which no parameter can be told apart, and "
+                "whose format is fixed when they are made; "
                 "use FSDP2, as ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)"
             )
         case "DeepSpeedStrategy":

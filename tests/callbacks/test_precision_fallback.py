@@ -280,6 +280,24 @@ def test_snapshot_of_half_precision_weights_is_put_back_exactly_after_they_were_
     assert torch.isfinite(flat(module)).all()
 
 
+def test_half_precision_weights_that_overflow_in_mid_run_become_float32_with_their_moments(
+    tmp_path,
+):
+    """Targets of about 100, whose squared errors leave float16 now and then."""
+    module = lambda: Net(own_loss=True, eps=1e-4, lr=0.1)  # noqa: E731
+    callbacks = suite()
+    module, trainer = train(
+        tmp_path, callbacks, data(targets=75.0), module=module, precision="16-true"
+    )
+    incident = callbacks[0].incidents[0]
+    assert incident.done == "precision 16-true -> bf16-mixed, step taken again"
+    assert incident.first.step > 1, "there are moments to convert"
+    moments = trainer.optimizers[0].state_dict()["state"].values()
+    assert {m["exp_avg"].dtype for m in moments} == {torch.float32}
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert len(callbacks[0].incidents) == 1
+
+
 def test_without_autorollback_the_failing_step_is_lost_and_training_goes_on(tmp_path):
     callbacks = [GradientMonitor(), PrecisionFallback(max_islands=0)]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
@@ -377,6 +395,40 @@ def test_named_modules_compute_in_float32_while_the_rest_does_not(tmp_path):
     module, _ = train(tmp_path, callbacks, data(), 5, **fp16())
     assert formats == {"linear": torch.float16, "norm": torch.float32}
     assert set(module.state_dict()) == set(Net().state_dict())
+
+
+class Manual(Collapsing):
+    """The same in manual optimization, where a step cannot be taken again beside training."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
+def test_collapse_is_proof_enough_where_a_step_cannot_be_taken_again(tmp_path):
+    callbacks = suite()
+    module, trainer = train(tmp_path, callbacks, data(), module=Manual, **fp16())
+    assert callbacks[0].incidents[0].first.kind == "loss-scale collapse"
+    assert trainer.precision == "bf16-mixed"
+    assert torch.isfinite(flat(module)).all()
+
+
+def test_precision_that_lightning_alone_converts_is_left_alone_with_the_reason(tmp_path, caplog):
+    class Odd(MixedPrecision):
+        pass
+
+    plugin = Odd("bf16-mixed", "cpu")
+    _, trainer = train(tmp_path, suite(), data(), 5, plugins=plugin)
+    assert "PrecisionFallback changes nothing: Odd converts" in caplog.text
+    assert trainer.precision_plugin is plugin
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
