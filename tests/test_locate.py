@@ -1,7 +1,9 @@
 """Where NaNs are born, case by case; and what a search leaves behind: nothing."""
 
+import gc
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -271,3 +273,38 @@ def test_locate_on_two_ranks_blames_the_operation_and_not_the_collective(sharded
     assert zero[1][:3] == both
     assert one[1] == [*both, both[2]]
     assert zero[1][3][1:] == ("backward", "unseen")
+
+
+def trained(searched):
+    """Weights and buffers after ten steps, each searched between its backward pass and update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(10):
+        x = torch.randn(16, 4)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if searched:
+            found = locate_nonfinite(model, lambda x=x: (model(x).square() / 0.0).mean())
+            assert found.op == "div"
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_locate_in_every_step_leaves_the_training_bit_identical():
+    """S15."""
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
+
+
+def test_locate_keeps_nothing_of_the_step_alive():
+    model = nn.Linear(4, 4)
+    kept = []
+
+    def step():
+        y = model(data())
+        kept.append(weakref.ref(y))
+        return torch.log(y * 0.0).sum()
+
+    assert locate_nonfinite(model, step) is not None
+    gc.collect()
+    assert [ref() for ref in kept] == [None]
