@@ -152,6 +152,49 @@ def test_locate_overflow_that_float32_would_bear_is_told_from_one_it_would_not()
     assert (hopeless.kind, hopeless.overflow) == ("overflow", False)
 
 
+def test_locate_gradients_of_the_bad_step_are_not_taken_for_those_of_the_search():
+    """S15: they are NaN as a rule when a search begins."""
+    model = nn.Linear(4, 4)
+    model(data()).sum().backward()
+    model.weight.grad.fill_(torch.nan)
+    assert locate_nonfinite(model, lambda: model(data()).sum()) is None
+    assert model.weight.grad.isnan().all()
+
+
+def test_locate_within_the_callers_autocast_names_the_weight_cast_before():
+    """A cast that autocast keeps was made before anything was watched."""
+    model = nn.Linear(4, 4)
+    model.weight.data[0, 0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16):
+        model(data())
+        found = locate_nonfinite(model, lambda: model(data()).sum())
+    assert (found.cause, found.tensor) == ("parameter", "weight")
+
+
+def test_locate_overflow_under_autocast_names_the_weights_cast_among_its_inputs():
+    """S9."""
+    build = locate_cases.linear_that_overflows_under_autocast
+    names = [each.name for each in locate_nonfinite(*build()).inputs]
+    assert {"block.fc.weight", "block.fc.bias"} < set(names)
+
+
+def test_locate_runs_compiled_modules_without_their_compiled_code():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    block = nn.Linear(4, 4)
+    model = nn.Sequential(torch.compile(block, backend=backend))
+    model(data())
+    assert runs == [1]
+    found = locate_nonfinite(model, lambda: torch.log(model(data()) * 0.0).sum())
+    assert found.note == "compiled parts were run eagerly"
+    assert runs == [1]
+    model(data())
+    assert runs == [1, 1]
+
+
 def test_locate_inputs_are_told_with_their_ranges():
     """S15."""
     model = nn.Linear(4, 4)
