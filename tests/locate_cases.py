@@ -482,6 +482,48 @@ def overflow_in_a_compiled_block():
     return model, lambda: model(data()).sum()
 
 
+@bad(module="", op="log", kind="domain error")
+def earliest_of_two_that_meet():
+    model = zero(nn.Linear(4, 4))
+
+    def step():
+        y = model(data())
+        first = torch.log(y)  # origin
+        second = torch.exp(y + 1000.0)
+        return (second + first).sum()
+
+    return model, step
+
+
+@bad(module="fc", op="linear", cause="parameter", tensor="fc.weight")
+def nan_beside_an_additive_mask_made_by_a_log():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, attend):
+            mask = attend.log()
+            y = self.fc(x)  # origin
+            return (y + mask).softmax(-1)
+
+    model = Model()
+    model.fc.weight.data[0, 0] = torch.nan
+    return model, lambda: model(data(), torch.tensor([1.0, 0.0, 1.0, 1.0])).square().sum()
+
+
+@bad(module="", op="log", kind="domain error")
+def result_kept_in_memory_that_was_nan_before():
+    model = zero(nn.Linear(4, 4))
+
+    def step():
+        cache = torch.full((3, 4), torch.nan)
+        cache.copy_(torch.log(model(data())))  # origin
+        return cache.sum()
+
+    return model, step
+
+
 # The backward pass: the loss is finite.
 
 
@@ -569,6 +611,58 @@ def custom_function_in_its_backward():
 
     model = Wrapped(Block())
     return model, lambda: model(data()).sum()
+
+
+@bad(module="block", op="div", phase="backward", kind="division by zero")
+def custom_function_in_its_backward_before_another_operation():
+    class Root(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sqrt()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return grad / (2.0 * x.sqrt())  # origin
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = zero(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return Root.apply(self.fc(x)) * 2.0
+
+    def again(block, x):
+        return checkpoint(block, x, use_reentrant=True)
+
+    model = Wrapped(Block(), again)
+    return model, lambda: 2.0 * model(data().requires_grad_()).sum()
+
+
+@bad(module="", op="index_put", phase="backward", kind="overflow", overflow=True)
+def half_written_into_float_under_a_large_slope():
+    model = nn.Linear(4, 4).half()
+
+    def step():
+        y = torch.zeros(3, 4)
+        y[:, :] = model(data().half())  # origin
+        return (y * 1e6).sum()
+
+    return model, step
+
+
+@bad(module="", op="sqrt", phase="backward", kind="division by zero")
+def earliest_of_two_in_the_order_of_the_backward_pass():
+    model = nn.ModuleList([zero(nn.Linear(4, 4)), zero(nn.Linear(4, 4))])
+
+    def step():
+        one = model[0](data()).sqrt().sum()
+        two = model[1](data()).sqrt().sum()  # origin
+        return one + two
+
+    return model, step
 
 
 def _root_in_a_block(how):

@@ -1,7 +1,9 @@
 """Where NaNs are born, case by case; and what a search leaves behind: nothing."""
 
+import gc
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -150,6 +152,49 @@ def test_locate_overflow_that_float32_would_bear_is_told_from_one_it_would_not()
     assert (hopeless.kind, hopeless.overflow) == ("overflow", False)
 
 
+def test_locate_gradients_of_the_bad_step_are_not_taken_for_those_of_the_search():
+    """S15: they are NaN as a rule when a search begins."""
+    model = nn.Linear(4, 4)
+    model(data()).sum().backward()
+    model.weight.grad.fill_(torch.nan)
+    assert locate_nonfinite(model, lambda: model(data()).sum()) is None
+    assert model.weight.grad.isnan().all()
+
+
+def test_locate_within_the_callers_autocast_names_the_weight_cast_before():
+    """A cast that autocast keeps was made before anything was watched."""
+    model = nn.Linear(4, 4)
+    model.weight.data[0, 0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16):
+        model(data())
+        found = locate_nonfinite(model, lambda: model(data()).sum())
+    assert (found.cause, found.tensor) == ("parameter", "weight")
+
+
+def test_locate_overflow_under_autocast_names_the_weights_cast_among_its_inputs():
+    """S9."""
+    build = locate_cases.linear_that_overflows_under_autocast
+    names = [each.name for each in locate_nonfinite(*build()).inputs]
+    assert {"block.fc.weight", "block.fc.bias"} < set(names)
+
+
+def test_locate_runs_compiled_modules_without_their_compiled_code():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    block = nn.Linear(4, 4)
+    model = nn.Sequential(torch.compile(block, backend=backend))
+    model(data())
+    assert runs == [1]
+    found = locate_nonfinite(model, lambda: torch.log(model(data()) * 0.0).sum())
+    assert found.note == "compiled parts were run eagerly"
+    assert runs == [1]
+    model(data())
+    assert runs == [1, 1]
+
+
 def test_locate_inputs_are_told_with_their_ranges():
     """S15."""
     model = nn.Linear(4, 4)
@@ -271,3 +316,38 @@ def test_locate_on_two_ranks_blames_the_operation_and_not_the_collective(sharded
     assert zero[1][:3] == both
     assert one[1] == [*both, both[2]]
     assert zero[1][3][1:] == ("backward", "unseen")
+
+
+def trained(searched):
+    """Weights and buffers after ten steps, each searched between its backward pass and update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(10):
+        x = torch.randn(16, 4)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if searched:
+            found = locate_nonfinite(model, lambda x=x: (model(x).square() / 0.0).mean())
+            assert found.op == "div"
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_locate_in_every_step_leaves_the_training_bit_identical():
+    """S15."""
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
+
+
+def test_locate_keeps_nothing_of_the_step_alive():
+    model = nn.Linear(4, 4)
+    kept = []
+
+    def step():
+        y = model(data())
+        kept.append(weakref.ref(y))
+        return torch.log(y * 0.0).sum()
+
+    assert locate_nonfinite(model, step) is not None
+    gc.collect()
+    assert [ref() for ref in kept] == [None]

@@ -99,8 +99,7 @@ class CallSites(TorchFunctionMode):
         if name in _PASSIVE:
             return func(*args, **kwargs)
         given = _tensors([*args, *kwargs.values()])
-        before = _nodes(given)
-        self._label_unknown(before)
+        self._label_unknown(_nodes(given))
         outer, self._function = self._function, _function_name(name)
         try:
             out = func(*args, **kwargs)
@@ -108,7 +107,7 @@ class CallSites(TorchFunctionMode):
                 if tensor.is_leaf and tensor.requires_grad:
                     self._on_leaf(tensor)
             # An operation in place gives its tensor another node than it had.
-            self._label(_nodes([*_tensors([out]), *given]), before, self._site(self._function))
+            self._label(_nodes([*_tensors([out]), *given]), self._site(self._function))
         finally:
             self._function = outer
         return out
@@ -119,12 +118,12 @@ class CallSites(TorchFunctionMode):
             if self._key not in node.metadata:
                 node.metadata[self._key] = self._site("")
 
-    def _label(self, nodes: Iterable[Any], before: Iterable[Any], site: Site) -> None:
-        todo, known = list(nodes), set(before)
+    def _label(self, nodes: Iterable[Any], site: Site) -> None:
+        todo = list(nodes)
         while todo:
             node = todo.pop()
             # Nodes of leaves outlive the step.
-            if node is None or node in known or hasattr(node, "variable"):
+            if node is None or hasattr(node, "variable"):
                 continue
             if self._key not in node.metadata:
                 node.metadata[self._key] = site
@@ -137,8 +136,9 @@ class CallSites(TorchFunctionMode):
         if self._function is None and label is not None and not _is_custom(node):
             return replace(label, op=label.op or _node_name(node), phase="backward")
         site = self._site(self._function or "")
-        if node is not None and not self._is_recomputing():
-            site = replace(site, phase="backward", op=site.op or _node_name(node))
+        if node is not None:  # a custom backward, of which its kernels say more than its name
+            op = site.op or ("" if _is_custom(node) else _node_name(node))
+            site = replace(site, phase="backward", op=op)
         if label is None:
             return site
         module = site.module if self._modules else label.module
@@ -158,12 +158,6 @@ class CallSites(TorchFunctionMode):
     def frames(self) -> Iterator[FrameType]:
         """The program's own frames, the deepest first: neither torch's nor ours."""
         return (f for f in self._all_frames() if not _is_library(f.f_code.co_filename))
-
-    def _is_recomputing(self) -> bool:
-        """Whether activation checkpointing runs a part of the forward pass once more."""
-        return torch.is_grad_enabled() and any(
-            f.f_code.co_filename == torch.utils.checkpoint.__file__ for f in self._all_frames()
-        )
 
     def _all_frames(self) -> Iterator[FrameType]:
         frame: FrameType | None = sys._getframe(1)
@@ -218,9 +212,9 @@ def _function_name(name: str) -> str:
 
 
 def _node_name(node: Any) -> str:
-    """``SqrtBackward0`` is ``sqrt``; a custom Function keeps its name."""
+    """``SqrtBackward0`` is ``sqrt``."""
     name = re.sub(r"Backward\d*$", "", node.name().rsplit("::")[-1])
-    return name if _is_custom(node) else kernel_name(re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
+    return kernel_name(re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
 
 
 @lru_cache(maxsize=1024)

@@ -100,17 +100,11 @@ class KernelCall:
 
     def operands(self) -> list[Operand]:
         """Tensors that the call reads, as they were before it."""
-        skipped = set(self.traits.overwrites)
-        if "batch_norm" in self.kernel and self._trains():
-            skipped |= {"running_mean", "running_var"}
         return [
             Operand(name, self._before.get(id(t), t), storage_of(t)._cdata)
             for name, t in self._named()
-            if name not in skipped
+            if name not in self.traits.overwrites
         ]
-
-    def _trains(self) -> bool:
-        return self.kernel.endswith("_with_update") or any(a is True for a in self._args)
 
     def arguments(self) -> tuple[Any, Any]:
         """All arguments as they were before, to make the call once more."""
