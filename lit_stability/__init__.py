@@ -14,6 +14,7 @@ _HOME = {
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
     "LastKnownGood": "callbacks",
+    "NonFiniteLocator": "callbacks",
     "NonFiniteOrigin": "locate",
     "PrecisionFallback": "callbacks",
     "StepStats": "stats",

@@ -95,6 +95,11 @@ class Incident:
     gather: Callable[[Any], list[Any]] = field(default=_alone, repr=False, compare=False)
     """What each rank says, in their order, given what this one says; to be called by all of them or
     none. An incident is offered to all ranks alike."""
+    tape: Any = field(default=None, repr=False, compare=False)
+    """The step of the latest strike, a `StepTape`, for callbacks that take it again beside training
+    and say so by ``takes_steps_again = True``; else None."""
+    origin: Any = None
+    """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -175,15 +180,18 @@ class Incident:
                 "nothing in data or model: it did not return when the same steps were taken again; "
                 "if it happens often, suspect the hardware or a nondeterministic kernel"
             )
+        if self.origin is not None:
+            return str(self.origin.advice)
         return _REMEDIES.get(self.first.kind, "look at the scene in the incident's folder")
 
     def opening_line(self) -> str:
         """One line for the console when it opens."""
         done = self.done or "observed, nothing changed"
+        born = f"; {self.origin.describe().splitlines()[0]}" if self.origin else ""
         where = f" | scene in {self.path}" if self.path else ""
         return (
             f"incident {self.id} at step {self.first.step} (epoch {self.epoch}, batch "
-            f"{self.batch_idx}): {self.first.kind}: {self.first.message} -> {done}{where}"
+            f"{self.batch_idx}): {self.first.kind}: {self.first.message}{born} -> {done}{where}"
         )
 
     def closing_line(self) -> str:
@@ -209,6 +217,7 @@ class Incident:
             "message": self.first.message,
             "layers": [list(pair) for pair in self.first.layers],
             "strikes": self.strikes,
+            "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
             "evidence": list(self.evidence),
             "remedy": self.remedy,
@@ -226,6 +235,7 @@ class Incident:
             ("what", f"{self.first.kind}: {self.first.message}"),
             ("where", f"step {self.first.step}, epoch {self.epoch}, batch {self.batch_idx}"),
             ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in self.first.layers) or "-"),
+            ("born in", self.origin.describe() if self.origin else "-"),
             ("cause", self.cause or "unknown"),
             ("evidence", "; ".join(self.evidence) or "-"),
             ("done", self.done or "nothing changed"),

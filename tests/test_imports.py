@@ -105,6 +105,7 @@ def test_public_names_are_frozen():
         "GradientMonitor",
         "Incident",
         "LastKnownGood",
+        "NonFiniteLocator",
         "NonFiniteOrigin",
         "PrecisionFallback",
         "StepStats",

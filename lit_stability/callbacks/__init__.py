@@ -37,6 +37,7 @@ from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
+from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "AutoRollback",
     "GradientMonitor",
     "LastKnownGood",
+    "NonFiniteLocator",
     "PrecisionFallback",
     "stability_callbacks",
 ]
@@ -52,12 +54,19 @@ __all__ = [
 def stability_callbacks() -> list[Callback]:
     """The default suite, in the order in which an incident is treated.
 
-    >>> print(*(type(c).__name__ for c in stability_callbacks()))
-    GradientMonitor AnomalyCheckpoint LastKnownGood PrecisionFallback AutoRollback
+    >>> for callback in stability_callbacks():
+    ...     print(type(callback).__name__)
+    GradientMonitor
+    AnomalyCheckpoint
+    NonFiniteLocator
+    LastKnownGood
+    PrecisionFallback
+    AutoRollback
     """
     return [
         GradientMonitor(),
         AnomalyCheckpoint(),
+        NonFiniteLocator(),
         LastKnownGood(),
         PrecisionFallback(),
         AutoRollback(),

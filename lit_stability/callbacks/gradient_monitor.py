@@ -145,8 +145,8 @@ class GradientMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Another batch, another measurement."""
-        if self._measuring is not None:
-            self._measuring.batch_started()
+        assert self._measuring is not None
+        self._measuring.batch_started(batch, batch_idx)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -188,6 +188,8 @@ class GradientMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the votes on the step, if it was voted on, before anything else sees it."""
+        assert self._measuring is not None
+        self._measuring.batch_ended(trainer)
         voted, self._voted = self._voted, None
         if voted is None:
             return
@@ -221,6 +223,7 @@ class GradientMonitor(Callback):
         opening = self.current is None
         incident = self._desk.strike(trainer, anomaly)
         incident.stats, incident.gather = stats, self._council.gather
+        incident.tape = None if self._measuring is None else self._measuring.tape
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_scale(trainer.optimizers[stats.optimizer])
         self._meters[stats.optimizer].expect(scale.effective())

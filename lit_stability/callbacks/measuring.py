@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -11,7 +13,13 @@ from lit_stability.meter import StepMeter
 from lit_stability.rank_meter import RankMeter
 from lit_stability.ranks import Ranks
 from lit_stability.stats import StepStats
-from lit_stability.trainer_state import ends_window, loss_scaler, unscale
+from lit_stability.trainer_state import (
+    StepTape,
+    callbacks_of,
+    ends_window,
+    loss_scaler,
+    unscale,
+)
 
 
 class Measuring:
@@ -41,6 +49,9 @@ class Measuring:
             learning_rate_scale(optimizer)
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
+        wanted = any(getattr(c, "takes_steps_again", False) for c in callbacks_of(trainer))
+        self.tape = StepTape() if wanted else None
+        """The step at hand, where a callback may want to take it again."""
 
     def renew(self, trainer: Trainer) -> None:
         """Measure with new meters, where tensors were replaced; they go on counting."""
@@ -50,9 +61,16 @@ class Measuring:
             self.meters[index] = self._make(index, optimizer)
             self.meters[index].count = count
 
-    def batch_started(self) -> None:
+    def batch_started(self, batch: Any, batch_idx: int) -> None:
         """Another batch, another measurement."""
         self._measured.clear()
+        if self.tape is not None:
+            self.tape.batch_started(batch, batch_idx)
+
+    def batch_ended(self, trainer: Trainer) -> None:
+        """The window is over, if an optimizer step came with the batch."""
+        if self.tape is not None:
+            self.tape.batch_ended(stepped=ends_window(trainer))
 
     def take_loss(self, trainer: Trainer, loss: Tensor, *, scan: bool) -> None:
         """Add up the loss; with the last of the window the ranks begin to measure.

@@ -166,13 +166,6 @@ class PrecisionFallback(Callback):
         log.info("%s: precision %s -> %s before the first step", lost, was, precision)
         self._put(trainer, pl_module, precision)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Hold the batch, where there is a precision to fall back to."""
-        if self._rung.next is not None:
-            self._proof.batch_started(batch, batch_idx)
-
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
@@ -243,11 +236,9 @@ class PrecisionFallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Change the precision, between two optimizer steps."""
-        over = ends_window(trainer)
-        if self._due is not None and over:
+        if self._due is not None and ends_window(trainer):
             self._put(trainer, pl_module, self._due)
             self._due = None
-        self._proof.batch_ended(stepped=over)
 
     def _put(self, trainer: Trainer, pl_module: LightningModule, precision: str) -> None:
         if str(trainer.precision) != precision:
@@ -257,18 +248,19 @@ class PrecisionFallback(Callback):
             put_islands(trainer, self.islands)
 
     @property
+    def takes_steps_again(self) -> bool:
+        """Whether steps are to be kept for it: not where there is no precision to fall back to."""
+        return self._ladder is not None and self._ladder.next is not None
+
+    @property
     def _rung(self) -> PrecisionLadder:
-        assert self._ladder is not None, "between setup and teardown only"
+        assert self._ladder is not None, "after setup only"
         return self._ladder
 
     @property
     def _now(self) -> PrecisionSwitch:
-        assert self._switch is not None, "between setup and teardown only"
+        assert self._switch is not None, "after setup only"
         return self._switch
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the batches; the precision stays as it is for what the trainer does next."""
-        self._proof.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The precision in force and what it has cost, islands, and scalers put aside."""

@@ -13,7 +13,7 @@ from lit_stability.incidents import Incident
 from lit_stability.islands import release_island
 from lit_stability.locate import NonFiniteOrigin
 from lit_stability.stats import StepStats
-from lit_stability.trainer_state import Outcome, StepTape, put_islands
+from lit_stability.trainer_state import Outcome, put_islands
 
 Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "unknown"]
 
@@ -27,33 +27,20 @@ class PrecisionProof:
     """
 
     def __init__(self) -> None:
-        self._tape = StepTape()
         self._usual = (Spike("grad_norm"), Spike("loss"))
-
-    def batch_started(self, batch: Any, batch_idx: int) -> None:
-        """Hold a batch, with the generators before it."""
-        self._tape.batch_started(batch, batch_idx)
-
-    def batch_ended(self, *, stepped: bool) -> None:
-        """Let go of a window that is over."""
-        self._tape.batch_ended(stepped=stepped)
 
     def learn(self, stats: StepStats) -> None:
         """Take up what a healthy step looks like."""
         for each in self._usual:
             each.update(stats)
 
-    def forget(self) -> None:
-        """Let go of the batches."""
-        self._tape.forget()
-
     def find(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Finding:
         """Judge the step of an incident, on all ranks alike; its evidence goes to the incident."""
-        obstacle = self._tape.obstacle(trainer)
-        if obstacle is not None:
+        tape = incident.tape
+        if tape.obstacle(trainer) is not None:
             return "unknown"
-        own = self._tape.take_again(trainer, pl_module, float32=False)
-        wide = self._tape.take_again(trainer, pl_module, float32=True)
+        own = tape.take_again(trainer, pl_module, float32=False)
+        wide = tape.take_again(trainer, pl_module, float32=True)
         finding, words = self._judge(str(trainer.precision), own, wide, incident)
         if words not in incident.evidence:
             incident.evidence.append(words)
@@ -79,10 +66,11 @@ class PrecisionProof:
             Their names; nothing, and no island made, where that many are not enough.
         """
         made: list[str] = []
-        if self._tape.obstacle(trainer) is not None:
+        tape = incident.tape
+        if tape.obstacle(trainer) is not None:
             return made
         while len(made) < most:
-            origin = self._tape.locate(trainer, pl_module)
+            origin = tape.locate(trainer, pl_module)
             blamed = _module_of(origin)
             names = sorted({n for n in incident.gather(blamed) if n and n not in made})
             if not names:
@@ -92,7 +80,7 @@ class PrecisionProof:
             incident.agree(True)
             made += names
             put_islands(trainer, names)
-            own = self._tape.take_again(trainer, pl_module, float32=False)
+            own = tape.take_again(trainer, pl_module, float32=False)
             if all(incident.gather(own.finite or _is_for_the_scaler(own, incident))):
                 return made
         for name in made:
