@@ -161,7 +161,7 @@ def test_files_of_decisions_are_the_ones_meant():
     "path",
     [
         *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py"),
-        "ranges/__init__.py",
+        *("ranges/__init__.py", "ranges/command.py"),
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):
