@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from lit_stability.config import ConfigError, compose, resolve
 from lit_stability.incidents import TrainingStopped
 from lit_stability.last_good import RunEnd, find_last_good, step_of
+from lit_stability.ranges.command import add_ranges
 
 _EXIT_CODES = """\
 exit codes:
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fit(commands)
     _add_resume(commands)
+    add_ranges(commands, _EXIT_CODES)
     return parser
 
 

@@ -91,21 +91,21 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     options = check_options(plain)
     run_dir: Path = options["run_dir"]
     checkpoint = find_checkpoint(resume or options.get("ckpt_path"), run_dir)
-    if options.get("seed") is not None:
-        seed_everything(options["seed"], workers=True, verbose=False)
-    recover = _make(options.get("recover"))
-    model, data = _make(options["model"]), _make(options.get("data"))
+    recover = make(options.get("recover"))
+    model, data = make_model_and_data(options)
     evaluate = options.get("evaluate") or "none"
     _check_step(model, evaluate)
-    made = [_make_trainer(options)]
+    made = [make_trainer(options)]
     if made[0].is_global_zero:
-        _write(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
+        write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
         print(_header(options["experiment"], run_dir, made[0], model, checkpoint))
     trainer = _fit(options, recover, made, model, data, checkpoint)
     metrics = _evaluate(trainer, model, data, evaluate)
     if trainer.is_global_zero:
         finite = {key: each if math.isfinite(each) else None for key, each in metrics.items()}
-        _write(run_dir / "metrics.json", json.dumps(finite, indent=2, sort_keys=True) + "\n")
+        write_and_keep(
+            run_dir / "metrics.json", json.dumps(finite, indent=2, sort_keys=True) + "\n"
+        )
         lines = [f"{key} {value:.6g}" for key, value in sorted(metrics.items())]
         print("\n".join([*lines, f"tensorboard --logdir {shlex.quote(str(run_dir))}"]))
     return FitResult(trainer, model, data, metrics)
@@ -135,15 +135,15 @@ def check_options(plain: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _make(plan: Any) -> Any:
+def make(plan: Any) -> Any:
     """Build what was checked, innermost first."""
     if isinstance(plan, list | tuple | set | frozenset):
-        return type(plan)(_make(each) for each in plan)
+        return type(plan)(make(each) for each in plan)
     if isinstance(plan, dict):
-        return {key: _make(each) for key, each in plan.items()}
+        return {key: make(each) for key, each in plan.items()}
     if not isinstance(plan, Build):
         return plan
-    options = _make(plan.options)
+    options = make(plan.options)
     try:
         return plan.target(**options)
     except (ValueError, OSError, MisconfigurationException) as error:
@@ -175,23 +175,38 @@ def _fit(
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
         return trainer
 
-    def make_trainer(**overrides: Any) -> Trainer:
-        return made.pop() if made else _make_trainer(options, **overrides)
+    def next_trainer(**overrides: Any) -> Trainer:
+        return made.pop() if made else make_trainer(options, **overrides)
 
     limits = asdict(recover)
-    return fit_with_recovery(make_trainer, model, data, ckpt_path=checkpoint, **limits).trainer
+    return fit_with_recovery(next_trainer, model, data, ckpt_path=checkpoint, **limits).trainer
 
 
-def _make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
+def make_model_and_data(
+    options: dict[str, Any],
+) -> tuple[LightningModule, LightningDataModule | None]:
+    """Build the model and its data from the seed of `Run`, the model first."""
+    if options.get("seed") is not None:
+        seed_everything(options["seed"], workers=True, verbose=False)
+    return make(options["model"]), make(options.get("data"))
+
+
+def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
+    """Build the trainer of `Run` with its callbacks and logger.
+
+    Args:
+        options: Of `Run`, checked.
+        overrides: Options of `Trainer` that replace the config's.
+    """
     named = options.get("callbacks") or {}
-    callbacks = [_make(each) for each in named.values() if each is not None]
+    callbacks = [make(each) for each in named.values() if each is not None]
     plan: Build = options["trainer"]
     own = {
         "callbacks": [ConfiguredOptions(), *callbacks],
-        "logger": _make(options.get("logger")) or False,
+        "logger": make(options.get("logger")) or False,
         "default_root_dir": options["run_dir"],
     }
-    trainer = _make(Build(plan.target, own | plan.options | overrides, plan.path))
+    trainer = make(Build(plan.target, own | plan.options | overrides, plan.path))
     assert isinstance(trainer, Trainer)
     return trainer
 
@@ -228,9 +243,10 @@ def _header(
     return "\n".join(lines + ([f"resumed from {checkpoint}"] if checkpoint else []))
 
 
-def _write(path: Path, text: str) -> None:
+def write_and_keep(path: Path, text: str | bytes) -> None:
     """Write a file whole or not at all; a different one there gets the next free number."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    content = text.encode() if isinstance(text, str) else text
+    if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -239,5 +255,5 @@ def _write(path: Path, text: str) -> None:
             number += 1
         path.rename(kept)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)

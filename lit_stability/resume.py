@@ -18,13 +18,13 @@ from lit_stability.config import ConfigError
 from lit_stability.last_good import find_last_good
 
 
-def find_checkpoint(wanted: str | Path | None, run_dir: Path) -> str | None:
+def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "resume") -> str | None:
     """Return the checkpoint to resume from.
 
     `last` means the newest file by time, as Lightning numbers `last-v1.ckpt` beside a stale
     `last.ckpt`. Only folders named `checkpoints` count: evidence of an anomaly lies elsewhere.
     A file cut short by the end of its job is passed over. `good` means the newest one that a
-    `LastKnownGood` has confirmed.
+    `LastKnownGood` has confirmed. `option` is what a message calls it.
     """
     if wanted is None:
         return None
@@ -32,19 +32,20 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path) -> str | None:
         good = find_last_good(run_dir)
         if good is None:
             raise ConfigError(
-                f"resume=good: no good checkpoint under {run_dir}; `lit_stability.LastKnownGood` "
-                "among the callbacks writes one after some healthy steps; `last` finds any"
+                f"{option}=good: no good checkpoint under {run_dir}; "
+                "`lit_stability.LastKnownGood` among the callbacks writes one after some healthy "
+                "steps; `last` finds any"
             )
         return str(good)
     if str(wanted) != "last":
         if not Path(wanted).exists():
-            raise ConfigError(f"resume={wanted}: no such checkpoint; `last` and `good` find one")
+            raise ConfigError(f"{option}={wanted}: no such checkpoint; `last` and `good` find one")
         return str(wanted)
     found = list(run_dir.glob("**/checkpoints/*.ckpt"))
     whole = [each for each in found if each.is_dir() or zipfile.is_zipfile(each)]
     if not whole:
         cut = f" ({len(found)} cut short)" if found else ""
-        raise ConfigError(f"resume=last: no checkpoint under {run_dir}{cut}; start without it")
+        raise ConfigError(f"{option}=last: no checkpoint under {run_dir}{cut}; start without it")
     return str(max(whole, key=lambda each: (each.stat().st_mtime_ns, each.name)))
 
 

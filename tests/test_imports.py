@@ -42,6 +42,7 @@ MAY_IMPORT_TORCH = (
     "recovery/crashes.py",
     *(f"locate/{m}.py" for m in ("call_sites", "kernel_call", "rerun", "step_state")),
     *(f"locate/{m}.py" for m in ("values", "variables", "watch")),
+    *("ranges/tally.py", "ranges/measure.py"),
     *("preflight.py", "targets.py", "config.py", "cli.py"),
 )
 
@@ -81,6 +82,7 @@ def loaded_by(statement):
         "from lit_stability.detectors import default_detectors; default_detectors()",
         "import lit_stability.ladder, lit_stability.incidents",
         "from lit_stability import read_incidents, Anomaly, Incident, TrainingStopped",
+        "from lit_stability.ranges import RangeReport, format_report, judge",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -159,9 +161,16 @@ def test_files_of_decisions_are_the_ones_meant():
     """The lists above must not let a file of decisions slip out."""
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {"__init__.py", "ladder.py", "incidents.py", "last_good.py", "detectors/spike.py"}
+    light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
     assert light <= without_torch
 
 
-@pytest.mark.parametrize("path", ["cli.py", "targets.py", "config.py", "tensorboard/__init__.py"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py"),
+        *("ranges/__init__.py", "ranges/command.py"),
+    ],
+)
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):
     assert not imported(path, everywhere=False) & {"torch", "lightning", "numpy"}
