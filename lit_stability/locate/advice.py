@@ -24,7 +24,7 @@ Kind = Literal[
 defined for. ``mean of nothing``: an average over no elements. ``fully masked row``: a softmax over
 nothing but -inf. ``indeterminate form``: inf - inf, 0 * inf or inf / inf of infinities put there on
 purpose. ``non-finite constant``: a NaN or Inf that the program itself writes reached the loss.
-``unseen``: no operation that could be watched made it."""
+``unseen``: it came from another rank, from code outside torch, or from memory never written."""
 
 _DIVIDING = ("div", "reciprocal", "rsqrt", "norm", "var", "std", "remainder", "fmod")
 _POLES = (

@@ -49,7 +49,8 @@ class NonFiniteOrigin:
     """``forward`` if the loss is non-finite, ``backward`` if it is finite and gradients are not."""
     cause: Cause
     """``operation``: all that went in was finite, or an Inf put there on purpose. Else the values
-    were bad before the step: a ``parameter``, a ``buffer``, or an ``input`` (any other tensor)."""
+    were bad before the step: a ``parameter``, a ``buffer``, or an ``input`` (any other tensor, also
+    one that another rank sent)."""
     kind: Kind
     """What went wrong: see `Kind`."""
     value: str
