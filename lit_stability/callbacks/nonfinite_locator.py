@@ -61,7 +61,9 @@ class NonFiniteLocator(Callback):
         trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> NonFiniteOrigin | None:
         try:
-            origin: NonFiniteOrigin | None = incident.tape.locate(trainer, pl_module)
+            origin: NonFiniteOrigin | None = incident.tape.locate(
+                trainer, pl_module, incident.gather
+            )
         except Exception as error:
             # A training_step that cannot be run twice must not be what ends the run.
             log.warning(

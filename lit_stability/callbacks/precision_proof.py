@@ -70,7 +70,7 @@ class PrecisionProof:
         if tape.obstacle(trainer) is not None:
             return made
         while len(made) < most:
-            origin = tape.locate(trainer, pl_module)
+            origin = tape.locate(trainer, pl_module, incident.gather)
             blamed = _module_of(origin)
             names = sorted({n for n in incident.gather(blamed) if n and n not in made})
             if not names:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lit_stability.rng import capture_rng, restore_rng
 from lit_stability.snapshots import BufferGuard
@@ -16,8 +19,10 @@ from lit_stability.trainer_state.metrics import LoggedMetrics
 def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Put generators, buffers and metrics back afterwards, and log nothing meanwhile.
 
-    What a ``training_step`` does to attributes of the module's own is not undone.
+    So are the module's own attributes, and its lists, dicts and the like; what a ``training_step``
+    does to further objects is not undone.
     """
+    attributes = _Attributes(pl_module)
     rng, guard, metrics = capture_rng(), BufferGuard(pl_module), LoggedMetrics(pl_module)
     guard.capture()
     metrics.capture(trainer)
@@ -30,6 +35,27 @@ def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
             vars(pl_module).pop(name)
             if before is not None:
                 vars(pl_module)[name] = before
+        attributes.restore()
         guard.restore()
         metrics.restore(trainer)
         restore_rng(rng)
+
+
+class _Attributes:
+    """What a module holds beside parameters, buffers and submodules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+        containers = (v for v in self._values.values() if type(v) in (list, dict, set, deque))
+        self._contents = [(each, copy.copy(each)) for each in containers]
+
+    def restore(self) -> None:
+        """Put them back; a container remains the object that it is."""
+        for name in [k for k in vars(self._module) if not k.startswith("_")]:
+            if name not in self._values:
+                del vars(self._module)[name]
+        vars(self._module).update(self._values)
+        for container, content in self._contents:
+            container.clear()
+            (container.extend if hasattr(container, "extend") else container.update)(content)

@@ -5,7 +5,6 @@ Weights, gradients, buffers, generators and metrics are as before afterwards.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from lit_stability.norms import dense, norms_of, to_host, total
 from lit_stability.rng import capture_rng, restore_rng
 from lit_stability.trainer_state.aside import aside
 from lit_stability.trainer_state.precision import is_half
-from lit_stability.trainer_state.strategies import sharing
+from lit_stability.trainer_state.strategies import reshard, sharing
 from lit_stability.trainer_state.view import loss_scaler
 
 
@@ -108,16 +107,32 @@ class StepTape:
         scale = 1.0 if scaler is None else float(scaler.get_scale()) or 1.0
         return Outcome(sum(host["loss"]) / scale, total(host["norms"]) / scale)
 
-    def locate(self, trainer: Trainer, pl_module: LightningModule) -> NonFiniteOrigin | None:
+    def locate(
+        self, trainer: Trainer, pl_module: LightningModule, gather: Callable[[Any], list[Any]]
+    ) -> NonFiniteOrigin | None:
         """Find the operation that made the step's first NaN or Inf, in the precision at hand.
 
-        Under FSDP2 all ranks are to call it.
+        Args:
+            trainer: in its step, or at the end of its batch.
+            pl_module: in training.
+            gather: what each rank says; under FSDP2 all ranks are to call this, and search the
+                backward pass together or not at all, as they exchange gradients in it.
         """
+        forward_only = False
+        if sharing(trainer) == "shards":
+            own = self.take_again(trainer, pl_module, float32=False)
+            forward_only = not all(gather(math.isfinite(own.loss)))
         origins = []
         with _beside(trainer, pl_module, False):
             for taken in self._taken:
-                step = functools.partial(_loss, trainer, pl_module, taken, False)
+
+                def step(taken: _Taken = taken) -> Tensor:
+                    loss = _loss(trainer, pl_module, taken, False)
+                    return loss.detach() if forward_only else loss
+
                 origins.append(locate_nonfinite(pl_module, step))
+        if forward_only:
+            reshard(pl_module)
         return next((each for each in origins if each is not None), None)
 
 
