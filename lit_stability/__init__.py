@@ -14,6 +14,7 @@ _HOME = {
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
     "LastKnownGood": "callbacks",
+    "Preflight": "callbacks",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
     "find_last_good": "last_good",

@@ -111,6 +111,21 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     return FitResult(trainer, model, data, metrics)
 
 
+def build(
+    options: dict[str, Any], **overrides: Any
+) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
+    """Build what a `fit` with these options would, in its order, and write nothing.
+
+    Args:
+        options: Of `Run`, checked.
+        overrides: Options of the trainer, over those of the config.
+    """
+    if options.get("seed") is not None:
+        seed_everything(options["seed"], workers=True, verbose=False)
+    model, data = _make(options["model"]), _make(options.get("data"))
+    return _make_trainer(options, **overrides), model, data
+
+
 def check_options(plain: dict[str, Any]) -> dict[str, Any]:
     """Return the options of `Run` with every target checked and none built.
 

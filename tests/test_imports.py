@@ -13,7 +13,7 @@ from lit_stability import detectors
 ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 MAY_IMPORT_LIGHTNING = (
-    *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py"),
+    *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py", "check.py"),
     *(f"recovery/{m}.py" for m in ("__init__", "fit", "loop", "attempt", "left_out")),
     *(f"recovery/{m}.py" for m in ("beginning", "memory", "remedies", "trainers")),
 )
@@ -38,7 +38,11 @@ MAY_IMPORT_TORCH = (
         "tensorboard/",
     ),
     "recovery/crashes.py",
-    *("locate.py", "preflight.py", "targets.py", "config.py", "cli.py"),
+    *(f"preflight/{m}.py" for m in ("__init__", "branches", "checklist", "inputs", "loss")),
+    *(f"preflight/{m}.py" for m in ("masks", "memorise", "modes", "observation", "operations")),
+    *(f"preflight/{m}.py" for m in ("positions", "rates", "scales", "sharing", "subject")),
+    "preflight/trainable.py",
+    *("locate.py", "targets.py", "config.py", "cli.py"),
 )
 
 
@@ -101,6 +105,7 @@ def test_public_names_are_frozen():
         "GradientMonitor",
         "Incident",
         "LastKnownGood",
+        "Preflight",
         "StepStats",
         "TrainingStopped",
         "find_last_good",
