@@ -95,8 +95,8 @@ class Preflight(Callback):
         """Of the latest fit that was checked; None before, and where none was."""
         self._pending = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the first batch of a run that begins."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the first batch of a run that begins; a checkpoint's step is known by now."""
         self._pending = trainer.global_step == 0
 
     def on_train_batch_start(

@@ -37,7 +37,7 @@ def check_gains(first: Observation, second: Observation, model: nn.Module) -> li
     zero = [name for name, gain in norms.items() if not bool(gain.any())]
     if not zero:
         return []
-    # One that is shut off for good has no gradient after the small step either.
+    # One that is shut off for good has no gradient after small steps either.
     shut = [n for n in zero if not first.gradients.get(f"{n}.weight")]
     shut = [n for n in shut if not second.gradients.get(f"{n}.weight")]
     if len(zero) < len(norms) and not shut:
@@ -117,7 +117,7 @@ def check_relus(seen: Observation) -> list[Finding]:
 
 
 def check_constant(second: Observation) -> list[Finding]:
-    """Logits that are the same for every target, also after a small step.
+    """Logits that are the same for every target, also after small steps.
 
     Raises:
         NotApplicableError: no classification loss was called.
@@ -129,7 +129,7 @@ def check_constant(second: Observation) -> list[Finding]:
         Finding(
             check="constant output",
             severity="error",
-            what=f"all {call.targets} targets get the very same logits, after a small step too",
+            what=f"all {call.targets} targets get the very same logits, after small steps too",
             where=(call.module,) if call.module else (),
             why="the output does not depend on the input: at best the frequencies are learnt",
             do="look for the first module whose output is constant: a zero gain, a saturated "

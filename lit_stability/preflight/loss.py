@@ -146,7 +146,8 @@ def _judge_calls(seen: Observation) -> list[Finding]:
         raise NotApplicableError("no classification loss was called; give classes= or one_vs_rest=")
     findings: list[Finding] = []
     for call in calls:
-        slack = _SIGMAS * call.error
+        # What spreads by more than a nat per target is the fault, not chance.
+        slack = _SIGMAS * min(call.error, call.targets**-0.5)
         name = f"the {call.kind} of {call.targets} targets"
         guess = math.log(call.classes)
         findings += _judge(name, call.mean, guess, f"ln {call.classes}", slack, call.module)

@@ -22,6 +22,11 @@ from lit_stability.preflight.subject import Subject
 TOLERANCE = 1e-3
 """Largest change, relative to the rms of the outputs, that is rounding: kernels sum in another
 order when a length changes. A token that is seen changes outputs by a hundred times that."""
+_ONE_LOSS = 1e-5
+"""The same for one loss over the batch, in which a position's part is small. Shapes are equal, so
+that what is masked out changes nothing to the bit on most devices."""
+_NOTHING = 1e-3
+"""Share of the tolerance below which what must be seen is not; a far token may count for little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class MaskProbe:
         seen: where something must change, or None.
         where: the mask, or the module that applies it; probes of one are judged together, so that
             one that shows what it should hide and hides what it should show is called inverted.
+        tolerance: largest change that is rounding, in units of the rms of the outputs.
     """
 
     name: str
@@ -49,6 +55,7 @@ class MaskProbe:
     hidden: Tensor | None = None
     seen: Tensor | None = None
     where: str = ""
+    tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         if self.hidden is None and self.seen is None:
@@ -113,14 +120,15 @@ class _Change:
     """The largest where nothing may change, or None."""
     seen: float | None
     """The smallest, over the places where something must."""
+    tolerance: float
 
     @property
     def leaks(self) -> bool:
-        return self.hidden is not None and self.hidden > TOLERANCE
+        return self.hidden is not None and self.hidden > self.tolerance
 
     @property
     def blind(self) -> bool:
-        return self.seen is not None and self.seen < TOLERANCE * 1e-3
+        return self.seen is not None and self.seen < self.tolerance * _NOTHING
 
 
 def _try(subject: Subject, model: nn.Module, probe: MaskProbe) -> _Change:
@@ -138,6 +146,7 @@ def _try(subject: Subject, model: nn.Module, probe: MaskProbe) -> _Change:
     return _Change(
         None if hidden is None else float(hidden.max()),
         None if seen is None else float(seen.min()),
+        probe.tolerance,
     )
 
 
@@ -212,6 +221,7 @@ def padding_probes(subject: Subject) -> list[MaskProbe]:
         MaskProbe(
             name="positions that attention_mask closes",
             where="attention_mask",
+            tolerance=_ONE_LOSS,
             plain=loss,
             changed=lambda model: loss(model, ~open_BL),
             hidden=everywhere,
@@ -219,6 +229,7 @@ def padding_probes(subject: Subject) -> list[MaskProbe]:
         MaskProbe(
             name="positions that attention_mask opens",
             where="attention_mask",
+            tolerance=_ONE_LOSS,
             plain=loss,
             changed=lambda model: loss(model, open_BL),
             seen=everywhere,

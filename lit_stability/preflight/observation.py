@@ -1,7 +1,7 @@
 """One forward and backward pass, watched: what each module gave, what each parameter got.
 
-A second pass after one small step on every weight tells what stands still for now, as a head that
-starts at zero lets nothing through at first, from what is dead. May import torch; knows no
+A pass after small steps on every weight tells what stands still for now, as a head that starts at
+zero lets nothing through at first, from what is dead. May import torch; knows no
 Lightning.
 """
 
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from lit_stability.preflight.operations import Watch
 from lit_stability.preflight.subject import Subject, first_tensor
 
+_STEPS = 2
+"""Small steps before the second pass: of two matrices in a row that start at 0, the last moves
+first, the other next."""
 _NUDGE = 1e-3
 """Size of the small step: that of a first step of Adam at a common learning rate."""
 
@@ -45,19 +48,28 @@ class Observation:
 
 
 def observe(subject: Subject) -> tuple[Observation, Observation]:
-    """Watch a pass, and one more after a small step down the gradient's signs.
+    """Watch a pass, and one more after small steps down the gradients' signs.
 
     Raises:
         StepError: the step cannot be taken.
     """
     model = subject.model()
     first = _pass(subject, model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.grad is not None:
-                parameter.sub_(_dense(parameter.grad).sign(), alpha=_NUDGE)
+    for step in range(_STEPS):
+        if step > 0:
+            model.zero_grad(set_to_none=True)
+            subject.backward(model, subject.loss(model))
+        _nudge(model)
     model.zero_grad(set_to_none=True)
     return first, _pass(subject, model)
+
+
+@torch.no_grad()
+def _nudge(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            sign = _dense(parameter.grad).nan_to_num(0.0).sign()
+            parameter.sub_(sign, alpha=_NUDGE)
 
 
 def _pass(subject: Subject, model: nn.Module) -> Observation:

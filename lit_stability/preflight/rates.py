@@ -72,7 +72,7 @@ def check_rates(subject: Subject) -> list[Finding]:
 
 
 def _judge(done: Update, rate: float) -> list[Finding]:
-    worse = not done.after <= WORSE * abs(done.before) and math.isfinite(done.before)
+    worse = not done.after <= WORSE * abs(done.before)
     if not worse and done.ratio <= LARGE:
         return []
     return [
@@ -121,12 +121,15 @@ def update(subject: Subject, rates: Sequence[float]) -> Update:
         rates: learning rate of each of its groups.
 
     Raises:
-        NotApplicableError: all weights are 0, of which no share can be told.
+        NotApplicableError: the loss is not finite, or all weights are 0, of which no share can be
+            told.
     """
     model, (optimizer,) = subject.model_and_optimizers()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     before = subject.loss(model)
+    if not bool(before.isfinite()):
+        raise NotApplicableError("the first loss is not finite")
     subject.backward(model, before)
     if subject.clip is not None:
         subject.clip(model, optimizer)

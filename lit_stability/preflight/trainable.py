@@ -18,7 +18,7 @@ from lit_stability.preflight.observation import Observation
 
 
 def check_gradients(first: Observation, second: Observation, model: nn.Module) -> list[Finding]:
-    """Trainable parameters that a backward pass gives nothing, before and after a small step.
+    """Trainable parameters that a backward pass gives nothing, before and after small steps.
 
     A bias that its own layer's weight makes up for (that of a key, or before a norm) has no
     gradient by nature, and is left out.
@@ -46,7 +46,7 @@ def check_gradients(first: Observation, second: Observation, model: nn.Module) -
                 check="gradients",
                 severity="warning",
                 what=f"the gradients of {_count(still, 'trainable parameter')} are exactly 0, also "
-                "after a small step on all others",
+                "after small steps on all others",
                 where=tuple(still),
                 why="they will not train: what follows them is zero, saturated or masked out",
                 do="look at the first module after them whose output is zero or constant",
