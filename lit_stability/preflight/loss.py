@@ -20,8 +20,9 @@ ABSURD_FACTOR = 10.0
 """Above 10 times the guess the softmax is saturated: most gradients are those of a few outliers."""
 LOW_FACTOR = 0.5
 """Below half the guess more is known than the frequencies of most label sets tell."""
-_SIGMAS = 4.0
-"""Standard errors by which the mean over the batch may miss by chance."""
+_SIGMAS, _SPREAD = 4.0, 1.0
+"""Standard errors by which the mean over the batch may miss by chance, and the standard deviation
+of a target's loss, nats: that of logits of variance 1. What spreads by more is the fault itself."""
 
 
 def check_finite(seen: Observation) -> list[Finding]:
@@ -146,8 +147,7 @@ def _judge_calls(seen: Observation) -> list[Finding]:
         raise NotApplicableError("no classification loss was called; give classes= or one_vs_rest=")
     findings: list[Finding] = []
     for call in calls:
-        # What spreads by more than a nat per target is the fault, not chance.
-        slack = _SIGMAS * min(call.error, call.targets**-0.5)
+        slack = _SIGMAS * _SPREAD / math.sqrt(call.targets)
         name = f"the {call.kind} of {call.targets} targets"
         guess = math.log(call.classes)
         findings += _judge(name, call.mean, guess, f"ln {call.classes}", slack, call.module)

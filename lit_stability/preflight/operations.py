@@ -42,8 +42,6 @@ class LossCall:
     """Targets that count; those ignored do not."""
     mean: float
     """Mean loss per target, nats."""
-    error: float
-    """Standard error of that mean."""
     constant: bool
     """Whether every target was given the very same logits."""
 
@@ -174,10 +172,9 @@ class Watch(TorchFunctionMode):
 
     def _loss(self, kind: str, classes: int, each: Tensor, logits: Tensor) -> None:
         n = each.numel()
-        error = float(each.std() / n**0.5) if n > 1 else float("inf")
         same = len(logits) > 1 and bool((logits == logits[:1]).all())
         mean = float(each.mean()) if n else float("nan")
-        self.losses.append(LossCall(kind, self._current(), classes, n, mean, error, same))
+        self.losses.append(LossCall(kind, self._current(), classes, n, mean, same))
 
 
 _EMBEDDING = ("input", "weight")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from lit_stability.preflight.subject import Subject
 TORN = 1.0
 """An update as large as the weights themselves leaves nothing of the initialisation."""
 LARGE = 0.1
-"""A tenth of the weights in one step; 0.001 is usual, a first step of Adam at 1e-3 is at 0.05 of
-normal draws of 0.02."""
+"""A tenth of the weights in one step, after which the loss is no lower; 0.001 is usual, a first
+step of Adam at 1e-3 is at 0.05 of normal draws of 0.02."""
 NONE = 1e-7
 """Below the rounding of fp32, 1.2e-7, weights stay where they are to the bit."""
 WORSE = 3.0
@@ -73,12 +74,13 @@ def check_rates(subject: Subject) -> list[Finding]:
 
 def _judge(done: Update, rate: float) -> list[Finding]:
     worse = not done.after <= WORSE * abs(done.before)
-    if not worse and done.ratio <= LARGE:
+    rose = not done.after < done.before
+    if not worse and done.ratio <= (LARGE if rose else TORN):
         return []
     return [
         Finding(
             check="learning rate",
-            severity="error" if worse or done.ratio > TORN else "warning",
+            severity="error" if worse or (rose and done.ratio > TORN) else "warning",
             what=f"the first update, at a learning rate of {rate:.3g}, is {done.ratio:.3g} of the "
             f"weights; on the same batch the loss goes from {done.before:.4g} to {done.after:.4g}",
             why="steps of that size leave the region in which the gradient means anything",
@@ -151,21 +153,31 @@ def peak_rates(subject: Subject, steps: int) -> list[float]:
 
     Schedulers that ask for a metric are not followed, as they only lower the rate.
     """
-    _, (optimizer,) = subject.model_and_optimizers()
-    memo: dict[int, Any] = {id(subject.optimizers[0]): optimizer}
+    original = subject.optimizers[0]
+    memo: dict[int, Any] = {id(p): p for group in original.param_groups for p in group["params"]}
+    optimizer = copy.deepcopy(original, memo)  # with the very parameters: none is moved
     schedulers = [
         copy.deepcopy(each, memo) for each in subject.schedulers if isinstance(each, LRScheduler)
     ]
     best = [float(g["lr"]) for g in optimizer.param_groups]
     for _ in range(steps if schedulers else 0):
-        try:
-            for scheduler in schedulers:
-                scheduler.step()
-        except (ValueError, TypeError):  # OneCycle past its end; one that asks for a metric
+        if not _advance(schedulers):
             break
         rates = [float(g["lr"]) for g in optimizer.param_groups]
         best = [max(pair) for pair in zip(best, rates, strict=True)]
     return best
+
+
+def _advance(schedulers: Sequence[LRScheduler]) -> bool:
+    """Step schedulers; False where one is at its end, as OneCycle, or asks for a metric."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps that the optimizer did not take
+        try:
+            for scheduler in schedulers:
+                scheduler.step()
+        except (ValueError, TypeError):
+            return False
+    return True
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:

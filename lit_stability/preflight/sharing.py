@@ -33,9 +33,9 @@ def check_duplicates(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[
     shared = [p for p, held in owners.items() if len(set(held)) > 1]
     findings = []
     if twice:
-        findings.append(_moved_twice("stand twice in one optimizer", _named(names, twice)))
+        findings.append(_moved_twice("listed twice in one optimizer", _named(names, twice)))
     if shared:
-        findings.append(_moved_twice("belong to more than one optimizer", _named(names, shared)))
+        findings.append(_moved_twice("in more than one optimizer", _named(names, shared)))
     return findings
 
 
