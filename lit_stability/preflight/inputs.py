@@ -118,6 +118,7 @@ def check_targets(seen: Observation) -> list[Finding]:
 def named_tensors(value: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a batch, with the path to each.
 
+    >>> import torch
     >>> [name for name, _ in named_tensors({"x": torch.zeros(2), "more": [torch.ones(1)]})]
     ["batch['x']", "batch['more'][0]"]
     """

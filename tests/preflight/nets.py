@@ -73,3 +73,17 @@ def subject(model=None, batch=None, step=classify, lr=1e-3, optimizer=torch.opti
     model = seeded(Classifier) if model is None else model
     weights = [p for p in model.parameters() if p.requires_grad]
     return Subject(model, step, labelled() if batch is None else batch, [optimizer(weights, lr=lr)])
+
+
+def padded(model):
+    """An `Attender` on rows of which two are padded, as their attention_mask says."""
+    ids = torch.randint(1, CLASSES, (4, 8), generator=torch.Generator().manual_seed(0))
+    attend = torch.ones_like(ids)
+    attend[:2, 5:] = 0
+    labels = ids.roll(1, 1).masked_fill(attend == 0, -100)
+
+    def step(model, batch):
+        scores = model(batch["ids"], batch["attention_mask"])
+        return F.cross_entropy(scores.flatten(0, 1), batch["labels"].flatten())
+
+    return subject(model, {"ids": ids, "attention_mask": attend, "labels": labels}, step)

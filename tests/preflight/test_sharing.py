@@ -15,10 +15,8 @@ def test_parameter_twice_in_one_group_is_named():
         warnings.simplefilter("ignore")  # torch warns of it too, and goes on
         optimizer = torch.optim.SGD([*model.parameters(), model.head.bias], 0.1)
     (found,) = check_duplicates(model, [optimizer])
-    assert (found.what, found.where) == (
-        "1 parameter listed twice in one optimizer",
-        ("head.bias",),
-    )
+    assert found.what == "1 parameter listed twice in one optimizer"
+    assert found.where == ("head.bias",)
 
 
 def test_tied_weights_given_once_are_silent():
