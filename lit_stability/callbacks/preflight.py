@@ -198,7 +198,9 @@ class _Step:
 def silence(model: LightningModule, trainer: Trainer) -> None:
     """Give a copy its trainer, and let what it logs go nowhere."""
     model.trainer = trainer
-    vars(model).update(log=_nothing, log_dict=_nothing)
+    for module in model.modules():
+        if isinstance(module, LightningModule):
+            vars(module).update(log=_nothing, log_dict=_nothing)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -96,6 +96,8 @@ class Report:
 
     def headline(self) -> str:
         """How many were found, by severity."""
+        if self.skipped and not self.ran and not self.findings:
+            return f"preflight: not run ({'; '.join(dict.fromkeys(self.skipped.values()))})"
         counts = [(len(self.of(kind)), kind) for kind in get_args(Severity)]
         found = ", ".join(f"{n} {kind}{'s' if n > 1 else ''}" for n, kind in counts if n)
         checks = f"{len(self.ran)} check{'' if len(self.ran) == 1 else 's'}"

@@ -116,8 +116,9 @@ def _print(value: Any) -> Tensor:
     if found is None or not found.numel():
         return torch.zeros(1)
     flat = found.flatten()
-    flat = flat[:: max(1, len(flat) // _SAMPLE)].double().nan_to_num(nan=0.5)  # another check's
-    wave = torch.arange(len(flat), device=flat.device, dtype=torch.double)
+    # What is NaN is another check's.
+    flat = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().nan_to_num(nan=0.5)
+    wave = torch.arange(len(flat), dtype=torch.double)
     rms = flat.square().mean().sqrt()
     sums = [rms, (flat * wave.cos()).mean(), (flat * (wave * 0.37).sin()).mean()]
     return torch.stack([*sums, torch.tensor(float(len(flat)), dtype=torch.double)]).cpu()

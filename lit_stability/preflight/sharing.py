@@ -98,7 +98,7 @@ def _equal_matrices(model: nn.Module, leave_out: Sequence[str]) -> list[list[str
         if p.ndim > 1 and p.numel() > 1 and not p.is_meta and name not in leave_out:
             first = p.flatten()
             if bool((first != first[0]).any()):
-                by_look[p.shape, float(first[0]), float(p.double().sum())].append(name)
+                by_look[p.shape, float(first[0]), float(p.float().sum())].append(name)
     groups = []
     for names in by_look.values():
         alike = [n for n in names if torch.equal(parameters[n], parameters[names[0]])]

@@ -33,6 +33,14 @@ class Random(Regression):
         return super().training_step((x + 0.1 * torch.randn_like(x), y), batch_idx)
 
 
+class Compiled(Regression):
+    """A net that runs as it is written while it is checked."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
+
+
 def shuffled():
     """Batches in an order drawn from the global generator."""
     data = regression_data().dataset
@@ -62,9 +70,10 @@ def outcome(root, callbacks, module, data, **options):
         (lambda: Regression("sgd", "onecycle"), shuffled, {"gradient_clip_val": 0.1}),
         (lambda: Regression("fused"), shuffled, {"precision": "bf16-mixed"}),
         (Regression, shuffled, {"accumulate_grad_batches": 2}),
+        (Compiled, shuffled, {}),
         (lambda: ByteGPTModule(ByteGPTConfig(width=32, layers=1, dropout=0.1)), loader, {}),
     ],
-    ids=["plain", "random", "onecycle", "bf16", "accumulation", "byte gpt"],
+    ids=["plain", "random", "onecycle", "bf16", "accumulation", "compiled", "byte gpt"],
 )
 def test_fit_with_preflight_is_bit_identical_to_the_fit_without(module, data, options, tmp_path):
     """Invariant 1."""
