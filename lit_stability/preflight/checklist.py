@@ -83,6 +83,8 @@ def preflight(subject: Subject, expect: Expectations | None = None) -> Report:
             report.skipped |= dict.fromkeys(_PASS, "the first step cannot be taken")
         except NotApplicableError as reason:
             report.skipped |= dict.fromkeys(_PASS, str(reason))
+        except Exception as error:  # as in `_try`
+            report.skipped |= dict.fromkeys(_PASS, f"the first pass failed: {error!r}")
         else:
             _run(report, _of_passes(subject, expect, first, second))
     report.seconds = time.monotonic() - start

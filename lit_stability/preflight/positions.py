@@ -18,7 +18,7 @@ from lit_stability.preflight.finding import Finding, NotApplicableError
 LOW, HIGH = 0.1, 10.0
 """Within a factor of ten both can be read from the sum. Normal embeddings of 0.02 beside sines
 (rms 0.71) are at 0.028, without the factor sqrt(width) that is meant to make up for it."""
-_POSITION = re.compile(r"(^|_)(pos|position|positions|positional|wpe)(_|$)|^pos", re.IGNORECASE)
+_POSITION = re.compile(r"(^|_)(pos|posemb|positions?|positional|wpe)(_|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class Subject:
     _rng: dict[str, Any] = field(default_factory=capture_rng, repr=False)
 
     def model(self) -> nn.Module:
-        """A new copy, with its modes and without gradients."""
+        """A new copy, with its modes; gradients are not copied."""
         model, _ = self._copy()
         return model
 
@@ -77,7 +77,6 @@ class Subject:
             model = copy.deepcopy(self.original, memo)
         except Exception as error:  # locks, files, tensors of a graph: whatever a module may hold
             raise NotApplicableError(f"the model cannot be copied: {error!r}") from error
-        model.zero_grad(set_to_none=True)
         return model, memo
 
     def loss(self, model: nn.Module, batch: Any = None, seed: int | None = None) -> Tensor:
@@ -90,21 +89,33 @@ class Subject:
 
         Raises:
             StepError: the step raises, or gives no loss.
+            NotApplicableError: there is no memory for it, or the batch cannot be copied.
         """
         restore_rng(self._rng)
         if seed is not None:
             torch.manual_seed(seed)
-        batch = copy.deepcopy(self.batch if batch is None else batch)
+        batch = self._own(self.batch if batch is None else batch)
         try:
             with self.context():
                 loss = self.step(model, batch)
         except (StepError, NotApplicableError):
             raise
+        except torch.OutOfMemoryError as error:  # training has no copies beside it
+            raise NotApplicableError(
+                f"there is no memory for a copy of the model: {error}"
+            ) from error
         except Exception as error:  # whatever the user's code raises is what there is to tell
             raise StepError(_raised(error)) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise StepError(_no_loss(loss))
         return loss.reshape(())
+
+    @staticmethod
+    def _own(batch: Any) -> Any:
+        try:
+            return copy.deepcopy(batch)
+        except Exception as error:  # whatever a batch may hold
+            raise NotApplicableError(f"the batch cannot be copied: {error!r}") from error
 
     def backward(self, model: nn.Module, loss: Tensor) -> None:
         """Leave the gradients of a loss in a model, unscaled.

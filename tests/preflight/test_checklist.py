@@ -151,6 +151,20 @@ def test_preflight_of_a_model_that_cannot_be_copied_says_so_and_runs_the_rest():
     assert "batch" in report.ran
 
 
+def test_preflight_of_a_batch_that_cannot_be_copied_says_so():
+    batch = [*labelled(), __import__("threading").Lock()]
+    assert "cannot be copied" in preflight(subject(batch=batch)).skipped["modes"]
+
+
+def test_preflight_without_memory_for_copies_does_not_blame_the_step():
+    def step(model, batch):
+        raise torch.OutOfMemoryError("no room")
+
+    report = preflight(subject(step=step))
+    assert not report.findings
+    assert "no memory for a copy" in report.skipped["gradients"]
+
+
 def test_preflight_without_optimizer_tells_which_checks_could_not_run():
     report = preflight(Subject(seeded(Classifier), classify, labelled()))
     assert {"optimizer", "duplicates", "learning rate"} <= set(report.skipped)
