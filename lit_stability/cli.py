@@ -133,8 +133,12 @@ exit codes:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    check.add_argument("-c", "--config", metavar="FILE", action="append", required=True)
-    check.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[])
+    check.add_argument(
+        *("-c", "--config"), metavar="FILE", action="append", required=True, help="as for fit"
+    )
+    check.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="laid over the files"
+    )
     check.add_argument("--out", metavar="FILE.json", type=Path, help="write the report there too")
     check.set_defaults(command=_check)
 

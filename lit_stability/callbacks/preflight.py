@@ -44,13 +44,14 @@ class Preflight(Callback):
     """Checks model, batch and optimizer once, before the first step.
 
     It looks at the first training batch when the trainer has it at hand: nothing is fetched for
-    it. Everything is tried on copies, which for a moment take as much memory as the weights twice
-    and the optimizer once more; weights, buffers, gradients, optimizers and generators are to the
-    bit what they are without it. A run that goes on from a checkpoint is not checked.
+    it. Everything is tried on copies, which for a moment take as much memory as the weights three
+    times (the copy, its gradients, what it was) and the optimizer's state; weights, buffers,
+    gradients, optimizers and generators are to the bit what they are without it. It takes about
+    as long as ten steps. A run that goes on from a checkpoint is not checked.
 
     Each finding is logged once. With ``on_error="stop"`` an error raises `PreflightError` before
-    anything is trained; under DDP on all ranks, whichever found it. Sharded strategies and manual
-    optimization are looked at as far as no step is needed, or not at all, and it is said.
+    anything is trained; under DDP on all ranks, whichever found it. Under manual optimization only
+    what needs no step is checked, under a strategy that shards weights nothing; it is said.
 
     A LightningModule may define ``preflight_probes(batch)``: `MaskProbe`s, which say what may and
     what must be seen, and `PositionProbe`s, which say what is added to positions. What it logs

@@ -20,7 +20,7 @@ INITS = {
     "orthogonal": (nn.init.orthogonal_, False),
     "zeros": (nn.init.zeros_, False),
     "half the bound": (lambda w: nn.init.uniform_(w, -1 / 16, 1 / 16), False),
-    "two values": (lambda w: w.data.copy_(w.data.sign() / 8), False),
+    "two values of the same rms": (lambda w: w.data.copy_(w.data.sign() / 8 / 3**0.5), False),
     "trained a little": (lambda w: w.data.add_(torch.randn_like(w) * 0.02), False),
 }
 

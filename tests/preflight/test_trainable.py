@@ -5,8 +5,32 @@ import torch
 from torch import nn
 
 from lit_stability.preflight.finding import DeclarationError, NotApplicableError
-from lit_stability.preflight.trainable import check_frozen, check_optimized, frozen_modules
+from lit_stability.preflight.observation import Observation
+from lit_stability.preflight.trainable import (
+    check_frozen,
+    check_gradients,
+    check_optimized,
+    frozen_modules,
+)
 from tests.preflight.nets import Classifier
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ({"weight": 1.0, "bias": 1.0}, {"weight": 1.0, "bias": 1.0}, ()),
+        ({"weight": 0.0, "bias": 0.0}, {"weight": 1.0, "bias": 1.0}, ()),  # behind a head at 0
+        ({"weight": 0.0, "bias": 0.0}, {"weight": 0.0, "bias": 0.0}, ("weight", "bias")),
+        ({"weight": 1.0, "bias": 0.0}, {"weight": 1.0, "bias": 0.0}, ()),  # before a norm
+        ({"weight": 1.0, "bias": None}, {"weight": 1.0, "bias": None}, ("bias",)),
+    ],
+)
+def test_gradients_that_never_come_are_named(first, second, named):
+    """C5: what is detached, or behind something dead."""
+    found = check_gradients(
+        Observation(gradients=first), Observation(gradients=second), nn.Linear(2, 2)
+    )
+    assert tuple(name for f in found for name in f.where) == named
 
 
 def test_frozen_patterns_name_every_parameter_that_would_train():
