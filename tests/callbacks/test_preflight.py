@@ -30,7 +30,19 @@ class Random(Regression):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
+        self.log(f"training is {self.training}", 1.0)  # what a check logs would stay in sight
         return super().training_step((x + 0.1 * torch.randn_like(x), y), batch_idx)
+
+
+class Holding(Regression):
+    """Keeps its trainer under a name of its own, which no copy may follow."""
+
+    def on_fit_start(self):
+        self.held = self.trainer
+
+    def training_step(self, batch, batch_idx):
+        assert self.held is self.trainer
+        return super().training_step(batch, batch_idx)
 
 
 class Compiled(Regression):
@@ -71,9 +83,10 @@ def outcome(root, callbacks, module, data, **options):
         (lambda: Regression("fused"), shuffled, {"precision": "bf16-mixed"}),
         (Regression, shuffled, {"accumulate_grad_batches": 2}),
         (Compiled, shuffled, {}),
+        (Holding, shuffled, {}),
         (lambda: ByteGPTModule(ByteGPTConfig(width=32, layers=1, dropout=0.1)), loader, {}),
     ],
-    ids=["plain", "random", "onecycle", "bf16", "accumulation", "compiled", "byte gpt"],
+    ids=["plain", "random", "onecycle", "bf16", "accumulation", "compiled", "holding", "byte gpt"],
 )
 def test_fit_with_preflight_is_bit_identical_to_the_fit_without(module, data, options, tmp_path):
     """Invariant 1."""
@@ -282,6 +295,17 @@ def test_preflight_leaves_other_callbacks_their_wrapped_step(tmp_path):
 def test_preflight_with_a_bad_option_is_refused_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         Preflight(**options)
+
+
+def test_preflight_runs_the_step_in_the_precision_of_the_trainer(tmp_path):
+    class Autocast(Regression):
+        def training_step(self, batch, batch_idx):
+            assert torch.is_autocast_enabled("cpu")
+            return super().training_step(batch, batch_idx)
+
+    callback = Preflight(on_error="stop")
+    fit(tmp_path, [callback], Autocast, precision="bf16-mixed", max_steps=1)
+    assert "gradients" in callback.report.ran
 
 
 def test_preflight_in_half_precision_finds_no_fault_in_a_healthy_run(tmp_path):

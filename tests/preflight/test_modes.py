@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lit_stability.preflight.modes import check_modes
 from tests.preflight.nets import Classifier, seeded, subject
+from tests.preflight.zoo import from_zoo
 
 
 class Scaled(nn.Module):
@@ -51,6 +52,11 @@ def test_modes_name_the_innermost_module_that_differs(module, severity, where):
     model.trunk[3] = module()
     found = [(f.severity, f.where) for f in check_modes(subject(model))]
     assert found == ([(severity, (where,))] if severity else [])
+
+
+def test_modes_of_a_recurrent_net_agree_without_its_own_dropout():
+    """T4."""
+    assert check_modes(from_zoo("recurrent", 0)) == []
 
 
 def test_modes_that_differ_in_the_step_alone_are_named_as_such():
