@@ -17,6 +17,7 @@ _HOME = {
     "NonFiniteLocator": "callbacks",
     "NonFiniteOrigin": "locate",
     "PrecisionFallback": "callbacks",
+    "Preflight": "callbacks",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
     "find_last_good": "last_good",

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_resume(commands)
     add_ranges(commands, _EXIT_CODES)
+    _add_check(commands)
     return parser
 
 
@@ -115,6 +116,40 @@ def _fit(args: argparse.Namespace) -> int:
 
     launch.fit(config, resume=args.resume)
     return 0
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    # As `check` is not `fit`: what it finds is its answer.
+    codes = """\
+exit codes:
+  0  no error was found; warnings and notes do not count
+  1  errors were found, and are printed; a traceback, if there is one, says what failed before
+  2  the command line or the config is wrong; nothing was checked
+"""
+    check = commands.add_parser(
+        "check",
+        help="check model, first batch and optimizer, and train nothing",
+        description="Build what fit would, take its first batch, run the checks of "
+        "lit_stability.Preflight and print what they find. Nothing is written but --out.",
+        epilog=f"example:\n  lit-stability check -c NAME --out report.json\n\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    check.add_argument(
+        *("-c", "--config"), metavar="FILE", action="append", required=True, help="as for fit"
+    )
+    check.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="laid over the files"
+    )
+    check.add_argument("--out", metavar="FILE.json", type=Path, help="write the report there too")
+    check.set_defaults(command=_check)
+
+
+def _check(args: argparse.Namespace) -> int:
+    config = compose(args.config, args.overrides)
+    from lit_stability.check import check
+
+    return check(config, out=args.out)
 
 
 def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

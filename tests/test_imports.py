@@ -13,7 +13,7 @@ from lit_stability import detectors
 ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 MAY_IMPORT_LIGHTNING = (
-    *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py"),
+    *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py", "check.py"),
     *(f"recovery/{m}.py" for m in ("__init__", "fit", "loop", "attempt", "left_out")),
     *(f"recovery/{m}.py" for m in ("beginning", "memory", "remedies", "trainers")),
 )
@@ -43,7 +43,11 @@ MAY_IMPORT_TORCH = (
     *(f"locate/{m}.py" for m in ("call_sites", "kernel_call", "rerun", "step_state")),
     *(f"locate/{m}.py" for m in ("values", "variables", "watch")),
     *("ranges/tally.py", "ranges/measure.py"),
-    *("preflight.py", "targets.py", "config.py", "cli.py"),
+    *(f"preflight/{m}.py" for m in ("__init__", "branches", "checklist", "inputs", "loss")),
+    *(f"preflight/{m}.py" for m in ("masks", "memorise", "modes", "observation", "operations")),
+    *(f"preflight/{m}.py" for m in ("positions", "rates", "scales", "sharing", "subject")),
+    "preflight/trainable.py",
+    *("targets.py", "config.py", "cli.py"),
 )
 
 
@@ -110,6 +114,7 @@ def test_public_names_are_frozen():
         "NonFiniteLocator",
         "NonFiniteOrigin",
         "PrecisionFallback",
+        "Preflight",
         "StepStats",
         "TrainingStopped",
         "find_last_good",

@@ -2,7 +2,8 @@
 
 One optimizer step, with the hooks in place::
 
-    on_train_batch_start        AutoRollback remembers buffers and epoch metrics
+    on_train_batch_start        Preflight checks, before the first step of a run
+                                AutoRollback remembers buffers and epoch metrics
       training_step
       on_before_backward        GradientMonitor takes the loss (DDP: the ranks begin to measure)
       backward
@@ -39,6 +40,7 @@ from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
+from lit_stability.callbacks.preflight import Preflight
 
 __all__ = [
     "AnomalyCheckpoint",
@@ -47,6 +49,7 @@ __all__ = [
     "LastKnownGood",
     "NonFiniteLocator",
     "PrecisionFallback",
+    "Preflight",
     "stability_callbacks",
 ]
 

@@ -9,10 +9,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lit_stability.preflight import MaskProbe, PositionProbe
 from models.translation.batches import Batch
 from models.translation.config import TransformerConfig
 from models.translation.decoding import beam_decode, greedy_decode
 from models.translation.metrics import TokenLoss, token_loss, translation_metrics
+from models.translation.probes import translation_probes
 from models.translation.schedules import Schedule, make_scheduler
 from models.translation.transformer import Transformer
 from models.translation.vocabulary import Vocabulary
@@ -174,6 +176,10 @@ class TranslationModule(pl.LightningModule):
         else:
             decoded = beam_decode(network, source_BS, beam_size=beam_size, length_penalty=penalty)
         return [vocabulary.decode(ids) for ids in decoded.tokens_BT.tolist()]
+
+    def preflight_probes(self, batch: Batch) -> list[MaskProbe | PositionProbe]:
+        """Say what may and must be seen, for `lit_stability.Preflight`."""
+        return translation_probes(batch, self.network_config.pad_id, lambda m: m._built())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build AdamW, and the schedule stepped with it."""
