@@ -44,7 +44,8 @@ def run_ranks_once(tmp_path_factory, function, name, *args, timeout=180):
     test run comes first; the others wait for it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, done = base / f"ranks-{name}", base / f"ranks-{name}.pt"
+    folder = base / f"ranks-{function.__name__}-{name}"
+    done = folder.with_suffix(".pt")
     try:
         folder.mkdir()
     except FileExistsError:

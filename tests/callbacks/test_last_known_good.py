@@ -237,7 +237,7 @@ def test_restored_state_with_another_loss_ends_the_fit_before_its_first_step(tmp
     module = Regression()
     with pytest.raises(RestoredStateDiffers, match=rf"is 0\.\d+, it was {loss:.9g} at step 20"):
         resume(tmp_path, suite(), module)
-    assert len(module.losses) == 1, "the replay of the kept batch"
+    assert module.losses == [], "no step was taken, and the comparison left no trace"
     assert RunEnd.read(tmp_path / "good") == before, "it is no failure of the run"
     _, trainer = resume(tmp_path, suite(on_mismatch="warn"))
     assert trainer.global_step == 60
