@@ -87,14 +87,12 @@ class GradientMonitor(Callback):
         history: int = 20,
         allow_strategies: Sequence[str] = (),
     ) -> None:
-        for name, value in (
-            ("close_after", close_after),
-            ("scan_weights_every", scan_weights_every),
+        least = {"close_after": 1, "scan_weights_every": 1, "details_every": 0}
+        for (name, low), value in zip(
+            least.items(), (close_after, scan_weights_every, details_every), strict=True
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        if details_every < 0:
-            raise ValueError(f"details_every must be 0 (never) or more, got {details_every!r}")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value!r}")
         self.detectors = default_detectors() if detectors is None else list(detectors)
         if layer_bounds:
             self.detectors.append(LayerBounds(layer_bounds))
@@ -189,10 +187,12 @@ class GradientMonitor(Callback):
     ) -> None:
         """Count the votes on the step, if it was voted on, before anything else sees it."""
         assert self._measuring is not None
-        self._measuring.batch_ended(trainer)
         voted, self._voted = self._voted, None
-        if voted is None:
-            return
+        if voted is not None:
+            self._count(trainer, pl_module, voted)
+        self._measuring.batch_ended(trainer)
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
         votes, stats, anomaly = self._council.count(), voted.stats, voted.anomaly
         apart = disagreement(stats, votes)
         if apart is not None:
@@ -219,14 +219,15 @@ class GradientMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
     ) -> Anomaly:
         """Open an incident, or strike again; on all ranks or none."""
-        anomaly = with_damage(anomaly, *self._council.audit(*self._meters[stats.optimizer].audit()))
+        meter = self._meters[stats.optimizer]
+        anomaly = with_damage(anomaly, *self._council.audit(*meter.audit()))
         opening = self.current is None
         incident = self._desk.strike(trainer, anomaly)
         incident.stats, incident.gather = stats, self._council.gather
         incident.tape = None if self._measuring is None else self._measuring.tape
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_scale(trainer.optimizers[stats.optimizer])
-        self._meters[stats.optimizer].expect(scale.effective())
+        meter.expect(scale.effective())
         if opening:
             self._reporter.opened(incident)
         return anomaly

@@ -68,9 +68,9 @@ class Measuring:
             self.tape.batch_started(batch, batch_idx)
 
     def batch_ended(self, trainer: Trainer) -> None:
-        """The window is over, if an optimizer step came with the batch."""
-        if self.tape is not None:
-            self.tape.batch_ended(stepped=ends_window(trainer))
+        """Let go of the batches, if an optimizer step came with this one."""
+        if self.tape is not None and ends_window(trainer):
+            self.tape.forget()
 
     def take_loss(self, trainer: Trainer, loss: Tensor, *, scan: bool) -> None:
         """Add up the loss; with the last of the window the ranks begin to measure.

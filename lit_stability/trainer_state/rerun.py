@@ -60,23 +60,15 @@ class StepTape:
     def __init__(self, max_bytes: int = 2**28) -> None:
         self._max_bytes = max_bytes
         self._taken: list[_Taken] = []
-        self._window_is_over = True
 
     def batch_started(self, batch: Any, batch_idx: int) -> None:
         """Hold a batch that is about to be trained on."""
-        if self._window_is_over:
-            self.forget()
-        self._window_is_over = False
         self._taken.append(_Taken(batch, batch_idx, capture_rng()))
         while len(self._taken) > 1 and sum(size_of(t.batch) for t in self._taken) > self._max_bytes:
             self._taken.pop(0)
 
-    def batch_ended(self, *, stepped: bool) -> None:
-        """Let go of the window with the next batch, if an optimizer step came with this one."""
-        self._window_is_over = stepped
-
     def forget(self) -> None:
-        """Let go of all batches."""
+        """Let go of the batches: the step is over."""
         self._taken = []
 
     def obstacle(self, trainer: Trainer) -> str | None:

@@ -298,6 +298,15 @@ def test_half_precision_weights_that_overflow_in_mid_run_become_float32_with_the
     assert len(callbacks[0].incidents) == 1
 
 
+def test_next_fit_of_the_same_callbacks_begins_where_the_last_one_ended(tmp_path):
+    callbacks = suite(max_islands=0)
+    for incidents in (1, 0):
+        module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 30, **fp16())
+        assert trainer.precision == "bf16-mixed"
+        assert len(callbacks[0].incidents) == incidents
+        assert all(x == x for x in module.losses[-29:])
+
+
 def test_without_autorollback_the_failing_step_is_lost_and_training_goes_on(tmp_path):
     callbacks = [GradientMonitor(), PrecisionFallback(max_islands=0)]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
