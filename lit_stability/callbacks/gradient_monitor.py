@@ -24,6 +24,7 @@ from lit_stability.detectors import (
     disagreement,
     with_damage,
 )
+from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
@@ -87,12 +88,9 @@ class GradientMonitor(Callback):
         history: int = 20,
         allow_strategies: Sequence[str] = (),
     ) -> None:
-        least = {"close_after": 1, "scan_weights_every": 1, "details_every": 0}
-        for (name, low), value in zip(
-            least.items(), (close_after, scan_weights_every, details_every), strict=True
-        ):
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value!r}")
+        require(close_after >= 1, "close_after", close_after, "at least 1")
+        require(scan_weights_every >= 1, "scan_weights_every", scan_weights_every, "at least 1")
+        require(details_every >= 0, "details_every", details_every, "0 (never) or more")
         self.detectors = default_detectors() if detectors is None else list(detectors)
         if layer_bounds:
             self.detectors.append(LayerBounds(layer_bounds))
