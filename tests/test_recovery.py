@@ -24,6 +24,7 @@ from lit_stability import (
 from lit_stability.detectors import Anomaly
 from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.incidents import Incident
+from lit_stability.preflight import PreflightError, Report
 from lit_stability.recovery.crashes import kind_of
 from tests.conftest import flat, make_trainer
 
@@ -734,6 +735,7 @@ def stopped():
         ),
         (RuntimeError("The total norm of order 2.0 is non-finite"), "instability"),
         (ValueError("loss is NaN"), "instability"),
+        (PreflightError("the first loss is nan", Report()), "other"),
         (KeyError("nan"), "other"),
         (RuntimeError("a finance model"), "other"),
     ],

@@ -20,6 +20,7 @@ from lit_stability.preflight import (
     Finding,
     Memorise,
     NotApplicableError,
+    PreflightError,
     Report,
     Subject,
     preflight,
@@ -32,14 +33,6 @@ _LARGEST_SCALE = 1024.0
 _OF_THE_BATCH = ("batch", "targets", "step", "initial loss")
 
 
-class PreflightError(ValueError):
-    """Raised before the first step by ``Preflight(on_error="stop")``; nothing was trained."""
-
-    def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message)
-        self.report = report
-
-
 class Preflight(Callback):
     """Checks model, batch and optimizer once, before the first step.
 
@@ -47,7 +40,7 @@ class Preflight(Callback):
     it. Everything is tried on copies, which for a moment take as much memory as the weights three
     times (the copy, its gradients, what it was) and the optimizer's state; weights, buffers,
     gradients, optimizers and generators are to the bit what they are without it. It takes about
-    as long as ten steps. A run that goes on from a checkpoint is not checked.
+    as long as six steps. A run that goes on from a checkpoint is not checked.
 
     Each finding is logged once. With ``on_error="stop"`` an error raises `PreflightError` before
     anything is trained; under DDP on all ranks, whichever found it. Under manual optimization only

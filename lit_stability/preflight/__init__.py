@@ -12,6 +12,7 @@ from lit_stability.preflight.finding import (
     DeclarationError,
     Finding,
     NotApplicableError,
+    PreflightError,
     Report,
     Severity,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Memorise",
     "NotApplicableError",
     "PositionProbe",
+    "PreflightError",
     "Report",
     "Severity",
     "StepError",

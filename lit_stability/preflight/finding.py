@@ -124,3 +124,11 @@ class Report:
             "skipped": dict(self.skipped),
             "seconds": round(self.seconds, 3),
         }
+
+
+class PreflightError(ValueError):
+    """Raised before the first step by ``Preflight(on_error="stop")``; nothing was trained."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report

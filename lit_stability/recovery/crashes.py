@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from lit_stability.incidents import TrainingStopped
+from lit_stability.preflight.finding import PreflightError
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
 
@@ -71,6 +72,9 @@ def kind_of(error: BaseException) -> Kind:
     text = str(error)
     if isinstance(error, TrainingStopped):
         return "instability"
+    if isinstance(error, PreflightError):
+        # Whatever it names: nothing was trained, and no learning rate mends it.
+        return "other"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "out of memory"
     if isinstance(error, RuntimeError) and _MEMORY.search(text):
