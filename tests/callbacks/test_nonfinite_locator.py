@@ -62,6 +62,7 @@ def test_origin_is_named_on_the_console_in_the_record_and_in_the_report(tmp_path
     report = next((tmp_path / "incidents").glob("*/report.md")).read_text(encoding="utf8")
     assert f"test_nonfinite_locator.py:{LINE}" in report
     assert incident.remedy == origin.advice
+    assert incident.cause == "domain error in log"
 
 
 def test_search_leaves_no_trace_in_training_nor_in_what_the_module_counts(tmp_path):
