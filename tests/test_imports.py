@@ -43,6 +43,8 @@ MAY_IMPORT_TORCH = (
     *(f"locate/{m}.py" for m in ("call_sites", "kernel_call", "rerun", "step_state")),
     *(f"locate/{m}.py" for m in ("values", "variables", "watch")),
     *("ranges/tally.py", "ranges/measure.py"),
+    *(f"doctor/{m}.py" for m in ("difference", "examination", "load", "measure")),
+    "doctor/optimizer_state.py",
     *("preflight.py", "targets.py", "config.py", "cli.py"),
 )
 
@@ -83,6 +85,8 @@ def loaded_by(statement):
         "import lit_stability.ladder, lit_stability.incidents",
         "from lit_stability import read_incidents, Anomaly, Incident, TrainingStopped",
         "from lit_stability.ranges import RangeReport, format_report, judge",
+        "from lit_stability.doctor import Finding, HealthReport, format_report",
+        "import lit_stability.gradient_flow",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -104,6 +108,7 @@ def test_public_names_are_frozen():
         "Anomaly",
         "AnomalyCheckpoint",
         "AutoRollback",
+        "GradientFlow",
         "GradientMonitor",
         "Incident",
         "LastKnownGood",
@@ -162,6 +167,8 @@ def test_files_of_decisions_are_the_ones_meant():
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {"__init__.py", "ladder.py", "incidents.py", "last_good.py", "detectors/spike.py"}
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
+    light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
+    light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}
     assert light <= without_torch
 
 
@@ -170,6 +177,7 @@ def test_files_of_decisions_are_the_ones_meant():
     [
         *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py"),
         *("ranges/__init__.py", "ranges/command.py"),
+        *("doctor/__init__.py", "doctor/command.py"),
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):

@@ -35,6 +35,7 @@ from lightning.pytorch import Callback
 
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
@@ -43,6 +44,7 @@ from lit_stability.callbacks.precision_fallback import PrecisionFallback
 __all__ = [
     "AnomalyCheckpoint",
     "AutoRollback",
+    "GradientFlow",
     "GradientMonitor",
     "LastKnownGood",
     "NonFiniteLocator",
