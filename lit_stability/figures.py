@@ -43,7 +43,7 @@ def new_figure() -> Figure:
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
-    """Render a figure; the same figure gives the same bytes."""
+    """Render a figure; the same one, drawn anew, gives the same bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()

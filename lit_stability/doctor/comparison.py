@@ -18,8 +18,10 @@ class Change:
 
     name: str
     elements: int
+    difference: float
+    """Norm of the difference."""
     relative: float
-    """Norm of the difference over that of the tensor before; Inf where that was all zero."""
+    """The same over the norm of the tensor before; Inf where that was all zero."""
     cosine: float | None
     """Cosine of the angle between the two, in [-1, 1]; None where one of them is all zero."""
     largest: float
@@ -42,7 +44,7 @@ class Comparison:
     changes: tuple[Change, ...]
     """Of the tensors that can be compared; non-finite ones first, then what changed most."""
     relative: float
-    """Norm of all differences over that of all tensors before."""
+    """Norm of all differences over that of all tensors before; Inf where those were all zero."""
     only_before: tuple[str, ...] = ()
     only_after: tuple[str, ...] = ()
     reshaped: tuple[tuple[str, str, str], ...] = ()

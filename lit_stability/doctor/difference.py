@@ -35,11 +35,10 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
     alike = [name for name in both if a[name].shape == b[name].shape]
     changes = [_change(name, a[name], b[name]) for name in alike]
     changes.sort(key=lambda c: (c.non_finite_after + c.non_finite_before, c.relative), reverse=True)
-    squares = [(c.relative * c.norm_before) ** 2 for c in changes if c.norm_before]
-    whole = math.sqrt(math.fsum(c.norm_before**2 for c in changes))
+    difference = math.hypot(*(change.difference for change in changes))
     return Comparison(
         changes=tuple(changes),
-        relative=math.sqrt(math.fsum(squares)) / whole if whole else 0.0,
+        relative=_over(difference, math.hypot(*(change.norm_before for change in changes))),
         only_before=tuple(name for name in a if name not in b),
         only_after=tuple(name for name in b if name not in a),
         reshaped=tuple(
@@ -78,6 +77,7 @@ def _change(name: str, before: Tensor, after: Tensor) -> Change:
     return Change(
         name=name,
         elements=a.numel(),
+        difference=math.sqrt(difference),
         relative=_over(math.sqrt(difference), math.sqrt(first)),
         cosine=_cosine(product, first, second),
         largest=largest,

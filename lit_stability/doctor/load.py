@@ -1,4 +1,4 @@
-"""Loading a checkpoint for study: tensors and plain values alone, from the disk as they are looked at.
+"""Loading a checkpoint for study: tensors and plain values alone, and no code that it carries.
 
 May import torch.
 """
@@ -67,9 +67,11 @@ def load(file: Path) -> Mapping[str, Any]:
             f"here. {_retold(error)} If you trust the file, load it yourself with "
             "weights_only=False, and save its state_dict and optimizer_states alone"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:
+        # Of bytes that are no pickle the reader raises whatever they happen to lead it to.
         raise ConfigError(
-            f"{file}: not a checkpoint, or cut short ({_retold(error)}); another one may be whole"
+            f"{file}: not a checkpoint, or cut short ({type(error).__name__}: {_retold(error)}); "
+            "another one may be whole"
         ) from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"{file}: holds a {type(loaded).__name__}, and no dict of a checkpoint")
@@ -87,9 +89,9 @@ def load_gradients(checkpoint: Path) -> tuple[GradientDetail, ...]:
     try:
         with torch.serialization.safe_globals(_arrays()):
             found = torch.load(scene, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError):
+        return tuple(GradientDetail(**each) for each in found["gradients"])
+    except Exception:
         return ()
-    return tuple(GradientDetail(**each) for each in found["gradients"])
 
 
 def _read(file: Path) -> Any:

@@ -35,9 +35,10 @@ class _Mark:
 def draw_health(report: HealthReport, *, title: str = "", layers: int = 40) -> Figure:
     """Draw weights and, where there are any, the optimizer's moments, on logarithmic axes.
 
-    On the left the root mean square of each tensor and its largest element, the name red with a
-    finding that is an error, orange with a warning; a cross at the right end where elements are NaN
-    or Inf, a square at the left end where all are 0. On the right the root mean squares of the two moments, that of the second under its root.
+    On the left the root mean square of each tensor and its largest element, its name red with a
+    finding that is an error, orange with a warning; a cross at the right end where elements are
+    NaN or Inf, a square at the left end where all are 0. On the right the root mean squares of the
+    two moments, that of the second under its root.
 
     Of more than `layers` tensors those with a finding are kept, then those with most elements.
 
@@ -175,7 +176,7 @@ def _draw_rows(axis: Axes, rows: Sequence[Sequence[_Mark]]) -> None:
         for mark in good:
             size = 3 if mark.marker == ">" else 4.5
             axis.plot(mark.value, y, mark.marker, color=mark.color, markersize=size, zorder=2)
-        for mark in (mark for mark in marks if mark.value == 0):
+        for mark in (mark for mark in marks if mark.value == 0 and mark.marker == "s"):
             _mark_end(axis, 0.0, y, mark.marker, mark.color)
 
 

@@ -148,27 +148,28 @@ def _rates(run: RunHealth) -> Iterable[Finding]:
 
 def _epsilon(run: RunHealth, moments: Sequence[MomentHealth]) -> Iterable[Finding]:
     """Adam's epsilon where its format makes 0 of it; see `lit_stability.formats`."""
-    formats = [(m, FORMATS.get(m.dtypes.get("exp_avg_sq", ""))) for m in moments]
-    for group in run.groups:
-        eps = group.get("eps")
-        if not isinstance(eps, float) or group.get("fused"):
-            continue
-        members = set(group.get("params", ()))
-        lost = [
-            (each, kept.name)
-            for each, kept in formats
-            if each.optimizer == group["optimizer"] and each.index in members
-            if kept is not None and kept.vanishes(eps)
-        ]
-        if lost:
-            yield Finding(
-                "warning",
-                "vanished epsilon",
-                tuple(each.name for each, _ in lost),
-                f"eps={eps:g} is 0 in {lost[0][1]}, in which the optimizer computes: where a "
-                "second moment is 0 too, the update is 0 / 0 or x / 0",
-                "train in 16-mixed, with weights in float32, or set eps=1e-4",
-            )
+    epsilon = {
+        (group["optimizer"], index): group["eps"]
+        for group in run.groups
+        for index in group["params"]
+        # A fused one computes in float32, whatever it stores.
+        if isinstance(group.get("eps"), float) and not group.get("fused")
+    }
+    lost = []
+    for each in moments:
+        kept = FORMATS.get(each.dtypes.get("exp_avg_sq", ""))
+        eps = epsilon.get((each.optimizer, each.index))
+        if kept is not None and eps is not None and kept.vanishes(eps):
+            lost.append((each.name, f"eps={eps:g} is 0 in {kept.name}"))
+    if lost:
+        yield Finding(
+            "warning",
+            "vanished epsilon",
+            tuple(name for name, _ in lost),
+            f"{lost[0][1]}, in which the optimizer computes: where a second moment is 0 too, the "
+            "update is 0 / 0 or x / 0",
+            "train in 16-mixed, with weights in float32, or set eps=1e-4",
+        )
 
 
 def _scaler(run: RunHealth) -> Iterable[Finding]:
