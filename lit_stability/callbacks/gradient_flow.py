@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from lit_stability.figures import new_figure, to_png
 from lit_stability.gradient_flow import draw_gradient_flow
 from lit_stability.incidents import Incident
 from lit_stability.kept_files import write_and_keep
+from lit_stability.phases import PhaseRanges
 from lit_stability.stats import GradientDetail, StepStats
 from lit_stability.tensorboard.images import write_figure
 from lit_stability.trainer_state import callbacks_of, logger_step, run_directory
@@ -40,6 +41,10 @@ class GradientFlow(Callback):
     * ``gradient_flow/step=00000500.png`` and ``step=00000731-incident-1.png`` in
       ``trainer.log_dir``, where no logger takes images.
 
+    The title says what norms the run itself has had in the phase it is in, and the end of the fit
+    says it for each: warm-up, descent, plateau; see `PhaseRanges`, which follows the first
+    optimizer. A checkpoint has these ranges, and `lit-stability doctor` prints them.
+
     Put it before the callbacks that respond, which drop the gradients of the offending step. Under
     FSDP2 the picture is of the shards that rank 0 holds. A picture takes some 0.45 s (22 rows of
     the 198 parameters of a 16-layer Transformer, one core of a 2-core CPU machine, 110 dpi).
@@ -58,6 +63,8 @@ class GradientFlow(Callback):
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         self.every_n_steps = every_n_steps
         self.layers = layers
+        self.phases = PhaseRanges()
+        """The gradient norms of the run so far, by phase."""
         self._history: dict[int, deque[tuple[GradientDetail, ...]]] = {}
         self._drawn: dict[int, int] = {}
         self._suspected: tuple[GradientDetail, ...] = ()
@@ -87,14 +94,17 @@ class GradientFlow(Callback):
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Draw what was measured, if it is time."""
+        """Count the norm, and draw what was measured, if it is time."""
+        if stats.optimizer == 0:
+            rate = max(stats.nominal_learning_rates, default=0.0)
+            self.phases.update(stats.step, stats.loss, stats.grad_norm, rate)
         if not stats.details:
             return
         history = self._history_of(stats.optimizer)
         last = self._drawn.get(stats.optimizer)
         if last is None or stats.step - last >= self.every_n_steps:
             self._drawn[stats.optimizer] = stats.step
-            title = f"step {stats.step}, loss {stats.loss:.4g}"
+            title = f"step {stats.step}, loss {stats.loss:.4g}{self._usual(stats.optimizer)}"
             name = _name(stats.step, stats.optimizer)
             self._draw(trainer, stats.details, "stability/gradient_flow", title, name, history)
         history.append(stats.details)
@@ -120,9 +130,37 @@ class GradientFlow(Callback):
             return
         anomaly = incident.anomaly
         title = f"incident {incident.id} at step {anomaly.step}: {anomaly.kind}"
+        title += self._usual(anomaly.optimizer)
         name = f"{_name(anomaly.step, anomaly.optimizer)}-incident-{incident.id}"
         tag = "stability/gradient_flow_incident"
         self._draw(trainer, details, tag, title, name, self._history_of(anomaly.optimizer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what norms each phase has had."""
+        ranges = self.phases.ranges()
+        if ranges and trainer.is_global_zero:
+            log.info("\n".join(["gradient norms by phase", *(r.in_words() for r in ranges)]))
+
+    def _usual(self, optimizer: int) -> str:
+        """The norms so far of the phase that the run is in, behind a title."""
+        found = self.phases.range_of(self.phases.phase) if optimizer == 0 else None
+        return "" if found is None else f"\nso far in {found.in_words()}"
+
+    def rewindable_state(self) -> dict[str, Any]:
+        """What was counted: steps that are taken again count once."""
+        return self.phases.state_dict()
+
+    def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
+        """Put it back."""
+        self.phases.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms by phase; {} before the first step."""
+        return {"phases": self.phases.state_dict()} if self.phases.ranges() else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self.phases.load_state_dict(state_dict["phases"])
 
     def _history_of(self, optimizer: int) -> deque[tuple[GradientDetail, ...]]:
         return self._history.setdefault(optimizer, deque(maxlen=20))

@@ -16,6 +16,7 @@ from lit_stability.doctor.optimizer_state import measure_moments
 from lit_stability.doctor.report import SEVERITIES, HealthReport, RunHealth
 from lit_stability.doctor.run_findings import moment_findings, run_findings
 from lit_stability.doctor.tensor_findings import gradient_findings, tensor_findings
+from lit_stability.phases import PhaseRanges
 from lit_stability.stats import GradientDetail
 
 _PLAIN = (bool, int, float, str)
@@ -144,6 +145,11 @@ def _callbacks(callbacks: Mapping[str, Any]) -> dict[str, Any]:
         found["float32 islands"] = list(precision.get("islands", ()))
     if "ladder" in rollback:
         found["budget left"] = {str(k): int(n) for k, n in rollback["ladder"]["left"].items()}
+    phases = _state_of(callbacks, "GradientFlow").get("phases")
+    if phases:
+        counted = PhaseRanges()
+        counted.load_state_dict(phases)
+        found["gradient norms by phase"] = [each.in_words() for each in counted.ranges()]
     if "throttle" in rollback:
         found["learning-rate factor"] = float(rollback["throttle"]["lr_factor"])
         found["clip factor"] = float(rollback["throttle"]["clip_factor"])

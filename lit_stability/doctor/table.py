@@ -82,7 +82,7 @@ def _suite(run: RunHealth) -> list[str]:
     told += [f"precision {state['precision']}"] if "precision" in state else []
     left = ", ".join(f"{n} {sort}" for sort, n in state.get("budget left", {}).items())
     told += [f"budget left {left}"] if left else []
-    return ["; ".join(told)] if told else []
+    return [*(["; ".join(told)] if told else []), *state.get("gradient norms by phase", ())]
 
 
 def _finding(finding: Finding, limit: int | None) -> list[str]:

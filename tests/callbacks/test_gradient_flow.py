@@ -8,9 +8,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_stability import AutoRollback, GradientFlow, GradientMonitor, stability_callbacks
-from lit_stability.faults import FaultInjector, NanLoss
+from lit_stability.callbacks import gradient_flow
+from lit_stability.cli import main
+from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.callbacks.test_battery import TwoOptimizers
-from tests.conftest import fit, flat
+from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 
 pytest.importorskip("matplotlib")
 
@@ -54,20 +56,20 @@ def test_logger_that_takes_no_images_leaves_files(tmp_path):
 def test_incident_is_drawn_once_before_its_gradients_are_dropped(tmp_path, monkeypatch):
     """S8, S3: of the offending step, though AutoRollback takes it back."""
     drawn = []
-    import lit_stability.callbacks.gradient_flow as module
-
-    draw = module.draw_gradient_flow
+    draw = gradient_flow.draw_gradient_flow
 
     def spy(details, **options):
         drawn.append((options["title"], [d.norm for d in details], len(options["history"])))
         return draw(details, **options)
 
-    monkeypatch.setattr(module, "draw_gradient_flow", spy)
+    monkeypatch.setattr(gradient_flow, "draw_gradient_flow", spy)
     suite = stability_callbacks()[1:]
     fit(tmp_path, [FaultInjector([NanLoss(step=35)]), *flow_of(), *suite], max_steps=50)
     assert "step=00000035-incident-1.png" in pictures(tmp_path)
     ((title, norms, history),) = (each for each in drawn if each[0].startswith("incident"))
-    assert title == "incident 1 at step 35: non-finite loss"
+    first, usual = title.split("\n")
+    assert first == "incident 1 at step 35: non-finite loss"
+    assert usual.startswith("so far in descent (steps 1 to 34): gradient norm")
     assert all(norm != norm for norm in norms)
     assert history == 3
 
@@ -116,3 +118,33 @@ def test_option_below_one_is_refused(option):
 def test_monitor_without_details_is_refused_with_the_line_to_write(tmp_path):
     with pytest.raises(ValueError, match=r"write GradientMonitor\(details_every=50\)"):
         fit(tmp_path, flow_of(details_every=0))
+
+
+def test_norms_by_phase_are_told_saved_and_printed_by_the_doctor(tmp_path, caplog, capsys):
+    """V3: warm-up and descent of a OneCycle run, from its own history."""
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.lit_stability")
+    callbacks = flow_of(every=1000)
+    _, trainer = fit(tmp_path, callbacks, lambda: Regression(scheduler="onecycle"))
+    told = callbacks[1].phases.range_of("warm-up")
+    assert (told.first_step, told.last_step) == (1, 59)
+    assert 0 < told.low < told.middle < told.high
+    assert f"gradient norms by phase\n{told.in_words()}" in caplog.text
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    resumed = flow_of(every=1000)
+    fit_on = make_trainer(tmp_path, resumed, max_steps=61)
+    fit_on.fit(
+        Regression(scheduler="onecycle"), regression_data(), ckpt_path=tmp_path / "saved.ckpt"
+    )
+    assert resumed[1].phases.range_of("warm-up").first_step == 1
+    assert resumed[1].phases.range_of("warm-up").steps == told.steps + 1
+    assert main(["doctor", str(tmp_path / "saved.ckpt")]) == 0
+    assert told.in_words() in capsys.readouterr().out
+
+
+def test_steps_taken_again_after_a_rollback_count_once(tmp_path):
+    suite = stability_callbacks()[1:]
+    hurt = flow_of(every=1000)
+    fit(tmp_path / "hurt", [FaultInjector([CorruptWeight(step=25)]), *hurt, *suite], max_steps=60)
+    calm = flow_of(every=1000)
+    fit(tmp_path / "calm", [*calm, *stability_callbacks()[1:]], max_steps=60)
+    assert hurt[1].phases.state_dict() == calm[1].phases.state_dict()
