@@ -14,9 +14,7 @@ from torch import Tensor
 
 from lit_stability.doctor.comparison import Change, Comparison
 from lit_stability.doctor.examination import state_dict_of
-
-_CHUNK = 2**22
-"""Elements compared in one piece, as float64."""
+from lit_stability.doctor.measure import pieces
 
 
 @torch.no_grad()
@@ -59,8 +57,7 @@ def _change(name: str, before: Tensor, after: Tensor) -> Change:
     a, b = _flat(before), _flat(after)
     difference = product = first = second = largest = 0.0
     bad_before = bad_after = 0
-    for x, y in zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True):
-        x, y = x.double(), y.double()
+    for x, y in zip(pieces(a), pieces(b), strict=True):
         good_x, good_y = torch.isfinite(x), torch.isfinite(y)
         bad_before += int((~good_x).sum())
         bad_after += int((~good_y).sum())

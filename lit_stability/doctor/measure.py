@@ -6,7 +6,7 @@ May import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -75,8 +75,8 @@ def measure(name: str, tensor: Tensor) -> TensorHealth:
         return TensorHealth(name=name, kind=kind, shape=shape, dtype=dtype, elements=tensor.numel())
     flat = _dense(tensor)
     sums = _Sums()
-    for chunk in torch.split(flat.reshape(-1), _CHUNK):
-        sums.add(chunk)
+    for piece in pieces(flat):
+        sums.add(piece)
     torn, ratio = widest_gap(sums.largest)
     mean = sums.total / sums.finite if sums.finite else 0.0
     variance = sums.squares / sums.finite - mean**2 if sums.finite else 0.0
@@ -114,6 +114,12 @@ def widest_gap(largest: list[float]) -> tuple[int, float]:
     return (count, ratio) if ratio > 1 else (0, 1.0)
 
 
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements in float64, in pieces of one dimension that are small beside the memory."""
+    for piece in torch.split(tensor.reshape(-1), _CHUNK):
+        yield piece.double()
+
+
 class _Sums:
     """What the pieces of one tensor add up to; sums in float64, which no float32 overflows."""
 
@@ -123,9 +129,8 @@ class _Sums:
         self.low, self.high = math.inf, -math.inf
         self.largest: list[float] = []
 
-    def add(self, chunk: Tensor) -> None:
-        """Add a piece, of one dimension."""
-        wide = chunk.double()
+    def add(self, wide: Tensor) -> None:
+        """Add a piece."""
         good = torch.isfinite(wide)
         if not bool(good.all()):
             self.nan += int(torch.isnan(wide).sum())

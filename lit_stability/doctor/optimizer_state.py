@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_stability.doctor.measure import kind_of, memory_of
+from lit_stability.doctor.measure import kind_of, memory_of, pieces
 from lit_stability.doctor.report import MomentHealth
 from lit_stability.formats import FORMATS
 
@@ -149,7 +149,7 @@ def _measure(
         if isinstance(value, Tensor) and value.is_floating_point() and key != "step"
     }
     first, second = tensors.get("exp_avg"), tensors.get("exp_avg_sq")
-    bad = {key: int((~torch.isfinite(value)).sum()) for key, value in tensors.items()}
+    counts = {key: _norm_and_bad(value) for key, value in tensors.items()}
     step = None if entry.get("step") is None else float(entry["step"])
     signal = ratio = bound = None
     if first is not None and second is not None and first.shape == second.shape:
@@ -161,8 +161,8 @@ def _measure(
         optimizer=number,
         index=index,
         step=step,
-        norms={key: float(value.double().norm()) for key, value in tensors.items()},
-        non_finite={key: count for key, count in bad.items() if count},
+        norms={key: norm for key, (norm, _) in counts.items()},
+        non_finite={key: bad for key, (_, bad) in counts.items() if bad},
         dtypes={key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()},
         negative=0 if second is None else int((second < 0).sum()),
         elements=max((value.numel() for value in tensors.values()), default=0),
@@ -178,16 +178,28 @@ def _signal(first: Tensor, second: Tensor) -> tuple[float | None, float | None]:
     Where the square of a gradient is so small that the format loses bits of it, or all of it, the
     ratio says nothing: those elements are left out of the second number.
     """
-    m, root = first.double().abs(), second.double().clamp(min=0).sqrt()
-    norms = float(m.norm()), float(root.norm())
-    whole = norms[0] / norms[1] if norms[1] > 0 else None
     kept = FORMATS.get(str(second.dtype).removeprefix("torch."))
-    smallest = 0.0 if kept is None else kept.smallest_normal
     # (1 - beta2) g^2 is to be a normal number, with room for beta2 of up to 0.999999.
-    told = m > 1e3 * math.sqrt(smallest)
-    if not bool(told.any()):
-        return whole, None
-    return whole, float((m[told] / root[told]).max())
+    least = 1e3 * math.sqrt(0.0 if kept is None else kept.smallest_normal)
+    squares = variances = 0.0
+    ratio: float | None = None
+    for m, v in zip(pieces(first), pieces(second), strict=True):
+        squares += float(torch.dot(m, m))
+        variances += float(v.clamp(min=0).sum())
+        told = m.abs() > least
+        if bool(told.any()):
+            largest = float((m[told].abs() / v[told].clamp(min=0).sqrt()).max())
+            ratio = largest if ratio is None else max(ratio, largest)
+    return (math.sqrt(squares / variances) if variances > 0 else None), ratio
+
+
+def _norm_and_bad(tensor: Tensor) -> tuple[float, int]:
+    """Norm, and how many elements are NaN or Inf."""
+    squares, bad = 0.0, 0
+    for piece in pieces(tensor):
+        squares += float(torch.dot(piece, piece))
+        bad += int((~torch.isfinite(piece)).sum())
+    return math.sqrt(squares), bad
 
 
 def _corrected(signal: float | None, step: float | None, betas: Any) -> float | None:

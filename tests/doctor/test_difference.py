@@ -69,7 +69,7 @@ def test_non_finite_elements_come_first_and_are_left_out_of_the_numbers():
 def test_large_tensors_are_compared_in_pieces(monkeypatch):
     a = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     b = a + 1
-    monkeypatch.setattr("lit_stability.doctor.difference._CHUNK", 64)
+    monkeypatch.setattr("lit_stability.doctor.measure._CHUNK", 64)
     (change,) = compare({"w": a}, {"w": b}).changes
     assert change.relative == pytest.approx(math.sqrt(1000) / float(a.norm()))
     assert change.cosine == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)))

@@ -238,6 +238,37 @@ def test_fresh_module_has_no_finding_but_notes(model):
     assert [each[:2] for each in found(make().state_dict())] == expected
 
 
+OPTIMIZERS = {
+    "betas of a language model": lambda p: torch.optim.AdamW(p, 1e-3, (0.9, 0.95)),
+    "slow betas": lambda p: torch.optim.AdamW(p, 1e-3, (0.99, 0.9999)),
+    "no momentum": lambda p: torch.optim.AdamW(p, 1e-3, (0.0, 0.9)),
+    "amsgrad": lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True),
+    "nadam": lambda p: torch.optim.NAdam(p, 1e-3),
+    "radam": lambda p: torch.optim.RAdam(p, 1e-3),
+    "adamax": lambda p: torch.optim.Adamax(p, 1e-3),
+    "adafactor": lambda p: torch.optim.Adafactor(p, 1e-3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
+    "plain sgd": lambda p: torch.optim.SGD(p, 1e-3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_healthy_optimizer_has_no_finding(optimizer, dtype):
+    """S3: no false alarm, of the bound on the ratio of the moments above all."""
+    torch.manual_seed(0)
+    layers = nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4)
+    model = nn.Sequential(*layers).to(dtype)
+    made = OPTIMIZERS[optimizer](model.parameters())
+    for _ in range(60):
+        x = torch.randn(32, 16, dtype=dtype)
+        made.zero_grad()
+        (model(x) - x[:, :4].sin()).square().mean().backward()
+        made.step()
+    state = {"state_dict": model.state_dict(), "optimizer_states": [made.state_dict()]}
+    assert found({**state, "global_step": 60}) == []
+
+
 def test_numbers_of_a_tensor_are_those_of_its_finite_elements():
     weight = torch.tensor([[3.0, -4.0, 0.0], [math.nan, math.inf, 0.0], [0.0, 0.0, 0.0]])
     (health,) = examine({"layer.weight": weight}).tensors
