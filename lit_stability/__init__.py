@@ -11,6 +11,7 @@ _HOME = {
     "Anomaly": "detectors",
     "AnomalyCheckpoint": "callbacks",
     "AutoRollback": "callbacks",
+    "GradientFlow": "callbacks",
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
     "LastKnownGood": "callbacks",

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.doctor.command import add_doctor
 from lit_stability.incidents import TrainingStopped
 from lit_stability.last_good import RunEnd, find_last_good, step_of
 from lit_stability.ranges.command import add_ranges
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_resume(commands)
     add_ranges(commands, _EXIT_CODES)
     _add_check(commands)
+    add_doctor(commands)
     return parser
 
 

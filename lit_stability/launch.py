@@ -6,7 +6,6 @@ alone: hyper-parameters stored in a checkpoint never replace an argument. May im
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.kept_files import write_and_keep
 from lit_stability.recovery import Recover, fit_with_recovery
 from lit_stability.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.targets import Build, bind
@@ -241,19 +241,3 @@ def _header(
         f"{type(model).__name__}{size}",
     ]
     return "\n".join(lines + ([f"resumed from {checkpoint}"] if checkpoint else []))
-
-
-def write_and_keep(path: Path, text: str | bytes) -> None:
-    """Write a file whole or not at all; a different one there gets the next free number."""
-    content = text.encode() if isinstance(text, str) else text
-    if path.exists() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        number = 1
-        while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(kept)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

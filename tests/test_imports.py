@@ -47,6 +47,8 @@ MAY_IMPORT_TORCH = (
     *(f"preflight/{m}.py" for m in ("masks", "memorise", "modes", "observation", "operations")),
     *(f"preflight/{m}.py" for m in ("positions", "rates", "scales", "sharing", "subject")),
     "preflight/trainable.py",
+    *(f"doctor/{m}.py" for m in ("difference", "examination", "load", "measure")),
+    "doctor/optimizer_state.py",
     *("targets.py", "config.py", "cli.py"),
 )
 
@@ -87,6 +89,8 @@ def loaded_by(statement):
         "import lit_stability.ladder, lit_stability.incidents",
         "from lit_stability import read_incidents, Anomaly, Incident, TrainingStopped",
         "from lit_stability.ranges import RangeReport, format_report, judge",
+        "from lit_stability.doctor import Finding, HealthReport, format_report",
+        "import lit_stability.gradient_flow",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -108,6 +112,7 @@ def test_public_names_are_frozen():
         "Anomaly",
         "AnomalyCheckpoint",
         "AutoRollback",
+        "GradientFlow",
         "GradientMonitor",
         "Incident",
         "LastKnownGood",
@@ -167,6 +172,8 @@ def test_files_of_decisions_are_the_ones_meant():
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {"__init__.py", "ladder.py", "incidents.py", "last_good.py", "detectors/spike.py"}
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
+    light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
+    light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}
     assert light <= without_torch
 
 
@@ -175,6 +182,7 @@ def test_files_of_decisions_are_the_ones_meant():
     [
         *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py"),
         *("ranges/__init__.py", "ranges/command.py"),
+        *("doctor/__init__.py", "doctor/command.py"),
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):

@@ -36,6 +36,7 @@ from lightning.pytorch import Callback
 
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
@@ -45,6 +46,7 @@ from lit_stability.callbacks.preflight import Preflight
 __all__ = [
     "AnomalyCheckpoint",
     "AutoRollback",
+    "GradientFlow",
     "GradientMonitor",
     "LastKnownGood",
     "NonFiniteLocator",

@@ -18,7 +18,6 @@ _HOME = {
     "format_report": "table",
     "judge": "verdict",
     "measure_ranges": "measure",
-    "to_png": "plot",
 }
 __all__ = sorted(_HOME)
 

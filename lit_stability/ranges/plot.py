@@ -6,12 +6,18 @@ on a figure of its own and touches no state of pyplot. Imports neither torch nor
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from math import log2
 from typing import TYPE_CHECKING, Any
 
+from lit_stability.figures import (
+    BLUE,
+    INK,
+    MUTED,
+    RED,
+    label_rows,
+    new_figure,
+)
 from lit_stability.formats import BFLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT16, FloatFormat
 from lit_stability.ranges.findings import TOLERATED
 from lit_stability.ranges.report import KINDS, Kind, RangeReport, RangeRow
@@ -27,18 +33,12 @@ _FAINTEST = 1e-5
 """Share of a layer's elements with the faintest colour; what is rarer has it too."""
 _ROOM = 9
 """Powers of two left free at both ends of the axis, for the shares."""
-_LONGEST = 52
-"""Characters of a layer's name."""
-_INK, _MUTED, _OVERFLOW, _LOST = "#222222", "#8a8a8a", "#b2182b", "#2166ac"
+_INK, _MUTED, _OVERFLOW, _LOST = INK, MUTED, RED, BLUE
 _LINES: tuple[tuple[Any, str, Callable[[FloatFormat], float]], ...] = (
     ("-", "largest", lambda each: each.overflow_limit),
     ("--", "smallest normal", lambda each: each.smallest_normal),
     (":", "smallest subnormal", lambda each: each.smallest_subnormal),
 )
-
-
-class MatplotlibMissing(ImportError):
-    """Matplotlib is not installed; the message says how to install it."""
 
 
 def draw_ranges(report: RangeReport, *, title: str = "", layers: int = 40) -> Figure:
@@ -60,7 +60,7 @@ def draw_ranges(report: RangeReport, *, title: str = "", layers: int = 40) -> Fi
     """
     if layers < 1:
         raise ValueError(f"layers={layers} must be at least 1")
-    figure = _figure()
+    figure = new_figure()
     shown = _worst_layers(report, layers)
     kinds = [kind for kind in KINDS if any(row.layer in shown for row in report.of(kind))]
     limits = _limits(report.rows)
@@ -73,29 +73,9 @@ def draw_ranges(report: RangeReport, *, title: str = "", layers: int = 40) -> Fi
         rows = {row.layer: row for row in report.of(kind)}
         mesh = _draw_panel(axes[1][column], [rows.get(name) for name in shown], limits) or mesh
         axes[1][column].set_yticks(range(len(shown)), [""] * len(shown))
-    _label(axes[1][0], shown)
+    label_rows(axes[1][0], shown)
     _draw_legend(figure, axes, mesh)
     figure.suptitle(_heading(report, title, len(shown)), fontsize=9, color=_INK)
-    return figure
-
-
-def to_png(figure: Figure, dpi: int = 150) -> bytes:
-    """Render a figure; the same figure gives the same bytes."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi)
-    return out.getvalue()
-
-
-def _figure() -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MatplotlibMissing(
-            "matplotlib is not installed; pip install 'lit-stability[plots]'"
-        ) from error
-    figure = Figure(layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -210,16 +190,3 @@ def _in_short(verdict: Verdict) -> str:
         ends = f"$2^{{{verdict.scale.lowest}}}$ to $2^{{{verdict.scale.highest}}}$"
         return f"{verdict.format}: {verdict.status} of {ends}"
     return f"{verdict.format}: {verdict.status}"
-
-
-def _label(axis: Axes, names: Sequence[str]) -> None:
-    """Names without what all modules begin with, cut in the middle where they are long."""
-    modules = [name.split(".")[:-1] for name in names if not name.startswith("(")]
-    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
-    shared = ".".join(parts[0] for parts in same) + "."
-    short = [name.removeprefix(shared) for name in names]
-    half = _LONGEST // 2
-    cut = [n if len(n) <= _LONGEST else f"{n[: half - 3]}...{n[-half:]}" for n in short]
-    axis.set_yticks(range(len(names)), cut, fontsize=7)
-    if len(shared) > 1:
-        axis.set_ylabel(f"in {shared[:-1]}", fontsize=7, color=_MUTED)

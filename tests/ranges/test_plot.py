@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.ranges import draw_ranges, measure_ranges, to_png
-from lit_stability.ranges.plot import MatplotlibMissing
+from lit_stability.figures import MatplotlibMissing, to_png
+from lit_stability.ranges import draw_ranges, measure_ranges
 from tests.ranges.examples import Twins, mean_square, report_of, row_of
 
 

@@ -1,0 +1,76 @@
+"""What the pictures share: a figure that touches no global state, names of layers beside its rows.
+
+Needs matplotlib, which the extra ``plots`` installs; it is loaded when something is drawn. Imports
+neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RED, BLUE = "#222222", "#8a8a8a", "#b2182b", "#2166ac"
+_LONGEST = 52
+"""Characters of a layer's name."""
+
+
+class MatplotlibMissing(ImportError):
+    """Matplotlib is not installed; the message says how to install it."""
+
+
+def new_figure() -> Figure:
+    """An empty figure of its own, drawn without pyplot.
+
+    Raises:
+        MatplotlibMissing: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MatplotlibMissing(
+            "matplotlib is not installed; pip install 'lit-stability[plots]'"
+        ) from error
+    figure = Figure(layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure, dpi: int = 150) -> bytes:
+    """Render a figure; the same one, drawn anew, gives the same bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    return out.getvalue()
+
+
+def label_rows(axis: Axes, names: Sequence[str]) -> None:
+    """Names beside the rows, without what all modules begin with, long ones cut in the middle.
+
+    Args:
+        axis: whose rows are at 0, 1, 2 and so on.
+        names: of the rows; one in parentheses is no submodule.
+    """
+    shared = shared_start(names)
+    short = [name.removeprefix(shared) for name in names]
+    half = _LONGEST // 2
+    cut = [n if len(n) <= _LONGEST else f"{n[: half - 3]}...{n[-half:]}" for n in short]
+    axis.set_yticks(range(len(names)), cut, fontsize=7)
+    if shared:
+        axis.set_ylabel(f"in {shared[:-1]}", fontsize=7, color=MUTED)
+
+
+def shared_start(names: Sequence[str]) -> str:
+    """What the modules of all names begin with, with the dot behind it.
+
+    >>> shared_start(["net.block.0", "net.block.1", "(input)"])
+    'net.block.'
+    """
+    modules = [name.split(".")[:-1] for name in names if not name.startswith("(")]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    return "".join(f"{parts[0]}." for parts in same)
