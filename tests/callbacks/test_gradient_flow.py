@@ -64,7 +64,7 @@ def test_incident_is_drawn_once_before_its_gradients_are_dropped(tmp_path, monke
 
     monkeypatch.setattr(gradient_flow, "draw_gradient_flow", spy)
     suite = stability_callbacks()[1:]
-    fit(tmp_path, [FaultInjector([NanLoss(step=35)]), *flow_of(), *suite], max_steps=50)
+    fit(tmp_path, [FaultInjector([NanLoss(step=35)]), *flow_of(1000), *suite], max_steps=40)
     assert "step=00000035-incident-1.png" in pictures(tmp_path)
     ((title, norms, history),) = (each for each in drawn if each[0].startswith("incident"))
     first, usual = title.split("\n")
@@ -89,8 +89,8 @@ def test_each_optimizer_has_its_own_pictures(tmp_path):
 
 def test_weights_are_bit_identical_with_and_without(tmp_path):
     """S8: nothing is changed."""
-    drawn, _ = fit(tmp_path / "drawn", flow_of(every=10), max_steps=30)
-    plain, _ = fit(tmp_path / "plain", [], max_steps=30)
+    drawn, _ = fit(tmp_path / "drawn", flow_of(every=10), max_steps=20)
+    plain, _ = fit(tmp_path / "plain", [], max_steps=20)
     assert torch.equal(flat(drawn), flat(plain))
     assert drawn.losses == plain.losses
 
@@ -144,7 +144,7 @@ def test_norms_by_phase_are_told_saved_and_printed_by_the_doctor(tmp_path, caplo
 def test_steps_taken_again_after_a_rollback_count_once(tmp_path):
     suite = stability_callbacks()[1:]
     hurt = flow_of(every=1000)
-    fit(tmp_path / "hurt", [FaultInjector([CorruptWeight(step=25)]), *hurt, *suite], max_steps=60)
+    fit(tmp_path / "hurt", [FaultInjector([CorruptWeight(step=25)]), *hurt, *suite], max_steps=40)
     calm = flow_of(every=1000)
-    fit(tmp_path / "calm", [*calm, *stability_callbacks()[1:]], max_steps=60)
+    fit(tmp_path / "calm", [*calm, *stability_callbacks()[1:]], max_steps=40)
     assert hurt[1].phases.state_dict() == calm[1].phases.state_dict()

@@ -238,6 +238,14 @@ def test_fresh_module_has_no_finding_but_notes(model):
     assert [each[:2] for each in found(make().state_dict())] == expected
 
 
+def test_moments_made_before_the_first_step_are_no_finding(healthy):
+    checkpoint = copy.deepcopy(healthy)
+    for entry in checkpoint["optimizer_states"][0]["state"].values():
+        for value in entry.values():
+            value.zero_()
+    assert found(checkpoint) == []
+
+
 OPTIMIZERS = {
     "betas of a language model": lambda p: torch.optim.AdamW(p, 1e-3, (0.9, 0.95)),
     "slow betas": lambda p: torch.optim.AdamW(p, 1e-3, (0.99, 0.9999)),
