@@ -83,6 +83,7 @@ def loaded_by(statement):
         "import lit_stability.ladder, lit_stability.incidents",
         "from lit_stability import read_incidents, Anomaly, Incident, TrainingStopped",
         "from lit_stability.ranges import RangeReport, format_report, judge",
+        "from lit_stability.clip_rules import TieredClip; TieredClip()",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -101,6 +102,7 @@ def test_import_of_the_arithmetic_loads_torch_without_lightning():
 def test_public_names_are_frozen():
     """K3."""
     assert lit_stability.__all__ == [
+        "AdaptiveGradientClipping",
         "Anomaly",
         "AnomalyCheckpoint",
         "AutoRollback",
@@ -161,6 +163,7 @@ def test_files_of_decisions_are_the_ones_meant():
     """The lists above must not let a file of decisions slip out."""
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {"__init__.py", "ladder.py", "incidents.py", "last_good.py", "detectors/spike.py"}
+    light |= {f"clip_rules/{m}.py" for m in ("rule", "tiers", "percentile", "deviation")}
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
     assert light <= without_torch
 
