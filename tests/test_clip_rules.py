@@ -193,7 +193,7 @@ def test_norms_that_do_not_vary_are_not_clipped_for_noise(name):
 
 @pytest.mark.parametrize("norm", EXTREME)
 def test_extreme_norm_leaves_a_rule_that_works(rule, norm):
-    """C4, ZClip's flaw: one NaN in the averages stays there. Two of the first five norms, and more."""
+    """C4, and ZClip's flaw: a NaN stays in its averages. Two of the first five norms, and more."""
     for _ in range(2):
         assert rule.threshold(norm) > 0
         rule.update(norm)

@@ -1,0 +1,483 @@
+"""Clipping by a rule: what reaches the optimizer, what is learnt, and what is taken back."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule
+from benchmarks.byte_gpt import loader as byte_loader
+from lit_stability import (
+    AdaptiveGradientClipping,
+    AutoRollback,
+    GradientMonitor,
+    PrecisionFallback,
+    read_incidents,
+)
+from lit_stability.clip_rules import (
+    FixedClip,
+    MeanSigmaClip,
+    PercentileClip,
+    TieredClip,
+    ZScoreClip,
+)
+from lit_stability.faults import (
+    CorruptWeight,
+    FaultInjector,
+    NanLoss,
+    ScaleGradients,
+    ScaleLoss,
+)
+from lit_stability.launch import make
+from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.targets import bind
+from tests.callbacks.test_battery import TwoOptimizers
+from tests.clip_rank_cases import RULE, clipped_fits
+from tests.conftest import Regression, fit, flat, make_trainer, regression_data
+from tests.distributed import run_ranks_once
+from tests.exact import Batches, differences, loader, run
+from tests.test_exact_recovery import Net
+from tests.test_exact_recovery import TwoOptimizers as ExactTwoOptimizers
+from tests.test_invariants import fp16_on_cpu
+
+# A threshold amid the norms of the small nets, so that about every other step is clipped.
+BUSY = {
+    "fixed": FixedClip(norm=1.5),
+    "tiered": TieredClip(tiers=((3.0, 2.0, 0.5), (2.0, 1.5, 1.0)), otherwise=0.8, lr_steps=3),
+    "percentile": PercentileClip(percentile=50, window=20, bounds=(0.1, 9.0), known_after=5),
+    "mean and sigma": MeanSigmaClip(sigmas=0.1, window=20, known_after=5),
+    "z-score": ZScoreClip(z_max=0.1, known_after=5),
+}
+
+
+class Norms(Callback):
+    """Norms that were measured, those that reach the optimizer, and its learning-rate factor."""
+
+    def __init__(self):
+        self.measured, self.clipped, self.factors, self.batches = [], [], [], 0
+
+    def on_train_batch_start(self, *args):
+        self.batches += 1
+
+    def on_step_measured(self, trainer, pl_module, stats):
+        self.measured.append(stats.grad_norm)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        vetoed = any(grad is None for grad in grads)
+        flat = [torch.zeros(1)] if vetoed else [grad.flatten() for grad in grads]
+        self.clipped.append(float(torch.cat(flat).double().norm()))
+        self.factors.append(min(learning_rate_scale(optimizer).factors, default=1.0))
+
+
+class Nominal(Callback):
+    """Learning rates between the steps, as the scheduler writes them."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def suite(rule, *others):
+    return [GradientMonitor(), AdaptiveGradientClipping(rule=rule), *others]
+
+
+def expected(rule, norms):
+    """What each norm is clipped to by a rule that learns them all."""
+    rule, clipped = copy.deepcopy(rule), []
+    for norm in norms:
+        clipped.append(min(norm, rule.threshold(norm)))
+        rule.update(norm)
+    return clipped
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3, "max_steps": 15}])
+@pytest.mark.parametrize("rule", BUSY.values(), ids=BUSY)
+def test_step_reaches_the_optimizer_at_the_norm_that_the_rule_says(rule, options, tmp_path):
+    """S14, N2, S10: from the norm of the whole accumulation window, learnt before clipping."""
+    norms = Norms()
+    callbacks = suite(rule, norms)
+    fit(tmp_path, callbacks, **{"max_steps": 40, **options})
+    assert norms.clipped == pytest.approx(expected(rule, norms.measured), rel=1e-5)
+    clipped = sum(a < 0.999 * b for a, b in zip(norms.clipped, norms.measured, strict=True))
+    assert 1 <= clipped == callbacks[1].clipped
+    assert callbacks[1].taken == len(norms.measured)
+    assert callbacks[1].rule.state_dict() == rule.state_dict(), "a copy has learnt"
+
+
+def test_peak_of_16_62_is_brought_to_what_is_usual_and_the_loss_stays_steady(tmp_path):
+    """N6: a byte-level language model whose healthy norms are 0.6 to 1.0, five steps of 16.62."""
+    shape = ByteGPTConfig(width=32, layers=2, length=32)
+    rule = PercentileClip(
+        percentile=60, window=25, bounds=(0.1, 100.0), until_known=20.0, known_after=25
+    )
+
+    class Peak(Callback):
+        """Makes the gradients of five steps as large as the field note's."""
+
+        def on_after_backward(self, trainer, pl_module):
+            if 56 <= trainer.global_step < 61:
+                grads = [p.grad for p in pl_module.parameters()]
+                factor = 16.62 / float(torch.cat([g.flatten() for g in grads]).norm())
+                torch._foreach_mul_(grads, factor)
+
+    def train(*callbacks):
+        norms = Norms()
+        module, _ = fit(
+            tmp_path,
+            [*callbacks, norms],
+            lambda: ByteGPTModule(shape, lr=2e-3),
+            byte_loader(32, 32),
+            max_steps=75,
+        )
+        return module, norms
+
+    clean, _ = train(GradientMonitor())
+    peak, bare = train(Peak(), GradientMonitor())
+    kept, norms = train(Peak(), *suite(rule))
+    assert norms.measured[56:61] == pytest.approx([16.62] * 5, rel=1e-4)
+    assert bare.clipped[56:61] == pytest.approx([16.62] * 5, rel=1e-4)
+    assert all(0.7 <= norm <= 0.8 for norm in norms.clipped[56:61])
+    assert torch.isfinite(flat(kept)).all()
+    after = [sum(m.losses[57:]) / len(m.losses[57:]) for m in (clean, peak, kept)]
+    assert after[2] == pytest.approx(after[0], rel=0.001)
+    assert after[1] > 1.005 * after[0], "without the clip the peak shows in the loss"
+
+
+def test_learning_rate_is_cut_for_a_while_after_a_large_norm_and_comes_back(tmp_path, caplog):
+    """N2: with the step of the large norm, under a scheduler that writes at every step."""
+    rule, norms = TieredClip(tiers=((100.0, 5.0, 0.5),), otherwise=50.0, lr_steps=8), Norms()
+    faults = FaultInjector([ScaleGradients(step=20, factor=100.0)])
+    nominal = [Nominal(), Nominal()]
+    module = functools.partial(Regression, scheduler="onecycle")
+    fit(tmp_path, [faults, *suite(rule, norms), nominal[0]], module, max_steps=40)
+    assert norms.factors == [1.0] * 20 + [0.5] * 8 + [1.0] * 12
+    assert norms.clipped[20] == pytest.approx(5.0)
+    fit(tmp_path, [nominal[1]], module, max_steps=40)
+    assert nominal[0].rates == nominal[1].rates, "the schedule is left alone"
+    lines = [r.getMessage() for r in caplog.records if "learning rate" in r.getMessage()]
+    assert [line.split(":")[0] for line in lines] == ["step 20", "step 28"]
+    assert "clipped 1 of 40 steps" in caplog.text
+
+
+def test_spike_that_an_incident_is_opened_for_and_nobody_vetoes_is_clipped(tmp_path):
+    """N6, K3: `GradientMonitor` alone lets the step be taken; it is taken clipped."""
+    norms, rule = Norms(), TieredClip(tiers=((100.0, 5.0, 0.5),), otherwise=50.0, lr_steps=5)
+    faults = FaultInjector([ScaleGradients(step=30, factor=1e4)])
+    fit(tmp_path, [faults, *suite(rule, norms)], max_steps=40)
+    (incident,) = read_incidents(tmp_path)
+    assert incident["kind"] == "gradient spike"
+    assert norms.measured[30] > 1e3
+    assert norms.clipped[30] == pytest.approx(5.0)
+    assert norms.factors[30:36] == [0.5] * 5 + [1.0]
+
+
+@pytest.mark.parametrize("order", ["clipping first", "rollback first"])
+@pytest.mark.parametrize("norm", [0.2, 1.0, 5.0])
+def test_clip_that_a_rollback_tightened_holds_too_and_the_smaller_wins(norm, order, tmp_path):
+    """K3: never the product of both coefficients."""
+
+    class Tighten(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rollback.throttle.clip_factor = 0.25 if trainer.global_step >= 20 else 1.0
+            self.threshold = rollback._now.baselines[0].clip_threshold(0.25)
+            seen.append(self.threshold)
+
+    seen, norms, rollback = [], Norms(), AutoRollback(relax_after=1000)
+    both = [AdaptiveGradientClipping(rule=FixedClip(norm=norm)), rollback]
+    both = both if order == "clipping first" else both[::-1]
+    fit(tmp_path, [Tighten(), GradientMonitor(), *both, norms], max_steps=40)
+    for step in range(40):
+        largest = min(norm, seen[step]) if step >= 20 else norm
+        assert norms.clipped[step] == pytest.approx(min(norms.measured[step], largest), rel=1e-5)
+
+
+def test_learning_rate_cuts_of_both_multiply_and_neither_undoes_the_other(tmp_path):
+    """K3, N2."""
+    rollback, norms = AutoRollback(relax_after=12), Norms()
+    rule = TieredClip(tiers=((30.0, 5.0, 0.5),), otherwise=20.0, lr_steps=8)
+
+    class Cut(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 16 and not rollback.throttle.active:
+                rollback.throttle.cut(0.5, 1.0)
+                rollback._apply(trainer)
+
+    faults = FaultInjector([ScaleGradients(step=20, factor=10.0)])
+    fit(tmp_path, [faults, Cut(), *suite(rule, rollback, norms)], max_steps=40)
+    assert norms.factors == [1.0] * 16 + [0.5] * 4 + [0.25] * 7 + [0.5] * 1 + [1.0] * 12
+
+
+NEVER = {
+    "tiered": TieredClip(tiers=((1e6, 1e6, 0.5),), otherwise=1e6),
+    "percentile": PercentileClip(bounds=(1e6, 1e6), until_known=1e6),
+    "z-score": ZScoreClip(until_known=1e6, known_after=1000),
+}
+
+
+@pytest.mark.parametrize("rule", NEVER.values(), ids=NEVER)
+@pytest.mark.parametrize("with_rollback", [False, True])
+def test_rule_that_is_never_reached_leaves_the_run_as_it_is(rule, with_rollback, tmp_path):
+    """Invariant 1."""
+    callbacks = suite(rule, *([AutoRollback()] if with_rollback else []))
+    data = loader(Batches())
+    with_it = run(tmp_path / "a", Net, data, callbacks, max_epochs=2)
+    assert differences(with_it, run(tmp_path / "b", Net, data, max_epochs=2)) == {}
+
+
+EXACT = {
+    "spike": ({}, [functools.partial(ScaleLoss, step=35)], ()),
+    "bad batch": ({}, [], (10,)),
+    "NaN weight": ({}, [functools.partial(CorruptWeight, step=35)], ()),
+    "two optimizers": ({"module": ExactTwoOptimizers}, [], (10,)),
+    "accumulation": ({"accumulate_grad_batches": 4}, [], (3,)),
+    "fp16": ({"plugins": fp16_on_cpu}, [], (10,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [*((case, "tiered") for case in EXACT), ("spike", "percentile"), ("NaN weight", "z-score")],
+)
+def test_recovered_run_that_clips_equals_one_that_never_met_the_fault(case, rule, tmp_path):
+    """S12, invariants 3 and 7: weights, and what the rule has learnt."""
+    options, faults, bad = EXACT[case]
+    options = {"max_epochs": 2, "module": Net, **options}
+    results, states = [], []
+    for folder in ("faulty", "clean"):
+        faulty = folder == "faulty"
+        callbacks = suite(BUSY[rule], *([AutoRollback()] if faulty else []))
+        states.append(callbacks[1])
+        if faulty and faults:
+            callbacks = [FaultInjector([make_fault() for make_fault in faults]), *callbacks]
+        data = loader(Batches(nan=bad) if faulty else Batches(left_out=bad))
+        now = {k: v() if k == "plugins" else v for k, v in options.items()}
+        results.append(run(tmp_path / folder, data=data, callbacks=callbacks, **now))
+    assert differences(*results) == {}
+    assert states[0].state_dict() == states[1].state_dict()
+    assert read_incidents(tmp_path / "faulty")
+
+
+def test_vetoed_step_is_taken_again_by_itself_and_not_by_way_of_a_snapshot(tmp_path):
+    """The smallest remedy: a rule that never learns from a vetoed step has nothing to take back."""
+    norms = Norms()
+    faults = FaultInjector([NanLoss(step=35)])
+    fit(
+        tmp_path, [faults, GradientMonitor(), *suite(BUSY["percentile"])[1:], AutoRollback(), norms]
+    )
+    assert norms.batches == 61, "60 steps, and one of them twice"
+
+
+def test_every_optimizer_has_a_rule_to_itself(tmp_path):
+    """Manual optimization; the norms of the second must not raise the threshold of the first."""
+    callbacks = suite(BUSY["percentile"])
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, callbacks, TwoOptimizers, max_steps=80, logger=logger, log_every_n_steps=20)
+    state = callbacks[1].state_dict()
+    assert sorted(state) == ["0", "1"]
+    norms = [state[i]["state"]["norms"] for i in "01"]
+    assert len(norms[0]) == len(norms[1]) == 20
+    assert not set(norms[0]) & set(norms[1])
+    assert {"stability/clip_threshold", "stability/clip_threshold_1"} <= logged(tmp_path).keys()
+
+
+def logged(folder):
+    """The rows of a CSV log by key, without the gaps."""
+    lines = next(folder.rglob("metrics.csv")).read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
+    return {key: [float(v) for v in column if v] for key, column in columns.items()}
+
+
+def test_metrics_are_logged_as_documented(tmp_path):
+    """K3: the coefficient is the smallest since the row before."""
+    norms, rule = Norms(), FixedClip(norm=2.0)
+    callbacks = suite(rule, norms)
+    fit(tmp_path, callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=10, max_steps=40)
+    found = logged(tmp_path)
+    assert found["stability/clip_threshold"] == [2.0] * 4
+    rows = [norms.measured[i : i + 10] for i in range(0, 40, 10)]
+    coefficients = [min(1.0, 2.0 / max(row)) for row in rows]
+    assert found["stability/clip_coefficient"] == pytest.approx(coefficients)
+
+
+def test_trainer_clips_afterwards_what_is_left(tmp_path):
+    """S10: with a clip of its own the smaller of both holds."""
+
+    class AfterClipping(Regression):
+        norms: list
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            grads = [p.grad.flatten() for p in self.parameters()]
+            self.norms = [*getattr(self, "norms", []), float(torch.cat(grads).norm())]
+
+    norms = Norms()
+    callbacks = suite(FixedClip(norm=2.0), norms)
+    module, _ = fit(tmp_path, callbacks, AfterClipping, max_steps=30, gradient_clip_val=1.0)
+    assert max(norms.clipped) == pytest.approx(2.0, rel=1e-5)
+    assert module.norms == pytest.approx([min(n, 1.0) for n in norms.measured], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["16-mixed", "bf16-mixed"])
+def test_mixed_precision_is_clipped_unscaled(name, tmp_path):
+    """S9, S10: gradients of the optimizer, not 2**16 times theirs; an overflow teaches nothing."""
+    norms = Norms()
+    options = {"plugins": fp16_on_cpu()} if name == "16-mixed" else {"precision": name}
+    callbacks = suite(BUSY["percentile"], norms)
+    fit(tmp_path, callbacks, max_steps=40, **options)
+    finite = [n for n in norms.measured if torch.isfinite(torch.tensor(n))]
+    assert max(finite) < 100
+    clipped = [c for c, n in zip(norms.clipped, norms.measured, strict=True) if n in finite]
+    assert clipped == pytest.approx(expected(BUSY["percentile"], finite), rel=1e-3)
+
+
+def test_norm_that_is_not_finite_is_neither_clipped_nor_learnt(tmp_path):
+    """C4: clipping does not help against it."""
+    callbacks = suite(BUSY["z-score"])
+    module, _ = fit(tmp_path, [FaultInjector([NanLoss(step=20)]), *callbacks], max_steps=25)
+    assert not torch.isfinite(flat(module)).all()
+    assert callbacks[1].taken == 20
+    assert callbacks[1].state_dict()["0"]["state"]["mean"] < 10
+
+
+class Still(Net):
+    """Without dropout: Lightning's own checkpoints do not bring the generators back."""
+
+    def __init__(self):
+        super().__init__()
+        self.last[0].p = 0.0
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", ["tiered", "percentile", "mean and sigma", "z-score"])
+def test_run_resumed_from_a_checkpoint_clips_on_as_if_it_had_not_ended(name, tmp_path):
+    """S11, S12: thresholds, and a cut of the learning rate that is in force."""
+    cut = TieredClip(tiers=((2.0, 1.0, 0.5),), lr_steps=50)
+    rule = cut if name == "tiered" else BUSY[name]
+    first, second, whole = (suite(rule) for _ in range(3))
+    saved = ModelCheckpoint(tmp_path / "c", filename="{epoch}", save_top_k=-1)
+    data = functools.partial(loader, Batches())
+    options = {"max_epochs": 1, "enable_checkpointing": True}
+    run(tmp_path / "a", Still, data, [*first, saved], **options)
+    file = tmp_path / "c" / "epoch=0.ckpt"
+    assert torch.load(file, weights_only=True)["callbacks"][first[1].state_key]
+    resumed = run(tmp_path / "b", Still, data, second, max_epochs=2, resume=file)
+    clean = run(tmp_path / "clean", Still, data, whole, max_epochs=2)
+    assert not {"weights", "optimizers", "global_step"} & set(differences(resumed, clean))
+    assert second[1].state_dict() == whole[1].state_dict() != first[1].state_dict()
+
+
+def test_state_of_another_rule_is_left_and_said(tmp_path, caplog):
+    _, trainer = fit(tmp_path, suite(BUSY["percentile"]), max_steps=20)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    callbacks = suite(BUSY["z-score"])
+    resumed = make_trainer(tmp_path, callbacks, max_steps=30)
+    resumed.fit(Regression(), regression_data(), ckpt_path=tmp_path / "saved.ckpt")
+    assert "ZScoreClip learns anew: the state is a PercentileClip's" in caplog.text
+    assert callbacks[1].state_dict()["0"]["rule"] == "ZScoreClip"
+
+
+def test_optimizer_is_left_at_its_nominal_rate_after_a_fit(tmp_path):
+    rule = TieredClip(tiers=((1e-3, 1e-3, 0.5),), lr_steps=100)
+    _, trainer = fit(tmp_path, suite(rule), max_steps=10)
+    assert learning_rate_scale(trainer.optimizers[0]).factors == ()
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("rule", [1.0, PercentileClip, "tiered"])
+def test_rule_that_is_none_is_refused_with_its_value(rule):
+    with pytest.raises(ValueError, match=r"rule must be an object such as .*, got "):
+        AdaptiveGradientClipping(rule=rule)
+
+
+def test_clipping_without_a_monitor_before_it_names_the_line_to_add(tmp_path):
+    with pytest.raises(ValueError, match=r"callbacks=\[GradientMonitor\(\), ..., AdaptiveGrad"):
+        fit(tmp_path, [AdaptiveGradientClipping()])
+
+
+def test_lbfgs_is_refused_with_what_to_use_instead(tmp_path):
+    class Module(Regression):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(ValueError, match=r"cannot clip an LBFGS .*gradient_clip_val"):
+        fit(tmp_path, suite(FixedClip()), Module)
+
+
+def test_precision_fallback_keeps_what_was_learnt(tmp_path):
+    callbacks = suite(BUSY["percentile"], PrecisionFallback(), AutoRollback())
+    fit(tmp_path, callbacks, max_steps=40, precision="bf16-mixed")
+    assert len(callbacks[1].state_dict()["0"]["state"]["norms"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({}, PercentileClip()),
+        (
+            {
+                "rule": {
+                    "_target_": "lit_stability.clip_rules.TieredClip",
+                    "tiers": [[20, 5, "5e-1"], [5, 2, 1]],
+                    "lr_steps": 40,
+                }
+            },
+            TieredClip(tiers=((20.0, 5.0, 0.5), (5.0, 2.0, 1.0)), lr_steps=40),
+        ),
+        (
+            {"rule": {"_target_": "lit_stability.clip_rules.PercentileClip", "bounds": [1, 9]}},
+            PercentileClip(bounds=(1.0, 9.0)),
+        ),
+    ],
+)
+def test_rule_in_a_config_is_built_from_its_own_target(options, rule):
+    """K5: checked against the rule's signature before anything is built."""
+    bad = []
+    assert make(bind(AdaptiveGradientClipping, options, "callbacks.clip", bad)).rule == rule
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"lr_step": 3}, "did you mean lr_steps"),
+        ({"otherwise": "much"}, "callbacks.clip.rule.otherwise='much': expected float"),
+    ],
+)
+def test_bad_option_of_a_rule_in_a_config_is_named_by_its_path(option, message):
+    rule = {"_target_": "lit_stability.clip_rules.TieredClip", **option}
+    bad = []
+    bind(AdaptiveGradientClipping, {"rule": rule}, "callbacks.clip", bad)
+    assert len(bad) == 1
+    assert message in bad[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks_once(tmp_path_factory, clipped_fits, "clipping")[1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_clip_the_norm_of_all_to_the_same(strategy, ranks):
+    """Invariant 5: under FSDP2 a rank's own shards have a smaller norm."""
+    one, other = (rank[strategy, "clean"] for rank in ranks)
+    assert torch.equal(one["weights"], other["weights"])
+    assert one["state"] == other["state"]
+    assert one["clipped"] == pytest.approx(expected(RULE, one["measured"]), rel=1e-4)
+    assert min(one["clipped"]) < 0.5 * max(one["measured"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_that_roll_back_take_back_what_was_learnt(strategy, ranks):
+    """Invariants 5 and 7."""
+    for rank in ranks:
+        clean, back = rank[strategy, "clean"], rank[strategy, "rolled back"]
+        assert back["incidents"] == 1
+        assert torch.equal(clean["weights"], back["weights"])
+        assert clean["state"] == back["state"]
