@@ -96,7 +96,7 @@ def expected(rule, norms):
     return clipped
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3, "max_steps": 15}])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "max_steps": 30}])
 @pytest.mark.parametrize("rule", BUSY.values(), ids=BUSY)
 def test_step_reaches_the_optimizer_at_the_norm_that_the_rule_says(rule, options, tmp_path):
     """S14, N2, S10: from the norm of the whole accumulation window, learnt before clipping."""
