@@ -1,6 +1,6 @@
 """What clipping rules save and cost on a byte-level language model: a table of final losses.
 
-    python -m benchmarks.clipping [--seeds 0 1] [--steps 240]
+    python -m benchmarks.clipping [--seeds 0 1] [--steps 200]
 
 Each rule alone, with `GradientMonitor` and without any responder, so that what it does not clip is
 taken as it is. A clean run, one whose gradients are 1000 times too large for five steps in its
@@ -109,7 +109,7 @@ def main() -> None:
     """Run the table and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.pytorch.lit_stability"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -76,6 +76,8 @@ class AdaptiveGradientClipping(Callback):
         self.clipped = 0
         """Those of them that were clipped."""
         self._rules: dict[int, ClipRule] = {}
+        self._cutting: dict[int, CutsLearningRate] = {}
+        """Those of the rules that lower the learning rate as well."""
         self._restored: Mapping[str, Any] = {}
         self._measured: dict[int, StepStats] = {}
         self._smallest: dict[int, float] = {}
@@ -98,6 +100,7 @@ class AdaptiveGradientClipping(Callback):
                     "Trainer(gradient_clip_val=...)"
                 )
         self._rules = {i: copy.deepcopy(self.rule) for i, _ in enumerate(trainer.optimizers)}
+        self._cutting = {i: r for i, r in self._rules.items() if isinstance(r, CutsLearningRate)}
         self.load_rewindable_state(self._restored)
         self._restored = {}
         self.taken = self.clipped = 0
@@ -107,9 +110,8 @@ class AdaptiveGradientClipping(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Put the learning rate in force that the rules ask for whatever comes."""
-        for index, rule in self._rules.items():
-            if isinstance(rule, CutsLearningRate):
-                self._scale(trainer, trainer.optimizers[index], rule.lr_factor())
+        for index, rule in self._cutting.items():
+            self._scale(trainer, trainer.optimizers[index], rule.lr_factor())
 
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
@@ -129,8 +131,9 @@ class AdaptiveGradientClipping(Callback):
         rule = self._rules[index]
         threshold = rule.threshold(stats.grad_norm)
         coefficient = clip_step(optimizer, stats, threshold)
-        if isinstance(rule, CutsLearningRate):
-            self._scale(trainer, optimizer, rule.lr_factor(stats.grad_norm), stats)
+        if index in self._cutting:
+            factor = self._cutting[index].lr_factor(stats.grad_norm)
+            self._scale(trainer, optimizer, factor, stats)
         rule.update(stats.grad_norm)
         self._record(trainer, index, threshold, coefficient, clipped=stats.grad_norm > threshold)
 

@@ -6,7 +6,6 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -21,6 +20,14 @@ for their noise, and a spread that was learnt away cannot keep a threshold down 
 
 _MAD_TO_SIGMA = 1.4826
 """Median absolute deviation of a Gaussian times this is its standard deviation."""
+
+
+@dataclass
+class _Learnt:
+    """Norms, and the threshold that follows from them once it was asked for."""
+
+    norms: list[float] = field(default_factory=list)
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ class MeanSigmaClip:
     """Threshold until enough norms are known; Inf for none."""
     known_after: int = 100
     """Norms that are enough."""
-    _norms: deque[float] = field(default_factory=deque, init=False, repr=False, compare=False)
+    _learnt: _Learnt = field(default_factory=_Learnt, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require(0 < self.sigmas < math.inf, "sigmas", self.sigmas, "greater than 0 and finite")
@@ -64,35 +71,38 @@ class MeanSigmaClip:
 
     def threshold(self, grad_norm: float) -> float:
         """See `ClipRule`; the coming norm itself plays no part in it."""
-        count = len(self._norms)
-        if count < self.known_after:
+        if self._learnt.threshold is None:
+            self._learnt.threshold = self._compute()
+        return self._learnt.threshold
+
+    def _compute(self) -> float:
+        norms = self._learnt.norms
+        if len(norms) < self.known_after:
             return self.until_known
-        mean = math.fsum(self._norms) / count
-        sigma = math.dist(self._norms, [mean] * count) / math.sqrt(count)
+        mean = math.fsum(norms) / len(norms)
+        sigma = math.dist(norms, [mean] * len(norms)) / math.sqrt(len(norms))
         return _above(mean, self.sigmas, sigma) or self.until_known
 
     def update(self, grad_norm: float) -> None:
         """Learn a norm, or the threshold where it is beyond that."""
         if not teaches(grad_norm):
             return
-        known = len(self._norms) >= self.known_after
-        self._norms.append(min(grad_norm, self.threshold(grad_norm)) if known else grad_norm)
-        if len(self._norms) > self.window:
-            self._norms.popleft()
-        if not known and len(self._norms) == self.known_after:
-            self._replace(_without_spikes(self._norms, self.sigmas))
+        norms = list(self._learnt.norms)
+        known = len(norms) >= self.known_after
+        norms.append(min(grad_norm, self.threshold(grad_norm)) if known else grad_norm)
+        just_known = len(norms) == self.known_after and not known
+        self._hold(_without_spikes(norms, self.sigmas) if just_known else norms)
 
-    def _replace(self, norms: Sequence[float]) -> None:
-        self._norms.clear()
-        self._norms.extend(norms[-self.window :])
+    def _hold(self, norms: Sequence[float]) -> None:
+        self._learnt.norms, self._learnt.threshold = list(norms[-self.window :]), None
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt."""
-        return {"norms": list(self._norms)}
+        return {"norms": list(self._learnt.norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put it back, or as much of its end as there is room for."""
-        self._replace([float(norm) for norm in state["norms"] if teaches(norm)])
+        self._hold([float(norm) for norm in state["norms"] if teaches(norm)])
 
 
 @dataclass

@@ -63,8 +63,8 @@ class PercentileClip:
     """Clips to a percentile of the last norms, within bounds.
 
     After AutoClip (Seetharaman et al. 2020, arXiv 2007.14469). Norms are learnt as they are
-    measured, before clipping: a burst of at most ``(100 - percentile) / 100 * window`` steps (5
-    with the defaults) moves the threshold no further than to the largest norm that was there
+    measured, before clipping: a burst of at most ``(100 - percentile) / 100`` of the norms known (5
+    of 1000, but 1 of 200) moves the threshold no further than to the largest norm that was there
     before; a longer one raises it, at most to the upper bound.
 
     Raises:

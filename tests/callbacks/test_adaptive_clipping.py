@@ -358,7 +358,7 @@ class Still(Net):
 @pytest.mark.parametrize("name", ["tiered", "percentile", "mean and sigma", "z-score"])
 def test_run_resumed_from_a_checkpoint_clips_on_as_if_it_had_not_ended(name, tmp_path):
     """S11, S12: thresholds, and a cut of the learning rate that is in force."""
-    cut = TieredClip(tiers=((2.0, 1.0, 0.5),), lr_steps=50)
+    cut = TieredClip(tiers=((8.0, 1.0, 0.5),), lr_steps=50)  # by the first step, and by no other
     rule = cut if name == "tiered" else BUSY[name]
     first, second, whole = (suite(rule) for _ in range(3))
     saved = ModelCheckpoint(tmp_path / "c", filename="{epoch}", save_top_k=-1)
