@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "AdaptiveGradientClipping": "callbacks",
     "Anomaly": "detectors",
     "AnomalyCheckpoint": "callbacks",
     "AutoRollback": "callbacks",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_stability.shards import local
+from lit_stability.stats import StepStats
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
@@ -32,3 +35,34 @@ def scale_gradients(parameters: Iterable[Tensor], coefficient: float) -> None:
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     if coefficient != 1.0 and grads:
         torch._foreach_mul_(grads, coefficient)
+
+
+_CLIPPED: WeakKeyDictionary[Optimizer, tuple[StepStats, float]] = WeakKeyDictionary()
+"""The step that an optimizer's gradients were last clipped for, and by how much."""
+
+
+def clip_step(optimizer: Optimizer, stats: StepStats, max_norm: float) -> float:
+    """Clip the gradients of the step that is about to be taken, in place.
+
+    Where several clip the same step the smallest threshold wins, in whatever order they come:
+    each multiplies by what is missing, and never by what another has multiplied by already.
+
+    Args:
+        optimizer: whose gradients to clip.
+        stats: of that very step, as measured before anybody has clipped.
+        max_norm: largest norm that they may keep.
+
+    Returns:
+        What the gradients that were measured are multiplied by in all, in (0, 1].
+
+    Raises:
+        ValueError: if the norm is not finite, or ``max_norm`` not positive.
+    """
+    last, before = _CLIPPED.get(optimizer, (None, 1.0))
+    before = before if last is stats else 1.0
+    wanted = min(before, clip_coefficient(stats.grad_norm, max_norm))
+    if wanted < before:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        scale_gradients(parameters, wanted / before)
+    _CLIPPED[optimizer] = (stats, wanted)
+    return wanted

@@ -1,12 +1,15 @@
 """A factor on the learning rate that no scheduler can undo.
 
 The nominal value, which schedulers read and write, is scaled when ``optimizer.step`` begins and
-put back when it ends. May import torch.
+put back when it ends. Several owners may hold factors at once: they multiply, and each changes its
+own alone. May import torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -30,19 +33,30 @@ class LearningRateScale:
         self._inside = False
         self._nominal: list[float] | None = None
         self._written: list[float] = []
-        self.factors: tuple[float, ...] = ()
+        self._held: dict[str, tuple[float, ...]] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def set(self, factors: Sequence[float]) -> None:
-        """Scale each group by its factor, from this step on.
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What each group is scaled by: the product of what the owners hold."""
+        groups = zip_longest(*self._held.values(), fillvalue=1.0)
+        return tuple(math.prod(factors) for factors in groups)
+
+    def held_by(self, owner: str) -> tuple[float, ...]:
+        """The factors of an owner, one for each group, or none."""
+        return self._held.get(owner, ())
+
+    def set(self, factors: Sequence[float], owner: str = "throttle") -> None:
+        """Scale each group by its factor, from this step on, on top of what other owners hold.
 
         Callable inside a step's closure too: the update that follows already obeys.
 
         Args:
             factors: one for each parameter group, in (0, 1].
+            owner: whose factors these are; they take the place of those it held before.
 
         Raises:
             ValueError: if a factor is out of its range, or they do not fit the groups.
@@ -54,7 +68,7 @@ class LearningRateScale:
             if not 0 < factor <= 1:
                 raise ValueError(f"a learning-rate factor must be in (0, 1], got {factor!r}")
         nominal = self.nominal()
-        self.factors = tuple(factors)
+        self._held[owner] = tuple(factors)
         if self._inside:
             self._nominal = nominal
             self._write()
@@ -67,7 +81,8 @@ class LearningRateScale:
         """Learning rate of each group that the next update uses."""
         nominal = self.nominal()
         # A group that was added since the factors were set is not scaled.
-        factors = [*self.factors, *[1.0] * (len(nominal) - len(self.factors))]
+        factors = self.factors
+        factors += (1.0,) * (len(nominal) - len(factors))
         return [n * f for n, f in zip(nominal, factors, strict=True)]
 
     def detach(self) -> None:

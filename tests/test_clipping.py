@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_stability.clipping import clip_coefficient, scale_gradients
+from lit_stability.clipping import clip_coefficient, clip_step, scale_gradients
+from lit_stability.stats import StepStats
 
 POSITIVE = st.floats(1e-30, 1e30)
 
@@ -94,3 +95,39 @@ def test_scale_gradients_by_one_touches_nothing():
 
 def test_scale_gradients_without_any_does_nothing():
     scale_gradients([nn.Parameter(torch.zeros(3))], 0.5)
+
+
+def one_weight(norm):
+    """An optimizer whose gradient has this norm, and its measurement."""
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), norm / 2)
+    return torch.optim.SGD([weight], 0.1), StepStats(step=0, loss=1.0, grad_norm=norm)
+
+
+@pytest.mark.parametrize(
+    "order", [(5.0, 2.0), (2.0, 5.0), (2.0, 2.0), (2.0, 32.0), (1.0, 4.0, 2.0)]
+)
+def test_step_clipped_by_several_keeps_the_smallest_threshold(order):
+    """K3: never the product of what each would multiply by."""
+    optimizer, stats = one_weight(16.0)
+    told = [clip_step(optimizer, stats, threshold) for threshold in order]
+    assert float(optimizer.param_groups[0]["params"][0].grad.norm()) == min(order)
+    assert told[-1] == min(order) / 16
+
+
+def test_next_step_and_other_optimizers_are_clipped_anew():
+    optimizer, stats = one_weight(16.0)
+    clip_step(optimizer, stats, 1.0)
+    other, _ = one_weight(16.0)
+    assert clip_step(other, stats, 4.0) == 0.25
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.full((4,), 8.0)
+    assert clip_step(optimizer, StepStats(step=1, loss=1.0, grad_norm=16.0), 4.0) == 0.25
+    assert float(weight.grad.norm()) == 4.0
+
+
+def test_step_below_its_threshold_is_left_alone():
+    optimizer, stats = one_weight(16.0)
+    version = optimizer.param_groups[0]["params"][0].grad._version
+    assert clip_step(optimizer, stats, 16.0) == 1.0
+    assert optimizer.param_groups[0]["params"][0].grad._version == version

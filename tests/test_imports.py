@@ -91,6 +91,7 @@ def loaded_by(statement):
         "from lit_stability.ranges import RangeReport, format_report, judge",
         "from lit_stability.doctor import Finding, HealthReport, format_report",
         "import lit_stability.gradient_flow",
+        "from lit_stability.clip_rules import TieredClip; TieredClip()",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -109,6 +110,7 @@ def test_import_of_the_arithmetic_loads_torch_without_lightning():
 def test_public_names_are_frozen():
     """K3."""
     assert lit_stability.__all__ == [
+        "AdaptiveGradientClipping",
         "Anomaly",
         "AnomalyCheckpoint",
         "AutoRollback",
@@ -171,6 +173,7 @@ def test_files_of_decisions_are_the_ones_meant():
     """The lists above must not let a file of decisions slip out."""
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {"__init__.py", "ladder.py", "incidents.py", "last_good.py", "detectors/spike.py"}
+    light |= {f"clip_rules/{m}.py" for m in ("rule", "tiers", "percentile", "deviation")}
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
     light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
     light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}

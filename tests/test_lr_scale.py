@@ -267,3 +267,47 @@ def test_state_dict_of_a_scaled_optimizer_holds_the_nominal_rate():
     learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
     step(weights, optimizer, 0)
     assert [g["lr"] for g in optimizer.state_dict()["param_groups"]] == [0.5, 0.25]
+
+
+def test_owners_hold_factors_at_once_and_neither_undoes_the_other():
+    """K3, N2: factors multiply; who relaxes its own leaves the other's in force."""
+    _, optimizer = make(lr=[1.0, 1.0])
+    scale = learning_rate_scale(optimizer)
+    scale.set([0.5, 0.25])
+    scale.set([0.5, 1.0], "clipping")
+    assert scale.effective() == [0.25, 0.25]
+    scale.set([1.0, 1.0])
+    assert scale.effective() == [0.5, 1.0]
+    scale.set([0.25, 0.25])
+    scale.set([1.0, 1.0], "clipping")
+    assert scale.effective() == [0.25, 0.25]
+    assert (scale.held_by("throttle"), scale.held_by("clipping")) == ((0.25, 0.25), (1.0, 1.0))
+    assert scale.held_by("nobody") == ()
+
+
+def test_group_added_since_is_scaled_by_those_owners_who_know_it():
+    _, optimizer = make(lr=[1.0, 1.0])
+    scale = learning_rate_scale(optimizer)
+    scale.set([0.5, 0.5])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
+    assert scale.effective() == [0.5, 0.5, 1.0]
+    scale.set([0.25] * 3, "clipping")
+    assert scale.effective() == [0.125, 0.125, 0.25]
+
+
+def test_owner_that_cuts_inside_a_step_scales_this_update_on_top_of_the_other():
+    used, left = update([1.0, 1.0], lambda scale: scale.set([0.5, 0.5]))
+    assert used == [0.5, 0.5]
+    weights, optimizer = make(lr=[1.0, 1.0])
+    scale = learning_rate_scale(optimizer)
+    scale.set([0.5, 0.5])
+
+    def closure():
+        scale.set([0.5, 0.5], "clipping")
+        for w in weights:
+            w.data.zero_()
+            w.grad = torch.ones(4)
+
+    optimizer.step(closure)
+    assert [-float(w[0].detach()) for w in weights] == [0.25, 0.25]
+    assert rates(optimizer) == left

@@ -11,7 +11,8 @@ One optimizer step, with the hooks in place::
                                 the detectors, and then either
                                   on_healthy_step of every callback, in order, or
                                   on_incident     of every callback, in order, until settled
-      clipping, update
+                                AdaptiveGradientClipping clips the step, unless it was vetoed
+      the Trainer's own clipping, update
       lr_scheduler_step
     on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
                                 PrecisionFallback changes the precision, if that was the cause
@@ -21,6 +22,7 @@ One optimizer step, with the hooks in place::
 
 Any callback, and the LightningModule, may define:
 
+* ``on_step_measured(trainer, pl_module, stats)``: any step, before the detectors are asked;
 * ``on_healthy_step(trainer, pl_module, stats)``: an accepted step, before its update;
 * ``on_incident(trainer, pl_module, incident)``: a strike, before its update; on all ranks alike;
 * ``on_suspicion(trainer, pl_module, anomaly)``: this rank objects to its gradients, and whether all
@@ -29,11 +31,14 @@ Any callback, and the LightningModule, may define:
 * ``on_rollback(trainer, pl_module)``: a snapshot was just put back;
 * ``on_precision_changed(trainer, pl_module)``: another precision is in force, between two steps;
 * ``books()`` and ``load_books(books)``: what ranks that disagree take over from rank 0;
-* ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back.
+* ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back. A vetoed
+  step may have moved it too, and is taken back by way of a snapshot, unless the owner says by
+  ``ignores_vetoed_steps = True`` that it never does.
 """
 
 from lightning.pytorch import Callback
 
+from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.gradient_flow import GradientFlow
@@ -44,6 +49,7 @@ from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.callbacks.preflight import Preflight
 
 __all__ = [
+    "AdaptiveGradientClipping",
     "AnomalyCheckpoint",
     "AutoRollback",
     "GradientFlow",

@@ -14,14 +14,14 @@ from lit_stability.callbacks.requirements import (
 )
 from lit_stability.callbacks.rewinder import Rewinder
 from lit_stability.callbacks.treatment import Treatment
-from lit_stability.clipping import clip_coefficient, scale_gradients
+from lit_stability.clipping import clip_step
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.ladder import Budget, HoldLearningRate, Ladder
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.stats import StepStats
 from lit_stability.throttle import Throttle
-from lit_stability.trainer_state import Stateful, parameters_of
+from lit_stability.trainer_state import Stateful
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -171,8 +171,7 @@ class AutoRollback(Callback):
         baseline = now.baselines[stats.optimizer]
         threshold = baseline.clip_threshold(self.throttle.clip_factor)
         if threshold is not None and stats.finite_gradients:
-            parameters = parameters_of(trainer.optimizers[stats.optimizer])
-            scale_gradients(parameters, clip_coefficient(stats.grad_norm, threshold))
+            clip_step(trainer.optimizers[stats.optimizer], stats, threshold)
         baseline.add(stats.grad_norm, stats.update_ratio)
         if stats.step < now.trouble:
             return

@@ -77,6 +77,8 @@ class GradientMonitor(Callback):
         ValueError: if an argument is out of its range.
     """
 
+    ignores_vetoed_steps = True
+
     def __init__(
         self,
         *,
@@ -123,13 +125,8 @@ class GradientMonitor(Callback):
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)
         self._council = Council(ranks)
-        self._measuring = Measuring(
-            trainer,
-            pl_module,
-            ranks,
-            scan_weights_every=self.scan_weights_every,
-            details_every=self.details_every,
-        )
+        every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
+        self._measuring = Measuring(trainer, pl_module, ranks, **every)
         self._reporter = Reporter(trainer)
         self._panel = Panel(self.detectors, self._measuring.meters, self._reporter.say)
         self._panel.load_state_dict(self._restored)
@@ -159,6 +156,7 @@ class GradientMonitor(Callback):
         stats = self._measuring.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
+        call_hook("on_step_measured", trainer, pl_module, stats)
         if stats.details:
             self.details.append(stats)
         anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.generations import Generations
 from lit_stability.trainer_state import (
     CheckpointLedger,
@@ -80,7 +79,7 @@ class Rewinder:
         self.on_trial = False
         """Whether no new snapshot is to be taken for now."""
         self._has_extra = bool(registered) or any(
-            hasattr(owner, "rewindable_state") and not isinstance(owner, GradientMonitor)
+            hasattr(owner, "rewindable_state") and not getattr(owner, "ignores_vetoed_steps", False)
             for owner in [*callbacks_of(trainer), pl_module]
         )
         self._begin_window()

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.trainer_state.progress import step_counters
 
 _PAUSED = "rejected"
@@ -82,6 +83,18 @@ def _counts(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     }
 
 
+def _groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each group, and a copy of its options: inside a step, with the rate that is not scaled."""
+    saved = []
+    rates = learning_rate_scale(optimizer).nominal()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        options = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+        lr = options["lr"]
+        options["lr"] = lr.fill_(rate) if isinstance(lr, Tensor) else rate
+        saved.append((group, options))
+    return saved
+
+
 def _uncount_step(trainer: Trainer) -> None:
     """Take a vetoed step off the count while it is being taken: Lightning is about to count it."""
     automatic, manual, _ = step_counters(trainer)
@@ -120,11 +133,7 @@ class SchedulerPause:
         if trainer.lightning_module.automatic_optimization or self._states:
             return
         self._states = [(c.scheduler, copy.deepcopy(c.scheduler.state_dict())) for c in configs]
-        self._groups = [
-            (g, {k: copy.deepcopy(v) for k, v in g.items() if k != "params"})
-            for optimizer in trainer.optimizers
-            for g in optimizer.param_groups
-        ]
+        self._groups = [saved for optimizer in trainer.optimizers for saved in _groups(optimizer)]
 
     def undo(self) -> None:
         """Put back what the module did to schedulers since the veto, in manual optimization."""

@@ -17,6 +17,7 @@ from lit_stability.faults import (
     NanLoss,
 )
 from lit_stability.ladder import Budget, SkipStep
+from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data, skipping_suite
 from tests.test_invariants import fp16_on_cpu, optimizer_state
 
@@ -69,6 +70,23 @@ def test_learning_rate_jump_is_held_at_what_the_run_has_borne(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == 3.0, "the schedule is left alone"
     clean, _ = fit(tmp_path, [], max_steps=100)
     assert torch.equal(flat(held), flat(clean))
+
+
+def test_veto_in_manual_optimization_leaves_a_schedule_whose_rate_is_scaled_alone(tmp_path):
+    """K3: the rate that is gone back to is the scheduler's, not the one lowered for a step."""
+
+    class Cut(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 20 and not rollback.throttle.active:
+                rollback.throttle.cut(0.5, 1.0)
+                rollback._apply(trainer)
+
+    rollback = AutoRollback(relax_after=1000)
+    callbacks = [FaultInjector([NanLoss(step=40)]), Cut(), GradientMonitor(), rollback]
+    _, trainer = fit(tmp_path, callbacks, TwoOptimizers, max_steps=80)
+    _, bare = fit(tmp_path, [], TwoOptimizers, max_steps=80)
+    rates = [[o.param_groups[0]["lr"] for o in t.optimizers] for t in (trainer, bare)]
+    assert rates[0] == rates[1]
 
 
 def test_held_learning_rate_is_let_go_when_the_schedule_comes_back(tmp_path, caplog):

@@ -58,7 +58,7 @@ def cls(request):
 
 
 def test_battery_finds_the_callbacks():
-    beside_the_suite = {"GradientFlow", "Preflight"}
+    beside_the_suite = {"AdaptiveGradientClipping", "GradientFlow", "Preflight"}
     suite = {type(c).__name__ for c in stability_callbacks()}
     assert {c.__name__ for c in PUBLIC} == suite | beside_the_suite, (
         "a public callback that the default suite lacks needs its own line here"
@@ -148,7 +148,11 @@ def test_suite_with_two_optimizers_skips_the_bad_one_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "callback", ["AnomalyCheckpoint", "AutoRollback", "GradientFlow", "LastKnownGood"]
+    "callback",
+    [
+        *("AdaptiveGradientClipping", "AnomalyCheckpoint", "AutoRollback", "GradientFlow"),
+        *("LastKnownGood", "NonFiniteLocator", "PrecisionFallback"),
+    ],
 )
 @pytest.mark.parametrize("order", ["alone", "before"])
 def test_responder_without_a_monitor_before_it_names_the_line_to_add(callback, order, tmp_path):
