@@ -69,6 +69,11 @@ class PrecisionLadder:
         return self._names[self._at]
 
     @property
+    def has_rungs(self) -> bool:
+        """Whether there is anything to fall back to, from wherever it is."""
+        return len(self._names) > 1
+
+    @property
     def next(self) -> str | None:
         """The rung below, or None."""
         return self._names[self._at + 1] if self._at + 1 < len(self._names) else None

@@ -250,7 +250,7 @@ class PrecisionFallback(Callback):
     @property
     def takes_steps_again(self) -> bool:
         """Whether steps are to be kept for it: not where there is no precision to fall back to."""
-        return self._ladder is not None and self._ladder.next is not None
+        return self._ladder is not None and self._ladder.has_rungs
 
     @property
     def _rung(self) -> PrecisionLadder:

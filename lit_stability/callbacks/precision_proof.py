@@ -39,9 +39,13 @@ class PrecisionProof:
         tape = incident.tape
         if tape.obstacle(trainer) is not None:
             return "unknown"
-        own = tape.take_again(trainer, pl_module, float32=False)
-        wide = tape.take_again(trainer, pl_module, float32=True)
-        finding, words = self._judge(str(trainer.precision), own, wide, incident)
+        try:
+            own = tape.take_again(trainer, pl_module, float32=False)
+            wide = tape.take_again(trainer, pl_module, float32=True)
+            finding, words = self._judge(str(trainer.precision), own, wide, incident)
+        except Exception as error:
+            # A training_step that cannot be run twice must not be what ends the run.
+            finding, words = "unknown", f"the step cannot be taken again: {error!r}"
         if words not in incident.evidence:
             incident.evidence.append(words)
         found: list[Finding] = incident.gather(finding)

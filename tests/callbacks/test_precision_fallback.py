@@ -422,6 +422,50 @@ class Manual(Collapsing):
         return loss
 
 
+class Fragile(Net):
+    """Cannot run one batch twice."""
+
+    def __init__(self):
+        super().__init__(own_loss=True)
+        self.seen = {}
+
+    def training_step(self, batch, batch_idx):
+        known = self.seen.setdefault("batches", set())
+        if batch_idx in known:
+            raise RuntimeError("seen already")
+        known.add(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+def test_step_that_cannot_be_run_twice_is_no_proof_and_does_not_end_the_run(tmp_path):
+    callbacks = [GradientMonitor(), PrecisionFallback(), AutoRollback(data="skip")]
+    loader = data(poison=(40, float("nan")))
+    _, trainer = train(tmp_path, callbacks, loader, 90, module=Fragile, **fp16())
+    (incident,) = callbacks[0].incidents
+    assert (trainer.precision, incident.outcome) == ("16-mixed", "recovered")
+    assert any("cannot be taken again: RuntimeError('seen" in line for line in incident.evidence)
+
+
+def test_run_resumed_on_the_last_rung_can_fall_back_again_after_it_has_come_up(tmp_path):
+    """bf16 rounds 0.999 to 1, and the logarithm of its rest is infinite."""
+    options = {"precision": "bf16-mixed", "module": Rounded}
+    callbacks = [GradientMonitor(), PrecisionFallback(try_again_after=20), AutoRollback()]
+    _, trainer = train(tmp_path, callbacks, data(), 10, **options)
+    assert trainer.precision == "32-true"
+    _, trainer = train(tmp_path, callbacks, data(), 60, **options)
+    fallen = "precision bf16-mixed -> 32-true, step taken again"
+    assert [(i.first.step, i.done) for i in callbacks[0].incidents] == [(10, fallen), (50, fallen)]
+    assert trainer.precision == "32-true"
+
+
+class Rounded(Net):
+    """A probability of 0.999, and the logarithm of its rest."""
+
+    def training_step(self, batch, batch_idx):
+        rest = 1 - torch.sigmoid(self.net(batch[0]).squeeze(-1).clamp(-0.5, 0.5) + 7.0)
+        return -torch.log(rest).float().mean()
+
+
 def test_collapse_is_proof_enough_where_a_step_cannot_be_taken_again(tmp_path):
     callbacks = suite()
     module, trainer = train(tmp_path, callbacks, data(), module=Manual, **fp16())
