@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from lit_stability.callbacks.preflight import Preflight
 from lit_stability.config import ConfigError, resolve
+from lit_stability.kept_files import write_and_keep
 from lit_stability.launch import check_options, make_model_and_data, make_trainer
 from lit_stability.preflight import Report
 from lit_stability.targets import Build
@@ -29,7 +30,7 @@ def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) ->
 
     Args:
         config: The composed config. A `Preflight` among its callbacks gives the options.
-        out: Where to write the report as JSON.
+        out: Where to write the report as JSON; another one that is there is kept, renamed.
 
     Raises:
         ConfigError: The config cannot be run, or gives no batch to train on.
@@ -37,8 +38,7 @@ def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) ->
     report = examine(check_options(resolve(config)))
     print(report.text())
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_and_keep(out, json.dumps(report.as_dict(), indent=2) + "\n")
     return 1 if report.errors else 0
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lit_stability.detectors import Anomaly
-from lit_stability.ladder import Response, describe
+from lit_stability.responses import Response, describe
 from lit_stability.stats import StepStats
 
 Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]

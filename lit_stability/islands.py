@@ -7,16 +7,16 @@ No hook is set, no parameter renamed, and modules stay picklable. May import tor
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Pattern: TypeAlias = str | type[nn.Module]
+from lit_stability.half import HALF, cast, widen
 
-HALF = (torch.float16, torch.bfloat16)
+Pattern: TypeAlias = str | type[nn.Module]
 
 
 def matching(model: nn.Module, patterns: Iterable[Pattern]) -> list[str]:
@@ -75,31 +75,6 @@ def is_island(module: nn.Module) -> bool:
 def islands_of(model: nn.Module) -> list[str]:
     """Names of the modules that do."""
     return [name for name, module in model.named_modules() if is_island(module)]
-
-
-@torch.no_grad()
-def widen(tensors: Iterable[Tensor]) -> None:
-    """Turn half-precision tensors into float32, each remaining the object that it is."""
-    for tensor in tensors:
-        if tensor.dtype in HALF:
-            tensor.data = tensor.data.float()
-
-
-def cast(value: Any, dtype: torch.dtype, of: Sequence[torch.dtype] = HALF) -> Any:
-    """The value with its tensors of some formats in another; containers are rebuilt.
-
-    >>> cast([torch.zeros(1, dtype=torch.float16), "x"], torch.float32)[0].dtype
-    torch.float32
-    """
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.dtype in of else value
-    if isinstance(value, dict):
-        return type(value)((k, cast(v, dtype, of)) for k, v in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast(v, dtype, of) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)([cast(v, dtype, of) for v in value])
-    return value
 
 
 def _forward(module: nn.Module, out: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:

@@ -17,99 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from lit_stability.detectors import Anomaly
+from lit_stability.responses import HoldLearningRate, Response, RollBack, RunAgain, SkipStep, Stop
 from lit_stability.trial import Trial, Verdict
-
-
-@dataclass(frozen=True)
-class RunAgain:
-    """Veto the update and take the very same step again: nothing is blamed yet."""
-
-
-@dataclass(frozen=True)
-class SkipStep:
-    """Veto the update and leave the batch out: all stays as if it had not come."""
-
-
-@dataclass(frozen=True)
-class HoldLearningRate:
-    """Scale the learning rate of each group down until its schedule comes back; take the step."""
-
-    factors: tuple[float, ...]
-    """What brings each group back to the learning rate of the step before."""
-
-
-@dataclass(frozen=True)
-class RollBack:
-    """Put a confirmed snapshot back, and go on with these factors."""
-
-    lr_factor: float = 1.0
-    """What the learning rate is multiplied by from now on, on top of earlier cuts."""
-    clip_factor: float = 1.0
-    """What the clipping threshold is multiplied by from now on."""
-    replay: bool = False
-    """Train on the batches since the snapshot again, instead of on new ones."""
-    leave_out: bool = False
-    """Replay without the batch that is suspected."""
-    older: bool = False
-    """Go back to the snapshot before the newest confirmed one."""
-
-
-@dataclass(frozen=True)
-class FallBack:
-    """Compute in a precision that holds more numbers from the next step on."""
-
-    was: str
-    """Precision so far, by Lightning's name."""
-    precision: str
-
-
-@dataclass(frozen=True)
-class Island:
-    """Compute one module in float32 from the next step on."""
-
-    module: str
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Give up: no response in budget is left."""
-
-    reason: str
-
 
 _LARGEST_CUT = 1e3
 """A single rollback divides the learning rate by no more than this."""
-
-Response: TypeAlias = RunAgain | SkipStep | HoldLearningRate | RollBack | FallBack | Island | Stop
-
-
-def describe(response: Response) -> str:
-    """A few words for the log.
-
-    >>> describe(RollBack(0.5, 0.5))
-    'rolled back, learning rate x0.5, clip x0.5'
-    """
-    match response:
-        case RunAgain():
-            return "step taken again"
-        case SkipStep():
-            return "step skipped"
-        case HoldLearningRate(factors):
-            return f"learning rate held, x{min(factors):.3g}"
-        case RollBack(lr, clip, replay, leave_out, older):
-            words = "rolled back" + (" further" if older else "") + (" and replayed" * replay)
-            words += " without the suspect" if leave_out else ""
-            words += f", learning rate x{lr:.3g}" if lr < 1 else ""
-            return words + (f", clip x{clip:.3g}" if clip < 1 else "")
-        case FallBack(was, precision):
-            return f"precision {was} -> {precision}"
-        case Island(module):
-            return f"fp32 island {module}"
-        case Stop(reason):
-            return f"stopped: {reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +71,7 @@ class Ladder:
 
     >>> from lit_stability.detectors import Anomaly
     >>> nan = Anomaly(kind="non-finite loss", step=3, value=float("nan"), message="", signal="loss")
+    >>> from lit_stability.responses import describe
     >>> ladder = Ladder(Budget(skips_in_a_row=2))
     >>> [describe(ladder.respond(nan)) for _ in range(3)]
     ['step skipped', 'step skipped', 'rolled back, learning rate x0.5, clip x0.5']

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.islands import HALF
+from lit_stability.half import HALF
 from lit_stability.norms import dense
 from lit_stability.sampling import blocks_of
 from lit_stability.shards import local

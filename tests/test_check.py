@@ -84,6 +84,15 @@ def test_check_with_out_writes_the_report_as_json(cwd):
     assert "gradients" in report["ran"]
 
 
+def test_report_of_another_check_is_kept(cwd):
+    command = ["check", "-c", "small.yaml", "--out", "report.json"]
+    main([*command, "model.scale=1000"])
+    before = (cwd / "report.json").read_text()
+    main(command)
+    assert (cwd / "report.1.json").read_text() == before
+    assert (cwd / "report.json").read_text() != before
+
+
 def test_check_takes_the_options_of_the_preflight_in_the_config(cwd, capsys):
     """C5: the backbone that is not frozen."""
     asked = "callbacks.check={_target_: lit_stability.Preflight, frozen: [net.*], on_error: stop}"

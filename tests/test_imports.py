@@ -34,6 +34,7 @@ MAY_IMPORT_TORCH = (
         "sampling.py",
         "rounding.py",
         "islands.py",
+        "half.py",
         "snapshots.py",
         "lr_scale.py",
         "clipping.py",

@@ -7,7 +7,7 @@ import pytest
 from lit_stability import detectors
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.ladder import HoldLearningRate, RollBack, SkipStep, Stop
+from lit_stability.responses import HoldLearningRate, RollBack, SkipStep, Stop
 
 
 def anomaly(**options):

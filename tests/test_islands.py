@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.islands import cast, is_island, islands_of, make_island, matching, release_island
+from lit_stability.half import cast
+from lit_stability.islands import is_island, islands_of, make_island, matching, release_island
 
 
 class Block(nn.Module):

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_stability.detectors import Anomaly
-from lit_stability.ladder import (
-    Budget,
-    HoldLearningRate,
-    Ladder,
-    RollBack,
-    SkipStep,
-    Stop,
-    describe,
-)
+from lit_stability.ladder import Budget, Ladder
+from lit_stability.responses import HoldLearningRate, RollBack, SkipStep, Stop, describe
 
 
 def anomaly(kind="gradient spike", state_is_bad=False, step=0):

@@ -17,8 +17,9 @@ from lit_stability.callbacks.treatment import Treatment
 from lit_stability.clipping import clip_step
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
-from lit_stability.ladder import Budget, HoldLearningRate, Ladder
+from lit_stability.ladder import Budget, Ladder
 from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.responses import HoldLearningRate
 from lit_stability.stats import StepStats
 from lit_stability.throttle import Throttle
 from lit_stability.trainer_state import Stateful

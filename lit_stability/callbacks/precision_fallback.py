@@ -15,8 +15,8 @@ from lit_stability.callbacks.requirements import require_monitor, require_tried_
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.islands import matching
-from lit_stability.ladder import FallBack, Island
 from lit_stability.precision_ladder import PRECISIONS, PrecisionLadder, is_below, rungs_below
+from lit_stability.responses import FallBack, Island
 from lit_stability.rounding import lost_epsilon
 from lit_stability.stats import StepStats
 from lit_stability.trainer_state import (

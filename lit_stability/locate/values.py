@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_stability.half import HALF
 from lit_stability.locate.origin import TensorRange
 from lit_stability.sampling import real
 from lit_stability.shards import local
@@ -22,7 +23,6 @@ _WIDER = {
     torch.complex32: torch.complex64,
     torch.complex64: torch.complex128,
 }
-HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

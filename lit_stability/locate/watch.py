@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_stability.half import HALF
 from lit_stability.locate.advice import Kind, kind_of
 from lit_stability.locate.call_sites import CallSites, Site, kernel_name
 from lit_stability.locate.kernel_call import KernelCall, Operand, traits_of
 from lit_stability.locate.origin import Cause, NonFiniteOrigin, TensorRange
 from lit_stability.locate.step_state import StepState
 from lit_stability.locate.values import (
-    HALF,
     has_nan,
     has_zero,
     is_finite_when_wider,

@@ -76,6 +76,8 @@ PRIVATE = (
     "fit_loop.epoch_loop.val_loop.batch_progress",
     "fit_loop.epoch_progress",
     "fit_loop.setup_data",
+    "lightning_module._compiler_ctx",
+    "strategy._setup_model",
     "strategy.lr_scheduler_configs",
 )
 """Paths below a Trainer that are not public API and that this package reads or writes."""

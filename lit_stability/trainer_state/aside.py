@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -46,16 +47,21 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._values = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+        self._values = dict(self._plain())
         containers = (v for v in self._values.values() if type(v) in (list, dict, set, deque))
         self._contents = [(each, copy.copy(each)) for each in containers]
 
     def restore(self) -> None:
         """Put them back; a container remains the object that it is."""
-        for name in [k for k in vars(self._module) if not k.startswith("_")]:
-            if name not in self._values:
-                del vars(self._module)[name]
+        for name in [name for name, _ in self._plain() if name not in self._values]:
+            del vars(self._module)[name]
         vars(self._module).update(self._values)
         for container, content in self._contents:
             container.clear()
             (container.extend if hasattr(container, "extend") else container.update)(content)
+
+    def _plain(self) -> Iterator[tuple[str, Any]]:
+        """Those that are data: a method that somebody has wrapped is that somebody's affair."""
+        for name, value in vars(self._module).items():
+            if not name.startswith("_") and not callable(value):
+                yield name, value

@@ -13,7 +13,8 @@ from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 
 from lit_stability.batches import tensors_in
-from lit_stability.islands import HALF, islands_of, make_island, widen
+from lit_stability.half import HALF, widen
+from lit_stability.islands import islands_of, make_island
 from lit_stability.trainer_state.strategies import sharing
 from lit_stability.trainer_state.view import callbacks_of
 

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.batches import size_of
-from lit_stability.islands import HALF, cast
+from lit_stability.half import HALF, cast
 from lit_stability.locate import NonFiniteOrigin, locate_nonfinite
 from lit_stability.norms import dense, norms_of, to_host, total
 from lit_stability.rng import capture_rng, restore_rng
