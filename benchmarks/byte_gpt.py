@@ -1,7 +1,8 @@
 """A byte-level language model on Python's own standard library: real data on every machine.
 
-Notable: pre-norm, fused query-key-value projection, causal `scaled_dot_product_attention`, learnt
-positions, tied nothing, N(0, 1/fan_in) weights with residual outputs divided by sqrt(2 layers).
+Notable: pre-norm, post-norm on request, fused query-key-value projection, causal
+`scaled_dot_product_attention`, learnt positions, tied nothing, N(0, 1/fan_in) weights with residual
+outputs divided by sqrt(2 layers).
 Shape suffixes: B batch, T time, D width, H heads, V vocabulary (256 bytes).
 """
 
@@ -30,27 +31,40 @@ class ByteGPTConfig:
     heads: int = 4
     length: int = 64
     dropout: float = 0.0
+    post_norm: bool = False
+    """Norms after the residual additions (Vaswani et al. 2017), without a final one."""
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer layer."""
+    """One Transformer layer, pre-norm or post-norm."""
 
     def __init__(self, config: ByteGPTConfig) -> None:
         super().__init__()
         d = config.width
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.dropout, self.post_norm = config.heads, config.dropout, config.post_norm
         self.norm_attention, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Shape ``(B, T, D)`` in and out."""
+        if self.post_norm:
+            x_BTD = self.norm_attention(x_BTD + self._drop(self._attend(x_BTD)))
+            return self.norm_mlp(x_BTD + self._drop(self._feed(x_BTD)))
+        x_BTD = x_BTD + self._drop(self._attend(self.norm_attention(x_BTD)))
+        return x_BTD + self._drop(self._feed(self.norm_mlp(x_BTD)))
+
+    def _attend(self, x_BTD: Tensor) -> Tensor:
         b, t, d = x_BTD.shape
-        q, k, v = self.qkv(self.norm_attention(x_BTD)).chunk(3, -1)
+        q, k, v = self.qkv(x_BTD).chunk(3, -1)
         q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTD = x_BTD + self._drop(self.out(y.transpose(1, 2).reshape(b, t, d)))
-        return x_BTD + self._drop(self.down(F.gelu(self.up(self.norm_mlp(x_BTD)))))
+        attended: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))
+        return attended
+
+    def _feed(self, x_BTD: Tensor) -> Tensor:
+        fed: Tensor = self.down(F.gelu(self.up(x_BTD)))
+        return fed
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -64,7 +78,7 @@ class ByteGPT(nn.Module):
         self.bytes = nn.Embedding(256, config.width)
         self.positions = nn.Parameter(torch.zeros(config.length, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.Identity() if config.post_norm else nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, 256)
         self._initialise(config)
 
@@ -96,6 +110,7 @@ class ByteGPTModule(LightningModule):
         lr: learning rate after a linear warm-up.
         warmup: steps of warm-up.
         schedule: further factor on the learning rate as a function of the step.
+        betas: of AdamW.
     """
 
     def __init__(
@@ -105,10 +120,11 @@ class ByteGPTModule(LightningModule):
         lr: float = 1e-3,
         warmup: int = 20,
         schedule: Callable[[int], float] | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         super().__init__()
         self.model = ByteGPT(config or ByteGPTConfig())
-        self.lr, self.warmup, self.schedule = lr, warmup, schedule
+        self.lr, self.warmup, self.schedule, self.betas = lr, warmup, schedule, betas
         self.losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -121,7 +137,7 @@ class ByteGPTModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up."""
-        optimizer = torch.optim.AdamW(self.parameters(), self.lr, (0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, self.betas, weight_decay=0.0)
 
         def factor(step: int) -> float:
             extra = 1.0 if self.schedule is None else self.schedule(step)

@@ -20,7 +20,7 @@ from lit_stability.norms import dense, non_finite, norms_of, to_host, total
 from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
-from lit_stability.stats import StepStats
+from lit_stability.stats import ProbeReading, StepStats
 
 
 @dataclass(kw_only=True)
@@ -100,6 +100,7 @@ class StepMeter:
         nominal_learning_rates: Sequence[float] = (),
         scan_weights: bool = False,
         details: bool = False,
+        readings: Sequence[ProbeReading] = (),
     ) -> StepStats:
         """Measure the gradients as they are now, and the previous update by the weights.
 
@@ -111,6 +112,7 @@ class StepMeter:
             nominal_learning_rates: what the scheduler wrote.
             scan_weights: read every weight too, not only the sample.
             details: fill ``StepStats.details``.
+            readings: what probes have measured, to go with the rest.
         """
         grads = {
             n: dense(p.grad)
@@ -138,10 +140,12 @@ class StepMeter:
             moment_name=read.moments.name,
             bad_momentum=read.moments.bad_momentum,
             weight_norm=total(read.weight_norms) if scan_weights else None,
+            weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
             bad_weights=non_finite(self.names, read.weight_norms),
             details=details_of(list(grads), grad_norms, read.distributions),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
+            readings=tuple(readings),
         )
         self.count += 1
         self.expect(learning_rates)

@@ -6,6 +6,7 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -24,6 +25,17 @@ class GradientDetail:
     maximum: float
     zero_share: float
     """Share of elements that are exactly 0, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReading:
+    """What an opt-in probe has measured: one number, of one place in the model."""
+
+    quantity: str
+    """Such as ``attention_logit``."""
+    where: str
+    """Module or parameter; "" for the whole model."""
+    value: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +79,8 @@ class StepStats:
     """Parameters whose sampled momentum, or first moment, is non-finite."""
     weight_norm: float | None = None
     """Norm of all weights; only on the steps that scan them, else None."""
+    weight_norms: tuple[tuple[str, float], ...] = field(default=(), repr=False)
+    """Norm of each weight, by name; only on the steps that scan them."""
     bad_weights: tuple[str, ...] = ()
     """Parameters found non-finite on a step that scans them."""
     rank_weights: tuple[float, ...] = field(default=(), repr=False)
@@ -75,14 +89,35 @@ class StepStats:
     """Sum of each rank's effective learning rates; only on several ranks."""
     details: tuple[GradientDetail, ...] = field(default=(), repr=False)
     """Per-parameter distributions; only on the steps that ask for them."""
+    readings: tuple[ProbeReading, ...] = ()
+    """What probes have measured, on the steps on which it is their turn; over several ranks, the
+    mean of each."""
 
     @property
     def finite_gradients(self) -> bool:
         """Whether every gradient is finite."""
         return math.isfinite(self.grad_norm)
 
+    def readings_of(self, quantity: str) -> list[ProbeReading]:
+        """The readings of one quantity, largest first; NaN before all."""
+        found = [r for r in self.readings if r.quantity == quantity]
+        return sorted(found, key=lambda r: math.inf if math.isnan(r.value) else r.value)[::-1]
+
     def worst_layers(self, count: int = 5) -> list[tuple[str, float]]:
         """Parameters with the largest gradient norms, non-finite ones first."""
         pairs = list(zip(self.names, self.grad_norms, strict=True))
         pairs.sort(key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf, reverse=True)
         return pairs[:count]
+
+
+def mean_readings(by_rank: Sequence[Sequence[ProbeReading]]) -> list[ProbeReading]:
+    """The mean over ranks of each quantity at each place.
+
+    >>> mean_readings([[ProbeReading("a", "x", 1.0)], [ProbeReading("a", "x", 3.0)]])
+    [ProbeReading(quantity='a', where='x', value=2.0)]
+    """
+    values: dict[tuple[str, str], list[float]] = {}
+    for readings in by_rank:
+        for r in readings:
+            values.setdefault((r.quantity, r.where), []).append(r.value)
+    return [ProbeReading(*key, sum(each) / len(each)) for key, each in values.items()]

@@ -23,6 +23,8 @@ One optimizer step, with the hooks in place::
 Any callback, and the LightningModule, may define:
 
 * ``on_step_measured(trainer, pl_module, stats)``: any step, before the detectors are asked;
+* ``probe_readings(trainer, pl_module)``: asked before each step is measured; a list of
+  `ProbeReading` where it is the probe's turn, else None; on all ranks alike;
 * ``on_healthy_step(trainer, pl_module, stats)``: an accepted step, before its update;
 * ``on_incident(trainer, pl_module, incident)``: a strike, before its update; on all ranks alike;
 * ``on_suspicion(trainer, pl_module, anomaly)``: this rank objects to its gradients, and whether all

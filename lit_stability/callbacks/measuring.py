@@ -12,7 +12,7 @@ from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
 from lit_stability.rank_meter import RankMeter
 from lit_stability.ranks import Ranks
-from lit_stability.stats import StepStats
+from lit_stability.stats import ProbeReading, StepStats, mean_readings
 from lit_stability.trainer_state import (
     StepTape,
     callbacks_of,
@@ -123,7 +123,17 @@ class Measuring:
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
+            readings=self._readings(trainer),
         )
+
+    def _readings(self, trainer: Trainer) -> list[ProbeReading]:
+        """What probes have measured, by the mean over the ranks; each is asked by all ranks."""
+        probes = [c for c in callbacks_of(trainer) if hasattr(c, "probe_readings")]
+        taken = [probe.probe_readings(trainer, self._module) for probe in probes]
+        if all(each is None for each in taken):
+            return []
+        own = [reading for each in taken for reading in each or ()]
+        return own if self._ranks is None else mean_readings(self._ranks.gather(own))
 
     def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:
         if self.meters[index].stale:

@@ -45,6 +45,7 @@ class StabilityWriter:
             "stuck_share": stats.stuck_share,
             "incidents": float(incidents),
         }
+        scalars |= {r.quantity: r.value for r in reversed(stats.readings)}
         metrics = {f"stability/{k}{suffix}": v for k, v in scalars.items() if v is not None}
         for logger in self._loggers:
             logger.log_metrics(metrics, step=step)
