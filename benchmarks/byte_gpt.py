@@ -2,7 +2,7 @@
 
 Notable: pre-norm, post-norm on request, fused query-key-value projection, causal
 `scaled_dot_product_attention`, learnt positions, tied nothing, N(0, 1/fan_in) weights with residual
-outputs divided by sqrt(2 layers).
+outputs divided by sqrt(2 layers) where the norms come first.
 Shape suffixes: B batch, T time, D width, H heads, V vocabulary (256 bytes).
 """
 
@@ -88,7 +88,7 @@ class ByteGPT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = 1 / math.sqrt(module.in_features)
-                if name.endswith(("out", "down")):
+                if name.endswith(("out", "down")) and not config.post_norm:
                     std /= math.sqrt(2 * config.layers)
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
