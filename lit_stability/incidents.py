@@ -6,40 +6,16 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lit_stability.causes import CAUSES, Course, Hypothesis, Scene, decision_tree, diagnose
 from lit_stability.detectors import Anomaly
 from lit_stability.responses import Response, describe
 from lit_stability.stats import StepStats
 
 Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
-
-_REMEDIES = {
-    "non-finite loss": "look at the batch in the incident's folder; check log(0), division by 0, "
-    "fully masked rows; lower the learning rate if it returns",
-    "non-finite gradient": "look for a sqrt, norm or log at 0 in the layers named; use bf16 "
-    "instead of fp16; add an epsilon inside the root",
-    "non-finite weight": "if it returns without a bad batch, suspect memory or a custom kernel",
-    "gradient spike": "look at the batch in the incident's folder; set gradient_clip_val",
-    "loss spike": "look at the batch in the incident's folder for labels or values out of range",
-    "divergence": "lower the learning rate or warm up longer",
-    "learning-rate jump": "mend the scheduler: it wrote a learning rate far above any before",
-    "update spike": "lower the learning rate or raise Adam's epsilon; suspect the optimizer state",
-    "optimizer state": "find what writes to the optimizer's moments, or suspect memory",
-    "rank disagreement": "suspect the memory, the driver or the network of the rank that is named; "
-    "look for code that runs on one rank only and changes weights, gradients or schedulers",
-    "loss-scale collapse": "use bf16 or 32-bit precision, or add PrecisionFallback, which changes "
-    "to it; scale inputs and targets to about 1",
-    "loss-scale fall": "gradients grow, or a module overflows: bf16 does not; look at the layers "
-    "named",
-    "infinite loss": "compute the loss in float32: cast outputs and targets before it, or scale "
-    "the targets",
-    "lost updates": "train with bf16-mixed, which keeps float32 weights, or raise the learning "
-    "rate",
-    "layer bound": "raise the bound if the run is healthy, or clip gradients",
-}
 
 
 def _alone(said: Any) -> list[Any]:
@@ -74,10 +50,14 @@ class Incident:
     strikes: int = 1
     first: Anomaly = field(init=False)
     """The anomaly that opened it."""
-    cause: str = ""
-    """What is believed to have caused it."""
+    shown: dict[str, str] = field(default_factory=dict)
+    """Causes that were shown by trial, each with how; see `note`."""
     evidence: list[str] = field(default_factory=list)
-    """What speaks for the cause, a sentence each."""
+    """What was found out about it, a sentence each."""
+    scene: Scene | None = field(default=None, repr=False)
+    """What causes are judged by, from a `Diagnosis`; without one, the anomaly alone."""
+    may_stop: bool = True
+    """Whether a cause that is certain may end the fit."""
     response: Response | None = None
     """What was decided at the latest strike; None while nobody has decided."""
     responses: list[str] = field(default_factory=list)
@@ -138,11 +118,11 @@ class Incident:
         self.response, self.adjusted = None, False
 
     def agree(self, found: bool) -> bool:
-        """Whether any rank has found it; evidence and cause become those of all ranks together.
+        """Whether any rank has found it; evidence and causes become those of all ranks together.
 
         To be called on every rank or on none. On one rank it is what was found.
         """
-        said = self.gather((found, self.cause, list(self.evidence)))
+        said = self.gather((found, dict(self.shown), list(self.evidence)))
         everywhere = set.intersection(*(set(evidence) for _, _, evidence in said))
         # In the order of the ranks, so that the record is the same whoever writes it.
         self.evidence = list(
@@ -152,14 +132,50 @@ class Incident:
                 for line in evidence
             )
         )
-        self.cause = next((cause for _, cause, _ in said if cause), "")
+        self.shown = {cause: how for _, shown, _ in reversed(said) for cause, how in shown.items()}
         return any(each for each, _, _ in said)
 
     def note(self, cause: str, evidence: str) -> None:
-        """Record what is believed; a later cause replaces the earlier, evidence accumulates."""
-        self.cause = cause
+        """Record a cause that was shown by trial, and how.
+
+        Args:
+            cause: a name of the registry `lit_stability.causes.CAUSES`, or another.
+            evidence: one sentence.
+        """
+        self.shown.setdefault(cause, evidence)
         if evidence not in self.evidence:
             self.evidence.append(evidence)
+
+    @property
+    def hypotheses(self) -> list[Hypothesis]:
+        """The causes that something speaks for, the best supported first; see `causes.diagnose`."""
+        return diagnose(self.current_scene)
+
+    @property
+    def cause(self) -> str:
+        """The best supported cause, "" where nothing speaks for any."""
+        unknown = (cause for cause in self.shown if cause not in CAUSES)
+        return next(unknown, "") or next((h.cause for h in self.hypotheses), "")
+
+    @property
+    def course(self) -> Course:
+        """What the best supported cause asks of the ladder; only a `Diagnosis` asks anything."""
+        found = self.hypotheses
+        if self.scene is None or not found or (found[0].course == "stop" and not self.may_stop):
+            return "usual"
+        return found[0].decides
+
+    @property
+    def current_scene(self) -> Scene:
+        """The scene, with what was found out since."""
+        scene = self.scene or Scene(anomaly=self.first)
+        return replace(
+            scene,
+            shown=dict(self.shown),
+            origin=self.origin,
+            verdict=self.verdict,
+            strikes=self.strikes,
+        )
 
     @property
     def done(self) -> str:
@@ -175,20 +191,17 @@ class Incident:
     @property
     def remedy(self) -> str:
         """What a person can do about it."""
-        if self.verdict == "transient":
-            return (
-                "nothing in data or model: it did not return when the same steps were taken again; "
-                "if it happens often, suspect the hardware or a nondeterministic kernel"
-            )
-        if self.origin is not None:
-            return str(self.origin.advice)
-        return _REMEDIES.get(self.first.kind, "look at the scene in the incident's folder")
+        found = self.hypotheses
+        return found[0].do if found else "look at the scene in the incident's folder"
 
     def opening_line(self) -> str:
         """One line for the console when it opens."""
         done = self.done or "observed, nothing changed"
         born = f"; {self.origin.describe().splitlines()[0]}" if self.origin else ""
         where = f" | scene in {self.path}" if self.path else ""
+        best = next(iter(self.hypotheses), None)
+        if best is not None and best.certainty != "possible" and not born:
+            born = f"; {best.certainty} cause: {best.cause}"
         return (
             f"incident {self.id} at step {self.first.step} (epoch {self.epoch}, batch "
             f"{self.batch_idx}): {self.first.kind}: {self.first.message}{born} -> {done}{where}"
@@ -219,6 +232,10 @@ class Incident:
             "strikes": self.strikes,
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
+            "hypotheses": [each.as_dict() for each in self.hypotheses],
+            "since": self.current_scene.since,
+            "phase": self.current_scene.phase,
+            "checks": [each.text() for each in decision_tree(self.current_scene)],
             "evidence": list(self.evidence),
             "remedy": self.remedy,
             "responses": list(self.responses),
@@ -228,42 +245,3 @@ class Incident:
             "closed_step": self.closed_step,
             "time": self.started,
         }
-
-    def as_markdown(self) -> str:
-        """The incident for people, in a few lines of markdown."""
-        rows = [
-            ("what", f"{self.first.kind}: {self.first.message}"),
-            ("where", f"step {self.first.step}, epoch {self.epoch}, batch {self.batch_idx}"),
-            ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in self.first.layers) or "-"),
-            ("born in", self.origin.describe() if self.origin else "-"),
-            ("cause", self.cause or "unknown"),
-            ("evidence", "; ".join(self.evidence) or "-"),
-            ("done", self.done or "nothing changed"),
-            ("taken again", self.verdict or "no"),
-            (
-                "outcome",
-                self.outcome + ("" if self.closed_step is None else f" at step {self.closed_step}"),
-            ),
-            ("to try", self.remedy),
-            ("scene", f"`{self.path}`" if self.path else "not saved"),
-        ]
-        body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
-        return f"## Incident {self.id}\n\n| | |\n|---|---|\n{body}\n"
-
-
-def summary_table(incidents: Sequence[Incident]) -> list[str]:
-    """Incidents as aligned lines for the console."""
-    head = ("id", "step", "kind", "strikes", "response", "outcome")
-    rows = [
-        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), i.done or "-", i.outcome)
-        for i in incidents
-    ]
-    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -8,6 +8,8 @@ it, and a checkpoint carries it.
     weights or moments damaged ...... roll back and replay; if it returns, leave the suspect out;
                                       then from an older snapshot; then as below
     struck again on probation ....... roll back with a lower learning rate and a tighter clip
+    learning rate likely too high ... the same, at once
+    architecture certain to fail .... stop, with the cause
     budget spent .................... stop, with the remedy
 
 Where data cannot be replayed, a bad batch is skipped at once and a rollback goes on with new data.
@@ -19,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lit_stability.causes import Course
 from lit_stability.detectors import Anomaly
 from lit_stability.responses import HoldLearningRate, Response, RollBack, RunAgain, SkipStep, Stop
 from lit_stability.trial import Trial, Verdict
@@ -122,6 +125,8 @@ class Ladder:
         replay: bool = False,
         older: bool = False,
         adjusted: bool = False,
+        course: Course = "usual",
+        cause: str = "",
     ) -> Response:
         """Choose and pay for the response to an anomaly.
 
@@ -135,7 +140,11 @@ class Ladder:
             older: whether there is a snapshot before the newest confirmed one.
             adjusted: whether something was changed that may cure it, such as the precision: what
                 returned with the old is tried with the new as if it had not.
+            course: what the cause asks for; see `lit_stability.causes`.
+            cause: for the reason of a stop.
         """
+        if course == "stop":
+            return Stop(f"{cause} ({anomaly.message})")
         damaged = anomaly.state_is_bad or state_is_bad
         if adjusted:
             self.retake.end()
@@ -144,6 +153,9 @@ class Ladder:
             return Stop(anomaly.message)
         if anomaly.hold and not damaged and self._spend("holds"):
             return HoldLearningRate(anomaly.hold)
+        if course == "lower" and self._spend("rollbacks"):
+            self.trial.end()
+            return self._lower(excess, replay)
         row_is_full = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not row_is_full and self._spend("skips"):
             return self._veto(anomaly.step, replay)
@@ -184,6 +196,11 @@ class Ladder:
         if damaged and not diverged and not again:
             # Damage from outside blames neither the learning rate nor the batch.
             return RollBack()
+        return self._lower(excess, replay)
+
+    def _lower(self, excess: float, replay: bool) -> RollBack:
+        self._since_rollback = 0
+        self._skips_in_a_row = 0
         return RollBack(self._cut(excess), self.budget.clip_factor, replay)
 
     @property

@@ -86,7 +86,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         try:
             line = json.loads(row)
         except ValueError as error:
-            if number == len(rows) or not row.endswith(b"}"):
+            if number == len(rows) or row.count(b"{") != row.count(b"}"):
                 continue
             raise ValueError(f"{file}:{number} is damaged: {row[:80]!r}") from error
         if line.get("schema", 0) > SCHEMA:

@@ -11,13 +11,20 @@ from typing import Any
 
 from lit_stability.detectors import Window
 
+_LASTING = 16
+_MOST_PATIENCE = 64
+"""Times the wait before a relaxation that was chosen: 1,280 steps, with the default."""
+
 
 class Throttle:
     """A factor on the learning rate, one on the clipping threshold, and holds.
 
     Cuts multiply; after every ``relax_after`` calm steps both factors are doubled until they are
-    1. A hold scales an optimizer's groups down for as long as its schedule stays up; it is let go
-    when the schedule falls to a fifth or less from one step to the next, as one that comes back.
+    1. A cut that follows a doubling says that it came too soon: the wait is four times as long from
+    then on, until twice as many calm steps have passed at full rate. A lasting cut, for a learning
+    rate that is itself the cause, begins with a wait 16 times as long. A hold scales an optimizer's
+    groups down for as long as its schedule stays up; it is let go when the schedule falls to a
+    fifth or less from one step to the next, as one that comes back.
 
     Args:
         relax_after: calm steps between relaxations.
@@ -38,6 +45,9 @@ class Throttle:
         """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
         self.holds: dict[int, tuple[float, ...]] = {}
         """Further factor on the learning rate of each group, by optimizer."""
+        self.patience = 1
+        """What ``relax_after`` is multiplied by."""
+        self._relaxed = False
         self._calm = 0
         self._schedule: dict[int, float] = {}
 
@@ -46,8 +56,13 @@ class Throttle:
         """Whether a factor is below 1."""
         return self.lr_factor < 1 or self.clip_factor < 1
 
-    def cut(self, lr_factor: float, clip_factor: float) -> None:
+    def cut(self, lr_factor: float, clip_factor: float, *, lasting: bool = False) -> None:
         """Lower both by these factors, on top of what is in force."""
+        if lasting:
+            self.patience = max(self.patience, _LASTING)
+        if self._relaxed and lr_factor < 1:
+            self.patience = min(4 * self.patience, _MOST_PATIENCE)
+            self._relaxed = False
         self.lr_factor *= lr_factor
         self.clip_factor *= clip_factor
         self._calm = 0
@@ -76,10 +91,14 @@ class Throttle:
         self._calm += 1
         if self._release(optimizer, nominal):
             return "the learning rate is no longer held"
-        if not self.active or self._calm % self.relax_after:
+        wait = self.relax_after * self.patience
+        if not self.active and self._calm >= 2 * wait:
+            self.patience, self._relaxed = 1, False
+        if not self.active or self._calm % wait:
             return None
         self.lr_factor = min(1.0, 2 * self.lr_factor)
         self.clip_factor = min(1.0, 2 * self.clip_factor)
+        self._relaxed = True
         if self.active:
             return f"learning rate x{self.lr_factor:.3g}, clip x{self.clip_factor:.3g}"
         return "learning rate and clip are back to normal"
@@ -100,6 +119,8 @@ class Throttle:
         return {
             "lr_factor": self.lr_factor,
             "clip_factor": self.clip_factor,
+            "patience": self.patience,
+            "relaxed": self._relaxed,
             "holds": {str(i): list(h) for i, h in self.holds.items()},
         }
 
@@ -107,6 +128,7 @@ class Throttle:
         """Put such a state back."""
         self.lr_factor = float(state["lr_factor"])
         self.clip_factor = float(state["clip_factor"])
+        self.patience, self._relaxed = int(state["patience"]), bool(state["relaxed"])
         self.holds = {int(i): tuple(h) for i, h in state["holds"].items()}
 
 

@@ -68,7 +68,12 @@ def monitored(detectors, rows):
         ([1.0] * 19 + [900.0], []),
         ([1.0] * 20 + [900.0], [20]),
         # Twenty times the median counts, not less, however quiet the window was.
-        ([1.0] * 30 + [20.0, 20.1], [31]),
+        ([1.0] * 30 + [20.0], []),
+        ([1.0] * 30 + [20.1], [30]),
+        # What grows threefold from step to step and falls again, as the swings of descent on the
+        # edge of stability, is none; a jump of seven times from there is.
+        ([1.0] * 30 + [3.0, 9.0, 27.0, 60.0, 20.0, 2.0], []),
+        ([1.0] * 30 + [3.0, 9.0, 27.0, 189.0], [33]),
         # In a noisy run twenty times is nothing: eight of its sigmas are e^8.
         (
             [math.exp(x) for x in (-0.7, 0.7)] * 20 + [1000.0],

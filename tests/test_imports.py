@@ -115,6 +115,7 @@ def test_public_names_are_frozen():
         "Anomaly",
         "AnomalyCheckpoint",
         "AutoRollback",
+        "Diagnosis",
         "GradientFlow",
         "GradientMonitor",
         "Incident",

@@ -6,6 +6,7 @@ import pytest
 
 from lit_stability import detectors
 from lit_stability.detectors import Anomaly
+from lit_stability.incident_report import markdown
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.responses import HoldLearningRate, RollBack, SkipStep, Stop
 
@@ -69,13 +70,21 @@ def test_done_counts_runs_of_equal_responses(responses, done):
     assert trouble.done == done
 
 
-def test_note_keeps_evidence_once_and_the_latest_cause():
-    """S15."""
+def test_cause_that_was_shown_comes_before_all_that_speaks_for_another():
+    """S15, S5."""
     trouble = incident()
-    trouble.note("a", "first")
-    trouble.note("a", "first")
-    trouble.note("b", "second")
-    assert (trouble.cause, trouble.evidence) == ("b", ["first", "second"])
+    assert trouble.cause == "exploding gradient"
+    trouble.note("numeric precision", "float32 bears it")
+    trouble.note("numeric precision", "once more")
+    assert trouble.cause == "numeric precision"
+    assert trouble.hypotheses[0].evidence[0] == "float32 bears it"
+    assert trouble.evidence == ["float32 bears it", "once more"]
+
+
+def test_cause_that_was_shown_and_is_in_no_registry_is_told_all_the_same():
+    trouble = incident()
+    trouble.note("cosmic ray", "a neutron was seen")
+    assert trouble.cause == "cosmic ray"
 
 
 def test_lines_for_the_console_say_where_what_and_what_was_done():
@@ -106,8 +115,8 @@ def test_markdown_with_pipes_and_line_ends_in_it_stays_a_table_of_two_columns():
     trouble = incident(message="a | b\nc || d", layers=(("x|y", 1.0),))
     trouble.note("either | or", "1 | 2")
     trouble.path = "runs/a|b"
-    assert set(cells(trouble.as_markdown())) == {3}
-    assert "a \\| b c \\|\\| d" in trouble.as_markdown()
+    assert set(cells(markdown(trouble))) == {3}
+    assert "a \\| b c \\|\\| d" in markdown(trouble)
 
 
 def test_markdown_of_a_closed_incident_tells_the_whole_story():
@@ -116,8 +125,8 @@ def test_markdown_of_a_closed_incident_tells_the_whole_story():
     trouble.settle(SkipStep())
     trouble.outcome, trouble.closed_step = "recovered", 12450
     for part in ("`head.weight` 880", "step skipped", "recovered at step 12450", "not saved"):
-        assert part in trouble.as_markdown()
-    assert trouble.remedy in trouble.as_markdown()
+        assert part in markdown(trouble)
+    assert trouble.remedy in markdown(trouble)
 
 
 @pytest.mark.parametrize("kind", get_args(detectors.Kind))

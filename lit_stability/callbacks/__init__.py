@@ -44,6 +44,7 @@ from lightning.pytorch import Callback
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.callbacks.diagnosis import Diagnosis
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
@@ -55,6 +56,7 @@ __all__ = [
     "AdaptiveGradientClipping",
     "AnomalyCheckpoint",
     "AutoRollback",
+    "Diagnosis",
     "GradientFlow",
     "GradientMonitor",
     "LastKnownGood",
@@ -73,6 +75,7 @@ def stability_callbacks() -> list[Callback]:
     GradientMonitor
     AnomalyCheckpoint
     NonFiniteLocator
+    Diagnosis
     LastKnownGood
     PrecisionFallback
     AutoRollback
@@ -81,6 +84,7 @@ def stability_callbacks() -> list[Callback]:
         GradientMonitor(),
         AnomalyCheckpoint(),
         NonFiniteLocator(),
+        Diagnosis(),
         LastKnownGood(),
         PrecisionFallback(),
         AutoRollback(),

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.details import gradient_details
 from lit_stability.detectors import Anomaly
+from lit_stability.incident_report import markdown
 from lit_stability.incidents import Incident
 from lit_stability.records import to_json
 from lit_stability.rng import capture_rng
@@ -137,7 +138,7 @@ class AnomalyCheckpoint(Callback):
         if incident.path is None or not trainer.is_global_zero:
             return
         try:
-            (Path(incident.path) / "report.md").write_text(incident.as_markdown(), encoding="utf8")
+            (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
         except OSError as error:
             log.warning("the report of incident %d was not updated (%s)", incident.id, error)
 
@@ -162,7 +163,7 @@ class AnomalyCheckpoint(Callback):
             config = folder.parent.parent / "config.yaml"
             if config.is_file():
                 shutil.copy(config, part)
-            (part / "report.md").write_text(incident.as_markdown(), encoding="utf8")
+            (part / "report.md").write_text(markdown(incident), encoding="utf8")
             if folder.exists():
                 folder = folder.with_name(f"{folder.name}-{part.name.removeprefix('.part-')}")
             part.rename(folder)

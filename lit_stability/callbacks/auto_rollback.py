@@ -111,6 +111,11 @@ class AutoRollback(Callback):
                 )
             self._registered.append(each)
 
+    @property
+    def can_restore(self) -> bool:
+        """Whether there is a snapshot to go back to."""
+        return self._fit is not None and self._fit.rewinder.snapshots.confirmed is not None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.
 
@@ -187,7 +192,7 @@ class AutoRollback(Callback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
-        if incident.settled or incident.anomaly.observe_only:
+        if incident.settled or (incident.anomaly.observe_only and incident.course != "stop"):
             return
         now, optimizer = self._now, trainer.optimizers[incident.anomaly.optimizer]
         self.throttle.disturbed()

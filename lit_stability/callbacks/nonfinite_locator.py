@@ -56,8 +56,6 @@ class NonFiniteLocator(Callback):
         incident.origin = next((each for each in found if each is not None), None)
         if incident.origin is None:
             incident.evidence.append("taken again beside training, the step is finite")
-        else:
-            incident.cause = incident.cause or f"{incident.origin.kind} in {incident.origin.op}"
 
     @staticmethod
     def _locate(

@@ -31,6 +31,11 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 
 _FAILED = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "loss-scale fall")
 """Kinds of anomaly for which the step is taken again in float32."""
+_CAUSES = {
+    "infinite loss": "loss computed in 16 bits",
+    "lost updates": "updates lost to rounding",
+}
+"""Rows of `lit_stability.causes`, by kind of anomaly; of all others it is "numeric precision"."""
 
 
 class PrecisionFallback(Callback):
@@ -193,7 +198,8 @@ class PrecisionFallback(Callback):
             return
         if not self._is_cause(trainer, pl_module, incident):
             return
-        incident.cause = "numeric precision"
+        cause = _CAUSES.get(incident.anomaly.kind, "numeric precision")
+        incident.shown.setdefault(cause, "a wider format makes an ordinary step of it")
         if not self._make_islands(trainer, pl_module, incident):
             was = self._rung.current
             self._due = self._rung.down()

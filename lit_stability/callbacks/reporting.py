@@ -8,7 +8,8 @@ from typing import Literal
 
 from lightning.pytorch import Trainer
 
-from lit_stability.incidents import Incident, summary_table
+from lit_stability.incident_report import summary_table
+from lit_stability.incidents import Incident
 from lit_stability.records import IncidentRecord
 from lit_stability.stats import StepStats
 from lit_stability.tensorboard.writer import StabilityWriter

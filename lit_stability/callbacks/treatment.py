@@ -59,6 +59,8 @@ class Treatment:
             replay=replay,
             older=rewinder.snapshots.older is not None,
             adjusted=incident.adjusted,
+            course=incident.course,
+            cause=incident.cause,
         )
 
     def reached(self, step: int) -> None:
@@ -86,7 +88,8 @@ class Treatment:
             case RollBack():
                 self._roll_back(response, incident)
                 call_hook("on_rollback", trainer, pl_module)
-                self._throttle.cut(response.lr_factor, response.clip_factor)
+                lasting = incident.course == "lower"
+                self._throttle.cut(response.lr_factor, response.clip_factor, lasting=lasting)
             case Stop():
                 suspect = incident.anomaly.suspect
                 self.rewinder.to_snapshot_only(self.rewinder.snapshot_for(suspect, older=False))
@@ -127,7 +130,7 @@ class Treatment:
             return False
         name, moved = outlier
         incident.note(
-            "a weight was damaged from outside",
+            "weights damaged from outside",
             f"an element of {name} moved by {moved:.3g} since step {confirmed.step}, "
             "a thousand times more than any of another parameter",
         )

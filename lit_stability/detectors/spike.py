@@ -13,12 +13,17 @@ from lit_stability.stats import StepStats
 _LARGEST_EXPONENT = 700.0
 """exp of more is beyond a float."""
 
+_RECENT = 5
+"""Accepted values that show a growth from step to step."""
+
 
 class Spike:
     """Objects to a gradient norm or loss far above the window of accepted ones.
 
     A value is a spike when it is above ``ratio`` times the median of the window *and*, in
-    logarithms, above the median by ``sigmas`` robust standard deviations. After ``give_up``
+    logarithms, above the median by ``sigmas`` robust standard deviations, *and* above ``jump``
+    times the largest of the last five accepted: what grows from step to step, as the swings of
+    descent on the edge of stability, is no spike. After ``give_up``
     refusals in a row the values are a new regime: the window is emptied, ``regimes`` counts it,
     and learning starts anew.
 
@@ -26,6 +31,7 @@ class Spike:
         signal: which field of `StepStats`; it must be positive, other values pass unlearnt.
         ratio: smallest factor over the median that counts.
         sigmas: robust standard deviations of the logarithm that count.
+        jump: smallest factor over the largest of the last five values that counts.
         window: accepted values remembered.
         min_history: accepted values before the first verdict.
         give_up: refusals in a row after which the window is emptied.
@@ -47,6 +53,7 @@ class Spike:
         *,
         ratio: float = 20.0,
         sigmas: float = 8.0,
+        jump: float = 5.0,
         window: int = 100,
         min_history: int = 20,
         give_up: int = 30,
@@ -54,10 +61,11 @@ class Spike:
         require(signal in ("grad_norm", "loss"), "signal", signal, "'grad_norm' or 'loss'")
         require(ratio > 1, "ratio", ratio, "greater than 1")
         require(sigmas > 0, "sigmas", sigmas, "greater than 0")
+        require(jump >= 1, "jump", jump, "at least 1")
         require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
         require(give_up >= 1, "give_up", give_up, "at least 1")
         self.signal: Literal["grad_norm", "loss"] = signal
-        self.ratio, self.sigmas = ratio, sigmas
+        self.ratio, self.sigmas, self.jump = ratio, sigmas, jump
         self.min_history, self.give_up = min_history, give_up
         self.shared_by_ranks = "yes" if signal == "loss" else "no"
         self.window = Window(window)
@@ -73,7 +81,8 @@ class Spike:
         if value <= self.ratio * median:
             return None
         spread = math.exp(min(self.sigmas * self.window.sigma, _LARGEST_EXPONENT))
-        threshold = median * max(self.ratio, spread)
+        recent = max([*self.window.values][-_RECENT:])
+        threshold = max(median * max(self.ratio, spread), self.jump * math.exp(recent))
         if value <= threshold:
             return None
         self.refusals += 1

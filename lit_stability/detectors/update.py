@@ -46,8 +46,10 @@ class UpdateSpike(_RatioWindow):
 
     Looks at the update-to-weight ratio divided by the learning rate: it is a spike when it is
     above ``ratio`` times its median and, in logarithms, above it by ``sigmas`` robust standard
-    deviations, while the weights moved by more than ``floor`` of their norm. The step in question
-    is already taken, so the state is bad; healthy optimizers do not get there, damaged moments do.
+    deviations, while the weights moved by more than ``floor`` of their norm. A gradient that was as
+    many times its own median explains it too: plain descent follows its gradient. The step in
+    question is already taken, so the state is bad; healthy optimizers do not get there, damaged
+    moments do.
 
     Args:
         ratio: smallest factor over the median that counts.
@@ -72,6 +74,27 @@ class UpdateSpike(_RatioWindow):
         super().__init__(ratio=ratio, floor=floor, window=window, min_history=min_history)
         require(sigmas > 0, "sigmas", sigmas, "greater than 0")
         self.sigmas = sigmas
+        self.norms = Window(window)
+        self.growth = 1.0
+        """The gradient norm of the last step over its median, at least 1."""
+
+    def update(self, stats: StepStats) -> None:
+        """Learn from an accepted step, and how large the gradient is that moves the weights now."""
+        super().update(stats)
+        if 0 < stats.grad_norm < math.inf:
+            self.norms.add(math.log(stats.grad_norm))
+            self.growth = max(1.0, stats.grad_norm / math.exp(self.norms.median))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The windows, and the growth of the last gradient."""
+        norms = list(self.norms.values)
+        return {**super().state_dict(), "norms": norms, "growth": self.growth}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put them back."""
+        super().load_state_dict(state)
+        self.norms.replace(state["norms"])
+        self.growth = float(state["growth"])
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
@@ -80,7 +103,7 @@ class UpdateSpike(_RatioWindow):
             return None
         if moved <= self.floor:
             return None
-        expected = self.expected(stats.update_learning_rate)
+        expected = self.expected(stats.update_learning_rate) * self.growth
         if moved <= self.ratio * expected:
             return None
         above = math.log(moved / expected) if expected > 0 else math.inf
@@ -97,7 +120,7 @@ class UpdateSpike(_RatioWindow):
             state_is_bad=True,
             since=max(0, stats.step - 1),
             message=f"the last update moved the weights by {moved:.2g} of their norm, "
-            f"{moved / expected:.0f} times what its learning rate explains",
+            f"{moved / expected:.0f} times what its learning rate and gradient explain",
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite
 
 from lit_stability.doctor.report import Finding, Severity, TensorHealth
+from lit_stability.layer_kinds import is_norm_gain
 from lit_stability.stats import GradientDetail
 
 TORN = 1e3
@@ -26,7 +27,6 @@ LARGE_RMS = 100.0
 element needs a norm behind it to be trained at all."""
 LARGE_GRADIENT = 1000.0
 """Norm of one parameter's gradient, or of all; the bound that is used in the field."""
-_NORMS = ("norm", "ln", "bn", "layernorm", "batchnorm", "rmsnorm", "groupnorm")
 
 
 def tensor_findings(tensors: Sequence[TensorHealth], *, trained: bool) -> list[Finding]:
@@ -185,14 +185,12 @@ def _gains(
 
 
 def _is_gain(tensor: TensorHealth, named: dict[str, TensorHealth]) -> bool:
-    """Whether it is the gain of a norm layer: by its statistics, or the name of its module."""
+    """Whether it is the gain of a norm layer: by its statistics, or its name."""
     module, _, last = tensor.name.rpartition(".")
-    if len(tensor.shape) != 1 or last not in ("weight", "gain", "scale", "gamma"):
+    if len(tensor.shape) != 1:
         return False
-    if f"{module}.running_var" in named:
-        return True
-    own = module.rpartition(".")[2].lower().strip("_0123456789")
-    return own.startswith(_NORMS) or own.endswith(_NORMS)
+    with_statistics = last == "weight" and f"{module}.running_var" in named
+    return with_statistics or is_norm_gain(tensor.name)
 
 
 def _empty(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lit_stability.incident_report import markdown
 from lit_stability.incidents import Incident
 from lit_stability.stats import StepStats
 
@@ -55,7 +56,5 @@ class StabilityWriter:
         for logger in self._loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if callable(getattr(experiment, "add_text", None)):
-                experiment.add_text(
-                    f"stability/incident_{incident.id}", incident.as_markdown(), step
-                )
+                experiment.add_text(f"stability/incident_{incident.id}", markdown(incident), step)
                 experiment.flush()

@@ -1,0 +1,76 @@
+"""An incident in words for people: a report in markdown, a table for the console.
+
+Imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lit_stability.causes import Scene, decision_tree
+from lit_stability.incidents import Incident
+
+
+def markdown(incident: Incident) -> str:
+    """An incident for people: a table, the causes in their order, the questions asked first."""
+    scene = incident.current_scene
+    rows = [
+        ("what", f"{incident.first.kind}: {incident.first.message}"),
+        (
+            "where",
+            f"step {incident.first.step}, epoch {incident.epoch}, batch {incident.batch_idx}",
+        ),
+        ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in incident.first.layers) or "-"),
+        ("born in", incident.origin.describe() if incident.origin else "-"),
+        ("cause", incident.cause or "unknown"),
+        ("since", f"step {scene.since}" + _phase(scene)),
+        ("evidence", "; ".join(incident.evidence) or "-"),
+        ("done", incident.done or "nothing changed"),
+        ("taken again", incident.verdict or "no"),
+        (
+            "outcome",
+            incident.outcome
+            + ("" if incident.closed_step is None else f" at step {incident.closed_step}"),
+        ),
+        ("to try", incident.remedy),
+        ("scene", f"`{incident.path}`" if incident.path else "not saved"),
+    ]
+    body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+    return f"## Incident {incident.id}\n\n| | |\n|---|---|\n{body}\n{_causes(incident)}"
+
+
+def _phase(scene: Scene) -> str:
+    if scene.phase is None:
+        return ""
+    known = f" ({scene.phase_range.in_words()})" if scene.phase_range else ""
+    return f", in the {scene.phase} phase{known}"
+
+
+def _causes(incident: Incident) -> str:
+    """The causes in their order, and the questions asked first, as markdown lists."""
+    scene = incident.current_scene
+    causes = "".join(
+        f"{i}. **{h.cause}** ({h.certainty}): {'; '.join(h.evidence)}\n"
+        f"   - to try: {h.do}\n   - leave it alone {h.leave}\n"
+        for i, h in enumerate(incident.hypotheses, 1)
+    )
+    asked = "".join(f"* {each.text()}\n" for each in decision_tree(scene))
+    return f"\n### Causes\n\n{causes or 'none known'}\n### Asked first\n\n{asked}"
+
+
+def summary_table(incidents: Sequence[Incident]) -> list[str]:
+    """Incidents as aligned lines for the console."""
+    head = ("id", "step", "kind", "strikes", "response", "outcome")
+    rows = [
+        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), i.done or "-", i.outcome)
+        for i in incidents
+    ]
+    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
