@@ -21,7 +21,7 @@ class Throttle:
 
     Cuts multiply; after every ``relax_after`` calm steps both factors are doubled until they are
     1. A cut that follows a doubling says that it came too soon: the wait is four times as long from
-    then on, until twice as many calm steps have passed at full rate. A lasting cut, for a learning
+    then on, until ten times as many calm steps have passed. A lasting cut, for a learning
     rate that is itself the cause, begins with a wait 16 times as long. A hold scales an optimizer's
     groups down for as long as its schedule stays up; it is let go when the schedule falls to a
     fifth or less from one step to the next, as one that comes back.
@@ -92,7 +92,7 @@ class Throttle:
         if self._release(optimizer, nominal):
             return "the learning rate is no longer held"
         wait = self.relax_after * self.patience
-        if not self.active and self._calm >= 2 * wait:
+        if not self.active and self._calm >= 10 * wait:
             self.patience, self._relaxed = 1, False
         if not self.active or self._calm % wait:
             return None

@@ -157,6 +157,17 @@ def test_update_spike_says_that_the_state_is_bad():
     assert "50 times" in found.message
 
 
+def test_update_that_follows_its_gradient_is_no_spike_and_one_that_does_not_is():
+    """Plain descent moves by what its gradient is; Adam's damaged moments move by more."""
+    for growth, expected in ((15.0, None), (1.0, "update spike")):
+        detector = UpdateSpike()
+        for i in range(40):
+            detector.update(stats(i, update_ratio=4e-3, update_learning_rate=0.1))
+        detector.update(stats(40, grad_norm=growth, update_ratio=4e-3, update_learning_rate=0.1))
+        found = detector.check(stats(41, update_ratio=0.06, update_learning_rate=0.1))
+        assert (None if found is None else found.kind) == expected
+
+
 def rate_alarms(rates, per_lr=1.0, detector=None):
     """Alarms on learning rates whose updates move weights by ``per_lr * lr`` of their norm."""
     detector = LearningRateJump() if detector is None else detector

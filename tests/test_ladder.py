@@ -263,11 +263,41 @@ def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
     ]
 
 
+@pytest.mark.parametrize(
+    ("found", "course", "replay", "expected"),
+    [
+        # A learning rate that is too high makes every batch look bad: nothing is tried twice.
+        (BAD_BATCH, "lower", True, RollBack(0.5, 0.5, replay=True)),
+        (DAMAGE, "lower", True, RollBack(0.5, 0.5, replay=True)),
+        (DIVERGENCE, "lower", False, CUT),
+        # What jumped is held, whatever else is thought of it.
+        (JUMP, "lower", True, HOLD),
+        (BAD_BATCH, "stop", True, Stop("zeroed gain (9 against 1)")),
+        (BAD_BATCH, "usual", False, SKIP),
+    ],
+)
+def test_cause_chooses_the_course(found, course, replay, expected):
+    """S17: an architectural cause ends in a diagnosis, not in a loop of rollbacks."""
+    ladder = Ladder()
+    response = ladder.respond(found, replay=replay, course=course, cause="zeroed gain")
+    assert response == expected
+
+
+def test_lowering_by_cause_is_sized_by_evidence_and_ends_with_the_budget():
+    ladder = Ladder(Budget(rollbacks=2))
+    cuts = [ladder.respond(DIVERGENCE, excess=20.0, course="lower") for _ in range(3)]
+    assert cuts[:2] == [RollBack(0.05, 0.5), RollBack(0.05, 0.5)]
+    assert isinstance(cuts[2], Stop)
+
+
+COURSES = st.sampled_from(["usual", "usual", "lower"])
+
+
 @given(
     BUDGETS,
     st.lists(
         st.one_of(
-            st.tuples(ANOMALIES, st.integers(0, 30), st.booleans(), st.booleans()),
+            st.tuples(ANOMALIES, st.integers(0, 30), st.booleans(), st.booleans(), COURSES),
             st.integers(0, 30),
         ),
         max_size=80,
@@ -281,8 +311,9 @@ def test_responses_to_any_stream_are_bounded_with_replay_too(budget, events):
             ladder.healthy(event)
             healthy += 1
             continue
-        found, step, replay, older = event
-        response = ladder.respond(replace(found, step=step), replay=replay, older=older)
+        found, step, replay, older, course = event
+        struck = replace(found, step=step)
+        response = ladder.respond(struck, replay=replay, older=older, course=course)
         if isinstance(response, Stop):
             healthy = spent = 0
         else:

@@ -35,6 +35,34 @@ def test_cuts_multiply_and_a_disturbance_starts_the_wait_anew():
     assert calm_steps(throttle, 1) == ["learning rate x0.5, clip x0.5"]
 
 
+def test_cut_that_follows_a_relaxation_waits_four_times_as_long():
+    """A rate that is too high comes back as too high each time it is restored."""
+    throttle = Throttle(relax_after=10)
+    waits = []
+    for _ in range(3):
+        throttle.cut(0.5, 0.5)
+        waits.append(next(i for i in range(1, 999) if throttle.calm(0, [1.0])))
+    assert waits == [10, 40, 160]
+
+
+def test_long_calm_at_full_rate_forgets_the_longer_wait():
+    throttle = Throttle(relax_after=10)
+    for _ in range(2):
+        throttle.cut(0.5, 0.5)
+        calm_steps(throttle, 40)
+    assert throttle.patience == 4
+    calm_steps(throttle, 400)
+    throttle.cut(0.5, 0.5)
+    assert throttle.patience == 1
+
+
+def test_lasting_cut_is_relaxed_sixteen_times_later():
+    throttle = Throttle(relax_after=10)
+    throttle.cut(0.5, 0.5, lasting=True)
+    assert calm_steps(throttle, 159) == []
+    assert calm_steps(throttle, 1) == ["learning rate and clip are back to normal"]
+
+
 def test_hold_stays_while_the_schedule_stays_up_and_goes_when_it_comes_back():
     throttle = Throttle(relax_after=10)
     throttle.hold(0, [0.01])
@@ -56,10 +84,10 @@ def test_holds_and_cuts_multiply_group_by_group():
 
 def test_state_round_trip_keeps_what_is_in_force():
     throttle, fresh = Throttle(relax_after=10), Throttle(relax_after=10)
-    throttle.cut(0.5, 0.25)
+    throttle.cut(0.5, 0.25, lasting=True)
     throttle.hold(1, [0.1, 0.5])
     fresh.load_state_dict(throttle.state_dict())
-    assert (fresh.lr_factor, fresh.clip_factor) == (0.5, 0.25)
+    assert (fresh.lr_factor, fresh.clip_factor, fresh.patience) == (0.5, 0.25, 16)
     assert fresh.holds == {1: (0.1, 0.5)}
 
 

@@ -126,7 +126,7 @@ LEARNING_RATE = (
     ),
     Cause(
         name="schedule of the learning rate",
-        clues=((2, SWINGS), (2, c.rate_changed)),
+        clues=((2, SWINGS), (3, c.rate_changed)),
         do="look at the scheduler's options and at `interval`: a schedule meant for epochs that is "
         "stepped by batch runs through in a moment",
         leave="if the changes are meant, such as warm restarts",

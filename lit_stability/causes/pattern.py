@@ -92,8 +92,10 @@ def _growth(losses: Sequence[float]) -> LossPattern | None:
             continue
         noise = _noise(losses[: -1 - steps])
         if part[-1] - part[0] > max(0.5 * size, 5 * noise) and _largest_share(part, size) <= 0.9:
-            text = f"the loss grew for {steps} steps, from {part[0]:.4g} to {part[-1]:.4g}"
-            return LossPattern("exponential growth", steps, text)
+            calm = max(i for i, x in enumerate(part) if x <= min(part) + 3 * noise)
+            part = part[calm:]
+            text = f"the loss grew for {len(part) - 1} steps, from {part[0]:.4g} to {part[-1]:.4g}"
+            return LossPattern("exponential growth", len(part) - 1, text)
     return None
 
 

@@ -1,0 +1,207 @@
+"""`Diagnosis` in a Trainer: what it names, what follows, and that healthy runs do not see it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_stability import (
+    AnomalyCheckpoint,
+    AutoRollback,
+    Diagnosis,
+    GradientMonitor,
+    TrainingStopped,
+    read_incidents,
+    stability_callbacks,
+)
+from lit_stability.detectors import Anomaly, default_detectors
+from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
+from lit_stability.stats import ProbeReading
+from tests.conftest import Regression, fit, flat, regression_data
+
+
+def suite(*before, **options):
+    return [GradientMonitor(), AnomalyCheckpoint(), Diagnosis(**options), *before, AutoRollback()]
+
+
+def poisoned(index, batches=60):
+    """Data of which one sample of one batch is NaN."""
+    loader = regression_data(batches)
+    loader.dataset.tensors[0][16 * index + 3, 2] = torch.nan
+    return loader
+
+
+def test_poisoned_batch_is_named_in_incident_record_and_report(tmp_path):
+    """N5, S15, S17, V5."""
+    callbacks = suite()
+    fit(tmp_path, callbacks, data=poisoned(30), max_steps=50)
+    (incident,) = callbacks[0].incidents
+    best = incident.hypotheses[0]
+    assert (incident.cause, best.certainty) == ("bad batch", "certain")
+    assert "1 of 128 values are NaN or infinite (batch[0])" in best.evidence[0]
+    assert incident.verdict == "deterministic"
+    (record,) = read_incidents(tmp_path)
+    assert record["cause"] == "bad batch"
+    assert record["hypotheses"][0]["leave"]
+    assert record["checks"][0].startswith("within the first 1000 steps? yes")
+    assert record["since"] == 30
+    json.dumps(record["hypotheses"])
+    report = next((tmp_path / "incidents").glob("*/report.md")).read_text(encoding="utf8")
+    for part in ("1. **bad batch** (certain)", "to try: look at the batch", "leave it alone if"):
+        assert part in report
+
+
+def test_fault_that_does_not_return_is_a_glitch_and_data_are_not_blamed(tmp_path, caplog):
+    callbacks = [FaultInjector([NanLoss(step=30)]), *suite()]
+    fit(tmp_path, callbacks, max_steps=50)
+    (incident,) = callbacks[1].incidents
+    assert incident.cause == "glitch"
+    assert incident.remedy.startswith("nothing in data or model")
+
+
+def test_likely_cause_is_in_the_line_on_the_console(tmp_path, caplog):
+    fit(tmp_path, suite(), data=poisoned(30), max_steps=50)
+    opened = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("incident"))
+    assert "; certain cause: bad batch -> step taken again" in opened
+
+
+class TooFast(Regression):
+    """Plain descent with momentum whose learning rate doubles every 15 steps from step 40 on."""
+
+    def __init__(self):
+        super().__init__(optimizer="sgd")
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 2.0 ** max(0.0, (step - 40) / 15)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def endless():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64 * 16, 8, generator=g)
+    y = x @ torch.arange(8.0) / 8
+    return DataLoader(TensorDataset(x, y), 16)
+
+
+def test_learning_rate_that_is_too_high_is_lowered_at_once_and_not_tried_again(tmp_path):
+    """S2, S16: the batches are not to blame, and none is left out."""
+    callbacks = suite()
+    module, _ = fit(tmp_path, callbacks, TooFast, endless(), max_steps=250, max_epochs=-1)
+    assert torch.isfinite(flat(module)).all()
+    first = callbacks[0].incidents[0]
+    assert first.cause == "learning rate too high", [h.text() for h in first.hypotheses]
+    assert first.responses[0].startswith("rolled back and replayed, learning rate x")
+    assert not any("skipped" in i.done for i in callbacks[0].incidents)
+
+
+class Finds:
+    """A detector that is certain of a kind at one step."""
+
+    def __init__(self, kind, step, **options):
+        self.kind, self.step, self.options = kind, step, options
+
+    def check(self, stats):
+        if stats.step != self.step:
+            return None
+        seen = {"value": 0.0, "message": "it has collapsed", "signal": "probe"}
+        return Anomaly(kind=self.kind, step=stats.step, **(seen | self.options))
+
+    def update(self, stats):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("observe_only", [False, True])
+def test_certain_architectural_cause_ends_the_fit_with_its_diagnosis(observe_only, tmp_path):
+    """The right response is a named diagnosis and an early stop, not a loop of rollbacks."""
+    finds = Finds("attention collapse", 30, observe_only=observe_only)
+    callbacks = [GradientMonitor(detectors=[*default_detectors(), finds]), *suite()[1:]]
+    with pytest.raises(TrainingStopped, match=r"attention-logit growth.*normalise queries") as stop:
+        fit(tmp_path, callbacks, max_steps=50)
+    assert stop.value.incident.strikes == 1
+    assert stop.value.incident.outcome == "stopped"
+
+
+def test_certain_architectural_cause_is_only_told_of_where_no_stop_is_wanted(tmp_path):
+    finds = Finds("attention collapse", 30, observe_only=True)
+    callbacks = [GradientMonitor(detectors=[finds]), *suite(stop=False)[1:]]
+    _, trainer = fit(tmp_path, callbacks, max_steps=50)
+    assert trainer.global_step == 50
+    (incident,) = callbacks[0].incidents
+    assert (incident.cause, incident.done) == ("attention-logit growth", "")
+
+
+def test_without_a_diagnosis_nothing_is_stopped_but_the_cause_is_named(tmp_path):
+    finds = Finds("attention collapse", 30, observe_only=True)
+    callbacks = [GradientMonitor(detectors=[finds]), AutoRollback()]
+    _, trainer = fit(tmp_path, callbacks, max_steps=50)
+    assert trainer.global_step == 50
+    assert callbacks[0].incidents[0].cause == "attention-logit growth"
+
+
+class Probe(GradientMonitor):
+    """A monitor that is its own probe, every tenth step."""
+
+    def probe_readings(self, trainer, pl_module):
+        if trainer.global_step % 10:
+            return None
+        return [ProbeReading("attention_logit", "net", float(trainer.global_step))]
+
+    def on_step_measured(self, trainer, pl_module, stats):
+        self.readings = [*getattr(self, "readings", []), *stats.readings]
+
+
+def test_readings_of_a_probe_are_part_of_what_is_measured(tmp_path):
+    probe = Probe()
+    fit(tmp_path, [probe], max_steps=35)
+    assert [r.value for r in probe.readings] == [0.0, 10.0, 20.0, 30.0]
+
+
+def test_phase_and_its_range_are_told(tmp_path):
+    """V3."""
+    callbacks = [FaultInjector([ScaleGradients(step=130, factor=1e4)]), *suite()]
+    fit(tmp_path, callbacks, max_steps=150, max_epochs=-1)
+    (incident,) = callbacks[1].incidents
+    scene = incident.current_scene
+    assert scene.phase == "descent"
+    assert scene.phase_range.low < scene.phase_range.high < incident.first.value
+    assert scene.restorable is True
+
+
+def test_history_forgets_what_was_taken_back(tmp_path):
+    """Invariant 3: replayed steps are not counted twice."""
+    seen = {}
+
+    class Look(Diagnosis):
+        def on_train_end(self, trainer, pl_module):
+            seen["steps"] = [s.step for s in self._history]
+
+    faults = FaultInjector([ScaleGradients(step=30, steps=12, factor=1e4)])
+    fit(tmp_path, [faults, GradientMonitor(), Look(), AutoRollback()], max_steps=50)
+    assert seen["steps"] == sorted(set(seen["steps"]))
+
+
+def test_healthy_run_is_the_same_with_a_diagnosis(tmp_path):
+    """Invariant 1."""
+    runs = []
+    for callbacks in (stability_callbacks(), [GradientMonitor(), AutoRollback()], []):
+        module, _ = fit(tmp_path, callbacks, max_steps=50)
+        runs.append(flat(module))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_history_too_short_to_compare_with_is_refused():
+    with pytest.raises(ValueError, match="history must be at least 20 steps, got 5"):
+        Diagnosis(history=5)
