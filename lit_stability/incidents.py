@@ -80,6 +80,7 @@ class Incident:
     and say so by ``takes_steps_again = True``; else None."""
     origin: Any = None
     """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
+    _weighed: list[Hypothesis] | None = field(default=None, repr=False)
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -149,7 +150,13 @@ class Incident:
     @property
     def hypotheses(self) -> list[Hypothesis]:
         """The causes that something speaks for, the best supported first; see `causes.diagnose`."""
-        return diagnose(self.current_scene)
+        return diagnose(self.current_scene) if self._weighed is None else self._weighed
+
+    def seal(self) -> None:
+        """Weigh the causes for the last time, and let go of the steps that they were weighed by."""
+        self._weighed = self.hypotheses
+        if self.scene is not None:
+            self.scene = replace(self.current_scene, history=(), stats=None)
 
     @property
     def cause(self) -> str:

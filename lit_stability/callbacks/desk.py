@@ -64,6 +64,7 @@ class IncidentDesk:
         if self.reporter is not None:
             self.reporter.closed(incident)
         call_hook("on_incident_closed", trainer, pl_module, incident)
+        incident.seal()
 
 
 @dataclass(frozen=True)

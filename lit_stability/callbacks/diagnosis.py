@@ -83,12 +83,19 @@ class Diagnosis(Callback):
             self._phases.update(stats.step, stats.loss, stats.grad_norm, rate)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Say what is known; at each strike, as each may add to it."""
+        """Say what is known; of several strikes, that counts which says most."""
+        incident.may_stop = self.stop
+        known = [each.points for each in incident.hypotheses[:1]] if incident.scene else []
+        before, incident.scene = incident.scene, self._scene(trainer, pl_module, incident)
+        said = [each.points for each in incident.hypotheses[:1]]
+        if known > said:
+            incident.scene = before
+
+    def _scene(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Scene:
         batch = incident.scene.batch if incident.scene else self._look_at_batch(incident)
         index = incident.anomaly.optimizer
         group = trainer.optimizers[index].param_groups[0]
-        incident.may_stop = self.stop
-        incident.scene = Scene(
+        return Scene(
             anomaly=incident.anomaly,
             history=tuple(s for s in self._history if s.optimizer == index),
             stats=incident.stats,

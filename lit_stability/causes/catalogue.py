@@ -97,7 +97,7 @@ LEARNING_RATE = (
             (3, GROWS),
             (2, SWINGS),
             (2, _DIVERGES),
-            (2, c.large_update),
+            (1, c.large_update),
             (1, c.large_gradient),
             (1, c.warming_up),
             (

@@ -192,6 +192,16 @@ def test_history_forgets_what_was_taken_back(tmp_path):
     assert seen["steps"] == sorted(set(seen["steps"]))
 
 
+def test_closed_incident_keeps_its_causes_and_not_the_steps_they_come_from(tmp_path):
+    """Memory: a run of many incidents holds the steps of the open one only."""
+    callbacks = suite()
+    fit(tmp_path, callbacks, data=poisoned(30), max_steps=50)
+    (incident,) = callbacks[0].incidents
+    assert incident.scene.history == ()
+    (record,) = read_incidents(tmp_path)
+    assert [h.as_dict() for h in incident.hypotheses] == record["hypotheses"]
+
+
 def test_healthy_run_is_the_same_with_a_diagnosis(tmp_path):
     """Invariant 1."""
     runs = []

@@ -1,0 +1,101 @@
+"""What the suite makes of runs that go wrong by themselves, and of their healthy twins.
+
+    python -m benchmarks.instabilities [--seeds 0 1 2] [--cases NAME ...] [--probes]
+
+Each case is run bare, with the suite, and as its twin; a final loss is the mean of the last 20
+steps. With ``--probes`` the opt-in probes are in the suite. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from benchmarks.instabilities.cases import CASES, Case
+from lit_stability import Incident, TrainingStopped, stability_callbacks
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    loss: float
+    """Mean of the last 20 steps."""
+    steps: int
+    incidents: list[Incident]
+
+    def first(self) -> tuple[str, str, str]:
+        """Step and kind of the first incident, the cause that is named, and what was done."""
+        if not self.incidents:
+            return "-", "-", "-"
+        incident = next((i for i in self.incidents if i.responses), self.incidents[0])
+        seen = f"{incident.first.step}: {incident.first.kind}"
+        return seen, incident.cause or "-", incident.done or "told"
+
+
+def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
+    """One run, from a seed."""
+    seed_everything(seed, verbose=False)
+    module: Any = case.module()
+    trainer = Trainer(
+        max_steps=case.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.mkdtemp(),
+        callbacks=callbacks,
+    )
+    incidents: list[Incident] = getattr(callbacks[0], "incidents", []) if callbacks else []
+    try:
+        trainer.fit(module, case.data(seed))
+    except TrainingStopped as stop:
+        incidents = [stop.incident]
+    if callbacks:
+        incidents = getattr(callbacks[0], "incidents", incidents)
+    return Result(fmean(module.losses[-20:]), trainer.global_step, incidents)
+
+
+def compare(case: Case, seed: int, suite: Callable[[], list[Callback]]) -> None:
+    """Print the lines of a case."""
+    guarded = train(case, seed, suite())
+    bare = train(case, seed, [])
+    seen, cause, done = guarded.first()
+    print(f"{case.name} (seed {seed}): {seen} | {cause} | {done} | {guarded.steps} steps")
+    line = f"    loss bare {bare.loss:.4g}, suite {guarded.loss:.4g}"
+    if case.twin is not None:
+        twin = train(case.healthy(), seed, suite())
+        line += f", twin {twin.loss:.4g}; alarms of the twin {len(twin.incidents)}"
+        line += "".join(f" ({i.first.kind} at {i.first.step})" for i in twin.incidents)
+    else:
+        line += f"; alarms {len(guarded.incidents)}"
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for name in args.cases:
+        for seed in args.seeds:
+            compare(CASES[name], seed, stability_callbacks)
+
+
+if __name__ == "__main__":
+    main()
