@@ -138,7 +138,7 @@ LEARNING_RATE = (
             (1, GROWS),
             (1, _DIVERGES),
             (1, c.large_gradient),
-            (4, c.kind("stall")),
+            (4, c.kind("stalled layers")),
             (-8, c.kind("learning-rate jump", "optimizer state", "rank disagreement")),
         ),
         do="warm up over some hundred steps (post-norm Transformers with Adam do not train "
@@ -147,7 +147,7 @@ LEARNING_RATE = (
     ),
     Cause(
         name="learning rate too low",
-        clues=((8, c.signal("update_ratio_low")),),
+        clues=((8, c.both(c.kind("no learning"), c.signal("weight_path"))),),
         do="raise the learning rate tenfold; look whether it is meant to be divided twice, by a "
         "scheduler and by hand",
         leave="while the learning rate warms up",
@@ -199,7 +199,7 @@ MODEL = (
     ),
     Cause(
         name="zeroed gain",
-        clues=((8, c.both(c.kind("dead gradients"), c.zero_gain)),),
+        clues=((8, c.zero_gain),),
         do="initialise the gain with 1 and let it train; nothing before it gets a gradient as it "
         "is",
         leave="if a schedule is to open it later: `Diagnosis(stop=False)`",
@@ -208,20 +208,20 @@ MODEL = (
     Cause(
         name="dead part of the model",
         clues=((4, c.kind("dead gradients")),),
-        do="look for units that never fire, a branch that is not used, a detach() or a mask that "
-        "is all zero, before the layers named",
+        do="look for a weight that is all 0, units that never fire, a branch that is not used, a "
+        "detach() or a mask that is all zero, behind the layers named",
         leave="if that part is meant to rest, such as the head of a task that comes later",
     ),
     Cause(
         name="frozen by mistake",
-        clues=((8, c.signal("update_ratio_zero")),),
+        clues=((8, c.both(c.kind("no learning"), c.signal("update_ratio"))),),
         do="look at requires_grad, at what the optimizer was given, and at the learning rate; "
         "`lit-stability check` lists them",
         leave="while a schedule keeps the learning rate at zero",
     ),
     Cause(
         name="model that cannot learn",
-        clues=((4, c.kind("no learning")), (-4, c.signal("update_ratio_zero", "update_ratio_low"))),
+        clues=((4, c.kind("no learning")), (-4, c.signal("update_ratio", "weight_path"))),
         do="run `lit-stability check`: masks, dead branches, labels, the first loss against that "
         "of a guess; have 20 samples learnt by heart",
         leave="if the task is as hard as the loss says",
@@ -231,8 +231,8 @@ MODEL = (
         clues=((6, c.kind("vanishing gradient")),),
         do="look at the gradient flow layer by layer; norms before the sublayers, residual "
         "connections and a larger initialisation keep it alive; in fp16 raise the loss scale",
-        leave="during warm-up, and when the loss has converged: small gradients are due then; raise"
-        " `Vanishing(floor=...)`",
+        leave="during warm-up, and when the loss has converged: small gradients are due then; lower"
+        " `Vanishing(bound=...)`",
     ),
     Cause(
         name="initialisation",

@@ -58,7 +58,9 @@ def both(first: Clue, second: Clue) -> Clue:
     def clue(scene: Scene) -> str | None:
         said = first(scene)
         other = None if said is None else second(scene)
-        return None if other is None else f"{said}, and {other}"
+        if other is None or other == said:
+            return other
+        return f"{said}, and {other}"
 
     return clue
 
@@ -184,7 +186,6 @@ def unclipped(scene: Scene) -> str | None:
 
 
 def zero_gain(scene: Scene) -> str | None:
-    """A norm layer's gain is exactly 0."""
-    zero = [n for n, norm in scene.weight_norms.items() if norm == 0 and is_norm_gain(n)]
-    zero += [n for n, value in scene.anomaly.layers if value == 0 and is_norm_gain(n)]
-    return f"{zero[0]} is exactly 0" if zero else None
+    """A norm layer's gain is exactly 0 and gets no gradient that could move it."""
+    shut = scene.anomaly.layers[:1] if scene.anomaly.signal == "weight_norm" else ()
+    return next((f"{name} is exactly 0" for name, _ in shut if is_norm_gain(name)), None)

@@ -110,12 +110,6 @@ class Scene:
         steps = [*self.history, *([] if self.stats is None else [self.stats])]
         return tuple(max(s.nominal_learning_rates, default=0.0) for s in steps)
 
-    @cached_property
-    def weight_norms(self) -> dict[str, float]:
-        """Norm of each weight at the last scan."""
-        steps = [*([] if self.stats is None else [self.stats]), *reversed(self.history)]
-        return next((dict(s.weight_norms) for s in steps if s.weight_norms), {})
-
     def reading(self, quantity: str) -> tuple[str, float] | None:
         """Where the last probe of a quantity was largest, and its value there."""
         for stats in [*([] if self.stats is None else [self.stats]), *reversed(self.history)]:

@@ -105,13 +105,26 @@ CASES = {
     "a gain of zero": (
         scene(
             "dead gradients",
-            now={"weight_norms": (("norm.weight", 0.0), ("head.weight", 3.0))},
+            anomaly={"signal": "weight_norm", "layers": (("norm.weight", 0.0), ("up.weight", 0.0))},
         ),
         "zeroed gain",
     ),
-    "dead units": (
-        scene("dead gradients", now={"weight_norms": (("norm.weight", 8.0),)}),
+    "a gain of a dead part, which is not zero": (
+        scene("dead gradients", anomaly={"signal": "grad_norm", "layers": (("norm.weight", 0.0),)}),
         "dead part of the model",
+    ),
+    "weights that do not move": (
+        scene("no learning", anomaly={"signal": "update_ratio"}),
+        "frozen by mistake",
+    ),
+    "weights that hardly move": (
+        scene("no learning", anomaly={"signal": "weight_path"}),
+        "learning rate too low",
+    ),
+    "weights that move for nothing": (scene("no learning"), "model that cannot learn"),
+    "post-norm": (
+        scene("stalled layers", history=history(CALM, start=100), rate_rose=False),
+        "no warm-up",
     ),
     "a jump of the learning rate": (
         scene("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
