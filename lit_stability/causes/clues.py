@@ -189,3 +189,11 @@ def zero_gain(scene: Scene) -> str | None:
     """A norm layer's gain is exactly 0 and gets no gradient that could move it."""
     shut = scene.anomaly.layers[:1] if scene.anomaly.signal == "weight_norm" else ()
     return next((f"{name} is exactly 0" for name, _ in shut if is_norm_gain(name)), None)
+
+
+GROWS = pattern("exponential growth")
+SWINGS = pattern("oscillating divergence")
+JUMPS = pattern("sudden jump")
+BROKEN = kind("non-finite loss", "non-finite gradient", "non-finite weight")
+DIVERGES = kind("divergence", "oscillation", "predicted divergence")
+SPIKES = kind("gradient spike", "loss spike")
