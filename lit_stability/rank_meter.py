@@ -87,6 +87,7 @@ class RankMeter(StepMeter):
         assert self._begun is not None
         self._begun.sum.wait()
         self._begun = None
+        self._scanned = self._scanned_weights = None
 
     def _start(
         self,
@@ -103,6 +104,9 @@ class RankMeter(StepMeter):
         parts["updates"] = torch.cat(updates) if updates else torch.zeros(2, device=device)
         if scan_weights:
             parts["weights"] = self._squares(self._local_weights())
+            # Of shards the sum is more than the norm of all, never less.
+            for distances in self._distances():
+                parts["distances"] = distances.double() * self._shares
         if grads is not None:
             nothing = torch.empty(0, device=device)
             parts["grads"] = self._squares([grads.get(n, nothing) for n in self.names])
@@ -144,6 +148,7 @@ class RankMeter(StepMeter):
             grad_norms=host["grads"],
             weight_norms=_roots(parts.get("weights", ())),
             updates=parts["updates"],
+            distances=parts.get("distances", ()),
             moments=self._moments.judge_rows([row[:3] for row in ranks]),
             distributions=host["rows"],
             stuck=host["stuck"],

@@ -83,6 +83,15 @@ class Samples:
         sums = torch.segment_reduce(flat, "sum", lengths=self._lengths, unsafe=True)
         return sums[self._back]
 
+    def norms_of_most(self, flat: Tensor) -> Tensor:
+        """Estimate of each tensor's norm without its largest element, shape ``(tensors,)``."""
+        # The weights are those of whole tensors: within a tensor they are all the same.
+        squares = flat.square() * self._weights
+        n = self._lengths
+        largest = torch.segment_reduce(squares, "max", lengths=n, unsafe=True, initial=0.0)
+        sums = torch.segment_reduce(squares, "sum", lengths=n, unsafe=True)
+        return (sums - largest).clamp(min=0).sqrt()[self._back]
+
 
 def blocks_of(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Tensor:
     """An evenly spread sample, shape ``(blocks, block)``; a view if the tensor is dense."""
