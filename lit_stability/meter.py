@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lit_stability.details import details_of, sampled_distribution
 from lit_stability.moments import Moments, MomentStats
-from lit_stability.norms import dense, non_finite, norms_of, to_host, total
+from lit_stability.norms import dense, non_finite, norms_of, peaks_of, to_host, total
 from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
@@ -35,8 +35,11 @@ class Reading:
     """Empty where the weights were not scanned."""
     updates: Sequence[float]
     """Squared norms of the last update and of the weights before it, or empty."""
-    distances: Sequence[float]
-    """How far each weight has moved since the scan before; empty where that is not known."""
+    peaks: Sequence[float]
+    """Largest absolute value of each weight; empty where the weights were not scanned."""
+    extents: Sequence[float]
+    """How far each weight has moved since the scan before, see `Samples.extents`; empty where that
+    is not known."""
     moments: MomentStats
     distributions: Sequence[float]
     stuck: Sequence[float] = ()
@@ -87,7 +90,7 @@ class StepMeter:
     def forget(self) -> None:
         """Drop what was remembered of the last step, after the weights were put back."""
         self._last_weights: Tensor | None = None
-        self._scanned: tuple[int, tuple[float, ...]] | None = None
+        self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
         self._scanned_weights: Tensor | None = None
         self._moments.forget()
         self._rounding.forget()
@@ -154,15 +157,24 @@ class StepMeter:
         )
         self.count += 1
         if read.weight_norms:
-            self._scanned = (step, tuple(read.weight_norms))
+            self._scanned = (step, read.weight_norms, read.peaks)
         self.expect(learning_rates)
         return stats
 
     def _moves(self, read: Reading) -> WeightMoves | None:
-        if self._scanned is None or not read.distances:
+        if self._scanned is None or not read.extents:
             return None
-        since, norms = self._scanned
-        return WeightMoves(since=since, norms=norms, distances=tuple(read.distances))
+        since, norms, peaks = self._scanned
+        count = len(self.names)
+        return WeightMoves(
+            since=since,
+            norms=tuple(norms),
+            peaks=tuple(zip(peaks, read.peaks, strict=True)),
+            distances=tuple(read.extents[:count]),
+            farthest=tuple(
+                zip(read.extents[count : 2 * count], read.extents[2 * count :], strict=True)
+            ),
+        )
 
     def expect(self, learning_rates: Sequence[float]) -> None:
         """Say which learning rates the coming update uses, where that has changed since."""
@@ -207,7 +219,8 @@ class StepMeter:
                 "weights": norms_of(self._local_weights()) if scan_weights else [],
                 "rows": rows,
                 "updates": self._update_sums(),
-                "distances": self._distances() if scan_weights else [],
+                "extents": self._extents() if scan_weights else [],
+                "peaks": peaks_of(self._local_weights()) if scan_weights else [],
                 "moments": self._moments.sums(),
                 "stuck": self._rounding.look(),
             }
@@ -218,7 +231,8 @@ class StepMeter:
             grad_norms=host["grads"],
             weight_norms=host["weights"],
             updates=host["updates"],
-            distances=host["distances"],
+            peaks=host["peaks"],
+            extents=host["extents"],
             moments=self._moments.judge(host["moments"]),
             distributions=host["rows"],
             stuck=host["stuck"],
@@ -237,12 +251,12 @@ class StepMeter:
             self._samples.weighted_square_sum(last).reshape(1),
         ]
 
-    def _distances(self) -> list[Tensor]:
-        """How far each weight has moved since the scan before, in one tensor; after the updates."""
+    def _extents(self) -> list[Tensor]:
+        """How far the weights have moved since the scan before; to be asked after the updates."""
         last, self._scanned_weights = self._scanned_weights, self._last_weights
         if last is None or self._last_weights is None:
             return []
-        return [self._samples.norms_of_most(self._last_weights - last)]
+        return [self._samples.extents(self._last_weights - last)]
 
 
 def _ratio(squares: Sequence[float]) -> float | None:

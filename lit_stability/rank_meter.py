@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.meter import Reading, StepMeter
-from lit_stability.norms import norms_of, to_host
+from lit_stability.norms import norms_of, peaks_of, to_host
 from lit_stability.ranks import Ranks, Summed
 from lit_stability.shards import share
 
@@ -104,9 +104,11 @@ class RankMeter(StepMeter):
         parts["updates"] = torch.cat(updates) if updates else torch.zeros(2, device=device)
         if scan_weights:
             parts["weights"] = self._squares(self._local_weights())
-            # Of shards the sum is more than the norm of all, never less.
-            for distances in self._distances():
-                parts["distances"] = distances.double() * self._shares
+            # Of shards the sums of norms are norms as well, if others than that of the whole.
+            (peaks,) = peaks_of(self._local_weights())
+            parts["peaks"] = peaks.to(device).double() * self._shares
+            for extents in self._extents():
+                parts["extents"] = extents.double() * self._shares.repeat(3)
         if grads is not None:
             nothing = torch.empty(0, device=device)
             parts["grads"] = self._squares([grads.get(n, nothing) for n in self.names])
@@ -148,7 +150,8 @@ class RankMeter(StepMeter):
             grad_norms=host["grads"],
             weight_norms=_roots(parts.get("weights", ())),
             updates=parts["updates"],
-            distances=parts.get("distances", ()),
+            peaks=parts.get("peaks", ()),
+            extents=parts.get("extents", ()),
             moments=self._moments.judge_rows([row[:3] for row in ranks]),
             distributions=host["rows"],
             stuck=host["stuck"],

@@ -46,9 +46,13 @@ class WeightMoves:
     """Step of the scan before."""
     norms: tuple[float, ...]
     """Norms at that scan."""
+    peaks: tuple[tuple[float, float], ...]
+    """Largest absolute values, at that scan and now."""
     distances: tuple[float, ...]
     """Norms of the difference, from the sample and without its largest element, so that one torn
     element does not explain itself."""
+    farthest: tuple[tuple[float, float], ...]
+    """How far the element has moved that went farthest in the sample, and the second after it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

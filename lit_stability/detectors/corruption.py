@@ -3,52 +3,84 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.stats import StepStats
+from lit_stability.stats import StepStats, WeightMoves
+
+_TINY = 1e-30
+_Measure = Literal["norm", "largest element", "single element"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What one measure of one weight has done between two scans."""
+
+    measure: _Measure
+    name: str
+    before: float
+    now: float
+    distance: float
+    """How far the weight has moved in this measure, without the element that moved farthest."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.measure} of {self.name}"
+
+    @property
+    def size(self) -> float:
+        return abs(self.now - self.before)
+
+    def in_words(self) -> str:
+        if self.measure == "single element":
+            return f"a {self.key} has moved by {self.now:.4g}"
+        return f"the {self.key} went from {self.before:.4g} to {self.now:.4g}"
 
 
 class WeightCorruption:
-    """Objects to a weight whose norm changed by more than all updates since the last scan explain.
+    """Objects to a weight that changed by more than all updates since the last scan explain.
 
-    A norm cannot change by more than the distance its tensor has moved (triangle inequality), so a
-    larger change was made outside the optimizer: memory, a stray write, a flipped bit. The distance
-    is known from a sample, without its largest element; as a sample may miss the few rows of an
-    embedding that moved, the change must also be beyond all that this weight has done. A weight is
-    corrupt when its change is at once
+    Neither the norm of a tensor nor its largest absolute value can change by more than the tensor
+    has moved in that measure (triangle inequality), and no element goes far beyond all others; what
+    does was moved outside the optimizer, by memory, a stray write, a flipped bit. How far a tensor
+    has moved is known from a sample, without the element that went farthest. A sample may miss the
+    few rows of an embedding that moved, so the change must be above all of
 
-    * above ``slack`` times the sampled distance,
-    * above ``ratio`` times the largest it has made, per unit of learning rate, of late, and
-    * above ``floor`` of its norm.
+    * ``slack`` times what the sample has moved,
+    * ``ratio`` times the largest of late, per unit of learning rate, and per unit of learning rate
+      times gradient norm,
+    * of norms, ``slack`` times the sum of learning rate times gradient norm, as far as gradient
+      descent goes, and
+    * ``floor`` of the value before.
 
-    What comes back when the same steps are taken again is no corruption but the run's own code:
-    it is accepted, and ``regimes`` counts it. A weight whose first change is seen passes.
+    What comes back when the same steps are taken again is no corruption but the run's own code: it
+    is accepted, and ``regimes`` counts it. Of tensors with more than 512 elements an element that
+    is torn and stays below the largest is found only if it is in the sample.
 
     Args:
-        slack: factor on the sampled distance, at least 1.
+        slack: factor on what the sample has moved, and on what gradient descent explains.
         ratio: factor on the largest change of late, at least 1.
         floor: smallest relative change that counts; fp32 norms are right to about 1e-5.
-        min_history: changes of a weight before the first verdict on it.
+        min_history: changes of a weight before the first verdict on it; of one that has never
+            moved nothing is known.
 
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import WeightMoves
     >>> detector = WeightCorruption(min_history=2)
     >>> norms = [1.0, 1.01, 1.02, 1.03, 1.9]
     >>> for i, (before, now) in enumerate(zip(norms, norms[1:])):
-    ...     moves = WeightMoves(since=10 * i, norms=(before,), distances=(0.02,))
+    ...     moves = WeightMoves(since=10 * i, norms=(before,), peaks=((0.3, 0.3),),
+    ...                         distances=(0.02,), farthest=((0.01, 0.01),))
     ...     stats = StepStats(step=10 * i + 10, loss=1.0, grad_norm=1.0, weight_moves=moves,
-    ...                       weight_norms=(("w", now),), update_learning_rate=0.1)
+    ...                       weight_norms=(("w", now),), learning_rates=(0.01,))
     ...     if anomaly := detector.check(stats):
-    ...         print(anomaly.step, anomaly.layers)
+    ...         print(anomaly.step, anomaly.message)
     ...     detector.update(stats)
-    40 (('w', 1.9),)
+    40 the norm of w went from 1.03 to 1.9 since step 30, which no update explains
     """
-
-    shared_by_ranks = "yes"
 
     def __init__(
         self,
@@ -65,11 +97,13 @@ class WeightCorruption:
         self.slack, self.ratio, self.floor = slack, ratio, floor
         self.min_history = min_history
         self.regimes = 0
-        self._reach: dict[str, float] = {}
-        """Largest change of each weight per unit of learning rate, decayed."""
-        self._changes: dict[str, int] = {}
+        self._reach: dict[str, tuple[int, float, float]] = {}
+        """How many changes there were, and the largest of late: per learning rate, and per that
+        times gradient norm."""
         self._rates = 0.0
         """Sum of the learning rates since the last scan."""
+        self._pulls: dict[str, float] = {}
+        """Sums of learning rate times gradient norm since the last scan."""
         self._told: dict[str, int] = {}
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -77,72 +111,99 @@ class WeightCorruption:
         moves = stats.weight_moves
         if moves is None:
             return None
-        rates = self._rates + stats.update_learning_rate
-        found: list[tuple[float, str, float, float]] = []
-        rows = zip(stats.weight_norms, moves.norms, moves.distances, strict=True)
-        for (name, norm), before, distance in rows:
-            change = abs(norm - before)
-            if change <= self.slack * distance or change <= self.floor * before:
-                continue
-            if not math.isfinite(change) or self._changes.get(name, 0) < self.min_history:
-                continue
-            reach = self._reach[name] * rates
-            if change > self.ratio * reach:
-                found.append((change / (before or change), name, norm, before))
-        found = [row for row in found if not self._has_returned(row[1], moves.since)]
-        return self._anomaly(stats, moves.since, sorted(found, reverse=True)) if found else None
-
-    def _has_returned(self, name: str, since: int) -> bool:
-        if since >= self._told.get(name, -1):
-            return False
-        del self._told[name]
-        self.regimes += 1
-        return True
-
-    def _anomaly(
-        self, stats: StepStats, since: int, found: list[tuple[float, str, float, float]]
-    ) -> Anomaly:
-        self._told |= {name: stats.step for _, name, _, _ in found}
-        change, name, norm, before = found[0]
+        found = [c for c in _changes(stats, moves) if self._is_torn(c)]
+        found = [c for c in found if not self._has_returned(c, moves.since)]
+        if not found:
+            return None
+        self._told |= {change.key: stats.step for change in found}
+        worst = max(found, key=lambda change: change.size / self._explained(change))
         return Anomaly(
             kind="weight corruption",
             step=stats.step,
-            value=norm,
+            value=worst.now,
             signal="weight_norm",
-            baseline=before,
-            threshold=before * (1 + self.floor),
+            baseline=worst.before,
+            threshold=worst.before + self._explained(worst),
             optimizer=stats.optimizer,
             state_is_bad=True,
-            since=since,
-            layers=tuple((n, v) for _, n, v, _ in found[:5]),
-            message=f"the norm of {name} went from {before:.4g} to {norm:.4g} ({change:.2g} of it) "
-            f"since step {since}, which no update explains",
+            since=moves.since,
+            layers=tuple({c.name: c.now for c in found}.items())[:5],
+            message=f"{worst.in_words()} since step {moves.since}, which no update explains",
         )
 
+    def _is_torn(self, change: _Change) -> bool:
+        # The cheap bounds first: nearly all weights pass them.
+        size = change.size
+        if size <= self.slack * change.distance or size <= self.floor * change.before:
+            return False
+        if not math.isfinite(size) or change.key not in self._reach:
+            return False
+        return self._reach[change.key][0] >= self.min_history and size > self._explained(change)
+
+    def _explained(self, change: _Change) -> float:
+        """The largest change that learning rates and gradients since the last scan explain."""
+        _, by_rate, by_pull = self._reach[change.key]
+        by_pull *= self.ratio
+        if change.measure == "norm":
+            # However little it has changed while the weight wandered: now it may go one way.
+            by_pull = max(by_pull, self.slack)
+        pull = self._pulls.get(change.name, 0.0)
+        return max(self.ratio * by_rate * self._rates, by_pull * pull, _TINY)
+
+    def _has_returned(self, change: _Change, since: int) -> bool:
+        if since >= self._told.get(change.key, -1):
+            return False
+        del self._told[change.key]
+        self.regimes += 1
+        return True
+
     def update(self, stats: StepStats) -> None:
-        """Learn what the weights have done."""
-        self._rates += stats.update_learning_rate
-        if not stats.weight_norms:
+        """Learn what the weights have done, and what pulls at them next."""
+        if stats.weight_norms:
+            if stats.weight_moves is not None and self._rates > 0:
+                for change in _changes(stats, stats.weight_moves):
+                    self._learn(change)
+            # Momentum goes on with what came before: 0.9 to the power of ten.
+            self._pulls = {name: 0.35 * pull for name, pull in self._pulls.items()}
+            self._rates = 0.0
+        rate = max(stats.learning_rates, default=0.0)
+        self._rates += rate
+        for name, norm in zip(stats.names, stats.grad_norms, strict=True):
+            self._pulls[name] = self._pulls.get(name, 0.0) + rate * norm
+
+    def _learn(self, change: _Change) -> None:
+        size, pull = change.size, self._pulls.get(change.name, 0.0)
+        if not 0 < size < math.inf:
             return
-        rates, self._rates = self._rates, 0.0
-        moves = stats.weight_moves
-        if moves is None or rates <= 0:
-            return
-        for (name, norm), before in zip(stats.weight_norms, moves.norms, strict=True):
-            change = abs(norm - before) / rates
-            if math.isfinite(change):
-                self._reach[name] = max(change, 0.9 * self._reach.get(name, 0.0))
-                self._changes[name] = self._changes.get(name, 0) + 1
+        count, by_rate, by_pull = self._reach.get(change.key, (0, 0.0, 0.0))
+        self._reach[change.key] = (
+            count + 1,
+            max(size / self._rates, 0.9 * by_rate),
+            max(size / pull if pull > 0 else 0.0, 0.9 * by_pull),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What each weight has done; not what was told, so that no restore can undo it."""
         return {
-            "reach": dict(self._reach),
-            "changes": dict(self._changes),
+            "reach": {key: list(reach) for key, reach in self._reach.items()},
             "rates": self._rates,
+            "pulls": dict(self._pulls),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put it back."""
-        self._reach, self._changes = dict(state["reach"]), dict(state["changes"])
-        self._rates = float(state["rates"])
+        self._reach = {
+            key: (int(n), float(a), float(b)) for key, (n, a, b) in state["reach"].items()
+        }
+        self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
+
+
+def _changes(stats: StepStats, moves: WeightMoves) -> Iterator[_Change]:
+    names = [name for name, _ in stats.weight_norms]
+    norms = [norm for _, norm in stats.weight_norms]
+    for row in zip(names, moves.norms, norms, moves.distances, strict=True):
+        yield _Change("norm", *row)
+    for name, peaks, farthest in zip(names, moves.peaks, moves.farthest, strict=True):
+        first, second = farthest
+        yield _Change("largest element", name, *peaks, second)
+        yield _Change("single element", name, 0.0, first, second)

@@ -70,7 +70,7 @@ class LossCourse:
     """The loss in medians of blocks, against the first and the lowest of them.
 
     A block counts as a fall when its median is below what it is compared with by the larger of
-    ``fall`` of the first loss's size and three standard errors of the difference of two medians
+    ``fall`` of the first loss's size and four standard errors of the difference of two medians
     (1.2533 sigma / sqrt(n) each), with a sigma from successive differences, which a trend does not
     widen. What it is compared with stays until then, so that a slow fall adds up.
 
@@ -135,7 +135,7 @@ class LossCourse:
 
     def _margin_of(self, sigma: float, count: int) -> float:
         error = 1.2533 * sigma * math.sqrt(1 / count + 1 / self.block)
-        return max(self.fall * abs(self.first), 3 * error)
+        return max(self.fall * abs(self.first), 4 * error)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, in plain values."""

@@ -16,7 +16,7 @@ class NoLearning:
 
     The question is put after ``patience`` steps with a settled learning rate; a warm-up does not
     count, nor steps below half the peak. Fallen it has when the median of a block of ``block``
-    losses was below the first by three standard errors and by ``fall`` of its size (`LossCourse`).
+    losses was below the first by four standard errors and by ``fall`` of its size (`LossCourse`).
     A run that once has learnt is never objected to: it may have a plateau.
 
     Three things can be the matter, and ``signal`` tells them apart:
@@ -93,15 +93,17 @@ class NoLearning:
 
     def _reason(self) -> tuple[str, float, str]:
         """The signal, its value, and what to say of it."""
+        if not self._updates:
+            return "loss", math.nan, "how far the weights move is not known"
         mean = self._settled_path / self._counted
-        if self._updates and mean < self.still:
+        if mean < self.still:
             rate = self._rate.rate
             return (
                 "update_ratio",
                 mean,
                 f"the weights do not move, at a learning rate of {rate:.3g}",
             )
-        if self._updates and self._path < self.little:
+        if self._path < self.little:
             by = f"{self._updates} updates have moved the weights by at most {self._path:.2%}"
             return "weight_path", self._path, by
         return "loss", mean, f"the weights do move, by {mean:.2g} of their norm a step"

@@ -15,11 +15,11 @@ class Oscillation:
     """Objects, once an episode, to a loss that goes up and down by more each time.
 
     An episode is a run of at least ``swings`` changes of the loss, each against the one before and
-    larger, that have grown by ``growth`` from the first to the last. The last must also be above
-    ``sigmas`` robust standard deviations of the changes of late, and above ``rise``
-    of the loss's median: with noise some zigzag is always growing, and at the edge of stability
-    (Cohen et al. 2021, arXiv 2103.00065) full-batch descent swings within what it can bear. Changes
-    that widen are not learnt. At the very start, without a history, the growth alone decides.
+    larger than the last in its own direction, of which the last is ``growth`` times the first. The
+    last must also be above ``sigmas`` robust standard deviations of the changes of late, and above
+    ``rise`` of the loss's median: with noise some zigzag is always growing, and at the edge of
+    stability (Cohen et al. 2021, arXiv 2103.00065) full-batch descent swings within what it can
+    bear. Changes that widen are not learnt.
 
     The step is good as it is; what comes of it is left to the detectors of divergence.
 
@@ -29,7 +29,7 @@ class Oscillation:
         sigmas: robust standard deviations of the changes of late.
         rise: of the median loss's absolute value.
         window: losses and changes remembered.
-        min_history: changes before ``sigmas`` and ``rise`` count.
+        min_history: changes before ``sigmas`` counts.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -41,7 +41,7 @@ class Oscillation:
     ...     if anomaly := d.check(stats):
     ...         print(i, anomaly.message)
     ...     d.update(stats)
-    6 the loss swings wider each time: 6 swings, from 0.2 to 1.8
+    7 the loss swings wider each time: 7 swings, from 0.2 to 2
     """
 
     shared_by_ranks = "yes"
@@ -49,8 +49,8 @@ class Oscillation:
     def __init__(
         self,
         *,
-        swings: int = 6,
-        growth: float = 4.0,
+        swings: int = 7,
+        growth: float = 8.0,
         sigmas: float = 8.0,
         rise: float = 0.5,
         window: int = 100,
@@ -68,6 +68,8 @@ class Oscillation:
         self._first = 0.0
         """First change of the run that alternates and grows."""
         self._change = 0.0
+        self._before = 0.0
+        """The change before that: the last one in the other direction."""
         self._swings = 0
         self._told = False
 
@@ -95,15 +97,15 @@ class Oscillation:
 
     def _widens(self, loss: float) -> bool:
         change = loss - self._last
-        return change * self._change < 0 and abs(change) > abs(self._change)
+        return change * self._change < 0 and abs(change) > abs(self._before)
 
     def _used_to(self) -> float:
-        """The largest change that is nothing to speak of; 0 as long as that is not known."""
+        """The largest change that is nothing to speak of."""
+        large = self.rise * abs(self.losses.median)
         if len(self.changes) < self.min_history:
-            return 0.0
+            return large
         # Changes have no mean to speak of: their size is their deviation.
-        spread = 1.4826 * self.changes.median
-        return max(self.sigmas * spread, self.rise * abs(self.losses.median))
+        return max(large, self.sigmas * 1.4826 * self.changes.median)
 
     def update(self, stats: StepStats) -> None:
         """Learn an accepted step; what was objected to is told of once."""
@@ -112,7 +114,8 @@ class Oscillation:
         self._told = self._told or self.check(stats) is not None
         self.losses.add(stats.loss)
         if self._widens(stats.loss):
-            self._change, self._swings = stats.loss - self._last, self._swings + 1
+            self._before, self._change = self._change, stats.loss - self._last
+            self._swings += 1
         else:
             self._begin_run(stats.loss - self._last)
         self._last = stats.loss
@@ -121,7 +124,7 @@ class Oscillation:
         """Begin with a change that is no wider, as most are: these are what a run is used to."""
         self._told = False
         change = change if math.isfinite(change) else 0.0
-        self._first, self._change, self._swings = change, change, 1
+        self._first, self._change, self._before, self._swings = change, change, 0.0, 1
         if change:
             self.changes.add(abs(change))
 
@@ -133,6 +136,7 @@ class Oscillation:
             "last": self._last,
             "first": self._first,
             "change": self._change,
+            "before": self._before,
             "swings": self._swings,
             "told": self._told,
         }
@@ -142,5 +146,6 @@ class Oscillation:
         self.losses.replace(state["losses"])
         self.changes.replace(state["changes"])
         self._last, self._first = float(state["last"]), float(state["first"])
-        self._change, self._swings = float(state["change"]), int(state["swings"])
+        self._change, self._before = float(state["change"]), float(state["before"])
+        self._swings = int(state["swings"])
         self._told = bool(state["told"])
