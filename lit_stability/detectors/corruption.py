@@ -10,6 +10,11 @@ from typing import Any, Literal
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.stats import StepStats, WeightMoves
 
+_ADAM = 4.0
+"""Updates of Adam are at most (1 - b1) / sqrt(1 - b2) learning rates (Kingma & Ba 2015, section
+2.1), 3.2 by default."""
+_ELEMENT = 0.1
+"""Share of the largest element by which one of the sample must have moved."""
 _TINY = 1e-30
 _Measure = Literal["norm", "largest element", "single element"]
 
@@ -24,6 +29,8 @@ class _Change:
     now: float
     distance: float
     """How far the weight has moved in this measure, without the element that moved farthest."""
+    scale: float
+    """What a relative change is relative to."""
 
     @property
     def key(self) -> str:
@@ -51,9 +58,9 @@ class WeightCorruption:
     * ``slack`` times what the sample has moved,
     * ``ratio`` times the largest of late, per unit of learning rate, and per unit of learning rate
       times gradient norm,
-    * of norms, ``slack`` times the sum of learning rate times gradient norm, as far as gradient
-      descent goes, and
-    * ``floor`` of the value before.
+    * for norms and largest values ``slack`` times the sum of learning rate times gradient norm, as
+      far as gradient descent goes; for elements under Adam four times the sum of learning rates,
+    * ``floor`` of the value before; for a single element, a tenth of the largest value.
 
     What comes back when the same steps are taken again is no corruption but the run's own code: it
     is accepted, and ``regimes`` counts it. Of tensors with more than 512 elements an element that
@@ -104,6 +111,8 @@ class WeightCorruption:
         """Sum of the learning rates since the last scan."""
         self._pulls: dict[str, float] = {}
         """Sums of learning rate times gradient norm since the last scan."""
+        self._adaptive = False
+        """Whether the optimizer has second moments."""
         self._told: dict[str, int] = {}
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -134,21 +143,27 @@ class WeightCorruption:
     def _is_torn(self, change: _Change) -> bool:
         # The cheap bounds first: nearly all weights pass them.
         size = change.size
-        if size <= self.slack * change.distance or size <= self.floor * change.before:
+        if size <= self.slack * change.distance or size <= self._floor(change):
             return False
         if not math.isfinite(size) or change.key not in self._reach:
             return False
         return self._reach[change.key][0] >= self.min_history and size > self._explained(change)
 
+    def _floor(self, change: _Change) -> float:
+        single = change.measure == "single element"
+        return max(self.floor, _ELEMENT if single else 0.0) * change.scale
+
     def _explained(self, change: _Change) -> float:
         """The largest change that learning rates and gradients since the last scan explain."""
         _, by_rate, by_pull = self._reach[change.key]
         by_pull *= self.ratio
-        if change.measure == "norm":
-            # However little it has changed while the weight wandered: now it may go one way.
+        by_rate *= self.ratio
+        if change.measure != "norm" and self._adaptive:
+            by_rate = max(by_rate, _ADAM)
+        elif change.measure != "single element":
+            # However little it has changed so far: another element may go farther, or all one way.
             by_pull = max(by_pull, self.slack)
-        pull = self._pulls.get(change.name, 0.0)
-        return max(self.ratio * by_rate * self._rates, by_pull * pull, _TINY)
+        return max(by_rate * self._rates, by_pull * self._pulls.get(change.name, 0.0), _TINY)
 
     def _has_returned(self, change: _Change, since: int) -> bool:
         if since >= self._told.get(change.key, -1):
@@ -166,6 +181,7 @@ class WeightCorruption:
             # Momentum goes on with what came before: 0.9 to the power of ten.
             self._pulls = {name: 0.35 * pull for name, pull in self._pulls.items()}
             self._rates = 0.0
+        self._adaptive = self._adaptive or stats.moment_ratio is not None
         rate = max(stats.learning_rates, default=0.0)
         self._rates += rate
         for name, norm in zip(stats.names, stats.grad_norms, strict=True):
@@ -187,6 +203,7 @@ class WeightCorruption:
         return {
             "reach": {key: list(reach) for key, reach in self._reach.items()},
             "rates": self._rates,
+            "adaptive": self._adaptive,
             "pulls": dict(self._pulls),
         }
 
@@ -196,14 +213,15 @@ class WeightCorruption:
             key: (int(n), float(a), float(b)) for key, (n, a, b) in state["reach"].items()
         }
         self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
+        self._adaptive = bool(state["adaptive"])
 
 
 def _changes(stats: StepStats, moves: WeightMoves) -> Iterator[_Change]:
     names = [name for name, _ in stats.weight_norms]
     norms = [norm for _, norm in stats.weight_norms]
     for row in zip(names, moves.norms, norms, moves.distances, strict=True):
-        yield _Change("norm", *row)
+        yield _Change("norm", *row, scale=row[1])
     for name, peaks, farthest in zip(names, moves.peaks, moves.farthest, strict=True):
         first, second = farthest
-        yield _Change("largest element", name, *peaks, second)
-        yield _Change("single element", name, 0.0, first, second)
+        yield _Change("largest element", name, *peaks, second, scale=peaks[0])
+        yield _Change("single element", name, 0.0, first, second, scale=peaks[0])

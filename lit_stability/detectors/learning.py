@@ -17,7 +17,8 @@ class NoLearning:
     The question is put after ``patience`` steps with a settled learning rate; a warm-up does not
     count, nor steps below half the peak. Fallen it has when the median of a block of ``block``
     losses was below the first by four standard errors and by ``fall`` of its size (`LossCourse`).
-    A run that once has learnt is never objected to: it may have a plateau.
+    A run that once has learnt is never objected to: it may have a plateau. Nor is one whose medians
+    trend down, if too little yet to count.
 
     Three things can be the matter, and ``signal`` tells them apart:
 
@@ -74,7 +75,7 @@ class NoLearning:
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
         course = self._course
-        if self._told or course.learnt or self._counted < self.patience:
+        if self._told or course.learnt or course.falling or self._counted < self.patience:
             return None
         if not stats.has_loss or math.isnan(course.recent):
             return None
