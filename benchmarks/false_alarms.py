@@ -23,14 +23,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from benchmarks.instabilities.cases import CASES, Case
 from lit_stability import GradientMonitor
 from lit_stability.detectors import (
-    DeadGradients,
     Detector,
-    NoLearning,
     Oscillation,
-    Stall,
-    Vanishing,
-    WeightCorruption,
-    WeightDrift,
+    Spike,
     default_detectors,
 )
 from lit_stability.stats import StepStats, WeightMoves
@@ -162,13 +157,12 @@ def weights(rate: Array, rng: np.random.Generator) -> dict[int, tuple[float, tup
 
 def every_detector() -> list[Detector]:
     """The default set, and those that are not in it."""
-    own = (Vanishing(), DeadGradients(), NoLearning(), Stall(), Oscillation(), WeightDrift())
-    found: dict[str, Detector] = {name_of(d): d for d in (*default_detectors(), *own)}
-    return list((found | {"WeightCorruption": WeightCorruption()}).values())
+    return [*default_detectors(), Spike("loss"), Oscillation()]
 
 
 def name_of(detector: Detector) -> str:
-    return type(detector).__name__
+    name = type(detector).__name__
+    return f"{name}({detector.signal!r})" if isinstance(detector, Spike) else name
 
 
 def count(steps: Iterable[StepStats], detectors: list[Detector]) -> dict[str, int]:

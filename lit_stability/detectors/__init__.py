@@ -57,7 +57,10 @@ __all__ = [
 
 
 def default_detectors() -> list[Detector]:
-    """The detectors of a `GradientMonitor` that was given none, most certain first."""
+    """The detectors of a `GradientMonitor` that was given none, most certain first.
+
+    From `LostUpdates` on they tell of what a run suffers silently, and nothing is done about it.
+    """
     return [
         NonFinite(),
         LossScale(),
@@ -66,5 +69,11 @@ def default_detectors() -> list[Detector]:
         LearningRateJump(),
         Spike("grad_norm"),
         Divergence(),
+        WeightCorruption(),
         LostUpdates(),
+        DeadGradients(),
+        Vanishing(),
+        Stall(),
+        WeightDrift(),
+        NoLearning(),
     ]

@@ -6,12 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from torch.optim import lr_scheduler as s
 
+from lit_stability import stability_callbacks
 from lit_stability.detectors import WeightCorruption
 from lit_stability.meter import StepMeter
 from lit_stability.stats import WeightMoves
+from tests.conftest import fit, flat
 from tests.detectors.streams import step, steps_of, through_a_checkpoint, told
 
 
@@ -247,3 +250,32 @@ def test_element_of_a_large_tensor_that_nearly_vanishes_is_not_found(trained, bi
 def test_option_out_of_range_is_refused_and_repeated(options):
     with pytest.raises(ValueError, match=f"got {next(iter(options.values()))}"):
         WeightCorruption(**options)
+
+
+class Flip(Callback):
+    """Flips a bit of a BatchNorm gain in memory: once, or whenever the step comes."""
+
+    def __init__(self, always=False):
+        self.always, self.flips = always, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 44 and (self.always or not self.flips):
+            self.flips += 1
+            pl_module.net[1].weight.data[3:4].view(torch.int32).bitwise_xor_(1 << 26)
+
+
+def test_flipped_bit_of_a_run_is_taken_back_as_if_it_had_never_been(tmp_path):
+    clean, _ = fit(tmp_path, stability_callbacks(), max_steps=80)
+    suite = stability_callbacks()
+    struck, _ = fit(tmp_path, [*suite, Flip()], max_steps=80)
+    (incident,) = suite[0].incidents
+    assert (incident.first.kind, incident.outcome) == ("weight corruption", "recovered")
+    assert incident.first.layers[0][0] == "net.1.weight"
+    assert torch.equal(flat(clean), flat(struck))
+
+
+def test_change_that_the_run_makes_itself_is_accepted_after_one_rollback(tmp_path):
+    suite, flip = stability_callbacks(), Flip(always=True)
+    _, trainer = fit(tmp_path, [*suite, flip], max_steps=80)
+    assert [i.first.kind for i in suite[0].incidents] == ["weight corruption"]
+    assert (flip.flips, trainer.global_step) == (2, 80)
