@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.stats import StepStats, WeightMoves
@@ -19,8 +18,7 @@ _TINY = 1e-30
 _Measure = Literal["norm", "largest element", "single element"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
+class _Change(NamedTuple):
     """What one measure of one weight has done between two scans."""
 
     measure: _Measure
@@ -104,7 +102,7 @@ class WeightCorruption:
         self.slack, self.ratio, self.floor = slack, ratio, floor
         self.min_history = min_history
         self.regimes = 0
-        self._reach: dict[str, tuple[int, float, float]] = {}
+        self._reach: dict[_Measure, dict[str, tuple[int, float, float]]] = {}
         """How many changes there were, and the largest of late: per learning rate, and per that
         times gradient norm."""
         self._rates = 0.0
@@ -120,8 +118,9 @@ class WeightCorruption:
         moves = stats.weight_moves
         if moves is None:
             return None
-        found = [c for c in _changes(stats, moves) if self._is_torn(c)]
-        found = [c for c in found if not self._has_returned(c, moves.since)]
+        # The cheap bounds first: nearly all weights pass them.
+        large = [c for c in _changes(stats, moves) if self._is_large(c)]
+        found = [c for c in large if self._is_torn(c) and not self._has_returned(c, moves.since)]
         if not found:
             return None
         self._told |= {change.key: stats.step for change in found}
@@ -140,22 +139,22 @@ class WeightCorruption:
             message=f"{worst.in_words()} since step {moves.since}, which no update explains",
         )
 
-    def _is_torn(self, change: _Change) -> bool:
-        # The cheap bounds first: nearly all weights pass them.
-        size = change.size
-        if size <= self.slack * change.distance or size <= self._floor(change):
+    def _is_large(self, change: _Change) -> bool:
+        measure, _, before, now, distance, scale = change
+        size = abs(now - before)
+        if size <= self.slack * distance or size <= self.floor * scale:
             return False
-        if not math.isfinite(size) or change.key not in self._reach:
-            return False
-        return self._reach[change.key][0] >= self.min_history and size > self._explained(change)
+        return measure != "single element" or size > _ELEMENT * scale
 
-    def _floor(self, change: _Change) -> float:
-        single = change.measure == "single element"
-        return max(self.floor, _ELEMENT if single else 0.0) * change.scale
+    def _is_torn(self, change: _Change) -> bool:
+        known = self._reach.get(change.measure, {}).get(change.name)
+        if known is None or known[0] < self.min_history or not math.isfinite(change.size):
+            return False
+        return change.size > self._explained(change)
 
     def _explained(self, change: _Change) -> float:
         """The largest change that learning rates and gradients since the last scan explain."""
-        _, by_rate, by_pull = self._reach[change.key]
+        _, by_rate, by_pull = self._reach[change.measure][change.name]
         by_pull *= self.ratio
         by_rate *= self.ratio
         if change.measure != "norm" and self._adaptive:
@@ -176,32 +175,33 @@ class WeightCorruption:
         """Learn what the weights have done, and what pulls at them next."""
         if stats.weight_norms:
             if stats.weight_moves is not None and self._rates > 0:
-                for change in _changes(stats, stats.weight_moves):
-                    self._learn(change)
+                self._learn(_changes(stats, stats.weight_moves))
             # Momentum goes on with what came before: 0.9 to the power of ten.
             self._pulls = {name: 0.35 * pull for name, pull in self._pulls.items()}
             self._rates = 0.0
+        if not stats.finite_gradients:
+            return
         self._adaptive = self._adaptive or stats.moment_ratio is not None
         rate = max(stats.learning_rates, default=0.0)
         self._rates += rate
         for name, norm in zip(stats.names, stats.grad_norms, strict=True):
             self._pulls[name] = self._pulls.get(name, 0.0) + rate * norm
 
-    def _learn(self, change: _Change) -> None:
-        size, pull = change.size, self._pulls.get(change.name, 0.0)
-        if not 0 < size < math.inf:
-            return
-        count, by_rate, by_pull = self._reach.get(change.key, (0, 0.0, 0.0))
-        self._reach[change.key] = (
-            count + 1,
-            max(size / self._rates, 0.9 * by_rate),
-            max(size / pull if pull > 0 else 0.0, 0.9 * by_pull),
-        )
+    def _learn(self, changes: Iterator[_Change]) -> None:
+        for measure, name, before, now, _, _ in changes:
+            size, pull = abs(now - before), self._pulls.get(name, 0.0)
+            if not 0 < size < math.inf:
+                continue
+            reach = self._reach.setdefault(measure, {})
+            count, by_rate, by_pull = reach.get(name, (0, 0.0, 0.0))
+            by_rate = max(size / self._rates, 0.9 * by_rate)
+            by_pull = max(size / pull if pull > 0 else 0.0, 0.9 * by_pull)
+            reach[name] = (count + 1, by_rate, by_pull)
 
     def state_dict(self) -> dict[str, Any]:
         """What each weight has done; not what was told, so that no restore can undo it."""
         return {
-            "reach": {key: list(reach) for key, reach in self._reach.items()},
+            "reach": {m: {n: list(r) for n, r in each.items()} for m, each in self._reach.items()},
             "rates": self._rates,
             "adaptive": self._adaptive,
             "pulls": dict(self._pulls),
@@ -210,7 +210,8 @@ class WeightCorruption:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put it back."""
         self._reach = {
-            key: (int(n), float(a), float(b)) for key, (n, a, b) in state["reach"].items()
+            measure: {name: (int(n), float(a), float(b)) for name, (n, a, b) in each.items()}
+            for measure, each in state["reach"].items()
         }
         self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
         self._adaptive = bool(state["adaptive"])

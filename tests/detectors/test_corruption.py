@@ -1,6 +1,7 @@
 """Weights, as a meter sees them, in; those that no update has changed so, out."""
 
 import copy
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -82,6 +83,13 @@ def test_what_comes_back_when_the_steps_are_taken_again_is_accepted():
 def test_next_corruption_of_the_same_weight_is_told_of_again():
     stream = rows([*STEADY, 11.0, 11.01, 11.02, 11.03, 14.0])
     assert steps_of(told(WeightCorruption(), stream)) == [90, 130]
+
+
+def test_overflow_of_a_loss_scaler_does_not_blind_it():
+    stream = rows([*STEADY, 11.0])
+    overflow = dataclasses.replace(stream[5], step=55, grad_norm=math.inf, grad_norms=(math.inf,))
+    overflow = dataclasses.replace(overflow, weight_norms=(), weight_moves=None)
+    assert steps_of(told(WeightCorruption(), [*stream[:5], overflow, *stream[5:]])) == [90]
 
 
 def test_rejected_step_teaches_nothing_and_state_survives_a_checkpoint():
