@@ -61,6 +61,29 @@ def test_change_of_a_norm_that_nothing_explains_is_told_of(norms, options, expec
     assert steps_of(told(WeightCorruption(), rows(norms, **options))) == expected
 
 
+@pytest.mark.parametrize(
+    ("moved", "rate", "adaptive", "expected"),
+    [
+        # Elements move by 0.001 as a rule; the largest of all is 0.5.
+        (0.06, 0.001, False, [90]),
+        (0.06, 0.001, True, [90]),
+        # A tenth of the largest is the least.
+        (0.045, 0.001, False, []),
+        # Adam may have moved it by four learning rates; gradient descent has never.
+        (0.06, 0.02, True, []),
+        (0.06, 0.02, False, [90]),
+    ],
+)
+def test_element_that_moved_far_beyond_all_others_is_told_of(moved, rate, adaptive, expected):
+    stream = rows([*STEADY, 10.09], rate=rate)
+    near = {"moment_ratio": 1.0 if adaptive else None}
+    for i, stats in enumerate(stream):
+        farthest = ((moved if i == 8 else 0.001, 0.001),)
+        moves = dataclasses.replace(stats.weight_moves, farthest=farthest)
+        stream[i] = dataclasses.replace(stats, weight_moves=moves, **near)
+    assert steps_of(told(WeightCorruption(), stream)) == expected
+
+
 def test_state_is_bad_since_the_scan_before():
     (anomaly,) = told(WeightCorruption(), rows([*STEADY, 11.0]))
     assert anomaly.state_is_bad

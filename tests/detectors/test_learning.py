@@ -34,6 +34,8 @@ FLAT = [6.9] * 1000
         ([6.9] * 400 + [6.0] * 600, {}, []),
         ([6.9 - 0.001 * i for i in range(1000)], {}, []),
         ([*np.linspace(6.9, 3.0, 200).tolist(), *[3.0] * 800], {}, []),
+        # A fall too slow to count at first, and a plateau after it.
+        ([6.9 - 0.00014 * min(i, 1000) for i in range(2000)], {}, []),
         # It learnt, and lost it again.
         ([6.9] * 100 + [3.0] * 200 + [9.0] * 700, {}, []),
         # A warm-up does not count.
