@@ -24,6 +24,7 @@ from benchmarks.instabilities.cases import CASES, Case
 from lit_stability import GradientMonitor
 from lit_stability.detectors import (
     Detector,
+    NoLearning,
     Oscillation,
     Spike,
     default_detectors,
@@ -157,7 +158,7 @@ def weights(rate: Array, rng: np.random.Generator) -> dict[int, tuple[float, tup
 
 def every_detector() -> list[Detector]:
     """The default set, and those that are not in it."""
-    return [*default_detectors(), Spike("loss"), Oscillation()]
+    return [*default_detectors(), Spike("loss"), NoLearning(), Oscillation()]
 
 
 def name_of(detector: Detector) -> str:

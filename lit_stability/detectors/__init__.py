@@ -75,5 +75,4 @@ def default_detectors() -> list[Detector]:
         Vanishing(),
         Stall(),
         WeightDrift(),
-        NoLearning(),
     ]
