@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from lit_stability.details import details_of, sampled_distribution
 from lit_stability.moments import Moments, MomentStats
-from lit_stability.norms import dense, non_finite, norms_of, to_host, total
+from lit_stability.norms import dense, non_finite, norms_of, peaks_of, to_host, total
 from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
-from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.stats import ProbeReading, StepStats, WeightMoves
 
 
 @dataclass(kw_only=True)
@@ -35,6 +35,11 @@ class Reading:
     """Empty where the weights were not scanned."""
     updates: Sequence[float]
     """Squared norms of the last update and of the weights before it, or empty."""
+    peaks: Sequence[float]
+    """Largest absolute value of each weight; empty where the weights were not scanned."""
+    extents: Sequence[float]
+    """How far each weight has moved since the scan before, see `Samples.extents`; empty where that
+    is not known."""
     moments: MomentStats
     distributions: Sequence[float]
     stuck: Sequence[float] = ()
@@ -85,6 +90,8 @@ class StepMeter:
     def forget(self) -> None:
         """Drop what was remembered of the last step, after the weights were put back."""
         self._last_weights: Tensor | None = None
+        self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
+        self._scanned_weights: Tensor | None = None
         self._moments.forget()
         self._rounding.forget()
         self._last_lr = 0.0
@@ -141,6 +148,7 @@ class StepMeter:
             bad_momentum=read.moments.bad_momentum,
             weight_norm=total(read.weight_norms) if scan_weights else None,
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
+            weight_moves=self._moves(read),
             bad_weights=non_finite(self.names, read.weight_norms),
             details=details_of(list(grads), grad_norms, read.distributions),
             rank_weights=read.rank_weights,
@@ -148,8 +156,25 @@ class StepMeter:
             readings=tuple(readings),
         )
         self.count += 1
+        if read.weight_norms:
+            self._scanned = (step, read.weight_norms, read.peaks)
         self.expect(learning_rates)
         return stats
+
+    def _moves(self, read: Reading) -> WeightMoves | None:
+        if self._scanned is None or not read.extents:
+            return None
+        since, norms, peaks = self._scanned
+        count = len(self.names)
+        return WeightMoves(
+            since=since,
+            norms=tuple(norms),
+            peaks=tuple(zip(peaks, read.peaks, strict=True)),
+            distances=tuple(read.extents[:count]),
+            farthest=tuple(
+                zip(read.extents[count : 2 * count], read.extents[2 * count :], strict=True)
+            ),
+        )
 
     def expect(self, learning_rates: Sequence[float]) -> None:
         """Say which learning rates the coming update uses, where that has changed since."""
@@ -194,6 +219,8 @@ class StepMeter:
                 "weights": norms_of(self._local_weights()) if scan_weights else [],
                 "rows": rows,
                 "updates": self._update_sums(),
+                "extents": self._extents() if scan_weights else [],
+                "peaks": peaks_of(self._local_weights()) if scan_weights else [],
                 "moments": self._moments.sums(),
                 "stuck": self._rounding.look(),
             }
@@ -204,6 +231,8 @@ class StepMeter:
             grad_norms=host["grads"],
             weight_norms=host["weights"],
             updates=host["updates"],
+            peaks=host["peaks"],
+            extents=host["extents"],
             moments=self._moments.judge(host["moments"]),
             distributions=host["rows"],
             stuck=host["stuck"],
@@ -221,6 +250,13 @@ class StepMeter:
             self._samples.weighted_square_sum(now - last).reshape(1),
             self._samples.weighted_square_sum(last).reshape(1),
         ]
+
+    def _extents(self) -> list[Tensor]:
+        """How far the weights have moved since the scan before; to be asked after the updates."""
+        last, self._scanned_weights = self._scanned_weights, self._last_weights
+        if last is None or self._last_weights is None:
+            return []
+        return [self._samples.extents(self._last_weights - last)]
 
 
 def _ratio(squares: Sequence[float]) -> float | None:

@@ -73,7 +73,8 @@ class Moments:
         for name, parameter in zip(self._names, self._parameters, strict=True):
             state = self._optimizer.state.get(parameter) or {}
             momentum = state.get("exp_avg", state.get("momentum_buffer"))
-            if momentum is not None:
+            # That of sparse gradients may be sparse: it has no memory to take a sample of.
+            if momentum is not None and momentum.layout is torch.strided:
                 first[name] = momentum
             if "exp_avg_sq" in state:
                 second[name] = state["exp_avg_sq"]

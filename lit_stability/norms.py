@@ -39,6 +39,24 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.stack([n.to(device=device, dtype=torch.float32) for n in norms])]
 
 
+def peaks_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Largest absolute values, in one tensor; 0 for one without elements.
+
+    The maximum norm of ``_foreach_norm`` takes ten times as long on a CPU.
+    """
+    if not tensors:
+        return []
+    device = tensors[0].device
+    return [torch.stack([_peak(real(t)).to(device=device, dtype=torch.float32) for t in tensors])]
+
+
+def _peak(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high)
+
+
 def to_host(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[float]]:
     """The one copy to the host of an optimizer step."""
     tensors = [t for group in parts.values() for t in group]

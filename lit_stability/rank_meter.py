@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.meter import Reading, StepMeter
-from lit_stability.norms import norms_of, to_host
+from lit_stability.norms import norms_of, peaks_of, to_host
 from lit_stability.ranks import Ranks, Summed
 from lit_stability.shards import share
 
@@ -87,6 +87,7 @@ class RankMeter(StepMeter):
         assert self._begun is not None
         self._begun.sum.wait()
         self._begun = None
+        self._scanned = self._scanned_weights = None
 
     def _start(
         self,
@@ -103,6 +104,11 @@ class RankMeter(StepMeter):
         parts["updates"] = torch.cat(updates) if updates else torch.zeros(2, device=device)
         if scan_weights:
             parts["weights"] = self._squares(self._local_weights())
+            # Of shards the sums of norms are norms as well, if others than that of the whole.
+            (peaks,) = peaks_of(self._local_weights())
+            parts["peaks"] = peaks.to(device).double() * self._shares
+            for extents in self._extents():
+                parts["extents"] = extents.double() * self._shares.repeat(3)
         if grads is not None:
             nothing = torch.empty(0, device=device)
             parts["grads"] = self._squares([grads.get(n, nothing) for n in self.names])
@@ -144,6 +150,8 @@ class RankMeter(StepMeter):
             grad_norms=host["grads"],
             weight_norms=_roots(parts.get("weights", ())),
             updates=parts["updates"],
+            peaks=parts.get("peaks", ()),
+            extents=parts.get("extents", ()),
             moments=self._moments.judge_rows([row[:3] for row in ranks]),
             distributions=host["rows"],
             stuck=host["stuck"],

@@ -42,7 +42,8 @@ class Samples:
         counts = [min(tensors[i].numel(), most) for i in order]
         self._lengths = torch.tensor(counts, device=self.device)
         scale = [tensors[i].numel() / max(n, 1) for i, n in zip(order, counts, strict=True)]
-        self._weights = torch.tensor(scale, device=self.device).repeat_interleave(self._lengths)
+        self._scales = torch.tensor(scale, device=self.device)
+        self._weights = self._scales.repeat_interleave(self._lengths)
         self._addresses: list[int] = []
         self._are_views = False
         self._views: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -82,6 +83,26 @@ class Samples:
         # `unsafe` leaves out a check of the lengths, which would copy to the host twice.
         sums = torch.segment_reduce(flat, "sum", lengths=self._lengths, unsafe=True)
         return sums[self._back]
+
+    def extents(self, flat: Tensor) -> Tensor:
+        """Norm of each tensor as if without its largest element, and its two largest sizes.
+
+        Returns:
+            Shape ``(3 * tensors,)``: the norms, estimated for the whole tensors; the largest sizes
+            in the sample; the second largest, which are 0 where there is one element only.
+        """
+        n = self._lengths
+        sizes = flat.abs()
+        first = torch.segment_reduce(sizes, "max", lengths=n, unsafe=True, initial=0.0)
+        is_first = sizes == first.repeat_interleave(n, output_size=len(flat))
+        rest = sizes.masked_fill(is_first, 0.0)
+        second = torch.segment_reduce(rest, "max", lengths=n, unsafe=True, initial=0.0)
+        count = torch.segment_reduce(is_first.float(), "sum", lengths=n, unsafe=True)
+        again = (count - 1).clamp(min=0) * first.square()
+        squares = torch.segment_reduce(rest.square(), "sum", lengths=n, unsafe=True) + again
+        norms = (squares * self._scales).sqrt()
+        second = torch.where(count > 1, first, second)
+        return torch.cat([part[self._back] for part in (norms, first, second)])
 
 
 def blocks_of(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Tensor:

@@ -39,6 +39,23 @@ class ProbeReading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMoves:
+    """How far each weight has moved from one scan to the next, in the order of ``weight_norms``."""
+
+    since: int
+    """Step of the scan before."""
+    norms: tuple[float, ...]
+    """Norms at that scan."""
+    peaks: tuple[tuple[float, float], ...]
+    """Largest absolute values, at that scan and now."""
+    distances: tuple[float, ...]
+    """Norms of the difference, from the sample and without its largest element, so that one torn
+    element does not explain itself."""
+    farthest: tuple[tuple[float, float], ...]
+    """How far the element has moved that went farthest in the sample, and the second after it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
     """What one optimizer step looks like before the update is applied.
 
@@ -81,6 +98,9 @@ class StepStats:
     """Norm of all weights; only on the steps that scan them, else None."""
     weight_norms: tuple[tuple[str, float], ...] = field(default=(), repr=False)
     """Norm of each weight, by name; only on the steps that scan them."""
+    weight_moves: WeightMoves | None = field(default=None, repr=False)
+    """What the weights have done since the scan before; None where there is none to compare with,
+    as after a rollback."""
     bad_weights: tuple[str, ...] = ()
     """Parameters found non-finite on a step that scans them."""
     rank_weights: tuple[float, ...] = field(default=(), repr=False)

@@ -521,3 +521,44 @@ def test_non_finite_momentum_is_named_before_it_reaches_a_weight(make, key):
         found.append(m.measure(step, None).bad_momentum)
         optimizer.step()
     assert found == [(), (), ("bias",)]
+
+
+def test_scan_tells_how_far_each_weight_has_moved_since_the_scan_before():
+    named = parameters((3,), (2,))
+    m = meter(named)
+    assert m.measure(0, None, scan_weights=True).weight_moves is None
+    before = [p.detach().clone() for p in named.values()]
+    m.measure(1, None)
+    with torch.no_grad():
+        named["p0"] += torch.tensor([3.0, -4.0, 12.0])
+    stats = m.measure(2, None, scan_weights=True)
+    moves = stats.weight_moves
+    assert moves.since == 0
+    assert moves.norms == pytest.approx([float(w.norm()) for w in before])
+    peaks = zip(before, named.values(), strict=True)
+    expected = [(float(a.abs().max()), float(b.detach().abs().max())) for a, b in peaks]
+    assert [x for pair in moves.peaks for x in pair] == pytest.approx(
+        [x for e in expected for x in e]
+    )
+    assert moves.distances == pytest.approx((5.0, 0.0), abs=1e-5)
+    assert moves.farthest[0] == pytest.approx((12.0, 4.0), abs=1e-5)
+    assert m.measure(3, None, scan_weights=True).weight_moves.distances == (0.0, 0.0)
+
+
+def test_weights_before_a_rollback_are_not_compared_with_those_after():
+    m = meter(parameters((3,)))
+    m.measure(0, None, scan_weights=True)
+    m.forget()
+    assert m.measure(1, None, scan_weights=True).weight_moves is None
+    assert m.measure(2, None, scan_weights=True).weight_moves.since == 1
+
+
+def test_sparse_momentum_of_an_embedding_is_left_out():
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), 0.1, momentum=0.9)
+    m = StepMeter(table.named_parameters(), optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        table(torch.tensor([1, 3])).sum().backward()
+        assert m.measure(step, None).grad_norm == pytest.approx(math.sqrt(8))
+        optimizer.step()

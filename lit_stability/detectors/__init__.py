@@ -8,17 +8,25 @@ No file of this folder imports torch or Lightning.
 from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
 from lit_stability.detectors.bounds import LayerBounds
+from lit_stability.detectors.corruption import WeightCorruption
+from lit_stability.detectors.dead import DeadGradients
 from lit_stability.detectors.divergence import Divergence
+from lit_stability.detectors.drift import WeightDrift
+from lit_stability.detectors.learning import NoLearning
 from lit_stability.detectors.lost import LostUpdates
 from lit_stability.detectors.nonfinite import NonFinite
+from lit_stability.detectors.oscillation import Oscillation
 from lit_stability.detectors.panel import Panel
 from lit_stability.detectors.scale import LossScale
 from lit_stability.detectors.spike import Spike
+from lit_stability.detectors.stall import Stall
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
+from lit_stability.detectors.vanishing import Vanishing
 from lit_stability.detectors.window import Window
 
 __all__ = [
     "Anomaly",
+    "DeadGradients",
     "Detector",
     "Divergence",
     "Kind",
@@ -26,13 +34,19 @@ __all__ = [
     "LearningRateJump",
     "LossScale",
     "LostUpdates",
+    "NoLearning",
     "NonFinite",
     "OptimizerState",
+    "Oscillation",
     "Panel",
     "Replicas",
     "Spike",
+    "Stall",
     "UpdateSpike",
+    "Vanishing",
     "Vote",
+    "WeightCorruption",
+    "WeightDrift",
     "Window",
     "default_detectors",
     "disagreement",
@@ -43,7 +57,10 @@ __all__ = [
 
 
 def default_detectors() -> list[Detector]:
-    """The detectors of a `GradientMonitor` that was given none, most certain first."""
+    """The detectors of a `GradientMonitor` that was given none, most certain first.
+
+    From `LostUpdates` on they tell of what a run suffers silently, and nothing is done about it.
+    """
     return [
         NonFinite(),
         LossScale(),
@@ -52,5 +69,10 @@ def default_detectors() -> list[Detector]:
         LearningRateJump(),
         Spike("grad_norm"),
         Divergence(),
+        WeightCorruption(),
         LostUpdates(),
+        DeadGradients(),
+        Vanishing(),
+        Stall(),
+        WeightDrift(),
     ]

@@ -25,6 +25,13 @@ Kind = Literal[
     "loss-scale fall",
     "infinite loss",
     "lost updates",
+    "vanishing gradient",
+    "dead gradients",
+    "stalled layers",
+    "no learning",
+    "oscillation",
+    "weight drift",
+    "weight corruption",
 ]
 
 

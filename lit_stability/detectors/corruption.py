@@ -1,0 +1,228 @@
+"""Weights that changed by more than their updates explain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.stats import StepStats, WeightMoves
+
+_ADAM = 4.0
+"""Updates of Adam are at most (1 - b1) / sqrt(1 - b2) learning rates (Kingma & Ba 2015, section
+2.1), 3.2 by default."""
+_ELEMENT = 0.1
+"""Share of the largest element by which one of the sample must have moved."""
+_TINY = 1e-30
+_Measure = Literal["norm", "largest element", "single element"]
+
+
+class _Change(NamedTuple):
+    """What one measure of one weight has done between two scans."""
+
+    measure: _Measure
+    name: str
+    before: float
+    now: float
+    distance: float
+    """How far the weight has moved in this measure, without the element that moved farthest."""
+    scale: float
+    """What a relative change is relative to."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.measure} of {self.name}"
+
+    @property
+    def size(self) -> float:
+        return abs(self.now - self.before)
+
+    def in_words(self) -> str:
+        if self.measure == "single element":
+            return f"a {self.key} has moved by {self.now:.4g}"
+        return f"the {self.key} went from {self.before:.4g} to {self.now:.4g}"
+
+
+class WeightCorruption:
+    """Objects to a weight that changed by more than all updates since the last scan explain.
+
+    Neither the norm of a tensor nor its largest absolute value can change by more than the tensor
+    has moved in that measure (triangle inequality), and no element goes far beyond all others; what
+    does was moved outside the optimizer, by memory, a stray write, a flipped bit. How far a tensor
+    has moved is known from a sample, without the element that went farthest. A sample may miss the
+    few rows of an embedding that moved, so the change must be above all of
+
+    * ``slack`` times what the sample has moved,
+    * ``ratio`` times the largest of late, per unit of learning rate, and per unit of learning rate
+      times gradient norm,
+    * for norms and largest values ``slack`` times the sum of learning rate times gradient norm, as
+      far as gradient descent goes; for elements under Adam four times the sum of learning rates,
+    * ``floor`` of the value before; for a single element, a tenth of the largest value.
+
+    What comes back when the same steps are taken again is no corruption but the run's own code: it
+    is accepted, and ``regimes`` counts it. Of tensors with more than 512 elements an element that
+    is torn and stays below the largest is found only if it is in the sample.
+
+    Args:
+        slack: factor on what the sample has moved, and on what gradient descent explains.
+        ratio: factor on the largest change of late, at least 1.
+        floor: smallest relative change that counts; fp32 norms are right to about 1e-5.
+        min_history: changes of a weight before the first verdict on it; of one that has never
+            moved nothing is known.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    >>> detector = WeightCorruption(min_history=2)
+    >>> norms = [1.0, 1.01, 1.02, 1.03, 1.9]
+    >>> for i, (before, now) in enumerate(zip(norms, norms[1:])):
+    ...     moves = WeightMoves(since=10 * i, norms=(before,), peaks=((0.3, 0.3),),
+    ...                         distances=(0.02,), farthest=((0.01, 0.01),))
+    ...     stats = StepStats(step=10 * i + 10, loss=1.0, grad_norm=1.0, weight_moves=moves,
+    ...                       weight_norms=(("w", now),), learning_rates=(0.01,))
+    ...     if anomaly := detector.check(stats):
+    ...         print(anomaly.step, anomaly.message)
+    ...     detector.update(stats)
+    40 the norm of w went from 1.03 to 1.9 since step 30, which no update explains
+    """
+
+    def __init__(
+        self,
+        *,
+        slack: float = 3.0,
+        ratio: float = 10.0,
+        floor: float = 1e-3,
+        min_history: int = 3,
+    ) -> None:
+        require(slack >= 1, "slack", slack, "at least 1")
+        require(ratio >= 1, "ratio", ratio, "at least 1")
+        require(floor > 0, "floor", floor, "greater than 0")
+        require(min_history >= 1, "min_history", min_history, "at least 1")
+        self.slack, self.ratio, self.floor = slack, ratio, floor
+        self.min_history = min_history
+        self.regimes = 0
+        self._reach: dict[_Measure, dict[str, tuple[int, float, float]]] = {}
+        """How many changes there were, and the largest of late: per learning rate, and per that
+        times gradient norm."""
+        self._rates = 0.0
+        """Sum of the learning rates since the last scan."""
+        self._pulls: dict[str, float] = {}
+        """Sums of learning rate times gradient norm since the last scan."""
+        self._adaptive = False
+        """Whether the optimizer has second moments."""
+        self._told: dict[str, int] = {}
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        moves = stats.weight_moves
+        if moves is None:
+            return None
+        # The cheap bounds first: nearly all weights pass them.
+        large = [c for c in _changes(stats, moves) if self._is_large(c)]
+        found = [c for c in large if self._is_torn(c) and not self._has_returned(c, moves.since)]
+        if not found:
+            return None
+        self._told |= {change.key: stats.step for change in found}
+        worst = max(found, key=lambda change: change.size / self._explained(change))
+        return Anomaly(
+            kind="weight corruption",
+            step=stats.step,
+            value=worst.now,
+            signal="weight_norm",
+            baseline=worst.before,
+            threshold=worst.before + self._explained(worst),
+            optimizer=stats.optimizer,
+            state_is_bad=True,
+            since=moves.since,
+            layers=tuple({c.name: c.now for c in found}.items())[:5],
+            message=f"{worst.in_words()} since step {moves.since}, which no update explains",
+        )
+
+    def _is_large(self, change: _Change) -> bool:
+        measure, _, before, now, distance, scale = change
+        size = abs(now - before)
+        if size <= self.slack * distance or size <= self.floor * scale:
+            return False
+        return measure != "single element" or size > _ELEMENT * scale
+
+    def _is_torn(self, change: _Change) -> bool:
+        known = self._reach.get(change.measure, {}).get(change.name)
+        if known is None or known[0] < self.min_history or not math.isfinite(change.size):
+            return False
+        return change.size > self._explained(change)
+
+    def _explained(self, change: _Change) -> float:
+        """The largest change that learning rates and gradients since the last scan explain."""
+        _, by_rate, by_pull = self._reach[change.measure][change.name]
+        by_pull *= self.ratio
+        by_rate *= self.ratio
+        if change.measure != "norm" and self._adaptive:
+            by_rate = max(by_rate, _ADAM)
+        elif change.measure != "single element":
+            # However little it has changed so far: another element may go farther, or all one way.
+            by_pull = max(by_pull, self.slack)
+        return max(by_rate * self._rates, by_pull * self._pulls.get(change.name, 0.0), _TINY)
+
+    def _has_returned(self, change: _Change, since: int) -> bool:
+        if since >= self._told.get(change.key, -1):
+            return False
+        del self._told[change.key]
+        self.regimes += 1
+        return True
+
+    def update(self, stats: StepStats) -> None:
+        """Learn what the weights have done, and what pulls at them next."""
+        if stats.weight_norms:
+            if stats.weight_moves is not None and self._rates > 0:
+                self._learn(_changes(stats, stats.weight_moves))
+            # Momentum goes on with what came before: 0.9 to the power of ten.
+            self._pulls = {name: 0.35 * pull for name, pull in self._pulls.items()}
+            self._rates = 0.0
+        if not stats.finite_gradients:
+            return
+        self._adaptive = self._adaptive or stats.moment_ratio is not None
+        rate = max(stats.learning_rates, default=0.0)
+        self._rates += rate
+        for name, norm in zip(stats.names, stats.grad_norms, strict=True):
+            self._pulls[name] = self._pulls.get(name, 0.0) + rate * norm
+
+    def _learn(self, changes: Iterator[_Change]) -> None:
+        for measure, name, before, now, _, _ in changes:
+            size, pull = abs(now - before), self._pulls.get(name, 0.0)
+            if not 0 < size < math.inf:
+                continue
+            reach = self._reach.setdefault(measure, {})
+            count, by_rate, by_pull = reach.get(name, (0, 0.0, 0.0))
+            by_rate = max(size / self._rates, 0.9 * by_rate)
+            by_pull = max(size / pull if pull > 0 else 0.0, 0.9 * by_pull)
+            reach[name] = (count + 1, by_rate, by_pull)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each weight has done; not what was told, so that no restore can undo it."""
+        return {
+            "reach": {m: {n: list(r) for n, r in each.items()} for m, each in self._reach.items()},
+            "rates": self._rates,
+            "adaptive": self._adaptive,
+            "pulls": dict(self._pulls),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put it back."""
+        self._reach = {
+            measure: {name: (int(n), float(a), float(b)) for name, (n, a, b) in each.items()}
+            for measure, each in state["reach"].items()
+        }
+        self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
+        self._adaptive = bool(state["adaptive"])
+
+
+def _changes(stats: StepStats, moves: WeightMoves) -> Iterator[_Change]:
+    names = [name for name, _ in stats.weight_norms]
+    norms = [norm for _, norm in stats.weight_norms]
+    for row in zip(names, moves.norms, norms, moves.distances, strict=True):
+        yield _Change("norm", *row, scale=row[1])
+    for name, peaks, farthest in zip(names, moves.peaks, moves.farthest, strict=True):
+        first, second = farthest
+        yield _Change("largest element", name, *peaks, second, scale=peaks[0])
+        yield _Change("single element", name, 0.0, first, second, scale=peaks[0])

@@ -1,0 +1,182 @@
+"""The course of a run: whether its learning rate has settled, and whether its loss still falls.
+
+Shared by the detectors of silent trouble. Imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+from statistics import median
+from typing import Any
+
+from lit_stability.detectors.anomaly import require
+from lit_stability.stats import StepStats
+
+
+class RateCourse:
+    """Follows the largest nominal learning rate of an optimizer.
+
+    It is *settled* when it has not risen above all before for ``settle`` steps, and is not below
+    ``share`` of its peak: neither a warm-up nor the end of a decay.
+
+    Args:
+        settle: optimizer steps.
+        share: of the peak, in [0, 1].
+
+    >>> course = RateCourse(settle=2)
+    >>> for rate in (0.1, 0.2, 0.2, 0.2, 0.05):
+    ...     course.update(StepStats(step=0, loss=1.0, grad_norm=1.0, learning_rates=(rate,)))
+    ...     print(rate, course.settled)
+    0.1 False
+    0.2 False
+    0.2 False
+    0.2 True
+    0.05 False
+    """
+
+    def __init__(self, *, settle: int = 50, share: float = 0.5) -> None:
+        require(settle >= 1, "settle", settle, "at least 1")
+        require(0 <= share <= 1, "share", share, "in [0, 1]")
+        self.settle, self.share = settle, share
+        self.rate = 0.0
+        """The last."""
+        self._peak = 0.0
+        self._since_rise = 0
+
+    @property
+    def settled(self) -> bool:
+        """See the class; of a run that tells no rates, after ``settle`` steps."""
+        return self._since_rise >= self.settle and self.rate >= self.share * self._peak
+
+    def update(self, stats: StepStats) -> None:
+        """Follow a step."""
+        self.rate = max(stats.nominal_learning_rates or stats.learning_rates, default=0.0)
+        self._since_rise = 0 if self.rate > self._peak else self._since_rise + 1
+        self._peak = max(self._peak, self.rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rate, peak and steps since it rose."""
+        return {"rate": self.rate, "peak": self._peak, "since_rise": self._since_rise}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put them back."""
+        self.rate, self._peak = float(state["rate"]), float(state["peak"])
+        self._since_rise = int(state["since_rise"])
+
+
+class LossCourse:
+    """The loss in medians of blocks, against the first and the lowest of them.
+
+    A block counts as a fall when its median is below what it is compared with by the larger of
+    ``fall`` of the first loss's size and four standard errors of the difference of two medians
+    (1.2533 sigma / sqrt(n) each), with a sigma from successive differences, which a trend does not
+    widen. What it is compared with stays until then, so that a slow fall adds up.
+
+    Args:
+        block: losses per median.
+        fall: smallest fall that counts, as a share of the first loss's absolute value.
+
+    >>> course = LossCourse(block=2)
+    >>> for loss in (4.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.5, 3.5):
+    ...     course.update(loss)
+    >>> course.first, course.lowest, course.recent, course.stale, course.learnt
+    (4.0, 3.0, 3.5, 2, True)
+    """
+
+    def __init__(self, *, block: int = 50, fall: float = 0.01) -> None:
+        require(block >= 2, "block", block, "at least 2")
+        require(fall >= 0, "fall", fall, "at least 0")
+        self.block, self.fall = block, fall
+        self.first = math.nan
+        """Median of the first five losses."""
+        self.lowest = math.nan
+        self.recent = math.nan
+        """Median of the last block; NaN before the first is complete."""
+        self.stale = 0
+        """Blocks since the last that was a fall."""
+        self.learnt = False
+        """Whether the loss has ever fallen below its first values."""
+        self._margin = 0.0
+        self._losses: list[float] = []
+        self._medians: list[float] = []
+        self._trend = 0.0
+
+    @property
+    def above_lowest(self) -> bool:
+        """Whether the last block is above the lowest by more than noise."""
+        return self.recent > self.lowest + self._margin
+
+    @property
+    def falling(self) -> bool:
+        """Whether the medians of up to 64 blocks trend down (Mann 1945, Kendall 1975: z < -2.5)."""
+        return self._trend < -2.5
+
+    def update(self, loss: float) -> None:
+        """Take a loss; one that is not finite is left out."""
+        if not math.isfinite(loss):
+            return
+        self._losses.append(loss)
+        if math.isnan(self.first) and len(self._losses) == min(5, self.block):
+            self.first = median(self._losses)
+        if len(self._losses) == self.block:
+            self._close()
+            self._losses = []
+
+    def _close(self) -> None:
+        self.recent = median(self._losses)
+        self._medians = [*self._medians[-63:], self.recent]
+        self._trend = _trend_of(self._medians)
+        steps = [abs(b - a) for a, b in pairwise(self._losses)]
+        sigma = 1.4826 * median(steps) / math.sqrt(2)
+        few = min(5, self.block)
+        self._margin = self._margin_of(sigma, self.block)
+        if math.isnan(self.lowest):
+            # The first losses are fewer, and their median is that much less certain.
+            self.learnt = self.recent < self.first - self._margin_of(sigma, few)
+            self.lowest = self.recent
+            return
+        if self.recent < self.lowest - self._margin:
+            self.lowest, self.stale, self.learnt = self.recent, 0, True
+        else:
+            self.stale += 1
+
+    def _margin_of(self, sigma: float, count: int) -> float:
+        error = 1.2533 * sigma * math.sqrt(1 / count + 1 / self.block)
+        return max(self.fall * abs(self.first), 4 * error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in plain values."""
+        return {
+            "first": self.first,
+            "lowest": self.lowest,
+            "recent": self.recent,
+            "stale": self.stale,
+            "learnt": self.learnt,
+            "margin": self._margin,
+            "losses": list(self._losses),
+            "medians": list(self._medians),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put it back."""
+        self.first, self.lowest = float(state["first"]), float(state["lowest"])
+        self.recent, self.stale = float(state["recent"]), int(state["stale"])
+        self.learnt, self._margin = bool(state["learnt"]), float(state["margin"])
+        self._losses = [float(x) for x in state["losses"]]
+        self._medians = [float(x) for x in state["medians"]]
+        self._trend = _trend_of(self._medians)
+
+
+def _trend_of(values: Sequence[float]) -> float:
+    """Mann-Kendall statistic in its standard deviations; for a trend up it is above 0.
+
+    >>> round(_trend_of([5, 4, 3, 2, 1, 0]), 2)
+    -2.82
+    """
+    n = len(values)
+    if n < 2:
+        return 0.0
+    signs = sum((b > a) - (b < a) for a, b in combinations(values, 2))
+    return signs / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)

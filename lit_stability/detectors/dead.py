@@ -1,0 +1,135 @@
+"""Parameters whose gradient is exactly 0 while that of others is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.stats import StepStats
+
+_NO_GAIN = ("bias", "beta", "b")
+"""Last parts of names of parameters that are 0 in good health, and let gradients pass."""
+
+
+class DeadGradients:
+    """Objects, once for each parameter, to gradients that are exactly 0 for good.
+
+    A zero-initialised gain or branch stops the gradient of what is before it for the few steps
+    until it has moved; an expert that is not chosen has none for a while. So a parameter counts as
+    dead when its gradient is exactly 0 for ``persist`` steps in a row, with a learning rate above
+    0 and a gradient elsewhere, and for ``patience`` times as long as it ever was 0 before it came
+    back. A step without any gradient, or with one that is not finite, neither counts nor clears.
+
+    What is wrong is as a rule behind the last dead parameter: a gain of 0, a detached output, a
+    saturated or masked branch. If a weight that is no bias was exactly 0 when the weights were last
+    scanned, and has no gradient that could move it, it is named first, and ``signal`` is
+    ``weight_norm`` instead of ``grad_norm``. ``value`` is the share of the parameters.
+
+    Args:
+        persist: steps in a row.
+        patience: factor on the longest stretch of zeros that has ended.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    >>> d = DeadGradients(persist=3)
+    >>> for i in range(5):
+    ...     stats = StepStats(step=i, loss=1.0, grad_norm=0.5, names=("body.w", "head.w"),
+    ...                       grad_norms=(0.0, 0.5), learning_rates=(0.1,))
+    ...     if anomaly := d.check(stats):
+    ...         print(i, anomaly.message)
+    ...     d.update(stats)
+    2 body.w receives a gradient of exactly 0 for 3 steps; the next that receives one is head.w
+    """
+
+    def __init__(self, *, persist: int = 50, patience: float = 10.0) -> None:
+        require(persist >= 1, "persist", persist, "at least 1")
+        require(patience >= 1, "patience", patience, "at least 1")
+        self.persist, self.patience = persist, patience
+        self._zero_for: dict[str, int] = {}
+        self._longest: dict[str, int] = {}
+        """Longest stretch of zeros that has ended."""
+        self._told: set[str] = set()
+        self._zero_weights: tuple[str, ...] = ()
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        if not (self._zero_for or 0.0 in stats.grad_norms) or not _counts(stats):
+            return None
+        dead = self._dead(stats)
+        if all(name in self._told for name in dead):
+            return None
+        live = [n for n, norm in zip(stats.names, stats.grad_norms, strict=True) if norm > 0]
+        blocking = [n for n in self._zero_weights if n not in live]
+        return Anomaly(
+            kind="dead gradients",
+            step=stats.step,
+            value=len(dead) / len(stats.names),
+            signal="weight_norm" if blocking else "grad_norm",
+            baseline=0.0,
+            threshold=0.0,
+            optimizer=stats.optimizer,
+            observe_only=True,
+            layers=tuple((n, 0.0) for n in dict.fromkeys([*blocking[:3], *dead]))[:8],
+            message=self._message(stats.names, dead, blocking),
+        )
+
+    def _dead(self, stats: StepStats) -> list[str]:
+        """Parameters that are 0 in this step and have been for long enough."""
+        return [
+            name
+            for name, norm in zip(stats.names, stats.grad_norms, strict=True)
+            if norm == 0 and self._zero_for.get(name, 0) + 1 >= self._needed(name)
+        ]
+
+    def _needed(self, name: str) -> float:
+        return max(self.persist, self.patience * self._longest.get(name, 0))
+
+    def _message(self, names: Sequence[str], dead: list[str], blocking: list[str]) -> str:
+        after = names[names.index(dead[-1]) + 1 :]
+        if len(dead) == 1:
+            who = f"{dead[0]} receives"
+        else:
+            who = f"{len(dead)} of {len(names)} parameters, {dead[0]} to {dead[-1]}, receive"
+        said = f"{who} a gradient of exactly 0 for {self.persist} steps"
+        if blocking:
+            return f"{said}; {blocking[0]} is exactly 0 itself and lets none pass"
+        if after:
+            return f"{said}; the next that receives one is {after[0]}"
+        return said
+
+    def update(self, stats: StepStats) -> None:
+        """Count an accepted step; what was objected to is told of once."""
+        if stats.weight_norms:
+            self._zero_weights = tuple(
+                n for n, v in stats.weight_norms if v == 0 and n.split(".")[-1] not in _NO_GAIN
+            )
+        if not (self._zero_for or 0.0 in stats.grad_norms) or not _counts(stats):
+            return
+        self._told.update(self._dead(stats))
+        for name, norm in zip(stats.names, stats.grad_norms, strict=True):
+            if norm == 0:
+                self._zero_for[name] = self._zero_for.get(name, 0) + 1
+            elif name in self._zero_for:
+                self._longest[name] = max(self._zero_for.pop(name), self._longest.get(name, 0))
+                self._told.discard(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stretches of zeros, and who was told of."""
+        return {
+            "zero_for": dict(self._zero_for),
+            "longest": dict(self._longest),
+            "told": sorted(self._told),
+            "zero_weights": list(self._zero_weights),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put them back."""
+        self._zero_for, self._longest = dict(state["zero_for"]), dict(state["longest"])
+        self._told, self._zero_weights = set(state["told"]), tuple(state["zero_weights"])
+
+
+def _counts(stats: StepStats) -> bool:
+    moves = not stats.learning_rates or max(stats.learning_rates) > 0
+    return moves and stats.finite_gradients and stats.grad_norm > 0

@@ -1,0 +1,115 @@
+"""Rates and losses in, what is settled and what has fallen out."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lit_stability.detectors.course import LossCourse, RateCourse
+from tests.detectors.streams import step, through_a_checkpoint
+
+
+def settled(rates, **options):
+    """Steps after which the rate counts as settled."""
+    course, out = RateCourse(**options), []
+    for i, rate in enumerate(rates):
+        course.update(step(i, learning_rates=(rate / 7,), nominal_learning_rates=(0.0, rate)))
+        if course.settled:
+            out.append(i)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([1.0] * 6, [3, 4, 5]),
+        ([i / 100 for i in range(50)], []),
+        ([0.1, 0.2, 0.2, 0.2, 0.2, 0.3, 0.3], [4]),
+        ([1.0] * 5 + [0.5] * 2 + [0.49] * 5, [3, 4, 5, 6]),
+        ([0.0] * 5, [2, 3, 4]),
+    ],
+)
+def test_rate_is_settled_neither_in_a_warm_up_nor_at_the_end_of_a_decay(rates, expected):
+    """V1."""
+    assert settled(rates, settle=3) == expected
+
+
+def test_rate_that_is_not_told_is_settled_in_time():
+    course = RateCourse(settle=2)
+    for i in range(2):
+        course.update(step(i))
+    assert course.settled
+
+
+def course_of(losses, **options):
+    course = LossCourse(**options)
+    for loss in losses:
+        course.update(loss)
+    return course
+
+
+@pytest.mark.parametrize(
+    ("losses", "learnt", "stale"),
+    [
+        ([4.0] * 12, False, 2),
+        ([4.0] * 4 + [3.0] * 8, True, 1),
+        ([4.0] * 4 + [3.97] * 8, False, 2),
+        # A slow fall adds up.
+        ([4.0 - 0.005 * i for i in range(40)], True, 1),
+        # Fallen within the first block.
+        ([4.0] * 3 + [1.0] * 13, True, 2),
+        # What is not finite is left out.
+        ([4.0, math.nan] * 4 + [math.inf, 3.0] * 4, True, 0),
+        ([4.0] * 4 + [5.0] * 8, False, 2),
+        ([-2.0] * 4 + [-2.1] * 4, True, 0),
+    ],
+)
+def test_loss_has_learnt_where_it_fell_below_its_first_values(losses, learnt, stale):
+    course = course_of(losses, block=4)
+    assert (course.learnt, course.stale) == (learnt, stale)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_is_no_fall_and_more_than_a_sigma_is(seed):
+    noise = np.random.default_rng(seed).standard_normal(1000)
+    assert not course_of((10 + noise).tolist()).learnt
+    assert course_of((10 + noise - 1.2 * (np.arange(1000) > 500)).tolist()).learnt
+
+
+def test_loss_above_its_lowest_is_told_from_noise():
+    noise = 0.1 * np.random.default_rng(0).standard_normal(400)
+    level = np.repeat([3.0, 2.0, 2.05, 2.5], 100)
+    course = course_of((level + noise)[:300].tolist())
+    assert not course.above_lowest
+    for loss in (level + noise)[300:].tolist():
+        course.update(loss)
+    assert course.above_lowest
+
+
+def test_courses_survive_a_round_trip():
+    losses, rates = [4.0, 3.0, 3.5, 2.0, 2.5], [0.1, 0.2, 0.2, 0.2]
+    first, second = course_of(losses, block=2), LossCourse(block=2)
+    second.load_state_dict(through_a_checkpoint(first.state_dict()))
+    first.update(1.0), second.update(1.0)
+    assert first.state_dict() == second.state_dict()
+    assert (second.first, second.recent) == (3.5, 1.75)
+    rate, other = RateCourse(settle=3), RateCourse(settle=3)
+    for i, each in enumerate(rates):
+        rate.update(step(i, learning_rates=(each,)))
+    other.load_state_dict(through_a_checkpoint(rate.state_dict()))
+    other.update(step(4, learning_rates=(0.2,)))
+    assert other.settled
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (RateCourse, {"settle": 0}),
+        (RateCourse, {"share": 1.5}),
+        (LossCourse, {"block": 1}),
+        (LossCourse, {"fall": -0.1}),
+    ],
+)
+def test_option_out_of_range_is_refused_and_repeated(make, options):
+    with pytest.raises(ValueError, match=f"got {next(iter(options.values()))}"):
+        make(**options)

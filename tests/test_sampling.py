@@ -1,0 +1,44 @@
+"""What a sample says of whole tensors, against what can be worked out by hand."""
+
+import pytest
+import torch
+
+from lit_stability.norms import peaks_of
+from lit_stability.sampling import Samples
+
+
+@pytest.mark.parametrize(
+    ("tensors", "norms", "first", "second"),
+    [
+        ([[3.0, -4.0, 12.0]], [5.0], [12.0], [4.0]),
+        # One of several equally large ones is left out, not all.
+        ([[2.0, -2.0, 2.0, 1.0]], [3.0], [2.0], [2.0]),
+        ([[7.0]], [0.0], [7.0], [0.0]),
+        ([[0.0, 0.0]], [0.0], [0.0], [0.0]),
+        # The torn element does not drown the others.
+        ([[1e18, 0.3, 0.4]], [0.5], [1e18], [0.4]),
+        # Large ones are sampled first, and answered in the order given.
+        ([[1.0, 2.0], [1.0] * 4096, [5.0]], [1.0, 64.0, 0.0], [2.0, 1.0, 5.0], [1.0, 1.0, 0.0]),
+    ],
+)
+def test_extents_leave_the_largest_element_out(tensors, norms, first, second):
+    samples = Samples([torch.tensor(t) for t in tensors])
+    found = samples.extents(samples.gather()).tolist()
+    count = len(tensors)
+    # Of 4096 ones, 511 of the 512 that are sampled stand for all.
+    assert found[:count] == pytest.approx(norms, rel=2e-3)
+    assert found[count : 2 * count] == pytest.approx(first)
+    assert found[2 * count :] == pytest.approx(second)
+
+
+def test_peaks_are_the_largest_absolute_values_of_any_format():
+    tensors = [
+        torch.tensor([1.0, -3.0]),
+        torch.tensor([2.0, 0.5], dtype=torch.float16),
+        torch.empty(0),
+        torch.tensor([[float("nan"), 1.0]]),
+        torch.tensor([3.0 - 4.0j]),
+    ]
+    (found,) = peaks_of(tensors)
+    assert found.nan_to_num(-1.0).tolist() == [3.0, 2.0, 0.0, -1.0, 4.0]
+    assert peaks_of([]) == []
