@@ -12,12 +12,14 @@ from torch import nn
 from torch.optim import lr_scheduler as s
 
 from lit_stability.detectors import (
+    Anomaly,
     Detector,
     Divergence,
     LayerBounds,
     LearningRateJump,
     NonFinite,
     OptimizerState,
+    Panel,
     Spike,
     UpdateSpike,
     Window,
@@ -670,3 +672,40 @@ def test_layer_bounds_of_a_stream_are_told(norms, expected):
 def test_layer_bounds_out_of_order_are_refused_with_their_value(bounds):
     with pytest.raises(ValueError, match=rf"got \({bounds[0]}, {bounds[1]}\)"):
         LayerBounds({"w": bounds})
+
+
+class TellsOnce:
+    """Tells of every step from one on, until it has learnt that it did."""
+
+    def __init__(self, kind, since):
+        self.kind, self.since, self.told = kind, since, False
+
+    def _tells(self, step):
+        return step >= self.since and not self.told
+
+    def check(self, seen):
+        if not self._tells(seen.step):
+            return None
+        options = {"value": 1.0, "signal": "x", "message": self.kind, "observe_only": True}
+        return Anomaly(kind=self.kind, step=seen.step, **options)
+
+    def update(self, seen):
+        self.told = self.told or self._tells(seen.step)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_two_that_tell_of_the_same_step_are_heard_one_after_the_other():
+    """Invariant 8: what was seen is said once, and not lost because another spoke first."""
+    panel = Panel([TellsOnce("first", 3), TellsOnce("second", 3)], [0], print)
+    heard = []
+    for step in range(8):
+        anomaly, _ = panel.verdict(stats(step), voting=False)
+        if anomaly is not None:
+            heard.append((anomaly.step, anomaly.kind))
+        panel.learn(stats(step))
+    assert heard == [(3, "first"), (4, "second")]

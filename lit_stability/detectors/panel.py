@@ -29,6 +29,8 @@ class Panel:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
         self._say = say
         self._replicas = Replicas()
+        self._unheard: set[int] = set()
+        """Detectors, by id, that had something to tell of this step and were not heard."""
 
     def verdict(self, stats: StepStats, *, voting: bool) -> tuple[Anomaly | None, bool]:
         """What is wrong with a step, and whether all ranks are known to have found the same.
@@ -71,6 +73,8 @@ class Panel:
         """
         seen = stats if part != "shared" else _without_gradients(stats)
         told: Anomaly | None = None
+        if part != "own":
+            self._unheard.clear()
         for detector in self._sets[stats.optimizer]:
             if not _belongs(detector, part):
                 continue
@@ -78,6 +82,8 @@ class Panel:
             anomaly = detector.check(seen)
             if anomaly is not None and not anomaly.observe_only:
                 return anomaly
+            if anomaly is not None and told is not None:
+                self._unheard.add(id(detector))
             told = told or anomaly
             if getattr(detector, "regimes", 0) > regimes:
                 self._say(
@@ -87,9 +93,10 @@ class Panel:
         return told
 
     def learn(self, stats: StepStats) -> None:
-        """Teach an accepted step."""
+        """Teach an accepted step, all but those that were not heard: they are to say it again."""
         for detector in self._sets[stats.optimizer]:
-            detector.update(stats)
+            if id(detector) not in self._unheard:
+                detector.update(stats)
 
     def state_dict(self) -> dict[str, Any]:
         """The detectors' windows."""
