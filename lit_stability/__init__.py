@@ -12,6 +12,7 @@ _HOME = {
     "Anomaly": "detectors",
     "AnomalyCheckpoint": "callbacks",
     "AutoRollback": "callbacks",
+    "CrashPrediction": "callbacks",
     "GradientFlow": "callbacks",
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
