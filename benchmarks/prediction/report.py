@@ -1,10 +1,11 @@
-"""What a stream of risks is worth: lead, recall, false alarms, calibration, against two baselines."""
+"""What a risk is worth: lead, recall, false alarms, calibration, against two baselines."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean, quantiles
 
 from benchmarks.prediction.families import CALM
@@ -14,7 +15,7 @@ from lit_stability.risk import HORIZON, CrashRisk
 
 LEVELS = (0.3, 0.5, 0.7, 0.9)
 EARLIEST = 40
-"""Steps before the onset from which on an alarm counts for it; an earlier one counts for nothing."""
+"""Steps before the onset from which on an alarm counts for it; one before counts for nothing."""
 
 Alarms = Callable[[Trace], list[int]]
 """From a run to the steps, before its onset, on which the alarm is raised."""
@@ -44,7 +45,7 @@ def of_rising(trace: Trace) -> list[int]:
     losses, alarms = trace.loss[: trace.onset()], []
     for step in range(20, len(losses)):
         last, past = losses[step - 5 : step + 1], losses[max(0, step - 100) : step]
-        rising = all(a < b for a, b in zip(last, last[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(last))
         if rising or losses[step] > 2 * mean(past):
             alarms.append(step)
     return alarms
@@ -73,7 +74,7 @@ class Worth:
         return mean(lead >= least for lead in self.leads) if self.leads else math.nan
 
     def cells(self) -> list[str]:
-        """Recall, recall ten steps ahead, quartiles of the lead of those announced, false alarms."""
+        """Recall, also ten steps ahead, quartiles of the lead where announced, false alarms."""
         known = [lead for lead in self.leads if lead]
         found = quantiles(known, n=4, method="inclusive") if len(known) > 1 else [*known * 3]
         lead = " / ".join(f"{q:.0f}" for q in found) or "-"
@@ -128,7 +129,7 @@ def print_calibration(pairs: Sequence[tuple[float, float]]) -> None:
     print("| risk | moments | mean risk | followed by a divergence within 20 steps |")
     print("|---|---|---|---|")
     edges = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.01)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = [pair for pair in pairs if low <= pair[0] < high]
         if inside:
             risk, share = (mean(each) for each in zip(*inside, strict=True))

@@ -57,8 +57,8 @@ class Trace:
 
         That is the first whose loss is not finite; or is, and of those that follow at least three
         in four, within 20 steps and to the end of the run, above three times the best level and
-        above where the run began: all that was learnt is lost. The best level is the lowest median
-        of ten losses in a row so far; the run began at the median of the first ten.
+        above half the way back to where the run began. The best level is the lowest median of ten
+        losses in a row so far; the run began at the median of the first ten.
         """
         best = math.inf
         for step, loss in enumerate(self.loss):
@@ -67,7 +67,7 @@ class Trace:
             if step < 10:
                 continue
             best = min(best, median(self.loss[step - 10 : step]))
-            bound = max(3 * best, median(self.loss[:10]))
+            bound = max(3 * best, (best + median(self.loss[:10])) / 2)
             if loss > bound and self._stays_above(bound, step):
                 return step
         return None

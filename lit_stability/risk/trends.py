@@ -96,7 +96,7 @@ class Trends:
     * *loss peak*: the second largest of six losses over the median of the baseline, in its robust
       standard deviations. Sees a steady rise and a swing that grows.
     * *loss margin*: logarithm of the same over the bound of a divergence, in [-3, 1]. The bound is
-      three times the best level, or the level that the run began at where that is higher.
+      three times the best level, or half the way back to where the run began if that is higher.
     * *gradient trend*: rise of the norm within 12 steps over the usual change from step to step.
     * *update trend*: logarithm of the rise of update-to-weight ratio per learning rate within 12
       steps, if it rises: what shows first where the updates feed themselves.
@@ -140,7 +140,7 @@ class Trends:
     @property
     def bound(self) -> float:
         """The loss above which, if it stays there, the run has diverged."""
-        return max(3 * self._best, median(self._begin))
+        return max(3 * self._best, (self._best + median(self._begin)) / 2)
 
     def features(self) -> tuple[float, ...]:
         """See the class; only where they are `known`."""
@@ -160,7 +160,7 @@ class Trends:
         loss, gradient, update, rate = self._signals.values()
         return (
             f"loss {math.exp(loss.peak - loss.baseline.median):.3g} times its usual",
-            f"loss {math.exp(loss.peak) / self.bound:.2g} of what it has where all is lost",
+            f"loss {math.exp(loss.peak) / self.bound:.2g} of what counts as diverged",
             f"gradient norm x{math.exp(gradient.rise) if gradient.known else 1:.3g} in 12 steps",
             f"update per learning rate x{math.exp(update.rise) if update.known else 1:.3g}",
             f"learning rate {math.exp(rate.excess) if rate.known else 1:.3g} times its usual",
