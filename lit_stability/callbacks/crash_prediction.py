@@ -217,6 +217,15 @@ class CrashPrediction(Callback):
                 risk.load_state_dict(state[str(i)]["risk"])
                 self._baselines[i].load_state_dict(state[str(i)]["baseline"])
 
+    def books(self) -> dict[str, Any]:
+        """What was learnt and what is in force, for ranks that disagree."""
+        return {"learnt": self.rewindable_state(), "prevention": self.prevention.state_dict()}
+
+    def load_books(self, books: Mapping[str, Any]) -> None:
+        """Go on from the books of another rank."""
+        self.load_rewindable_state(books["learnt"])
+        self.prevention.load_state_dict(books["prevention"])
+
     def state_dict(self) -> dict[str, Any]:
         """What was learnt, and the responses in force; the options come from the constructor."""
         learnt = self.rewindable_state() or self._restored.get("learnt", {})

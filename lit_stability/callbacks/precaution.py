@@ -22,7 +22,6 @@ from lit_stability.risk import CrashRisk
 from lit_stability.trainer_state import (
     PrecisionSwitch,
     callbacks_of,
-    ends_window,
     full_checkpoint,
     run_directory,
     sharing,
@@ -35,7 +34,7 @@ _WIDE = "32-true"
 
 
 class Precaution:
-    """Carries out, on one trainer, what a risk asks for.
+    """Carries out, on one trainer, what a risk asks for; after a batch that an update came with.
 
     Args:
         trainer: at the start of its training, in its own precision.
@@ -109,8 +108,6 @@ class Precaution:
             return "weights that are not float32 would become so for good"
         if any(isinstance(c, PrecisionFallback) for c in callbacks_of(self._trainer)):
             return "PrecisionFallback changes it, where it finds that it is the cause"
-        if not ends_window(self._trainer):
-            return "it cannot change within an accumulation window"
         return why_fixed(self._trainer)
 
     def leave(self) -> None:

@@ -16,7 +16,7 @@ from lit_stability import (
     TrainingStopped,
     stability_callbacks,
 )
-from lit_stability.faults import FaultInjector, NanLoss
+from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
 from lit_stability.risk import RiskLevels
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 from tests.distributed import run_ranks
@@ -157,6 +157,21 @@ def test_prediction_widens_mixed_precision_and_gives_it_back(
     assert said is None or any(said in m for m in caplog.messages)
 
 
+def test_prediction_gives_the_precision_back_when_the_episode_is_over(tmp_path):
+    seen = []
+
+    class Calming(CrashPrediction):
+        def on_train_batch_start(self, trainer, *args):
+            seen.append(str(trainer.precision))
+            if len(seen) == 26:
+                self.prevention.levels = RiskLevels(**OFF)
+
+    callbacks = [GradientMonitor(), Calming(levels=only(precision=True))]
+    fit(tmp_path, callbacks, precision="bf16-mixed", max_steps=50)
+    # From the step after the twentieth, to the end of 20 calm steps.
+    assert seen == ["bf16-mixed"] * 20 + ["32-true"] * 25 + ["bf16-mixed"] * 5
+
+
 def test_prediction_stops_only_where_asked_to_with_the_reason(tmp_path):
     """S16."""
     levels = RiskLevels(**(OFF | {"save": 1e-6, "stop": 1e-6}))
@@ -207,8 +222,11 @@ def learnt(state):
 
 def ranks_case(root):
     callback = CrashPrediction(levels=only(save=True, slow=True))
-    net, _ = fit_rank(root, "ddp", [GradientMonitor(), callback])
-    return whole(net.parameters()), callback.state_dict(), sorted(root.rglob("*.ckpt"))
+    # Only rank 1 sees that this step is bad; rank 0 has called it healthy by then.
+    faults, suite = FaultInjector([ScaleGradients(step=30, rank=1)]), stability_callbacks()
+    callbacks = [faults, suite[0], callback, *suite[1:]]
+    net, _ = fit_rank(root, "ddp", callbacks)
+    return whole(net.parameters()), callback.state_dict(), sorted(root.rglob("risk/*.ckpt"))
 
 
 @pytest.mark.slow
