@@ -158,7 +158,8 @@ class CrashPrediction(Callback):
         if "precision" in decision.due:
             done.append(precaution.widen(pl_module))
         worst = max(self._risks.values(), key=lambda risk: risk.value)
-        self._say(trainer, f"step {step}: {worst.in_words()}", done)
+        if done:
+            self._say(trainer, f"step {step}: {worst.in_words()}", done)
         if "stop" in decision.due:
             raise stopped(trainer, worst, step, self._saved)
         back = precaution.narrow(pl_module) if decision.over else ""
