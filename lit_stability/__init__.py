@@ -12,6 +12,7 @@ _HOME = {
     "Anomaly": "detectors",
     "AnomalyCheckpoint": "callbacks",
     "AutoRollback": "callbacks",
+    "CrashPrediction": "callbacks",
     "Diagnosis": "callbacks",
     "GradientFlow": "callbacks",
     "GradientMonitor": "callbacks",

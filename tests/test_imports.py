@@ -93,6 +93,7 @@ def loaded_by(statement):
         "from lit_stability.doctor import Finding, HealthReport, format_report",
         "import lit_stability.gradient_flow",
         "from lit_stability.clip_rules import TieredClip; TieredClip()",
+        "from lit_stability.risk import CrashRisk; CrashRisk()",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -115,6 +116,7 @@ def test_public_names_are_frozen():
         "Anomaly",
         "AnomalyCheckpoint",
         "AutoRollback",
+        "CrashPrediction",
         "Diagnosis",
         "GradientFlow",
         "GradientMonitor",
@@ -176,6 +178,7 @@ def test_files_of_decisions_are_the_ones_meant():
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {"__init__.py", "ladder.py", "incidents.py", "last_good.py", "detectors/spike.py"}
     light |= {f"clip_rules/{m}.py" for m in ("rule", "tiers", "percentile", "deviation")}
+    light |= {f"risk/{m}.py" for m in ("trends", "model", "prevention")}
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
     light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
     light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}

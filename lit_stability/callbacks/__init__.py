@@ -15,6 +15,7 @@ One optimizer step, with the hooks in place::
       the Trainer's own clipping, update
       lr_scheduler_step
     on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
+                                CrashPrediction learns the accepted step, and may slow the next
                                 PrecisionFallback changes the precision, if that was the cause
                                 AutoRollback undoes a vetoed step, or goes back to a snapshot
     validation, if it is due
@@ -44,6 +45,7 @@ from lightning.pytorch import Callback
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.callbacks.crash_prediction import CrashPrediction
 from lit_stability.callbacks.diagnosis import Diagnosis
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
@@ -56,6 +58,7 @@ __all__ = [
     "AdaptiveGradientClipping",
     "AnomalyCheckpoint",
     "AutoRollback",
+    "CrashPrediction",
     "Diagnosis",
     "GradientFlow",
     "GradientMonitor",

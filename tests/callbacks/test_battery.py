@@ -58,7 +58,7 @@ def cls(request):
 
 
 def test_battery_finds_the_callbacks():
-    beside_the_suite = {"AdaptiveGradientClipping", "GradientFlow", "Preflight"}
+    beside_the_suite = {"AdaptiveGradientClipping", "CrashPrediction", "GradientFlow", "Preflight"}
     suite = {type(c).__name__ for c in stability_callbacks()}
     assert {c.__name__ for c in PUBLIC} == suite | beside_the_suite, (
         "a public callback that the default suite lacks needs its own line here"
@@ -150,8 +150,9 @@ def test_suite_with_two_optimizers_skips_the_bad_one_only(tmp_path):
 @pytest.mark.parametrize(
     "callback",
     [
-        *("AdaptiveGradientClipping", "AnomalyCheckpoint", "AutoRollback", "GradientFlow"),
-        *("LastKnownGood", "NonFiniteLocator", "PrecisionFallback"),
+        *("AdaptiveGradientClipping", "AnomalyCheckpoint", "AutoRollback"),
+        *("CrashPrediction", "GradientFlow", "LastKnownGood", "NonFiniteLocator"),
+        "PrecisionFallback",
     ],
 )
 @pytest.mark.parametrize("order", ["alone", "before"])

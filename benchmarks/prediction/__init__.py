@@ -1,0 +1,1 @@
+"""How well `CrashPrediction` foresees real divergences, and what its model was fitted on."""
