@@ -4,11 +4,12 @@ One optimizer step, with the hooks in place::
 
     on_train_batch_start        Preflight checks, before the first step of a run
                                 AutoRollback remembers buffers and epoch metrics
-      training_step
+                                CurvatureProbe keeps the batch, if it is its turn
+      training_step             AttentionProbe watches its kernels, if it is its turn
       on_before_backward        GradientMonitor takes the loss (DDP: the ranks begin to measure)
       backward
       on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks
-                                the detectors, and then either
+                                the probes and the detectors, and then either
                                   on_healthy_step of every callback, in order, or
                                   on_incident     of every callback, in order, until settled
                                 AdaptiveGradientClipping clips the step, unless it was vetoed
@@ -43,7 +44,9 @@ from lightning.pytorch import Callback
 
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
+from lit_stability.callbacks.attention_probe import AttentionProbe
 from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.callbacks.curvature_probe import CurvatureProbe
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.last_known_good import LastKnownGood
@@ -54,7 +57,9 @@ from lit_stability.callbacks.preflight import Preflight
 __all__ = [
     "AdaptiveGradientClipping",
     "AnomalyCheckpoint",
+    "AttentionProbe",
     "AutoRollback",
+    "CurvatureProbe",
     "GradientFlow",
     "GradientMonitor",
     "LastKnownGood",

@@ -7,18 +7,23 @@ No file of this folder imports torch or Lightning.
 
 from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
+from lit_stability.detectors.attention import AttentionLogits
 from lit_stability.detectors.bounds import LayerBounds
+from lit_stability.detectors.curvature import Curvature
 from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.lost import LostUpdates
 from lit_stability.detectors.nonfinite import NonFinite
 from lit_stability.detectors.panel import Panel
 from lit_stability.detectors.scale import LossScale
 from lit_stability.detectors.spike import Spike
+from lit_stability.detectors.staleness import StaleMoments
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.window import Window
 
 __all__ = [
     "Anomaly",
+    "AttentionLogits",
+    "Curvature",
     "Detector",
     "Divergence",
     "Kind",
@@ -31,6 +36,7 @@ __all__ = [
     "Panel",
     "Replicas",
     "Spike",
+    "StaleMoments",
     "UpdateSpike",
     "Vote",
     "Window",
@@ -53,4 +59,7 @@ def default_detectors() -> list[Detector]:
         Spike("grad_norm"),
         Divergence(),
         LostUpdates(),
+        AttentionLogits(),
+        Curvature(),
+        StaleMoments(),
     ]

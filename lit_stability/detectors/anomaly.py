@@ -25,6 +25,10 @@ Kind = Literal[
     "loss-scale fall",
     "infinite loss",
     "lost updates",
+    "attention-logit growth",
+    "attention collapse",
+    "curvature beyond the edge",
+    "stale second moment",
 ]
 
 
