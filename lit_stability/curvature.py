@@ -39,8 +39,8 @@ from torch.optim import SGD, Adam, Optimizer
 def plain_updates(optimizer: Optimizer, rates: Sequence[float]) -> dict[Tensor, Tensor]:
     """The update of each parameter that has a gradient, as the table has it, without momentum.
 
-    Adam's second moment is as its last step has left it; parameters that it has made no step with
-    are left out.
+    Adam's second moment has this gradient in it, as it will have in the update: an element that
+    meets its first gradient would not be bounded otherwise.
 
     Args:
         optimizer: an SGD, Adam or AdamW, with its gradients unscaled.
@@ -61,9 +61,8 @@ def plain_updates(optimizer: Optimizer, rates: Sequence[float]) -> dict[Tensor, 
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         for parameter in group["params"]:
             if parameter.grad is not None:
-                update = _update(group, optimizer.state.get(parameter) or {}, parameter.grad, rate)
-                if update is not None:
-                    found[parameter] = update
+                state = optimizer.state.get(parameter) or {}
+                found[parameter] = _update(group, state, parameter.grad, rate)
     return found
 
 
@@ -105,16 +104,18 @@ def slope_of(updates: Mapping[Tensor, Tensor]) -> Tensor:
 
 def _update(
     group: Mapping[str, Any], state: Mapping[str, Any], grad: Tensor, rate: float
-) -> Tensor | None:
+) -> Tensor:
     grad = grad.detach().float()
     if "betas" not in group:
         return grad * (rate / _sgd_edge(group))
-    if "exp_avg_sq" not in state:
-        return None
     beta1, beta2 = map(float, group["betas"])
-    second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].float()
-    corrected = 1 - beta2 ** torch.as_tensor(state["step"], device=second.device)
-    denominator = (second / corrected).sqrt() + group["eps"]
+    second, steps = (1 - beta2) * grad.square(), torch.ones((), device=grad.device)
+    if "exp_avg_sq" in state:
+        second = second + beta2 * state["exp_avg_sq"]
+        steps = steps + state["step"].to(grad.device)
+    if "max_exp_avg_sq" in state:
+        second = torch.maximum(second, state["max_exp_avg_sq"])
+    denominator = (second / (1 - beta2**steps)).sqrt() + group["eps"]
     update: Tensor = grad / denominator * (rate * (1 - beta1) / (1 + beta1))
     return update
 

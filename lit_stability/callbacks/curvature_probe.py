@@ -29,8 +29,8 @@ class CurvatureProbe(Callback):
     goes into ``StepStats.readings``, where `Curvature`, one of the monitor's default detectors,
     judges it; over several ranks it is the mean, which is exact for the mean of their losses:
 
-    * ``curvature_ratio``: 1 at the edge, see `lit_stability.curvature`; absent where there is no
-      gradient, and before Adam's first step.
+    * ``curvature_ratio``: 1 at the edge, see `lit_stability.curvature`; absent where all
+      gradients are 0.
 
     While the ratio is above 1 the next steps are measured too, `follow` at most, as it is by
     staying there that it foretells a spike. A measurement takes some three times a forward and
