@@ -70,9 +70,7 @@ class AttentionProbe(Callback):
         compiled = getattr(pl_module, "_compiler_ctx", None) is not None
         self._blind = compiled or has_compiled_parts(pl_module)
         if self._blind:
-            self._say(
-                "the model has compiled parts, which cannot be seen into: it measures nothing"
-            )
+            self._say("measures nothing: the model has compiled parts, which cannot be seen into")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -102,9 +100,9 @@ class AttentionProbe(Callback):
             return None
         found = watch.readings()
         if watch.error is not None:
-            self._say(f"an attention was not measured ({watch.error})")
+            self._say(f"did not measure an attention ({watch.error})")
         elif not found:
-            self._say(f"no attention was seen in modules={self.modules!r}")
+            self._say(f"measures nothing: no attention was seen in modules={self.modules!r}")
         return found
 
     def on_exception(
@@ -125,4 +123,4 @@ class AttentionProbe(Callback):
     def _say(self, what: str) -> None:
         if not self._told:
             self._told = True
-            log.warning("AttentionProbe: %s", what)
+            log.warning("AttentionProbe %s", what)

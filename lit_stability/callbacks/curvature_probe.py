@@ -24,22 +24,22 @@ RATIO = "curvature_ratio"
 class CurvatureProbe(Callback):
     """Measures, every so often, the curvature of the loss along the update that comes next.
 
-    The forward pass of the step is taken again beside training, in float32, and differentiated
-    twice. Afterwards all is as it was: a run is bit-identical to one without the probe. The reading
-    goes into ``StepStats.readings``, where `Curvature`, one of the monitor's default detectors,
+    The step is taken again beside training, in float32, from two places a little off the weights.
+    Afterwards all is as it was: a run is bit-identical to one without the probe. The reading goes
+    into ``StepStats.readings``, where `Curvature`, one of the monitor's default detectors,
     judges it; over several ranks it is the mean, which is exact for the mean of their losses:
 
     * ``curvature_ratio``: 1 at the edge, see `lit_stability.curvature`; absent where all
       gradients are 0.
 
     While the ratio is above 1 the next steps are measured too, `follow` at most, as it is by
-    staying there that it foretells a spike. A measurement takes some three times a forward and
-    backward pass. It knows SGD, Adam and AdamW; elsewhere, in manual optimization, under FSDP2, and
-    where the model cannot be differentiated twice, nothing is measured, and it is said once.
+    staying there that it foretells a spike. A measurement takes two forward and backward passes.
+    It knows SGD, Adam and AdamW; with others, in manual optimization, under FSDP2, and where the
+    step cannot be taken again, nothing is measured, and it is said once.
 
     Args:
         every: optimizer steps (Lightning's ``global_step``) between measurements.
-        follow: steps in a row measured where the ratio is above 1.
+        follow: steps in a row measured, where the ratio is above 1.
 
     Raises:
         ValueError: if an argument is less than 1; at `setup` without a `GradientMonitor` before it.
@@ -65,7 +65,7 @@ class CurvatureProbe(Callback):
         if not pl_module.automatic_optimization:
             self._give_up("in manual optimization a training_step cannot be run without its update")
         elif sharing(trainer) == "shards":
-            self._give_up("under FSDP2 gradients cannot be differentiated again")
+            self._give_up("under FSDP2 a rank has not the weights to take a step again")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

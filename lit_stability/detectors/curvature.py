@@ -63,9 +63,8 @@ class Curvature:
             threshold=self.bound,
             optimizer=stats.optimizer,
             observe_only=True,
-            message=f"the curvature along the gradient has been beyond what the learning rate "
-            f"bears in {self.persist} readings in a row, by a factor of {ratio:.3g} now: the loss "
-            "is about to spike",
+            message=f"the learning rate is {ratio:.3g} times what the curvature along the gradient "
+            f"bears, after {self.persist} readings above 1 in a row: updates overshoot",
         )
 
     def update(self, stats: StepStats) -> None:

@@ -114,7 +114,7 @@ def test_compiled_model_is_said_once_and_left_alone(tmp_path, caplog):
         _, _, tape = probed(tmp_path, Compiled, max_steps=12, probe=AttentionProbe(every=5))
     assert tape.readings == {}
     assert [r for r in caplog.messages if "compiled parts" in r] == [
-        "AttentionProbe: the model has compiled parts, which cannot be seen into: it measures nothing"
+        "AttentionProbe measures nothing: the model has compiled parts, which cannot be seen into"
     ]
     torch.compiler.reset()
 
@@ -123,7 +123,7 @@ def test_model_without_attention_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
         fit(tmp_path, [GradientMonitor(), AttentionProbe(every=5)], max_steps=12)
     assert [r for r in caplog.messages if "AttentionProbe" in r] == [
-        "AttentionProbe: no attention was seen in modules='*'"
+        "AttentionProbe measures nothing: no attention was seen in modules='*'"
     ]
 
 

@@ -57,20 +57,15 @@ class Manual(Quadratic):
         self.optimizers().step()
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
+class OnlyOnce(Quadratic):
+    """Its training_step has a memory of its own."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-class NotTwice(Quadratic):
     def training_step(self, batch, batch_idx):
-        return (Once.apply(self.w) ** 2).mean()
+        counter = self.__dict__.setdefault("_counter", [0])
+        counter[0] += 1
+        if counter[0] > 1 and self.trainer.global_step == 0:
+            raise RuntimeError("this batch was seen before")
+        return super().training_step(batch, batch_idx)
 
 
 def curvatures(*values):
@@ -110,13 +105,14 @@ def test_run_with_the_probe_is_bit_identical(kind, options, tmp_path):
 )
 def test_ratio_in_a_fit_is_that_of_the_quadratic(make, ratio, tmp_path):
     ratios, _ = probed(tmp_path, make, curvatures(*[1.0] * 4), max_steps=4)
-    assert ratios == pytest.approx(dict.fromkeys(range(4), ratio))
+    # fp32 rounds weights that are a thousandth apart: 2^-24 / 1e-3.
+    assert ratios == pytest.approx(dict.fromkeys(range(4), ratio), rel=1e-4)
 
 
 def test_ratio_of_an_accumulated_step_is_that_of_the_mean_loss(tmp_path):
     data = curvatures(1.0, 2.0, 3.0, 6.0)
     ratios, _ = probed(tmp_path, Quadratic, data, accumulate_grad_batches=4, max_steps=1)
-    assert ratios == pytest.approx({0: 0.5 * 3.0 / 2})
+    assert ratios == pytest.approx({0: 0.5 * 3.0 / 2}, rel=1e-4)
 
 
 def test_ratio_follows_the_effective_learning_rate(tmp_path):
@@ -127,13 +123,14 @@ def test_ratio_follows_the_effective_learning_rate(tmp_path):
     tape = Tape()
     callbacks = [Halved(), GradientMonitor(), CurvatureProbe(every=1), tape]
     fit(tmp_path, callbacks, Quadratic, data=curvatures(1.0), max_steps=1)
-    assert tape.ratios == pytest.approx({0: 0.125})
+    assert tape.ratios == pytest.approx({0: 0.125}, rel=1e-4)
 
 
 def test_ratio_above_1_has_the_next_steps_measured_and_is_told(tmp_path):
     data = curvatures(*[1.0] * 10, *[5.0] * 30)
     ratios, monitor = probed(tmp_path, lambda: Quadratic(0.41), data, every=10, max_steps=40)
-    assert list(ratios) == [0, 10, 11, 12, 13, 14, 20, 30]
+    turns = [range(10, 15), range(20, 25), range(30, 35)]
+    assert list(ratios) == [0, *(step for turn in turns for step in turn)]
     assert [(i.first.step, i.first.kind) for i in monitor.incidents] == [
         (14, "curvature beyond the edge")
     ]
@@ -144,7 +141,7 @@ def test_ratio_above_1_has_the_next_steps_measured_and_is_told(tmp_path):
     [
         (Other, "the stable learning rate of RMSprop is not known"),
         (Manual, "in manual optimization"),
-        (NotTwice, "twice"),
+        (OnlyOnce, "RuntimeError: this batch was seen before"),
     ],
 )
 def test_what_cannot_be_measured_is_said_once_and_ends_no_run(module, why, tmp_path, caplog):
@@ -163,24 +160,18 @@ def test_probe_beside_the_suite_goes_through_an_incident(tmp_path):
     assert list(tape.ratios)[:2] == [0, 5]
 
 
-@pytest.mark.parametrize("case", ["Adam's beta2 makes spikes", "Adam's beta2 makes spikes, twin"])
-def test_case_of_adams_spikes_is_told_before_the_first_and_its_twin_is_not(case, tmp_path):
+@pytest.mark.parametrize("twin", [False, True])
+def test_case_of_adams_spikes_is_told_before_the_first_and_its_twin_is_not(twin, tmp_path):
     """S16: the loss has not spiked yet when both signs are there."""
-    found = CASES["Adam's beta2 makes spikes"]
-    found = found.healthy() if case.endswith("twin") else found
-    steps = {}
-    for name, probes in {"curvature": [CurvatureProbe(every=1)], "moments": []}.items():
-        monitor = GradientMonitor()
-        data = found.data(0)
-        fit(tmp_path, [monitor, *probes], found.module, data=data, max_steps=250, max_epochs=-1)
-        steps[name] = [(i.first.kind, i.first.step) for i in monitor.incidents]
-    if not found.twin:
-        assert steps == {"curvature": [], "moments": []}
-        return
-    ((kind, step),) = steps["curvature"]
-    assert kind == "curvature beyond the edge"
-    assert 150 < step < 250
-    assert steps["moments"][0][0] == "stale second moment"
+    case = CASES["Adam's beta2 makes spikes"]
+    case = case.healthy() if twin else case
+    monitor, options = GradientMonitor(), {"max_steps": 280, "max_epochs": -1}
+    probe = CurvatureProbe(every=1)
+    module, _ = fit(tmp_path, [monitor, probe], case.module, data=case.data(0), **options)
+    kinds = {i.first.kind for i in monitor.incidents}
+    assert kinds == (set() if twin else {"stale second moment", "curvature beyond the edge"})
+    windows = [sorted(module.losses[t - 50 : t])[25] for t in range(60, 280)]
+    assert all(loss < 3 * usual for loss, usual in zip(module.losses[60:], windows, strict=True))
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"follow": 0}])

@@ -44,7 +44,7 @@ def ratios(norms, decay=0.999):
         (CALM + BUILD_UP, [29]),
         (CALM + BUILD_UP + CALM + BUILD_UP, [29]),
         (CALM + [x * 0.7 for x in BUILD_UP], []),
-        (CALM + [1.0, 1.0, *BUILD_UP[2:]], []),  # without a build-up
+        ([*CALM, 1.0, 1.0, *BUILD_UP[2:]], []),  # without a build-up
         (CALM + [1.4, 1.9, 2.5, 3.0, 1.0] * 3, []),
         ([3 * x for x in CALM] * 3 + BUILD_UP, []),  # not above its own median
         (BUILD_UP * 3, []),  # no history
