@@ -66,19 +66,19 @@ class Staleness:
         if taken:
             self._learn(decays)
         self._pending = norms
-        rows = ((self._ratio(n, norms[n] ** 2, b), n) for n, b in decays.items() if n in norms)
-        return max((row for row in rows if row[0] > 0), default=None)
+        rows = [(self._square(n, norms[n] ** 2, b), n) for n, b in decays.items() if n in norms]
+        square, name = max((row for row in rows if row[0] > 0), default=(0.0, ""))
+        return (math.sqrt(square), name) if name else None
 
     def _learn(self, decays: Mapping[str, float]) -> None:
         for name, norm in self._pending.items():
             if name in decays and math.isfinite(norm):
                 self._sums[name] = self._sums.get(name, _Sum()).after(norm**2, decays[name])
 
-    def _ratio(self, name: str, square: float, decay: float) -> float:
-        """0 where there is nothing to compare with; NaN compares as that."""
+    def _square(self, name: str, square: float, decay: float) -> float:
+        """The ratio squared; 0 where there is nothing to compare with, NaN where the norm is."""
         before = self._sums.get(name)
-        if before is None or before.value <= 0:
+        if before is None or before.value <= 0 or square == math.inf:
             return 0.0
         now = before.after(square, decay)
-        expected = now.value / (1 - now.uncorrected)
-        return math.sqrt(square / expected) if expected < math.inf else 0.0
+        return square * (1 - now.uncorrected) / now.value
