@@ -97,6 +97,17 @@ def test_attention_under_autocast_reads_nearly_like_in_float32(attend):
     assert values(measure_attention(net, step)) == pytest.approx(values(plain), rel=2e-2)
 
 
+def test_scores_of_a_fused_kernel_are_made_in_float32_under_autocast_too():
+    tensors = [t.detach().bfloat16() for t in qkv()]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            fused(*tensors)
+
+    plain = measure_attention(nn.Identity(), lambda: fused(*tensors))
+    assert values(measure_attention(nn.Identity(), step)) == values(plain)
+
+
 def test_readings_carry_the_innermost_module_and_a_shared_one_is_one():
     layer = nn.ModuleDict({"attn": SelfAttention(), "twice": SelfAttention()})
     x = torch.randn(2, 9, 16)
