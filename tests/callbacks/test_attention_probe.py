@@ -61,6 +61,19 @@ class ByHand(Attending):
         optimizer.step()
 
 
+class Watched(Attending):
+    """Notes the batches in whose forward pass something is installed."""
+
+    def __init__(self):
+        super().__init__()
+        self.watched = []
+
+    def training_step(self, batch, batch_idx):
+        if hooks._global_forward_hooks or _get_current_dispatch_mode() is not None:
+            self.watched.append(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
 class Compiled(Attending):
     def configure_model(self):
         self.embed.compile(backend="eager")
@@ -98,6 +111,13 @@ def test_probe_reads_on_its_steps_and_leaves_nothing_installed(options, steps, t
         assert {where for _, where in found} == wanted
         assert all(0 < v <= 1 for (quantity, _), v in found.items() if "entropy" in quantity)
     assert "training_step" not in vars(trainer.strategy)
+
+
+@pytest.mark.parametrize(("accumulate", "batches"), [(1, [0, 10]), (3, [0, 30])])
+def test_one_forward_pass_of_a_probed_step_is_watched_and_no_other(accumulate, batches, tmp_path):
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 15}
+    net, _, _ = probed(tmp_path, Watched, **options)
+    assert net.watched == batches
 
 
 def test_probe_is_silent_about_a_step_that_another_callback_takes(tmp_path):
