@@ -82,6 +82,19 @@ def test_meter_keeps_the_sum_of_the_second_moment_that_the_optimizer_has(make):
         assert stats.moment_rms == pytest.approx(wanted[stats.moment_rms_name], rel=1e-4)
 
 
+def test_meter_learns_no_gradient_whose_update_was_vetoed():
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    meter = StepMeter(net.named_parameters(), optimizer)
+    for step, size in enumerate([1.0] * 5 + [1e6, 1.0]):
+        optimizer.zero_grad()
+        (size * net(torch.ones(2, 3)).sum()).backward()
+        stats = meter.measure(step, None)
+        if size == 1.0:
+            optimizer.step()
+    assert stats.moment_rms == pytest.approx(1.0, rel=1e-4)
+
+
 def test_meter_of_an_optimizer_without_second_moment_has_no_ratio():
     net = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
