@@ -20,6 +20,7 @@ from lit_stability.norms import dense, non_finite, norms_of, peaks_of, to_host, 
 from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
+from lit_stability.staleness import Staleness
 from lit_stability.stats import ProbeReading, StepStats, WeightMoves
 
 
@@ -80,6 +81,7 @@ class StepMeter:
         self._samples = Samples(self.parameters)
         self._moments = Moments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
+        self._staleness = Staleness()
         self.forget()
 
     @property
@@ -94,6 +96,7 @@ class StepMeter:
         self._scanned_weights: Tensor | None = None
         self._moments.forget()
         self._rounding.forget()
+        self._staleness.forget()
         self._last_lr = 0.0
 
     @torch.no_grad()
@@ -129,6 +132,7 @@ class StepMeter:
         rows = [sampled_distribution(g) for g in grads.values()] if details else []
         read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows)
         grad_norms = tuple(read.grad_norms)
+        rms, rms_name = self._stale(dict(zip(grads, grad_norms, strict=True)), read.updates)
         stats = StepStats(
             step=step,
             loss=_unscaled(read.loss, read.scale),
@@ -145,6 +149,8 @@ class StepMeter:
             stuck_share=read.stuck[0] / read.stuck[1] if read.stuck and read.stuck[1] else None,
             moment_ratio=read.moments.ratio,
             moment_name=read.moments.name,
+            moment_rms=rms,
+            moment_rms_name=rms_name,
             bad_momentum=read.moments.bad_momentum,
             weight_norm=total(read.weight_norms) if scan_weights else None,
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
@@ -237,6 +243,11 @@ class StepMeter:
             distributions=host["rows"],
             stuck=host["stuck"],
         )
+
+    def _stale(self, norms: dict[str, float], updates: Sequence[float]) -> tuple[float | None, str]:
+        """What is measured of the second moment; a step not taken leaves the sample as it was."""
+        taken = bool(updates) and updates[0] > 0
+        return self._staleness.measure(norms, self._moments.decays, taken=taken) or (None, "")
 
     def _local_weights(self) -> list[Tensor]:
         return [local(p) for p in self.parameters]

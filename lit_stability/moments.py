@@ -54,6 +54,11 @@ class Moments:
         self._last_sums: Tensor | None = None
         self._decays_there: Tensor | None = None
 
+    @property
+    def decays(self) -> dict[str, float]:
+        """Decay of the second moment of each parameter that has one."""
+        return dict(zip(self._second, self._decay, strict=True))
+
     def forget(self) -> None:
         """Drop what was remembered of the last step, and look for the moments anew."""
         self._last = self._last_sums = None

@@ -92,6 +92,11 @@ class StepStats:
     """Smallest ratio over parameters of Adam's sampled second moment to what decay alone leaves."""
     moment_name: str = ""
     """The parameter that has ``moment_ratio``."""
+    moment_rms: float | None = None
+    """Largest ratio over parameters of the gradient to what Adam's second moment expects, 1 where
+    gradients keep their size; None before the second step, and for other optimizers."""
+    moment_rms_name: str = ""
+    """The parameter that has ``moment_rms``."""
     bad_momentum: tuple[str, ...] = ()
     """Parameters whose sampled momentum, or first moment, is non-finite."""
     weight_norm: float | None = None

@@ -34,6 +34,10 @@ MAY_IMPORT_TORCH = (
         "sampling.py",
         "rounding.py",
         "islands.py",
+        "attention.py",
+        "attention_watch.py",
+        "compiled.py",
+        "curvature.py",
         "half.py",
         "snapshots.py",
         "lr_scale.py",
@@ -115,8 +119,10 @@ def test_public_names_are_frozen():
         "AdaptiveGradientClipping",
         "Anomaly",
         "AnomalyCheckpoint",
+        "AttentionProbe",
         "AutoRollback",
         "CrashPrediction",
+        "CurvatureProbe",
         "Diagnosis",
         "GradientFlow",
         "GradientMonitor",
@@ -182,6 +188,7 @@ def test_files_of_decisions_are_the_ones_meant():
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
     light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
     light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}
+    light |= {"staleness.py", *(f"detectors/{m}.py" for m in ("attention", "staleness"))}
     assert light <= without_torch
 
 

@@ -4,11 +4,12 @@ One optimizer step, with the hooks in place::
 
     on_train_batch_start        Preflight checks, before the first step of a run
                                 AutoRollback remembers buffers and epoch metrics
-      training_step
+                                CurvatureProbe keeps the batch, if it is its turn
+      training_step             AttentionProbe watches its kernels, if it is its turn
       on_before_backward        GradientMonitor takes the loss (DDP: the ranks begin to measure)
       backward
       on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks
-                                the detectors, and then either
+                                the probes and the detectors, and then either
                                   on_healthy_step of every callback, in order, or
                                   on_incident     of every callback, in order, until settled
                                 AdaptiveGradientClipping clips the step, unless it was vetoed
@@ -44,8 +45,10 @@ from lightning.pytorch import Callback
 
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
+from lit_stability.callbacks.attention_probe import AttentionProbe
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.crash_prediction import CrashPrediction
+from lit_stability.callbacks.curvature_probe import CurvatureProbe
 from lit_stability.callbacks.diagnosis import Diagnosis
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
@@ -57,8 +60,10 @@ from lit_stability.callbacks.preflight import Preflight
 __all__ = [
     "AdaptiveGradientClipping",
     "AnomalyCheckpoint",
+    "AttentionProbe",
     "AutoRollback",
     "CrashPrediction",
+    "CurvatureProbe",
     "Diagnosis",
     "GradientFlow",
     "GradientMonitor",

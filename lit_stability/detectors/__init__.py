@@ -7,8 +7,10 @@ No file of this folder imports torch or Lightning.
 
 from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
+from lit_stability.detectors.attention import AttentionLogits
 from lit_stability.detectors.bounds import LayerBounds
 from lit_stability.detectors.corruption import WeightCorruption
+from lit_stability.detectors.curvature import Curvature
 from lit_stability.detectors.dead import DeadGradients
 from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.drift import WeightDrift
@@ -19,6 +21,7 @@ from lit_stability.detectors.oscillation import Oscillation
 from lit_stability.detectors.panel import Panel
 from lit_stability.detectors.scale import LossScale
 from lit_stability.detectors.spike import Spike
+from lit_stability.detectors.staleness import StaleMoments
 from lit_stability.detectors.stall import Stall
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.vanishing import Vanishing
@@ -26,6 +29,8 @@ from lit_stability.detectors.window import Window
 
 __all__ = [
     "Anomaly",
+    "AttentionLogits",
+    "Curvature",
     "DeadGradients",
     "Detector",
     "Divergence",
@@ -41,6 +46,7 @@ __all__ = [
     "Panel",
     "Replicas",
     "Spike",
+    "StaleMoments",
     "Stall",
     "UpdateSpike",
     "Vanishing",
@@ -75,4 +81,7 @@ def default_detectors() -> list[Detector]:
         Vanishing(),
         Stall(),
         WeightDrift(),
+        AttentionLogits(),
+        Curvature(),
+        StaleMoments(),
     ]

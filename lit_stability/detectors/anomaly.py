@@ -32,6 +32,10 @@ Kind = Literal[
     "oscillation",
     "weight drift",
     "weight corruption",
+    "attention-logit growth",
+    "attention collapse",
+    "curvature beyond the edge",
+    "stale second moment",
 ]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
+from lit_stability.compiled import has_compiled_parts
 from lit_stability.locate.call_sites import CallSites
 from lit_stability.locate.kernel_call import Operand
 from lit_stability.locate.origin import NonFiniteOrigin
@@ -122,17 +123,10 @@ def _spoiling_gradients(origin: NonFiniteOrigin) -> NonFiniteOrigin:
 
 
 def _finished(model: nn.Module, origin: NonFiniteOrigin) -> NonFiniteOrigin:
-    if not _is_compiled(model):
+    if not has_compiled_parts(model):
         return origin
     notes = (origin.note, "compiled parts were run eagerly")
     return replace(origin, note="; ".join(n for n in notes if n))
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from lit_stability.trainer_state.companions import Stateful
 from lit_stability.trainer_state.data_position import DataPosition
 from lit_stability.trainer_state.loaders import loaders
 from lit_stability.trainer_state.metrics import EpochMetrics, LoggedMetrics
+from lit_stability.trainer_state.next_step import AroundNextStep
 from lit_stability.trainer_state.precision import (
     PrecisionSwitch,
     is_supported,
@@ -85,6 +86,7 @@ PRIVATE = (
 __all__ = [
     "LIGHTNING_VERSIONS",
     "PRIVATE",
+    "AroundNextStep",
     "CheckpointLedger",
     "DataPosition",
     "Entry",

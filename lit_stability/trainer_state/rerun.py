@@ -99,6 +99,22 @@ class StepTape:
         scale = 1.0 if scaler is None else float(scaler.get_scale()) or 1.0
         return Outcome(sum(host["loss"]) / scale, total(host["norms"]) / scale)
 
+    @contextmanager
+    def losses_again(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> Iterator[Callable[[], Iterator[Tensor]]]:
+        """The forward pass of the step again, in float32; what is computed inside stays beside.
+
+        Yields what gives each batch's share of the loss, with its graph, as often as it is called.
+        Parameters have copies in their place meanwhile, in their order.
+
+        Args:
+            trainer: in its step, or at the end of its batch; not where parameters are sharded.
+            pl_module: in training.
+        """
+        with _beside(trainer, pl_module, True):
+            yield lambda: (_loss(trainer, pl_module, taken, True) for taken in self._taken)
+
     def locate(
         self, trainer: Trainer, pl_module: LightningModule, gather: Callable[[Any], list[Any]]
     ) -> NonFiniteOrigin | None:

@@ -166,7 +166,7 @@ def test_causes_of_each_printed_pattern_are_among_those_named():
     ("given", "certainty", "decides"),
     [
         (scene("attention collapse"), "certain", "stop"),
-        (scene("attention logits"), "likely", "usual"),
+        (scene("attention-logit growth"), "likely", "usual"),
         (scene("divergence", GROWN, loss=89.7), "likely", "lower"),
         (scene("divergence", (2.0, 2.1) * 15, loss=2.1), "possible", "usual"),
     ],

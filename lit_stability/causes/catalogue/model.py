@@ -13,7 +13,7 @@ MODEL = (
         name="attention-logit growth",
         clues=(
             (10, c.kind("attention collapse")),
-            (6, c.kind("attention logits")),
+            (6, c.kind("attention-logit growth")),
             (2, c.reading("attention_logit", 1000.0, "attention logits of {value:.3g} in {where}")),
         ),
         do="normalise queries and keys (qk-norm), or lower the learning rate of their projections; "

@@ -82,7 +82,7 @@ OPTIMIZER = (
     ),
     Cause(
         name="stale second moment",
-        clues=((6, c.kind("stale moments")), (1, c.large_update)),
+        clues=((6, c.kind("stale second moment")), (1, c.large_update)),
         do="lower Adam's beta2 (0.95 is usual for language models), raise its epsilon, or clip "
         "updates",
         leave="if the loss comes back by itself within some ten steps",

@@ -1,0 +1,139 @@
+"""What the probes cost, and what they foretell.
+
+    python -m benchmarks.probes cost [--steps 60] [--quick]
+    python -m benchmarks.probes cases [--seeds 3]
+
+``cost``: one process, one torch thread, the model of `benchmarks.overhead`. A bare Trainer and one
+per probe take turns, step by step, each probe measuring on every step; reported is the median ratio
+of a probed step to the bare one beside it, with its quartiles, and what that makes per step at the
+probe's own interval. ``cases``: the instabilities that the probes are for and their healthy twins;
+for each seed what was told, when, and when the loss first rose to three times the median of the 50
+steps before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from benchmarks import overhead
+from benchmarks.byte_gpt import ByteGPTConfig
+from benchmarks.instabilities.cases import CASES, Case
+from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
+from lit_stability.staleness import Staleness
+
+PROBES: dict[str, Any] = {
+    "AttentionProbe": lambda: [GradientMonitor(), AttentionProbe(every=1)],
+    "CurvatureProbe": lambda: [GradientMonitor(), CurvatureProbe(every=1)],
+}
+INTERVALS = {"AttentionProbe": AttentionProbe().every, "CurvatureProbe": CurvatureProbe().every}
+FORETOLD: dict[str, Any] = {
+    "attention logits grow": lambda: [AttentionProbe()],
+    "Adam's beta2 makes spikes": lambda: [CurvatureProbe(every=1)],
+    "edge of stability": lambda: [CurvatureProbe(every=1)],
+}
+
+
+def cost(steps: int, config: ByteGPTConfig) -> None:
+    """Measure and print the cost of each probe, and of the second moment's staleness."""
+    overhead.SUITES.update({"monitor": lambda: [GradientMonitor()], **PROBES})
+    how: dict[str, Any] = {"steps": steps, "batch": 8, "precision": "32-true"}
+    times = overhead.measure(["monitor", *PROBES], config=config, **how)
+    bare = times["monitor"][5:]
+    print(f"step with GradientMonitor {1e3 * statistics.median(bare):.1f} ms, {len(bare)} steps")
+    for name in PROBES:
+        extra = [t - b for t, b in zip(times[name][5:], bare, strict=False)]
+        shares = [e / b for e, b in zip(extra, bare, strict=False)]
+        low, middle, high = statistics.quantiles(shares, n=4)
+        print(
+            f"{name}: {1e3 * statistics.median(extra):.1f} ms per probed step, "
+            f"{middle:.2%} of a step (quartiles {low:.2%} .. {high:.2%}); "
+            f"every {INTERVALS[name]} steps {middle / INTERVALS[name]:.3%}"
+        )
+    print(f"moment_rms: {1e3 * staleness():.4f} ms per step of 66 tensors")
+
+
+def staleness(tensors: int = 66, steps: int = 2000) -> float:
+    """Median seconds per step of `Staleness`, which is all that ``moment_rms`` costs."""
+    kept, seconds = Staleness(), []
+    decays = {f"blocks.{i}.weight": 0.95 for i in range(tensors)}
+    for step in range(steps):
+        norms = {name: 1.0 + (step * i) % 7 for i, name in enumerate(decays)}
+        start = time.perf_counter()
+        kept.measure(norms, decays, taken=True)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def run_case(case: Case, seed: int, probes: list[Any]) -> tuple[list[tuple[str, int]], list[float]]:
+    """What was told, with its step, and the losses."""
+    seed_everything(seed, verbose=False)
+    module, monitor = case.module(), GradientMonitor()
+    trainer = Trainer(
+        max_steps=case.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        callbacks=[monitor, *probes],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tempfile.mkdtemp(),
+    )
+    trainer.fit(module, case.data(seed))
+    losses: list[float] = module.losses  # type: ignore[assignment]
+    return [(i.first.kind, i.first.step) for i in monitor.incidents], losses
+
+
+def first_spike(losses: list[float], window: int = 50, factor: float = 3.0) -> int | None:
+    """First step whose loss is `factor` times the median of the `window` before it."""
+    for step in range(window + 10, len(losses)):
+        if losses[step] > factor * statistics.median(losses[step - window : step]):
+            return step
+    return None
+
+
+def cases(seeds: int) -> None:
+    """Run and print each case and its twin, once with its probes and once with the monitor."""
+    for name, probes in FORETOLD.items():
+        both = [CASES[name], CASES[name].healthy()] if CASES[name].twin else [CASES[name]]
+        for case in both:
+            for seed in range(seeds):
+                told, losses = run_case(case, seed, probes())
+                alone, _ = run_case(case, seed, [])
+                print(
+                    f"{case.name}, seed {seed}: loss {losses[0]:.3g} -> {losses[-1]:.3g}, spike "
+                    f"{first_spike(losses)}, told {told}, by GradientMonitor alone {alone}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", choices=["cost", "cases"])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    args = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.pytorch.lit_stability"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if args.what == "cases":
+        cases(args.seeds)
+    else:
+        quick = ByteGPTConfig(width=128, layers=4)
+        cost(args.steps, quick if args.quick else ByteGPTConfig(width=400, layers=5))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Attention logits that grow, until each query looks at one key only and the model stops learning.
+
+Judges what an `AttentionProbe` has read; without one it is silent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.stats import StepStats
+
+
+class AttentionLogits:
+    """Tells of logits beyond a bound that still grow, and objects when attention has collapsed.
+
+    Grown logits are told of once per fit: the step is good, and some time is left. Collapse is
+    three things together: a module's logits were above ``bound`` in ``persist`` readings in a row,
+    its entropy is below ``share`` of the largest possible, *and* the loss has stopped falling: the
+    medians of two windows in a row are not below the lowest before. Each alone is seen in healthy
+    runs. No step taken again brings back a collapsed attention, so it too is objected to once.
+
+    Logits of 10,000 and more with an entropy near 0 are how ViT-22B diverged (Dehghani et al. 2023,
+    arXiv 2302.05442, section 2) and what precedes divergence in small models at a high learning
+    rate (Wortsman et al. 2023, arXiv 2309.14322, section 3); that loss of entropy goes with
+    instability is from Zhai et al. 2023 (arXiv 2303.06296). The bound is a tenth of that: healthy
+    byte-level models of `benchmarks` stay below 50.
+
+    Args:
+        bound: largest absolute logit of a run that is well.
+        share: entropy below which attention has collapsed, as a share of the largest.
+        persist: readings in a row.
+        window: steps of which the loss's median is taken.
+        fall: smallest fall of that median that counts, as a share of its absolute value.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    >>> from lit_stability.stats import ProbeReading, StepStats
+    >>> d = AttentionLogits()
+    >>> for i, logit in enumerate([900.0, 1200.0, 1500.0, 1800.0]):
+    ...     reading = ProbeReading("attention_logit", "blocks.0", logit)
+    ...     stats = StepStats(step=50 * i, loss=2.0, grad_norm=1.0, readings=(reading,))
+    ...     told = d.check(stats)
+    ...     if told is not None:
+    ...         print(told.step, told.message)
+    ...     d.update(stats)
+    50 attention logits of blocks.0 have grown to 1200, beyond 1000, and still grow
+    """
+
+    shared_by_ranks = "yes"
+
+    def __init__(
+        self,
+        *,
+        bound: float = 1000.0,
+        share: float = 0.05,
+        persist: int = 3,
+        window: int = 50,
+        fall: float = 0.01,
+    ) -> None:
+        require(bound > 0, "bound", bound, "greater than 0")
+        require(0 < share < 1, "share", share, "in (0, 1)")
+        require(persist >= 1, "persist", persist, "at least 1")
+        require(window >= 1, "window", window, "at least 1")
+        require(0 <= fall < 1, "fall", fall, "in [0, 1)")
+        self.bound, self.share, self.persist = bound, share, persist
+        self.window, self.fall = window, fall
+        self._last: dict[str, float] = {}
+        self._high: dict[str, int] = {}
+        self._losses: list[float] = []
+        self._lowest = math.inf
+        self._stalled = 0
+        self._told: list[str] = []
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """See the class."""
+        high = [r for r in stats.readings_of("attention_logit") if r.value > self.bound]
+        if not high:
+            return None
+        return self._collapse(stats, dict(_pairs(high))) or self._growth(stats, _pairs(high))
+
+    def _collapse(self, stats: StepStats, logits: Mapping[str, float]) -> Anomaly | None:
+        if "collapse" in self._told or self._stalled < 2:
+            return None
+        found = [
+            (r.where, r.value)
+            for r in stats.readings_of("attention_entropy")[::-1]
+            if r.value < self.share and self._high.get(r.where, 0) + 1 >= self.persist
+            if r.where in logits
+        ]
+        if not found:
+            return None
+        self._told.append("collapse")
+        where, entropy = found[0]
+        return Anomaly(
+            kind="attention collapse",
+            step=stats.step,
+            value=logits[where],
+            signal="attention_logit",
+            threshold=self.bound,
+            optimizer=stats.optimizer,
+            state_is_bad=True,
+            layers=tuple((name, logits[name]) for name, _ in found[:5]),
+            message=f"attention of {where or 'the model'} has collapsed: logits of "
+            f"{logits[where]:.4g}, entropy {entropy:.1%} of the largest, and the loss has not "
+            f"fallen below {self._lowest:.4g} for {self._stalled * self.window} steps",
+        )
+
+    def _growth(self, stats: StepStats, high: list[tuple[str, float]]) -> Anomaly | None:
+        grown = [(name, value) for name, value in high if value > self._last.get(name, math.inf)]
+        if self._told or not grown:
+            return None
+        name, value = grown[0]
+        return Anomaly(
+            kind="attention-logit growth",
+            step=stats.step,
+            value=value,
+            signal="attention_logit",
+            baseline=self._last[name],
+            threshold=self.bound,
+            optimizer=stats.optimizer,
+            observe_only=True,
+            layers=tuple(grown[:5]),
+            message=f"attention logits of {name or 'the model'} have grown to {value:.4g}, beyond "
+            f"{self.bound:g}, and still grow",
+        )
+
+    def update(self, stats: StepStats) -> None:
+        """Learn readings and loss of an accepted step."""
+        readings = _pairs(stats.readings_of("attention_logit"))
+        if any(v > self.bound and v > self._last.get(n, math.inf) for n, v in readings):
+            self._told = [*dict.fromkeys([*self._told, "growth"])]
+        for name, value in readings:
+            self._last[name] = value
+            self._high[name] = self._high.get(name, 0) + 1 if value > self.bound else 0
+        if stats.has_loss and math.isfinite(stats.loss):
+            self._losses.append(stats.loss)
+        if len(self._losses) >= self.window:
+            self._end_window()
+
+    def _end_window(self) -> None:
+        middle, self._losses = median(self._losses), []
+        if self._lowest < math.inf and middle >= self._lowest - self.fall * abs(self._lowest):
+            self._stalled += 1
+        else:
+            self._stalled = 0
+        self._lowest = min(self._lowest, middle)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last readings, how long they were high, the loss's windows, and what was told."""
+        return {
+            "last": dict(self._last),
+            "high": dict(self._high),
+            "losses": list(self._losses),
+            "lowest": self._lowest,
+            "stalled": self._stalled,
+            "told": list(self._told),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put such a state back."""
+        self._last, self._high = dict(state["last"]), dict(state["high"])
+        self._losses, self._told = list(state["losses"]), list(state["told"])
+        self._lowest, self._stalled = float(state["lowest"]), int(state["stalled"])
+
+
+def _pairs(readings: list[Any]) -> list[tuple[str, float]]:
+    return [(r.where, r.value) for r in readings]

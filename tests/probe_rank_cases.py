@@ -1,0 +1,39 @@
+"""What two ranks run for the tests of the probes."""
+
+import warnings
+
+from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
+from tests.probe_models import Attending
+from tests.rank_cases import Tape, fit_rank, whole
+
+
+class AttendingRank(Attending):
+    """For the batches of a rank; no BatchNorm, so that the loss is a mean over samples."""
+
+    def __init__(self, sharded, dropout=0.1):
+        super().__init__()
+        del self.head[0]
+        self.first.dropout = self.second.dropout = 0.0
+        self.head[0].p = 0.0
+
+
+def readings(root, probed):
+    """Readings by step, weights, and the mean of the ratios that each rank has by itself."""
+    warnings.simplefilter("ignore")
+    tape = Tape()
+    probes = [AttentionProbe(every=5), CurvatureProbe(every=5)] if probed else []
+    net, _ = fit_rank(
+        root, "ddp", [GradientMonitor(), *probes, tape], module=AttendingRank, max_steps=12
+    )
+    found = [(s.step, [(r.quantity, r.where, r.value) for r in s.readings]) for s in tape.stats]
+    return {
+        "readings": [(step, each) for step, each in found if each],
+        "steps": [step for step, _ in found],
+        "weights": whole(net.parameters()),
+        "losses": net.losses,
+    }
+
+
+def both(root):
+    """With the probes and without."""
+    return {probed: readings(root / str(probed), probed) for probed in (True, False)}
