@@ -21,7 +21,13 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.instabilities.cases import CASES, Case
-from lit_stability import Incident, TrainingStopped, stability_callbacks
+from lit_stability import (
+    AttentionProbe,
+    CurvatureProbe,
+    Incident,
+    TrainingStopped,
+    stability_callbacks,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,12 @@ class Result:
         incident = next((i for i in self.incidents if i.responses), self.incidents[0])
         seen = f"{incident.first.step}: {incident.first.kind}"
         return seen, incident.cause or "-", incident.done or "told"
+
+
+def with_probes() -> list[Callback]:
+    """The default suite with the opt-in probes, behind the monitor that asks them."""
+    monitor, *others = stability_callbacks()
+    return [monitor, AttentionProbe(every=20), CurvatureProbe(every=20), *others]
 
 
 def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
@@ -86,15 +98,17 @@ def compare(case: Case, seed: int, suite: Callable[[], list[Callback]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--probes", action="store_true")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     for name in args.cases:
         for seed in args.seeds:
-            compare(CASES[name], seed, stability_callbacks)
+            compare(CASES[name], seed, with_probes if args.probes else stability_callbacks)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,15 @@ def test_causes_of_each_printed_pattern_are_among_those_named():
     [
         (scene("attention collapse"), "certain", "stop"),
         (scene("attention-logit growth"), "likely", "usual"),
+        # Grown logits that a probe has read are no collapse yet.
+        (
+            scene(
+                "attention-logit growth",
+                now={"readings": (ProbeReading("attention_logit", "blocks.0", 9000.0),)},
+            ),
+            "likely",
+            "usual",
+        ),
         (scene("divergence", GROWN, loss=89.7), "likely", "lower"),
         (scene("divergence", (2.0, 2.1) * 15, loss=2.1), "possible", "usual"),
     ],

@@ -13,12 +13,12 @@ MODEL = (
         name="attention-logit growth",
         clues=(
             (10, c.kind("attention collapse")),
-            (6, c.kind("attention-logit growth")),
+            (4, c.kind("attention-logit growth")),
             (2, c.reading("attention_logit", 1000.0, "attention logits of {value:.3g} in {where}")),
         ),
         do="normalise queries and keys (qk-norm), or lower the learning rate of their projections; "
         "clipping gradients does not help",
-        leave="never: attention that has become one-hot learns no more",
+        leave="while entropy stays well above 0 and the logits no longer grow",
         course="stop",
     ),
     Cause(

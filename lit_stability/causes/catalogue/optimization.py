@@ -15,6 +15,7 @@ LEARNING_RATE = (
             (3, c.GROWS),
             (2, c.SWINGS),
             (2, c.DIVERGES),
+            (2, c.kind("curvature beyond the edge")),
             (1, c.large_update),
             (1, c.large_gradient),
             (1, c.warming_up),
@@ -83,9 +84,10 @@ OPTIMIZER = (
     Cause(
         name="stale second moment",
         clues=((6, c.kind("stale second moment")), (1, c.large_update)),
-        do="lower Adam's beta2 (0.95 is usual for language models), raise its epsilon, or clip "
-        "updates",
-        leave="if the loss comes back by itself within some ten steps",
+        do="lower Adam's beta2 (0.95 is usual for language models, 0.9 on a full batch), raise its "
+        "epsilon, or clip updates",
+        leave="if the data or the scale of the loss changed once, and it passes within "
+        "1 / (1 - beta2) steps",
     ),
     Cause(
         name="momentum too high",
