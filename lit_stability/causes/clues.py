@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from lit_stability.causes.cause import Clue
-from lit_stability.causes.scene import EARLY, LARGE, Scene
+from lit_stability.causes.scene import EARLY, LARGE, STALE, Scene
 from lit_stability.layer_kinds import is_norm_gain
 
 
@@ -103,6 +103,15 @@ def large_update(scene: Scene) -> str | None:
     if excess is None or not 3 < excess < math.inf:
         return None
     return f"the last update was {excess:.3g} times the usual"
+
+
+def stale_moments(scene: Scene) -> str | None:
+    """Gradients had outgrown Adam's second moment just before."""
+    seen = [(s.moment_rms, s.step) for s in scene.history[-20:] if s.moment_rms]
+    highest, step = max(seen, default=(0.0, 0))
+    if highest <= STALE:
+        return None
+    return f"at step {step} the gradients were {highest:.2g} times Adam's second moment"
 
 
 def rate_changed(scene: Scene) -> str | None:

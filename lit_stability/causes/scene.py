@@ -21,6 +21,9 @@ EARLY = 1000
 """Optimizer steps of which a run that breaks is asked for its initialisation and warm-up first."""
 LARGE = 10.0
 """Times its median from which on a gradient norm counts as large."""
+STALE = 2.3
+"""Root mean square of gradients over that of Adam's second moment; more precedes spikes (Wortsman
+et al. 2023, arXiv 2304.13013)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,6 +130,14 @@ CASES = {
         scene("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
         "learning rate jumped",
     ),
+    "a second moment that lags": (
+        scene("divergence", history=history(CALM, moment_rms=2.8), loss=9.0),
+        "stale second moment",
+    ),
+    "a second moment that does not": (
+        scene("divergence", history=history(CALM, moment_rms=1.2), loss=9.0),
+        "bad batch",
+    ),
     "an optimizer's state": (scene("optimizer state"), "optimizer state damaged"),
     "a rank": (scene("rank disagreement"), "rank out of step"),
 }
