@@ -27,6 +27,7 @@ from lit_stability.detectors import (
     NoLearning,
     Oscillation,
     Spike,
+    WeightDrift,
     default_detectors,
 )
 from lit_stability.stats import StepStats, WeightMoves
@@ -158,7 +159,7 @@ def weights(rate: Array, rng: np.random.Generator) -> dict[int, tuple[float, tup
 
 def every_detector() -> list[Detector]:
     """The default set, and those that are not in it."""
-    return [*default_detectors(), Spike("loss"), NoLearning(), Oscillation()]
+    return [*default_detectors(), Spike("loss"), NoLearning(), Oscillation(), WeightDrift()]
 
 
 def name_of(detector: Detector) -> str:

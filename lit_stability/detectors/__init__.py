@@ -80,7 +80,6 @@ def default_detectors() -> list[Detector]:
         DeadGradients(),
         Vanishing(),
         Stall(),
-        WeightDrift(),
         AttentionLogits(),
         Curvature(),
         StaleMoments(),

@@ -21,6 +21,8 @@ class WeightDrift:
     while the loss has not fallen for two blocks. Weights also grow in health, from a small start or
     where nothing decays them: then the loss falls, or the growth takes thousands of steps. It ends
     when the norm is back below ``factor``. Too high a learning rate is what drives it as a rule.
+    It is not in the default set: a net that has to grow towards targets of 2000, and learns them
+    slowly, is told of as well.
 
     ``layers`` names the parameters that have grown most since the first scan, each with its factor.
 
