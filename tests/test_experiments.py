@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_stability import read_incidents
+from lit_stability import read_incidents, stability_callbacks
 from lit_stability.config import compose, resolve
 from lit_stability.launch import check_options, fit
 
@@ -22,11 +22,35 @@ def _in_the_clone(monkeypatch):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("extra", [[], ["model/translation_medium"], ["data/classical_modern"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["model/translation_medium"], ["model/conservative"], ["data/classical_modern"]]
+)
 def test_experiment_composes_and_fits_its_targets(experiment, extra):
     """K5, V2: each model and each source of data under each experiment."""
     overrides = ["data.root=/somewhere"] if "data/classical_modern" in extra else []
     check_options(resolve(compose([experiment, *extra], overrides)))
+
+
+def test_suite_of_the_configs_is_the_default_one():
+    """K5: a run launched by config is protected like one in code, in the same order."""
+    found = resolve(compose(["translation_rescue"]))["callbacks"]
+    names = [each["_target_"].rsplit(".", 1)[1] for each in found.values()]
+    assert [n for n in names if n != "FaultInjector"] == [
+        type(each).__name__ for each in stability_callbacks()
+    ]
+
+
+def test_conservative_preset_trains_slowly_up_and_down_again(tmp_path):
+    """N4: AdamW under one cycle: a low peak, reached late, and next to nothing at the end."""
+    small = ["trainer.max_steps=30", "model.warmup_steps=10", "data.n_train=512"]
+    small += ["data.n_test=8", "data.n_val=8", "evaluate=null", f"run_dir={tmp_path}/run"]
+    result = fit(compose(["translation_clean", "model/conservative"], small))
+    (optimizer,) = result.trainer.optimizers
+    (group, _) = optimizer.param_groups
+    assert (type(optimizer).__name__, group["weight_decay"]) == ("AdamW", 1e-3)
+    assert (group["initial_lr"], group["max_lr"]) == (5e-5 / 25, 5e-5)
+    assert group["lr"] < group["max_lr"] / 100
+    assert result.trainer.gradient_clip_val == 0.5
 
 
 def test_real_corpus_without_its_folder_says_what_to_give():
