@@ -27,6 +27,7 @@ from lit_stability.detectors import (
     NoLearning,
     Oscillation,
     Spike,
+    StaleMoments,
     WeightDrift,
     default_detectors,
 )
@@ -159,7 +160,14 @@ def weights(rate: Array, rng: np.random.Generator) -> dict[int, tuple[float, tup
 
 def every_detector() -> list[Detector]:
     """The default set, and those that are not in it."""
-    return [*default_detectors(), Spike("loss"), NoLearning(), Oscillation(), WeightDrift()]
+    return [
+        *default_detectors(),
+        Spike("loss"),
+        NoLearning(),
+        Oscillation(),
+        WeightDrift(),
+        StaleMoments(),
+    ]
 
 
 def name_of(detector: Detector) -> str:

@@ -28,6 +28,7 @@ from benchmarks import overhead
 from benchmarks.byte_gpt import ByteGPTConfig
 from benchmarks.instabilities.cases import CASES, Case
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
+from lit_stability.detectors import StaleMoments, default_detectors
 from lit_stability.staleness import Staleness
 
 PROBES: dict[str, Any] = {
@@ -76,7 +77,8 @@ def staleness(tensors: int = 66, steps: int = 2000) -> float:
 def run_case(case: Case, seed: int, probes: list[Any]) -> tuple[list[tuple[str, int]], list[float]]:
     """What was told, with its step, and the losses."""
     seed_everything(seed, verbose=False)
-    module, monitor = case.module(), GradientMonitor()
+    module = case.module()
+    monitor = GradientMonitor(detectors=[*default_detectors(), StaleMoments()])
     trainer = Trainer(
         max_steps=case.steps,
         max_epochs=-1,

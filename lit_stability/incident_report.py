@@ -51,7 +51,7 @@ def _causes(incident: Incident) -> str:
     scene = incident.current_scene
     causes = "".join(
         f"{i}. **{h.cause}** ({h.certainty}): {'; '.join(h.evidence)}\n"
-        f"   - to try: {h.do}\n   - leave it alone {h.leave}\n"
+        f"   - to try: {h.do}\n   - leave it alone? {h.leave}\n"
         for i, h in enumerate(incident.hypotheses, 1)
     )
     asked = "".join(f"* {each.text()}\n" for each in decision_tree(scene))

@@ -23,6 +23,6 @@ def test_synthetic_run_raises_no_false_alarm(name):
 
 def test_table_has_every_default_detector_and_healthy_case():
     names = set(count([], every_detector()))
-    assert len(names) == len(default_detectors()) + 4
+    assert len(names) == len(default_detectors()) + 5
     assert all(case.cause is None for case in healthy_cases())
     assert len(healthy_cases()) == 6

@@ -24,10 +24,12 @@ from benchmarks.instabilities.cases import CASES, Case
 from lit_stability import (
     AttentionProbe,
     CurvatureProbe,
+    GradientMonitor,
     Incident,
     TrainingStopped,
     stability_callbacks,
 )
+from lit_stability.detectors import StaleMoments, default_detectors
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Result:
 
 
 def with_probes() -> list[Callback]:
-    """The default suite with the opt-in probes, behind the monitor that asks them."""
-    monitor, *others = stability_callbacks()
+    """The default suite with the opt-in probes, and the detector of stale second moments."""
+    monitor = GradientMonitor(detectors=[*default_detectors(), StaleMoments()])
+    _, *others = stability_callbacks()
     return [monitor, AttentionProbe(every=20), CurvatureProbe(every=20), *others]
 
 

@@ -82,5 +82,4 @@ def default_detectors() -> list[Detector]:
         Stall(),
         AttentionLogits(),
         Curvature(),
-        StaleMoments(),
     ]

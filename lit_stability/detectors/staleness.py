@@ -26,6 +26,9 @@ class StaleMoments:
     before them were above half of the bound already: an instability builds up, and noise does not.
     The step is taken and learnt.
 
+    It is not in the default set: a Transformer that warmed up as it should was told of as well, at
+    a bias whose gradients are tiny and mean nothing.
+
     Args:
         bound: smallest ratio that counts; with ``beta2`` it cannot exceed ``1/sqrt(1 - beta2)``.
         ratio: smallest factor over the median that counts.

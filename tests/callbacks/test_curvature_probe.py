@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.instabilities.cases import CASES
 from lit_stability import CurvatureProbe, GradientMonitor, stability_callbacks
+from lit_stability.detectors import StaleMoments, default_detectors
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import Regression, fit
 from tests.exact import Batches, differences, loader, run
@@ -165,7 +166,9 @@ def test_case_of_adams_spikes_is_told_before_the_first_and_its_twin_is_not(twin,
     """S16: the loss has not spiked yet when both signs are there."""
     case = CASES["Adam's beta2 makes spikes"]
     case = case.healthy() if twin else case
-    monitor, options = GradientMonitor(), {"max_steps": 280, "max_epochs": -1}
+    detectors = [*default_detectors(), StaleMoments()]
+    monitor = GradientMonitor(detectors=detectors)
+    options = {"max_steps": 280, "max_epochs": -1}
     probe = CurvatureProbe(every=1)
     module, _ = fit(tmp_path, [monitor, probe], case.module, data=case.data(0), **options)
     kinds = {i.first.kind for i in monitor.incidents}

@@ -130,13 +130,13 @@ CASES = {
         scene("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
         "learning rate jumped",
     ),
-    "a second moment that lags": (
-        scene("divergence", history=history(CALM, moment_rms=2.8), loss=9.0),
-        "stale second moment",
+    "a weight that became NaN": (
+        scene("non-finite weight", loss=NAN),
+        "weights damaged from outside",
     ),
-    "a second moment that does not": (
-        scene("divergence", history=history(CALM, moment_rms=1.2), loss=9.0),
-        "bad batch",
+    "an operation that did not do it again": (
+        scene("non-finite loss", loss=NAN, origin=OPERATION, verdict="transient"),
+        "glitch",
     ),
     "an optimizer's state": (scene("optimizer state"), "optimizer state damaged"),
     "a rank": (scene("rank disagreement"), "rank out of step"),
@@ -329,6 +329,15 @@ def test_reading_of_a_probe_speaks_where_it_is_high():
     given = scene("divergence", now={"readings": reading})
     found = {each.cause: each for each in diagnose(given, most=10)}
     assert "attention logits of 9e+03 in blocks.1" in found["attention-logit growth"].evidence[0]
+
+
+def test_second_moment_that_lagged_is_among_the_causes_and_one_that_did_not_is_not():
+    lagged, ordinary = (
+        diagnose(scene("divergence", history=history(CALM, moment_rms=rms), loss=9.0), most=10)
+        for rms in (2.8, 1.2)
+    )
+    assert "stale second moment" in {each.cause for each in lagged}
+    assert "stale second moment" not in {each.cause for each in ordinary}
 
 
 def test_trouble_is_dated_to_where_the_loss_left_its_course():

@@ -19,7 +19,7 @@ DATA = (
         name="bad batch",
         clues=(
             (8, c.bad_input),
-            (2, c.BROKEN),
+            (2, c.kind("non-finite loss", "non-finite gradient")),
             (2, c.SPIKES),
             (2, c.JUMPS),
             (2, c.deterministic),
@@ -52,7 +52,7 @@ DATA = (
 NUMERICS = (
     Cause(
         name="operation outside its domain",
-        clues=((8, c.operation),),
+        clues=((8, c.operation), (-8, c.transient)),
         do=_as_the_origin_says,
         leave="never: the next such batch does it again",
     ),
@@ -96,7 +96,7 @@ MACHINE = (
         clues=(
             (8, c.kind("weight corruption")),
             (8, c.bad_state),
-            (4, c.kind("non-finite weight")),
+            (6, c.kind("non-finite weight")),
             (2, c.kind("update spike")),
         ),
         do="go on from a state before it; if it returns without a bad batch, suspect memory, a "

@@ -83,7 +83,7 @@ OPTIMIZER = (
     ),
     Cause(
         name="stale second moment",
-        clues=((6, c.kind("stale second moment")), (5, c.stale_moments), (1, c.large_update)),
+        clues=((6, c.kind("stale second moment")), (3, c.stale_moments), (1, c.large_update)),
         do="lower Adam's beta2 (0.95 is usual for language models, 0.9 on a full batch), raise its "
         "epsilon, or clip updates",
         leave="if the data or the scale of the loss changed once, and it passes within "
