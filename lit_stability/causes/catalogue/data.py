@@ -86,7 +86,7 @@ NUMERICS = (
 MACHINE = (
     Cause(
         name="glitch",
-        clues=((9, c.transient),),
+        clues=((11, c.transient),),
         do="nothing in data or model: it did not return when the same steps were taken again; if "
         "it happens often, suspect the hardware or a nondeterministic kernel",
         leave="if it happens once",
