@@ -24,8 +24,8 @@ class AttentionLogits:
     runs. No step taken again brings back a collapsed attention, so it too is objected to once.
 
     Logits of 10,000 and more with an entropy near 0 are how ViT-22B diverged (Dehghani et al. 2023,
-    arXiv 2302.05442, section 2) and what precedes divergence in small models at a high learning
-    rate (Wortsman et al. 2023, arXiv 2309.14322, section 3); that loss of entropy goes with
+    arXiv 2302.05442) and what precedes divergence in small models at a high learning
+    rate (Wortsman et al. 2023, arXiv 2309.14322); that loss of entropy goes with
     instability is from Zhai et al. 2023 (arXiv 2303.06296). The bound is a tenth of that: healthy
     byte-level models of `benchmarks` stay below 50.
 

@@ -20,7 +20,7 @@ class StaleMoments:
     The update divides each gradient by the root of the second moment, which remembers
     ``1 / (1 - beta2)`` steps. Where gradients fall for long and then grow faster than that, updates
     are too large, and the loss spikes: a ratio above 2.3 came 1 to 8 steps before it (Wortsman et
-    al. 2023, arXiv 2304.13013, section 3.4). A step is high when ``moment_rms`` is above ``bound``
+    al. 2023, arXiv 2304.13013). A step is high when ``moment_rms`` is above ``bound``
     *and* above ``ratio`` times the median of its window *and*, in logarithms, above it by
     ``sigmas`` robust standard deviations. It is told at the ``persist``-th in a row, if two steps
     before them were above half of the bound already: an instability builds up, and noise does not.
