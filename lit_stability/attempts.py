@@ -128,13 +128,14 @@ class Attempts:
         self.episodes: dict[int, Episode] = {}
         """By the id of the incident: those open, and those closed a few attempts ago."""
         self._rows: deque[Row] = deque(maxlen=MOST)
-        self._back = 0
-        """The last attempt known to have been taken back."""
+        self._in_force: deque[tuple[int, int]] = deque(maxlen=MOST)
+        """Attempt and step of the last updates that have not been taken back."""
 
     def start(self) -> None:
         """Another fit begins; the count goes on."""
-        self.episodes, self._back = {}, self.count
+        self.episodes = {}
         self._rows.clear()
+        self._in_force.clear()
 
     def begin(self) -> int:
         """Number an attempt."""
@@ -144,6 +145,8 @@ class Attempts:
     def add(self, row: Row) -> None:
         """Keep the row of an attempt."""
         self._rows.append(row)
+        if row[-1]:
+            self._in_force.append((int(row[0]), int(row[1])))
         for episode in self.episodes.values():
             episode.add(row)
 
@@ -166,18 +169,16 @@ class Attempts:
 
         Returns:
             First and last attempt of the stretch; None where nothing that was taken is undone.
-            Further back than the rows go, the first is counted as if none had been vetoed.
+            Further back than is known, the first is counted as if none had been vetoed.
         """
-        if not self._rows or self._rows[-1][1] < step:
+        far = len(self._in_force) == MOST
+        first = None
+        while self._in_force and self._in_force[-1][1] >= step:
+            first = self._in_force.pop()
+        if first is None:
             return None
-        undone = [row for row in self._rows if row[0] > self._back and row[1] >= step and row[-1]]
-        if not undone:
-            return None
-        first = int(undone[0][0])
-        if undone[0] is self._rows[0]:
-            first = max(self._back + 1, first - int(undone[0][1] - step))
-        self._back = int(self._rows[-1][0])
-        span = [first, self._back]
+        beyond = first[1] - step if far and not self._in_force else 0
+        span = [first[0] - beyond, self.count]
         for episode in self.episodes.values():
             if episode.closed_attempt is None:
                 episode.spans.append(span)
