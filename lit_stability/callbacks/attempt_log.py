@@ -141,9 +141,13 @@ class AttemptLog:
                 episode.closed_attempt = attempt
 
     def _write(self, incident: Incident) -> None:
-        episode = self._attempts.episodes[incident.id]
-        content = {**incident.as_dict(), **episode.as_dict()}
-        self._tab.write_incident(content, self._attempts.count, to_json(content))
+        episode, attempt = self._attempts.episodes[incident.id], self._attempts.count
+        self._tab.write_incident(
+            incident.id,
+            incident.started,
+            attempt,
+            lambda: to_json({**incident.as_dict(), **episode.as_dict()}),
+        )
 
     def _finish_episodes(self, *, everything: bool) -> None:
         """Write for the last time the incidents that enough attempts have followed."""

@@ -33,6 +33,12 @@ def write_layout(experiment: Any) -> None:
     if not callable(getattr(experiment, "add_custom_scalars", None)):
         return
     experiment.flush()
-    folder = Path(str(experiment.log_dir))
-    if not any(_TAG in file.read_bytes() for file in folder.glob("*tfevents*")):
+    folder = getattr(experiment, "log_dir", None)
+    if folder is None or not any(map(_has_layout, Path(folder).glob("*tfevents*"))):
         experiment.add_custom_scalars(LAYOUT)
+
+
+def _has_layout(file: Path) -> bool:
+    """Whether the beginning of an event file, where layouts are, has one."""
+    with file.open("rb") as stream:
+        return _TAG in stream.read(2**20)

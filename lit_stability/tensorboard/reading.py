@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,7 @@ def _about(content: bytes) -> Mapping[str, Any]:
 def _readable(run: str, tags: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     newer = [tag for tag, about in tags.items() if about.get("schema", 0) > SCHEMA]
     if newer:
-        log.warning("run %s was written by a newer version: upgrade lit-stability", run)
+        _warn(f"run {run} was written by a newer version: upgrade lit-stability")
     return {tag: about for tag, about in tags.items() if tag not in newer}
 
 
@@ -212,6 +213,12 @@ def _incident(run: str, tag: str, datum: Any) -> dict[str, Any] | None:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        log.warning("run %s: %s is damaged and left out", run, tag)
+        _warn(f"run {run}: {tag} is damaged and left out")
         return None
     return found
+
+
+@cache
+def _warn(message: str) -> None:
+    """Warn once: a page asks again and again."""
+    log.warning(message)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from lit_stability.attempts import FIELDS, PRECISIONS, Row
@@ -47,8 +48,24 @@ class StabilityTab:
             scan: the last measurement that tells how far the weights have moved, if there was one
                 since the last time.
         """
-        if not self._experiments:
-            return
+        self._write(lambda: self._attempt(row, stats, scan), int(row[0]))
+
+    def write_incident(
+        self, incident: int, started: float, attempt: int, text: Callable[[], str]
+    ) -> None:
+        """Write an incident as it is now, and flush.
+
+        Args:
+            incident: its id.
+            started: when it was opened, in seconds since 1970.
+            attempt: the number of the latest.
+            text: gives all of it as JSON.
+        """
+        tag = incident_tag(incident, started)
+        self._write(lambda: self._incident(tag, text()), attempt)
+        self._each(lambda experiment: experiment.flush())
+
+    def _attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> Any:
         from lit_stability.tensorboard.events import doubles, event_of, floats
 
         tag = steps_tag(stats.optimizer)
@@ -63,24 +80,12 @@ class StabilityTab:
             known, tag = self._series(stats.optimizer, quantity, names)
             about = self._about(tag, quantity=quantity, names=known)
             values.append(floats(tag, _in_order(known, names, numbers), about))
-        self._write(event_of(values), int(row[0]))
+        return event_of(values)
 
-    def write_incident(self, incident: Mapping[str, Any], attempt: int, text: str) -> None:
-        """Write an incident as it is now, and flush.
+    def _incident(self, tag: str, content: str) -> Any:
+        from lit_stability.tensorboard.events import event_of, text
 
-        Args:
-            incident: its ``id`` and ``time``.
-            attempt: the number of the latest.
-            text: all of it as JSON.
-        """
-        if not self._experiments:
-            return
-        from lit_stability.tensorboard import events
-
-        tag = incident_tag(incident["id"], incident["time"])
-        value = events.text(tag, text, self._about(tag))
-        self._write(events.event_of([value]), attempt)
-        self._each(lambda experiment: experiment.flush())
+        return event_of([text(tag, content, self._about(tag))])
 
     def _series(
         self, optimizer: int, quantity: str, names: tuple[str, ...]
@@ -103,8 +108,10 @@ class StabilityTab:
         self._described.add(tag)
         return metadata_of(metadata(**content))
 
-    def _write(self, event: Any, attempt: int) -> None:
-        self._each(lambda experiment: _file_writer(experiment).add_event(event, attempt))
+    def _write(self, build: Callable[[], Any], attempt: int) -> None:
+        """Build an event once, and give it to all; what fails in that is theirs to fail in."""
+        event = cache(build)
+        self._each(lambda experiment: _file_writer(experiment).add_event(event(), attempt))
 
     def _each(self, do: Callable[[Any], object]) -> None:
         failed = {key: _failure(do, each) for key, each in self._experiments.items()}

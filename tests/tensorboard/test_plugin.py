@@ -1,6 +1,7 @@
 """The plugin over WSGI, on what TensorBoard's own reader makes of real event files."""
 
 import base64
+import functools
 import json
 import logging
 from pathlib import Path
@@ -47,7 +48,7 @@ def write(folder, steps, *, names=("a", "b"), first=1, norms=None, incidents=(),
             episode = attempts.open(number, number)
             told = {"id": number, "time": float(number), "message": "loss is nan"}
             told |= episode.as_dict()
-            tab.write_incident(told, number, to_json(told))
+            tab.write_incident(number, float(number), number, functools.partial(to_json, told))
     logger.experiment.close()
 
 
@@ -125,6 +126,22 @@ def test_incidents_come_with_their_windows(plugin):
     assert (found["id"], found["attempt"], found["message"]) == (3, 3, "loss is nan")
     assert [row[0] for row in found["window"]["rows"]] == [1, 2, 3]
     assert ask(plugin, "incidents?run=b/deep") == (200, [])
+
+
+def test_data_of_a_newer_version_and_damaged_ones_are_passed_over(tmp_path, monkeypatch, caplog):
+    """Said once, and the rest is shown."""
+    write(tmp_path / "old", [0, 1], incidents=(2,))
+    logger = Logger(tmp_path / "old")
+    StabilityTab([logger]).write_incident(5, 5.0, 5, lambda: "{cut")
+    logger.experiment.close()
+    monkeypatch.setattr("lit_stability.tensorboard.tags.SCHEMA", 2)
+    write(tmp_path / "new", [0])
+    plugin = plugin_on(tmp_path)
+    for _ in range(2):
+        assert [run["run"] for run in ask(plugin, "runs")[1]] == ["old"]
+        assert [i["id"] for i in ask(plugin, "incidents?run=old")[1]] == [2]
+    assert caplog.text.count("upgrade lit-stability") == 1
+    assert caplog.text.count("is damaged and left out") == 1
 
 
 @pytest.mark.parametrize(

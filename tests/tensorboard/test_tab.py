@@ -113,7 +113,7 @@ def test_incident_is_on_the_disk_before_the_fit_goes_on(tmp_path):
     experiment = SummaryWriter(str(tmp_path), flush_secs=10_000, max_queue=10_000)
     tab = StabilityTab([Logger(experiment)])
     text = json.dumps({"message": "\udc80 is no text"})
-    tab.write_incident({"id": 3, "time": 1_700_000_000.5}, 17, text)
+    tab.write_incident(3, 1_700_000_000.5, 17, lambda: text)
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     (event,) = accumulator.Tensors("stability/incident/3/1700000000")
@@ -147,6 +147,18 @@ def test_logger_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, caplog
     accumulator = EventAccumulator(str(tmp_path / "b"))
     accumulator.Reload()
     assert len(accumulator.Tensors(steps_tag(0))) == 5
+
+
+def test_attempt_that_cannot_be_put_in_an_event_stops_no_training(tmp_path, caplog):
+    """Nothing here may end a fit."""
+    experiment = SummaryWriter(str(tmp_path))
+    tab = StabilityTab([Logger(experiment)])
+    with caplog.at_level(logging.WARNING):
+        attempt(tab, 1)
+        attempt(tab, 2, names=("a",), norms=())
+        attempt(tab, 3)
+    experiment.close()
+    assert caplog.text.count("gets nothing more") == 1
 
 
 def test_loggers_without_event_files_are_left_alone():
