@@ -81,6 +81,16 @@ def test_incident_knows_the_attempts_that_were_taken_back(damaged):
     assert window[45]["loss"] == "nan"
 
 
+def test_step_taken_again_by_way_of_a_snapshot_is_a_rollback_too(tmp_path):
+    """What somebody registered can be put back by a snapshot alone; no ``on_rollback`` tells."""
+    suite = stability_callbacks()
+    suite[-1].register(torch.nn.Linear(1, 1))
+    run(tmp_path, [FaultInjector([NanLoss(step=33)]), *suite])
+    again = rows(tmp_path)[34]["step"]
+    assert again < 33
+    assert incidents(tmp_path)[-1]["spans"] == [[again + 1, 34]]
+
+
 def test_steps_between_the_loggers_are_written_only_if_something_happened(tmp_path):
     run(
         tmp_path,

@@ -112,12 +112,14 @@ def test_incident_is_on_the_disk_before_the_fit_goes_on(tmp_path):
     """A killed job leaves its incident behind."""
     experiment = SummaryWriter(str(tmp_path), flush_secs=10_000, max_queue=10_000)
     tab = StabilityTab([Logger(experiment)])
+    for number in range(1, 501):  # a queue of events that nobody waits for
+        attempt(tab, number)
     text = json.dumps({"message": "\udc80 is no text"})
-    tab.write_incident(3, 1_700_000_000.5, 17, lambda: text)
+    tab.write_incident(3, 1_700_000_000.5, 501, lambda: text)
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     (event,) = accumulator.Tensors("stability/incident/3/1700000000")
-    assert event.step == 17
+    assert event.step == 501
     assert json.loads(event.tensor_proto.string_val[0]) == json.loads(text)
     experiment.close()
 
