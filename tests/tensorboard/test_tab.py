@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,20 +110,27 @@ def test_second_optimizer_has_series_of_its_own(tmp_path):
     assert layers_tag(1, "grad_norm", ("c",)) in tags
 
 
-def test_incident_is_on_the_disk_before_the_fit_goes_on(tmp_path):
-    """A killed job leaves its incident behind."""
-    experiment = SummaryWriter(str(tmp_path), flush_secs=10_000, max_queue=10_000)
-    tab = StabilityTab([Logger(experiment)])
-    for number in range(1, 501):  # a queue of events that nobody waits for
-        attempt(tab, number)
-    text = json.dumps({"message": "\udc80 is no text"})
-    tab.write_incident(3, 1_700_000_000.5, 501, lambda: text)
+KILLED = """
+import json, os, sys
+from tests.tensorboard.test_tab import Logger, StabilityTab, SummaryWriter, attempt
+tab = StabilityTab([Logger(SummaryWriter(sys.argv[1], flush_secs=10_000, max_queue=10_000))])
+for number in range(1, 501):
+    attempt(tab, number)
+text = json.dumps({"message": "\\udc80 is no text"})
+tab.write_incident(3, 1_700_000_000.5, 501, lambda: text)
+os._exit(9)
+"""
+
+
+def test_incident_of_a_job_that_is_killed_is_on_the_disk(tmp_path):
+    """S1: whatever is in a queue then is lost."""
+    told = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert told.returncode == 9
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     (event,) = accumulator.Tensors("stability/incident/3/1700000000")
     assert event.step == 501
-    assert json.loads(event.tensor_proto.string_val[0]) == json.loads(text)
-    experiment.close()
+    assert json.loads(event.tensor_proto.string_val[0]) == {"message": "\udc80 is no text"}
 
 
 class Broken(SummaryWriter):
