@@ -198,6 +198,7 @@ def fit_and_write(root):
     return rank, callbacks[0].state_dict()["attempts"]
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_writes_and_all_count_alike(tmp_path):
     """Invariant 5."""
     counted = run_ranks(fit_and_write, tmp_path / "run", folder=tmp_path)
