@@ -37,8 +37,8 @@ def scale_gradients(parameters: Iterable[Tensor], coefficient: float) -> None:
         torch._foreach_mul_(grads, coefficient)
 
 
-_CLIPPED: WeakKeyDictionary[Optimizer, tuple[StepStats, float]] = WeakKeyDictionary()
-"""The step that an optimizer's gradients were last clipped for, and by how much."""
+_CLIPPED: WeakKeyDictionary[Optimizer, tuple[StepStats, float, float]] = WeakKeyDictionary()
+"""The step that an optimizer's gradients were last clipped for, by how much, and to what norm."""
 
 
 def clip_step(optimizer: Optimizer, stats: StepStats, max_norm: float) -> float:
@@ -58,11 +58,22 @@ def clip_step(optimizer: Optimizer, stats: StepStats, max_norm: float) -> float:
     Raises:
         ValueError: if the norm is not finite, or ``max_norm`` not positive.
     """
-    last, before = _CLIPPED.get(optimizer, (None, 1.0))
-    before = before if last is stats else 1.0
+    last, before, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    before, smallest = (before, smallest) if last is stats else (1.0, math.inf)
     wanted = min(before, clip_coefficient(stats.grad_norm, max_norm))
     if wanted < before:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         scale_gradients(parameters, wanted / before)
-    _CLIPPED[optimizer] = (stats, wanted)
+    _CLIPPED[optimizer] = (stats, wanted, min(smallest, max_norm))
     return wanted
+
+
+def clip_threshold(optimizer: Optimizer, stats: StepStats) -> float | None:
+    """The smallest norm that the gradients of a step were to keep; None if nobody clipped it.
+
+    Args:
+        optimizer: whose gradients.
+        stats: of the step.
+    """
+    last, _, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    return smallest if last is stats else None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_stability.clipping import clip_coefficient, clip_step, scale_gradients
+from lit_stability.clipping import clip_coefficient, clip_step, clip_threshold, scale_gradients
 from lit_stability.stats import StepStats
 
 POSITIVE = st.floats(1e-30, 1e30)
@@ -113,6 +113,15 @@ def test_step_clipped_by_several_keeps_the_smallest_threshold(order):
     told = [clip_step(optimizer, stats, threshold) for threshold in order]
     assert float(optimizer.param_groups[0]["params"][0].grad.norm()) == min(order)
     assert told[-1] == min(order) / 16
+
+
+def test_threshold_of_a_step_is_the_smallest_that_was_asked_for_it_alone():
+    optimizer, stats = one_weight(16.0)
+    assert clip_threshold(optimizer, stats) is None
+    for threshold in (32.0, 20.0, 25.0):
+        clip_step(optimizer, stats, threshold)
+    assert clip_threshold(optimizer, stats) == 20.0, "also where nothing was clipped"
+    assert clip_threshold(optimizer, StepStats(step=1, loss=1.0, grad_norm=16.0)) is None
 
 
 def test_next_step_and_other_optimizers_are_clipped_anew():

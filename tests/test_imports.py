@@ -42,7 +42,8 @@ MAY_IMPORT_TORCH = (
         "snapshots.py",
         "lr_scale.py",
         "clipping.py",
-        "tensorboard/",
+        # numpy only: TensorBoard, which loads it itself, must not be made to load torch.
+        *(f"tensorboard/{m}.py" for m in ("events", "images", "reading")),
     ),
     "recovery/crashes.py",
     *(f"locate/{m}.py" for m in ("call_sites", "kernel_call", "rerun", "step_state")),
@@ -111,6 +112,13 @@ def test_import_of_the_arithmetic_loads_torch_without_lightning():
     )
     assert "lightning" not in loaded_by(statement)
     assert "torch" in loaded_by(statement)
+
+
+def test_plugin_of_tensorboard_loads_no_torch():
+    """K5: its loader, on which TensorBoard's start depends, loads nothing heavy of ours at all."""
+    assert loaded_by("import lit_stability.tensorboard.loader") == ["tensorboard"]
+    loaded = loaded_by("import lit_stability.tensorboard.loader, lit_stability.tensorboard.plugin")
+    assert set(loaded) == {"tensorboard", "numpy"}
 
 
 def test_public_names_are_frozen():
@@ -187,6 +195,7 @@ def test_files_of_decisions_are_the_ones_meant():
     light |= {f"risk/{m}.py" for m in ("trends", "model", "prevention")}
     light |= {"formats.py", "ranges/bins.py", "ranges/report.py", "ranges/verdict.py"}
     light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
+    light |= {"attempts.py", "tensorboard/tab.py", "tensorboard/tags.py", "tensorboard/plugin.py"}
     light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}
     light |= {"staleness.py", *(f"detectors/{m}.py" for m in ("attention", "staleness"))}
     assert light <= without_torch
@@ -195,7 +204,7 @@ def test_files_of_decisions_are_the_ones_meant():
 @pytest.mark.parametrize(
     "path",
     [
-        *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py"),
+        *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py", "tensorboard/loader.py"),
         *("ranges/__init__.py", "ranges/command.py"),
         *("doctor/__init__.py", "doctor/command.py"),
     ],

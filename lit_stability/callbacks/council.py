@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lit_stability.detectors import Vote
+from lit_stability.meter import StepMeter
 from lit_stability.ranks import Ranks, Summed
 
 
@@ -43,6 +44,11 @@ class Council:
         """Names that any rank found something bad in; to be called by all of them or none."""
         said = self.gather((tuple(weights), tuple(moments)))
         return _union(w for w, _ in said), _union(m for _, m in said)
+
+    def bad_weights(self, meters: Iterable[StepMeter]) -> tuple[str, ...]:
+        """Names of non-finite weights, of all ranks where each holds a part of them."""
+        bad = tuple(name for meter in meters for name in meter.bad_weights())
+        return self.audit(bad, ())[0] if self.sharded else bad
 
     def vote(self, vote: Vote) -> None:
         """Send this rank's vote on the step."""

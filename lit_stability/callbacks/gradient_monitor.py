@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.attempts import Attempts
 from lit_stability.callbacks.council import Council
 from lit_stability.callbacks.desk import IncidentDesk, Voted
 from lit_stability.callbacks.dispatch import call_hook
@@ -59,7 +60,8 @@ class GradientMonitor(Callback):
     neither run nor allowed, each rank observes what is its own.
 
     With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
-    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text.
+    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text; with
+    attempts and layers to the Stability tab, see `lit_stability.attempts.FIELDS`.
 
     Args:
         detectors: what to ask, in order, the first objection counts; None for the default set.
@@ -107,6 +109,7 @@ class GradientMonitor(Callback):
         self._measuring: Measuring | None = None
         self._council = Council(None)
         self._desk = IncidentDesk(None, close_after, 0)
+        self._attempts = Attempts()
         self._voted: Voted | None = None
 
     @property
@@ -127,7 +130,7 @@ class GradientMonitor(Callback):
         self._council = Council(ranks)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measuring = Measuring(trainer, pl_module, ranks, **every)
-        self._reporter = Reporter(trainer)
+        self._reporter = Reporter(trainer, self._attempts)
         self._panel = Panel(self.detectors, self._measuring.meters, self._reporter.say)
         self._panel.load_state_dict(self._restored)
         self._restored = {}
@@ -160,9 +163,12 @@ class GradientMonitor(Callback):
         if stats.details:
             self.details.append(stats)
         anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
-        if not shared:
-            self._suspect(trainer, pl_module, Voted(stats, anomaly))
-            return
+        decide = self._judge if shared else self._suspect
+        decide(trainer, pl_module, Voted(stats, anomaly))
+        self._reporter.attempts.judged(stats, optimizer)
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
+        anomaly, stats = voted.anomaly, voted.stats
         if anomaly is not None:
             anomaly = self._raise(trainer, pl_module, anomaly, stats)
         if anomaly is None or anomaly.observe_only:
@@ -186,6 +192,7 @@ class GradientMonitor(Callback):
         voted, self._voted = self._voted, None
         if voted is not None:
             self._count(trainer, pl_module, voted)
+        self._reporter.attempts.batch_ended()
         self._measuring.batch_ended(trainer)
 
     def _count(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
@@ -234,6 +241,7 @@ class GradientMonitor(Callback):
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights were put back: the next update cannot be measured against the last."""
+        self._reporter.attempts.went_back()
         for meter in self._meters.values():
             meter.forget()
 
@@ -244,11 +252,9 @@ class GradientMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open, say so if the weights are damaged, and print the summary."""
-        bad = self._non_finite_weights()
-        if bad:
-            self._reporter.say(f"the fit ends with non-finite weights, first {bad[0]}")
+        self._reporter.ends_with(self._council.bad_weights(self._meters.values()))
         self._desk.close(trainer, pl_module, "unresolved")
-        self._reporter.summary(self.incidents)
+        self._reporter.end(self.incidents)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -258,22 +264,14 @@ class GradientMonitor(Callback):
             return
         stopped = isinstance(exception, TrainingStopped)
         self._desk.close(trainer, pl_module, "stopped" if stopped else "unresolved")
-        self._reporter.summary(self.incidents)
+        self._reporter.end(self.incidents)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say so when somebody saves weights that are non-finite, outside of an incident."""
-        bad = [] if self.current is not None else self._non_finite_weights()
-        if bad:
-            self._reporter.say(
-                f"a checkpoint saved at step {trainer.global_step} holds non-finite weights, first "
-                f"{bad[0]}: do not go on from it"
-            )
-
-    def _non_finite_weights(self) -> list[str]:
-        bad = [name for meter in self._meters.values() for name in meter.bad_weights()]
-        return [*self._council.audit(bad, ())[0]] if self._council.sharded else bad
+        if self.current is None:
+            self._reporter.saved_with(self._council.bad_weights(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the parameters and the other ranks."""
@@ -289,10 +287,12 @@ class GradientMonitor(Callback):
         self._panel.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Incidents so far and the detectors' windows."""
-        return {"incidents": self._desk.count, "detectors": self.rewindable_state()}
+        """Incidents and attempts so far, and the detectors' windows."""
+        counts = {"incidents": self._desk.count, "attempts": self._attempts.count}
+        return {**counts, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put them back; the windows once the detectors exist."""
         self._desk.count = int(state_dict["incidents"])
+        self._attempts.count = int(state_dict.get("attempts", 0))
         self._restored = state_dict["detectors"]

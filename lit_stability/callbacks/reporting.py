@@ -8,6 +8,8 @@ from typing import Literal
 
 from lightning.pytorch import Trainer
 
+from lit_stability.attempts import Attempts
+from lit_stability.callbacks.attempt_log import AttemptLog
 from lit_stability.incident_report import summary_table
 from lit_stability.incidents import Incident
 from lit_stability.records import IncidentRecord
@@ -28,10 +30,12 @@ class Reporter:
 
     Args:
         trainer: whose loggers and folder to use; a ``fast_dev_run`` leaves no record.
+        attempts: what counts the attempts at steps.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, attempts: Attempts) -> None:
         self._trainer = trainer
+        self.attempts = AttemptLog(trainer, attempts)
         if not trainer.is_global_zero:
             log.addFilter(only_warnings)
         self._writer = StabilityWriter(trainer.loggers)
@@ -49,6 +53,7 @@ class Reporter:
         """Write an accepted step's scalars to the loggers."""
         overflows = None if stats.loss_scale is None else self._overflows
         self._writer.write_stats(stats, incidents, logger_step(self._trainer), overflows)
+        self.attempts.due()
 
     def scaler(self, stats: StepStats) -> None:
         """Count the steps that the loss scaler leaves out, and tell when its first search is over.
@@ -72,14 +77,30 @@ class Reporter:
         """Tell that an incident has opened, and what is done about it."""
         self.say(incident.opening_line())
         self._write("open", incident)
+        self.attempts.told(incident)
 
     def closed(self, incident: Incident) -> None:
         """Tell how it ended."""
         self.say(incident.closing_line())
         self._write("close", incident)
+        self.attempts.told(incident)
 
-    def summary(self, incidents: Sequence[Incident]) -> None:
-        """Tell of all incidents of a fit, if there were any."""
+    def ends_with(self, bad: Sequence[str]) -> None:
+        """Tell of weights that are non-finite at the end, if there are any."""
+        if bad:
+            self.say(f"the fit ends with non-finite weights, first {bad[0]}")
+
+    def saved_with(self, bad: Sequence[str]) -> None:
+        """Tell of non-finite weights in a checkpoint, if there are any."""
+        if bad:
+            self.say(
+                f"a checkpoint saved at step {self._trainer.global_step} holds non-finite weights, "
+                f"first {bad[0]}: do not go on from it"
+            )
+
+    def end(self, incidents: Sequence[Incident]) -> None:
+        """Tell of all incidents of a fit, if there were any; nothing comes after it."""
+        self.attempts.end()
         if incidents:
             self.say("\n".join(["stability summary", *summary_table(incidents)]))
 

@@ -1,0 +1,157 @@
+"""What the Stability tab costs: a training step that writes for it, and TensorBoard that serves it.
+
+    python -m benchmarks.tab [--layers 100] [--steps 20000] [--served 300]
+
+One process, one thread. First an attempt log on a Trainer with a `TensorBoardLogger`, driven with
+made-up measurements: from verdict to end of batch, on steps that are written, on those of them that
+carry update ratios too, and on the others. "with its thread" is all the time that passes until the
+file is closed, over the attempts: what the event file's own thread takes, of the same interpreter,
+is a part of it. "until it returns" is what the step waits for at the least. Then a run of that many
+attempts, all of them written, is read by TensorBoard's own Python reader with the samples that the
+plugin asks for, and every route is asked five times; the best is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.test import Client
+
+from lit_stability.attempts import Attempts
+from lit_stability.callbacks.attempt_log import AttemptLog
+from lit_stability.stats import StepStats, WeightMoves
+from lit_stability.tensorboard.plugin import StabilityPlugin
+from lit_stability.tensorboard.tags import SAMPLES
+
+
+def measurement(step: int, layers: int, *, scan: bool) -> StepStats:
+    """A made-up step; with a scan of the weights on request."""
+    names = tuple(f"encoder.layers.{i}.weight" for i in range(layers))
+    draw = random.Random(step)
+    moves = WeightMoves(
+        since=step - 10,
+        norms=(1.0,) * layers,
+        peaks=(),
+        distances=tuple(draw.random() for _ in names),
+        farthest=(),
+    )
+    return StepStats(
+        step=step,
+        loss=2.0,
+        grad_norm=1.0 + step % 7,
+        names=names,
+        grad_norms=tuple(draw.lognormvariate(0, 1) for _ in names),
+        learning_rates=(1e-3,),
+        nominal_learning_rates=(1e-3,),
+        weight_norms=tuple((name, 1.0) for name in names) if scan else (),
+        weight_moves=moves if scan else None,
+    )
+
+
+def log_on(root: Path, layers: int) -> tuple[Trainer, AttemptLog, torch.optim.Optimizer]:
+    """A Trainer that is not run, its attempt log, and an optimizer with gradients."""
+    logger = TensorBoardLogger(root, "run", "")
+    options = {"enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", logger=logger, default_root_dir=root, **options)
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(layers)]
+    for weight in weights:
+        weight.grad = torch.zeros(1)
+    return trainer, AttemptLog(trainer, Attempts()), torch.optim.SGD(weights, 1.0)
+
+
+def attempt_costs(
+    layers: int, attempts: int, *, written: bool, scan: bool
+) -> tuple[list[float], float]:
+    """Milliseconds until each attempt returns, and all that pass over the attempts."""
+    steps = [measurement(step, layers, scan=scan) for step in range(attempts)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, attempt_log, optimizer = log_on(Path(folder), layers)
+        times = []
+        start = time.perf_counter()
+        for stats in steps:
+            begin = time.perf_counter()
+            if written:
+                attempt_log.due()
+            attempt_log.judged(stats, optimizer)
+            attempt_log.batch_ended()
+            times.append(1e3 * (time.perf_counter() - begin))
+        trainer.loggers[0].finalize("success")
+        return times, 1e3 * (time.perf_counter() - start) / attempts
+
+
+def serving(layers: int, steps: int) -> None:
+    """Write a run, read it as TensorBoard does, and print what each route takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, attempt_log, optimizer = log_on(Path(folder), layers)
+        for step in range(steps):
+            attempt_log.due()
+            attempt_log.judged(measurement(step, layers, scan=step % 10 == 9), optimizer)
+            attempt_log.batch_ended()
+        trainer.loggers[0].finalize("success")
+        begin = time.perf_counter()
+        multiplexer = EventMultiplexer(tensor_size_guidance={"stability": SAMPLES})
+        multiplexer.AddRunsFromDirectory(folder)
+        multiplexer.Reload()
+        print(f"reading {steps} attempts of {layers} layers {time.perf_counter() - begin:.1f} s")
+        provider = MultiplexerDataProvider(multiplexer, folder)
+        plugin = StabilityPlugin(TBContext(data_provider=provider))
+        for route in ("runs", "steps?run=run", "incidents?run=run"):
+            ask(plugin, route)
+        for quantity in ("grad_norm", "update_ratio"):
+            ask(plugin, f"layers?run=run&quantity={quantity}")
+
+
+def ask(plugin: StabilityPlugin, route: str) -> None:
+    """Print the best of five answers, as a browser that takes gzip gets them."""
+    app = Client(plugin.get_plugin_apps()["/" + route.partition("?")[0]])
+    headers = {"Accept-Encoding": "gzip"}
+
+    def get() -> int:
+        return len(app.get("/" + route, headers=headers).data)
+
+    times = [timed(get) for _ in range(5)]
+    seconds, size = min(times)
+    print(f"{route:40s} {1e3 * seconds:7.1f} ms  {size / 2**20:6.2f} MiB, compressed")
+
+
+def timed(do: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what was returned."""
+    begin = time.perf_counter()
+    found = do()
+    return time.perf_counter() - begin, found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=100)
+    parser.add_argument("--attempts", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--served", type=int, default=300)
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    cases = {"written": (True, False), "with update ratios": (True, True), "not": (False, False)}
+    for name, (written, scan) in cases.items():
+        times, all_in = attempt_costs(args.layers, args.attempts, written=written, scan=scan)
+        middle = statistics.median(times[10:])
+        print(f"{name:20s} {all_in:.3f} ms with its thread, {middle:.3f} until it returns")
+    serving(args.served, args.steps)
+
+
+if __name__ == "__main__":
+    main()

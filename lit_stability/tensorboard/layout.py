@@ -1,0 +1,44 @@
+"""A layout for TensorBoard's Custom Scalars tab, for those who lack the plugin.
+
+Imports neither torch nor TensorBoard: it goes through the experiment of a logger.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LAYOUT = {
+    "stability": {
+        "loss": ["Multiline", ["(?i).*loss(?!_scale).*"]],
+        "gradient norm": ["Multiline", ["stability/grad_norm(_\\d+)?$"]],
+        "clipping": ["Multiline", ["stability/clip_(threshold|coefficient)(_\\d+)?$"]],
+        "learning rate": ["Multiline", ["stability/learning_rate(_\\d+)?$"]],
+        "learning rate factor": ["Multiline", ["stability/learning_rate_factor(_\\d+)?$"]],
+        "loss scale": ["Multiline", ["stability/loss_scale(_\\d+)?$"]],
+        "incidents": ["Multiline", ["stability/incidents(_\\d+)?$"]],
+    }
+}
+"""Category -> chart -> kind and regular expressions of tags."""
+
+_TAG = b"custom_scalars__config__"
+
+
+def write_layout(experiment: Any) -> None:
+    """Write the layout, unless the run has one: of several, TensorBoard shows the last alone.
+
+    Args:
+        experiment: of a logger; nothing is done with one that takes no layouts.
+    """
+    if not callable(getattr(experiment, "add_custom_scalars", None)):
+        return
+    experiment.flush()
+    folder = getattr(experiment, "log_dir", None)
+    if folder is None or not any(map(_has_layout, Path(folder).glob("*tfevents*"))):
+        experiment.add_custom_scalars(LAYOUT)
+
+
+def _has_layout(file: Path) -> bool:
+    """Whether the beginning of an event file, where layouts are, has one."""
+    with file.open("rb") as stream:
+        return _TAG in stream.read(2**20)

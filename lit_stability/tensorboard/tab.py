@@ -1,0 +1,180 @@
+"""What the Stability tab shows, to the event files of the loggers that have one.
+
+Imports neither torch nor Lightning; TensorBoard once a logger is found to write event files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from lit_stability.attempts import FIELDS, PRECISIONS, Row
+from lit_stability.stats import StepStats, WeightMoves
+from lit_stability.tensorboard.layout import write_layout
+from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+class StabilityTab:
+    """Writes attempts and incidents to every logger whose experiment is a ``SummaryWriter``.
+
+    It raises nothing: a logger that fails is told of once and left alone from then on.
+
+    Args:
+        loggers: Lightning's loggers, any number of them.
+    """
+
+    def __init__(self, loggers: Sequence[Any]) -> None:
+        self._experiments = {id(e): e for e in map(_experiment, loggers) if _takes_events(e)}
+        self._layers: dict[tuple[int, str], tuple[tuple[str, ...], str]] = {}
+        """Names seen so far, by optimizer and quantity, and their tag."""
+        self._described: set[str] = set()
+        """Tags that were written with their metadata."""
+        self._each(write_layout)
+
+    def __bool__(self) -> bool:
+        return bool(self._experiments)
+
+    def write_attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> None:
+        """Write an attempt, and what is known of it layer by layer.
+
+        Args:
+            row: in the order of `lit_stability.attempts.FIELDS`.
+            stats: its measurement.
+            scan: the last measurement that tells how far the weights have moved, if there was one
+                since the last time.
+        """
+        self._write(lambda: self._attempt(row, stats, scan), int(row[0]))
+
+    def write_incident(
+        self, incident: int, started: float, attempt: int, text: Callable[[], str]
+    ) -> None:
+        """Write an incident as it is now, and flush.
+
+        Args:
+            incident: its id.
+            started: when it was opened, in seconds since 1970.
+            attempt: the number of the latest.
+            text: gives all of it as JSON.
+        """
+        tag = incident_tag(incident, started)
+        self._write(lambda: self._incident(tag, text()), attempt)
+        self._each(lambda experiment: experiment.flush())
+
+    def _attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> Any:
+        from lit_stability.tensorboard.events import doubles, event_of, floats
+
+        tag = steps_tag(stats.optimizer)
+        about = self._about(tag, fields=FIELDS, precisions=PRECISIONS)
+        values = [doubles(tag, row, about)]
+        pairs: dict[str, tuple[tuple[str, ...], Sequence[float]]]
+        pairs = {"grad_norm": (stats.names, stats.grad_norms)}
+        if scan is not None and scan.weight_moves is not None:
+            names = tuple(name for name, _ in scan.weight_norms)
+            pairs["update_ratio"] = (names, update_ratios(scan.weight_moves, scan.step))
+        for quantity, (names, numbers) in pairs.items():
+            known, tag = self._series(stats.optimizer, quantity, names)
+            about = self._about(tag, quantity=quantity, names=known)
+            values.append(floats(tag, _in_order(known, names, numbers), about))
+        return event_of(values)
+
+    def _incident(self, tag: str, content: str) -> Any:
+        from lit_stability.tensorboard.events import event_of, text
+
+        return event_of([text(tag, content, self._about(tag))])
+
+    def _series(
+        self, optimizer: int, quantity: str, names: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], str]:
+        """The layers seen so far, which parameters without a gradient for once do not change."""
+        key = optimizer, quantity
+        known, tag = self._layers.get(key, ((), ""))
+        if names != known and not set(names) <= set(known):
+            known = tuple(dict.fromkeys((*known, *names)))
+            tag = layers_tag(optimizer, quantity, known)
+            self._layers[key] = known, tag
+        return known, tag
+
+    def _about(self, tag: str, **content: object) -> Any:
+        """Metadata for the first value of a tag, None for those that follow."""
+        if tag in self._described:
+            return None
+        from lit_stability.tensorboard.events import metadata_of
+
+        self._described.add(tag)
+        return metadata_of(metadata(**content))
+
+    def _write(self, build: Callable[[], Any], attempt: int) -> None:
+        """Build an event once, and give it to all; what fails in that is theirs to fail in."""
+        event = cache(build)
+        self._each(lambda experiment: _file_writer(experiment).add_event(event(), attempt))
+
+    def _each(self, do: Callable[[Any], object]) -> None:
+        failed = {key: _failure(do, each) for key, each in self._experiments.items()}
+        for key, error in failed.items():
+            if error is not None:
+                log.warning(
+                    "the Stability tab gets nothing more by way of %s (%s: %s); training goes on",
+                    *(type(self._experiments.pop(key)).__name__, type(error).__name__, error),
+                )
+
+
+def update_ratios(moves: WeightMoves, step: int) -> list[float]:
+    """Mean update of each weight over its norm, per step since the scan before.
+
+    The distance between two scans, over the steps between them: as long as the updates if they all
+    point one way, shorter where they undo each other. NaN for weights that were zero.
+
+    >>> moves = WeightMoves(
+    ...     since=10, norms=(2.0, 0.0), peaks=(), distances=(0.4, 1.0), farthest=())
+    >>> update_ratios(moves, 20)
+    [0.02, nan]
+    """
+    steps = max(1, step - moves.since)
+    return [
+        distance / norm / steps if norm > 0 else math.nan
+        for distance, norm in zip(moves.distances, moves.norms, strict=True)
+    ]
+
+
+def _in_order(
+    known: tuple[str, ...], names: tuple[str, ...], values: Iterable[float]
+) -> Sequence[float]:
+    """Values in the order of the layers known, NaN for those that have none."""
+    if names == known:
+        return [*values]
+    by_name = dict(zip(names, values, strict=True))
+    return [by_name.get(name, math.nan) for name in known]
+
+
+def _failure(do: Callable[[Any], object], experiment: Any) -> Exception | None:
+    try:
+        do(experiment)
+    except Exception as error:
+        return error
+    return None
+
+
+def _experiment(logger: Any) -> Any:
+    try:
+        return getattr(logger, "experiment", None)
+    except Exception as error:
+        log.warning("%s has no experiment (%s); training goes on", type(logger).__name__, error)
+        return None
+
+
+def _takes_events(experiment: Any) -> bool:
+    try:
+        return callable(getattr(_file_writer(experiment), "add_event", None))
+    except Exception:
+        return False
+
+
+def _file_writer(experiment: Any) -> Any:
+    """What writes a ``SummaryWriter``'s own file: a second one in its folder may not be read."""
+    found = getattr(experiment, "_get_file_writer", None)
+    return found() if callable(found) else getattr(experiment, "file_writer", None)

@@ -1,0 +1,198 @@
+"""What is written for the Stability tab, as TensorBoard's own readers find it."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+from torch.utils.tensorboard import SummaryWriter
+
+from lit_stability.attempts import FIELDS, PRECISIONS, row_of
+from lit_stability.stats import StepStats, WeightMoves
+from lit_stability.tensorboard.tab import StabilityTab, update_ratios
+from lit_stability.tensorboard.tags import layers_tag, steps_tag
+
+
+class Logger:
+    """The least that a logger is."""
+
+    def __init__(self, experiment):
+        self.experiment = experiment
+
+
+def written(folder, write, **options):
+    """Let `write` write to a tab, and return what a reader finds in the folder."""
+    experiment = SummaryWriter(str(folder), **options)
+    write(StabilityTab([Logger(experiment)]))
+    experiment.close()
+    accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def values(accumulator, tag):
+    return [tensor_util.make_ndarray(e.tensor_proto) for e in accumulator.Tensors(tag)]
+
+
+def about(accumulator, tag):
+    return json.loads(accumulator.SummaryMetadata(tag).plugin_data.content)
+
+
+def attempt(tab, number, names=("a", "b"), norms=(1.0, 2.0), scan=None, **options):
+    options = {"step": number - 1, "loss": 0.5, "grad_norm": 2.5} | options
+    stats = StepStats(names=names, grad_norms=norms, **options)
+    row = row_of(number, stats, clip_threshold=1.0, precision="bf16-mixed", taken=True)
+    tab.write_attempt(row, stats, scan)
+    return row
+
+
+def test_attempt_comes_back_as_it_was_with_what_it_means(tmp_path):
+    """V4: steps to the bit, layers in the precision of gradients."""
+    norms = (math.nan, math.inf, 0.0, 0.1, 1e-40, 1e300)
+    names = tuple("abcdef")
+    rows = []
+    found = written(
+        tmp_path,
+        lambda tab: rows.append(
+            attempt(tab, 2**24 + 1, names, norms, loss=math.nan, grad_norm=math.inf)
+        ),
+    )
+    (row,) = values(found, steps_tag(0))
+    np.testing.assert_array_equal(row, rows[0])
+    assert about(found, steps_tag(0))["fields"] == list(FIELDS)
+    assert about(found, steps_tag(0))["precisions"] == list(PRECISIONS)
+    tag = layers_tag(0, "grad_norm", names)
+    expected = np.array([math.nan, math.inf, 0, 0.1, 1e-40, math.inf], "f4")
+    np.testing.assert_array_equal(values(found, tag), [expected])
+    assert about(found, tag)["names"] == list(names)
+    assert found.Tensors(tag)[0].step == 2**24 + 1
+
+
+def test_layers_that_appear_later_begin_a_series_and_those_that_pause_do_not(tmp_path):
+    def write(tab):
+        attempt(tab, 1, ("head",), (1.0,))
+        attempt(tab, 2, ("backbone", "head"), (2.0, 3.0))
+        attempt(tab, 3, ("head",), (4.0,))
+
+    found = written(tmp_path, write)
+    first, second = (layers_tag(0, "grad_norm", n) for n in (["head"], ["head", "backbone"]))
+    assert [v.tolist() for v in values(found, first)] == [[1.0]]
+    np.testing.assert_array_equal(values(found, second), [[3.0, 2.0], [4.0, math.nan]])
+
+
+def test_update_ratios_are_those_of_the_scan_that_was_given(tmp_path):
+    moves = WeightMoves(since=5, norms=(4.0, 0.0), peaks=(), distances=(2.0, 1.0), farthest=())
+    scan = StepStats(
+        step=10,
+        loss=1.0,
+        grad_norm=1.0,
+        weight_norms=(("a", 4.0), ("b", 0.0)),
+        weight_moves=moves,
+    )
+    found = written(tmp_path, lambda tab: attempt(tab, 12, scan=scan))
+    tag = layers_tag(0, "update_ratio", ("a", "b"))
+    np.testing.assert_array_equal(values(found, tag), np.array([[0.1, math.nan]], "f4"))
+    assert update_ratios(moves, 5)[0] == 0.5, "a scan anew of the same step"
+
+
+def test_second_optimizer_has_series_of_its_own(tmp_path):
+    def write(tab):
+        attempt(tab, 1)
+        attempt(tab, 2, ("c",), (1.0,), optimizer=1)
+
+    tags = written(tmp_path, write).Tags()["tensors"]
+    assert {"stability/steps", "stability/steps_1"} <= set(tags)
+    assert layers_tag(1, "grad_norm", ("c",)) in tags
+
+
+KILLED = """
+import json, os, sys
+from tests.tensorboard.test_tab import Logger, StabilityTab, SummaryWriter, attempt
+tab = StabilityTab([Logger(SummaryWriter(sys.argv[1], flush_secs=10_000, max_queue=10_000))])
+for number in range(1, 501):
+    attempt(tab, number)
+text = json.dumps({"message": "\\udc80 is no text"})
+tab.write_incident(3, 1_700_000_000.5, 501, lambda: text)
+os._exit(9)
+"""
+
+
+def test_incident_of_a_job_that_is_killed_is_on_the_disk(tmp_path):
+    """S1: whatever is in a queue then is lost."""
+    told = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert told.returncode == 9
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    (event,) = accumulator.Tensors("stability/incident/3/1700000000")
+    assert event.step == 501
+    assert json.loads(event.tensor_proto.string_val[0]) == {"message": "\udc80 is no text"}
+
+
+class Broken(SummaryWriter):
+    """The disk is full from the third event on."""
+
+    events = 0
+
+    def _get_file_writer(self):
+        self.events += 1
+        if self.events > 3:
+            raise OSError("No space left on device")
+        return super()._get_file_writer()
+
+
+def test_logger_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, caplog):
+    broken, sound = Broken(str(tmp_path / "a")), SummaryWriter(str(tmp_path / "b"))
+    tab = StabilityTab([Logger(broken), Logger(sound), Logger(None), object()])
+    with caplog.at_level(logging.WARNING):
+        for number in range(1, 6):
+            attempt(tab, number)
+    broken.close()
+    sound.close()
+    (line,) = (r.message for r in caplog.records if "Stability tab" in r.message)
+    assert "Broken (OSError: No space left on device); training goes on" in line
+    accumulator = EventAccumulator(str(tmp_path / "b"))
+    accumulator.Reload()
+    assert len(accumulator.Tensors(steps_tag(0))) == 5
+
+
+def test_attempt_that_cannot_be_put_in_an_event_stops_no_training(tmp_path, caplog):
+    """Nothing here may end a fit."""
+    experiment = SummaryWriter(str(tmp_path))
+    tab = StabilityTab([Logger(experiment)])
+    with caplog.at_level(logging.WARNING):
+        attempt(tab, 1)
+        attempt(tab, 2, names=("a",), norms=())
+        attempt(tab, 3)
+    experiment.close()
+    assert caplog.text.count("gets nothing more") == 1
+
+
+def test_loggers_without_event_files_are_left_alone():
+    class Elsewhere:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    tab = StabilityTab([Logger(Elsewhere()), Logger(None)])
+    assert not tab
+    attempt(tab, 1)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["none yet", "one of the user's"])
+def test_layout_is_written_once_and_hides_nobody_elses(tmp_path, own):
+    """V4: without the plugin, the Custom Scalars tab shows loss, gradient norm, learning rate."""
+    experiment = SummaryWriter(str(tmp_path))
+    if own:
+        experiment.add_custom_scalars({"mine": {"chart": ["Multiline", ["x"]]}})
+    for _ in range(2):
+        StabilityTab([Logger(experiment)])
+    experiment.close()
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    (event,) = accumulator.Tensors("custom_scalars__config__")
+    assert (b"mine" in event.tensor_proto.string_val[0]) == own
+    assert (b"stability/grad_norm" in event.tensor_proto.string_val[0]) != own
