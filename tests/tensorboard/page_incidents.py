@@ -63,7 +63,7 @@ def damaged_weight(rows):
         "non-finite weight",
         rows[WEIGHT_AT],
         rows,
-        message="loss is nan; 1 parameter is non-finite, first network.encoder.layers.2.norm.weight",
+        message="loss is nan; 1 parameter is non-finite, first encoder.layers.2.norm.weight",
         layers=[["network.encoder.layers.2.norm.weight", "nan"]],
         hypotheses=[
             hypothesis(

@@ -35,7 +35,8 @@ FRAME = f"""
 """
 HOST = """<!DOCTYPE html>
 <html><head><title>host</title><link rel="icon" href="data:,"><style>
-html, body { height: 100%; margin: 0 } iframe { border: 0; width: 100%; height: 100%; display: block }
+html, body { height: 100%; margin: 0 }
+iframe { border: 0; width: 100%; height: 100%; display: block }
 </style></head>
 <body CLASSES><iframe src="data/plugin_entry.html?name=stability&set=SET"></iframe><script>
 window.addEventListener("message", (event) => {
@@ -93,7 +94,19 @@ def large():
     losses = 2 + 6 * np.exp(-np.arange(n) / 4000) + 0.1 * rng.standard_normal(n)
     losses[12_431], norms[12_431] = np.nan, np.inf
     rows = [
-        [i, i, plain(float(losses[i])), plain(float(norms[i])), 0.001, 3e-4, 1.0, 5.0, 65536.0, 0, 1]
+        [
+            i,
+            i,
+            plain(float(losses[i])),
+            plain(float(norms[i])),
+            0.001,
+            3e-4,
+            1.0,
+            5.0,
+            65536.0,
+            0,
+            1,
+        ]
         for i in range(n)
     ]
     values = np.exp(0.5 * rng.standard_normal((n, layers), dtype=np.float32))
@@ -177,6 +190,12 @@ class PageServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
         self.thread.start()
+
+    def warm(self, name):
+        """Make the answers beforehand."""
+        for run in SETS[name]()[1]:
+            for route in ("steps", "layers", "incidents"):
+                answer(name, route, run, "grad_norm" if route == "layers" else "")
 
     def close(self):
         self.shutdown()

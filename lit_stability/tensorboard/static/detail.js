@@ -47,7 +47,7 @@ function content(store, incident, chart) {
     story(incident),
     el("h3", {}, "Step by step ", button("Show on the time line", () => store.set({ range: around(incident, store.get()) }))),
     chart ? chart.element : el("p", { class: "message" }, "The steps around it were not kept."),
-    chart && el("p", { class: "key" }, "○ vetoed   × NaN or Inf   shaded: taken back by a rollback"),
+    chart && el("p", { class: "key" }, "○ vetoed", " · × NaN or Inf", " · shaded: taken back by a rollback"),
     chart && el("details", {}, el("summary", {}, "Show the numbers"), windowTable(incident)),
     origin(incident),
     causes(incident),
@@ -104,5 +104,6 @@ function story(incident) {
 function begun(incident) {
   const { origin: found } = incident;
   if (!found) return path(worstLayer(incident) || "no single layer");
-  return [path(`${found.op} in ${found.module || "the model's own code"}`), el("span", { class: "aside" }, [place(found), `${found.phase} pass`].filter(Boolean).join(", "))];
+  const where = [place(found), `${found.phase} pass`].filter(Boolean).join(", ");
+  return [path(`${found.op} made ${found.value}`), el("br"), path(found.module || "the model's own code"), el("span", { class: "aside" }, where)];
 }

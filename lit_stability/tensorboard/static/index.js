@@ -31,7 +31,7 @@ export async function render() {
   document.body.replaceChildren(page.element);
   const loader = createLoader(store, { heatmap, comparison, say: (kind, message) => page.say(kind, message ?? (kind === "empty" ? noRun(() => loader.reload()) : null)) });
   connect(store, loader);
-  await loader.start();
+  await loader.reload();
 }
 
 function shell(store, heatmap, comparison) {

@@ -4,7 +4,7 @@ import { button, el, replace } from "./dom.js";
 import { nameInGroup } from "./layer_groups.js";
 import { plural } from "./scales.js";
 
-const [NAMED, MARGIN, SHARE, WIDE] = [10, 8, 0.48, 200];
+const [NAMED, MARGIN, SHARE, WIDE, LETTER] = [10, 8, 0.48, 200, 6.3];
 
 /**
  * Put the names where the rows are; nothing is touched while they stay, so that focus is kept.
@@ -32,10 +32,12 @@ export function nameRows(place, map) {
 }
 
 function groupName({ left, top, fold }, { top: at, height, group, folded }, narrow) {
-  const label = `${folded ? "▸" : "▾"} ${group.name}${folded ? ` (${group.layers.length})` : ""}`;
+  const width = narrow ? left * SHARE : left - MARGIN;
+  const size = folded ? ` (${group.layers.length})` : "";
+  const label = `${folded ? "▸" : "▾"} ${tail(group.name, width / LETTER - 2 - size.length)}${size}`;
   return button(label, () => fold(group), {
     class: "group-name",
-    style: { top: `${top + at}px`, height: `${Math.min(height, 16)}px`, width: `${narrow ? left * SHARE : left - MARGIN}px` },
+    style: { top: `${top + at}px`, height: `${Math.min(height, 16)}px`, width: `${width}px` },
     "aria-expanded": String(!folded),
     "data-group": group.name,
     title: `${group.name}, ${plural(group.layers.length, "layer")}: click to ${folded ? "unfold" : "fold"}`,
@@ -46,5 +48,8 @@ function layerName({ data, left, top }, { top: at, height, layers, group }) {
   const name = nameInGroup(data.names[layers[0]], group.name).replace(/\.weight$/, "");
   const width = left * (1 - SHARE) - MARGIN;
   const style = { top: `${top + at}px`, left: `${left * SHARE}px`, width: `${width}px`, lineHeight: `${height}px` };
-  return el("span", { class: "layer-name", style }, name);
+  return el("span", { class: "layer-name", style }, tail(name, width / LETTER));
 }
+
+/** The end of a name, which tells more than its beginning. */
+const tail = (name, letters) => (name.length <= letters ? name : `…${name.slice(1 - Math.floor(letters))}`);

@@ -10,7 +10,6 @@ import { failure, loading, noLayers, noSteps } from "./messages.js";
 /**
  * @param {object} store
  * @param {object} views  heatmap, comparison, and `say(message|null)` for the page as a whole
- * @param {(state: object) => Promise<void>} [painted]
  */
 export function createLoader(store, views) {
   const latest = { run: newest(), layers: newest(), other: newest() };
@@ -71,18 +70,18 @@ export function createLoader(store, views) {
   }
 
   async function reload() {
-    const { run } = store.get();
+    const { run, steps } = store.get();
     await reloadRuns();
-    if (store.get().run === run) await loadRun({ fresh: false });
+    if (store.get().run === run) await loadRun({ fresh: steps === null });
   }
 
   store.on(["run"], ({ run }) => {
-    store.set({ steps: null, incidents: [], range: null });
+    store.set({ steps: null, incidents: [] });
     if (run) loadRun({ fresh: true });
   });
   store.on(["quantity"], loadLayers);
   store.on(["other"], loadOther);
-  return { start: reloadRuns, reload };
+  return { reload };
 }
 
 /** The run that struck last is the one that somebody wants to see; else the longest. */

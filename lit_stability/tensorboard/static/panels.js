@@ -21,7 +21,7 @@ import { vertical } from "./canvas.js";
 import { drawCurve, drawDots, drawNonFinite, drawYAxis, yScale } from "./curve.js";
 import { count } from "./scales.js";
 
-const [DOT_SPACING, GUTTER] = [7, 120];
+const [DOT_SPACING, GUTTER] = [5, 120];
 
 /** @param {View} view @param {Panel} panel @param {number} top @param {boolean} log */
 export function drawPanel(view, { title, height, lines, switched }, top, log) {

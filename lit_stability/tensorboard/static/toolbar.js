@@ -6,26 +6,26 @@ import { count, plural } from "./scales.js";
 
 /** @returns {HTMLElement} it follows the store from then on. */
 export function createToolbar(store) {
-  const run = el("select", { id: "run", onchange: () => store.set({ run: run.value }) });
+  const run = el("select", { id: "run", onchange: () => store.set({ run: run.value, incident: null, range: null }) });
   const other = el("select", { id: "other", onchange: () => store.set({ other: other.value }) });
+  const chooser = [el("label", { for: "run" }, "Run"), run, el("label", { for: "other" }, "compare with"), other];
   const said = el("p", { class: "summary", role: "status" });
   const fill = (state) => {
     replace(run, state.runs.map((each) => option(each, state.run)));
     const others = state.runs.filter((each) => each.run !== state.run);
     replace(other, el("option", { value: "" }, "no other run"), others.map((each) => option(each, state.other)));
+    for (const each of chooser) each.hidden = state.runs.length === 0;
     other.disabled = others.length === 0;
     if (state.other === state.run && state.other) store.set({ other: "" });
   };
+  fill(store.get());
   store.on(["runs", "run", "other"], fill);
   store.on(["steps", "incidents"], (state) => replace(said, state.steps ? words(state) : ""));
   return el(
     "header",
     { class: "toolbar" },
     el("h1", {}, "Stability"),
-    el("label", { for: "run" }, "Run"),
-    run,
-    el("label", { for: "other" }, "compare with"),
-    other,
+    chooser,
     said,
     keys(),
   );

@@ -75,6 +75,7 @@ export function loadingCode(path) {
     "# Pickled objects: load only what your own run has written.",
     'scene = torch.load(folder / "scene.pt", weights_only=False)',
     'batch, gradients = scene["batch"], scene["gradients"]',
-    'checkpoint = torch.load(folder / "checkpoint.ckpt", map_location="cpu", weights_only=False)',
+    'state = folder / "checkpoint.ckpt"',
+    'checkpoint = torch.load(state, map_location="cpu", weights_only=False)',
   ].join("\n");
 }
