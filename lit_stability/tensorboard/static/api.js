@@ -34,10 +34,14 @@ export async function fetchSteps(run, signal) {
   return toColumns(fields, rows, precisions);
 }
 
-/** @returns {Promise<object[]>} Incidents in order of opening; their windows are columns already. */
+/**
+ * @returns {Promise<object[]>} Incidents in order of opening; their windows are columns already, and
+ *   `key` changes whenever anything else of them does.
+ */
 export async function fetchIncidents(run, signal) {
   const incidents = await get("incidents", { run }, signal);
   for (const incident of incidents) {
+    incident.key = JSON.stringify(incident);
     const { fields = [], rows = [] } = incident.window ?? {};
     incident.window = toColumns(fields, rows, []);
     incident.spans ??= [];

@@ -19,10 +19,12 @@ const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 /** @returns {HTMLElement} an aside, hidden while no incident is looked at. */
 export function createDetail(store) {
   const element = el("aside", { class: "detail", "aria-label": "Incident", tabindex: "-1", hidden: true });
-  let chart = null;
+  let [chart, key] = [null, ""];
   const draw = (state) => {
     const incident = currentIncident(state);
     element.hidden = !incident;
+    if (incident?.key === key) return; // data came again and said the same: keep place and focus
+    key = incident?.key;
     chart = incident && incident.window.length > 0 ? createWindowChart(incident, state.incidents) : null;
     replace(element, incident ? content(store, incident, chart) : []);
     element.scrollTop = 0;

@@ -7,7 +7,7 @@
 
 import { gutter, layeredCanvas, mark, vertical } from "./canvas.js";
 import { button, choice, el, replace, section } from "./dom.js";
-import { encode, strikeOf } from "./layer_codes.js";
+import { NON_FINITE, encode, strikeOf } from "./layer_codes.js";
 import { groupLayers, layOut } from "./layer_groups.js";
 import { nameRows } from "./layer_names.js";
 import { cells, paint } from "./layer_picture.js";
@@ -101,14 +101,16 @@ function drawAll(state, map, layers, names, x, fold) {
   layers.element.dataset.drawn = state.quantity;
 }
 
-/** A mark above the map wherever any layer was not finite. */
+/** A mark above the map over each stretch in which any layer was not finite. */
 function drawStruck(context, struck, left, palette) {
-  let last = -Infinity;
-  struck.forEach((code, c) => {
-    if (code !== 255 || c - last < 5) return;
-    last = c;
-    mark(context, "triangle", left + c, TOP - 5, -3.5, palette.bad);
-  });
+  let start = -1;
+  for (let c = 0; c <= struck.length; c++) {
+    const bad = struck[c] === NON_FINITE;
+    if (bad && start < 0) start = c;
+    if (bad || start < 0) continue;
+    mark(context, "triangle", left + (start + c) / 2, TOP - 5, -3.5, palette.bad);
+    start = -1;
+  }
 }
 
 function drawAxis(context, x, bottom, palette) {

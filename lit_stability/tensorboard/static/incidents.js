@@ -47,11 +47,15 @@ export function summary(incidents) {
 }
 
 function drawRows(store, body, frame, none) {
-  const { incidents, steps } = store.get();
+  const { incidents, steps, run } = store.get();
   frame.hidden = incidents.length === 0;
   none.hidden = incidents.length > 0;
   replace(none, steps ? calm(steps) : "");
-  replace(body, incidents.map((incident) => row(store, incident)));
+  const key = [run, ...incidents.map((each) => each.key)].join();
+  if (body.key === key) return; // data came again and said the same: keep the focus
+  body.key = key;
+  const days = new Set(incidents.map(({ time }) => moment(time).date));
+  replace(body, incidents.map((incident) => row(store, incident, days.size > 1)));
   markChosen(store.get(), body);
 }
 
@@ -60,12 +64,12 @@ function calm(steps) {
   return `No incident in this run: ${plural(attempts, "attempt")} watched, nothing to do. To rehearse one, put a lit_stability.faults.FaultInjector into the callbacks.`;
 }
 
-function row(store, incident) {
+function row(store, incident, dated) {
   const { clock, date } = moment(incident.time);
   const open = () => store.set({ incident: incident.id });
   const cells = [
     button(String(incident.id), open, { "aria-label": `Incident ${incident.id}: ${incident.kind}, ${incident.outcome}` }),
-    el("time", { title: date, datetime: `${date}T${clock}` }, clock),
+    el("time", { title: date, datetime: `${date}T${clock}` }, dated ? `${date.slice(5)} ${clock}` : clock),
     count(incident.step),
     el("strong", {}, incident.kind),
     causeText(incident),

@@ -95,5 +95,5 @@ const STRIKE = Uint8Array.from({ length: 256 }, (_, code) => {
   return 1 + Math.abs(code - MEDIAN) * 2 + (code > MEDIAN ? 1 : 0);
 });
 
-/** Where two of one strength meet, above wins; NOTHING loses to all. */
+/** How striking a code is; above wins over as far below, NOTHING loses to all. */
 export const strikeOf = (code) => STRIKE[code];

@@ -4,7 +4,7 @@ import { button, el, replace } from "./dom.js";
 import { nameInGroup } from "./layer_groups.js";
 import { plural } from "./scales.js";
 
-const [NAMED, MARGIN, SHARE, WIDE, LETTER] = [10, 8, 0.48, 200, 6.3];
+const [NAMED, MARGIN, SHARE, WIDE, LETTER] = [10, 8, 0.48, 200, 5.7];
 
 /**
  * Put the names where the rows are; nothing is touched while they stay, so that focus is kept.

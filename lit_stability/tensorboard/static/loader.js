@@ -1,7 +1,8 @@
 /**
  * Brings the data of the chosen runs into the store and the views, the newest request winning.
  *
- * A part that fails says so in its own place; the others stay.
+ * A part that fails says so in its own place; the others stay. Layers are much data: they are not
+ * fetched again while no step has come.
  */
 
 import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
@@ -13,6 +14,7 @@ import { failure, loading, noLayers, noSteps } from "./messages.js";
  */
 export function createLoader(store, views) {
   const latest = { run: newest(), layers: newest(), other: newest() };
+  let drawn = "";
 
   async function reloadRuns() {
     try {
@@ -38,7 +40,9 @@ export function createLoader(store, views) {
       const known = incidents.some((each) => each.id === incident);
       views.say("ready", steps.length === 0 ? noSteps() : null);
       store.set({ steps, incidents, incident: known ? incident : null });
-      await Promise.all([loadLayers(), loadOther()]);
+      const extent = [run, steps.length, steps.attempt?.[steps.length - 1]].join();
+      await Promise.all([extent !== drawn && loadLayers(), loadOther()]);
+      drawn = extent;
     } catch (error) {
       if (error.name !== "AbortError") views.say("error", failure(error, reload));
     }

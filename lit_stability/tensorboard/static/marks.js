@@ -11,7 +11,7 @@ export function drawSpans(context, incidents, x, [left, right], top, bottom, col
   for (const [from, to] of incidents.flatMap((each) => each.spans)) {
     const start = Math.max(left, x.px(from - 0.5));
     const width = Math.max(2, Math.min(right, x.px(to + 0.5)) - start);
-    if (x.px(to) <= left || x.px(from) >= right) continue;
+    if (x.px(to) < left || x.px(from) > right) continue;
     context.fillStyle = colours.shade;
     context.fillRect(start, top, width, bottom - top);
     hatch(context, start, top, width, bottom - top, colours.hatch);

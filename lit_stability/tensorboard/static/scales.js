@@ -2,7 +2,7 @@
 
 /**
  * @typedef {object} Scale
- * @property {(value: number) => number} px  pixel of a value, clamped to the axis
+ * @property {(value: number) => number} px  pixel of a value; outside the axis too
  * @property {(px: number) => number} value  and back
  * @property {number[]} ticks                round values to label
  */
@@ -10,9 +10,8 @@
 /** @returns {Scale} of an axis from `low` at pixel `from` to `high` at pixel `to`. */
 export function linearScale([low, high], [from, to], count = 4) {
   const span = high - low || 1;
-  const clamp = (px) => Math.min(Math.max(px, Math.min(from, to)), Math.max(from, to));
   return {
-    px: (value) => clamp(from + ((value - low) / span) * (to - from)),
+    px: (value) => from + ((value - low) / span) * (to - from),
     value: (px) => low + ((px - from) / (to - from)) * span,
     ticks: linearTicks(low, high, count),
   };
@@ -22,7 +21,7 @@ export function linearScale([low, high], [from, to], count = 4) {
 export function logScale([low, high], pixels, count = 4) {
   const inner = linearScale([Math.log10(low), Math.log10(high)], pixels);
   return {
-    px: (value) => inner.px(value > 0 ? Math.log10(value) : -Infinity),
+    px: (value) => (value > 0 ? inner.px(Math.log10(value)) : pixels[0]),
     value: (px) => 10 ** inner.value(px),
     ticks: logTicks(low, high, count),
   };
