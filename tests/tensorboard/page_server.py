@@ -68,6 +68,15 @@ def normal():
 
 
 @cache
+def sampled():
+    """The run of `normal` with one step in ten kept, as TensorBoard keeps a long one."""
+    rows = run_rows()
+    kept = [row for row in rows if row[0] % 10 == 9]
+    data = {"translation": (steps_of(kept), run_layers(rows, every=10), three_incidents(rows))}
+    return [info("translation", kept, 35, 3)], data
+
+
+@cache
 def markup():
     """A run in which every text that comes from outside is markup."""
     rows = run_rows(200)
@@ -122,7 +131,7 @@ def broken():
 
 
 SETS = {"normal": normal, "empty": lambda: ([], {}), "markup": markup, "large": large}
-SETS["broken"] = broken
+SETS |= {"broken": broken, "sampled": sampled}
 
 
 @cache

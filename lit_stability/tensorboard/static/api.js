@@ -2,13 +2,11 @@
  * What the plugin serves, as typed arrays and objects. Knows the routes and their JSON; draws nothing.
  *
  * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number}} RunInfo
- * @typedef {Record<string, Float64Array> & {length: number, precisions: string[]}} Columns
- *   One array per field of a step, all of the same length, in the order of `attempt`.
  * @typedef {{names: string[], attempts: Float64Array, steps: Float64Array, values: Float32Array}} Layers
  *   `values` is row-major, [samples, layers].
  */
 
-const SPECIAL = { nan: NaN, inf: Infinity, "-inf": -Infinity };
+import { number, toColumns } from "./columns.js";
 
 /** What went wrong, and what a person can do about it. */
 export class DataError extends Error {
@@ -17,12 +15,6 @@ export class DataError extends Error {
     super(message);
     this.remedy = remedy;
   }
-}
-
-/** A number of the JSON, in which NaN and the infinities are strings. */
-export function number(value) {
-  if (typeof value === "number") return value;
-  return SPECIAL[value] ?? NaN;
 }
 
 /** @returns {Promise<RunInfo[]>} */
@@ -43,7 +35,7 @@ export async function fetchIncidents(run, signal) {
   for (const incident of incidents) {
     incident.key = JSON.stringify(incident);
     const { fields = [], rows = [] } = incident.window ?? {};
-    incident.window = toColumns(fields, rows, []);
+    incident.window = toColumns(fields, rows);
     incident.spans ??= [];
   }
   return incidents.sort((a, b) => a.attempt - b.attempt);
@@ -58,17 +50,6 @@ export async function fetchLayers(run, quantity, signal) {
     steps: Float64Array.from(steps, number),
     values: toFloats(values),
   };
-}
-
-/** @returns {Columns} */
-export function toColumns(fields, rows, precisions) {
-  const columns = { length: rows.length, precisions: precisions ?? [] };
-  fields.forEach((field, j) => {
-    const column = new Float64Array(rows.length);
-    for (let i = 0; i < rows.length; i++) column[i] = number(rows[i][j]);
-    columns[field] = column;
-  });
-  return columns;
 }
 
 function toFloats(base64) {

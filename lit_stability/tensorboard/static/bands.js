@@ -36,33 +36,53 @@ const spread = (value, all) => {
   return high > low ? 0.2 + (0.6 * (value - low)) / (high - low) : 0.2;
 };
 
-/** Stretches of one value: [{value, from, to}], by index; what is not finite is left out. */
-export function stretches(values, [from, to]) {
+/** Stretches that are told alike: [{value, text, from, to}], by index; NaN and Inf are left out. */
+function stretches(band, columns, [from, to]) {
+  const values = columns[band.field];
   const found = [];
+  let last = null;
   for (let i = from; i < to; i++) {
-    const last = found[found.length - 1];
     if (!Number.isFinite(values[i])) continue;
-    if (last && last.value === values[i] && last.to === i) last.to = i + 1;
-    else found.push({ value: values[i], from: i, to: i + 1 });
+    const text = last?.value === values[i] ? last.text : band.text(values[i], columns);
+    if (last?.text === text && last.to === i) last.to = i + 1;
+    else found.push(last = { value: values[i], text, from: i, to: i + 1 });
   }
   return found;
 }
 
 /** Draw a band between `top` and `top + height`. */
 export function drawBand(context, band, columns, indices, x, [left, right], top, height, colours) {
-  const found = stretches(columns[band.field], indices);
-  const all = [...new Set(found.map((each) => each.value))].filter((value) => value > 0 || band.field === "precision");
+  const found = stretches(band, columns, indices);
+  const all = [...new Set(found.map((each) => each.value))].filter((value) =>
+    value > 0 || band.field === "precision"
+  );
   context.save();
   context.beginPath();
   context.rect(left, top, right - left, height);
   context.clip();
-  for (const each of found) drawStretch(context, band, columns, each, all, x, top, height, colours);
+  for (const each of found) {
+    drawStretch(context, band, columns, each, all, x, [left, right], top, height, colours);
+  }
   context.restore();
 }
 
-function drawStretch(context, band, columns, { value, from, to }, all, x, top, height, colours) {
-  const start = x.px(columns.attempt[from]);
-  const end = to < columns.length ? x.px(columns.attempt[to]) : x.px(columns.attempt[to - 1] + 1);
+function drawStretch(
+  context,
+  band,
+  columns,
+  { value, text, from, to },
+  all,
+  x,
+  [left, right],
+  top,
+  height,
+  colours,
+) {
+  const start = Math.max(left, x.px(columns.attempt[from]));
+  const end = Math.min(
+    right,
+    x.px(to < columns.length ? columns.attempt[to] : columns.attempt[to - 1] + 1),
+  );
   const width = Math.max(end - start, 1.5);
   if (band.quiet(value)) return;
   const weight = value === 0 && band.field === "loss_scale" ? 0.9 : band.weight(value, all);
@@ -72,7 +92,7 @@ function drawStretch(context, band, columns, { value, from, to }, all, x, top, h
   context.globalAlpha = 1;
   context.fillStyle = colours.page;
   context.fillRect(start - 0.5, top, 1, height);
-  label(context, band.text(value, columns), start, width, top + height / 2, weight, colours);
+  label(context, text, start, width, top + height / 2, weight, colours);
 }
 
 function label(context, text, start, width, y, weight, colours) {

@@ -71,9 +71,11 @@ export function vertical(context, x, top, bottom, colour, dash = []) {
 export function mark(context, shape, x, y, size, colour) {
   context.beginPath();
   if (shape === "square") context.rect(x - size, y - size, 2 * size, 2 * size);
-  else if (shape === "triangle") polygon(context, [[x, y - size], [x + size, y + size], [x - size, y + size]]);
-  else if (shape === "diamond") polygon(context, [[x, y - size], [x + size, y], [x, y + size], [x - size, y]]);
-  else context.arc(x, y, size, 0, 2 * Math.PI);
+  else if (shape === "triangle") {
+    polygon(context, [[x, y - size], [x + size, y + size], [x - size, y + size]]);
+  } else if (shape === "diamond") {
+    polygon(context, [[x, y - size], [x + size, y], [x, y + size], [x - size, y]]);
+  } else context.arc(x, y, size, 0, 2 * Math.PI);
   context.lineWidth = 2;
   context.fillStyle = context.strokeStyle = colour;
   if (shape === "ring") context.stroke();

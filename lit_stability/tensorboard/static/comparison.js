@@ -18,15 +18,22 @@ const PANELS = [
   ["learning_rate", "effective learning rate", 70],
 ];
 
-/** @returns {{element: HTMLElement, show: (other: {run: string, steps: Columns, incidents: object[]}|null, message?: Node) => void}} */
+/**
+ * @typedef {{run: string, steps: Columns, incidents: object[]}} Run
+ * @returns {{element: HTMLElement, show: (other: Run|null, message?: Node) => void}}
+ */
 export function createComparison(store) {
-  const layers = layeredCanvas("Comparison of two runs by step. Shift with arrows reads values.", () => draw());
+  const layers = layeredCanvas(
+    "Comparison of two runs by step. Shift with arrows reads values.",
+    () => draw(),
+  );
   const tooltip = createTooltip(layers.element);
   const [legend, message] = [el("div", { class: "legend" }), el("div", { class: "message" })];
   const element = section("comparison", "Comparison", [], legend, message, layers.element);
   let pair = null;
   let at = -1;
-  const x = () => linearScale(span(pair), [gutter(layers.width()), layers.width() - RIGHT], layers.width() / 110);
+  const x = () =>
+    linearScale(span(pair), [gutter(layers.width()), layers.width() - RIGHT], layers.width() / 110);
   const draw = () => pair && drawAll(pair, layers, x(), store.get());
   const point = (i, py) => {
     at = i;
@@ -45,7 +52,9 @@ export function createComparison(store) {
     element,
     show(other, text) {
       const { run, steps, incidents } = store.get();
-      pair = other && steps?.length && other.steps.length ? [named(run, steps, incidents), named(other.run, other.steps, other.incidents)] : null;
+      pair = other && steps?.length && other.steps.length
+        ? [named(run, steps, incidents), named(other.run, other.steps, other.incidents)]
+        : null;
       element.hidden = !pair && !text;
       layers.element.hidden = !pair;
       replace(message, text);
@@ -82,7 +91,13 @@ function span(pair) {
 
 function legendEntry({ run, incidents, loss, length }, i) {
   const last = length > 0 ? `, last loss ${short(loss[length - 1])}` : "";
-  return el("span", { class: "run" }, el("span", { class: `stroke ${i === 0 ? "first" : "second"}`, "aria-hidden": "true" }), el("strong", {}, run), ` ${summary(incidents)}${last}`);
+  return el(
+    "span",
+    { class: "run" },
+    el("span", { class: `stroke ${i === 0 ? "first" : "second"}`, "aria-hidden": "true" }),
+    el("strong", {}, run),
+    ` ${summary(incidents)}${last}`,
+  );
 }
 
 function drawAll(pair, layers, x, { scale }) {
@@ -93,7 +108,14 @@ function drawAll(pair, layers, x, { scale }) {
   const edges = [gutter(layers.width()), layers.width() - RIGHT];
   let top = TOP;
   for (const [field, title, height] of shown) {
-    drawPair(context, pair, field, title, { x, edges, palette, top, height, log: scale === "log" && field !== "learning_rate" });
+    drawPair(context, pair, field, title, {
+      x,
+      edges,
+      palette,
+      top,
+      height,
+      log: scale === "log" && field !== "learning_rate",
+    });
     top += height + GAP;
   }
   drawXAxis({ context, x, palette, edges }, bottom, "step");
@@ -112,7 +134,11 @@ function drawPair(context, pair, field, title, { x, edges, palette, top, height,
   drawYAxis(context, y, ...edges, palette);
   drawn.forEach((each, i) => {
     const second = each === pair[1];
-    drawCurve(context, each.step, each[field], indices[i], x, y, { colour: second ? palette.other : palette.loss, dash: second ? [6, 3] : [], width: second ? 1.8 : 1.4 });
+    drawCurve(context, each.step, each[field], indices[i], x, y, {
+      colour: second ? palette.other : palette.loss,
+      dash: second ? [6, 3] : [],
+      width: second ? 1.8 : 1.4,
+    });
   });
 }
 
@@ -134,5 +160,7 @@ function showCursor(pair, layers, x, tooltip, i, py) {
     if (second === undefined) return [title, short(first)];
     return [title, `${short(first)} | ${short(second)} (${ratio(second / first)})`];
   });
-  tooltip.show([at, py], `step ${count(step)}`, rows, [there ? `${pair[0].run} | ${pair[1].run}` : `${pair[1].run} has no such step`]);
+  tooltip.show([at, py], `step ${count(step)}`, rows, [
+    there ? `${pair[0].run} | ${pair[1].run}` : `${pair[1].run} has no such step`,
+  ]);
 }

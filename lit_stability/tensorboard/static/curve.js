@@ -48,7 +48,11 @@ function padded(low, high, pixels) {
  */
 export function drawCurve(context, xs, ys, [from, to], x, y, pen) {
   context.save();
-  Object.assign(context, { strokeStyle: pen.colour, lineWidth: pen.width ?? 1.4, lineJoin: "round" });
+  Object.assign(context, {
+    strokeStyle: pen.colour,
+    lineWidth: pen.width ?? 1.4,
+    lineJoin: "round",
+  });
   context.setLineDash(pen.dash ?? []);
   context.beginPath();
   trace(context, xs, ys, from, to, x, y);
@@ -58,7 +62,7 @@ export function drawCurve(context, xs, ys, [from, to], x, y, pen) {
 
 function trace(context, xs, ys, from, to, x, y) {
   let pen = false;
-  for (let i = from; i < to; ) {
+  for (let i = from; i < to;) {
     if (!Number.isFinite(ys[i])) {
       pen = false;
       i += 1;
@@ -81,7 +85,14 @@ function trace(context, xs, ys, from, to, x, y) {
 
 /** First, last, lowest and highest of the finite values that fall into one pixel column. */
 function columnFrom(xs, ys, start, to, x, column) {
-  const bin = { first: ys[start], last: ys[start], low: ys[start], high: ys[start], count: 0, end: start };
+  const bin = {
+    first: ys[start],
+    last: ys[start],
+    low: ys[start],
+    high: ys[start],
+    count: 0,
+    end: start,
+  };
   while (bin.end < to && Number.isFinite(ys[bin.end]) && Math.round(x.px(xs[bin.end])) === column) {
     const value = ys[bin.end];
     if (value < bin.low) bin.low = value;
@@ -98,7 +109,14 @@ export function drawDots(context, xs, ys, taken, [from, to], x, y, colours) {
   for (let i = from; i < to; i++) {
     if (!Number.isFinite(ys[i])) continue;
     const vetoed = taken && taken[i] === 0;
-    mark(context, vetoed ? "ring" : "circle", x.px(xs[i]), y.px(ys[i]), vetoed ? 4 : 2.2, vetoed ? colours.bad : colours.line);
+    mark(
+      context,
+      vetoed ? "ring" : "circle",
+      x.px(xs[i]),
+      y.px(ys[i]),
+      vetoed ? 4 : 2.2,
+      vetoed ? colours.bad : colours.line,
+    );
   }
 }
 

@@ -18,14 +18,21 @@ const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
 /** @returns {HTMLElement} an aside, hidden while no incident is looked at. */
 export function createDetail(store) {
-  const element = el("aside", { class: "detail", "aria-label": "Incident", tabindex: "-1", hidden: true });
+  const element = el("aside", {
+    class: "detail",
+    "aria-label": "Incident",
+    tabindex: "-1",
+    hidden: true,
+  });
   let [chart, key] = [null, ""];
   const draw = (state) => {
     const incident = currentIncident(state);
     element.hidden = !incident;
     if (incident?.key === key) return; // data came again and said the same: keep place and focus
     key = incident?.key;
-    chart = incident && incident.window.length > 0 ? createWindowChart(incident, state.incidents) : null;
+    chart = incident && incident.window.length > 0
+      ? createWindowChart(incident, state.incidents)
+      : null;
     replace(element, incident ? content(store, incident, chart) : []);
     element.scrollTop = 0;
   };
@@ -47,9 +54,15 @@ function content(store, incident, chart) {
     head(store, incident),
     el("p", { class: "headline" }, incident.message),
     story(incident),
-    el("h3", {}, "Step by step ", button("Show on the time line", () => store.set({ range: around(incident, store.get()) }))),
+    el(
+      "h3",
+      {},
+      "Step by step ",
+      button("Show on the time line", () => store.set({ range: around(incident, store.get()) })),
+    ),
     chart ? chart.element : el("p", { class: "message" }, "The steps around it were not kept."),
-    chart && el("p", { class: "key" }, "○ vetoed", " · × NaN or Inf", " · shaded: taken back by a rollback"),
+    chart &&
+    el("p", { class: "key" }, "○ vetoed", " · × NaN or Inf", " · shaded: taken back by a rollback"),
     chart && el("details", {}, el("summary", {}, "Show the numbers"), windowTable(incident)),
     origin(incident),
     causes(incident),
@@ -65,7 +78,13 @@ function head(store, incident) {
   const { incidents } = store.get();
   const at = incidents.indexOf(incident);
   const title = el("h2", {}, `Incident ${incident.id}: ${incident.kind}`);
-  const when = el("p", { class: "when" }, `step ${count(incident.step)} · epoch ${incident.epoch}, batch ${incident.batch_idx} · ${date} ${clock}`);
+  const when = el(
+    "p",
+    { class: "when" },
+    `step ${
+      count(incident.step)
+    } · epoch ${incident.epoch}, batch ${incident.batch_idx} · ${date} ${clock}`,
+  );
   const move = (by) => () => moveIncident(store, by);
   return el(
     "header",
@@ -73,7 +92,10 @@ function head(store, incident) {
     el("div", { class: "title" }, title, when),
     button("‹", move(-1), { "aria-label": "Previous incident", disabled: at <= 0 }),
     button("›", move(1), { "aria-label": "Next incident", disabled: at >= incidents.length - 1 }),
-    button("✕", () => store.set({ incident: null }), { "aria-label": "Close, Escape", class: "close" }),
+    button("✕", () => store.set({ incident: null }), {
+      "aria-label": "Close, Escape",
+      class: "close",
+    }),
   );
 }
 
@@ -94,7 +116,14 @@ function story(incident) {
     ["began in", begun(incident)],
     ["cause", causeText(incident)],
     ["done", done.join(", ") || "nothing changed"],
-    ["outcome", el("span", { class: `outcome ${colourOf(incident.outcome)}` }, outcomeText(incident) + strikes)],
+    [
+      "outcome",
+      el(
+        "span",
+        { class: `outcome ${colourOf(incident.outcome)}` },
+        outcomeText(incident) + strikes,
+      ),
+    ],
   ];
   return el(
     "dl",
@@ -107,5 +136,10 @@ function begun(incident) {
   const { origin: found } = incident;
   if (!found) return path(worstLayer(incident) || "no single layer");
   const where = [place(found), `${found.phase} pass`].filter(Boolean).join(", ");
-  return [path(`${found.op} made ${found.value}`), el("br"), path(found.module || "the model's own code"), el("span", { class: "aside" }, where)];
+  return [
+    path(`${found.op} made ${found.value}`),
+    el("br"),
+    path(found.module || found.module_type || "the model's own code"),
+    el("span", { class: "aside" }, where),
+  ];
 }

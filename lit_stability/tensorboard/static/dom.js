@@ -33,11 +33,16 @@ export function button(label, onclick, attributes = {}) {
 export function choice(label, options, chosen, onchoose) {
   const group = el("div", { class: "choice", role: "group", "aria-label": label });
   const buttons = options.map(([value, text]) =>
-    button(text, () => onchoose(value), { "aria-pressed": String(value === chosen), "data-value": value }),
+    button(text, () => onchoose(value), {
+      "aria-pressed": String(value === chosen),
+      "data-value": value,
+    })
   );
   group.append(...buttons);
   group.choose = (value) =>
-    buttons.forEach((each) => each.setAttribute("aria-pressed", String(each.dataset.value === value)));
+    buttons.forEach((each) =>
+      each.setAttribute("aria-pressed", String(each.dataset.value === value))
+    );
   return group;
 }
 

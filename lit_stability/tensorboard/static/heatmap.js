@@ -7,7 +7,7 @@
 
 import { gutter, layeredCanvas, mark, vertical } from "./canvas.js";
 import { button, choice, el, replace, section } from "./dom.js";
-import { NON_FINITE, encode, strikeOf } from "./layer_codes.js";
+import { encode, NON_FINITE, strikeOf } from "./layer_codes.js";
 import { groupLayers, layOut } from "./layer_groups.js";
 import { nameRows } from "./layer_names.js";
 import { cells, paint } from "./layer_picture.js";
@@ -32,8 +32,20 @@ export function createHeatmap(store) {
   layers.element.append(names);
   const tooltip = createTooltip(layers.element);
   const message = el("div", { class: "message" });
-  const map = { data: null, coded: null, groups: [], folded: new Set(), laid: layOut([], new Set(), HEIGHT), at: [-1, 0] };
-  const x = () => linearScale(rangeInView(store.get()), [gutter(layers.width()), layers.width() - RIGHT], layers.width() / 110);
+  const map = {
+    data: null,
+    coded: null,
+    groups: [],
+    folded: new Set(),
+    laid: layOut([], new Set(), HEIGHT),
+    at: [-1, 0],
+  };
+  const x = () =>
+    linearScale(
+      rangeInView(store.get()),
+      [gutter(layers.width()), layers.width() - RIGHT],
+      layers.width() / 110,
+    );
   const draw = () => drawAll(store.get(), map, layers, names, x(), fold);
   const fold = (group) => {
     map.folded = toggled(map.folded, group.name);
@@ -76,9 +88,18 @@ function toggled(set, value) {
 }
 
 function controls(store, foldAll) {
-  const quantity = choice("Quantity", Object.entries(WORDS), store.get().quantity, (value) => store.set({ quantity: value }));
+  const quantity = choice(
+    "Quantity",
+    Object.entries(WORDS),
+    store.get().quantity,
+    (value) => store.set({ quantity: value }),
+  );
   store.on(["quantity"], (state) => quantity.choose(state.quantity));
-  return [quantity, button("Fold all", () => foldAll(true)), button("Unfold all", () => foldAll(false))];
+  return [
+    quantity,
+    button("Fold all", () => foldAll(true)),
+    button("Unfold all", () => foldAll(false)),
+  ];
 }
 
 function drawAll(state, map, layers, names, x, fold) {
@@ -142,18 +163,28 @@ function connect(store, map, layers, tooltip, x) {
     clamp: (px) => Math.min(Math.max(px, gutter(layers.width())), layers.width() - RIGHT),
     click: (px, event) => {
       const found = pinAt(store.get().incidents, x(), rangeInView(store.get()), px);
-      if (found && event.clientX - layers.element.getBoundingClientRect().left >= gutter(layers.width())) store.set({ incident: found.id });
+      if (
+        found &&
+        event.clientX - layers.element.getBoundingClientRect().left >= gutter(layers.width())
+      ) store.set({ incident: found.id });
     },
   });
   attachCursor(layers.element, {
     point: (px, py) => {
-      if (!map.data || px < gutter(layers.width()) || px > layers.width() - RIGHT || py < TOP) return leave();
+      if (!map.data || px < gutter(layers.width()) || px > layers.width() - RIGHT || py < TOP) {
+        return leave();
+      }
       return show(nearest(map.data.attempts, x().value(px)), py);
     },
     step: (by) => {
       if (!map.data) return;
-      const start = map.at[0] >= 0 ? map.at[0] : nearest(map.data.attempts, rangeInView(store.get())[0]) - by;
-      show(Math.min(Math.max(start + by, 0), map.data.attempts.length - 1), Math.max(map.at[1], TOP + 1));
+      const start = map.at[0] >= 0
+        ? map.at[0]
+        : nearest(map.data.attempts, rangeInView(store.get())[0]) - by;
+      show(
+        Math.min(Math.max(start + by, 0), map.data.attempts.length - 1),
+        Math.max(map.at[1], TOP + 1),
+      );
     },
     leave,
   });
@@ -167,17 +198,29 @@ function showCursor(map, layers, x, tooltip, i, py) {
   vertical(context, at, TOP - 20, layers.element.clientHeight - AXIS, colours().ink);
   if (!row) return tooltip.hide();
   context.strokeStyle = colours().accent;
-  context.strokeRect(left + 0.5, TOP + row.top - 0.5, layers.width() - RIGHT - left, row.height + 1);
+  context.strokeRect(
+    left + 0.5,
+    TOP + row.top - 0.5,
+    layers.width() - RIGHT - left,
+    row.height + 1,
+  );
   const layer = worst(map, row.layers, i);
   const value = values[i * names.length + layer];
   const rows = [
     ["value", short(value)],
     ["its median", short(map.coded.medians[layer])],
-    ...(value > 0 && Number.isFinite(value) ? [["ratio", ratio(value / map.coded.medians[layer])]] : []),
+    ...(value > 0 && Number.isFinite(value)
+      ? [["ratio", ratio(value / map.coded.medians[layer])]]
+      : []),
     ["attempt", count(attempts[i])],
     ["step", count(steps[i])],
   ];
-  return tooltip.show([at, py], names[layer], rows, row.layers.length > 1 ? [`The most striking of ${plural(row.layers.length, "layer")}`] : []);
+  return tooltip.show(
+    [at, py],
+    names[layer],
+    rows,
+    row.layers.length > 1 ? [`The most striking of ${plural(row.layers.length, "layer")}`] : [],
+  );
 }
 
 /** Of several layers, the one whose sample `i` is the most striking. */

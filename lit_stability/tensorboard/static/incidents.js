@@ -11,7 +11,11 @@ const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 /** @returns {HTMLElement} the section; it follows the store from then on. */
 export function createIncidents(store) {
   const body = el("tbody");
-  const head = el("thead", {}, el("tr", {}, COLUMNS.map((name) => el("th", { scope: "col" }, name))));
+  const head = el(
+    "thead",
+    {},
+    el("tr", {}, COLUMNS.map((name) => el("th", { scope: "col" }, name))),
+  );
   const table = el("table", {}, head, body);
   const frame = el("div", { class: "frame" }, table);
   const none = el("div", { class: "message" });
@@ -43,7 +47,9 @@ export function summary(incidents) {
   const tally = new Map();
   for (const { outcome } of incidents) tally.set(outcome, (tally.get(outcome) ?? 0) + 1);
   const parts = [...tally].map(([outcome, n]) => `${n} ${outcome}`);
-  return incidents.length === 0 ? "no incident" : `${plural(incidents.length, "incident")}: ${parts.join(", ")}`;
+  return incidents.length === 0
+    ? "no incident"
+    : `${plural(incidents.length, "incident")}: ${parts.join(", ")}`;
 }
 
 function drawRows(store, body, frame, none) {
@@ -61,15 +67,23 @@ function drawRows(store, body, frame, none) {
 
 function calm(steps) {
   const attempts = steps.length > 0 ? steps.attempt[steps.length - 1] - steps.attempt[0] + 1 : 0;
-  return `No incident in this run: ${plural(attempts, "attempt")} watched, nothing to do. To rehearse one, put a lit_stability.faults.FaultInjector into the callbacks.`;
+  return `No incident in this run: ${
+    plural(attempts, "attempt")
+  } watched, nothing to do. To rehearse one, put a lit_stability.faults.FaultInjector into the callbacks.`;
 }
 
 function row(store, incident, dated) {
   const { clock, date } = moment(incident.time);
   const open = () => store.set({ incident: incident.id });
   const cells = [
-    button(String(incident.id), open, { "aria-label": `Incident ${incident.id}: ${incident.kind}, ${incident.outcome}` }),
-    el("time", { title: date, datetime: `${date}T${clock}` }, dated ? `${date.slice(5)} ${clock}` : clock),
+    button(String(incident.id), open, {
+      "aria-label": `Incident ${incident.id}: ${incident.kind}, ${incident.outcome}`,
+    }),
+    el(
+      "time",
+      { title: date, datetime: `${date}T${clock}` },
+      dated ? `${date.slice(5)} ${clock}` : clock,
+    ),
     count(incident.step),
     el("strong", {}, incident.kind),
     causeText(incident),
@@ -77,7 +91,11 @@ function row(store, incident, dated) {
     responses(incident).join(", ") || "nothing changed",
     el("span", { class: `outcome ${colourOf(incident.outcome)}` }, outcomeText(incident)),
   ];
-  return el("tr", { "data-id": incident.id, onclick: open }, cells.map((cell) => el("td", {}, cell)));
+  return el(
+    "tr",
+    { "data-id": incident.id, onclick: open },
+    cells.map((cell) => el("td", {}, cell)),
+  );
 }
 
 function markChosen({ incident }, body) {

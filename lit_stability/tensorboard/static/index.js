@@ -8,7 +8,14 @@ import { createComparison } from "./comparison.js";
 import { createDetail } from "./detail.js";
 import { el, replace } from "./dom.js";
 import { createHeatmap } from "./heatmap.js";
-import { isDark, onAddressChange, onDataReloaded, onThemeChange, readAddress, writeAddress } from "./host.js";
+import {
+  isDark,
+  onAddressChange,
+  onDataReloaded,
+  onThemeChange,
+  readAddress,
+  writeAddress,
+} from "./host.js";
 import { createIncidents, moveIncident } from "./incidents.js";
 import { createLoader } from "./loader.js";
 import { noRun } from "./messages.js";
@@ -16,7 +23,7 @@ import { createStore, currentIncident } from "./store.js";
 import { createTimeline } from "./timeline.js";
 import { createToolbar } from "./toolbar.js";
 
-const STYLES = ["theme.css", "page.css", "incident.css", "heatmap.css"];
+const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css"];
 
 /** Draw the tab into this document. */
 export async function render() {
@@ -24,23 +31,51 @@ export async function render() {
   document.documentElement.lang = "en";
   document.title = "Stability";
   light(isDark());
-  const store = createStore({ ...fromAddress(), runs: [], scale: "log", steps: null, incidents: [], dark: isDark() });
+  const store = createStore({
+    ...fromAddress(),
+    runs: [],
+    scale: "log",
+    steps: null,
+    incidents: [],
+    dark: isDark(),
+  });
   const heatmap = createHeatmap(store);
   const comparison = createComparison(store);
   const page = shell(store, heatmap, comparison);
   document.body.replaceChildren(page.element);
-  const loader = createLoader(store, { heatmap, comparison, say: (kind, message) => page.say(kind, message ?? (kind === "empty" ? noRun(() => loader.reload()) : null)) });
+  const loader = createLoader(store, {
+    heatmap,
+    comparison,
+    say: (kind, message) =>
+      page.say(kind, message ?? (kind === "empty" ? noRun(() => loader.reload()) : null)),
+  });
   connect(store, loader);
   await loader.reload();
 }
 
 function shell(store, heatmap, comparison) {
   const message = el("div", { class: "page-message" });
-  const main = el("main", {}, createIncidents(store), createTimeline(store), comparison.element, heatmap.element);
+  const main = el(
+    "main",
+    {},
+    createIncidents(store),
+    createTimeline(store),
+    comparison.element,
+    heatmap.element,
+  );
   const columns = el("div", { class: "columns" }, main, createDetail(store));
-  const element = el("div", { class: "page", "data-state": "loading" }, createToolbar(store), message, columns);
+  const element = el(
+    "div",
+    { class: "page", "data-state": "loading" },
+    createToolbar(store),
+    message,
+    columns,
+  );
   comparison.element.hidden = true;
-  store.on(["incident", "incidents"], (state) => element.classList.toggle("with-detail", Boolean(currentIncident(state))));
+  store.on(
+    ["incident", "incidents"],
+    (state) => element.classList.toggle("with-detail", Boolean(currentIncident(state))),
+  );
   return {
     element,
     say(kind, said) {
@@ -88,7 +123,14 @@ function fromAddress(state = {}) {
 
 function toAddress({ run, other, incident, quantity, range }) {
   const [from, to] = range ? range.map(Math.round) : ["", ""];
-  return { run, compare: other, incident, quantity: quantity === "grad_norm" ? "" : quantity, from, to };
+  return {
+    run,
+    compare: other,
+    incident,
+    quantity: quantity === "grad_norm" ? "" : quantity,
+    from,
+    to,
+  };
 }
 
 function light(dark) {
@@ -97,7 +139,12 @@ function light(dark) {
 
 function loadStyle(name) {
   return new Promise((resolve) => {
-    const link = el("link", { rel: "stylesheet", href: new URL(name, import.meta.url).href, onload: resolve, onerror: resolve });
+    const link = el("link", {
+      rel: "stylesheet",
+      href: new URL(name, import.meta.url).href,
+      onload: resolve,
+      onerror: resolve,
+    });
     document.head.append(link);
   });
 }

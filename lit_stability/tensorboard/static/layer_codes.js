@@ -16,36 +16,66 @@ const PER_DECADE = MEDIAN / DECADES;
 export function encode({ names, values }) {
   const layers = names.length;
   const samples = layers === 0 ? 0 : Math.floor(values.length / layers);
-  const coded = { codes: new Uint8Array(layers * samples), medians: new Float64Array(layers), samples };
+  const coded = {
+    codes: new Uint8Array(layers * samples),
+    medians: new Float64Array(layers),
+    samples,
+  };
   const column = new Float32Array(samples);
+  const bits = new Uint32Array(samples);
+  const asFloats = new Float32Array(bits.buffer);
   for (let layer = 0; layer < layers; layer++) {
-    for (let i = 0; i < samples; i++) column[i] = values[i * layers + layer];
+    for (let i = 0; i < samples; i++) asFloats[i] = values[i * layers + layer];
+    column.set(asFloats);
     coded.medians[layer] = medianOf(column);
-    encodeLayer(column, coded.medians[layer], coded.codes.subarray(layer * samples, (layer + 1) * samples));
+    encodeLayer(
+      bits,
+      coded.medians[layer],
+      coded.codes.subarray(layer * samples, (layer + 1) * samples),
+    );
   }
   return coded;
 }
 
-function encodeLayer(column, median, codes) {
-  const shift = Math.log10(median);
-  for (let i = 0; i < column.length; i++) {
-    const value = column[i];
-    if (value === 0) codes[i] = ZERO;
-    else if (!Number.isFinite(value)) codes[i] = NON_FINITE;
-    else codes[i] = Math.min(TOP_CODE, Math.max(0, MEDIAN + (Math.log10(Math.abs(value)) - shift) * PER_DECADE + 0.5));
+function encodeLayer(bits, median, codes) {
+  const shift = MEDIAN + 0.5 - Math.log10(median) * PER_DECADE;
+  for (let i = 0; i < bits.length; i++) {
+    const scaled = SCALED_LOG[bits[i] >>> 16] + shift;
+    if (bits[i] << 1 === 0) codes[i] = ZERO;
+    else if (scaled !== scaled) codes[i] = NON_FINITE;
+    else codes[i] = scaled < 0 ? 0 : scaled > TOP_CODE ? TOP_CODE : scaled;
   }
 }
 
-/** Median of what is finite and not zero, 1 where nothing is. */
-export function medianOf(values) {
-  const kept = values.filter((value) => Number.isFinite(value) && value !== 0);
-  if (kept.length === 0) return 1;
-  return Math.abs(select(kept, kept.length >> 1));
+/**
+ * Codes per ratio from the upper half of a float32: sign, exponent and seven bits of the mantissa.
+ *
+ * Exact to a tenth of a code, and many times faster than six million logarithms. NaN for NaN and Inf.
+ */
+const SCALED_LOG = scaledLogs();
+
+function scaledLogs() {
+  const upper = new Uint32Array(1);
+  const value = new Float32Array(upper.buffer);
+  return Float32Array.from({ length: 1 << 16 }, (_, half) => {
+    upper[0] = (half << 16) | 0x8000;
+    return Number.isFinite(value[0]) ? Math.log10(Math.abs(value[0])) * PER_DECADE : NaN;
+  });
 }
 
-/** The k-th smallest; the array is reordered (Hoare's quickselect). */
-function select(values, k) {
-  let [low, high] = [0, values.length - 1];
+/** Median of what is finite and not zero, 1 where nothing is; the array is reordered. */
+function medianOf(values) {
+  let kept = 0;
+  for (let i = 0; i < values.length; i++) {
+    const value = Math.abs(values[i]);
+    if (value > 0 && value < Infinity) values[kept++] = value;
+  }
+  return kept === 0 ? 1 : select(values, kept >> 1, kept - 1);
+}
+
+/** The k-th smallest up to index `high`; the array is reordered (Hoare's quickselect). */
+function select(values, k, high) {
+  let low = 0;
   while (low < high) {
     const pivot = values[(low + high) >> 1];
     let [i, j] = [low, high];
@@ -53,9 +83,9 @@ function select(values, k) {
       while (values[i] < pivot) i += 1;
       while (values[j] > pivot) j -= 1;
       if (i > j) break;
-      [values[i], values[j]] = [values[j], values[i]];
-      i += 1;
-      j -= 1;
+      const swapped = values[i];
+      values[i++] = values[j];
+      values[j--] = swapped;
     }
     if (k <= j) high = j;
     else if (k >= i) low = i;

@@ -19,10 +19,17 @@ const [NAMED, MARGIN, SHARE, WIDE, LETTER] = [10, 8, 0.48, 200, 5.7];
  */
 export function nameRows(place, map) {
   const { laid, left } = map;
-  const key = [left, ...laid.blocks.flatMap(({ top, height, folded, group }) => [top, height, folded, group.name])].join();
+  const key = [
+    left,
+    ...laid.blocks.flatMap(({ top, height, folded, group }) => [top, height, folded, group.name]),
+  ].join();
   if (place.dataset.key === key) return;
   place.dataset.key = key;
-  const rows = left < WIDE ? [] : laid.rows.filter(({ height, layers, group }) => height >= NAMED && layers.length === 1 && group.layers.length > 1);
+  const rows = left < WIDE
+    ? []
+    : laid.rows.filter(({ height, layers, group }) =>
+      height >= NAMED && layers.length === 1 && group.layers.length > 1
+    );
   const named = new Set(rows.map(({ group }) => group));
   replace(
     place,
@@ -34,22 +41,34 @@ export function nameRows(place, map) {
 function groupName({ left, top, fold }, { top: at, height, group, folded }, narrow) {
   const width = narrow ? left * SHARE : left - MARGIN;
   const size = folded ? ` (${group.layers.length})` : "";
-  const label = `${folded ? "▸" : "▾"} ${tail(group.name, width / LETTER - 2 - size.length)}${size}`;
+  const label = `${folded ? "▸" : "▾"} ${
+    tail(group.name, width / LETTER - 2 - size.length)
+  }${size}`;
   return button(label, () => fold(group), {
     class: "group-name",
     style: { top: `${top + at}px`, height: `${Math.min(height, 16)}px`, width: `${width}px` },
     "aria-expanded": String(!folded),
     "data-group": group.name,
-    title: `${group.name}, ${plural(group.layers.length, "layer")}: click to ${folded ? "unfold" : "fold"}`,
+    title: `${group.name}, ${plural(group.layers.length, "layer")}: click to ${
+      folded ? "unfold" : "fold"
+    }`,
   });
 }
 
 function layerName({ data, left, top }, { top: at, height, layers, group }) {
   const name = nameInGroup(data.names[layers[0]], group.name).replace(/\.weight$/, "");
   const width = left * (1 - SHARE) - MARGIN;
-  const style = { top: `${top + at}px`, left: `${left * SHARE}px`, width: `${width}px`, lineHeight: `${height}px` };
+  const style = {
+    top: `${top + at}px`,
+    left: `${left * SHARE}px`,
+    width: `${width}px`,
+    lineHeight: `${height}px`,
+  };
   return el("span", { class: "layer-name", style }, tail(name, width / LETTER));
 }
 
 /** The end of a name, which tells more than its beginning. */
-const tail = (name, letters) => (name.length <= letters ? name : `…${name.slice(1 - Math.floor(letters))}`);
+const tail = (
+  name,
+  letters,
+) => (name.length <= letters ? name : `…${name.slice(1 - Math.floor(letters))}`);

@@ -1,6 +1,6 @@
 /** The heat map's pixels: codes of layers and steps as colours. */
 
-import { MEDIAN, NON_FINITE, NOTHING, TOP_CODE, ZERO, mostStriking } from "./layer_codes.js";
+import { MEDIAN, mostStriking, NON_FINITE, NOTHING, TOP_CODE, ZERO } from "./layer_codes.js";
 import { lowerBound } from "./scales.js";
 import { channels } from "./theme.js";
 
@@ -18,11 +18,16 @@ export function cells(attempts, x, [left, right]) {
   const width = Math.max(1, Math.round(right - left));
   const from = lowerBound(attempts, x.value(left));
   const to = Math.max(from, Math.min(attempts.length, lowerBound(attempts, x.value(right)) + 1));
-  return to - from > width ? pixelCells(attempts, x, left, width) : sampleCells(attempts, x, left, width, from, to);
+  return to - from > width
+    ? pixelCells(attempts, x, left, width)
+    : sampleCells(attempts, x, left, width, from, to);
 }
 
 function pixelCells(attempts, x, left, width) {
-  const edges = Int32Array.from({ length: width + 1 }, (_, i) => lowerBound(attempts, x.value(left + i)));
+  const edges = Int32Array.from(
+    { length: width + 1 },
+    (_, i) => lowerBound(attempts, x.value(left + i)),
+  );
   edges[width] = Math.min(attempts.length, edges[width] + 1);
   return { edges, cellOf: Int32Array.from({ length: width }, (_, i) => i) };
 }
@@ -35,7 +40,11 @@ function sampleCells(attempts, x, left, width, from, to) {
   for (let i = first; i < last; i++) {
     const start = x.value(left) >= attempts[i] ? left : x.px(middle(attempts, i - 1));
     const end = i + 1 < attempts.length ? x.px(middle(attempts, i)) : left + width;
-    cellOf.fill(i - first, Math.max(0, Math.round(start - left)), Math.min(width, Math.round(end - left)));
+    cellOf.fill(
+      i - first,
+      Math.max(0, Math.round(start - left)),
+      Math.min(width, Math.round(end - left)),
+    );
   }
   return { edges, cellOf };
 }

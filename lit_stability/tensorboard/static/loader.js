@@ -6,11 +6,12 @@
  */
 
 import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
+import { mergeColumns } from "./columns.js";
 import { failure, loading, noLayers, noSteps } from "./messages.js";
 
 /**
  * @param {object} store
- * @param {object} views  heatmap, comparison, and `say(message|null)` for the page as a whole
+ * @param {object} views  heatmap, comparison, and `say(kind, message)` for the page
  */
 export function createLoader(store, views) {
   const latest = { run: newest(), layers: newest(), other: newest() };
@@ -21,7 +22,11 @@ export function createLoader(store, views) {
       const runs = await fetchRuns();
       const { run, other } = store.get();
       const known = (name) => runs.some((each) => each.run === name);
-      store.set({ runs, run: known(run) ? run : (mostTelling(runs)?.run ?? ""), other: known(other) ? other : "" });
+      store.set({
+        runs,
+        run: known(run) ? run : (mostTelling(runs)?.run ?? ""),
+        other: known(other) ? other : "",
+      });
       if (runs.length === 0) views.say("empty");
     } catch (error) {
       views.say("error", failure(error, reload));
@@ -33,9 +38,12 @@ export function createLoader(store, views) {
     const { run } = store.get();
     if (!run) return;
     const signal = latest.run();
-    if (fresh) views.say("loading", loading(`run ${run}`));
+    if (fresh) {
+      views.say("loading", loading(`run ${run}`));
+      views.heatmap.show(null, loading("layers"));
+    }
     try {
-      const [steps, incidents] = await Promise.all([fetchSteps(run, signal), fetchIncidents(run, signal)]);
+      const { steps, incidents } = await fetchRun(run, signal);
       const { incident } = store.get();
       const known = incidents.some((each) => each.id === incident);
       views.say("ready", steps.length === 0 ? noSteps() : null);
@@ -65,8 +73,7 @@ export function createLoader(store, views) {
     const signal = latest.other();
     if (!other) return views.comparison.show(null);
     try {
-      const [steps, incidents] = await Promise.all([fetchSteps(other, signal), fetchIncidents(other, signal)]);
-      return views.comparison.show({ run: other, steps, incidents });
+      return views.comparison.show({ run: other, ...(await fetchRun(other, signal)) });
     } catch (error) {
       if (error.name === "AbortError") return undefined;
       return views.comparison.show(null, failure(error, loadOther));
@@ -86,6 +93,14 @@ export function createLoader(store, views) {
   store.on(["quantity"], loadLayers);
   store.on(["other"], loadOther);
   return { reload };
+}
+
+async function fetchRun(run, signal) {
+  const [steps, incidents] = await Promise.all([
+    fetchSteps(run, signal),
+    fetchIncidents(run, signal),
+  ]);
+  return { steps: mergeColumns(steps, incidents.map((each) => each.window)), incidents };
 }
 
 /** The run that struck last is the one that somebody wants to see; else the longest. */

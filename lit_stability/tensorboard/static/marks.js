@@ -55,5 +55,7 @@ function pins(incidents, x, inside) {
 
 /** Whether an attempt was taken back, and by which incident. */
 export function takenBackBy(incidents, attempt) {
-  return incidents.find((each) => each.spans.some(([from, to]) => attempt >= from && attempt <= to));
+  return incidents.find((each) =>
+    each.spans.some(([from, to]) => attempt >= from && attempt <= to)
+  );
 }

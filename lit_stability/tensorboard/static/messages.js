@@ -18,14 +18,23 @@ export function noRun(retry) {
     el("h2", {}, "No run with stability data"),
     el("p", {}, "Add GradientMonitor() to Trainer(callbacks=...) and a TensorBoardLogger:"),
     el("pre", {}, EXAMPLE),
-    el("p", {}, "Then start TensorBoard on the logger's folder. A run appears here after its first steps."),
+    el(
+      "p",
+      {},
+      "Then start TensorBoard on the logger's folder. A run appears here after its first steps.",
+    ),
     button("Look again", retry),
   );
 }
 
 /** Still on its way. */
 export function loading(what) {
-  return el("div", { class: "state loading", role: "status" }, el("span", { class: "spinner", "aria-hidden": "true" }), `Loading ${what}…`);
+  return el(
+    "div",
+    { class: "state loading", role: "status" },
+    el("span", { class: "spinner", "aria-hidden": "true" }),
+    `Loading ${what}…`,
+  );
 }
 
 /** @param {Error} error @param {() => void} retry */
@@ -45,10 +54,15 @@ export function noLayers(quantity) {
     "span",
     {},
     quantity === "grad_norm"
-      ? "No gradient norms by layer in this run: it was written before layers were, or has not come to its first sample yet."
-      : "No update-to-weight ratios by layer in this run: they are written where they were measured. Look at the gradient norm.",
+      ? "No gradient norms by layer in this run yet: wait for its first steps."
+      : "No update-to-weight ratios by layer in this run. Look at the gradient norm.",
   );
 }
 
 /** A run that has begun and has no sample yet. */
-export const noSteps = () => el("span", {}, "No step of this run was written yet: wait for the first ones, or look whether GradientMonitor() is among its callbacks.");
+export const noSteps = () =>
+  el(
+    "span",
+    {},
+    "No step of this run was written yet: wait for the first ones.",
+  );

@@ -28,7 +28,10 @@ export function drawPanel(view, { title, height, lines, switched }, top, log) {
   const { context, steps, palette, indices } = view;
   const [left, right] = view.edges;
   const present = lines.filter(([field]) => field in steps);
-  const y = yScale(present.map(([field]) => steps[field]), indices, [top + height, top + (left >= GUTTER ? 6 : 16)], log);
+  const y = yScale(present.map(([field]) => steps[field]), indices, [
+    top + height,
+    top + (left >= GUTTER ? 6 : 16),
+  ], log);
   drawTitle(view, title + (switched && log ? " (log)" : ""), present, top + 5);
   if (!y) return;
   context.strokeStyle = palette.line;
@@ -48,7 +51,10 @@ function drawLines({ context, steps, xs, x, palette, edges, indices }, lines, y,
   }
   const [field, colour] = lines[0];
   if ((edges[1] - edges[0]) / (indices[1] - indices[0]) > DOT_SPACING) {
-    drawDots(context, xs, steps[field], steps.taken, indices, x, y, { line: palette[colour], bad: palette.bad });
+    drawDots(context, xs, steps[field], steps.taken, indices, x, y, {
+      line: palette[colour],
+      bad: palette.bad,
+    });
   }
   if (field === "loss" || field === "grad_norm") {
     drawNonFinite(context, xs, steps[field], indices, x, top + 8, palette.bad);

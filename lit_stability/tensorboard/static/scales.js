@@ -43,7 +43,9 @@ function logTicks(low, high, count) {
   const steps = decades < 1.5 ? [1, 2, 5] : decades < 2.2 ? [1, 3] : [1];
   const ticks = [];
   for (let p = Math.floor(Math.log10(low)); 10 ** p <= high; p += every) {
-    ticks.push(...steps.map((step) => step * 10 ** p).filter((tick) => tick >= low && tick <= high));
+    ticks.push(
+      ...steps.map((step) => step * 10 ** p).filter((tick) => tick >= low && tick <= high),
+    );
   }
   return ticks;
 }
@@ -72,7 +74,9 @@ export function short(value) {
   if (Number.isNaN(value)) return "NaN";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "-∞";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2).replace(/\.?0+e/, "e");
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) {
+    return value.toExponential(2).replace(/\.?0+e/, "e");
+  }
   return String(Number(value.toPrecision(4)));
 }
 

@@ -9,7 +9,9 @@ const NAMES = [
 /** @returns {Record<string, string>} colour by name, as the page is lit now. */
 export function colours() {
   const style = getComputedStyle(document.documentElement);
-  return Object.fromEntries(NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  return Object.fromEntries(
+    NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]),
+  );
 }
 
 /** How each outcome is marked: never by colour alone. */

@@ -22,9 +22,14 @@ const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 30, 12, 20, 26];
 
 const PANELS = [
   { title: "loss", height: 120, lines: [["loss", "loss"]], switched: true },
-  { title: "gradient norm", height: 120, lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]], switched: true },
+  {
+    title: "gradient norm",
+    height: 120,
+    lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]],
+    switched: true,
+  },
   { title: "effective learning rate", height: 64, lines: [["learning_rate", "rate"]] },
-  { title: "update-to-weight ratio", height: 64, lines: [["update_ratio", "update"]], switched: true },
+  { title: "update / weight", height: 64, lines: [["update_ratio", "update"]], switched: true },
 ];
 
 /** @returns {HTMLElement} the section; it follows the store from then on. */
@@ -35,7 +40,12 @@ export function createTimeline(store) {
   );
   const tooltip = createTooltip(layers.element);
   let at = -1;
-  const x = () => linearScale(rangeInView(store.get()), [gutter(layers.width()), layers.width() - RIGHT], layers.width() / 110);
+  const x = () =>
+    linearScale(
+      rangeInView(store.get()),
+      [gutter(layers.width()), layers.width() - RIGHT],
+      layers.width() / 110,
+    );
   const draw = () => drawAll(store.get(), layers, x());
   const point = (i, py) => {
     at = i;
@@ -74,7 +84,12 @@ export function createTimeline(store) {
 }
 
 function controls(store) {
-  const scale = choice("Scale of loss and norm", [["log", "log"], ["linear", "linear"]], store.get().scale, (value) => store.set({ scale: value }));
+  const scale = choice(
+    "Scale of loss and norm",
+    [["log", "log"], ["linear", "linear"]],
+    store.get().scale,
+    (value) => store.set({ scale: value }),
+  );
   const all = button("Show all", () => store.set({ range: null }), { class: "show-all" });
   const follow = () => {
     scale.choose(store.get().scale);
@@ -87,16 +102,21 @@ function controls(store) {
 
 function moveCursor({ steps, range }, at, by, point) {
   if (!steps || steps.length === 0) return;
-  const start = at >= 0 ? at : nearest(steps.attempt, range ? range[0] : -Infinity, steps.length) - by;
+  const start = at >= 0
+    ? at
+    : nearest(steps.attempt, range ? range[0] : -Infinity, steps.length) - by;
   point(Math.min(Math.max(start + by, 0), steps.length - 1));
 }
 
 function drawAll(state, layers, x) {
   const { steps, incidents, incident, scale } = state;
   if (!steps || steps.length === 0) return;
-  const shown = PANELS.filter(({ lines }) => lines.some(([field]) => steps[field]?.some(Number.isFinite)));
+  const shown = PANELS.filter(({ lines }) =>
+    lines.some(([field]) => steps[field]?.some(Number.isFinite))
+  );
   const bands = BANDS.filter(({ field }) => steps[field]?.some(Number.isFinite));
-  const bottom = TOP + shown.reduce((sum, each) => sum + each.height + GAP, 0) + bands.length * (BAND + 4);
+  const bottom = TOP + shown.reduce((sum, each) => sum + each.height + GAP, 0) +
+    bands.length * (BAND + 4);
   const context = layers.begin(bottom + AXIS);
   const palette = colours();
   const edges = [gutter(layers.width()), layers.width() - RIGHT];

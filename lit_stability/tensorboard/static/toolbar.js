@@ -6,14 +6,26 @@ import { count, plural } from "./scales.js";
 
 /** @returns {HTMLElement} it follows the store from then on. */
 export function createToolbar(store) {
-  const run = el("select", { id: "run", onchange: () => store.set({ run: run.value, incident: null, range: null }) });
+  const run = el("select", {
+    id: "run",
+    onchange: () => store.set({ run: run.value, incident: null, range: null }),
+  });
   const other = el("select", { id: "other", onchange: () => store.set({ other: other.value }) });
-  const chooser = [el("label", { for: "run" }, "Run"), run, el("label", { for: "other" }, "compare with"), other];
+  const chooser = [
+    el("label", { for: "run" }, "Run"),
+    run,
+    el("label", { for: "other" }, "compare with"),
+    other,
+  ];
   const said = el("p", { class: "summary", role: "status" });
   const fill = (state) => {
     replace(run, state.runs.map((each) => option(each, state.run)));
     const others = state.runs.filter((each) => each.run !== state.run);
-    replace(other, el("option", { value: "" }, "no other run"), others.map((each) => option(each, state.other)));
+    replace(
+      other,
+      el("option", { value: "" }, "no other run"),
+      others.map((each) => option(each, state.other)),
+    );
     for (const each of chooser) each.hidden = state.runs.length === 0;
     other.disabled = others.length === 0;
     if (state.other === state.run && state.other) store.set({ other: "" });
@@ -51,6 +63,10 @@ function keys() {
     ["+ − ← → 0", "zoom, pan, show all, in a picture"],
     ["Shift + ← →", "read values, in a picture"],
   ];
-  const list = el("dl", {}, rows.map(([key, text]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, text)]));
+  const list = el(
+    "dl",
+    {},
+    rows.map(([key, text]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, text)]),
+  );
   return el("details", { class: "keys" }, el("summary", {}, "Keys"), list);
 }

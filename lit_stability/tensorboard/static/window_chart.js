@@ -13,7 +13,12 @@ import { attachCursor, createTooltip } from "./tooltip.js";
 const [LEFT, RIGHT, TOP, GAP, AXIS] = [64, 20, 28, 10, 24];
 const PANELS = [
   { title: "loss", height: 96, lines: [["loss", "loss"]], switched: true },
-  { title: "gradient norm", height: 96, lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]], switched: true },
+  {
+    title: "gradient norm",
+    height: 96,
+    lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]],
+    switched: true,
+  },
   { title: "effective learning rate", height: 52, lines: [["learning_rate", "rate"]] },
 ];
 
@@ -49,12 +54,22 @@ export function createWindowChart(incident, incidents) {
 
 function drawAll(incident, incidents, layers, x, range) {
   const steps = incident.window;
-  const shown = PANELS.filter(({ lines }) => lines.some(([field]) => steps[field]?.some(Number.isFinite)));
+  const shown = PANELS.filter(({ lines }) =>
+    lines.some(([field]) => steps[field]?.some(Number.isFinite))
+  );
   const bottom = TOP + shown.reduce((sum, each) => sum + each.height + GAP, 0);
   const context = layers.begin(bottom + AXIS);
   const palette = colours();
   const edges = [LEFT, layers.width() - RIGHT];
-  const view = { context, steps, xs: steps.attempt, x, edges, indices: slice(steps.attempt, range, steps.length), palette };
+  const view = {
+    context,
+    steps,
+    xs: steps.attempt,
+    x,
+    edges,
+    indices: slice(steps.attempt, range, steps.length),
+    palette,
+  };
   drawSpans(context, incidents, x, edges, TOP, bottom, palette);
   let top = TOP;
   for (const panel of shown) {
@@ -67,17 +82,49 @@ function drawAll(incident, incidents, layers, x, range) {
 
 /** The same as numbers, to be unfolded. */
 export function windowTable({ window: columns, attempt }) {
-  const fields = ["attempt", "step", "loss", "grad_norm", "clip_threshold", "learning_rate", "lr_factor", "update_ratio", "loss_scale"];
+  const fields = [
+    "attempt",
+    "step",
+    "loss",
+    "grad_norm",
+    "clip_threshold",
+    "learning_rate",
+    "lr_factor",
+    "update_ratio",
+    "loss_scale",
+  ];
   const there = fields.filter((field) => field in columns);
   const rows = Array.from({ length: columns.length }, (_, i) =>
     el(
       "tr",
-      { class: [columns.attempt[i] === attempt && "opened", columns.taken?.[i] === 0 && "vetoed"].filter(Boolean).join(" ") },
-      there.map((field) => el("td", {}, field === "attempt" || field === "step" ? count(columns[field][i]) : cell(columns[field][i]))),
-    ),
+      {
+        class: [columns.attempt[i] === attempt && "opened", columns.taken?.[i] === 0 && "vetoed"]
+          .filter(Boolean).join(" "),
+      },
+      there.map((field) =>
+        el(
+          "td",
+          {},
+          field === "attempt" || field === "step"
+            ? count(columns[field][i])
+            : cell(columns[field][i]),
+        )
+      ),
+    ));
+  const head = el(
+    "thead",
+    {},
+    el("tr", {}, there.map((field) => el("th", { scope: "col" }, field.replaceAll("_", " ")))),
   );
-  const head = el("thead", {}, el("tr", {}, there.map((field) => el("th", { scope: "col" }, field.replaceAll("_", " ")))));
   return el("div", { class: "frame" }, el("table", {}, head, el("tbody", {}, rows)));
 }
 
-const cell = (value) => (Number.isFinite(value) ? Number(value.toPrecision(5)).toString() : Number.isNaN(value) ? "NaN" : value > 0 ? "∞" : "-∞");
+const cell = (
+  value,
+) => (Number.isFinite(value)
+  ? Number(value.toPrecision(5)).toString()
+  : Number.isNaN(value)
+  ? "NaN"
+  : value > 0
+  ? "∞"
+  : "-∞");

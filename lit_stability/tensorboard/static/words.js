@@ -5,7 +5,8 @@ import { plural } from "./scales.js";
 
 const OUTCOMES = {
   recovered: "The run was healthy again afterwards.",
-  observed: "Nothing was changed: no callback that responds was in the trainer, or none was needed.",
+  observed:
+    "Nothing was changed: no callback that responds was in the trainer, or none was needed.",
   stopped: "The run was stopped: no response in budget was left, or none could help.",
   unresolved: "The run ended before it was known whether this helped.",
   open: "Not known yet: the incident is still open.",
@@ -21,7 +22,9 @@ export const outcomeText = ({ outcome }) => `${markOf(outcome).sign} ${markOf(ou
 
 /** What became of the run, and what taking the steps again has shown. */
 export function outcomeSentences({ outcome, verdict, closed_step: closed, step }) {
-  const after = closed === null || closed === undefined ? "" : ` Closed at step ${closed}, ${plural(Math.abs(closed - step), "step")} after it opened.`;
+  const after = closed === null || closed === undefined
+    ? ""
+    : ` Closed at step ${closed}, ${plural(Math.abs(closed - step), "step")} after it opened.`;
   return [(OUTCOMES[outcome] ?? String(outcome)) + after, VERDICTS[verdict]].filter(Boolean);
 }
 

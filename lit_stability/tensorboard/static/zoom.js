@@ -38,7 +38,11 @@ function within(low, span, full) {
  */
 export function attachZoom(element, view) {
   const rubber = el("div", { class: "rubber", hidden: true });
-  const hint = el("div", { class: "hint", role: "status", hidden: true }, "Hold Ctrl or Alt to zoom with the wheel; drag works too");
+  const hint = el(
+    "div",
+    { class: "hint", role: "status", hidden: true },
+    "Hold Ctrl or Alt to zoom with the wheel; drag works too",
+  );
   element.append(rubber, hint);
   attachDrag(element, rubber, view);
   attachWheel(element, hint, view);
@@ -75,7 +79,12 @@ function attachDrag(element, rubber, view) {
 }
 
 function atLeast(range, full) {
-  return zoomed(range, Math.max(1, MIN_SPAN / (range[1] - range[0])), (range[0] + range[1]) / 2, full);
+  return zoomed(
+    range,
+    Math.max(1, MIN_SPAN / (range[1] - range[0])),
+    (range[0] + range[1]) / 2,
+    full,
+  );
 }
 
 function attachWheel(element, hint, view) {
