@@ -171,6 +171,8 @@ def test_comparison_lays_two_runs_over_each_other_by_step(tab):
     plot = ".comparison .plot"
     told = tab.hover(plot, 300, shown=(0, 476))
     assert re.search(r"loss\s+[\d.]+ \| [\d.]+ \([×÷][\d.]+\)", told)
+    told = tab.hover(plot, 240, shown=(0, 476))
+    assert "0.0015 | 0.003 (×2)" in told, "what a rollback took back is left out"
     assert "p.stability.compare=twin" in tab.hash()
     tab.all("#other").select_option("")
     tab.gone(".comparison")

@@ -50,6 +50,23 @@ def test_heatmap_marks_zero_and_nonfinite_unlike_any_ratio(tab):
     assert canvas.evaluate(colours, [tab.px(HEATMAP, 300), top - 9, 8, 8]) == 1
 
 
+def test_heatmap_colours_a_layer_by_its_own_median(tab):
+    """Orange above, blue below, neither where it is as usual, whatever the layer's own size."""
+    tab.open()
+    pixel = """(canvas, at) => {
+      const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+      copy.drawImage(canvas, ...at.map((each) => each * devicePixelRatio), 1, 1, 0, 0, 1, 1);
+      const [red, , blue] = copy.getImageData(0, 0, 1, 1).data;
+      return red - blue;
+    }"""
+    canvas = tab.all(f"{HEATMAP} canvas").first
+    warm, cold = tab.row('[data-group="decoder.layers.1"]'), tab.row('[data-group="head"]')
+    assert canvas.evaluate(pixel, [tab.px(HEATMAP, RATE_AT + 2), warm]) > 60
+    assert canvas.evaluate(pixel, [tab.px(HEATMAP, 3), cold]) < -45
+    for row in (warm, cold):
+        assert abs(canvas.evaluate(pixel, [tab.px(HEATMAP, 300), row])) < 30
+
+
 def test_quantity_switched_reads_the_update_ratio_and_says_where_there_is_none(tab, server):
     tab.open(link="&p.stability.run=twin")
     tab.all('button:text-is("update-to-weight ratio")').first.click()

@@ -46,7 +46,9 @@ export function attachZoom(element, view) {
   element.append(rubber, hint);
   attachDrag(element, rubber, view);
   attachWheel(element, hint, view);
-  element.addEventListener("dblclick", () => view.show(null));
+  element.addEventListener("dblclick", (event) => {
+    if (!event.target.closest("button")) view.show(null);
+  });
   element.addEventListener("keydown", (event) => onKey(event, view));
 }
 
