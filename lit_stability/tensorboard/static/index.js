@@ -1,11 +1,150 @@
-/** Lists the runs that have data. */
+/**
+ * The Stability tab: entry point that TensorBoard imports in an iframe of its own.
+ *
+ * Each view is a file; they share one store and know nothing of each other.
+ */
+
+import { createComparison } from "./comparison.js";
+import { createDetail } from "./detail.js";
+import { el, replace } from "./dom.js";
+import { createHeatmap } from "./heatmap.js";
+import {
+  isDark,
+  onAddressChange,
+  onDataReloaded,
+  onThemeChange,
+  readAddress,
+  writeAddress,
+} from "./host.js";
+import { createIncidents, moveIncident } from "./incidents.js";
+import { createLoader } from "./loader.js";
+import { noRun } from "./messages.js";
+import { createStore, currentIncident } from "./store.js";
+import { createTimeline } from "./timeline.js";
+import { createToolbar } from "./toolbar.js";
+
+const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css"];
+
+/** Draw the tab into this document. */
 export async function render() {
-  const list = document.createElement("ul");
-  document.body.append(list);
-  const answer = await fetch("runs");
-  for (const { run, steps, incidents } of await answer.json()) {
-    const item = document.createElement("li");
-    item.textContent = `${run}: ${steps} samples, ${incidents} incidents`;
-    list.append(item);
-  }
+  await Promise.all(STYLES.map(loadStyle));
+  document.documentElement.lang = "en";
+  document.title = "Stability";
+  light(isDark());
+  const store = createStore({
+    ...fromAddress(),
+    runs: [],
+    scale: "log",
+    steps: null,
+    incidents: [],
+    dark: isDark(),
+  });
+  const heatmap = createHeatmap(store);
+  const comparison = createComparison(store);
+  const page = shell(store, heatmap, comparison);
+  document.body.replaceChildren(page.element);
+  const loader = createLoader(store, {
+    heatmap,
+    comparison,
+    say: (kind, message) =>
+      page.say(kind, message ?? (kind === "empty" ? noRun(() => loader.reload()) : null)),
+  });
+  connect(store, loader);
+  await loader.reload();
+}
+
+function shell(store, heatmap, comparison) {
+  const message = el("div", { class: "page-message" });
+  const main = el(
+    "main",
+    {},
+    createIncidents(store),
+    createTimeline(store),
+    comparison.element,
+    heatmap.element,
+  );
+  const columns = el("div", { class: "columns" }, main, createDetail(store));
+  const element = el(
+    "div",
+    { class: "page", "data-state": "loading" },
+    createToolbar(store),
+    message,
+    columns,
+  );
+  comparison.element.hidden = true;
+  store.on(
+    ["incident", "incidents"],
+    (state) => element.classList.toggle("with-detail", Boolean(currentIncident(state))),
+  );
+  return {
+    element,
+    say(kind, said) {
+      element.dataset.state = kind;
+      replace(message, said);
+      columns.hidden = kind !== "ready";
+    },
+  };
+}
+
+function connect(store, loader) {
+  onThemeChange(() => {
+    light(isDark());
+    store.set({ dark: isDark() });
+  });
+  onDataReloaded(loader.reload);
+  onAddressChange(() => store.set(fromAddress(store.get())));
+  store.on(["run", "other", "incident", "quantity", "range", "steps"], (state) => {
+    if (state.steps) writeAddress(toAddress(state));
+  });
+  document.addEventListener("keydown", (event) => onKey(event, store));
+}
+
+function onKey(event, store) {
+  if (event.key === "Escape") return store.set({ incident: null });
+  const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  const free = event.target === document.body && store.get().incident !== null;
+  if (!by || !free) return undefined;
+  event.preventDefault();
+  return moveIncident(store, by);
+}
+
+/** What the address says, over what there is. */
+function fromAddress(state = {}) {
+  const { run, compare, incident, quantity, from, to } = readAddress();
+  const range = [Number(from), Number(to)];
+  return {
+    run: run ?? state.run ?? "",
+    other: compare ?? "",
+    incident: incident === undefined || !/^\d+$/.test(incident) ? null : Number(incident),
+    quantity: quantity === "update_ratio" ? quantity : "grad_norm",
+    range: from !== undefined && range.every(Number.isFinite) && range[1] > range[0] ? range : null,
+  };
+}
+
+function toAddress({ run, other, incident, quantity, range }) {
+  const [from, to] = range ? range.map(Math.round) : ["", ""];
+  return {
+    run,
+    compare: other,
+    incident,
+    quantity: quantity === "grad_norm" ? "" : quantity,
+    from,
+    to,
+  };
+}
+
+function light(dark) {
+  document.documentElement.classList.toggle("dark", dark);
+}
+
+function loadStyle(name) {
+  return new Promise((resolve) => {
+    const link = el("link", {
+      rel: "stylesheet",
+      href: new URL(name, import.meta.url).href,
+      onload: resolve,
+      onerror: resolve,
+    });
+    document.head.append(link);
+  });
 }

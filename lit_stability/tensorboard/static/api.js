@@ -1,0 +1,88 @@
+/**
+ * What the plugin serves, as typed arrays and objects. Knows the routes and their JSON; draws nothing.
+ *
+ * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number}} RunInfo
+ * @typedef {{names: string[], attempts: Float64Array, steps: Float64Array, values: Float32Array}} Layers
+ *   `values` is row-major, [samples, layers].
+ */
+
+import { number, toColumns } from "./columns.js";
+
+/** What went wrong, and what a person can do about it. */
+export class DataError extends Error {
+  /** @param {string} message @param {string} remedy */
+  constructor(message, remedy) {
+    super(message);
+    this.remedy = remedy;
+  }
+}
+
+/** @returns {Promise<RunInfo[]>} */
+export const fetchRuns = (signal) => get("runs", {}, signal);
+
+/** @returns {Promise<Columns>} */
+export async function fetchSteps(run, signal) {
+  const { fields, rows, precisions } = await get("steps", { run }, signal);
+  return toColumns(fields, rows, precisions);
+}
+
+/**
+ * @returns {Promise<object[]>} Incidents in order of opening; their windows are columns already, and
+ *   `key` changes whenever anything else of them does.
+ */
+export async function fetchIncidents(run, signal) {
+  const incidents = await get("incidents", { run }, signal);
+  for (const incident of incidents) {
+    incident.key = JSON.stringify(incident);
+    const { fields = [], rows = [] } = incident.window ?? {};
+    incident.window = toColumns(fields, rows);
+    incident.spans ??= [];
+  }
+  return incidents.sort((a, b) => a.attempt - b.attempt);
+}
+
+/** @returns {Promise<Layers>} */
+export async function fetchLayers(run, quantity, signal) {
+  const { names, attempts, steps, values } = await get("layers", { run, quantity }, signal);
+  return {
+    names,
+    attempts: Float64Array.from(attempts, number),
+    steps: Float64Array.from(steps, number),
+    values: toFloats(values),
+  };
+}
+
+function toFloats(base64) {
+  const bytes = Uint8Array.fromBase64?.(base64) ?? bytesOf(atob(base64));
+  return new Float32Array(bytes.buffer, 0, bytes.length >> 2);
+}
+
+function bytesOf(binary) {
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
+async function get(route, query, signal) {
+  const url = new URL(`../${route}`, import.meta.url);
+  for (const [key, value] of Object.entries(query)) url.searchParams.set(key, value);
+  const response = await reach(url, signal);
+  const body = await response.json().catch(() => null);
+  if (response.ok && body !== null) return body;
+  throw new DataError(
+    body?.error ?? `TensorBoard answered ${response.status} to "${route}"`,
+    body?.do ?? "Look at the console in which TensorBoard runs, then try again.",
+  );
+}
+
+async function reach(url, signal) {
+  try {
+    return await fetch(url, { signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new DataError(
+      "TensorBoard does not answer",
+      "Look whether it still runs (tensorboard --logdir FOLDER), then try again.",
+    );
+  }
+}

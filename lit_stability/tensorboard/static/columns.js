@@ -1,0 +1,53 @@
+/**
+ * Steps as one array per field. Rows in, columns out: no requests, no drawing.
+ *
+ * @typedef {Record<string, Float64Array> & {length: number, precisions: string[]}} Columns
+ *   All arrays are of the same length, in the order of `attempt`.
+ */
+
+const SPECIAL = { nan: NaN, inf: Infinity, "-inf": -Infinity };
+
+/** A number of the JSON, in which NaN and the infinities are strings. */
+export function number(value) {
+  if (typeof value === "number") return value;
+  return SPECIAL[value] ?? NaN;
+}
+
+/** @returns {Columns} */
+export function toColumns(fields, rows, precisions = []) {
+  const columns = { length: rows.length, precisions };
+  fields.forEach((field, j) => {
+    const column = new Float64Array(rows.length);
+    for (let i = 0; i < rows.length; i++) column[i] = number(rows[i][j]);
+    columns[field] = column;
+  });
+  return columns;
+}
+
+/**
+ * The samples of a run with every attempt around its incidents put between them.
+ *
+ * A long run is sampled, its incidents are not: without this a fault of one step would be drawn as
+ * wide as the distance of two samples.
+ *
+ * @param {Columns} steps
+ * @param {Columns[]} windows
+ * @returns {Columns} each attempt once
+ */
+export function mergeColumns(steps, windows) {
+  const found = new Map();
+  for (const source of [...windows, steps]) {
+    for (let i = 0; i < source.length; i++) found.set(source.attempt[i], [source, i]);
+  }
+  if (found.size === steps.length) return steps;
+  const order = [...found.keys()].sort((a, b) => a - b).map((attempt) => found.get(attempt));
+  const merged = { length: order.length, precisions: steps.precisions };
+  for (const field of fieldsOf(steps)) {
+    merged[field] = Float64Array.from(order, ([source, i]) => source[field]?.[i] ?? NaN);
+  }
+  return merged;
+}
+
+/** Names of the fields of columns. */
+const fieldsOf = (columns) =>
+  Object.keys(columns).filter((name) => columns[name] instanceof Float64Array);

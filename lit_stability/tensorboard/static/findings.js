@@ -1,0 +1,182 @@
+/** What is known of an incident, part by part; a part of which nothing is known is left out. */
+
+import { button, el, path as asCode } from "./dom.js";
+import { number } from "./columns.js";
+import { short } from "./scales.js";
+import { loadingCode, outcomeSentences, place, responses } from "./words.js";
+
+/** Where the first NaN or Inf was made. */
+export function origin({ origin: found }) {
+  if (!found) return null;
+  const module = found.module
+    ? `${found.module} (${found.module_type})`
+    : found.module_type || "the model's own code";
+  const rows = [
+    [
+      "operation",
+      el("code", {}, `${found.op} made ${found.value}`),
+      `${found.phase} pass, ${found.kernel}`,
+    ],
+    ["module", asCode(module)],
+    [
+      "line",
+      found.file ? el("code", { title: `${found.file}:${found.line}` }, place(found)) : "not known",
+      found.file ? `${found.file}:${found.line}` : "",
+    ],
+    [
+      "accident",
+      found.overflow
+        ? `overflow of ${found.dtype}, finite in float32`
+        : `${found.kind} ${found.tensor ?? ""}`.trim(),
+    ],
+  ];
+  const inputs = (found.inputs ?? []).map((each) => el("li", {}, el("code", {}, inputText(each))));
+  return part(
+    "Where it was born",
+    el(
+      "dl",
+      { class: "facts" },
+      rows.map((
+        [name, ...texts],
+      ) => [
+        el("dt", {}, name),
+        el(
+          "dd",
+          {},
+          texts.map((text, i) => (i === 0 ? text : el("span", { class: "aside" }, text))),
+        ),
+      ]),
+    ),
+    inputs.length > 0 && el("p", { class: "label" }, "What went in"),
+    inputs.length > 0 && el("ul", {}, inputs),
+    found.note && el("p", {}, found.note),
+    advice("Try", found.advice),
+  );
+}
+
+function inputText({ name, dtype, shape, minimum, maximum, nonfinite }) {
+  const span = minimum === null || minimum === undefined
+    ? ""
+    : ` in [${short(number(minimum))}, ${short(number(maximum))}]`;
+  return `${name} ${dtype}[${shape.join(", ")}]${span}${
+    nonfinite ? `, ${nonfinite} non-finite` : ""
+  }`;
+}
+
+/** The causes that something speaks for, the best supported first. */
+export function causes({ hypotheses = [], remedy }) {
+  if (hypotheses.length === 0) {
+    return part(
+      "Causes",
+      el("p", {}, "Nothing speaks for any known cause."),
+      advice("Try", remedy),
+    );
+  }
+  return part("Causes, best supported first", el("ol", { class: "causes" }, hypotheses.map(cause)));
+}
+
+function cause({ cause: name, certainty, evidence = [], do: remedy, leave }) {
+  return el(
+    "li",
+    { class: certainty },
+    el(
+      "p",
+      { class: "name" },
+      el("strong", {}, name),
+      el("span", { class: "certainty" }, certainty),
+    ),
+    el("ul", {}, evidence.map((each) => el("li", {}, each))),
+    advice("Try", remedy),
+    advice("Leave it alone", leave),
+  );
+}
+
+/** What was done about it, in order, and whether it helped. */
+export function tried(incident) {
+  const done = responses(incident);
+  const list = done.length > 0
+    ? el("ol", { class: "tried" }, done.map((text) => el("li", {}, text)))
+    : el("p", {}, "Nothing was changed.");
+  return part(
+    "What was tried, and did it help",
+    list,
+    el("p", {}, outcomeSentences(incident).join(" ")),
+  );
+}
+
+/** The layers named by the anomaly, the worst first. */
+export function worstLayers({ layers = [], evidence = [] }) {
+  if (layers.length === 0 && evidence.length === 0) return null;
+  const rows = layers.map(([name, value]) =>
+    el("tr", {}, el("td", {}, asCode(name)), el("td", { class: "number" }, short(number(value))))
+  );
+  return part(
+    "Worst layers and evidence",
+    layers.length > 0 && el("table", { class: "layers" }, el("tbody", {}, rows)),
+    evidence.length > 0 && el("ul", {}, evidence.map((each) => el("li", {}, each))),
+  );
+}
+
+/** The questions that are asked first of a run that breaks. */
+export function checks({ checks: asked = [] }) {
+  if (asked.length === 0) return null;
+  return el(
+    "details",
+    {},
+    el("summary", {}, "First questions, answered"),
+    el("ul", {}, asked.map((each) => el("li", {}, each))),
+  );
+}
+
+/** Where the scene was saved, and code to load it. */
+export function scene({ path }) {
+  if (!path) {
+    return part(
+      "Scene",
+      el(
+        "p",
+        {},
+        "Not saved. AnomalyCheckpoint() after GradientMonitor() keeps batch and state of the next.",
+      ),
+    );
+  }
+  const code = loadingCode(path);
+  return part(
+    "Scene",
+    el("p", {}, asCode(path)),
+    el(
+      "div",
+      { class: "code" },
+      el("pre", { tabindex: "0", "aria-label": "Python code that loads the scene" }, code),
+      copyButton(code),
+    ),
+  );
+}
+
+function copyButton(code) {
+  const copy = button("Copy", async () => {
+    copy.textContent = (await copied(code)) ? "Copied" : "Select and copy by hand";
+    setTimeout(() => (copy.textContent = "Copy"), 1500);
+  }, { class: "copy" });
+  return copy;
+}
+
+/** Browsers give the clipboard to secure pages only; elsewhere a hidden field does. */
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const field = el("textarea", { class: "offscreen" });
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    const done = document.execCommand("copy");
+    field.remove();
+    return done;
+  }
+}
+
+const part = (title, ...content) => el("section", {}, el("h3", {}, title), ...content);
+const advice = (label, text) =>
+  text && el("p", { class: "advice" }, el("strong", {}, `${label}: `), text);

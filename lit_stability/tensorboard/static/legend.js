@@ -1,0 +1,34 @@
+/** What the colours and marks of the heat map mean. */
+
+import { el } from "./dom.js";
+
+/** @returns {HTMLElement} */
+export function legend() {
+  const scale = el(
+    "span",
+    { class: "scale" },
+    ...["÷1000", "its median", "×1000"].map((text) => el("span", {}, text)),
+  );
+  return el(
+    "div",
+    { class: "legend" },
+    el(
+      "span",
+      { class: "scale-box" },
+      el("span", { class: "gradient", "aria-hidden": "true" }),
+      scale,
+    ),
+    swatch("non-finite", "NaN or Inf (▾ above the map)"),
+    swatch("zero", "exactly zero"),
+    swatch("taken-back", "taken back by a rollback"),
+  );
+}
+
+function swatch(kind, text) {
+  return el(
+    "span",
+    { class: "swatch-box" },
+    el("span", { class: `swatch ${kind}`, "aria-hidden": "true" }),
+    text,
+  );
+}

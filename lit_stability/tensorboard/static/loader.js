@@ -1,0 +1,120 @@
+/**
+ * Brings the data of the chosen runs into the store and the views, the newest request winning.
+ *
+ * A part that fails says so in its own place; the others stay. Layers are much data: they are not
+ * fetched again while no step has come.
+ */
+
+import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
+import { mergeColumns } from "./columns.js";
+import { failure, loading, noLayers, noSteps } from "./messages.js";
+
+/**
+ * @param {object} store
+ * @param {object} views  heatmap, comparison, and `say(kind, message)` for the page
+ */
+export function createLoader(store, views) {
+  const latest = { run: newest(), layers: newest(), other: newest() };
+  let drawn = "";
+
+  async function reloadRuns() {
+    try {
+      const runs = await fetchRuns();
+      const { run, other } = store.get();
+      const known = (name) => runs.some((each) => each.run === name);
+      store.set({
+        runs,
+        run: known(run) ? run : (mostTelling(runs)?.run ?? ""),
+        other: known(other) ? other : "",
+      });
+      if (runs.length === 0) views.say("empty");
+    } catch (error) {
+      views.say("error", failure(error, reload));
+    }
+  }
+
+  /** Steps and incidents of the run; what is shown of another run goes at once. */
+  async function loadRun({ fresh }) {
+    const { run } = store.get();
+    if (!run) return;
+    const signal = latest.run();
+    if (fresh) {
+      views.say("loading", loading(`run ${run}`));
+      views.heatmap.show(null, loading("layers"));
+    }
+    try {
+      const { steps, incidents } = await fetchRun(run, signal);
+      const { incident } = store.get();
+      const known = incidents.some((each) => each.id === incident);
+      views.say("ready", steps.length === 0 ? noSteps() : null);
+      store.set({ steps, incidents, incident: known ? incident : null });
+      const extent = [run, steps.length, steps.attempt?.[steps.length - 1]].join();
+      await Promise.all([extent !== drawn && loadLayers(), loadOther()]);
+      drawn = extent;
+    } catch (error) {
+      if (error.name !== "AbortError") views.say("error", failure(error, reload));
+    }
+  }
+
+  async function loadLayers() {
+    const { run, quantity } = store.get();
+    const signal = latest.layers();
+    try {
+      const layers = await fetchLayers(run, quantity, signal);
+      const none = layers.names.length === 0 || layers.attempts.length === 0;
+      views.heatmap.show(layers, none ? noLayers(quantity) : null);
+    } catch (error) {
+      if (error.name !== "AbortError") views.heatmap.show(null, failure(error, loadLayers));
+    }
+  }
+
+  async function loadOther() {
+    const { other } = store.get();
+    const signal = latest.other();
+    if (!other) return views.comparison.show(null);
+    try {
+      return views.comparison.show({ run: other, ...(await fetchRun(other, signal)) });
+    } catch (error) {
+      if (error.name === "AbortError") return undefined;
+      return views.comparison.show(null, failure(error, loadOther));
+    }
+  }
+
+  async function reload() {
+    const { run, steps } = store.get();
+    await reloadRuns();
+    if (store.get().run === run) await loadRun({ fresh: steps === null });
+  }
+
+  store.on(["run"], ({ run }) => {
+    store.set({ steps: null, incidents: [] });
+    if (run) loadRun({ fresh: true });
+  });
+  store.on(["quantity"], loadLayers);
+  store.on(["other"], loadOther);
+  return { reload };
+}
+
+async function fetchRun(run, signal) {
+  const [steps, incidents] = await Promise.all([
+    fetchSteps(run, signal),
+    fetchIncidents(run, signal),
+  ]);
+  return { steps: mergeColumns(steps, incidents.map((each) => each.window)), incidents };
+}
+
+/** The run that struck last is the one that somebody wants to see; else the longest. */
+function mostTelling(runs) {
+  const weight = ({ incidents, last }) => [incidents > 0 ? 1 : 0, last];
+  return [...runs].sort((a, b) => weight(b)[0] - weight(a)[0] || weight(b)[1] - weight(a)[1])[0];
+}
+
+/** A function that gives a signal for a new request, and aborts that of the one before. */
+function newest() {
+  let controller = new AbortController();
+  return () => {
+    controller.abort();
+    controller = new AbortController();
+    return controller.signal;
+  };
+}

@@ -1,0 +1,68 @@
+/** What is shown where there is no data: why, and what to do. */
+
+import { button, el } from "./dom.js";
+
+const EXAMPLE = [
+  "from lightning import Trainer",
+  "from lightning.pytorch.loggers import TensorBoardLogger",
+  "from lit_stability import GradientMonitor",
+  "",
+  'trainer = Trainer(logger=TensorBoardLogger("runs"), callbacks=[GradientMonitor()])',
+].join("\n");
+
+/** No run at all. */
+export function noRun(retry) {
+  return el(
+    "div",
+    { class: "state empty", role: "status" },
+    el("h2", {}, "No run with stability data"),
+    el("p", {}, "Add GradientMonitor() to Trainer(callbacks=...) and a TensorBoardLogger:"),
+    el("pre", {}, EXAMPLE),
+    el(
+      "p",
+      {},
+      "Then start TensorBoard on the logger's folder. A run appears here after its first steps.",
+    ),
+    button("Look again", retry),
+  );
+}
+
+/** Still on its way. */
+export function loading(what) {
+  return el(
+    "div",
+    { class: "state loading", role: "status" },
+    el("span", { class: "spinner", "aria-hidden": "true" }),
+    `Loading ${what}…`,
+  );
+}
+
+/** @param {Error} error @param {() => void} retry */
+export function failure(error, retry) {
+  return el(
+    "div",
+    { class: "state failure", role: "alert" },
+    el("h2", {}, error.message),
+    el("p", {}, error.remedy ?? "Look at the browser's console, then try again."),
+    button("Try again", retry),
+  );
+}
+
+/** A run of which layer by layer nothing was written. */
+export function noLayers(quantity) {
+  return el(
+    "span",
+    {},
+    quantity === "grad_norm"
+      ? "No gradient norms by layer in this run yet: wait for its first steps."
+      : "No update-to-weight ratios by layer in this run. Look at the gradient norm.",
+  );
+}
+
+/** A run that has begun and has no sample yet. */
+export const noSteps = () =>
+  el(
+    "span",
+    {},
+    "No step of this run was written yet: wait for the first ones.",
+  );

@@ -1,0 +1,33 @@
+/** Colours for canvases, read from the style sheet so that they are written down once. */
+
+const NAMES = [
+  ...["ink", "muted", "line", "surface", "page", "accent", "shade", "hatch"],
+  ...["loss", "norm", "clip", "rate", "update", "other", "band"],
+  ...["recovered", "observed", "stopped", "unresolved", "open", "bad", "below", "middle", "above"],
+];
+
+/** @returns {Record<string, string>} colour by name, as the page is lit now. */
+export function colours() {
+  const style = getComputedStyle(document.documentElement);
+  return Object.fromEntries(
+    NAMES.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]),
+  );
+}
+
+/** How each outcome is marked: never by colour alone. */
+const MARKS = {
+  recovered: { shape: "circle", sign: "●", word: "recovered" },
+  observed: { shape: "ring", sign: "○", word: "observed" },
+  stopped: { shape: "square", sign: "■", word: "stopped" },
+  unresolved: { shape: "triangle", sign: "▲", word: "unresolved" },
+  open: { shape: "diamond", sign: "◆", word: "open" },
+};
+
+/** @returns {{shape: string, sign: string, word: string}} mark of an outcome. */
+export const markOf = (outcome) => MARKS[outcome] ?? { ...MARKS.open, word: String(outcome) };
+
+/** Name of an outcome's colour. */
+export const colourOf = (outcome) => (outcome in MARKS ? outcome : "open");
+
+/** Three channels of "#rrggbb". */
+export const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));

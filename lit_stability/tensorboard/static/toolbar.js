@@ -1,0 +1,72 @@
+/** The head of the page: which run, against which, and in a few words how it went. */
+
+import { el, replace } from "./dom.js";
+import { summary } from "./incidents.js";
+import { count, plural } from "./scales.js";
+
+/** @returns {HTMLElement} it follows the store from then on. */
+export function createToolbar(store) {
+  const run = el("select", {
+    id: "run",
+    onchange: () => store.set({ run: run.value, incident: null, range: null }),
+  });
+  const other = el("select", { id: "other", onchange: () => store.set({ other: other.value }) });
+  const chooser = [
+    el("label", { for: "run" }, "Run"),
+    run,
+    el("label", { for: "other" }, "compare with"),
+    other,
+  ];
+  const said = el("p", { class: "summary", role: "status" });
+  const fill = (state) => {
+    replace(run, state.runs.map((each) => option(each, state.run)));
+    const others = state.runs.filter((each) => each.run !== state.run);
+    replace(
+      other,
+      el("option", { value: "" }, "no other run"),
+      others.map((each) => option(each, state.other)),
+    );
+    for (const each of chooser) each.hidden = state.runs.length === 0;
+    other.disabled = others.length === 0;
+    if (state.other === state.run && state.other) store.set({ other: "" });
+  };
+  fill(store.get());
+  store.on(["runs", "run", "other"], fill);
+  store.on(["steps", "incidents"], (state) => replace(said, state.steps ? words(state) : ""));
+  return el(
+    "header",
+    { class: "toolbar" },
+    el("h1", {}, "Stability"),
+    chooser,
+    said,
+    keys(),
+  );
+}
+
+function option({ run, incidents }, chosen) {
+  const text = incidents > 0 ? `${run} (${plural(incidents, "incident")})` : run;
+  return el("option", { value: run, selected: run === chosen }, text);
+}
+
+function words({ steps, incidents }) {
+  const last = steps.length > 0 ? `step ${count(steps.step[steps.length - 1])}` : "no step yet";
+  return `${last} · ${summary(incidents)}`;
+}
+
+function keys() {
+  const rows = [
+    ["↑ ↓", "previous, next incident"],
+    ["Esc", "close the incident"],
+    ["drag", "zoom to a stretch"],
+    ["Ctrl or Alt + wheel", "zoom at the pointer"],
+    ["double-click", "show all"],
+    ["+ − ← → 0", "zoom, pan, show all, in a picture"],
+    ["Shift + ← →", "read values, in a picture"],
+  ];
+  const list = el(
+    "dl",
+    {},
+    rows.map(([key, text]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, text)]),
+  );
+  return el("details", { class: "keys" }, el("summary", {}, "Keys"), list);
+}

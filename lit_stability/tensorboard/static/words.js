@@ -1,0 +1,84 @@
+/** An incident in the words that people need first. Objects in, strings out. */
+
+import { markOf } from "./theme.js";
+import { plural } from "./scales.js";
+
+const OUTCOMES = {
+  recovered: "The run was healthy again afterwards.",
+  observed:
+    "Nothing was changed: no callback that responds was in the trainer, or none was needed.",
+  stopped: "The run was stopped: no response in budget was left, or none could help.",
+  unresolved: "The run ended before it was known whether this helped.",
+  open: "Not known yet: the incident is still open.",
+};
+
+const VERDICTS = {
+  transient: "It did not return when the same steps were taken again.",
+  deterministic: "It returned when the same steps were taken again.",
+};
+
+/** "● recovered". */
+export const outcomeText = ({ outcome }) => `${markOf(outcome).sign} ${markOf(outcome).word}`;
+
+/** What became of the run, and what taking the steps again has shown. */
+export function outcomeSentences({ outcome, verdict, closed_step: closed, step }) {
+  const after = closed === null || closed === undefined
+    ? ""
+    : ` Closed at step ${closed}, ${plural(Math.abs(closed - step), "step")} after it opened.`;
+  return [(OUTCOMES[outcome] ?? String(outcome)) + after, VERDICTS[verdict]].filter(Boolean);
+}
+
+/** The layer that it shows worst in, "" where none is known. */
+export function worstLayer({ origin, layers }) {
+  return origin?.module || layers?.[0]?.[0] || "";
+}
+
+/** The responses in their order, equal neighbours counted: ["step taken again (2x)", ...]. */
+export function responses({ responses: given = [] }) {
+  const runs = [];
+  for (const text of given) {
+    if (runs.length > 0 && runs[runs.length - 1].text === text) runs[runs.length - 1].times += 1;
+    else runs.push({ text, times: 1 });
+  }
+  return runs.map(({ text, times }) => (times > 1 ? `${text} (${times}x)` : text));
+}
+
+/** The best supported cause with its certainty, as of `hypotheses`. */
+export function causeText({ cause, hypotheses }) {
+  const best = hypotheses?.[0];
+  if (!best && !cause) return "not known";
+  return best && best.cause === cause ? `${cause} (${best.certainty})` : cause || best.cause;
+}
+
+/** "model.py:42", "" where the file is not known. */
+export function place({ file, line }) {
+  return file ? `${file.split(/[\\/]/).pop()}:${line}` : "";
+}
+
+/** Clock and date of a moment in seconds since 1970. */
+export function moment(seconds) {
+  const date = new Date(seconds * 1000);
+  if (Number.isNaN(date.getTime())) return { clock: "", date: "" };
+  const two = (value) => String(value).padStart(2, "0");
+  return {
+    clock: [date.getHours(), date.getMinutes(), date.getSeconds()].map(two).join(":"),
+    date: `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`,
+  };
+}
+
+/** Python that loads what was saved of the scene. */
+export function loadingCode(path) {
+  return [
+    "from pathlib import Path",
+    "",
+    "import torch",
+    "",
+    `folder = Path(${JSON.stringify(path)})`,
+    'print((folder / "report.md").read_text(encoding="utf8"))',
+    "# Pickled objects: load only what your own run has written.",
+    'scene = torch.load(folder / "scene.pt", weights_only=False)',
+    'batch, gradients = scene["batch"], scene["gradients"]',
+    'state = folder / "checkpoint.ckpt"',
+    'checkpoint = torch.load(state, map_location="cpu", weights_only=False)',
+  ].join("\n");
+}

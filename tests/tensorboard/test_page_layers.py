@@ -1,0 +1,86 @@
+"""The heat map of layers by attempt, in a browser (K5, V4)."""
+
+import re
+import time
+
+from tests.tensorboard.page_runs import NAN_AT, RATE_AT
+from tests.tensorboard.page_tab import HEATMAP
+
+
+def test_heatmap_hovered_tells_layer_value_and_ratio_to_its_median(tab):
+    """S8: layer by layer, on a logarithmic scale."""
+    tab.open()
+    told = tab.hover(HEATMAP, RATE_AT + 1, y=tab.row('[data-group="decoder.layers.1"]'))
+    assert "network.decoder.layers.1.self_attention.query.weight" in told
+    ratio = float(re.search(r"ratio\s*×([\d.]+)", told)[1])
+    assert ratio > 20
+    assert "NaN" in tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.0"]'))
+
+
+def test_heatmap_group_folded_takes_one_row_and_says_how_many_layers(tab):
+    tab.open()
+    rows, group = tab.all(".layer-name"), tab.all('[data-group="encoder.layers.1"]')
+    before = rows.count()
+    group.press("Enter")
+    assert group.get_attribute("aria-expanded") == "false"
+    assert rows.count() == before - 4
+    assert "(4)" in group.inner_text()
+    assert group.evaluate("each => each === document.activeElement")
+    tab.all('button:text-is("Fold all")').click()
+    assert rows.count() == 0
+    told = tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.1"]'))
+    assert "NaN" in told
+    assert "The most striking of 4 layers" in told
+
+
+def test_heatmap_marks_zero_and_nonfinite_unlike_any_ratio(tab):
+    """Hatched, and with a mark above the map: not by colour alone."""
+    tab.open()
+    colours = """(canvas, [x, y, w, h]) => {
+      const at = [x, y, w, h].map((each) => Math.round(each * devicePixelRatio));
+      const copy = new OffscreenCanvas(at[2], at[3]).getContext("2d", { willReadFrequently: true });
+      copy.drawImage(canvas, ...at, 0, 0, at[2], at[3]);
+      return new Set(new Uint32Array(copy.getImageData(0, 0, at[2], at[3]).data.buffer)).size;
+    }"""
+    canvas = tab.all(f"{HEATMAP} canvas").first
+    top, x = 42, tab.px(HEATMAP, 80)
+    y = tab.row('.layer-name:text-is("norm") >> nth=2')
+    assert canvas.evaluate(colours, [x, y - 2, 30, 4]) == 2
+    assert canvas.evaluate(colours, [tab.px(HEATMAP, NAN_AT) - 4, top - 9, 8, 8]) > 1
+    assert canvas.evaluate(colours, [tab.px(HEATMAP, 300), top - 9, 8, 8]) == 1
+
+
+def test_heatmap_colours_a_layer_by_its_own_median(tab):
+    """Orange above, blue below, neither where it is as usual, whatever the layer's own size."""
+    tab.open()
+    pixel = """(canvas, at) => {
+      const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+      copy.drawImage(canvas, ...at.map((each) => each * devicePixelRatio), 1, 1, 0, 0, 1, 1);
+      const [red, , blue] = copy.getImageData(0, 0, 1, 1).data;
+      return red - blue;
+    }"""
+    canvas = tab.all(f"{HEATMAP} canvas").first
+    warm, cold = tab.row('[data-group="decoder.layers.1"]'), tab.row('[data-group="head"]')
+    assert canvas.evaluate(pixel, [tab.px(HEATMAP, RATE_AT + 2), warm]) > 60
+    assert canvas.evaluate(pixel, [tab.px(HEATMAP, 3), cold]) < -45
+    for row in (warm, cold):
+        assert abs(canvas.evaluate(pixel, [tab.px(HEATMAP, 300), row])) < 30
+
+
+def test_quantity_switched_reads_the_update_ratio_and_says_where_there_is_none(tab, server):
+    tab.open(link="&p.stability.run=twin")
+    tab.all('button:text-is("update-to-weight ratio")').first.click()
+    tab.see(".heatmap .message:has-text('No update-to-weight ratios')").gone(HEATMAP)
+    assert ("layers", {"run": "twin", "quantity": "update_ratio"}) in server.requests
+    tab.all('button:text-is("gradient norm")').click()
+    tab.see(HEATMAP)
+
+
+def test_twenty_thousand_steps_of_three_hundred_layers_draw_in_four_seconds(tab, server):
+    """The server has its answers ready: what is timed is the page, from click to picture."""
+    server.warm("large")
+    started = time.perf_counter()
+    tab.open("large")
+    assert time.perf_counter() - started < 4
+    tab.all('button:text-is("Fold all")').click()
+    assert tab.all(".group-name").count() == 25
