@@ -59,7 +59,8 @@ def row_of(
         float(stats.step),
         stats.loss,
         stats.grad_norm,
-        _or_nan(stats.update_ratio),
+        # After a veto the weights have not moved: there was no update to measure.
+        _or_nan(stats.update_ratio or None),
         rate,
         rate / nominal if nominal > 0 else 1.0,
         _or_nan(clip_threshold),
