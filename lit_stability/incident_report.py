@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lit_stability.causes import Scene, decision_tree
+from lit_stability.causes import Scene
 from lit_stability.incidents import Incident
 
 
@@ -23,7 +23,7 @@ def markdown(incident: Incident) -> str:
         ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in incident.first.layers) or "-"),
         ("born in", incident.origin.describe() if incident.origin else "-"),
         ("cause", incident.cause or "unknown"),
-        ("since", f"step {scene.since}" + _phase(scene)),
+        ("since", f"step {incident.since}" + _phase(scene)),
         ("evidence", "; ".join(incident.evidence) or "-"),
         ("done", incident.done or "nothing changed"),
         ("taken again", incident.verdict or "no"),
@@ -48,13 +48,12 @@ def _phase(scene: Scene) -> str:
 
 def _causes(incident: Incident) -> str:
     """The causes in their order, and the questions asked first, as markdown lists."""
-    scene = incident.current_scene
     causes = "".join(
         f"{i}. **{h.cause}** ({h.certainty}): {'; '.join(h.evidence)}\n"
         f"   - to try: {h.do}\n   - leave it alone? {h.leave}\n"
         for i, h in enumerate(incident.hypotheses, 1)
     )
-    asked = "".join(f"* {each.text()}\n" for each in decision_tree(scene))
+    asked = "".join(f"* {each}\n" for each in incident.checks)
     return f"\n### Causes\n\n{causes or 'none known'}\n### Asked first\n\n{asked}"
 
 

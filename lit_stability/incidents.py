@@ -33,6 +33,15 @@ class TrainingStopped(RuntimeError):
         self.incident = incident
 
 
+@dataclass(frozen=True)
+class _Sealed:
+    """What was judged of an incident when it was closed."""
+
+    hypotheses: list[Hypothesis]
+    since: int
+    checks: list[str]
+
+
 @dataclass
 class Incident:
     """One episode of trouble; it travels ``trainer.callbacks`` in order at each strike.
@@ -80,7 +89,7 @@ class Incident:
     and say so by ``takes_steps_again = True``; else None."""
     origin: Any = None
     """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
-    _weighed: list[Hypothesis] | None = field(default=None, repr=False)
+    _sealed: _Sealed | None = field(default=None, repr=False)
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -150,11 +159,23 @@ class Incident:
     @property
     def hypotheses(self) -> list[Hypothesis]:
         """The causes that something speaks for, the best supported first; see `causes.diagnose`."""
-        return diagnose(self.current_scene) if self._weighed is None else self._weighed
+        return diagnose(self.current_scene) if self._sealed is None else self._sealed.hypotheses
+
+    @property
+    def since(self) -> int:
+        """Step at which the trouble began, as far as the losses tell."""
+        return self.current_scene.since if self._sealed is None else self._sealed.since
+
+    @property
+    def checks(self) -> list[str]:
+        """The questions asked first of a run that breaks, with their answers."""
+        if self._sealed is not None:
+            return self._sealed.checks
+        return [answer.text() for answer in decision_tree(self.current_scene)]
 
     def seal(self) -> None:
         """Weigh the causes for the last time, and let go of the steps that they were weighed by."""
-        self._weighed = self.hypotheses
+        self._sealed = _Sealed(self.hypotheses, self.since, self.checks)
         if self.scene is not None:
             self.scene = replace(self.current_scene, history=(), stats=None)
 
@@ -240,9 +261,9 @@ class Incident:
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
             "hypotheses": [each.as_dict() for each in self.hypotheses],
-            "since": self.current_scene.since,
+            "since": self.since,
             "phase": self.current_scene.phase,
-            "checks": [each.text() for each in decision_tree(self.current_scene)],
+            "checks": self.checks,
             "evidence": list(self.evidence),
             "remedy": self.remedy,
             "responses": list(self.responses),

@@ -200,6 +200,8 @@ def test_closed_incident_keeps_its_causes_and_not_the_steps_they_come_from(tmp_p
     assert incident.scene.history == ()
     (record,) = read_incidents(tmp_path)
     assert [h.as_dict() for h in incident.hypotheses] == record["hypotheses"]
+    assert (incident.since, incident.checks) == (record["since"], record["checks"])
+    assert len(incident.checks) == 4
 
 
 def test_healthy_run_is_the_same_with_a_diagnosis(tmp_path):
