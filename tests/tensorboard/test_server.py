@@ -1,24 +1,14 @@
 """TensorBoard itself, started on a real short run, with either of its data servers."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import lit_stability
 from lit_stability import stability_callbacks
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import fit
-
-ENTRY = "[tensorboard_plugins]\nstability = lit_stability.tensorboard.loader:StabilityLoader\n"
+from tests.tensorboard.live import get, search_path, tensorboard, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -31,63 +21,17 @@ def logdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A search path on which the plugin is found, whatever is installed here."""
-    folder = tmp_path_factory.mktemp("site")
-    info = folder / "lit_stability_under_test-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lit-stability-under-test\n")
-    (info / "entry_points.txt").write_text(ENTRY)
-    root = Path(lit_stability.__file__).parents[1]
-    return os.pathsep.join([str(root), str(folder)])
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def get(url):
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return answer.read().decode()
-
-
-def wait_for(url, process, until, seconds=60):
-    """The JSON of an address, once it satisfies `until`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        try:
-            found = json.loads(get(url))
-            if until(found):
-                return found
-        except (urllib.error.URLError, ConnectionError):
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"{url} is not ready after {seconds} s")
+    return search_path(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(params=["false", "true"], ids=["multiplexer", "data server"])
 def served(request, logdir, installed):
     """Address of a TensorBoard, below a prefix, and its process."""
-    port = free_port()
-    options = {"--load_fast": request.param, "--port": port, "--host": "127.0.0.1"}
-    options |= {"--path_prefix": "/behind/proxy"}
-    where = "--logdir" if request.param == "true" else "--logdir_spec"
-    options[where] = logdir if request.param == "true" else f"named:{logdir}"
-    words = [f"{key}={value}" for key, value in options.items()]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", *words],
-        env=os.environ | {"PYTHONPATH": installed},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield f"http://127.0.0.1:{port}/behind/proxy/data", process
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
+    fast = request.param == "true"
+    where = {"logdir": logdir} if fast else {"logdir_spec": f"named:{logdir}"}
+    options = {"load_fast": request.param, "path_prefix": "/behind/proxy", **where}
+    with tensorboard(installed, **options) as (address, process):
+        yield f"{address}/data", process
 
 
 def test_tensorboard_shows_the_tab_of_a_real_run(served):
