@@ -30,7 +30,7 @@ SHOTS = {
 
 def serve(folder: Path) -> str:
     """Start a TensorBoard in this process; returns its address."""
-    board = program.TensorBoard(plugins=[*default.get_plugins(), StabilityLoader])
+    board = program.TensorBoard(plugins=[*default.get_static_plugins(), StabilityLoader])
     board.configure(argv=["", f"--logdir={folder}", "--port=0", "--load_fast=false"])
     return board.launch()
 
