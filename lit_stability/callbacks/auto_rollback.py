@@ -40,6 +40,9 @@ class AutoRollback(Callback):
     before, then with a lower learning rate and a tighter clip. Checkpoint files written since the
     snapshot are renamed to ``NAME.quarantined``.
 
+    Where a `Diagnosis` before it finds that the learning rate is likely too high, the first
+    rollback lowers it; where the architecture is certain to be the cause, the fit stops.
+
     With ``data="skip"``, and where batches cannot be replayed, a rejected step costs its batch and
     a rollback goes on with new data, ``global_step`` rewound. When the ladder has nothing left,
     the fit ends with `TrainingStopped`, the weights at the last confirmed snapshot.
