@@ -29,6 +29,7 @@ _HOME = {
     "find_last_good": "last_good",
     "fit_with_recovery": "recovery",
     "locate_nonfinite": "locate",
+    "measure_attention": "attention_watch",
     "read_incidents": "records",
     "stability_callbacks": "callbacks",
 }

@@ -15,7 +15,7 @@ Adam, AdamW                        ``lr / (sqrt(v) + eps)``     ``2 (1 + b1) / (
 =================================  ===========================  ==========================
 
 (the roots of the two-term recursion on a quadratic leave the unit circle there; Cohen et al. 2022,
-arXiv 2207.14484, appendix A). The largest curvature itself takes many Hessian-vector products. What
+arXiv 2207.14484). The largest curvature itself takes many Hessian-vector products. What
 tells of a spike is the curvature along the gradient (arXiv 2506.04805), for which one will do:
 
     ratio = u^T H u / (2 g^T u),   u = D g, divided by the factor of momentum

@@ -21,7 +21,7 @@ from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
 from lit_stability.staleness import Staleness
-from lit_stability.stats import ProbeReading, StepStats, WeightMoves
+from lit_stability.stats import StepStats, WeightMoves
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,6 @@ class StepMeter:
         nominal_learning_rates: Sequence[float] = (),
         scan_weights: bool = False,
         details: bool = False,
-        readings: Sequence[ProbeReading] = (),
     ) -> StepStats:
         """Measure the gradients as they are now, and the previous update by the weights.
 
@@ -122,7 +121,6 @@ class StepMeter:
             nominal_learning_rates: what the scheduler wrote.
             scan_weights: read every weight too, not only the sample.
             details: fill ``StepStats.details``.
-            readings: what probes have measured, to go with the rest.
         """
         grads = {
             n: dense(p.grad)
@@ -159,7 +157,6 @@ class StepMeter:
             details=details_of(list(grads), grad_norms, read.distributions),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
-            readings=tuple(readings),
         )
         self.count += 1
         if read.weight_norms:

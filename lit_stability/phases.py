@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, Literal, get_args
+
+from lit_stability.detectors.course import Plateau
 
 Phase = Literal["warm-up", "descent", "plateau"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -102,9 +103,7 @@ class PhaseRanges:
         """Of the last step."""
         self._peak: float | None = None
         self._since_rise = settle
-        self._losses: list[float] = []
-        self._lowest: float | None = None
-        self._blocks_above = 0
+        self._plateau = Plateau(block=block)
         self._tallies: dict[str, _Tally] = {}
 
     def update(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
@@ -122,30 +121,19 @@ class PhaseRanges:
             return
         first = self._peak is None
         self._follow_rate(learning_rate)
-        self._follow_loss(loss)
+        self._plateau.update(loss)
         if first:
             return
         if self._since_rise < self.settle:
             self.phase = "warm-up"
         else:
-            self.phase = "plateau" if self._blocks_above >= self.patience else "descent"
+            self.phase = "plateau" if self._plateau.stale >= self.patience else "descent"
         self._tallies.setdefault(self.phase, _Tally(step)).add(step, grad_norm)
 
     def _follow_rate(self, rate: float) -> None:
         risen = self._peak is not None and rate > self._peak
         self._since_rise = 0 if risen else self._since_rise + 1
         self._peak = rate if self._peak is None else max(self._peak, rate)
-
-    def _follow_loss(self, loss: float) -> None:
-        self._losses.append(loss)
-        if len(self._losses) < self.block:
-            return
-        middle, self._losses = median(self._losses), []
-        if self._lowest is None or middle < self._lowest - 0.01 * abs(self._lowest):
-            self._lowest, self._blocks_above = middle, 0
-        else:
-            # What it is compared with stays, so that a slow fall adds up.
-            self._blocks_above += 1
 
     def range_of(self, phase: Phase) -> PhaseRange | None:
         """The norms of a phase; None where it has not been."""
@@ -172,9 +160,7 @@ class PhaseRanges:
             "phase": self.phase,
             "peak": self._peak,
             "since_rise": self._since_rise,
-            "losses": list(self._losses),
-            "lowest": self._lowest,
-            "blocks_above": self._blocks_above,
+            "plateau": self._plateau.state_dict(),
             "tallies": {
                 phase: {"first": t.first, "last": t.last, "bins": dict(t.bins)}
                 for phase, t in self._tallies.items()
@@ -185,8 +171,7 @@ class PhaseRanges:
         """Put such a state back."""
         self.phase = state["phase"]
         self._peak, self._since_rise = state["peak"], int(state["since_rise"])
-        self._losses, self._lowest = list(state["losses"]), state["lowest"]
-        self._blocks_above = int(state["blocks_above"])
+        self._plateau.load_state_dict(state["plateau"])
         self._tallies = {
             phase: _Tally(int(t["first"]), int(t["last"]), dict(t["bins"]))
             for phase, t in state["tallies"].items()

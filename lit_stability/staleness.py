@@ -13,18 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
-
-
-class _Sum(NamedTuple):
-    """The second moment of one parameter, summed over its elements."""
-
-    value: float = 0.0
-    uncorrected: float = 1.0
-    """Decay to the power of the steps learnt: what the bias correction divides by is the rest."""
-
-    def after(self, square: float, decay: float) -> _Sum:
-        return _Sum(decay * self.value + (1 - decay) * square, decay * self.uncorrected)
 
 
 class Staleness:
@@ -38,7 +26,9 @@ class Staleness:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, _Sum] = {}
+        self._sums: dict[str, tuple[float, float]] = {}
+        """Sum of the second moment, and its decay to the power of the steps learnt, of which the
+        bias correction divides by what is missing to 1."""
         self._pending: Mapping[str, float] = {}
 
     def forget(self) -> None:
@@ -52,7 +42,7 @@ class Staleness:
 
         The ratio is ``|g| / sqrt(S)``, ``S`` bias-corrected and with this gradient in it: at most
         ``1 / sqrt(1 - b)``, and 1 where all gradients have the same size. It is the root mean
-        square of ``g / sqrt(v)`` (Wortsman et al. 2023, arXiv 2304.13013, section 3.3), with the
+        square of ``g / sqrt(v)`` (Wortsman et al. 2023, arXiv 2304.13013), with the
         mean of numerator and denominator each.
 
         Args:
@@ -66,19 +56,20 @@ class Staleness:
         if taken:
             self._learn(decays)
         self._pending = norms
-        rows = [(self._square(n, norms[n] ** 2, b), n) for n, b in decays.items() if n in norms]
-        square, name = max((row for row in rows if row[0] > 0), default=(0.0, ""))
-        return (math.sqrt(square), name) if name else None
+        worst, whose = 0.0, ""
+        for name, norm in norms.items():
+            if name not in decays or name not in self._sums:
+                continue
+            (value, rest), decay, square = self._sums[name], decays[name], norm * norm
+            if value > 0 and square < math.inf:
+                ratio = square * (1 - decay * rest) / (decay * value + (1 - decay) * square)
+                if ratio > worst:
+                    worst, whose = ratio, name
+        return (math.sqrt(worst), whose) if whose else None
 
     def _learn(self, decays: Mapping[str, float]) -> None:
         for name, norm in self._pending.items():
             if name in decays and math.isfinite(norm):
-                self._sums[name] = self._sums.get(name, _Sum()).after(norm**2, decays[name])
-
-    def _square(self, name: str, square: float, decay: float) -> float:
-        """The ratio squared; 0 where there is nothing to compare with, NaN where the norm is."""
-        before = self._sums.get(name)
-        if before is None or before.value <= 0 or square == math.inf:
-            return 0.0
-        now = before.after(square, decay)
-        return square * (1 - now.uncorrected) / now.value
+                decay = decays[name]
+                value, rest = self._sums.get(name, (0.0, 1.0))
+                self._sums[name] = (decay * value + (1 - decay) * norm * norm, decay * rest)

@@ -55,6 +55,25 @@ class Regression(LightningModule):
         return optimizer
 
 
+def by_hand(module):
+    """The class of a module, made to step its one optimizer itself: manual optimization."""
+
+    class ByHand(module):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            return loss
+
+    return ByHand
+
+
 def regression_data(batches=60, batch=16, seed=0):
     """Batches of a noisy linear task; no shuffling, so that an index means the same batch."""
     g = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """The reference experiments: every config is sound, and the main job does what it says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ def main_job(tmp_path_factory):
         done = subprocess.run(
             [*command, f"run_dir={folder}", "trainer.enable_progress_bar=false"],
             cwd=ROOT,
+            # Beside the tests of other workers, a second thread only gets in the way.
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=True,

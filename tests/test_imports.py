@@ -145,6 +145,7 @@ def test_public_names_are_frozen():
         "find_last_good",
         "fit_with_recovery",
         "locate_nonfinite",
+        "measure_attention",
         "read_incidents",
         "stability_callbacks",
     ]

@@ -13,6 +13,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -61,24 +62,21 @@ def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
     """One run, from a seed."""
     seed_everything(seed, verbose=False)
     module: Any = case.module()
-    trainer = Trainer(
-        max_steps=case.steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tempfile.mkdtemp(),
-        callbacks=callbacks,
-    )
-    incidents: list[Incident] = getattr(callbacks[0], "incidents", []) if callbacks else []
-    try:
-        trainer.fit(module, case.data(seed))
-    except TrainingStopped as stop:
-        incidents = [stop.incident]
-    if callbacks:
-        incidents = getattr(callbacks[0], "incidents", incidents)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_steps=case.steps,
+            max_epochs=-1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=callbacks,
+        )
+        with suppress(TrainingStopped):
+            trainer.fit(module, case.data(seed))
+    incidents = [i for c in callbacks if isinstance(c, GradientMonitor) for i in c.incidents]
     return Result(fmean(module.losses[-20:]), trainer.global_step, incidents)
 
 

@@ -57,7 +57,7 @@ class Case:
     data: Callable[[int], DataLoader[Any]]
     """Given the seed."""
     cause: str | None
-    """Identifier of the cause to be named; None for a healthy run."""
+    """The row of `lit_stability.causes` to be named; None for a healthy run."""
     twin: Callable[[], LightningModule] | None = None
     """The healthy module, on the same data for as many steps."""
 
@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
             module=lambda: post_norm_gpt(1),
             twin=lambda: post_norm_gpt(100),
             data=lambda seed: loader(batch=8, seed=seed),
-            cause="post-norm without warm-up",
+            cause="no warm-up",
         ),
         Case(
             name="Adam's beta2 makes spikes",

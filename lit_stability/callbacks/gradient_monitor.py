@@ -53,6 +53,7 @@ class GradientMonitor(Callback):
     * ``stability/stuck_share``: share of 16-bit weights that stand still while their gradient
       pulls, in [0, 1]; only with 16-bit weights, and on the steps that measure it.
     * ``stability/incidents``: incidents so far.
+    * ``stability/QUANTITY/MODULE``: what a probe has read there, on the steps that it measures.
 
     On several ranks all decide the same, from numbers added up over the ranks: under DDP while
     backward runs; under FSDP2, in manual optimization and with LBFGS in one collective that is
@@ -208,7 +209,7 @@ class GradientMonitor(Callback):
             self._settle(trainer, pl_module, stats)
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
-        self._reporter.scaler(stats)
+        self._reporter.accepted(stats)
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
             self._reporter.step(stats, self._desk.count)
         call_hook("on_healthy_step", trainer, pl_module, stats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -115,7 +116,8 @@ class Measuring:
         scale = learning_rate_scale(optimizer)
         meter = self._meter(index, optimizer)
         loss, self._loss = self._loss, None
-        return meter.measure(
+        readings = self._readings(trainer)
+        stats = meter.measure(
             trainer.global_step,
             loss,
             loss_scale=None if scaler is None else scaler._scale,
@@ -123,8 +125,8 @@ class Measuring:
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
-            readings=self._readings(trainer),
         )
+        return replace(stats, readings=tuple(readings)) if readings else stats
 
     def _readings(self, trainer: Trainer) -> list[ProbeReading]:
         """What probes have measured, by the mean over the ranks; each is asked by all ranks."""

@@ -55,7 +55,13 @@ class Reporter:
         self._writer.write_stats(stats, incidents, logger_step(self._trainer), overflows)
         self.attempts.due()
 
-    def scaler(self, stats: StepStats) -> None:
+    def accepted(self, stats: StepStats) -> None:
+        """Write what probes have measured on an accepted step, and follow the loss scaler."""
+        if stats.readings:
+            self._writer.write_readings(stats, logger_step(self._trainer))
+        self._follow_scaler(stats)
+
+    def _follow_scaler(self, stats: StepStats) -> None:
         """Count the steps that the loss scaler leaves out, and tell when its first search is over.
 
         Args:

@@ -16,7 +16,6 @@ Symptom = Literal["explode", "vanish", "oscillate"]
 
 _EXPLODE = ("gradient spike", "layer bound", "non-finite gradient", "divergence")
 _VANISH = ("vanishing gradient", "dead gradients", "layer bound")
-_OSCILLATE = ("oscillation", "divergence")
 
 
 def symptom(scene: Scene) -> Symptom | None:

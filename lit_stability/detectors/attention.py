@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.detectors.course import Plateau
 from lit_stability.stats import StepStats
 
 
@@ -20,8 +20,9 @@ class AttentionLogits:
     Grown logits are told of once per fit: the step is good, and some time is left. Collapse is
     three things together: a module's logits were above ``bound`` in ``persist`` readings in a row,
     its entropy is below ``share`` of the largest possible, *and* the loss has stopped falling: the
-    medians of two windows in a row are not below the lowest before. Each alone is seen in healthy
-    runs. No step taken again brings back a collapsed attention, so it too is objected to once.
+    medians of two windows in a row are not below the lowest before, see `Plateau`. Each alone is
+    seen in healthy runs. No step taken again brings back a collapsed attention, so it too is
+    objected to once.
 
     Logits of 10,000 and more with an entropy near 0 are how ViT-22B diverged (Dehghani et al. 2023,
     arXiv 2302.05442) and what precedes divergence in small models at a high learning
@@ -65,15 +66,10 @@ class AttentionLogits:
         require(bound > 0, "bound", bound, "greater than 0")
         require(0 < share < 1, "share", share, "in (0, 1)")
         require(persist >= 1, "persist", persist, "at least 1")
-        require(window >= 1, "window", window, "at least 1")
-        require(0 <= fall < 1, "fall", fall, "in [0, 1)")
         self.bound, self.share, self.persist = bound, share, persist
-        self.window, self.fall = window, fall
+        self._plateau = Plateau(block=window, fall=fall)
         self._last: dict[str, float] = {}
         self._high: dict[str, int] = {}
-        self._losses: list[float] = []
-        self._lowest = math.inf
-        self._stalled = 0
         self._told: list[str] = []
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -84,7 +80,7 @@ class AttentionLogits:
         return self._collapse(stats, dict(_pairs(high))) or self._growth(stats, _pairs(high))
 
     def _collapse(self, stats: StepStats, logits: Mapping[str, float]) -> Anomaly | None:
-        if "collapse" in self._told or self._stalled < 2:
+        if "collapse" in self._told or self._plateau.stale < 2:
             return None
         found = [
             (r.where, r.value)
@@ -95,7 +91,7 @@ class AttentionLogits:
         if not found:
             return None
         self._told.append("collapse")
-        where, entropy = found[0]
+        (where, entropy), plateau = found[0], self._plateau
         return Anomaly(
             kind="attention collapse",
             step=stats.step,
@@ -107,7 +103,7 @@ class AttentionLogits:
             layers=tuple((name, logits[name]) for name, _ in found[:5]),
             message=f"attention of {where or 'the model'} has collapsed: logits of "
             f"{logits[where]:.4g}, entropy {entropy:.1%} of the largest, and the loss has not "
-            f"fallen below {self._lowest:.4g} for {self._stalled * self.window} steps",
+            f"fallen below {plateau.lowest:.4g} for {plateau.stale * plateau.block} steps",
         )
 
     def _growth(self, stats: StepStats, high: list[tuple[str, float]]) -> Anomaly | None:
@@ -137,35 +133,23 @@ class AttentionLogits:
         for name, value in readings:
             self._last[name] = value
             self._high[name] = self._high.get(name, 0) + 1 if value > self.bound else 0
-        if stats.has_loss and math.isfinite(stats.loss):
-            self._losses.append(stats.loss)
-        if len(self._losses) >= self.window:
-            self._end_window()
-
-    def _end_window(self) -> None:
-        middle, self._losses = median(self._losses), []
-        if self._lowest < math.inf and middle >= self._lowest - self.fall * abs(self._lowest):
-            self._stalled += 1
-        else:
-            self._stalled = 0
-        self._lowest = min(self._lowest, middle)
+        if stats.has_loss:
+            self._plateau.update(stats.loss)
 
     def state_dict(self) -> dict[str, Any]:
         """The last readings, how long they were high, the loss's windows, and what was told."""
         return {
             "last": dict(self._last),
             "high": dict(self._high),
-            "losses": list(self._losses),
-            "lowest": self._lowest,
-            "stalled": self._stalled,
+            "plateau": self._plateau.state_dict(),
             "told": list(self._told),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put such a state back."""
         self._last, self._high = dict(state["last"]), dict(state["high"])
-        self._losses, self._told = list(state["losses"]), list(state["told"])
-        self._lowest, self._stalled = float(state["lowest"]), int(state["stalled"])
+        self._plateau.load_state_dict(state["plateau"])
+        self._told = list(state["told"])
 
 
 def _pairs(readings: list[Any]) -> list[tuple[str, float]]:

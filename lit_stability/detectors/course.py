@@ -66,6 +66,59 @@ class RateCourse:
         self._since_rise = int(state["since_rise"])
 
 
+class Plateau:
+    """For how many blocks of losses no median was lower than the lowest so far.
+
+    Lower is a median that is below by ``fall`` of the lowest's size. What it is compared with stays
+    until then, so that a slow fall adds up.
+
+    Args:
+        block: losses per median.
+        fall: smallest fall that counts, as a share of the lowest's absolute value.
+
+    >>> plateau = Plateau(block=1, fall=0.1)
+    >>> for loss in (10.0, 9.5, 9.2, 8.9, 8.9):
+    ...     plateau.update(loss)
+    ...     print(loss, plateau.lowest, plateau.stale)
+    10.0 10.0 0
+    9.5 10.0 1
+    9.2 10.0 2
+    8.9 8.9 0
+    8.9 8.9 1
+    """
+
+    def __init__(self, *, block: int, fall: float = 0.01) -> None:
+        require(block >= 1, "block", block, "at least 1")
+        require(0 <= fall < 1, "fall", fall, "in [0, 1)")
+        self.block, self.fall = block, fall
+        self.lowest = math.inf
+        self.stale = 0
+        """Blocks since the last that was lower."""
+        self._losses: list[float] = []
+
+    def update(self, loss: float) -> None:
+        """Take a loss; one that is not finite is left out."""
+        if not math.isfinite(loss):
+            return
+        self._losses.append(loss)
+        if len(self._losses) < self.block:
+            return
+        middle, self._losses = median(self._losses), []
+        if self.lowest == math.inf or middle < self.lowest - self.fall * abs(self.lowest):
+            self.lowest, self.stale = middle, 0
+        else:
+            self.stale += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in plain values."""
+        return {"lowest": self.lowest, "stale": self.stale, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put it back."""
+        self.lowest, self.stale = float(state["lowest"]), int(state["stale"])
+        self._losses = [float(x) for x in state["losses"]]
+
+
 class LossCourse:
     """The loss in medians of blocks, against the first and the lowest of them.
 

@@ -46,8 +46,21 @@ class StabilityWriter:
             "stuck_share": stats.stuck_share,
             "incidents": float(incidents),
         }
-        scalars |= {r.quantity: r.value for r in reversed(stats.readings)}
         metrics = {f"stability/{k}{suffix}": v for k, v in scalars.items() if v is not None}
+        for logger in self._loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def write_readings(self, stats: StepStats, step: int) -> None:
+        """Write what probes have measured, a scalar for each place in the model.
+
+        Args:
+            stats: of the step that they measured.
+            step: the loggers' own step.
+        """
+        metrics = {
+            "/".join(filter(None, ("stability", r.quantity, r.where))): r.value
+            for r in stats.readings
+        }
         for logger in self._loggers:
             logger.log_metrics(metrics, step=step)
 

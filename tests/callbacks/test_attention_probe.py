@@ -16,7 +16,7 @@ from lit_stability.faults import FaultInjector, NanLoss
 from models.translation.config import TransformerConfig
 from models.translation.datamodule import TranslationDataModule
 from models.translation.module import TranslationModule
-from tests.conftest import fit
+from tests.conftest import by_hand, fit
 from tests.distributed import run_ranks
 from tests.exact import Batches, differences, loader, run
 from tests.probe_models import Attending
@@ -44,21 +44,6 @@ def probed(root, module=Attending, probe=None, **options):
     net, trainer = fit(root, callbacks, module, **options)
     assert not any(tape.installed)
     return net, trainer, tape
-
-
-class ByHand(Attending):
-    """Manual optimization: the backward pass runs inside of training_step."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
 
 
 class Watched(Attending):
@@ -98,7 +83,7 @@ def test_run_with_the_probe_is_bit_identical(precision, accumulate, tmp_path):
     ("options", "steps"),
     [
         ({}, [0, 10, 20]),
-        ({"module": ByHand}, [0, 10, 20]),
+        ({"module": by_hand(Attending)}, [0, 10, 20]),
         ({"accumulate_grad_batches": 2}, [0, 10, 20]),
         ({"probe": AttentionProbe("second", every=25)}, [0, 25]),
     ],

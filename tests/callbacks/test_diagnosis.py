@@ -1,9 +1,11 @@
 """`Diagnosis` in a Trainer: what it names, what follows, and that healthy runs do not see it."""
 
+import csv
 import json
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -166,6 +168,15 @@ def test_readings_of_a_probe_are_part_of_what_is_measured(tmp_path):
     probe = Probe()
     fit(tmp_path, [probe], max_steps=35)
     assert [r.value for r in probe.readings] == [0.0, 10.0, 20.0, 30.0]
+
+
+def test_readings_reach_the_loggers_whatever_steps_they_log(tmp_path):
+    """V4: a probe measures on steps of its own, which other metrics need not be logged on."""
+    logger = CSVLogger(tmp_path, "", "")
+    fit(tmp_path, [Probe()], max_steps=35, logger=logger, log_every_n_steps=7)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    seen = [row["stability/attention_logit/net"] for row in rows]
+    assert [float(x) for x in seen if x] == [0.0, 10.0, 20.0, 30.0]
 
 
 def test_phase_and_its_range_are_told(tmp_path):

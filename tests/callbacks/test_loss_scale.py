@@ -13,7 +13,7 @@ from lit_stability import (
     GradientMonitor,
     TrainingStopped,
 )
-from tests.conftest import flat
+from tests.conftest import by_hand, flat
 from tests.precision import Net, data, fp16, suite, train
 
 
@@ -67,25 +67,9 @@ def test_scale_that_no_search_will_find_is_answered_by_another_precision(tmp_pat
     assert torch.isfinite(flat(module)).all()
 
 
-class Manual(Collapsing):
-    """The same in manual optimization, where a step cannot be taken again beside training."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
-
-
 def test_collapse_is_proof_enough_where_a_step_cannot_be_taken_again(tmp_path):
     callbacks = suite()
-    module, trainer = train(tmp_path, callbacks, data(), module=Manual, **fp16())
+    module, trainer = train(tmp_path, callbacks, data(), module=by_hand(Collapsing), **fp16())
     assert callbacks[0].incidents[0].first.kind == "loss-scale collapse"
     assert trainer.precision == "bf16-mixed"
     assert torch.isfinite(flat(module)).all()

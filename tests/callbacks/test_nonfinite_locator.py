@@ -16,7 +16,7 @@ from lit_stability import (
     read_incidents,
 )
 from lit_stability.faults import CorruptGradient, FaultInjector
-from tests.conftest import Regression, fit, flat
+from tests.conftest import Regression, by_hand, fit, flat
 
 
 class Logarithm(Regression):
@@ -105,25 +105,9 @@ def test_step_that_cannot_be_run_twice_does_not_end_the_run(tmp_path, caplog):
     assert "not found (RuntimeError: seen already); training goes on" in caplog.text
 
 
-class Manual(Logarithm):
-    """Where the step is taken inside training_step."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
-
-
 def test_nothing_is_searched_for_in_manual_optimization(tmp_path):
     callbacks = suite()
-    module, _ = fit(tmp_path, callbacks, Manual, max_steps=50)
+    module, _ = fit(tmp_path, callbacks, by_hand(Logarithm), max_steps=50)
     (incident,) = callbacks[0].incidents
     assert incident.origin is None
     assert not any("beside training" in line for line in incident.evidence)
