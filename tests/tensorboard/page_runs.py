@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 FIELDS = ["attempt", "step", "loss", "grad_norm", "update_ratio", "learning_rate", "lr_factor"]
-FIELDS += ["clip_threshold", "loss_scale", "precision", "taken"]
+FIELDS += ["clip_threshold", "loss_scale", "precision", "optimizer", "taken"]
 PRECISIONS = ["16-mixed", "bf16-mixed"]
 NAN_AT, WEIGHT_AT, RATE_AT = 150, 251, 383
 """Attempts at which the three incidents open."""
@@ -48,11 +48,22 @@ def run_rows(attempts=500, seed=0, faults=True):
         clip = math.nan if attempt < 100 else 3.0
         measured = [loss, norm, ratio, rate * factor, factor, clip, scale]
         precision = int(faults and attempt > 320)
-        rows.append([attempt, step, *(plain(float(each)) for each in measured), precision, taken])
+        rows.append(
+            [attempt, step, *(plain(float(each)) for each in measured), precision, 0, taken]
+        )
         if faults and attempt == WEIGHT_AT:
             step -= 21
         else:
             step += taken
+    return rows
+
+
+def two_optimizers(rows):
+    """The attempts of a run, by turns of either optimizer; the norms of the second are larger."""
+    norm, whose = FIELDS.index("grad_norm"), FIELDS.index("optimizer")
+    for row in rows[1::2]:
+        row[norm] = row[norm] if isinstance(row[norm], str) else row[norm] + 1000
+        row[whose] = 1
     return rows
 
 

@@ -71,7 +71,8 @@ def test_quantity_switched_reads_the_update_ratio_and_says_where_there_is_none(t
     tab.open(link="&p.stability.run=twin")
     tab.all('button:text-is("update-to-weight ratio")').first.click()
     tab.see(".heatmap .message:has-text('No update-to-weight ratios')").gone(HEATMAP)
-    assert ("layers", {"run": "twin", "quantity": "update_ratio"}) in server.requests
+    query = {"run": "twin", "optimizer": "0", "quantity": "update_ratio"}
+    assert ("layers", query) in server.requests
     tab.all('button:text-is("gradient norm")').click()
     tab.see(HEATMAP)
 
