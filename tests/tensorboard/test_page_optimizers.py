@@ -56,7 +56,7 @@ def test_incident_shows_the_steps_of_the_optimizer_that_it_befell(tab, incident,
     tab.open("gan", link=f"&p.stability.incident={incident}")
     assert f"optimizer {optimizer}" in tab.text(".detail .when")
     tab.all(".detail summary").first.click()
-    head, *rows = tab.all(".detail .frame tr").all_inner_texts()
+    _, *rows = tab.all(".detail .frame tr").all_inner_texts()
     attempts = [int(row.split()[0]) for row in rows]
     assert {attempt % 2 for attempt in attempts} == {optimizer}
 

@@ -5,7 +5,7 @@
  * the next incident.
  */
 
-import { button, el, path, replace } from "./dom.js";
+import { button, el, path, prose, replace } from "./dom.js";
 import { causes, checks, origin, scene, tried, worstLayers } from "./findings.js";
 import { moveIncident } from "./incidents.js";
 import { count, plural } from "./scales.js";
@@ -52,7 +52,7 @@ function onKey(event, store, element) {
 function content(store, incident, chart) {
   return [
     head(store, incident),
-    el("p", { class: "headline" }, incident.message),
+    el("p", { class: "headline" }, prose(incident.message)),
     story(incident),
     el(
       "h3",

@@ -94,7 +94,7 @@ function connect(store, loader) {
   onDataReloaded(loader.reload);
   onAddressChange(() => store.set(fromAddress(store.get())));
   store.on(["run", "other", "optimizer", "incident", "quantity", "range", "steps"], (state) => {
-    if (state.steps) writeAddress(toAddress(state));
+    if (state.steps) writeAddress(toAddress(state), isAnother(state));
   });
   document.addEventListener("keydown", (event) => onKey(event, store));
 }
@@ -120,6 +120,17 @@ function fromAddress(state = {}) {
     quantity: quantity === "update_ratio" ? quantity : "grad_norm",
     range: from !== undefined && range.every(Number.isFinite) && range[1] > range[0] ? range : null,
   };
+}
+
+/**
+ * Whether another run, optimizer or incident is looked at than the address says: a place to come
+ * back from. An address that leads nowhere is mended instead, or one would come back to it for ever.
+ */
+function isAnother({ runs, run, optimizer, incident }) {
+  const before = fromAddress();
+  if (!runs.some((each) => each.run === before.run)) return false;
+  const opened = incident !== null && incident !== before.incident;
+  return run !== before.run || optimizer !== before.optimizer || opened;
 }
 
 const wholeNumber = (text) => (/^\d+$/.test(text ?? "") ? Number(text) : null);
