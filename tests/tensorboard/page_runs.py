@@ -74,22 +74,23 @@ def layer_names(blocks=4):
     return ["network.embedding.weight", *inner, "network.head.weight", "network.head.bias"]
 
 
-def run_layers(rows, seed=1, markup=False, every=1):
+def run_layers(rows, seed=1, markup=False, every=1, vetoed=False):
     names = layer_names()
     if markup:
         names[3] = MARKUP
-    kept = rows[::every]
     rng = np.random.default_rng(seed)
     base = np.exp(rng.normal(-2, 1.2, len(names)))
-    values = base * np.exp(0.35 * rng.standard_normal((len(kept), len(names))))
-    for i, row in enumerate(kept):
+    values = base * np.exp(0.35 * rng.standard_normal((len(rows), len(names))))
+    for i, row in enumerate(rows):
         if row[0] in (NAN_AT, WEIGHT_AT):
             values[i, : len(names) // 2] = np.nan
         if RATE_AT <= row[0] < RATE_AT + 30:
             values[i, 20:26] *= 10 ** (2.2 * (1 - (row[0] - RATE_AT) / 30))
-    values[60 // every : 120 // every, 12] = 0.0
-    values[: 90 // every, -8:] *= np.linspace(0.004, 1, 90 // every)[:, None]
-    return layers_of(names, [r[0] for r in kept], [r[1] for r in kept], values)
+    values[60:120, 12] = 0.0
+    values[:90, -8:] *= np.linspace(0.004, 1, 90)[:, None]
+    kept = [i for i, row in enumerate(rows) if i % every == 0 or (vetoed and not row[-1])]
+    where = [[rows[i][field] for i in kept] for field in (0, 1)]
+    return layers_of(names, *where, values[kept])
 
 
 def hypothesis(cause, certainty, *evidence, do="look at the batch", leave="it happens once a day"):
