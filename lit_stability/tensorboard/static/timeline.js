@@ -20,7 +20,11 @@ import { attachZoom } from "./zoom.js";
 
 const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 30, 12, 20, 26];
 
-const KEY = "by attempt, which counts on where steps go back · × NaN or Inf · shaded: taken back by a rollback";
+const KEY = [
+  "by attempt, which counts on where steps go back",
+  "× NaN or Inf",
+  "shaded: taken back by a rollback",
+].join(" · ");
 
 const PANELS = [
   { title: "loss", height: 120, lines: [["loss", "loss"]], switched: true },
