@@ -1,14 +1,16 @@
 """What the Stability tab costs: a training step that writes for it, and TensorBoard that serves it.
 
-    python -m benchmarks.tab [--layers 100] [--steps 20000] [--served 300]
+    python -m benchmarks.tab [--layers 100] [--steps 20000] [--served 300] [--repetitions 7]
 
 One process, one thread. First an attempt log on a Trainer with a `TensorBoardLogger`, driven with
-made-up measurements: from verdict to end of batch, on steps that are written, on those of them that
-carry update ratios too, and on the others. "with its thread" is all the time that passes until the
-file is closed, over the attempts: what the event file's own thread takes, of the same interpreter,
-is a part of it. "until it returns" is what the step waits for at the least. Then a run of that many
-attempts, all of them written, is read by TensorBoard's own Python reader with the samples that the
-plugin asks for, and every route is asked five times; the best is reported.
+made-up measurements: from verdict to end of batch, on steps that are written, with update ratios on
+every tenth, as by default, or on all of them, and on steps that are not written. "with its thread"
+is the processor's time until the file is closed, over the attempts: what the event file's own
+thread takes, of the same interpreter, is a part of it. "until it returns" is how long the step
+waits, of the clock on the wall. The cases take turns, and the medians over the repetitions are
+reported, with the range. Then a run of that many attempts, all of them written, is read by
+TensorBoard's own Python reader with the samples that the plugin asks for, and every route is asked
+five times; the best is reported.
 """
 
 from __future__ import annotations
@@ -74,14 +76,15 @@ def log_on(root: Path, layers: int) -> tuple[Trainer, AttemptLog, torch.optim.Op
 
 
 def attempt_costs(
-    layers: int, attempts: int, *, written: bool, scan: bool
+    layers: int, attempts: int, *, written: bool, scan_every: int
 ) -> tuple[list[float], float]:
-    """Milliseconds until each attempt returns, and all that pass over the attempts."""
-    steps = [measurement(step, layers, scan=scan) for step in range(attempts)]
+    """Milliseconds until each attempt returns, and the processor's own over the attempts."""
+    scans = [scan_every > 0 and step % scan_every == 0 for step in range(attempts)]
+    steps = [measurement(step, layers, scan=scan) for step, scan in enumerate(scans)]
     with tempfile.TemporaryDirectory() as folder:
         trainer, attempt_log, optimizer = log_on(Path(folder), layers)
         times = []
-        start = time.perf_counter()
+        start = time.process_time()
         for stats in steps:
             begin = time.perf_counter()
             if written:
@@ -90,7 +93,29 @@ def attempt_costs(
             attempt_log.batch_ended()
             times.append(1e3 * (time.perf_counter() - begin))
         trainer.loggers[0].finalize("success")
-        return times, 1e3 * (time.perf_counter() - start) / attempts
+        return times, 1e3 * (time.process_time() - start) / attempts
+
+
+def writing(layers: int, attempts: int, repetitions: int) -> None:
+    """Print what each kind of attempt costs, measured by turns."""
+    cases = {
+        "written": (True, 0),
+        "update ratios, 1 in 10": (True, 10),
+        "update ratios, all": (True, 1),
+        "not written": (False, 0),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for _ in range(repetitions):
+        for name, (written, every) in cases.items():
+            times, all_in = attempt_costs(layers, attempts, written=written, scan_every=every)
+            found[name].append((all_in, statistics.median(times[10:])))
+    for name, pairs in found.items():
+        thread, returns = (sorted(values) for values in zip(*pairs, strict=True))
+        spread = f"({thread[0]:.3f} to {thread[-1]:.3f})"
+        print(
+            f"{name:22s} {statistics.median(thread):.3f} ms with its thread {spread}, "
+            f"{statistics.median(returns):.3f} until it returns"
+        )
 
 
 def serving(layers: int, steps: int) -> None:
@@ -140,16 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=100)
     parser.add_argument("--attempts", type=int, default=3000)
+    parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--served", type=int, default=300)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    cases = {"written": (True, False), "with update ratios": (True, True), "not": (False, False)}
-    for name, (written, scan) in cases.items():
-        times, all_in = attempt_costs(args.layers, args.attempts, written=written, scan=scan)
-        middle = statistics.median(times[10:])
-        print(f"{name:20s} {all_in:.3f} ms with its thread, {middle:.3f} until it returns")
+    writing(args.layers, args.attempts, args.repetitions)
     serving(args.served, args.steps)
 
 

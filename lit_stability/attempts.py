@@ -15,13 +15,13 @@ from lit_stability.stats import StepStats
 
 FIELDS = (
     *("attempt", "step", "loss", "grad_norm", "update_ratio", "learning_rate", "lr_factor"),
-    *("clip_threshold", "loss_scale", "precision", "taken"),
+    *("clip_threshold", "loss_scale", "precision", "optimizer", "taken"),
 )
 """What the columns of a row are, in order; NaN where there is none.
 
 ``attempt`` counts from 1; ``step`` is Lightning's ``global_step`` before the step; ``update_ratio``
-is that of the *previous* update; ``precision`` an index into `PRECISIONS`; ``taken`` 1, or 0 for an
-attempt that was vetoed.
+is that of the *previous* update; ``precision`` an index into `PRECISIONS`; ``optimizer`` one into
+``trainer.optimizers``; ``taken`` 1, or 0 for an attempt that was vetoed.
 """
 
 PRECISIONS = (
@@ -50,7 +50,7 @@ def row_of(
 
     >>> stats = StepStats(step=7, loss=2.0, grad_norm=1.5, learning_rates=(0.25,))
     >>> row_of(9, stats, clip_threshold=1.0, precision="bf16-mixed", taken=True)
-    (9.0, 7.0, 2.0, 1.5, nan, 0.25, 1.0, 1.0, nan, 2.0, 1.0)
+    (9.0, 7.0, 2.0, 1.5, nan, 0.25, 1.0, 1.0, nan, 2.0, 0.0, 1.0)
     """
     rate = max(stats.learning_rates, default=math.nan)
     nominal = max(stats.nominal_learning_rates, default=math.nan)
@@ -66,6 +66,7 @@ def row_of(
         _or_nan(clip_threshold),
         _or_nan(stats.loss_scale),
         float(PRECISIONS.index(precision)) if precision in PRECISIONS else math.nan,
+        float(stats.optimizer),
         float(taken),
     )
 

@@ -12,7 +12,7 @@ from lit_stability.incidents import Incident
 
 
 def markdown(incident: Incident) -> str:
-    """An incident for people: a table, the causes in their order, the questions asked first."""
+    """What is known of an incident, the causes in their order, the questions asked first."""
     scene = incident.current_scene
     rows = [
         ("what", f"{incident.first.kind}: {incident.first.message}"),
@@ -35,22 +35,23 @@ def markdown(incident: Incident) -> str:
         ("to try", incident.remedy),
         ("scene", f"`{incident.path}`" if incident.path else "not saved"),
     ]
-    body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
-    return f"## Incident {incident.id}\n\n| | |\n|---|---|\n{body}\n{_causes(incident)}"
+    # A table of two columns is what it wants to be; TensorBoard breaks words in the narrow one.
+    body = "\n".join(f"* **{key}**: {_line(value)}" for key, value in rows)
+    return f"## Incident {incident.id}\n\n{body}\n{_causes(incident)}"
 
 
 def _phase(scene: Scene) -> str:
     if scene.phase is None:
         return ""
-    known = f" ({scene.phase_range.in_words()})" if scene.phase_range else ""
-    return f", in the {scene.phase} phase{known}"
+    return f"; {scene.phase_range.in_words() if scene.phase_range else scene.phase}"
 
 
 def _causes(incident: Incident) -> str:
     """The causes in their order, and the questions asked first, as markdown lists."""
     causes = "".join(
         f"{i}. **{h.cause}** ({h.certainty}): {'; '.join(h.evidence)}\n"
-        f"   - to try: {h.do}\n   - leave it alone? {h.leave}\n"
+        # Four spaces: with fewer, TensorBoard's markdown makes them causes of their own.
+        f"    - to try: {h.do}\n    - leave it alone? {h.leave}\n"
         for i, h in enumerate(incident.hypotheses, 1)
     )
     asked = "".join(f"* {each}\n" for each in incident.checks)
@@ -71,5 +72,5 @@ def summary_table(incidents: Sequence[Incident]) -> list[str]:
     ]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines())

@@ -105,18 +105,12 @@ def test_lines_for_the_console_say_where_what_and_what_was_done():
         assert part in closing
 
 
-def cells(markdown):
-    """The table's rows, split as GitHub splits them: at pipes without a backslash before them."""
-    rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [row.replace("\\|", "").count("|") for row in rows]
-
-
-def test_markdown_with_pipes_and_line_ends_in_it_stays_a_table_of_two_columns():
-    trouble = incident(message="a | b\nc || d", layers=(("x|y", 1.0),))
-    trouble.note("either | or", "1 | 2")
-    trouble.path = "runs/a|b"
-    assert set(cells(markdown(trouble))) == {3}
-    assert "a \\| b c \\|\\| d" in markdown(trouble)
+def test_markdown_of_text_with_line_ends_in_it_stays_one_item_for_each_thing_known():
+    trouble = incident(message="a | b\n  * c", layers=(("x|y", 1.0),))
+    known = markdown(trouble).partition("### Causes")[0].splitlines()
+    items = [line.partition("**:")[0] for line in known if line.startswith("* **")]
+    assert len(items) == len({*items}) == 12
+    assert "* **what**: gradient spike: a | b; * c" in known
 
 
 def test_markdown_of_a_closed_incident_tells_the_whole_story():

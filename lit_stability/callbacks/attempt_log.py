@@ -55,7 +55,8 @@ class AttemptLog:
         """Opened or closed in the batch at hand."""
         self._incidents: dict[int, Incident] = {}
         """Whose episodes are not complete."""
-        self._scan: StepStats | None = None
+        self._scans: dict[int, StepStats] = {}
+        """The last of each optimizer that was not written yet."""
 
     def due(self) -> None:
         """The step that is being judged is to be written."""
@@ -74,7 +75,7 @@ class AttemptLog:
         if not self._tab:
             return
         if stats.weight_moves is not None:
-            self._scan = stats
+            self._scans[stats.optimizer] = stats
         taken = any(p.grad is not None for p in parameters_of(optimizer))
         due = due or not taken or any(i.outcome == "open" for i in self._told)
         self._note_told(attempt)
@@ -119,9 +120,7 @@ class AttemptLog:
         )
         self._attempts.add(row)
         if judged.due:
-            scan = self._scan if self._scan and self._scan.optimizer == stats.optimizer else None
-            self._tab.write_attempt(row, stats, scan)
-            self._scan = None if scan else self._scan
+            self._tab.write_attempt(row, stats, self._scans.pop(stats.optimizer, None))
 
     def _threshold(self, judged: Judged) -> float | None:
         """What callbacks have clipped to and what the Trainer has; None where nobody clips."""

@@ -11,11 +11,20 @@ from typing import Any
 LAYOUT = {
     "stability": {
         "loss": ["Multiline", ["(?i).*loss(?!_scale).*"]],
-        "gradient norm": ["Multiline", ["stability/grad_norm(_\\d+)?$"]],
-        "clipping": ["Multiline", ["stability/clip_(threshold|coefficient)(_\\d+)?$"]],
+        "gradient norm, clip threshold": [
+            "Multiline",
+            ["stability/grad_norm(_\\d+)?$", "stability/clip_threshold(_\\d+)?$"],
+        ],
         "learning rate": ["Multiline", ["stability/learning_rate(_\\d+)?$"]],
-        "learning rate factor": ["Multiline", ["stability/learning_rate_factor(_\\d+)?$"]],
-        "loss scale": ["Multiline", ["stability/loss_scale(_\\d+)?$"]],
+        "update / weight": ["Multiline", ["stability/update_ratio(_\\d+)?$"]],
+        "factors on learning rate and gradient": [
+            "Multiline",
+            [
+                "stability/learning_rate_factor(_\\d+)?$",
+                "stability/clip_coefficient(_\\d+)?$",
+            ],
+        ],
+        "loss scale (fp16)": ["Multiline", ["stability/loss_scale(_\\d+)?$"]],
         "incidents": ["Multiline", ["stability/incidents(_\\d+)?$"]],
     }
 }

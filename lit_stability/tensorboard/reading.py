@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,11 @@ class StabilityData:
     experiment: str
 
     def runs(self) -> list[dict[str, Any]]:
-        """All runs that have data of ours, by name."""
+        """All runs that have data of ours, by name.
+
+        Each tells how many steps and layers there are of its first optimizer, and of every
+        optimizer its index and the part of the model that it trains.
+        """
         tags = self._list()
         rows = self._read(runs=None, tags=[steps_tag(0)])
         return [
@@ -53,7 +58,7 @@ class StabilityData:
                 "layers": len(_names(_series(tags[run], layers_prefix(0, "grad_norm")))),
                 "incidents": sum(tag.startswith(INCIDENTS) for tag in tags[run]),
                 "last": _last_step(rows.get(run, {}).get(steps_tag(0), [])),
-                "optimizers": sum(steps_tag(i) in tags[run] for i in range(len(tags[run]))),
+                "optimizers": _optimizers(tags[run]),
             }
             for run in sorted(tags)
         ]
@@ -180,6 +185,25 @@ def _readable(run: str, tags: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapp
 
 def _series(tags: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Mapping[str, Any]]:
     return {tag: about for tag, about in tags.items() if tag.startswith(prefix)}
+
+
+def _optimizers(tags: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Index of each optimizer, and what the names of its layers have in common."""
+    return [
+        {"index": i, "part": common_part(_names(_series(tags, layers_prefix(i, "grad_norm"))))}
+        for i in range(len(tags))
+        if steps_tag(i) in tags
+    ]
+
+
+def common_part(names: Sequence[str]) -> str:
+    """The module that holds all of these parameters; "" for the whole model.
+
+    >>> common_part(["gan.critic.0.weight", "gan.critic.1.bias"]), common_part(["a.b", "ab.c"])
+    ('gan.critic', '')
+    """
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda parts: len({*parts}) == 1, levels))
 
 
 def _names(series: Mapping[str, Mapping[str, Any]]) -> list[str]:

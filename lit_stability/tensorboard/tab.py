@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from lit_stability.attempts import FIELDS, PRECISIONS, Row
@@ -74,7 +74,7 @@ class StabilityTab:
         pairs: dict[str, tuple[tuple[str, ...], Sequence[float]]]
         pairs = {"grad_norm": (stats.names, stats.grad_norms)}
         if scan is not None and scan.weight_moves is not None:
-            names = tuple(name for name, _ in scan.weight_norms)
+            names = tuple(map(itemgetter(0), scan.weight_norms))
             pairs["update_ratio"] = (names, update_ratios(scan.weight_moves, scan.step))
         for quantity, (names, numbers) in pairs.items():
             known, tag = self._series(stats.optimizer, quantity, names)
@@ -110,8 +110,14 @@ class StabilityTab:
 
     def _write(self, build: Callable[[], Any], attempt: int) -> None:
         """Build an event once, and give it to all; what fails in that is theirs to fail in."""
-        event = cache(build)
-        self._each(lambda experiment: _file_writer(experiment).add_event(event(), attempt))
+        built: list[Any] = []
+
+        def add(experiment: Any) -> None:
+            if not built:
+                built.append(build())
+            _file_writer(experiment).add_event(built[0], attempt)
+
+        self._each(add)
 
     def _each(self, do: Callable[[Any], object]) -> None:
         failed = {key: _failure(do, each) for key, each in self._experiments.items()}
@@ -142,11 +148,11 @@ def update_ratios(moves: WeightMoves, step: int) -> list[float]:
 
 
 def _in_order(
-    known: tuple[str, ...], names: tuple[str, ...], values: Iterable[float]
+    known: tuple[str, ...], names: tuple[str, ...], values: Sequence[float]
 ) -> Sequence[float]:
     """Values in the order of the layers known, NaN for those that have none."""
     if names == known:
-        return [*values]
+        return values
     by_name = dict(zip(names, values, strict=True))
     return [by_name.get(name, math.nan) for name in known]
 

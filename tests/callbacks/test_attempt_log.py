@@ -163,6 +163,13 @@ def test_each_optimizer_has_its_own_rows_and_all_share_the_count(tmp_path):
     run(tmp_path, [GradientMonitor()], TwoOptimizers, max_steps=20)
     assert [r["attempt"] for r in rows(tmp_path)] == list(range(1, 20, 2))
     assert [r["attempt"] for r in rows(tmp_path, "_1")] == list(range(2, 21, 2))
+    assert [{r["optimizer"] for r in rows(tmp_path, which)} for which in ("", "_1")] == [{0}, {1}]
+
+
+def test_each_optimizer_has_update_ratios_where_both_scan_in_one_batch(tmp_path):
+    run(tmp_path, [GradientMonitor(scan_weights_every=5)], TwoOptimizers, max_steps=40)
+    tags = [tag for tag in read(tmp_path).Tags()["tensors"] if "/update_ratio/" in tag]
+    assert sorted(tag.split("/")[1] for tag in tags) == ["layers", "layers_1"]
 
 
 class Logged(Callback):

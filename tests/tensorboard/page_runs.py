@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 FIELDS = ["attempt", "step", "loss", "grad_norm", "update_ratio", "learning_rate", "lr_factor"]
-FIELDS += ["clip_threshold", "loss_scale", "precision", "taken"]
+FIELDS += ["clip_threshold", "loss_scale", "precision", "optimizer", "taken"]
 PRECISIONS = ["16-mixed", "bf16-mixed"]
 NAN_AT, WEIGHT_AT, RATE_AT = 150, 251, 383
 """Attempts at which the three incidents open."""
@@ -48,11 +48,22 @@ def run_rows(attempts=500, seed=0, faults=True):
         clip = math.nan if attempt < 100 else 3.0
         measured = [loss, norm, ratio, rate * factor, factor, clip, scale]
         precision = int(faults and attempt > 320)
-        rows.append([attempt, step, *(plain(float(each)) for each in measured), precision, taken])
+        rows.append(
+            [attempt, step, *(plain(float(each)) for each in measured), precision, 0, taken]
+        )
         if faults and attempt == WEIGHT_AT:
             step -= 21
         else:
             step += taken
+    return rows
+
+
+def two_optimizers(rows):
+    """The attempts of a run, by turns of either optimizer; the norms of the second are larger."""
+    norm, whose = FIELDS.index("grad_norm"), FIELDS.index("optimizer")
+    for row in rows[1::2]:
+        row[norm] = row[norm] if isinstance(row[norm], str) else row[norm] + 1000
+        row[whose] = 1
     return rows
 
 
@@ -63,22 +74,23 @@ def layer_names(blocks=4):
     return ["network.embedding.weight", *inner, "network.head.weight", "network.head.bias"]
 
 
-def run_layers(rows, seed=1, markup=False, every=1):
+def run_layers(rows, seed=1, markup=False, every=1, vetoed=False):
     names = layer_names()
     if markup:
         names[3] = MARKUP
-    kept = rows[::every]
     rng = np.random.default_rng(seed)
     base = np.exp(rng.normal(-2, 1.2, len(names)))
-    values = base * np.exp(0.35 * rng.standard_normal((len(kept), len(names))))
-    for i, row in enumerate(kept):
+    values = base * np.exp(0.35 * rng.standard_normal((len(rows), len(names))))
+    for i, row in enumerate(rows):
         if row[0] in (NAN_AT, WEIGHT_AT):
             values[i, : len(names) // 2] = np.nan
         if RATE_AT <= row[0] < RATE_AT + 30:
             values[i, 20:26] *= 10 ** (2.2 * (1 - (row[0] - RATE_AT) / 30))
-    values[60 // every : 120 // every, 12] = 0.0
-    values[: 90 // every, -8:] *= np.linspace(0.004, 1, 90 // every)[:, None]
-    return layers_of(names, [r[0] for r in kept], [r[1] for r in kept], values)
+    values[60:120, 12] = 0.0
+    values[:90, -8:] *= np.linspace(0.004, 1, 90)[:, None]
+    kept = [i for i, row in enumerate(rows) if i % every == 0 or (vetoed and not row[-1])]
+    where = [[rows[i][field] for i in kept] for field in (0, 1)]
+    return layers_of(names, *where, values[kept])
 
 
 def hypothesis(cause, certainty, *evidence, do="look at the batch", leave="it happens once a day"):

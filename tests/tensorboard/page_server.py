@@ -17,7 +17,15 @@ import numpy as np
 
 import lit_stability
 from tests.tensorboard.page_incidents import three_incidents
-from tests.tensorboard.page_runs import MARKUP, layers_of, plain, run_layers, run_rows, steps_of
+from tests.tensorboard.page_runs import (
+    MARKUP,
+    layers_of,
+    plain,
+    run_layers,
+    run_rows,
+    steps_of,
+    two_optimizers,
+)
 
 STATIC = Path(lit_stability.__file__).parent / "tensorboard" / "static"
 TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -49,9 +57,11 @@ window.reloadData = () => window.port.postMessage(JSON.stringify(
 </script></body></html>"""
 
 
-def info(run, rows, layers, incidents):
+def info(run, rows, layers, incidents, parts=("",)):
     last = rows[-1][1] if rows else 0
-    return {"run": run, "steps": len(rows), "layers": layers, "incidents": incidents, "last": last}
+    optimizers = [{"index": i, "part": part} for i, part in enumerate(parts)]
+    told = {"run": run, "steps": len(rows), "layers": layers, "incidents": incidents, "last": last}
+    return told | {"optimizers": optimizers}
 
 
 @cache
@@ -69,11 +79,25 @@ def normal():
 
 @cache
 def sampled():
-    """The run of `normal` with one step in ten kept, as TensorBoard keeps a long one."""
+    """The run of `normal` with one step in ten kept, and of layers the vetoed ones too."""
     rows = run_rows()
     kept = [row for row in rows if row[0] % 10 == 9]
-    data = {"translation": (steps_of(kept), run_layers(rows, every=10), three_incidents(rows))}
+    layers = run_layers(rows, every=10, vetoed=True)
+    data = {"translation": (steps_of(kept), layers, three_incidents(rows))}
     return [info("translation", kept, 35, 3)], data
+
+
+@cache
+def gan():
+    """A run of two optimizers that step by turns, and one that has a single one."""
+    rows, single = two_optimizers(run_rows()), run_rows(200, seed=3, faults=False)
+    parts = ("generator", "discriminator")
+    data = {
+        "gan": (steps_of(rows[::2]), run_layers(rows[::2]), three_incidents(rows)),
+        ("gan", "1"): (steps_of(rows[1::2]), run_layers(rows[1::2], seed=9), three_incidents(rows)),
+        "single": (steps_of(single), run_layers(single), []),
+    }
+    return [info("gan", rows, 35, 3, parts), info("single", single, 35, 0)], data
 
 
 @cache
@@ -131,18 +155,19 @@ def broken():
 
 
 SETS = {"normal": normal, "empty": lambda: ([], {}), "markup": markup, "large": large}
-SETS |= {"broken": broken, "sampled": sampled}
+SETS |= {"broken": broken, "sampled": sampled, "gan": gan}
 
 
 @cache
-def answer(name, route, run, quantity):
-    """The JSON of a route as bytes, or None where there is no such run."""
+def answer(name, route, run, quantity, optimizer="0"):
+    """The JSON of a route as bytes, or None where there is no such run or optimizer."""
     runs, data = SETS[name]()
     if route == "runs":
         return json.dumps(runs, allow_nan=False).encode()
-    if run not in data:
+    key = run if optimizer == "0" else (run, optimizer)
+    if key not in data:
         return None
-    steps, layers, incidents = data[run]
+    steps, layers, incidents = data[key]
     if route == "layers" and quantity == "update_ratio" and run == "twin":
         layers = layers_of([], [], [], np.zeros(0))
     found = {"steps": steps, "layers": layers, "incidents": incidents}[route]
@@ -169,7 +194,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(file.read_bytes(), TYPES[file.suffix])
         self.server.requests.append((route, query))
         run, quantity = query.get("run", ""), query.get("quantity", "")
-        body = answer(self.server.asked_for, route, run, quantity)
+        optimizer = query.get("optimizer", "0")
+        body = answer(self.server.asked_for, route, run, quantity, optimizer)
         if body is not None:
             return self.reply(body, "application/json")
         error = {"error": f"no run {run!r}", "do": "look at the log directory"}

@@ -49,7 +49,7 @@ class Tab:
     def px(self, plot, attempt, shown=(0, 499)):
         """Where an attempt lies, in the plot's own pixels; the gutters are the page's."""
         width = self.all(plot).bounding_box()["width"]
-        left = 236 if width > 900 else 136
+        left = 236 if width > 900 else 160
         return left + (attempt - shown[0]) / (shown[1] - shown[0]) * (width - 26 - left)
 
     def hover(self, plot, attempt, y=60, shown=(0, 499)):

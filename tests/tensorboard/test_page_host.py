@@ -22,6 +22,23 @@ def test_link_followed_later_changes_what_is_shown(tab):
     tab.see(".detail h2:has-text('Incident 2')")
 
 
+def test_back_returns_to_the_incident_before_and_past_zooming(tab):
+    tab.open(link="&p.stability.run=translation&p.stability.incident=1")
+    tab.all('.detail button[aria-label="Next incident"]').click()
+    tab.see(".detail h2:has-text('Incident 2')")
+    tab.all(TIMELINE).focus()
+    tab.page.keyboard.press("+")
+    tab.page.go_back()
+    tab.see(".detail h2:has-text('Incident 1')")
+    assert tab.range() is None
+
+
+def test_link_that_leads_nowhere_is_mended_and_not_come_back_to(tab):
+    tab.open(link="&p.stability.run=gone&p.stability.incident=9")
+    assert tab.hash() == "#stability&p.stability.run=translation"
+    assert tab.page.evaluate("history.length") == 2, "about:blank and this one"
+
+
 def test_other_tab_in_front_keeps_its_address(tab):
     tab.open()
     tab.page.evaluate("history.replaceState(null, '', '#scalars')")

@@ -3,8 +3,26 @@
 import re
 import time
 
-from tests.tensorboard.page_runs import NAN_AT, RATE_AT
+import pytest
+
+from tests.tensorboard.page_runs import NAN_AT, RATE_AT, WEIGHT_AT
 from tests.tensorboard.page_tab import HEATMAP
+
+
+def colour(tab, x, y):
+    """Red, green and blue of a pixel of the heat map."""
+    pixel = """(canvas, at) => {
+      const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+      copy.drawImage(canvas, ...at.map((each) => each * devicePixelRatio), 1, 1, 0, 0, 1, 1);
+      return [...copy.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    }"""
+    return tab.all(f"{HEATMAP} canvas").first.evaluate(pixel, [x, y])
+
+
+def warmth(tab, x, y):
+    """Above 0 for orange, below 0 for blue."""
+    red, _, blue = colour(tab, x, y)
+    return red - blue
 
 
 def test_heatmap_hovered_tells_layer_value_and_ratio_to_its_median(tab):
@@ -53,25 +71,40 @@ def test_heatmap_marks_zero_and_nonfinite_unlike_any_ratio(tab):
 def test_heatmap_colours_a_layer_by_its_own_median(tab):
     """Orange above, blue below, neither where it is as usual, whatever the layer's own size."""
     tab.open()
-    pixel = """(canvas, at) => {
-      const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-      copy.drawImage(canvas, ...at.map((each) => each * devicePixelRatio), 1, 1, 0, 0, 1, 1);
-      const [red, , blue] = copy.getImageData(0, 0, 1, 1).data;
-      return red - blue;
-    }"""
-    canvas = tab.all(f"{HEATMAP} canvas").first
     warm, cold = tab.row('[data-group="decoder.layers.1"]'), tab.row('[data-group="head"]')
-    assert canvas.evaluate(pixel, [tab.px(HEATMAP, RATE_AT + 2), warm]) > 60
-    assert canvas.evaluate(pixel, [tab.px(HEATMAP, 3), cold]) < -45
+    assert warmth(tab, tab.px(HEATMAP, RATE_AT + 2), warm) > 60
+    assert warmth(tab, tab.px(HEATMAP, 3), cold) < -45
     for row in (warm, cold):
-        assert abs(canvas.evaluate(pixel, [tab.px(HEATMAP, 300), row])) < 30
+        assert abs(warmth(tab, tab.px(HEATMAP, 300), row)) < 30
+
+
+def test_heatmap_colours_stay_wherever_one_zooms(tab):
+    """The median is that of the run, not that of the stretch in view."""
+    told = []
+    for first, last in ((0, 499), (RATE_AT, RATE_AT + 20)):
+        tab.open(link=f"&p.stability.from={first}&p.stability.to={last}")
+        at = tab.px(HEATMAP, RATE_AT + 2, (first, last))
+        told.append(warmth(tab, at, tab.row('[data-group="decoder.layers.1"]')))
+        tab.page.goto("about:blank")
+    assert told[0] == told[1] > 60
+
+
+@pytest.mark.parametrize(("by", "struck"), [(0.3, True), (-1, False), (2, False)])
+def test_vetoed_step_covers_no_healthy_ones_up_to_the_next_sample(tab, by, struck):
+    """Samples are 10 attempts apart, but for the one that was written as it was vetoed."""
+    shown = (WEIGHT_AT - 11, WEIGHT_AT + 13)
+    tab.open("sampled", link=f"&p.stability.from={shown[0]}&p.stability.to={shown[1]}")
+    row = tab.row('[data-group="encoder.layers.0"]')
+    found = colour(tab, tab.px(HEATMAP, WEIGHT_AT + by, shown), row)
+    assert (found == [0xB0, 0x00, 0x6D]) is struck
 
 
 def test_quantity_switched_reads_the_update_ratio_and_says_where_there_is_none(tab, server):
     tab.open(link="&p.stability.run=twin")
     tab.all('button:text-is("update-to-weight ratio")').first.click()
     tab.see(".heatmap .message:has-text('No update-to-weight ratios')").gone(HEATMAP)
-    assert ("layers", {"run": "twin", "quantity": "update_ratio"}) in server.requests
+    query = {"run": "twin", "optimizer": "0", "quantity": "update_ratio"}
+    assert ("layers", query) in server.requests
     tab.all('button:text-is("gradient norm")').click()
     tab.see(HEATMAP)
 

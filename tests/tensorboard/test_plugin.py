@@ -86,7 +86,8 @@ def plugin(tmp_path_factory):
 
 def test_runs_are_those_with_data(plugin):
     """K5."""
-    a = {"run": "a", "steps": 4, "layers": 2, "incidents": 1, "last": 1, "optimizers": 1}
+    a = {"run": "a", "steps": 4, "layers": 2, "incidents": 1, "last": 1}
+    a["optimizers"] = [{"index": 0, "part": ""}]
     b = a | {"run": "b/deep", "steps": 2, "incidents": 0}
     assert ask(plugin, "runs") == (200, [a, b])
 
@@ -202,12 +203,13 @@ def test_layers_that_appeared_later_are_nan_before(tmp_path):
 
 def test_second_optimizer_is_served_on_request(tmp_path):
     write(tmp_path / "r", [0, 2])
-    write(tmp_path / "r", [1, 3], names=("c",), first=3, optimizer=1)
+    write(tmp_path / "r", [1, 3], names=("critic.0.c", "critic.1.c"), first=3, optimizer=1)
     plugin = plugin_on(tmp_path)
-    assert ask(plugin, "runs")[1][0]["optimizers"] == 2
+    known = [{"index": 0, "part": ""}, {"index": 1, "part": "critic"}]
+    assert ask(plugin, "runs")[1][0]["optimizers"] == known
     assert [r[1] for r in ask(plugin, "steps?run=r&optimizer=1")[1]["rows"]] == [1, 3]
     route = "layers?run=r&quantity=grad_norm&optimizer=1"
-    assert ask(plugin, route)[1]["names"] == ["c"]
+    assert ask(plugin, route)[1]["names"] == ["critic.0.c", "critic.1.c"]
 
 
 @pytest.mark.slow

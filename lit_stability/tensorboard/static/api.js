@@ -1,12 +1,13 @@
 /**
  * What the plugin serves, as typed arrays and objects. Knows the routes and their JSON; draws nothing.
  *
- * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number}} RunInfo
+ * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number,
+ *   optimizers: {index: number, part: string}[]}} RunInfo  `part` of the model that it trains
  * @typedef {{names: string[], attempts: Float64Array, steps: Float64Array, values: Float32Array}} Layers
  *   `values` is row-major, [samples, layers].
  */
 
-import { number, toColumns } from "./columns.js";
+import { number, ofOptimizer, toColumns } from "./columns.js";
 
 /** What went wrong, and what a person can do about it. */
 export class DataError extends Error {
@@ -21,29 +22,39 @@ export class DataError extends Error {
 export const fetchRuns = (signal) => get("runs", {}, signal);
 
 /** @returns {Promise<Columns>} */
-export async function fetchSteps(run, signal) {
-  const { fields, rows, precisions } = await get("steps", { run }, signal);
+export async function fetchSteps(run, optimizer, signal) {
+  const { fields, rows, precisions } = await get("steps", { run, optimizer }, signal);
   return toColumns(fields, rows, precisions);
 }
 
 /**
- * @returns {Promise<object[]>} Incidents in order of opening; their windows are columns already, and
- *   `key` changes whenever anything else of them does.
+ * @returns {Promise<object[]>} Incidents in order of opening. `around` has the attempts of every
+ *   optimizer around one, `window` those of the `optimizer` that it befell; `key` changes whenever
+ *   anything else does.
  */
 export async function fetchIncidents(run, signal) {
   const incidents = await get("incidents", { run }, signal);
   for (const incident of incidents) {
     incident.key = JSON.stringify(incident);
     const { fields = [], rows = [] } = incident.window ?? {};
-    incident.window = toColumns(fields, rows);
+    incident.around = toColumns(fields, rows);
+    incident.optimizer = optimizerAt(incident);
+    incident.window = ofOptimizer(incident.around, incident.optimizer);
     incident.spans ??= [];
   }
   return incidents.sort((a, b) => a.attempt - b.attempt);
 }
 
+/** Whose attempt an incident was opened at; the first optimizer's where that is not known. */
+function optimizerAt({ around, attempt }) {
+  const at = around.attempt?.indexOf(attempt) ?? -1;
+  return at < 0 ? 0 : (around.optimizer?.[at] ?? 0);
+}
+
 /** @returns {Promise<Layers>} */
-export async function fetchLayers(run, quantity, signal) {
-  const { names, attempts, steps, values } = await get("layers", { run, quantity }, signal);
+export async function fetchLayers(run, optimizer, quantity, signal) {
+  const query = { run, optimizer, quantity };
+  const { names, attempts, steps, values } = await get("layers", query, signal);
   return {
     names,
     attempts: Float64Array.from(attempts, number),

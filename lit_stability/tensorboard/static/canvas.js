@@ -5,7 +5,7 @@ import { el } from "./dom.js";
 export const FONT = "11px Roboto, system-ui, sans-serif";
 
 /** Pixels left of every picture that has attempts across: one for all, so that they line up. */
-export const gutter = (width) => (width > 900 ? 236 : 136);
+export const gutter = (width) => (width > 900 ? 236 : 160);
 
 /**
  * Two canvases over each other: the picture, and what follows the pointer.

@@ -24,6 +24,18 @@ export function toColumns(fields, rows, precisions = []) {
   return columns;
 }
 
+/** The samples of one optimizer; all, where it was not written down whose they are. */
+export function ofOptimizer(columns, optimizer) {
+  const whose = columns.optimizer;
+  if (!whose || whose.every((each) => each === optimizer)) return columns;
+  const mine = Array.from(whose.keys()).filter((i) => whose[i] === optimizer);
+  const taken = { length: mine.length, precisions: columns.precisions };
+  for (const field of fieldsOf(columns)) {
+    taken[field] = Float64Array.from(mine, (i) => columns[field][i]);
+  }
+  return taken;
+}
+
 /**
  * The samples of a run with every attempt around its incidents put between them.
  *

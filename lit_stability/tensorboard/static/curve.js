@@ -3,6 +3,9 @@
 import { linearScale, logScale, lowerBound, short } from "./scales.js";
 import { mark } from "./canvas.js";
 
+/** Pixels from one label of a y axis to the next, at the least about half of it. */
+const TICK = 36;
+
 /** Indices of the samples in view, one more on either side: [from, to). */
 export function slice(xs, [low, high], length = xs.length) {
   const from = Math.max(0, lowerBound(xs, low, length) - 1);
@@ -29,7 +32,8 @@ export function yScale(series, [from, to], pixels, log) {
     }
   }
   if (low > high) return null;
-  return log ? logScale([low / 1.15, high * 1.15], pixels, 3) : padded(low, high, pixels);
+  const ticks = Math.max(2, Math.abs(pixels[0] - pixels[1]) / TICK);
+  return log ? logScale([low / 1.15, high * 1.15], pixels, ticks) : padded(low, high, pixels);
 }
 
 function padded(low, high, pixels) {

@@ -5,11 +5,11 @@
  * the next incident.
  */
 
-import { button, el, path, replace } from "./dom.js";
+import { button, el, path, prose, replace } from "./dom.js";
 import { causes, checks, origin, scene, tried, worstLayers } from "./findings.js";
 import { moveIncident } from "./incidents.js";
 import { count, plural } from "./scales.js";
-import { currentIncident, fullRange } from "./store.js";
+import { currentIncident, fullRange, optimizersOf } from "./store.js";
 import { colourOf } from "./theme.js";
 import { createWindowChart, windowTable } from "./window_chart.js";
 import { causeText, moment, outcomeText, place, responses, worstLayer } from "./words.js";
@@ -52,7 +52,7 @@ function onKey(event, store, element) {
 function content(store, incident, chart) {
   return [
     head(store, incident),
-    el("p", { class: "headline" }, incident.message),
+    el("p", { class: "headline" }, prose(incident.message)),
     story(incident),
     el(
       "h3",
@@ -76,6 +76,7 @@ function content(store, incident, chart) {
 function head(store, incident) {
   const { clock, date } = moment(incident.time);
   const { incidents } = store.get();
+  const whose = optimizersOf(store.get()).length > 1 ? ` · optimizer ${incident.optimizer}` : "";
   const at = incidents.indexOf(incident);
   const title = el("h2", {}, `Incident ${incident.id}: ${incident.kind}`);
   const when = el(
@@ -83,7 +84,7 @@ function head(store, incident) {
     { class: "when" },
     `step ${
       count(incident.step)
-    } · epoch ${incident.epoch}, batch ${incident.batch_idx} · ${date} ${clock}`,
+    } · epoch ${incident.epoch}, batch ${incident.batch_idx}${whose} · ${date} ${clock}`,
   );
   const move = (by) => () => moveIncident(store, by);
   return el(

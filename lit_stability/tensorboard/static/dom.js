@@ -24,6 +24,12 @@ export function path(name, attributes = {}) {
   return el("code", attributes, parts.flatMap((part) => [part, el("wbr")]));
 }
 
+/** A sentence in which `names` between backticks are code. */
+export function prose(text) {
+  const parts = String(text ?? "").split(/`([^`]+)`/);
+  return parts.map((part, i) => (i % 2 === 1 ? el("code", {}, part) : part));
+}
+
 /** A button that says what it does. */
 export function button(label, onclick, attributes = {}) {
   return el("button", { type: "button", onclick, ...attributes }, label);

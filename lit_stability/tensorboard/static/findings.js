@@ -1,6 +1,6 @@
 /** What is known of an incident, part by part; a part of which nothing is known is left out. */
 
-import { button, el, path as asCode } from "./dom.js";
+import { button, el, path as asCode, prose } from "./dom.js";
 import { number } from "./columns.js";
 import { short } from "./scales.js";
 import { loadingCode, outcomeSentences, place, responses } from "./words.js";
@@ -85,7 +85,7 @@ function cause({ cause: name, certainty, evidence = [], do: remedy, leave }) {
       el("strong", {}, name),
       el("span", { class: "certainty" }, certainty),
     ),
-    el("ul", {}, evidence.map((each) => el("li", {}, each))),
+    el("ul", {}, evidence.map((each) => el("li", {}, prose(each)))),
     advice("Try", remedy),
     advice("Leave it alone", leave),
   );
@@ -113,7 +113,7 @@ export function worstLayers({ layers = [], evidence = [] }) {
   return part(
     "Worst layers and evidence",
     layers.length > 0 && el("table", { class: "layers" }, el("tbody", {}, rows)),
-    evidence.length > 0 && el("ul", {}, evidence.map((each) => el("li", {}, each))),
+    evidence.length > 0 && el("ul", {}, evidence.map((each) => el("li", {}, prose(each)))),
   );
 }
 
@@ -124,7 +124,7 @@ export function checks({ checks: asked = [] }) {
     "details",
     {},
     el("summary", {}, "First questions, answered"),
-    el("ul", {}, asked.map((each) => el("li", {}, each))),
+    el("ul", {}, asked.map((each) => el("li", {}, prose(each)))),
   );
 }
 
@@ -179,4 +179,4 @@ async function copied(text) {
 
 const part = (title, ...content) => el("section", {}, el("h3", {}, title), ...content);
 const advice = (label, text) =>
-  text && el("p", { class: "advice" }, el("strong", {}, `${label}: `), text);
+  text && el("p", { class: "advice" }, el("strong", {}, `${label}: `), prose(text));

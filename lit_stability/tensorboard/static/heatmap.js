@@ -1,5 +1,6 @@
 /**
- * The heat map: every layer's gradient norm at every attempt, relative to that layer's own median.
+ * The heat map: every layer's gradient norm at every attempt, relative to that layer's own median
+ * over the whole run, wherever one zooms.
  *
  * Layers are grouped by the prefix of their names and can be folded; a folded group shows the most
  * striking of its layers. Shares its axis of attempts with the time line.
@@ -208,7 +209,7 @@ function showCursor(map, layers, x, tooltip, i, py) {
   const value = values[i * names.length + layer];
   const rows = [
     ["value", short(value)],
-    ["its median", short(map.coded.medians[layer])],
+    ["median of the run", short(map.coded.medians[layer])],
     ...(value > 0 && Number.isFinite(value)
       ? [["ratio", ratio(value / map.coded.medians[layer])]]
       : []),

@@ -43,15 +43,23 @@ export function readAddress() {
   return found;
 }
 
-/** Write values into the address, so that it can be passed on; empty ones are left out. */
-export function writeAddress(values) {
+/**
+ * Write values into the address, so that it can be passed on; empty ones are left out.
+ *
+ * @param {object} values
+ * @param {boolean} leave  whether the browser's back button is to return to what was shown before
+ */
+export function writeAddress(values, leave) {
   const others = partsOfHash().filter((part) => !part.startsWith(MINE));
   if (host !== window && others[0] !== PLUGIN) return; // another tab is in front
   const mine = Object.entries(values)
     .filter(([, value]) => value !== "" && value !== null && value !== undefined)
     .map(([key, value]) => `${MINE}${key}=${encodeURIComponent(value)}`);
   const hash = `#${[...others, ...mine].join("&")}`;
-  if (hash !== host.location.hash) host.history.replaceState(host.history.state, "", hash);
+  if (hash === host.location.hash) return;
+  const { history } = host;
+  if (leave) history.pushState(history.state, "", hash);
+  else history.replaceState(history.state, "", hash);
 }
 
 /** Call `listener` when somebody follows another link into this page. */

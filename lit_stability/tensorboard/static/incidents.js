@@ -66,7 +66,8 @@ function drawRows(store, body, frame, none) {
 }
 
 function calm(steps) {
-  const attempts = steps.length > 0 ? steps.attempt[steps.length - 1] - steps.attempt[0] + 1 : 0;
+  if (steps.length === 0) return "No incident in this run yet.";
+  const attempts = steps.attempt[steps.length - 1] - steps.attempt[0] + 1;
   return `No incident in this run: ${
     plural(attempts, "attempt")
   } watched, nothing to do. To rehearse one, put a lit_stability.faults.FaultInjector into the callbacks.`;

@@ -93,8 +93,8 @@ function connect(store, loader) {
   });
   onDataReloaded(loader.reload);
   onAddressChange(() => store.set(fromAddress(store.get())));
-  store.on(["run", "other", "incident", "quantity", "range", "steps"], (state) => {
-    if (state.steps) writeAddress(toAddress(state));
+  store.on(["run", "other", "optimizer", "incident", "quantity", "range", "steps"], (state) => {
+    if (state.steps) writeAddress(toAddress(state), isAnother(state));
   });
   document.addEventListener("keydown", (event) => onKey(event, store));
 }
@@ -110,22 +110,37 @@ function onKey(event, store) {
 
 /** What the address says, over what there is. */
 function fromAddress(state = {}) {
-  const { run, compare, incident, quantity, from, to } = readAddress();
+  const { run, compare, optimizer, incident, quantity, from, to } = readAddress();
   const range = [Number(from), Number(to)];
   return {
     run: run ?? state.run ?? "",
     other: compare ?? "",
-    incident: incident === undefined || !/^\d+$/.test(incident) ? null : Number(incident),
+    optimizer: wholeNumber(optimizer) ?? 0,
+    incident: wholeNumber(incident),
     quantity: quantity === "update_ratio" ? quantity : "grad_norm",
     range: from !== undefined && range.every(Number.isFinite) && range[1] > range[0] ? range : null,
   };
 }
 
-function toAddress({ run, other, incident, quantity, range }) {
+/**
+ * Whether another run, optimizer or incident is looked at than the address says: a place to come
+ * back from. An address that leads nowhere is mended instead, or one would come back to it for ever.
+ */
+function isAnother({ runs, run, optimizer, incident }) {
+  const before = fromAddress();
+  if (!runs.some((each) => each.run === before.run)) return false;
+  const opened = incident !== null && incident !== before.incident;
+  return run !== before.run || optimizer !== before.optimizer || opened;
+}
+
+const wholeNumber = (text) => (/^\d+$/.test(text ?? "") ? Number(text) : null);
+
+function toAddress({ run, other, optimizer, incident, quantity, range }) {
   const [from, to] = range ? range.map(Math.round) : ["", ""];
   return {
     run,
     compare: other,
+    optimizer: optimizer || "",
     incident,
     quantity: quantity === "grad_norm" ? "" : quantity,
     from,

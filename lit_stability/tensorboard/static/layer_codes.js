@@ -1,6 +1,10 @@
 /**
  * Gradient norms as what they are to each layer's own median, a byte each.
  *
+ * The median is that of all samples of the run: a colour means the same wherever one zooms, and a
+ * layer that has been too large for long is not taken for its own measure. What drifts over the run
+ * is seen to drift; in return a spike is told from its neighbours, not from grey.
+ *
  * A byte holds the logarithm of the ratio: 100 is the median itself, 0 a thousandth of it or less, 200
  * a thousand times or more. Arrays in, arrays out: no drawing.
  */

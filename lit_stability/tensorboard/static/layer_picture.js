@@ -38,8 +38,8 @@ function sampleCells(attempts, x, left, width, from, to) {
   const edges = Int32Array.from({ length: last - first + 1 }, (_, i) => first + i);
   const cellOf = new Int32Array(width).fill(-1);
   for (let i = first; i < last; i++) {
-    const start = x.value(left) >= attempts[i] ? left : x.px(middle(attempts, i - 1));
-    const end = i + 1 < attempts.length ? x.px(middle(attempts, i)) : left + width;
+    const start = x.value(left) >= attempts[i] ? left : x.px(border(attempts, i - 1));
+    const end = i + 1 < attempts.length ? x.px(border(attempts, i)) : left + width;
     cellOf.fill(
       i - first,
       Math.max(0, Math.round(start - left)),
@@ -49,7 +49,20 @@ function sampleCells(attempts, x, left, width, from, to) {
   return { edges, cellOf };
 }
 
-const middle = (attempts, i) => (i < 0 ? attempts[0] - 0.5 : (attempts[i] + attempts[i + 1]) / 2);
+/**
+ * Where sample `i` ends and the next begins: halfway, if they are as far apart as their neighbours.
+ *
+ * One that was written out of turn, as a vetoed attempt is between two logged ones, keeps to its own
+ * place: else a fault of one step would cover the healthy steps up to the next sample.
+ */
+function border(attempts, i) {
+  if (i < 0) return attempts[0] - 0.5;
+  const [before, after] = [reach(attempts, i), reach(attempts, i + 1)];
+  return attempts[i] + ((attempts[i + 1] - attempts[i]) * before) / (before + after);
+}
+
+const reach = (attempts, i) =>
+  Math.min(attempts[i] - (attempts[i - 1] ?? -Infinity), (attempts[i + 1] ?? Infinity) - attempts[i]);
 
 /**
  * Paint all rows.

@@ -7,7 +7,7 @@ export function legend() {
   const scale = el(
     "span",
     { class: "scale" },
-    ...["÷1000", "its median", "×1000"].map((text) => el("span", {}, text)),
+    ...["÷1000", "layer's median over the run", "×1000"].map((text) => el("span", {}, text)),
   );
   return el(
     "div",

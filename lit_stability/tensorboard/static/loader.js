@@ -6,7 +6,7 @@
  */
 
 import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
-import { mergeColumns } from "./columns.js";
+import { mergeColumns, ofOptimizer } from "./columns.js";
 import { failure, loading, noLayers, noSteps } from "./messages.js";
 
 /**
@@ -20,12 +20,13 @@ export function createLoader(store, views) {
   async function reloadRuns() {
     try {
       const runs = await fetchRuns();
-      const { run, other } = store.get();
-      const known = (name) => runs.some((each) => each.run === name);
+      const { run, other, optimizer } = store.get();
+      const shown = found(runs, run) ?? mostTelling(runs);
       store.set({
         runs,
-        run: known(run) ? run : (mostTelling(runs)?.run ?? ""),
-        other: known(other) ? other : "",
+        run: shown?.run ?? "",
+        optimizer: oneOf(shown, optimizer),
+        other: found(runs, other) ? other : "",
       });
       if (runs.length === 0) views.say("empty");
     } catch (error) {
@@ -35,7 +36,7 @@ export function createLoader(store, views) {
 
   /** Steps and incidents of the run; what is shown of another run goes at once. */
   async function loadRun({ fresh }) {
-    const { run } = store.get();
+    const { run, optimizer } = store.get();
     if (!run) return;
     const signal = latest.run();
     if (fresh) {
@@ -43,12 +44,12 @@ export function createLoader(store, views) {
       views.heatmap.show(null, loading("layers"));
     }
     try {
-      const { steps, incidents } = await fetchRun(run, signal);
+      const { steps, incidents } = await fetchRun(run, optimizer, signal);
       const { incident } = store.get();
       const known = incidents.some((each) => each.id === incident);
       views.say("ready", steps.length === 0 ? noSteps() : null);
       store.set({ steps, incidents, incident: known ? incident : null });
-      const extent = [run, steps.length, steps.attempt?.[steps.length - 1]].join();
+      const extent = [run, optimizer, steps.length, steps.attempt?.[steps.length - 1]].join();
       await Promise.all([extent !== drawn && loadLayers(), loadOther()]);
       drawn = extent;
     } catch (error) {
@@ -57,10 +58,10 @@ export function createLoader(store, views) {
   }
 
   async function loadLayers() {
-    const { run, quantity } = store.get();
+    const { run, optimizer, quantity } = store.get();
     const signal = latest.layers();
     try {
-      const layers = await fetchLayers(run, quantity, signal);
+      const layers = await fetchLayers(run, optimizer, quantity, signal);
       const none = layers.names.length === 0 || layers.attempts.length === 0;
       views.heatmap.show(layers, none ? noLayers(quantity) : null);
     } catch (error) {
@@ -69,11 +70,12 @@ export function createLoader(store, views) {
   }
 
   async function loadOther() {
-    const { other } = store.get();
+    const { runs, other, optimizer } = store.get();
     const signal = latest.other();
     if (!other) return views.comparison.show(null);
     try {
-      return views.comparison.show({ run: other, ...(await fetchRun(other, signal)) });
+      const its = oneOf(found(runs, other), optimizer);
+      return views.comparison.show({ run: other, ...(await fetchRun(other, its, signal)) });
     } catch (error) {
       if (error.name === "AbortError") return undefined;
       return views.comparison.show(null, failure(error, loadOther));
@@ -81,26 +83,38 @@ export function createLoader(store, views) {
   }
 
   async function reload() {
-    const { run, steps } = store.get();
+    const { run, optimizer, steps } = store.get();
     await reloadRuns();
-    if (store.get().run === run) await loadRun({ fresh: steps === null });
+    const same = store.get().run === run && store.get().optimizer === optimizer;
+    if (same) await loadRun({ fresh: steps === null });
   }
 
-  store.on(["run"], ({ run }) => {
+  store.on(["run", "optimizer"], ({ runs, run, optimizer }) => {
+    const its = oneOf(found(runs, run), optimizer);
+    if (its !== optimizer) return store.set({ optimizer: its });
     store.set({ steps: null, incidents: [] });
-    if (run) loadRun({ fresh: true });
+    return run && loadRun({ fresh: true });
   });
   store.on(["quantity"], loadLayers);
   store.on(["other"], loadOther);
   return { reload };
 }
 
-async function fetchRun(run, signal) {
+async function fetchRun(run, optimizer, signal) {
   const [steps, incidents] = await Promise.all([
-    fetchSteps(run, signal),
+    fetchSteps(run, optimizer, signal),
     fetchIncidents(run, signal),
   ]);
-  return { steps: mergeColumns(steps, incidents.map((each) => each.window)), incidents };
+  const windows = incidents.map(({ around }) => ofOptimizer(around, optimizer));
+  return { steps: mergeColumns(steps, windows), incidents };
+}
+
+const found = (runs, name) => runs.find((each) => each.run === name);
+
+/** The optimizer asked for where a run has it, else its first. */
+function oneOf(run, optimizer) {
+  const known = run?.optimizers.map(({ index }) => index) ?? [];
+  return known.includes(optimizer) ? optimizer : (known[0] ?? 0);
 }
 
 /** The run that struck last is the one that somebody wants to see; else the longest. */

@@ -23,14 +23,17 @@ import { count } from "./scales.js";
 
 const [DOT_SPACING, GUTTER] = [5, 120];
 
+/** Pixels above the curve: where the gutter is narrow, the title is there. */
+const above = (left) => (left >= GUTTER ? 6 : 16);
+
 /** @param {View} view @param {Panel} panel @param {number} top @param {boolean} log */
 export function drawPanel(view, { title, height, lines, switched }, top, log) {
   const { context, steps, palette, indices } = view;
   const [left, right] = view.edges;
-  const present = lines.filter(([field]) => field in steps);
+  const present = lines.filter(([field]) => steps[field]?.some(Number.isFinite));
   const y = yScale(present.map(([field]) => steps[field]), indices, [
     top + height,
-    top + (left >= GUTTER ? 6 : 16),
+    top + above(left),
   ], log);
   drawTitle(view, title + (switched && log ? " (log)" : ""), present, top + 5);
   if (!y) return;
@@ -57,7 +60,7 @@ function drawLines({ context, steps, xs, x, palette, edges, indices }, lines, y,
     });
   }
   if (field === "loss" || field === "grad_norm") {
-    drawNonFinite(context, xs, steps[field], indices, x, top + 8, palette.bad);
+    drawNonFinite(context, xs, steps[field], indices, x, top + above(edges[0]) + 4, palette.bad);
   }
 }
 

@@ -39,7 +39,7 @@ function linearTicks(low, high, count) {
 function logTicks(low, high, count) {
   const decades = Math.log10(high / low);
   if (decades < 0.5) return linearTicks(low, high, count).filter((tick) => tick > 0);
-  const every = Math.max(1, Math.ceil(decades / count));
+  const every = Math.max(1, Math.floor(decades / count));
   const steps = decades < 1.5 ? [1, 2, 5] : decades < 2.2 ? [1, 3] : [1];
   const ticks = [];
   for (let p = Math.floor(Math.log10(low)); 10 ** p <= high; p += every) {

@@ -5,6 +5,7 @@
  * @property {RunInfo[]} runs
  * @property {string} run         run shown; "" before one is known
  * @property {string} other       run it is compared with; "" for none
+ * @property {number} optimizer   index of the optimizer whose steps and layers are shown
  * @property {number|null} incident  id of the incident looked at
  * @property {[number, number]|null} range  first and last attempt in view; null for all
  * @property {string} quantity    "grad_norm" or "update_ratio", of the heat map
@@ -40,6 +41,11 @@ export function createStore(initial) {
 /** The incident looked at, or undefined. */
 export function currentIncident({ incidents, incident }) {
   return incidents.find((each) => each.id === incident);
+}
+
+/** Optimizers of the run shown. @returns {{index: number, part: string}[]} */
+export function optimizersOf({ runs, run }) {
+  return runs.find((each) => each.run === run)?.optimizers ?? [];
 }
 
 /** First and last attempt of all that is known; [0, 1] where nothing is. */

@@ -8,7 +8,7 @@
 import { BANDS, drawBand } from "./bands.js";
 import { gutter, layeredCanvas, vertical } from "./canvas.js";
 import { slice } from "./curve.js";
-import { button, choice, section } from "./dom.js";
+import { button, choice, el, section } from "./dom.js";
 import { drawPins, drawSpans, pinAt, takenBackBy } from "./marks.js";
 import { drawPanel, drawXAxis } from "./panels.js";
 import { linearScale, nearest } from "./scales.js";
@@ -19,6 +19,12 @@ import { attachCursor, createTooltip } from "./tooltip.js";
 import { attachZoom } from "./zoom.js";
 
 const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 30, 12, 20, 26];
+
+const KEY = [
+  "by attempt, which counts on where steps go back",
+  "× NaN or Inf",
+  "shaded: taken back by a rollback",
+].join(" · ");
 
 const PANELS = [
   { title: "loss", height: 120, lines: [["loss", "loss"]], switched: true },
@@ -97,7 +103,7 @@ function controls(store) {
   };
   store.on(["scale", "range"], follow);
   follow();
-  return [scale, all];
+  return [scale, all, el("span", { class: "aside" }, KEY)];
 }
 
 function moveCursor({ steps, range }, at, by, point) {

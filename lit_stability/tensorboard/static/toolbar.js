@@ -3,6 +3,8 @@
 import { el, replace } from "./dom.js";
 import { summary } from "./incidents.js";
 import { count, plural } from "./scales.js";
+import { optimizersOf } from "./store.js";
+import { optimizerText } from "./words.js";
 
 /** @returns {HTMLElement} it follows the store from then on. */
 export function createToolbar(store) {
@@ -10,13 +12,19 @@ export function createToolbar(store) {
     id: "run",
     onchange: () => store.set({ run: run.value, incident: null, range: null }),
   });
+  const optimizer = el("select", {
+    id: "optimizer",
+    onchange: () => store.set({ optimizer: Number(optimizer.value) }),
+  });
+  const several = [el("label", { for: "optimizer" }, "optimizer"), optimizer];
   const other = el("select", { id: "other", onchange: () => store.set({ other: other.value }) });
   const chooser = [
     el("label", { for: "run" }, "Run"),
     run,
+    several,
     el("label", { for: "other" }, "compare with"),
     other,
-  ];
+  ].flat();
   const said = el("p", { class: "summary", role: "status" });
   const fill = (state) => {
     replace(run, state.runs.map((each) => option(each, state.run)));
@@ -26,12 +34,15 @@ export function createToolbar(store) {
       el("option", { value: "" }, "no other run"),
       others.map((each) => option(each, state.other)),
     );
+    const optimizers = optimizersOf(state);
+    replace(optimizer, optimizers.map((each) => optimizerOption(each, state.optimizer)));
     for (const each of chooser) each.hidden = state.runs.length === 0;
+    for (const each of several) each.hidden = optimizers.length < 2;
     other.disabled = others.length === 0;
     if (state.other === state.run && state.other) store.set({ other: "" });
   };
   fill(store.get());
-  store.on(["runs", "run", "other"], fill);
+  store.on(["runs", "run", "optimizer", "other"], fill);
   store.on(["steps", "incidents"], (state) => replace(said, state.steps ? words(state) : ""));
   return el(
     "header",
@@ -46,6 +57,11 @@ export function createToolbar(store) {
 function option({ run, incidents }, chosen) {
   const text = incidents > 0 ? `${run} (${plural(incidents, "incident")})` : run;
   return el("option", { value: run, selected: run === chosen }, text);
+}
+
+function optimizerOption(optimizer, chosen) {
+  const { index } = optimizer;
+  return el("option", { value: index, selected: index === chosen }, optimizerText(optimizer));
 }
 
 function words({ steps, incidents }) {

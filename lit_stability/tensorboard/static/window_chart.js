@@ -31,7 +31,7 @@ export function createWindowChart(incident, incidents) {
   );
   const tooltip = createTooltip(layers.element);
   const range = [columns.attempt[0] - 0.5, columns.attempt[columns.length - 1] + 0.5];
-  const x = () => linearScale(range, [LEFT, layers.width() - RIGHT], layers.width() / 110);
+  const x = () => linearScale(range, [LEFT, layers.width() - RIGHT], layers.width() / 80);
   const draw = () => drawAll(incident, incidents, layers, x(), range);
   let at = nearest(columns.attempt, incident.attempt, columns.length);
   const show = (i, py) => {

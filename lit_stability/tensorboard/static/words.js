@@ -33,6 +33,9 @@ export function worstLayer({ origin, layers }) {
   return origin?.module || layers?.[0]?.[0] || "";
 }
 
+/** "1: discriminator". */
+export const optimizerText = ({ index, part }) => (part ? `${index}: ${part}` : String(index));
+
 /** The responses in their order, equal neighbours counted: ["step taken again (2x)", ...]. */
 export function responses({ responses: given = [] }) {
   const runs = [];
