@@ -26,13 +26,17 @@ class Batch(NamedTuple):
     tokens_BL: Tensor
     """int64; `num_id` where a number stands, 0 in the padding."""
     values_BL: Tensor
-    """float32; the numbers at `num_id`, NaN a missing one, 0 elsewhere."""
+    """float32; the numbers at `num_id`, 0 elsewhere and for a missing one."""
+    known_BL: Tensor
+    """bool; True where a number stands that is not missing."""
     mask_BL: Tensor
     """bool; True for what may be attended to, False for padding."""
     target_B: Tensor
     """int64; the next token, or `num_id`."""
     value_B: Tensor
-    """float32; the next number, NaN where none or a missing one follows."""
+    """float32; the next number, 0 where none follows or a missing one."""
+    known_B: Tensor
+    """bool; True where a number follows that is not missing."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,27 @@ class Encoder:
         for piece in sentence.pieces:
             ids = self.encode(piece) if isinstance(piece, str) else [self.num_id]
             tokens += ids
-            values += [0.0] * len(ids) if isinstance(piece, str) else [piece]
-        target, value = self._next(sentence.target)
+            values += [math.nan] * len(ids) if isinstance(piece, str) else [piece]
+        target = sentence.target
+        follows = self.encode(target)[0] if isinstance(target, str) else self.num_id
+        # No NaN is in a batch, where it would be a fault.
+        known, read = _known(values)
+        value_known, value = _known([math.nan if isinstance(target, str) else target])
         return Batch(
-            torch.tensor(tokens),
-            torch.tensor(values, dtype=torch.float32),
-            torch.ones(len(tokens), dtype=torch.bool),
-            torch.tensor(target),
-            torch.tensor(value, dtype=torch.float32),
+            tokens_BL=torch.tensor(tokens),
+            values_BL=read,
+            known_BL=known,
+            mask_BL=torch.ones(len(tokens), dtype=torch.bool),
+            target_B=torch.tensor(follows),
+            value_B=value[0],
+            known_B=value_known[0],
         )
 
-    def _next(self, target: str | float) -> tuple[int, float]:
-        if isinstance(target, str):
-            return self.encode(target)[0], math.nan
-        return self.num_id, target
+
+def _known(values: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Which values are no NaN, and the values with 0 for those that are."""
+    read = torch.tensor(values, dtype=torch.float32)
+    return ~read.isnan(), read.nan_to_num(nan=0.0)
 
 
 class EncodedSentences(Dataset[Batch]):
@@ -84,6 +95,6 @@ class EncodedSentences(Dataset[Batch]):
 
 def collate(rows: Sequence[Batch]) -> Batch:
     """Pad encoded sentences on the right into one batch."""
-    tokens, values, masks, targets, numbers = zip(*rows, strict=True)
-    padded = (pad_sequence(list(each), batch_first=True) for each in (tokens, values, masks))
-    return Batch(*padded, torch.stack(targets), torch.stack(numbers))
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    padded = [pad_sequence(each, batch_first=True) for each in columns[:4]]
+    return Batch(*padded, *(torch.stack(each) for each in columns[4:]))

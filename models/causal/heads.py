@@ -73,15 +73,11 @@ class NumberEmbedding(nn.Module):
         self.direction_H = nn.Parameter(torch.randn(width) * std)
         self.missing_H = nn.Parameter(torch.randn(width) * std)
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Embed values (...), NaN where missing, as (..., H)."""
-        missing = values.isnan()
-        known = torch.where(missing, 0.0, values)
-        size = known.sign() * torch.log1p(known.abs())
-        told = torch.where(
-            missing.unsqueeze(-1), self.missing_H, size.unsqueeze(-1) * self.direction_H
-        )
-        return self.base_H + told
+    def forward(self, values: Tensor, known: Tensor) -> Tensor:
+        """Embed values (...) as (..., H), and what is not known (...) as missing."""
+        size = values.sign() * torch.log1p(values.abs())
+        told = size.unsqueeze(-1) * self.direction_H
+        return self.base_H + torch.where(known.unsqueeze(-1), told, self.missing_H)
 
 
 class AbductionNetwork(nn.Module):

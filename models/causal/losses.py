@@ -1,7 +1,7 @@
 """The losses of the causal classifier: one against the rest, and a gated regression.
 
-They are computed in float32 whatever the precision of the model. Shape letters: B batch, K
-classes. May import torch alone.
+They are computed in float32 whatever the precision of the model, but for the naive form. Shape
+letters: B batch, K classes. May import torch alone.
 """
 
 import math
@@ -29,38 +29,37 @@ def one_vs_rest(
         scores_BK: Distributions of the scores.
         target_B: The class that comes next.
         threshold: C.
-        form: `naive` takes the logarithm of 1/2 + arctan(x)/pi, which is -inf from a ratio x of
-            -1e8 on in float32; a fault to rehearse.
+        form: `naive` takes the logarithm of 1/2 + arctan(x)/pi in the precision of the scores,
+            which is -inf from a ratio x of -1e8 on in float32, of -200 on in bfloat16; a fault to
+            rehearse.
     """
-    loc_BK, scale_BK = scores_BK.loc.float(), scores_BK.scale.float()
-    wanted_BK = torch.zeros_like(loc_BK, dtype=torch.bool)
+    wanted_BK = torch.zeros_like(scores_BK.loc, dtype=torch.bool)
     wanted_BK.scatter_(1, target_B.unsqueeze(1), True)
     if form == "naive":
-        p_BK = cauchy.naive_exceedance(threshold, loc_BK, scale_BK)
-        return -torch.where(wanted_BK, p_BK, 1.0 - p_BK).log().sum(dim=1)
+        p_BK = cauchy.naive_exceedance(threshold, *scores_BK)
+        return -torch.where(wanted_BK, p_BK, 1.0 - p_BK).log().float().sum(dim=1)
+    loc_BK, scale_BK = scores_BK.loc.float(), scores_BK.scale.float()
     # P(S < C) is P(-S > -C): the sign makes one evaluation of both.
     sign_BK = torch.where(wanted_BK, 1.0, -1.0)
     return -cauchy.log_exceedance(sign_BK * threshold, sign_BK * loc_BK, scale_BK).sum(dim=1)
 
 
 def gated_regression(
-    value_B: Cauchy, target_B: Tensor, p_number_B: Tensor, *, hardness: float
+    value_B: Cauchy, number_B: Tensor, known_B: Tensor, p_number_B: Tensor, *, hardness: float
 ) -> Tensor:
     """Negative log density of the number that comes next, in nats, by sentence (B,).
 
-    Where no number comes next, or a missing one, it is 0. Elsewhere it counts with the weight
+    Where no number is known to come next it is 0. Elsewhere it counts with the weight
     a + (1 - a) P_NUM, P_NUM without a gradient: a hard gate (a = 1) trains the value from the
     first step on, a soft one (a = 0) as far as the number is foreseen.
 
     Args:
         value_B: Distributions of the values.
-        target_B: The numbers, NaN where none counts.
+        number_B: The numbers.
+        known_B: Where one comes next and is not missing.
         p_number_B: Probability of `<NUM>`.
         hardness: a, from 0 to 1.
     """
-    known_B = ~target_B.isnan()
-    # Before the density: the gradient of a discarded NaN is NaN.
-    number_B = torch.where(known_B, target_B, value_B.loc.detach()).float()
     nll_B = -cauchy.log_density(number_B, value_B.loc.float(), value_B.scale.float())
     gate_B = hardness + (1.0 - hardness) * p_number_B.detach().float()
     return torch.where(known_B, gate_B * nll_B, 0.0)

@@ -45,8 +45,8 @@ class CausalMetrics(Metric):
         self.probabilities += p_number_B[number_B].double().sum()
         self.numbers += number_B.sum()
         self.words += (~number_B).sum()
-        known_B = ~batch.value_B.isnan()
-        self.errors.append((prediction.value_B.loc - batch.value_B)[known_B].double().abs())
+        errors_B = prediction.value_B.loc.double() - batch.value_B.double()
+        self.errors.append(errors_B[batch.known_B].abs())
 
     def compute(self) -> dict[str, Tensor]:
         """Give every figure."""

@@ -105,7 +105,7 @@ class CausalModule(pl.LightningModule):
 
     def forward(self, batch: Batch) -> Prediction:
         """Predict what follows each sentence."""
-        prediction: Prediction = self.build()(batch.tokens_BL, batch.values_BL, batch.mask_BL)
+        prediction: Prediction = self.build()(batch)
         return prediction
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -182,9 +182,13 @@ class CausalModule(pl.LightningModule):
         scores_BK = prediction.scores_BK
         p_number_B = cauchy.exceedance(threshold, scores_BK.loc[:, -1], scores_BK.scale[:, -1])
         value_B = gated_regression(
-            prediction.value_B, batch.value_B, p_number_B, hardness=self.hparams["gate"]
+            prediction.value_B,
+            batch.value_B,
+            batch.known_B,
+            p_number_B,
+            hardness=self.hparams["gate"],
         )
-        n_numbers = (~batch.value_B.isnan()).sum().clamp(min=1)
+        n_numbers = batch.known_B.sum().clamp(min=1)
         return scores_B.mean(), self.hparams["regression_weight"] * value_B.sum() / n_numbers
 
     def _evaluate(self, batch: Batch, stage: Stage) -> None:

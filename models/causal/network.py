@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.causal.batches import Batch
 from models.causal.heads import (
     AbductionNetwork,
     ActionNetwork,
@@ -43,22 +44,22 @@ class CausalClassifier(nn.Module):
         """Let the trunk keep its weights; a number's embedding still learns through it."""
         self.trunk.requires_grad_(False)
 
-    def forward(self, tokens_BL: Tensor, values_BL: Tensor, mask_BL: Tensor) -> Prediction:
+    def forward(self, batch: Batch) -> Prediction:
         """Predict what follows the last position that is not padding."""
         hidden_BLH = self.trunk(
-            inputs_embeds=self._embed(tokens_BL, values_BL), attention_mask=mask_BL.long()
+            inputs_embeds=self._embed(batch), attention_mask=batch.mask_BL.long()
         ).last_hidden_state
-        last_B = mask_BL.sum(dim=1) - 1
+        last_B = batch.mask_BL.sum(dim=1) - 1
         rows_B = torch.arange(len(last_B), device=last_B.device)
         hidden_BH = hidden_BLH[rows_B, last_B].to(self.abduction.loc.weight.dtype)
         prediction: Prediction = self.action(self.abduction(hidden_BH))
         return prediction
 
-    def _embed(self, tokens_BL: Tensor, values_BL: Tensor) -> Tensor:
+    def _embed(self, batch: Batch) -> Tensor:
         """Look up tokens, and put numbers where they stand."""
-        number_BL = tokens_BL == self.num_id
-        embedded_BLH: Tensor = self._embedding()(tokens_BL.masked_fill(number_BL, 0))
-        numbers_BLH = self.numbers(values_BL).to(embedded_BLH.dtype)
+        number_BL = batch.tokens_BL == self.num_id
+        embedded_BLH: Tensor = self._embedding()(batch.tokens_BL.masked_fill(number_BL, 0))
+        numbers_BLH = self.numbers(batch.values_BL, batch.known_BL).to(embedded_BLH.dtype)
         return torch.where(number_BL.unsqueeze(-1), numbers_BLH, embedded_BLH)
 
     def _embedding(self) -> Any:

@@ -57,8 +57,8 @@ def test_saturated_scores_break_the_naive_form_and_not_the_stable_one(dtype):
 
 def test_regression_counts_numbers_alone_and_is_the_density():
     value = Cauchy(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0]))
-    target = torch.tensor([4.0, math.nan, -1e30])
-    loss = gated_regression(value, target, torch.ones(3), hardness=1.0)
+    target, known = torch.tensor([4.0, 0.0, -1e30]), torch.tensor([True, False, True])
+    loss = gated_regression(value, target, known, torch.ones(3), hardness=1.0)
     expected = [-stats.cauchy.logpdf(4.0, 1.0, 0.5), 0.0, -stats.cauchy.logpdf(-1e30, 3.0, 2.0)]
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -67,15 +67,16 @@ def test_regression_counts_numbers_alone_and_is_the_density():
 def test_gate_is_open_when_hard_and_follows_the_probability_when_soft(hardness, gate):
     value, target = Cauchy(torch.tensor([1.0]), torch.tensor([0.5])), torch.tensor([4.0])
     p = torch.tensor([0.2], requires_grad=True)
-    loss = gated_regression(value, target, p, hardness=hardness)
+    loss = gated_regression(value, target, torch.tensor([True]), p, hardness=hardness)
     assert loss.item() == pytest.approx(-gate * stats.cauchy.logpdf(4.0, 1.0, 0.5), rel=1e-5)
     assert not loss.requires_grad, "a gate that learns would close itself"
 
 
-def test_missing_number_sends_no_gradient_and_no_nan():
+def test_missing_number_sends_no_gradient():
     loc, scale = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    target = torch.tensor([math.nan, 2.0])
-    gated_regression(Cauchy(loc, scale), target, torch.ones(2), hardness=1.0).sum().backward()
+    value, known = torch.tensor([0.0, 2.0]), torch.tensor([False, True])
+    loss = gated_regression(Cauchy(loc, scale), value, known, torch.ones(2), hardness=1.0)
+    loss.sum().backward()
     assert loc.grad.tolist() == pytest.approx([0.0, -0.8])
     assert scale.grad[0] == 0
 

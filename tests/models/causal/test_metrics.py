@@ -14,7 +14,9 @@ NUM = 3
 
 def batch(targets, values):
     empty = torch.zeros(len(targets), 1)
-    return Batch(empty, empty, empty, torch.tensor(targets), torch.tensor(values))
+    value = torch.tensor([0.0 if each is None else each for each in values])
+    known = torch.tensor([each is not None for each in values])
+    return Batch(*[empty] * 4, torch.tensor(targets), value, known)
 
 
 def prediction(locs, values):
@@ -26,7 +28,7 @@ def prediction(locs, values):
 FOUND = prediction(
     [[0, 0, 0, 9.0], [5.0, 4.0, 0, 3.0], [5.0, 0, 0, 1.0], [0, 0, 0, 1.0]], [1.0, 5.0, 0.0, 0.0]
 )
-TRUE = batch([NUM, NUM, 0, 1], [3.0, 4.0, math.nan, math.nan])
+TRUE = batch([NUM, NUM, 0, 1], [3.0, 4.0, None, None])
 
 
 def test_figures_of_a_batch_are_known():
@@ -53,7 +55,7 @@ def test_figures_of_several_batches_are_those_of_all_sentences():
 
 def test_kind_that_was_not_seen_has_no_figure():
     metrics = CausalMetrics(NUM, threshold=0.0)
-    metrics.update(prediction([[5.0, 0, 0, 0]], [0.0]), batch([0], [math.nan]))
+    metrics.update(prediction([[5.0, 0, 0, 0]], [0.0]), batch([0], [None]))
     found = metrics.compute()
     assert found["accuracy"] == 1.0
     assert found["num_accuracy"].isnan()
