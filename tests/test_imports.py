@@ -40,6 +40,7 @@ MAY_IMPORT_TORCH = (
         "compiled.py",
         "curvature.py",
         "half.py",
+        "frozen.py",
         "snapshots.py",
         "lr_scale.py",
         "clipping.py",
