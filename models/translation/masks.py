@@ -1,7 +1,7 @@
 """Boolean attention masks, with the one convention of this package.
 
 **True means: this query may attend to this key.** No function, argument or buffer of
-``models.translation`` uses another meaning, but for an attention that is built to rehearse the fault.
+``models.translation`` uses another meaning, but for an attention built to rehearse the fault.
 `torch.nn.functional.scaled_dot_product_attention` shares it; `torch.nn.MultiheadAttention` and many
 textbook implementations have the opposite one, under which a network sees only padding and the
 future, and still trains after a fashion. Hence
