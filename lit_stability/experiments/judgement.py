@@ -115,7 +115,7 @@ def _preflight(
         yield Verdict("preflight: nothing", observed, report is not None and not found)
     for check, words in wanted.items():
         said = [each for each in found.get(check, []) if words in each]
-        text = f"preflight: {check}{f', {words}' if words else ''}"
+        text = f"preflight {check}{f': {words}' if words else ''}"
         seen = textwrap.shorten(said[0], _LONGEST, placeholder=" ...") if said else observed
         yield Verdict(text, seen, bool(said))
     others = [check for check in found if check not in wanted]
