@@ -78,7 +78,8 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit = commands.add_parser(
         "fit",
         help="run the experiment that a config describes",
-        description="Compose config files, check every option, train, evaluate.",
+        description="Compose config files, check every option, train, evaluate; where the config "
+        "states an `expect`, the last line says whether it was met.",
         epilog=f"example:\n  lit-stability fit -c NAME trainer.max_steps=100\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -5,6 +5,7 @@ Data in, data out: imports neither torch nor Lightning.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 from lit_stability.experiments.expectation import Comparison, Expectation
 from lit_stability.experiments.outcome import Outcome
+
+_LONGEST = 80
+"""Characters of a finding that a verdict repeats."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,10 @@ def _preflight(
     if not wanted:
         yield Verdict("preflight: nothing", observed, report is not None and not found)
     for check, words in wanted.items():
-        said = found.get(check, [])
-        met = any(words in each for each in said)
-        text = f"preflight: {check}{f' ({words})' if words else ''}"
-        yield Verdict(text, said[0] if met and words else observed, met)
+        said = [each for each in found.get(check, []) if words in each]
+        text = f"preflight {check}{f': {words}' if words else ''}"
+        seen = textwrap.shorten(said[0], _LONGEST, placeholder=" ...") if said else observed
+        yield Verdict(text, seen, bool(said))
     others = [check for check in found if check not in wanted]
     if wanted and others:
         yield Verdict("preflight: no other finding", _listed(others), False)

@@ -5,6 +5,7 @@ Imports neither torch nor Lightning: a run that takes its interpreter down takes
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from lit_stability.targets import bind
 
 OUTPUT = "output.txt"
 """What a run prints, in its folder."""
+_GRACE = 10.0
+"""Seconds that an interrupted run has to end by itself."""
 _SHOWN_INCIDENT = ("step", "kind", "cause", "outcome", "responses")
 
 
@@ -99,6 +102,8 @@ def run(trial: Trial) -> Result:
             process.wait()
         except KeyboardInterrupt:
             # A terminal interrupts the whole group; whoever signals this process alone does not.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
             process.terminate()
             process.wait()
             raise

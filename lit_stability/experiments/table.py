@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from lit_stability.experiments.running import Result
 
 _HEAD = ("experiment", "", "expected", "observed", "incidents", "time")
-_SHARES = (26, 32, 24, 26)
-"""Of the width of a terminal, for the columns of words."""
-_MARK = 2
+_SHARES = (3, 4, 3)
+"""Of what names and figures leave of a terminal's width: expected, observed, incidents."""
+_MARK, _NAME = 2, 32
+"""Width of the marks, and the largest of the names."""
 _TIME = 7
 
 
@@ -27,9 +28,9 @@ def as_text(results: Sequence[Result], width: int = 110) -> str:
         results: one row each.
         width: of the terminal, in characters; the table is no narrower than 80.
     """
-    room = max(80, width) - 2 * (len(_HEAD) - 1) - _MARK - _TIME
-    widths = [room * share // sum(_SHARES) for share in _SHARES]
-    widths = [widths[0], _MARK, *widths[1:], _TIME]
+    name = min(_NAME, max([len(_HEAD[0]), *(len(each.name) for each in results)]))
+    room = max(80, width) - 2 * (len(_HEAD) - 1) - name - _MARK - _TIME
+    widths = [name, _MARK, *(room * share // sum(_SHARES) for share in _SHARES), _TIME]
     lines = [_line(_HEAD, widths), _line(["-" * each for each in widths], widths)]
     for result in results:
         lines += _rows(result, widths)
