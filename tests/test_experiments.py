@@ -19,10 +19,9 @@ from lit_stability.launch import check_options, fit
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 RUNS = ("clean", "unprotected", "rescue")
-SHORT = sorted(
-    {each for each in EXPERIMENTS if each.startswith("translation_")}
-    - {f"translation_{each}" for each in RUNS}
-)
+SHORT = sorted(set(EXPERIMENTS) - {f"translation_{each}" for each in RUNS})
+TRANSLATION = [each for each in EXPERIMENTS if each.startswith("translation_")]
+CAUSAL = [each for each in EXPERIMENTS if each.startswith("causal_")]
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +29,23 @@ def _in_the_clone(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", TRANSLATION)
 @pytest.mark.parametrize(
     "extra", [[], ["model/translation_medium"], ["model/conservative"], ["data/classical_modern"]]
 )
-def test_experiment_composes_and_fits_its_targets(experiment, extra):
+def test_translation_composes_and_fits_its_targets(experiment, extra):
     """K5, V2: each model and each source of data under each experiment."""
     overrides = ["data.root=/somewhere"] if "data/classical_modern" in extra else []
+    check_options(resolve(compose([experiment, *extra], overrides)))
+
+
+@pytest.mark.parametrize("experiment", CAUSAL)
+@pytest.mark.parametrize(
+    "extra", [[], ["model/causal_embedded"], ["model/causal_full_shape"], ["model/causal_qwen"]]
+)
+def test_classifier_composes_and_fits_its_targets(experiment, extra, tmp_path):
+    """K5, C1: each trunk under each experiment; real weights are a folder or a pinned commit."""
+    overrides = [f"model.backbone.path={tmp_path}"] if "model/causal_qwen" in extra else []
     check_options(resolve(compose([experiment, *extra], overrides)))
 
 
@@ -54,7 +63,7 @@ def test_experiment_says_what_it_is_about_and_what_is_expected_of_it(experiment)
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", SHORT)
 def test_experiment_shows_what_it_states(experiment, tmp_path):
-    """T1, T2, T3, T4, V1, V2, S7: as shipped, and under the suite; each config says which."""
+    """C1 to C5, S7, T1 to T4, V1, V2: as shipped, under the suite; each config says which."""
     overrides = [f"run_dir={tmp_path}/run", "trainer.enable_progress_bar=false"]
     config = compose([experiment], overrides)
     with contextlib.suppress(TrainingStopped):
