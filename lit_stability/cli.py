@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
 from lit_stability.doctor.command import add_doctor
+from lit_stability.experiments.command import add_experiments
 from lit_stability.incidents import TrainingStopped
 from lit_stability.last_good import RunEnd, find_last_good, step_of
 from lit_stability.ranges.command import add_ranges
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ranges(commands, _EXIT_CODES)
     _add_check(commands)
     add_doctor(commands)
+    add_experiments(commands)
     return parser
 
 
@@ -76,7 +78,8 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit = commands.add_parser(
         "fit",
         help="run the experiment that a config describes",
-        description="Compose config files, check every option, train, evaluate.",
+        description="Compose config files, check every option, train, evaluate; where the config "
+        "states an `expect`, the last line says whether it was met.",
         epilog=f"example:\n  lit-stability fit -c NAME trainer.max_steps=100\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -5,7 +5,9 @@ A later file, and last of all an override, is laid over what came before:
 * mappings merge key by key, and keep the order in which a key first appeared;
 * a mapping that names another `_target_` than the one below it replaces it whole, as options
   of one class mean nothing to another; `_replace_: true` asks for the same;
-* everything else, lists and null included, replaces.
+* everything else, lists and null included, replaces;
+* what a file says of itself as an experiment, `about` and `expect`, is not handed on to a file that
+  composes it.
 
 May import OmegaConf. It loads neither torch nor lightning.
 """
@@ -30,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
         "version": "",
     },
 }
+_OWN = ("about", "expect")
 _KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
 
 
@@ -98,23 +101,34 @@ def _find(name: str, places: Sequence[Path]) -> Path:
     )
 
 
-def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a file over the files that it composes."""
-    if path in above:
-        raise ConfigError(f"{path}: composes itself, by way of {above[-1]}")
+def read_own(path: Path) -> dict[str, Any]:
+    """Return what a config file states itself, without what it composes.
+
+    Raises:
+        ConfigError: It is no YAML mapping.
+    """
     try:
         own: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML mapping: {error}") from error
     if not isinstance(own, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got a {type(own).__name__}")
+    return {str(key): value for key, value in own.items()}
+
+
+def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file over the files that it composes."""
+    if path in above:
+        raise ConfigError(f"{path}: composes itself, by way of {above[-1]}")
+    own: Any = read_own(path)
     names = own.pop("compose", None) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: compose={names!r}: expected a list of file names")
     places = [*[root for root in path.parents if root.name == "configs"][:1], path.parent]
     merged: Any = {}
     for name in names:
-        merged = _merge(merged, _load(_find(name, places), (*above, path)))
+        below = _load(_find(name, places), (*above, path))
+        merged = _merge(merged, {key: each for key, each in below.items() if key not in _OWN})
     return dict(_merge(merged, own))
 
 

@@ -4,9 +4,7 @@ Nothing is built before every option has been checked, and what is built comes f
 alone: hyper-parameters stored in a checkpoint never replace an argument. May import Lightning.
 """
 
-import json
-import math
-import shlex
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +23,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.experiments import Expectation
+from lit_stability.experiments.closing import Closing
 from lit_stability.kept_files import write_and_keep
 from lit_stability.recovery import Recover, fit_with_recovery
 from lit_stability.resume import ConfiguredOptions, find_checkpoint
@@ -39,6 +39,11 @@ class Run:
 
     experiment: str
     """Name of the run; by default that of the first config file."""
+    about: str | None = None
+    """What it shows, in one line."""
+    expect: Expectation | None = None
+    """What comes of it, to be judged at its end; what fits a config does not fit another that
+    composes it, and is not handed on."""
     run_dir: Path
     """Folder of everything the run writes; by default `runs/<experiment>`."""
     model: LightningModule
@@ -74,8 +79,9 @@ class FitResult:
 def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = None) -> FitResult:
     """Run the experiment that a config describes.
 
-    Writes `config.yaml` before the first step and `metrics.json` (null for what is not finite)
-    after the last into `run_dir`; a file already there that differs is kept, renamed.
+    Writes into `run_dir` `config.yaml` before the first step, `metrics.json` (null for what is not
+    finite) after the last, and however it ends `outcome.json`, and `preflight.json` if that ran; a
+    file already there that differs is kept, renamed.
 
     A resumed run takes every argument from the config. The optimizer goes on from the
     checkpoint, except that options which the config has changed since then take effect.
@@ -95,19 +101,18 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     model, data = make_model_and_data(options)
     evaluate = options.get("evaluate") or "none"
     _check_step(model, evaluate)
-    made = [make_trainer(options)]
-    if made[0].is_global_zero:
+    trainers = _Trainers(options)
+    closing = Closing(run_dir, make(options.get("expect")), lambda: trainers.latest())
+    if trainers.is_global_zero:
         write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
-        print(_header(options["experiment"], run_dir, made[0], model, checkpoint))
-    trainer = _fit(options, recover, made, model, data, checkpoint)
-    metrics = _evaluate(trainer, model, data, evaluate)
-    if trainer.is_global_zero:
-        finite = {key: each if math.isfinite(each) else None for key, each in metrics.items()}
-        write_and_keep(
-            run_dir / "metrics.json", json.dumps(finite, indent=2, sort_keys=True) + "\n"
-        )
-        lines = [f"{key} {value:.6g}" for key, value in sorted(metrics.items())]
-        print("\n".join([*lines, f"tensorboard --logdir {shlex.quote(str(run_dir))}"]))
+        print(_header(options["experiment"], run_dir, trainers, model, checkpoint))
+    try:
+        trainer = _fit(trainers, recover, model, data, checkpoint)
+        metrics = _evaluate(trainer, model, data, evaluate)
+    except Exception as error:
+        closing.by(error)
+        raise
+    closing.finished(metrics)
     return FitResult(trainer, model, data, metrics)
 
 
@@ -132,6 +137,7 @@ def check_options(plain: dict[str, Any]) -> dict[str, Any]:
     options = bind(Run, plain | {"trainer": trainer}, "", problems).options
     if problems:
         raise ConfigError(*problems)
+    make(options.get("expect"))  # refuses what it cannot read before a run is spent on it
     return options
 
 
@@ -152,34 +158,40 @@ def make(plan: Any) -> Any:
         raise ConfigError(f"{plan.path}: {plan.target.__qualname__} refused: {error}") from error
 
 
+class _Trainers:
+    """Makes the trainers of a run, one after another, and keeps alive none that was handed out.
+
+    Args:
+        options: Of `Run`, checked.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._first: Trainer | None = make_trainer(options)
+        self.latest = weakref.ref(self._first)
+        self.is_global_zero = self._first.is_global_zero
+
+    def __call__(self, **overrides: Any) -> Trainer:
+        """Hand out the first one, then others; `overrides` replace options of `Trainer`."""
+        trainer = self._first or make_trainer(self._options, **overrides)
+        self._first, self.latest = None, weakref.ref(trainer)
+        return trainer
+
+
 def _fit(
-    options: dict[str, Any],
+    trainers: _Trainers,
     recover: Recover | None,
-    made: list[Trainer],
     model: LightningModule,
     data: LightningDataModule | None,
     checkpoint: str | None,
 ) -> Trainer:
-    """Fit, with recovery if it is asked for; returns the trainer of the fit that came through.
-
-    Args:
-        options: Of `Run`, checked.
-        recover: Its limits, or None for none.
-        made: The first trainer; taken out, for nothing else to keep it alive after a crash.
-        model: In training.
-        data: Or None.
-        checkpoint: To go on from.
-    """
+    """Fit, with recovery if it is asked for; returns the trainer of the fit that came through."""
     if recover is None:
-        trainer = made.pop()
+        trainer = trainers()
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
         return trainer
-
-    def next_trainer(**overrides: Any) -> Trainer:
-        return made.pop() if made else make_trainer(options, **overrides)
-
     limits = asdict(recover)
-    return fit_with_recovery(next_trainer, model, data, ckpt_path=checkpoint, **limits).trainer
+    return fit_with_recovery(trainers, model, data, ckpt_path=checkpoint, **limits).trainer
 
 
 def make_model_and_data(
@@ -230,8 +242,14 @@ def _evaluate(
 
 
 def _header(
-    experiment: str, run_dir: Path, trainer: Trainer, model: LightningModule, checkpoint: str | None
+    experiment: str,
+    run_dir: Path,
+    trainers: _Trainers,
+    model: LightningModule,
+    checkpoint: str | None,
 ) -> str:
+    trainer = trainers.latest()
+    assert trainer is not None, "none has been handed out yet"
     lazy = torch.nn.parameter.is_lazy
     count = sum(each.numel() for each in model.parameters() if not lazy(each))
     size = f", {count:,} parameters" if count else ", built when its data are known"

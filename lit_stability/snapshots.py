@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_stability.frozen import FrozenWeights, Kept
 from lit_stability.shards import local
 
 
@@ -63,10 +64,16 @@ class TensorBank:
 
 
 class ModuleSnapshot:
-    """Parameters and buffers of a module, non-persistent buffers included."""
+    """Parameters and buffers of a module, non-persistent buffers included.
 
-    def __init__(self) -> None:
+    Args:
+        frozen: keeps the parameters that do not train, once for all snapshots that share it.
+    """
+
+    def __init__(self, frozen: FrozenWeights | None = None) -> None:
         self.bank = TensorBank()
+        self._frozen = frozen or FrozenWeights()
+        self._kept: list[Kept] = []
         self._module: nn.Module | None = None
         self._parameters: list[Tensor] = []
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -76,7 +83,7 @@ class ModuleSnapshot:
         self._module = module
         modules = list(module.modules())
         found = (p for m in modules for p in m._parameters.values() if p is not None)
-        self._parameters = list(dict.fromkeys(found))
+        self._parameters, self._kept = self._frozen.split(dict.fromkeys(found))
         self._homes = _buffers(modules)
         buffers = [b for _, _, b in self._homes if b is not None]
         self.bank.capture([*self._parameters, *buffers])
@@ -85,15 +92,21 @@ class ModuleSnapshot:
         """Copy them back; a buffer that was replaced by another tensor comes back itself."""
         _put_back(self._homes)
         self.bank.restore()
+        for each in self._kept:
+            each.restore()
 
     def drift(self) -> dict[str, float]:
         """Largest absolute change of any element since the capture, by parameter."""
         if self._module is None:
             return {}
         names = {id(p): name for name, p in self._module.named_parameters()}
+        pairs = [
+            *zip(self._parameters, self.bank.pairs, strict=False),
+            *((each.live, (each.live.detach(), each.saved)) for each in self._kept),
+        ]
         return {
             names[id(p)]: float((live - saved).abs().amax()) if live.numel() else 0.0
-            for p, (live, saved) in zip(self._parameters, self.bank.pairs, strict=False)
+            for p, (live, saved) in pairs
             if id(p) in names
         }
 

@@ -166,7 +166,7 @@ def test_failure_inside_a_run_is_raised(cwd):
         main(["fit", "-c", "small", "model.fail=true"])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["experiments", "--help"]])
 def test_help_documents_the_exit_codes(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -174,10 +174,10 @@ def test_help_documents_the_exit_codes(arguments, capsys):
     assert "exit codes:" in capsys.readouterr().out
 
 
-def test_help_and_print_config_load_neither_torch_nor_lightning(cwd):
+def test_help_print_config_and_a_list_load_neither_torch_nor_lightning(cwd):
     code = (
         "import sys; from lit_stability.cli import main; "
-        "main(['fit', '-c', 'small', '--print-config']); "
+        "main(['fit', '-c', 'small', '--print-config']); main(['experiments']); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
     )
     done = subprocess.run(

@@ -1,20 +1,27 @@
 """The reference experiments: every config is sound, and the main job does what it says."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lit_stability import read_incidents, stability_callbacks
+from lit_stability import TrainingStopped, read_incidents, stability_callbacks
 from lit_stability.config import compose, resolve
+from lit_stability.experiments import Expectation, Outcome, judge
+from lit_stability.experiments.catalogue import catalogue
 from lit_stability.launch import check_options, fit
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 RUNS = ("clean", "unprotected", "rescue")
+SHORT = sorted(set(EXPERIMENTS) - {f"translation_{each}" for each in RUNS})
+TRANSLATION = [each for each in EXPERIMENTS if each.startswith("translation_")]
+CAUSAL = [each for each in EXPERIMENTS if each.startswith("causal_")]
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +29,48 @@ def _in_the_clone(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", TRANSLATION)
 @pytest.mark.parametrize(
     "extra", [[], ["model/translation_medium"], ["model/conservative"], ["data/classical_modern"]]
 )
-def test_experiment_composes_and_fits_its_targets(experiment, extra):
+def test_translation_composes_and_fits_its_targets(experiment, extra):
     """K5, V2: each model and each source of data under each experiment."""
     overrides = ["data.root=/somewhere"] if "data/classical_modern" in extra else []
     check_options(resolve(compose([experiment, *extra], overrides)))
+
+
+@pytest.mark.parametrize("experiment", CAUSAL)
+@pytest.mark.parametrize(
+    "extra", [[], ["model/causal_embedded"], ["model/causal_full_shape"], ["model/causal_qwen"]]
+)
+def test_classifier_composes_and_fits_its_targets(experiment, extra, tmp_path):
+    """K5, C1: each trunk under each experiment; real weights are a folder or a pinned commit."""
+    overrides = [f"model.backbone.path={tmp_path}"] if "model/causal_qwen" in extra else []
+    check_options(resolve(compose([experiment, *extra], overrides)))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_says_what_it_is_about_and_what_is_expected_of_it(experiment):
+    """K5: one line, an expectation of more than its end, and the rows that it shows."""
+    own = catalogue()[experiment]
+    assert 0 < len(own["about"]) <= 100
+    assert set(own["expect"]) - {"ends"}
+    assert re.search(
+        r"^#.*\b[KSNVTC]\d+\b", (ROOT / f"configs/{experiment}.yaml").read_text(), re.M
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", SHORT)
+def test_experiment_shows_what_it_states(experiment, tmp_path):
+    """C1 to C5, S7, T1 to T4, V1, V2: as shipped, under the suite; each config says which."""
+    overrides = [f"run_dir={tmp_path}/run", "trainer.enable_progress_bar=false"]
+    config = compose([experiment], overrides)
+    with contextlib.suppress(TrainingStopped):
+        fit(config)
+    expect = Expectation(**resolve(config)["expect"])
+    verdicts = judge(expect, Outcome.read(tmp_path / "run"))
+    assert [each for each in verdicts if not each.met] == []
 
 
 def test_suite_of_the_configs_is_the_default_one():
@@ -97,6 +138,13 @@ def test_rescued_run_ends_where_the_clean_run_ends(main_job):
     assert rescued >= 0.95 * clean
     assert main_job["unprotected"][1]["test/exact_match"] == 0
     assert main_job["unprotected"][1]["test/loss"] is None, "NaN"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_run_of_the_main_job_says_that_it_shows_what_it_states(name, main_job):
+    """K3, K4."""
+    assert "\nexpectation met: finished, " in main_job[name][2]
 
 
 @pytest.mark.slow

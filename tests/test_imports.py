@@ -14,6 +14,7 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 MAY_IMPORT_LIGHTNING = (
     *("callbacks/", "trainer_state/", "faults.py", "launch.py", "resume.py", "check.py"),
+    "experiments/closing.py",
     *(f"recovery/{m}.py" for m in ("__init__", "fit", "loop", "attempt", "left_out")),
     *(f"recovery/{m}.py" for m in ("beginning", "memory", "remedies", "trainers")),
 )
@@ -39,6 +40,7 @@ MAY_IMPORT_TORCH = (
         "compiled.py",
         "curvature.py",
         "half.py",
+        "frozen.py",
         "snapshots.py",
         "lr_scale.py",
         "clipping.py",
@@ -99,6 +101,7 @@ def loaded_by(statement):
         "import lit_stability.gradient_flow",
         "from lit_stability.clip_rules import TieredClip; TieredClip()",
         "from lit_stability.risk import CrashRisk; CrashRisk()",
+        "from lit_stability.experiments import Expectation, judge",
     ],
 )
 def test_import_of_the_light_part_loads_nothing_heavy(statement):
@@ -198,6 +201,7 @@ def test_files_of_decisions_are_the_ones_meant():
     light |= {"doctor/report.py", "doctor/tensor_findings.py", "doctor/run_findings.py"}
     light |= {"attempts.py", "tensorboard/tab.py", "tensorboard/tags.py", "tensorboard/plugin.py"}
     light |= {"doctor/table.py", "doctor/comparison.py", "figures.py", "gradient_flow.py"}
+    light |= {f"experiments/{m}.py" for m in ("expectation", "judgement", "outcome", "running")}
     light |= {"staleness.py", *(f"detectors/{m}.py" for m in ("attention", "staleness"))}
     assert light <= without_torch
 
@@ -208,6 +212,7 @@ def test_files_of_decisions_are_the_ones_meant():
         *("cli.py", "targets.py", "config.py", "tensorboard/__init__.py", "tensorboard/loader.py"),
         *("ranges/__init__.py", "ranges/command.py"),
         *("doctor/__init__.py", "doctor/command.py"),
+        *(f"experiments/{m}.py" for m in ("__init__", "catalogue", "command", "table")),
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):

@@ -156,6 +156,7 @@ def subject_of(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Subj
         clip=_Clip(trainer),
         context=trainer.precision_plugin.train_step_context,
         scale=min(scaler.get_scale(), _LARGEST_SCALE) if scaler else 1.0,
+        steps=trainer.estimated_stepping_batches,
         shared=(trainer,),
     )
 

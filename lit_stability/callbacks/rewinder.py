@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lit_stability.frozen import FrozenWeights
 from lit_stability.generations import Generations
 from lit_stability.trainer_state import (
     CheckpointLedger,
@@ -68,7 +69,10 @@ class Rewinder:
             log.info(
                 "training_step draws from dataloader_iter: data are not replayed, only skipped"
             )
-        self.snapshots = Generations(lambda: TrainingSnapshot(pl_module), confirm_after)
+        self._frozen = FrozenWeights()
+        self.snapshots = Generations(
+            lambda: TrainingSnapshot(pl_module, self._frozen), confirm_after
+        )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
         self._start = StepStart(pl_module)
@@ -132,8 +136,10 @@ class Rewinder:
         )
         self._since = 0
         if oldest is None:
+            frozen = self._frozen.nbytes / 2**20
             self._tell_once(
                 f"AutoRollback holds two snapshots, {snapshot.nbytes / 2**20:.1f} MiB each"
+                + (f", and once {frozen:.1f} MiB of frozen weights" if frozen else "")
             )
         elif self.replay and "ring" not in self._told:
             self._told.add("ring")

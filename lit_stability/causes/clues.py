@@ -141,7 +141,9 @@ def other_batches(scene: Scene) -> str | None:
 
 
 def bad_input(scene: Scene) -> str | None:
-    """The batch itself is not as it should be."""
+    """The batch itself is not as it should be; what took many steps is not the work of one."""
+    if scene.anomaly.observe_only:
+        return None
     if scene.batch:
         return f"in the batch, {'; '.join(scene.batch)}"
     origin = scene.origin

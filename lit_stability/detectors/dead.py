@@ -20,6 +20,8 @@ class DeadGradients:
     dead when its gradient is exactly 0 for ``persist`` steps in a row, with a learning rate above
     0 and a gradient elsewhere, and for ``patience`` times as long as it ever was 0 before it came
     back. A step without any gradient, or with one that is not finite, neither counts nor clears.
+    A parameter that never had a gradient, beside others of its own module that have one (a bias
+    does not count), is not dead but unused by these data, as the vector of a mask token.
 
     What is wrong is as a rule behind the last dead parameter: a gain of 0, a detached output, a
     saturated or masked branch. If a weight that is no bias was exactly 0 when the weights were last
@@ -51,6 +53,8 @@ class DeadGradients:
         self._longest: dict[str, int] = {}
         """Longest stretch of zeros that has ended."""
         self._told: set[str] = set()
+        self._never: set[str] | None = None
+        """Parameters that have not had a gradient yet; None before the first step."""
         self._zero_weights: tuple[str, ...] = ()
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -77,11 +81,17 @@ class DeadGradients:
 
     def _dead(self, stats: StepStats) -> list[str]:
         """Parameters that are 0 in this step and have been for long enough."""
-        return [
+        dead = [
             name
             for name, norm in zip(stats.names, stats.grad_norms, strict=True)
             if norm == 0 and self._zero_for.get(name, 0) + 1 >= self._needed(name)
         ]
+        if not dead:
+            return []
+        norms = zip(stats.names, stats.grad_norms, strict=True)
+        used = {_module(n) for n, norm in norms if norm > 0 and not n.endswith("bias")} - {""}
+        never = self._never or set()
+        return [n for n in dead if not (n in never and _module(n) in used)]
 
     def _needed(self, name: str) -> float:
         return max(self.persist, self.patience * self._longest.get(name, 0))
@@ -105,13 +115,19 @@ class DeadGradients:
             self._zero_weights = tuple(
                 n for n, v in stats.weight_norms if v == 0 and n.split(".")[-1] not in _NO_GAIN
             )
-        if not (self._zero_for or 0.0 in stats.grad_norms) or not _counts(stats):
+        if not _counts(stats):
+            return
+        if self._never is None:
+            pairs = zip(stats.names, stats.grad_norms, strict=True)
+            self._never = {name for name, norm in pairs if norm == 0}
+        if not (self._zero_for or 0.0 in stats.grad_norms):
             return
         self._told.update(self._dead(stats))
         for name, norm in zip(stats.names, stats.grad_norms, strict=True):
             if norm == 0:
                 self._zero_for[name] = self._zero_for.get(name, 0) + 1
             elif name in self._zero_for:
+                self._never.discard(name)
                 self._longest[name] = max(self._zero_for.pop(name), self._longest.get(name, 0))
                 self._told.discard(name)
 
@@ -121,6 +137,7 @@ class DeadGradients:
             "zero_for": dict(self._zero_for),
             "longest": dict(self._longest),
             "told": sorted(self._told),
+            "never": None if self._never is None else sorted(self._never),
             "zero_weights": list(self._zero_weights),
         }
 
@@ -128,6 +145,11 @@ class DeadGradients:
         """Put them back."""
         self._zero_for, self._longest = dict(state["zero_for"]), dict(state["longest"])
         self._told, self._zero_weights = set(state["told"]), tuple(state["zero_weights"])
+        self._never = None if state["never"] is None else set(state["never"])
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _counts(stats: StepStats) -> bool:

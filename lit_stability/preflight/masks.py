@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_stability.preflight.finding import DeclarationError, Finding, NotApplicableError
+from lit_stability.preflight.observation import take_small_steps
 from lit_stability.preflight.operations import WithoutDropout
-from lit_stability.preflight.subject import Subject
+from lit_stability.preflight.subject import StepError, Subject
 
 TOLERANCE = 1e-3
 """Largest change, relative to the rms of the outputs, that is rounding: kernels sum in another
@@ -91,6 +92,9 @@ def nudged(module: nn.Module, positions: Tensor, size: float = 1.0) -> Iterator[
 def check_masks(subject: Subject, probes: Sequence[MaskProbe]) -> list[Finding]:
     """Run every probe in eval mode, under the same random numbers.
 
+    What is not seen where it must be is looked for once more after small steps on every weight: a
+    sublayer whose gain starts at zero lets nothing through at first, and learns to.
+
     Raises:
         NotApplicableError: there is no probe, and the batch has no ``attention_mask``.
         DeclarationError: a probe returns outputs of different shapes.
@@ -103,12 +107,30 @@ def check_masks(subject: Subject, probes: Sequence[MaskProbe]) -> list[Finding]:
         )
     model = subject.model().eval()
     shown = [(probe, _try(subject, model, probe)) for probe in probes]
+    if any(change.blind for _, change in shown):
+        shown = _without_the_sleeping(subject, shown)
     leaking = {probe.where for probe, change in shown if change.leaks}
     inverted = leaking & {probe.where for probe, change in shown if change.blind}
     return [
         _finding(probe, change, inverted=probe.where in inverted)
         for probe, change in shown
         if change.leaks or change.blind
+    ]
+
+
+def _without_the_sleeping(
+    subject: Subject, shown: list[tuple[MaskProbe, _Change]]
+) -> list[tuple[MaskProbe, _Change]]:
+    """Probe what was not seen again on a model that has moved; where none can, all stays."""
+    model = subject.model()
+    try:
+        take_small_steps(subject, model)
+    except (StepError, NotApplicableError):
+        return shown
+    model.eval()
+    return [
+        (probe, _try(subject, model, probe) if change.blind and not change.leaks else change)
+        for probe, change in shown
     ]
 
 

@@ -55,13 +55,27 @@ def observe(subject: Subject) -> tuple[Observation, Observation]:
     """
     model = subject.model()
     first = _pass(subject, model)
+    take_small_steps(subject, model)
+    return first, _pass(subject, model)
+
+
+def take_small_steps(subject: Subject, model: nn.Module) -> None:
+    """Move what stands still for now: small steps down the gradients' signs.
+
+    Args:
+        subject: whose step is taken.
+        model: a copy made by it, changed in place; gradients that it has are those of the first.
+
+    Raises:
+        StepError: the step cannot be taken.
+        NotApplicableError: there is no step that could be tried.
+    """
     for step in range(_STEPS):
-        if step > 0:
+        if step > 0 or all(p.grad is None for p in model.parameters()):
             model.zero_grad(set_to_none=True)
             subject.backward(model, subject.loss(model))
         _nudge(model)
     model.zero_grad(set_to_none=True)
-    return first, _pass(subject, model)
 
 
 @torch.no_grad()

@@ -26,6 +26,10 @@ LARGE = 0.1
 step of Adam at 1e-3 is at 0.05 of normal draws of 0.02."""
 NONE = 1e-7
 """Below the rounding of fp32, 1.2e-7, weights stay where they are to the bit."""
+STILL = 1e-3
+"""A thousandth of the weights in a whole run: fine-tuning at 1e-6 does so in twenty steps."""
+_FEW = 50
+"""Planned steps below which a run is a trial, of which nothing is asked."""
 WORSE = 3.0
 """Factor on the loss of the very batch that the step went down on. A step that overshoots into the
 mirror image of where it was leaves the loss as it was; three times as much is beyond doubt."""
@@ -48,6 +52,8 @@ class Update:
 def check_rates(subject: Subject) -> list[Finding]:
     """Take one step at the first learning rate, and one at the highest of the warm-up.
 
+    Both are held against the weights; the second also against the steps that are planned.
+
     Raises:
         NotApplicableError: there is no optimizer, more than one, or one that needs a closure.
     """
@@ -69,7 +75,20 @@ def check_rates(subject: Subject) -> list[Finding]:
             return findings
     if done.ratio < NONE:
         return [_dead(f"an update at {max(peak):.3g}, the highest learning rate, moves no weight")]
+    if subject.steps >= _FEW and done.ratio * subject.steps < STILL:
+        return [_still(done, max(peak), subject.steps)]
     return []
+
+
+def _still(done: Update, rate: float, steps: float) -> Finding:
+    return Finding(
+        check="learning rate",
+        severity="warning",
+        what=f"at {rate:.3g}, the highest learning rate, an update is {done.ratio:.2g} of the "
+        f"weights; all {steps:.0f} planned steps together come to {done.ratio * steps:.2g} at most",
+        why="the model is as good as dead: the run ends where it began",
+        do="raise the learning rate, or plan more steps",
+    )
 
 
 def _judge(done: Update, rate: float) -> list[Finding]:

@@ -110,7 +110,9 @@ def check_initialisation(model: nn.Module) -> list[Finding]:
     # Layers of a width at which another rule has the same bound cannot be told apart from chosen.
     if not left or not chosen or len(left) >= len(chosen):
         return []
-    gain = statistics.median(_rms(m.weight) * math.sqrt(m.in_features) for m in chosen.values())
+    # What is frozen was loaded; what trains beside the layers says how they should begin.
+    beside = [m for m in chosen.values() if m.weight.requires_grad] or list(chosen.values())
+    gain = statistics.median(_rms(m.weight) * math.sqrt(m.in_features) for m in beside)
     return [
         Finding(
             check="initialisation",

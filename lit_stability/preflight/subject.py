@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -47,6 +48,7 @@ class Subject:
         clip: clips the gradients of a model for an optimizer, as training will.
         context: what a step runs under, such as autocast.
         scale: factor on the loss before the backward pass, for fp16 gradients; divided out again.
+        steps: optimizer steps that are planned; infinite where nobody knows.
     """
 
     original: nn.Module
@@ -57,6 +59,7 @@ class Subject:
     clip: Callable[[nn.Module, Optimizer], None] | None = None
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     scale: float = 1.0
+    steps: float = math.inf
     shared: Sequence[Any] = ()
     """Objects that a copy of the model shares with the original, such as its trainer."""
     _rng: dict[str, Any] = field(default_factory=capture_rng, repr=False)

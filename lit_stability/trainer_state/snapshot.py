@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.frozen import FrozenWeights
 from lit_stability.rng import capture_rng, restore_rng
 from lit_stability.snapshots import BufferGuard, ModuleSnapshot, OptimizerSnapshot
 from lit_stability.trainer_state.companions import Restore, Stateful, capture_companions
@@ -24,10 +25,11 @@ class TrainingSnapshot:
 
     Args:
         pl_module: the module in training.
+        frozen: what snapshots of that module share.
     """
 
-    def __init__(self, pl_module: LightningModule) -> None:
-        self.module = ModuleSnapshot()
+    def __init__(self, pl_module: LightningModule, frozen: FrozenWeights) -> None:
+        self.module = ModuleSnapshot(frozen)
         self.step = 0
         self.position = 0
         """Of the batch that comes next, in the replay ring."""
@@ -94,7 +96,7 @@ class TrainingSnapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held."""
+        """Bytes of the tensors held, without those that snapshots share."""
         banks = [self.module.bank, *(each.bank for each in self._averages.values())]
         return sum(bank.nbytes for bank in (*banks, *(o.bank for o in self._optimizers)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from lit_stability.rng import capture_rng, pack_rng, restore_rng, unpack_rng
 from lit_stability.trainer_state.aside import aside
 
+_NAMED = "named tuple"
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -81,7 +83,7 @@ class StepWitness:
         if self.obstacle is not None:
             return None
         return {
-            "batch": _on_host(args[0]),
+            "batch": _packed(_on_host(args[0])),
             "extra": list(args[1:]),
             "named": dict(kwargs),
             "rng": pack_rng(capture_rng()),
@@ -100,7 +102,7 @@ class StepWitness:
 
 def replay_loss(trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Any]) -> float:
     """The loss of the kept step now; generators, buffers and metrics are as before afterwards."""
-    batch = move_data_to_device(_on_host(kept["batch"]), pl_module.device)
+    batch = move_data_to_device(_on_host(_unpacked(kept["batch"])), pl_module.device)
     with aside(trainer, pl_module), torch.no_grad():
         restore_rng(unpack_rng(kept["rng"]))
         output = trainer.strategy.training_step(batch, *kept["extra"], **kept["named"])
@@ -110,6 +112,10 @@ def replay_loss(trainer: Trainer, pl_module: LightningModule, kept: Mapping[str,
 
 def incomparable(trainer: Trainer, kept: Mapping[str, Any]) -> str | None:
     """Why the kept loss says nothing about this trainer, or None."""
+    try:
+        _unpacked(kept["batch"])
+    except LookupError as error:
+        return str(error)
     now = _circumstances(trainer)
     changed = [
         f"{name} was {kept[name]}, is {now[name]}" for name in now if kept[name] != now[name]
@@ -161,7 +167,7 @@ def _unfit(value: Any, room: int) -> str | None:
             total += item.numel() * item.element_size()
         elif type(item) in (dict, OrderedDict):
             queue += [*item.keys(), *item.values()]
-        elif type(item) in (list, tuple):
+        elif type(item) in (list, tuple) or _is_named(item):
             queue += item
         elif not isinstance(item, _PLAIN):
             return f"a checkpoint can hold no {type(item).__name__} as the batch has one"
@@ -173,4 +179,47 @@ def _on_host(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return type(value)((k, _on_host(v)) for k, v in value.items())
+    if _is_named(value):
+        return type(value)(*map(_on_host, value))
     return type(value)(map(_on_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _packed(value: Any) -> Any:
+    """A batch with its named tuples as mappings, which a checkpoint can hold."""
+    if _is_named(value):
+        kind = type(value)
+        fields = {name: _packed(getattr(value, name)) for name in value._fields}
+        return {_NAMED: f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
+    if isinstance(value, dict):
+        return type(value)((key, _packed(each)) for key, each in value.items())
+    return type(value)(map(_packed, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _unpacked(value: Any) -> Any:
+    """A batch with its named tuples.
+
+    Raises:
+        LookupError: a class is not among the modules that are loaded; none is imported.
+    """
+    if isinstance(value, dict) and _NAMED in value:
+        fields = {name: _unpacked(each) for name, each in value["fields"].items()}
+        return _loaded(value[_NAMED], tuple(fields))(**fields)
+    if isinstance(value, dict):
+        return type(value)((key, _unpacked(each)) for key, each in value.items())
+    return type(value)(map(_unpacked, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _loaded(name: str, fields: tuple[str, ...]) -> Any:
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, tuple)):
+        raise LookupError(f"the batch was a {path}, which {module} has no longer")
+    if getattr(found, "_fields", None) != fields:
+        raise LookupError(f"the batch was a {path} of {fields}, which has other fields now")
+    return found

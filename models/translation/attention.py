@@ -84,10 +84,25 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, dropout: float = 0.0, attention: AttentionName = "sdpa"
+        self,
+        d_model: int,
+        n_heads: int,
+        dropout: float = 0.0,
+        attention: AttentionName = "sdpa",
+        *,
+        inverted: bool = False,
     ) -> None:
-        """Build four square projections of width `d_model`."""
+        """Build four square projections of width `d_model`.
+
+        Args:
+            d_model: Width of what goes in and out.
+            n_heads: Heads, each of width d_model / n_heads.
+            dropout: Probability for an attention weight.
+            attention: Which implementation.
+            inverted: Whether True is read as "may not attend": a fault to rehearse.
+        """
         super().__init__()
+        self.inverted = inverted
         self.n_heads = n_heads
         self.dropout = dropout
         self.attend = ATTENTIONS[attention]
@@ -103,6 +118,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x_BQD: Tensor, memory: KeyValue, mask_B1QS: Tensor) -> Tensor:
         """Let each position of `x_BQD` gather from `memory` what the mask allows."""
         dropout = self.dropout if self.training else 0.0
+        if self.inverted:
+            mask_B1QS = ~mask_B1QS
         mixed_BHQK = self.attend(self._split(self.query(x_BQD)), *memory, mask_B1QS, dropout)
         joined_BQD: Tensor = self.output(mixed_BHQK.transpose(1, 2).flatten(2))
         return joined_BQD

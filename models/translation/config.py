@@ -12,6 +12,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 FeedForwardKind = Literal["relu", "swiglu"]
 AttentionKind = Literal["manual", "sdpa"]
 Init = Literal["xavier", "inner_zero", "zombie"]
+MaskConvention = Literal["attend", "masked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class TransformerConfig:
     """One matrix for source embedding, target embedding and output projection."""
     attention: AttentionKind = "sdpa"
     """`manual` writes the formula out, `sdpa` calls torch's kernel; equal to rounding."""
+    mask_convention: MaskConvention = "attend"
+    """How attention reads True in a mask. `masked`, as "may not attend" where every mask says "may
+    attend", is a fault to rehearse: padding and the future are all that is seen."""
     init: Init = "xavier"
     """`inner_zero`: gains of the inner norms 0. `zombie`: all gains 0, a fault to rehearse."""
     pad_id: int = 0
@@ -99,6 +103,7 @@ class TransformerConfig:
             "norm": Norm,
             "feedforward": FeedForwardKind,
             "attention": AttentionKind,
+            "mask_convention": MaskConvention,
             "init": Init,
         }
         for name, kind in choices.items():

@@ -14,6 +14,7 @@ from models.translation.pairs import Pair, Splits
 from models.translation.vocabulary import Vocabulary
 
 Source = Literal["grammar", "classical_modern"]
+Part = Literal["train", "val", "test"]
 
 
 class TranslationDataModule(pl.LightningDataModule):
@@ -39,6 +40,7 @@ class TranslationDataModule(pl.LightningDataModule):
         test_fraction: float = 0.05,
         long_pairs: LongPairs = "drop",
         min_count: int = 1,
+        test_on: Part = "test",
         num_workers: int = 0,
     ) -> None:
         """Choose the source and the sizes.
@@ -57,11 +59,14 @@ class TranslationDataModule(pl.LightningDataModule):
             test_fraction: Share of the corpus's chapters in test.
             long_pairs: Whether to drop or to truncate what exceeds `max_length` in a corpus.
             min_count: Rarer characters of the training pairs become unknown.
+            test_on: Which pairs a test is about: `train` asks whether they were learnt by heart.
             num_workers: Processes that collate; the data are in memory, so 0 is fast.
         """
         super().__init__()
         if source not in get_args(Source):
             raise ValueError(f"source={source!r} is unknown; choose one of {get_args(Source)}")
+        if test_on not in get_args(Part):
+            raise ValueError(f"test_on={test_on!r} is unknown; choose one of {get_args(Part)}")
         if (source == "classical_modern") != (root is not None):
             raise ValueError(
                 f"source={source!r} with root={root!r}: 'classical_modern' needs the root that "
@@ -77,6 +82,7 @@ class TranslationDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.seed, self.min_count = max_length, seed, min_count
         self._sizes = (n_train, n_val, n_test)
+        self._test_on: Part = test_on
         self._held_out, self._long_pairs = held_out, long_pairs
         self._fractions = (val_fraction, test_fraction)
         self._splits: Splits | None = None
@@ -128,8 +134,8 @@ class TranslationDataModule(pl.LightningDataModule):
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test pairs in their own order."""
-        return self._loader("test")
+        """Test pairs, or those of the part chosen by `test_on`, in their own order."""
+        return self._loader(self._test_on)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Test pairs once more, to be translated."""

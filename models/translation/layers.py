@@ -37,8 +37,14 @@ def make_norm(config: TransformerConfig) -> nn.LayerNorm | nn.RMSNorm:
 
 
 def make_attention(config: TransformerConfig) -> MultiHeadAttention:
-    """Build an attention block of the configured width, heads and implementation."""
-    return MultiHeadAttention(config.d_model, config.n_heads, config.dropout, config.attention)
+    """Build an attention block of the configured width, heads, implementation and convention."""
+    return MultiHeadAttention(
+        config.d_model,
+        config.n_heads,
+        config.dropout,
+        config.attention,
+        inverted=config.mask_convention == "masked",
+    )
 
 
 class FeedForward(nn.Module):

@@ -1,9 +1,10 @@
 """Boolean attention masks, with the one convention of this package.
 
 **True means: this query may attend to this key.** No function, argument or buffer of
-``models.translation`` uses another meaning. `torch.nn.functional.scaled_dot_product_attention`
-shares it; `torch.nn.MultiheadAttention` and many textbook implementations have the opposite one,
-under which a network sees only padding and the future, and still trains after a fashion. Hence
+``models.translation`` uses another meaning, but for an attention built to rehearse the fault.
+`torch.nn.functional.scaled_dot_product_attention` shares it; `torch.nn.MultiheadAttention` and many
+textbook implementations have the opposite one, under which a network sees only padding and the
+future, and still trains after a fashion. Hence
 `check_mask_convention`, which any attention function can be given before it is trusted.
 
 Letters of the shape suffixes: B batch, H heads, Q queries, S keys, K width of a head, 1 broadcast.

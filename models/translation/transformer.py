@@ -3,7 +3,8 @@
 What is notable:
 
 - Plain ``nn.Module``s; no Lightning, no trainer, no tokenizer.
-- One mask convention, stated in `models.translation.masks`: True means "may attend".
+- One mask convention, stated in `models.translation.masks`: True means "may attend"; to read it
+  the other way round is a fault to rehearse.
 - A query that may attend to nothing yields zero, never NaN, in both attention implementations.
 - Pre-norm or post-norm, LayerNorm or RMSNorm, ReLU or SwiGLU; final norms on both stacks.
 - Sinusoidal positions; embeddings scaled by sqrt(d_model) so that positions do not drown them.

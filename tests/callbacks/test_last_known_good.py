@@ -1,8 +1,10 @@
 """`LastKnownGood`: what is written, what is refused, and what a resume makes of it."""
 
 import logging
+import sys
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -242,6 +244,38 @@ def test_restored_state_with_another_loss_ends_the_fit_before_its_first_step(tmp
     _, trainer = resume(tmp_path, suite(on_mismatch="warn"))
     assert trainer.global_step == 60
     assert "on_mismatch='warn'" in caplog.text
+
+
+class Pair(NamedTuple):
+    """A batch by name."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Named(Regression):
+    """Takes its batch by name."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch.x, batch.y), batch_idx)
+
+
+def pairs(items, kind=Pair):
+    return kind(*(torch.stack(column) for column in zip(*items, strict=True)))
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+def test_batch_that_is_a_named_tuple_is_kept_and_compared(tmp_path, caplog, monkeypatch):
+    data = DataLoader(regression_data().dataset, 16, collate_fn=pairs)
+    fit(tmp_path, [*suite(), Join()], Named, data, max_steps=30)
+    assert "cannot verify" not in caplog.text
+    caplog.set_level(logging.INFO)
+    resume(tmp_path, suite(), Named(), data)
+    assert "the data go on with the batch that came next" in caplog.text
+    monkeypatch.delattr(sys.modules[__name__], "Pair")
+    _, trainer = resume(tmp_path, suite(), Named(), data, max_steps=62)
+    assert trainer.global_step == 62
+    assert f"not verified: the batch was a Pair, which {__name__} has no longer" in caplog.text
 
 
 def test_data_that_changed_are_told_of(tmp_path, caplog):

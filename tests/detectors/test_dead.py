@@ -51,6 +51,29 @@ def test_dead_parameters_of_a_stream_are_told_of(rows, expected):
     assert steps_of(told(DeadGradients(persist=5), rows)) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "rows", "expected"),
+    [
+        # A vector that these data never use stands beside others that are used.
+        (("numbers.base", "numbers.missing", "head.w"), [row(1.0, 0.0, 1.0)] * 20, []),
+        # It had a gradient once: it died.
+        (
+            ("numbers.base", "numbers.missing", "head.w"),
+            [row(1.0, 1.0, 1.0)] + [row(1.0, 0.0, 1.0)] * 20,
+            [5],
+        ),
+        # All of its module has none.
+        (("numbers.base", "numbers.missing", "head.w"), [row(0.0, 0.0, 1.0)] * 20, [4]),
+        # A bias lives where the input is 0.
+        (("body.weight", "body.bias", "head.w"), [row(0.0, 1.0, 1.0)] * 20, [4]),
+    ],
+)
+def test_unused_vector_of_a_used_module_is_not_dead(names, rows, expected):
+    rows = [each | {"names": names} for each in rows]
+    assert steps_of(told(DeadGradients(persist=5), rows)) == expected
+    assert steps_of(told_with_a_resume(lambda: DeadGradients(persist=5), rows, 3)) == expected
+
+
 def test_parameters_are_named_with_the_first_that_lives_behind_them():
     (anomaly,) = told(DeadGradients(persist=5), [DEAD] * 9)
     assert anomaly.layers == (("a", 0.0), ("b", 0.0))

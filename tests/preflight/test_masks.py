@@ -61,6 +61,30 @@ def test_masks_that_hide_what_must_be_seen_are_called_so():
     assert "it is not seen where it must be" in found.what
 
 
+@pytest.mark.parametrize(("learns", "faults"), [(True, 0), (False, 1)])
+def test_masks_of_a_branch_that_starts_shut_are_told_only_if_it_stays_shut(learns, faults):
+    """T2, T3: a gain of zero that trains is no mask that covers too much."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(CLASSES, 4)
+            self.gain = nn.Parameter(torch.zeros(4), requires_grad=learns)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, ids):
+            return self.head(self.gain * self.tokens(ids).cumsum(1))
+
+    def changed(model):
+        with nudged(model.tokens, torch.ones(3, 8, dtype=torch.bool)):
+            return model(IDS)
+
+    everywhere = torch.ones(3, 8, dtype=torch.bool)
+    probe = MaskProbe(name="the input", plain=lambda m: m(IDS), changed=changed, seen=everywhere)
+    gated = subject(seeded(Gated), IDS, lambda m, ids: m(ids).square().mean())
+    assert len(check_masks(gated, [probe])) == faults
+
+
 def test_masks_are_probed_without_dropout_and_without_random_numbers():
     """T3: the answer is the same every time."""
 

@@ -34,6 +34,23 @@ def test_update_is_clipped_as_training_will_clip_it():
     assert update(line(0.2, clip=clip), [0.2]).ratio == pytest.approx(0.001, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("lr", "steps", "severity"),
+    [
+        (2e-8, 1e6, "error"),  # below rounding, however often
+        (1e-6, 100, "warning"),
+        (1e-6, 1e4, None),
+        (1e-6, float("inf"), None),
+        (1e-6, 10, None),  # a trial
+    ],
+)
+def test_steps_that_come_to_nothing_together_are_told_of(lr, steps, severity):
+    """C5: a learning rate so low that the model is dead."""
+    subject = line(lr)
+    subject.steps = steps
+    assert [each.severity for each in check_rates(subject)] == ([severity] if severity else [])
+
+
 def bowl(lr, optimizer=torch.optim.SGD):
     """Loss 4 |w|^2 from |w| = 1: SGD multiplies w by 1 - 8 lr."""
     model = nn.Linear(4, 1, bias=False)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_stability.preflight.observation import Observation, Output
-from lit_stability.preflight.scales import check_scales, is_default
+from lit_stability.preflight.scales import check_initialisation, check_scales, is_default
 from tests.preflight.nets import Classifier
 
 INITS = {
@@ -60,3 +60,18 @@ def test_scales_of_a_head_are_judged_against_the_trunk(rms, gradient, found):
         gradients={"trunk.0.weight": 1.0, "head.weight": gradient, "head.bias": None},
     )
     assert [f.severity for f in check_scales(seen, Classifier())] == found
+
+
+@pytest.mark.parametrize(("loaded", "severity"), [("frozen", "warning"), ("training", "note")])
+def test_missed_head_is_held_against_the_heads_that_train_beside_it(loaded, severity):
+    """C5: a trunk that was loaded says nothing about how heads should begin."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    for layer in trunk:
+        nn.init.normal_(layer.weight, std=0.05)
+    small, missed = nn.Linear(64, 64), nn.Linear(64, 64)
+    nn.init.xavier_uniform_(small.weight, gain=0.1)
+    trunk.requires_grad_(loaded == "training")
+    model = nn.ModuleDict({"trunk": trunk, "small": small, "missed": missed})
+    (found,) = check_initialisation(model)
+    assert (found.where, found.severity) == (("missed",), severity)

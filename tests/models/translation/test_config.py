@@ -24,6 +24,7 @@ from models.translation.config import TransformerConfig
         ({"norm": "batchnorm"}, "norm='batchnorm'.*rmsnorm"),
         ({"feedforward": "gelu"}, "feedforward='gelu'.*swiglu"),
         ({"attention": "flash"}, "attention='flash'.*manual"),
+        ({"mask_convention": "keep"}, "mask_convention='keep'.*attend"),
         ({"init": "zero"}, "init='zero'.*zombie"),
         ({"init": "inner_zero", "norm_position": "post"}, "needs norm_position='pre'"),
     ],

@@ -81,6 +81,14 @@ def test_corpus_source_reads_below_the_root_and_reports(corpus_root):
     assert batch.target_BT.shape == (32, 7)
 
 
+def test_test_on_the_training_pairs_is_about_those_and_no_others():
+    """T4: to ask whether they have been learnt by heart."""
+    datamodule = ready(n_train=20, test_on="train")
+    tested = [row for batch in datamodule.test_dataloader() for row in batch.source_BS.tolist()]
+    decoded = {datamodule.vocabulary.decode(row) for row in tested}
+    assert decoded == {pair.source for pair in datamodule.splits.train}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -90,6 +98,7 @@ def test_corpus_source_reads_below_the_root_and_reports(corpus_root):
         ({"batch_size": 0}, "batch_size=0"),
         ({"n_val": 0}, "n_val=0"),
         ({"max_length": 1}, "max_length=1"),
+        ({"test_on": "training"}, "test_on='training'.*train"),
     ],
 )
 def test_datamodule_with_a_wrong_option_repeats_it(options, message):

@@ -47,6 +47,16 @@ def test_check_masking_of_an_inverted_mask_names_the_leak(mask, leak, model_of, 
         check_masking(model_of(), *batch)
 
 
+def test_model_that_reads_masks_inverted_fails_the_check_in_both_attentions(model_of, batch):
+    """T3: the fault to rehearse is the fault."""
+    kinds = ("manual", "sdpa")
+    models = [model_of(mask_convention="masked", attention=kind) for kind in kinds]
+    for model in models:
+        with pytest.raises(ValueError, match="the last target token"):
+            check_masking(model, *batch)
+    torch.testing.assert_close(*(model(*batch) for model in models))
+
+
 def test_activation_norms_are_named_by_layer(model_of, batch):
     """T4: a final LayerNorm at its start gives every position the norm sqrt(D)."""
     norms = activation_norms(model_of(), *batch)
