@@ -134,6 +134,10 @@ CASES = {
         scene("non-finite weight", loss=NAN),
         "weights damaged from outside",
     ),
+    "a weight that became NaN, and not when the steps were taken again": (
+        scene("non-finite weight", loss=NAN, verdict="transient"),
+        "weights damaged from outside",
+    ),
     "an operation that did not do it again": (
         scene("non-finite loss", loss=NAN, origin=OPERATION, verdict="transient"),
         "glitch",

@@ -86,7 +86,7 @@ NUMERICS = (
 MACHINE = (
     Cause(
         name="glitch",
-        clues=((11, c.transient),),
+        clues=((11, c.transient), (-8, c.DAMAGE)),
         do="nothing in data or model: it did not return when the same steps were taken again; if "
         "it happens often, suspect the hardware or a nondeterministic kernel",
         leave="if it happens once",
@@ -98,6 +98,7 @@ MACHINE = (
             (8, c.bad_state),
             (6, c.kind("non-finite weight")),
             (2, c.kind("update spike")),
+            (3, c.both(c.DAMAGE, c.transient)),
         ),
         do="go on from a state before it; if it returns without a bad batch, suspect memory, a "
         "custom kernel, or code that writes into the weights",
