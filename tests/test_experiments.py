@@ -18,7 +18,8 @@ from lit_stability.launch import check_options, fit
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
-RUNS = ("clean", "unprotected", "rescue")
+RUNS = {"clean": [], "unprotected": ["trainer.max_steps=200", "data.n_test=64"], "rescue": []}
+"""With what is left out: a run that is NaN from step 150 on shows nothing new after step 200."""
 SHORT = sorted(set(EXPERIMENTS) - {f"translation_{each}" for each in RUNS})
 TRANSLATION = [each for each in EXPERIMENTS if each.startswith("translation_")]
 CAUSAL = [each for each in EXPERIMENTS if each.startswith("causal_")]
@@ -113,11 +114,11 @@ def test_experiment_runs_a_few_steps(tmp_path):
 def main_job(tmp_path_factory):
     """The three runs of the main job as a user starts them; metrics and output of each."""
     runs = {}
-    for name in RUNS:
+    for name, overrides in RUNS.items():
         folder = tmp_path_factory.mktemp(name)
         command = [sys.executable, "-m", "lit_stability.cli", "fit", "-c", f"translation_{name}"]
         done = subprocess.run(
-            [*command, f"run_dir={folder}", "trainer.enable_progress_bar=false"],
+            [*command, *overrides, f"run_dir={folder}", "trainer.enable_progress_bar=false"],
             cwd=ROOT,
             # Beside the tests of other workers, a second thread only gets in the way.
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -208,16 +208,3 @@ def test_module_trains_and_decodes_on_the_real_corpus(corpus_on_disk):
     trainer.fit(module, data)
     assert losses.values[-1] < losses.values[0]
     assert set(trainer.test(module, data, verbose=False)[0]) == {f"test/{key}" for key in KEYS}
-
-
-@pytest.mark.slow
-def test_module_translates_held_out_combinations():
-    """T5: at least 90 % exact on combinations of words that were never trained on."""
-    pl.seed_everything(0, verbose=False)
-    module = TranslationModule(
-        network=TransformerConfig(dropout=0.0, max_length=32, attention="manual"), lr=3e-3
-    )
-    data = TranslationDataModule(n_train=20_000)
-    trainer = make_trainer(400, limit_val_batches=0, gradient_clip_val=1.0)
-    trainer.fit(module, data)
-    assert trainer.test(module, data, verbose=False)[0]["test/exact_match"] >= 0.9
