@@ -20,6 +20,8 @@ ABSURD_FACTOR = 10.0
 """Above 10 times the guess the softmax is saturated: most gradients are those of a few outliers."""
 LOW_FACTOR = 0.5
 """Below half the guess more is known than the frequencies of most label sets tell."""
+_STARTLING = 1000.0
+"""Nats from which on a sum of many terms is taken for an explosion."""
 _SIGMAS, _SPREAD = 4.0, 1.0
 """Standard errors by which the mean over the batch may miss by chance, and the standard deviation
 of a target's loss, nats: that of logits of variance 1. What spreads by more is the fault itself."""
@@ -136,9 +138,22 @@ def check_initial_loss(
     elif one_vs_rest is not None:
         expected = one_vs_rest * math.log(2)
         found = _judge("the loss", seen.loss, expected, f"{one_vs_rest} ln 2")
+        if not found and expected >= _STARTLING and math.isfinite(seen.loss):
+            found = [_no_explosion(seen.loss, one_vs_rest, expected)]
     else:
         found = _judge_calls(seen)
     return [each for each in found if not (pretrained and each.why.startswith("better"))]
+
+
+def _no_explosion(loss: float, terms: int, expected: float) -> Finding:
+    return Finding(
+        check="initial loss",
+        severity="note",
+        what=f"the loss is {loss:.4g} nats before the first step, and a guess has {terms} ln 2 = "
+        f"{expected:.4g}",
+        why="it is a sum of that many terms, and what knowing nothing costs; no gradient explodes",
+        do="nothing; divide by the number of terms to compare it with other losses",
+    )
 
 
 def _judge_calls(seen: Observation) -> list[Finding]:

@@ -26,7 +26,7 @@ LN_10 = math.log(10)
         (0.49 * LN_10, {"classes": 10, "pretrained": True}, None),
         (20 * LN_10, {"classes": 10, "pretrained": True}, "error"),
         (11 * math.log(2), {"one_vs_rest": 11}, None),
-        (1e5, {"one_vs_rest": 151_936}, None),
+        (1e5, {"one_vs_rest": 151_936}, "note"),
         (1.1e6, {"one_vs_rest": 151_936}, "error"),
     ],
 )
@@ -80,3 +80,12 @@ def test_check_finite_names_the_parameters_whose_gradient_is_not():
     (found,) = check_finite(seen)
     assert found.where == ("b",)
     assert check_finite(Observation(loss=1.0, gradients={"a": 1.0, "c": None})) == []
+
+
+def test_large_loss_of_a_guess_over_many_classes_is_called_no_explosion():
+    """C3: the first loss over 100,000 of a vocabulary of 151,936 and one."""
+    (note,) = check_initial_loss(Observation(loss=1.053e5), one_vs_rest=151_937)
+    assert note.severity == "note"
+    assert "151937 ln 2 = 1.053e+05" in note.what
+    assert "no gradient explodes" in note.why
+    assert check_initial_loss(Observation(loss=700.0), one_vs_rest=1025) == []
