@@ -1,0 +1,91 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+
+from lit_stability import AutoRollback, Diagnosis, GradientMonitor, read_incidents
+from lit_stability.causes import CAUSES
+from lit_stability.cli import main
+from lit_stability.faults import FaultInjector, ScaleGradients
+from tests.conftest import Regression, fit, regression_data
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf8")
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def names():
+    """What the blocks about one's own detector, responder and cause define."""
+    known = dict(CAUSES)
+    found = {}
+    for block in PYTHON[1:]:
+        exec(block, found)
+    yield found
+    CAUSES.clear()
+    CAUSES.update(known)
+
+
+def test_readme_stays_short():
+    assert len(TEXT.splitlines()) < 250
+
+
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_first_block_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Short(Regression):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.trainer.should_stop = self.trainer.global_step >= 3
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return regression_data()
+
+    model = Short()
+    shown = {"model": model, "datamodule": Data()}
+    plain = PYTHON[0].replace("Trainer(", "Trainer(accelerator='cpu', enable_progress_bar=False, ")
+    exec(plain, shown)
+    assert shown["trainer"].global_step >= 3
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_detector_and_cause_of_ones_own_tell_of_an_incident(names, tmp_path):
+    below = names["LossBelow"](1e9)
+    fit(tmp_path, [GradientMonitor(detectors=[below]), Diagnosis()], max_steps=5)
+    (incident,) = read_incidents(tmp_path)
+    assert incident["kind"] == "loss below its floor"
+    assert incident["cause"] == "leak of the labels"
+    assert incident["responses"] == []
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_responder_of_ones_own_comes_before_the_rollback(names, tmp_path):
+    struck = FaultInjector([ScaleGradients(step=50, factor=1e4)])
+    fit(tmp_path, [struck, GradientMonitor(), names["SkipSpikes"](), AutoRollback()], max_steps=70)
+    (incident,) = read_incidents(tmp_path)
+    assert incident["kind"] == "gradient spike"
+    assert incident["responses"] == ["step skipped"]
+    assert incident["outcome"] == "recovered"
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"lit-stability (\w+)", TEXT))))
+def test_command_is_there(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        set(re.findall(r"[`(]((?:tests|models|notebooks|benchmarks|lit_stability)/[\w./]+)", TEXT))
+    ),
+)
+def test_file_is_there(path):
+    assert (ROOT / path).exists()
