@@ -12,6 +12,7 @@ import math
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,14 @@ def loader(batch: int = 16, length: int = 64, seed: int = 0) -> DataLoader[Tenso
     data = StandardLibrary(length)
     sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
     return DataLoader(data, batch, sampler=sampler)
+
+
+@torch.no_grad()
+def held_out_loss(module: ByteGPTModule, length: int = 32) -> float:
+    """Mean loss, in nats per byte, over 20 batches that are the same for every run."""
+    batches = islice(loader(64, length, seed=12345), 20)
+    losses = []
+    for batch in batches:
+        logits_BTV = module.model(batch[:, :-1])
+        losses.append(float(F.cross_entropy(logits_BTV.flatten(0, 1), batch[:, 1:].flatten())))
+    return sum(losses) / len(losses)

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
-from benchmarks.rescue import held_out_loss
+from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, held_out_loss, loader
 from lit_stability import AdaptiveGradientClipping, GradientMonitor
 from lit_stability.clip_rules import (
     ClipRule,

@@ -18,6 +18,8 @@ _SPAN = 40
 """Losses looked at, the last of a series."""
 _LONGEST = 20
 """Steps of growth looked at."""
+_FEWEST = 3
+"""Steps that growth takes, without the calm before it."""
 _SWINGS = 5
 """Turns that a swing takes to be told from noise, two of three of whose steps turn as well."""
 
@@ -85,7 +87,7 @@ def _grows(sizes: Sequence[float]) -> bool:
 
 def _growth(losses: Sequence[float]) -> LossPattern | None:
     size = _size(losses)
-    for steps in range(min(_LONGEST, len(losses) - 1), 2, -1):
+    for steps in range(min(_LONGEST, len(losses) - 1), _FEWEST - 1, -1):
         part = losses[-1 - steps :]
         rising = sum(b > a for a, b in pairwise(part)) >= 0.75 * steps
         if not rising or part[1] <= part[0] or part[-1] < max(part):
@@ -94,6 +96,8 @@ def _growth(losses: Sequence[float]) -> LossPattern | None:
         if part[-1] - part[0] > max(0.5 * size, 5 * noise) and _largest_share(part, size) <= 0.9:
             calm = max(i for i, x in enumerate(part) if x <= min(part) + 3 * noise)
             part = part[calm:]
+            if len(part) <= _FEWEST:
+                continue  # a jump after a chance rise that the noise explains
             text = f"the loss grew for {len(part) - 1} steps, from {part[0]:.4g} to {part[-1]:.4g}"
             return LossPattern("exponential growth", len(part) - 1, text)
     return None

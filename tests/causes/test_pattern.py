@@ -44,6 +44,8 @@ def test_printed_sequences_are_named(losses, expected):
         ([2.0, 1.9, NAN, 5.0, 50.0, 500.0], JUMP),
         # A jump that stays up.
         ([2.0, 2.1, 1.9, 2.0, 2.05, *[30.0, 31.0, 29.0, 30.5]], JUMP),
+        # A jump after three steps that happen to rise, by no more than the noise.
+        ([0.4, 0.6] * 8 + [0.4, 0.5, 0.55, 0.8, 14.0], JUMP),
         # Growth with a dip in it, after a long calm.
         ([2.0, 2.02] * 15 + [2.1, 2.3, 2.2, 2.9, 3.4, 4.4, 5.5], GROWTH),
         # A decaying loss, a flat one, one that swings and stays, one that swings less and less.
