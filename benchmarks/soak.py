@@ -42,6 +42,7 @@ from lit_stability.faults import (
     NanLoss,
     ScaleLoss,
 )
+from lit_stability.tensorboard.tags import INCIDENTS
 
 EVERY_SAMPLE = 1000
 """Steps between two readings of the memory."""
@@ -153,7 +154,7 @@ def record_of(root: Path) -> dict[str, Any]:
         "outcomes": dict(Counter(i["outcome"] for i in incidents)),
         "kinds": dict(Counter(i["kind"] for i in incidents)),
         "event_file_bytes": sum(f.stat().st_size for f in folder.glob("events.*")),
-        "incidents_in_event_file": sum(t.startswith("stability/incident") for t in tags["tensors"]),
+        "incidents_in_event_file": sum(t.startswith(INCIDENTS) for t in tags["tensors"]),
         "last_scalar_step": events.Scalars("stability/grad_norm")[-1].step,
     }
 

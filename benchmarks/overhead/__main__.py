@@ -1,6 +1,6 @@
 """What the suite costs per optimizer step, against the bare step of the same run.
 
-    python -m benchmarks.overhead [--parts batches suites tensors held] [--steps 120] [--quick]
+    python -m benchmarks.overhead [--parts batches suites tensors held] [--steps 80] [--quick]
     python -m benchmarks.overhead --suites "default suite" [--batch 8] [--precision bf16-mixed]
 
 One process, one torch thread, a byte-level Transformer of 9.9 M parameters. A bare and protected
@@ -33,7 +33,7 @@ from benchmarks.results import Spread, Table, add_options, folder_of, save
 
 MODEL = ByteGPTConfig(width=400, layers=5)
 SMALL = ByteGPTConfig(width=128, layers=4)
-BATCHES = {2: 240, 8: 120, 32: 60}
+BATCHES = {2: 200, 8: 100, 32: 60}
 """Sequences of 64 bytes in a batch -> steps."""
 IN_TENSORS = (ByteGPTConfig(width=320, layers=8), ByteGPTConfig(width=100, layers=83))
 AT_ONCE = 4
@@ -181,7 +181,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    steps = args.steps or (3 * BLOCK if args.quick else 6 * BLOCK)
+    steps = args.steps or (3 * BLOCK if args.quick else 4 * BLOCK)
     setting = Setting(SMALL if args.quick else MODEL, args.batch, steps, args.precision)
     figures: dict[str, Any] = {}
     shown = []

@@ -23,9 +23,13 @@ class HookClock:
 
     Args:
         callbacks: whose hooks to time.
+        now: seconds; of the wall, or of the thread's own processor time where the machine is busy.
     """
 
-    def __init__(self, callbacks: list[Callback]) -> None:
+    def __init__(
+        self, callbacks: list[Callback], now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock = now
         self.steps: list[float] = []
         """Seconds of each step."""
         self.parts: dict[str, float] = {}
@@ -44,11 +48,11 @@ class HookClock:
         @functools.wraps(call)
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._depth += 1
-            start = time.perf_counter()
+            start = self._clock()
             try:
                 return call(*args, **kwargs)
             finally:
-                seconds = time.perf_counter() - start
+                seconds = self._clock() - start
                 self._depth -= 1
                 self.parts[label] = self.parts.get(label, 0.0) + seconds
                 if not self._depth:
