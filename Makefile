@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test bench
+.PHONY: check test bench bench-quick
 
 check:
 	ruff check .
@@ -9,9 +9,29 @@ check:
 test:
 	pytest
 
+# Every figure of the README, in benchmarks/results: half an hour on two cores that do nothing else.
+# `make .bench-venv bench` has the published protections measured too.
+BENCH = $$(test -x .bench-venv/bin/python && echo .bench-venv/bin/python || echo python)
+
 bench:
-	python -m benchmarks.overhead
-	python -m benchmarks.rescue
+	$(BENCH) -m benchmarks.overhead
+	$(BENCH) -m benchmarks.scale
+	$(BENCH) -m benchmarks.snapshot
+	$(BENCH) -m benchmarks.locate
+	$(BENCH) -m benchmarks.prediction --quick --out benchmarks/results
+	$(BENCH) -m benchmarks.soak
+	$(BENCH) -m benchmarks.rescue
+	$(BENCH) -m benchmarks.readme
+
+# The same in minutes, in benchmarks/results/quick: whether all of it runs, not what it costs.
+bench-quick:
+	$(BENCH) -m benchmarks.overhead --quick
+	$(BENCH) -m benchmarks.scale --quick
+	$(BENCH) -m benchmarks.snapshot --quick
+	$(BENCH) -m benchmarks.locate --quick
+	$(BENCH) -m benchmarks.prediction --quick
+	$(BENCH) -m benchmarks.soak --quick
+	$(BENCH) -m benchmarks.readme --quick
 
 # The protections that benchmarks compare with, beside the project in an environment of their own.
 .bench-venv: constraints.txt benchmarks/alternatives/requirements.txt

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from benchmarks import overhead
 from benchmarks.byte_gpt import ByteGPTConfig
 from benchmarks.instabilities.cases import CASES, Case
+from benchmarks.overhead.suites import Suite
+from benchmarks.overhead.turns import Setting, take_turns
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
 from lit_stability.detectors import StaleMoments, default_detectors
 from lit_stability.staleness import Staleness
@@ -45,9 +46,10 @@ FORETOLD: dict[str, Any] = {
 
 def cost(steps: int, config: ByteGPTConfig) -> None:
     """Measure and print the cost of each probe, and of the second moment's staleness."""
-    overhead.SUITES.update({"monitor": lambda: [GradientMonitor()], **PROBES})
-    how: dict[str, Any] = {"steps": steps, "batch": 8, "precision": "32-true"}
-    times = overhead.measure(["monitor", *PROBES], config=config, **how)
+    suites = {"monitor": Suite(lambda: [GradientMonitor()])}
+    suites |= {name: Suite(make) for name, make in PROBES.items()}
+    found = take_turns(suites, Setting(config, steps=steps), suites)
+    times = {name: each.steps for name, each in found.items()}
     bare = times["monitor"][5:]
     print(f"step with GradientMonitor {1e3 * statistics.median(bare):.1f} ms, {len(bare)} steps")
     for name in PROBES:

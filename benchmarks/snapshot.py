@@ -21,7 +21,9 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
+from benchmarks.results import Spread, Table, add_options, folder_of, save
 from lit_stability.batches import size_of
+from lit_stability.frozen import FrozenWeights
 from lit_stability.trainer_state import Entry, ReplayRing, StepStart, TrainingSnapshot
 
 
@@ -49,7 +51,8 @@ class Rounds(Callback):
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: Any) -> None:
-        snapshot, start = TrainingSnapshot(pl_module), StepStart(pl_module)
+        snapshot = TrainingSnapshot(pl_module, FrozenWeights())
+        start = StepStart(pl_module)
         snapshot.capture(trainer, pl_module, position=0, mark=0)
         source = torch.zeros(snapshot.nbytes // 4)
         target = torch.empty_like(source)
@@ -69,32 +72,39 @@ class Rounds(Callback):
                     self.times[name].append(time.perf_counter() - before)
 
 
-def report(rounds: Rounds, ring: ReplayRing, every: int = 20) -> None:
-    """Print the ratios."""
+def report(rounds: Rounds, ring: ReplayRing, every: int = 20) -> tuple[dict[str, Any], Table]:
+    """The ratios, as figures and as a table."""
     copy, step = rounds.times["plain copy"], statistics.median(rounds.step)
-    print(
-        f"{rounds.nbytes / 2**20:.1f} MiB, step {1e3 * step:.1f} ms, plain copy "
-        f"{1e3 * statistics.median(copy):.2f} ms, {len(copy)} rounds"
-    )
-    for name in ("snapshot", "restore"):
-        ratios = [a / b for a, b in zip(rounds.times[name], copy, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:24s} x{middle:.3f} of the copy  (quartiles {low:.3f} .. {high:.3f})")
+    spreads = {
+        name: Spread.of(a / b for a, b in zip(rounds.times[name], copy, strict=True))
+        for name in ("snapshot", "restore")
+    }
     taken = statistics.median(rounds.times["snapshot"])
-    start = statistics.median(rounds.times["start of a step"])
-    print(
-        f"{'snapshot, amortised':24s} {100 * taken / every / step:.3f} % of a step, every {every}"
-    )
-    print(f"{'start of a step':24s} {100 * start / step:.3f} % of a step")
-    print(f"{'memory':24s} {2 * rounds.nbytes / 2**20:.1f} MiB for two snapshots")
-    print(f"{'replay ring':24s} {ring.nbytes / 2**20:.3f} MiB for {ring.position} batches")
+    figures = {
+        **spreads,
+        "snapshot_bytes": rounds.nbytes,
+        "step_ms": 1e3 * step,
+        "copy_ms": 1e3 * statistics.median(copy),
+        "amortised_share": taken / every / step,
+        "step_start_share": statistics.median(rounds.times["start of a step"]) / step,
+        "ring_bytes": ring.nbytes,
+    }
+    rows = [[name, f"x{spread:.3f} of a plain copy"] for name, spread in spreads.items()]
+    rows += [
+        [f"snapshot, every {every} steps", f"{figures['amortised_share']:.3%} of a step"],
+        ["start of a step", f"{figures['step_start_share']:.3%} of a step"],
+        ["memory", f"{2 * rounds.nbytes / 2**20:.1f} MiB for two snapshots"],
+        ["replay ring", f"{ring.nbytes / 2**20:.3f} MiB for {ring.position} batches"],
+    ]
+    title = f"{rounds.nbytes / 2**20:.1f} MiB, step {1e3 * step:.1f} ms, {len(copy)} rounds"
+    return figures, Table(title, ["what", "cost"], rows)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true", help="a small model")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -111,7 +121,8 @@ def main() -> None:
         enable_checkpointing=False,
     )
     trainer.fit(ByteGPTModule(shape), loader(8, shape.length))
-    report(rounds, _ring(shape))
+    figures, table = report(rounds, _ring(shape))
+    save("snapshot", folder_of(args), figures, [table])
 
 
 def _ring(shape: ByteGPTConfig) -> ReplayRing:

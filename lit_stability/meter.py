@@ -123,9 +123,9 @@ class StepMeter:
             details: fill ``StepStats.details``.
         """
         grads = {
-            n: dense(p.grad)
+            n: dense(grad)
             for n, p in zip(self.names, self.parameters, strict=True)
-            if p.grad is not None
+            if (grad := p.grad) is not None
         }
         rows = [sampled_distribution(g) for g in grads.values()] if details else []
         read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows)

@@ -14,6 +14,8 @@ from lit_stability.shards import local
 
 _BLOCKS, _BLOCK = 16, 32
 """The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
+_FEW = 4
+"""Blocks up to which it is faster to join them one by one than to join strided views."""
 RECHECK = 10
 """Gathers between looks at whether tensors, or the optimizer's state, were replaced."""
 
@@ -65,9 +67,13 @@ class Samples:
         tensors = [_detached(t) for t in self._tensors]
         self._are_views = all(_is_dense(t) for t in tensors)
         self._views = (
-            [blocks_of(tensors[i], self._blocks) for i in self._large],
+            self._rows([blocks_of(tensors[i], self._blocks) for i in self._large]),
             [blocks_of(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
         )
+
+    def _rows(self, views: list[Tensor]) -> list[Tensor]:
+        """Block by block where a tensor has few: neighbours are joined by a plain copy."""
+        return [row for v in views for row in v] if self._blocks <= _FEW else views
 
     def _join(self, views: Sequence[Tensor]) -> Tensor:
         if any(v.device != self.device for v in views):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, quantiles
 
 from benchmarks.prediction.families import CALM
 from benchmarks.prediction.traces import Trace
+from benchmarks.results import Table
 from lit_stability.detectors import Divergence, flagged
 from lit_stability.risk import HORIZON, CrashRisk
 
@@ -96,41 +97,54 @@ def worth(alarms: Alarms, traces: Sequence[Trace]) -> Worth:
     return Worth(tuple(leads), false, steps)
 
 
-def print_worth(traces: Sequence[Trace]) -> None:
-    """A line for each alarm, on all runs; false alarms on the calm families alone as well."""
-    print(
-        "| alarm | announced | 10 steps ahead | lead, quartiles | false, all runs | false, calm |"
-    )
-    print("|---|---|---|---|---|---|")
+def worth_of_alarms(traces: Sequence[Trace]) -> dict[str, dict[str, Worth]]:
+    """Of each alarm, on all runs and on those of the calm families alone."""
     calm = [trace for trace in traces if trace.family in CALM]
-    for name, alarms in ALARMS.items():
-        cells = [*worth(alarms, traces).cells(), worth(alarms, calm).cells()[-1]]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return {
+        name: {"all": worth(alarms, traces), "calm": worth(alarms, calm)}
+        for name, alarms in ALARMS.items()
+    }
 
 
-def print_families(traces: Sequence[Trace], level: float = 0.5) -> None:
-    """The same by family at one level, for those of which a run diverged or was alarmed for."""
-    print("| family | diverged | announced | 10 steps ahead | lead, quartiles | false |")
-    print("|---|---|---|---|---|---|")
-    for family in dict.fromkeys(trace.family for trace in traces):
-        runs = [trace for trace in traces if trace.family == family]
-        found = worth(of_level(level), runs)
-        if found.leads or found.false:
-            cells = [f"{len(found.leads)}/{len(runs)}", *found.cells()]
-            print(f"| {family} | {' | '.join(cells)} |", flush=True)
+def alarm_table(found: Mapping[str, Mapping[str, Worth]]) -> Table:
+    """A line for each alarm."""
+    columns = ["alarm", "announced", "10 steps ahead", "lead, quartiles"]
+    rows = [[name, *w["all"].cells(), w["calm"].cells()[-1]] for name, w in found.items()]
+    return Table("by alarm", [*columns, "false, all runs", "false, calm"], rows)
 
 
-def print_calibration(pairs: Sequence[tuple[float, float]]) -> None:
-    """Mean risk and observed share by bin of risk.
+def worth_of_families(traces: Sequence[Trace], level: float = 0.5) -> dict[str, Worth]:
+    """Of the risk at one level, for the families of which a run diverged or was alarmed for."""
+    found = {
+        family: worth(of_level(level), [t for t in traces if t.family == family])
+        for family in dict.fromkeys(trace.family for trace in traces)
+    }
+    return {family: w for family, w in found.items() if w.leads or w.false}
+
+
+def family_table(found: Mapping[str, Worth]) -> Table:
+    """A line for each family."""
+    columns = ["family", "diverged", "announced", "10 steps ahead", "lead, quartiles", "false"]
+    rows = [[family, str(len(w.leads)), *w.cells()] for family, w in found.items()]
+    return Table("by family, risk >= 0.5", columns, rows)
+
+
+def calibration(pairs: Sequence[tuple[float, float]]) -> list[tuple[str, int, float, float]]:
+    """Bin of risk, moments in it, mean risk, observed share.
 
     Args:
         pairs: risk of a moment, and 1.0 where a divergence began within 20 steps.
     """
-    print("| risk | moments | mean risk | followed by a divergence within 20 steps |")
-    print("|---|---|---|---|")
-    edges = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.01)
+    edges, bins = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.01), []
     for low, high in pairwise(edges):
         inside = [pair for pair in pairs if low <= pair[0] < high]
         if inside:
             risk, share = (mean(each) for each in zip(*inside, strict=True))
-            print(f"| {low:g} to {min(high, 1):g} | {len(inside)} | {risk:.2f} | {share:.2f} |")
+            bins.append((f"{low:g} to {min(high, 1):g}", len(inside), risk, share))
+    return bins
+
+
+def calibration_table(title: str, bins: Sequence[tuple[str, int, float, float]]) -> Table:
+    """A line for each bin."""
+    columns = ["risk", "moments", "mean risk", "followed by a divergence within 20 steps"]
+    return Table(title, columns, [[b, str(n), f"{r:.2f}", f"{s:.2f}"] for b, n, r, s in bins])

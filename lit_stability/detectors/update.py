@@ -151,9 +151,11 @@ class LearningRateJump(_RatioWindow):
         if len(self.window) < self.min_history or len(rates) != len(self.borne):
             return None
         jump = max((r / b for r, b in zip(rates, self.borne, strict=True) if b > 0), default=0.0)
+        if jump <= self.ratio:
+            return None
         predicted = self.expected(max(rates))
         pairs = zip(self.last, rates, strict=True)
-        if jump <= self.ratio or predicted <= self.floor:
+        if predicted <= self.floor:
             return None
         return Anomaly(
             kind="learning-rate jump",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ class Window:
 
     def __init__(self, size: int) -> None:
         self.values: deque[float] = deque(maxlen=size)
-        self._median: float | None = None
+        self._ordered: list[float] | None = None
+        """The values by size, from the first time that anybody asks."""
         self._sigma: float | None = None
 
     def __len__(self) -> int:
@@ -30,22 +32,28 @@ class Window:
 
     def add(self, value: float) -> None:
         """Take an accepted value; a non-finite one is ignored."""
-        if math.isfinite(value):
-            self.values.append(value)
-            self._median = self._sigma = None
+        if not math.isfinite(value):
+            return
+        if self._ordered is not None:
+            # Sorting anew at every step would take ten times as long.
+            if len(self.values) == self.values.maxlen:
+                del self._ordered[bisect_left(self._ordered, self.values[0])]
+            insort(self._ordered, value)
+        self.values.append(value)
+        self._sigma = None
 
     def replace(self, values: Sequence[float]) -> None:
         """Hold these values instead."""
         self.values.clear()
         self.values.extend(values)
-        self._median = self._sigma = None
+        self._ordered = self._sigma = None
 
     @property
     def median(self) -> float:
         """Median of the window, NaN when it is empty."""
-        if self._median is None:
-            self._median = _median(sorted(self.values))
-        return self._median
+        if self._ordered is None:
+            self._ordered = sorted(self.values)
+        return _median(self._ordered)
 
     @property
     def sigma(self) -> float:

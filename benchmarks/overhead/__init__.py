@@ -1,0 +1,1 @@
+"""What the suite costs per optimizer step: time, copies to the host, memory."""

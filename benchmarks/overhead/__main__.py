@@ -1,0 +1,203 @@
+"""What the suite costs per optimizer step, against the bare step of the same run.
+
+    python -m benchmarks.overhead [--parts batches suites tensors held] [--steps 80] [--quick]
+    python -m benchmarks.overhead --suites "default suite" [--batch 8] [--precision bf16-mixed]
+
+One process, one torch thread, a byte-level Transformer of 9.9 M parameters. A bare and protected
+Trainers take turns, step by step, on equal models and batches, so that all meet the same noise of
+the machine. Steps are added up in blocks of 20, so that each block of the suite holds one snapshot;
+reported is the median ratio of a block to the bare block beside it, with its quartiles, what that
+is in milliseconds, and the time inside the hooks by a clock around each. ``batches``: at three
+batch sizes. ``suites``: each callback and option, and other protections, at the smallest batch,
+where a fixed cost shows best. ``tensors``: as many parameters in 102 and in 1002 tensors. ``held``:
+reads of tensors by the host, and bytes, those of a fit without the suite subtracted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from benchmarks.byte_gpt import ByteGPT, ByteGPTConfig
+from benchmarks.overhead.held import held_by
+from benchmarks.overhead.suites import OURS, SUITES, TENSORBOARD, alternatives
+from benchmarks.overhead.turns import BLOCK, Setting, blocks, ratios, take_turns
+from benchmarks.results import Spread, Table, add_options, folder_of, save
+
+MODEL = ByteGPTConfig(width=400, layers=5)
+SMALL = ByteGPTConfig(width=128, layers=4)
+BATCHES = {2: 200, 8: 100, 32: 60}
+"""Sequences of 64 bytes in a batch -> steps."""
+IN_TENSORS = (ByteGPTConfig(width=320, layers=8), ByteGPTConfig(width=100, layers=83))
+AT_ONCE = 4
+"""Suites that take turns with one bare Trainer: each holds a model and its optimizer."""
+SUITE = "default suite"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One suite in one setting."""
+
+    suite: str
+    ratio: Spread
+    """Of the step to the baseline's."""
+    step_ms: float
+    """Of the baseline."""
+    hooks_ms: float
+    """Mean time a step in the suite's hooks, without what the baseline needs for the same."""
+    batch: int
+    parameters: int
+    tensors: int
+
+
+def compare(
+    names: Iterable[str], setting: Setting, suites: Mapping[str, Any] = SUITES
+) -> tuple[list[Row], list[str]]:
+    """A row for each suite but the baselines, and which of them did not get through."""
+    rows, failed = [], []
+    names = [*names]
+    for start in range(0, len(names), AT_ONCE):
+        group = names[start : start + AT_ONCE]
+        baselines = dict.fromkeys(suites[name].baseline for name in group)
+        times = take_turns([*baselines, *group], setting, suites)
+        for name in group:
+            base = times[suites[name].baseline]
+            if len(times[name].steps) < setting.steps:
+                failed.append(f"{name} took {len(times[name].steps)} of {setting.steps} steps")
+                continue
+            rows.append(_row(name, times[name], base, setting))
+    return rows, failed
+
+
+def _row(name: str, times: Any, base: Any, setting: Setting) -> Row:
+    hooks_ms = 1e3 * (fmean(blocks(times.hooks)) - fmean(blocks(base.hooks))) / BLOCK
+    parameters = [p.numel() for p in ByteGPT(setting.config).parameters()]
+    return Row(
+        name,
+        ratios(times.steps, base.steps),
+        1e3 * median(base.steps[BLOCK:]),
+        hooks_ms,
+        setting.batch,
+        sum(parameters),
+        len(parameters),
+    )
+
+
+def batches(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
+    """The default suite at three batch sizes."""
+    sizes = dict.fromkeys((1, 2, 4), 60) if quick else BATCHES
+    found = [compare([SUITE], replace(setting, batch=b, steps=s)) for b, s in sizes.items()]
+    return [r for rows, _ in found for r in rows], [f for _, failed in found for f in failed]
+
+
+def suites(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
+    """Each callback, option and protection at a small batch."""
+    foreign, missing = alternatives()
+    chosen = [n for n in {**OURS, **TENSORBOARD} if not n.startswith("bare")]
+    known = {**SUITES, **foreign}
+    rows, failed = compare([*chosen, *foreign], replace(setting, batch=2), known)
+    return rows, failed + [f"{name}: {why}" for name, why in missing.items()]
+
+
+def tensors(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
+    """The default suite on as many parameters in more tensors."""
+    shapes = [ByteGPTConfig(width=64, layers=n) for n in (2, 8)] if quick else IN_TENSORS
+    found = [compare([SUITE], replace(setting, config=shape, batch=2)) for shape in shapes]
+    return [r for rows, _ in found for r in rows], [f for _, failed in found for f in failed]
+
+
+PARTS: dict[str, Callable[[Setting, bool], tuple[list[Row], list[str]]]] = {
+    "batches": batches,
+    "suites": suites,
+    "tensors": tensors,
+}
+
+
+def held(setting: Setting) -> dict[str, Any]:
+    """Reads and bytes of the default suite and of its monitor alone."""
+    setting = replace(setting, batch=2, steps=45)
+    bare = held_by(SUITES["bare"], setting)
+    found = {}
+    for name in ("GradientMonitor", SUITE):
+        suite = held_by(SUITES[name], setting)
+        found[name] = {
+            "reads_per_step": suite.reads - bare.reads,
+            "tensor_bytes": suite.tensors - bare.tensors,
+            "python_bytes": suite.python - bare.python,
+        }
+    weights = sum(p.numel() * 4 for p in ByteGPT(setting.config).parameters())
+    return {"steps": setting.steps, "weight_bytes": weights, "suites": found}
+
+
+def table_of(title: str, rows: Iterable[Row]) -> Table:
+    """The rows as they are to be read."""
+    columns = ["suite", "batch", "parameters", "tensors", "bare step, ms", "step (quartiles)"]
+    return Table(title, [*columns, "more, ms", "in hooks, ms"], [_cells(r) for r in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.suite,
+        str(row.batch),
+        f"{row.parameters / 1e6:.1f} M",
+        str(row.tensors),
+        f"{row.step_ms:.1f}",
+        f"x{row.ratio:.3f}",
+        f"{row.step_ms * (row.ratio.median - 1):.2f}",
+        f"{row.hooks_ms:.2f}",
+    ]
+
+
+def held_table(found: dict[str, Any]) -> Table:
+    """Reads and bytes as they are to be read."""
+    columns = ["suite", "reads by the host per step", "tensors, MiB", "other objects, MiB"]
+    rows = [
+        [name, f"{each['reads_per_step']:.2f}"]
+        + [f"{each[key] / 2**20:.1f}" for key in ("tensor_bytes", "python_bytes")]
+        for name, each in found["suites"].items()
+    ]
+    weights = found["weight_bytes"] / 2**20
+    return Table(f"held beyond the bare fit, with {weights:.1f} MiB of weights", columns, rows)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
+    parser.add_argument("--parts", nargs="*", choices=[*PARTS, "held"], default=[*PARTS, "held"])
+    parser.add_argument("--suites", nargs="*", choices=[*SUITES], help="only these, in one part")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", default="32-true")
+    args = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.pytorch.lit_stability"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    steps = args.steps or (3 * BLOCK if args.quick else 4 * BLOCK)
+    setting = Setting(SMALL if args.quick else MODEL, args.batch, steps, args.precision)
+    figures: dict[str, Any] = {}
+    shown = []
+    if args.suites:
+        parts = {"chosen": lambda s, quick: compare(args.suites, s)}
+    else:
+        parts = {name: PARTS[name] for name in args.parts if name in PARTS}
+    for name, part in parts.items():
+        rows, failed = part(setting, args.quick)
+        figures[name] = {"rows": rows, "not measured": failed}
+        shown.append(table_of(name, rows))
+    if "held" in args.parts and not args.suites:
+        figures["held"] = held(setting)
+        shown.append(held_table(figures["held"]))
+    save("overhead", folder_of(args), figures, shown)
+
+
+if __name__ == "__main__":
+    main()
