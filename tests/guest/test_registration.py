@@ -59,7 +59,7 @@ def test_trainer_without_a_suite_is_rescued_by_the_one_that_is_added(tmp_path, m
     assert names(trainer) == ["FaultInjector", "AutomaticSuite", *SUITE, "ModelCheckpoint"]
     monitor = next(c for c in trainer.callbacks if isinstance(c, GradientMonitor))
     assert [i.outcome for i in monitor.incidents] == ["recovered"]
-    trainer.fit_loop.max_steps = 50
+    trainer.fit_loop.epoch_loop.max_steps = 50
     trainer.fit(Regression(), regression_data())
     assert names(trainer).count("AutoRollback") == 1
 
