@@ -34,7 +34,7 @@ _HOME = {
     "stability_callbacks": "callbacks",
 }
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = sorted(_HOME)
 
 

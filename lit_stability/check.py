@@ -38,7 +38,10 @@ def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) ->
     report = examine(check_options(resolve(config)))
     print(report.text())
     if out is not None:
-        write_and_keep(out, json.dumps(report.as_dict(), indent=2) + "\n")
+        try:
+            write_and_keep(out, json.dumps(report.as_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written ({error})") from error
     return 1 if report.errors else 0
 
 

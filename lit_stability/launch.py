@@ -22,6 +22,7 @@ from lightning.pytorch import (
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from lit_stability.callbacks.automatic import AutomaticSuite
 from lit_stability.config import ConfigError, compose, resolve
 from lit_stability.experiments import Expectation
 from lit_stability.experiments.closing import Closing
@@ -29,6 +30,7 @@ from lit_stability.kept_files import write_and_keep
 from lit_stability.recovery import Recover, fit_with_recovery
 from lit_stability.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.targets import Build, bind
+from lit_stability.trainer_state import callbacks_of
 
 __all__ = ["FitResult", "Run", "compose", "fit"]
 
@@ -104,7 +106,7 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     trainers = _Trainers(options)
     closing = Closing(run_dir, make(options.get("expect")), lambda: trainers.latest())
     if trainers.is_global_zero:
-        write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
+        _write_config(run_dir, plain)
         print(_header(options["experiment"], run_dir, trainers, model, checkpoint))
     try:
         trainer = _fit(trainers, recover, model, data, checkpoint)
@@ -114,6 +116,15 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
         raise
     closing.finished(metrics)
     return FitResult(trainer, model, data, metrics)
+
+
+def _write_config(run_dir: Path, plain: dict[str, Any]) -> None:
+    try:
+        write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: cannot be written ({error}); choose another"
+        ) from error
 
 
 def check_options(plain: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +231,9 @@ def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
     }
     trainer = make(Build(plan.target, own | plan.options | overrides, plan.path))
     assert isinstance(trainer, Trainer)
+    # A config says all that runs: what an environment variable adds is none of it.
+    named_here = [c for c in callbacks_of(trainer) if not isinstance(c, AutomaticSuite)]
+    trainer.callbacks = named_here  # type: ignore[attr-defined]
     return trainer
 
 

@@ -40,6 +40,11 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "res
     if str(wanted) != "last":
         if not Path(wanted).exists():
             raise ConfigError(f"{option}={wanted}: no such checkpoint; `last` and `good` find one")
+        if not (Path(wanted).is_dir() or zipfile.is_zipfile(wanted)):
+            raise ConfigError(
+                f"{option}={wanted}: is no checkpoint, or was cut short; `last` and `good` find a "
+                "whole one"
+            )
         return str(wanted)
     found = list(run_dir.glob("**/checkpoints/*.ckpt"))
     whole = [each for each in found if each.is_dir() or zipfile.is_zipfile(each)]

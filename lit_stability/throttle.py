@@ -36,7 +36,7 @@ class Throttle:
     """
 
     def __init__(self, relax_after: int) -> None:
-        if relax_after < 1:
+        if not relax_after >= 1:
             raise ValueError(f"relax_after must be at least 1, got {relax_after!r}")
         self.relax_after = relax_after
         self.lr_factor = 1.0

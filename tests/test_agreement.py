@@ -140,4 +140,4 @@ def test_detector_that_says_nothing_of_ranks_is_asked_once_and_not_before_the_sh
     panel = Panel([Mine()], [0], print)
     panel.verdict(step(), voting=True)
     panel.verdict(step(loss=NAN), voting=False)
-    assert panel.state_dict() == {"0": [{"asked": 2}]}
+    assert panel.state_dict() == {"0": [["Mine 0", {"asked": 2}]]}

@@ -41,6 +41,11 @@ Any callback, and the LightningModule, may define:
   ``ignores_vetoed_steps = True`` that it never does.
 """
 
+# ruff: noqa: E402 - what follows would fail with a Lightning too old to say why.
+from lit_stability.versions import require_versions
+
+require_versions()
+
 from lightning.pytorch import Callback
 
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping

@@ -65,7 +65,7 @@ class AnomalyCheckpoint(Callback):
             ("max_incidents", max_incidents, 2),
             ("max_bytes", max_bytes, 1),
         ):
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
         self.max_incidents = max_incidents
         self.max_bytes = max_bytes

@@ -16,6 +16,7 @@ from lit_stability.callbacks.rewinder import Rewinder
 from lit_stability.callbacks.treatment import Treatment
 from lit_stability.clipping import clip_step
 from lit_stability.detectors import Anomaly
+from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident
 from lit_stability.ladder import Budget, Ladder
 from lit_stability.lr_scale import learning_rate_scale
@@ -83,8 +84,9 @@ class AutoRollback(Callback):
             ("confirm_after", confirm_after),
             ("max_ring_bytes", max_ring_bytes),
         ):
-            if value < 1:
+            if not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        require_instance("budget", budget, Budget)
         self.data = data
         self.snapshot_every = snapshot_every
         self.confirm_after = confirm_after

@@ -15,7 +15,7 @@ from lit_stability.callbacks.precaution import Precaution, stopped
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.clipping import clip_step
 from lit_stability.detectors import Anomaly
-from lit_stability.detectors.anomaly import require
+from lit_stability.detectors.anomaly import require, require_instance
 from lit_stability.incidents import Incident
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.risk import CrashRisk, Prevention, RiskLevels
@@ -72,6 +72,7 @@ class CrashPrediction(Callback):
         self, *, levels: RiskLevels | None = None, relax_after: int = 20, keep: int = 2
     ) -> None:
         require(keep >= 1, "keep", keep, "at least 1")
+        require_instance("levels", levels, RiskLevels)
         self.prevention = Prevention(levels or RiskLevels(), relax_after=relax_after)
         self.keep = keep
         self._risks: dict[int, CrashRisk] = {}

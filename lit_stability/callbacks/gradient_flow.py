@@ -60,7 +60,7 @@ class GradientFlow(Callback):
 
     def __init__(self, *, every_n_steps: int = 500, layers: int = 40) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("layers", layers)):
-            if value < 1:
+            if not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         self.every_n_steps = every_n_steps
         self.layers = layers

@@ -11,20 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.attempts import Attempts
+from lit_stability.callbacks.acceptance import asked_detectors, require_package, require_watchable
 from lit_stability.callbacks.council import Council
 from lit_stability.callbacks.desk import IncidentDesk, Voted
 from lit_stability.callbacks.dispatch import call_hook
 from lit_stability.callbacks.measuring import Measuring
 from lit_stability.callbacks.reporting import Reporter, log
-from lit_stability.detectors import (
-    Anomaly,
-    Detector,
-    LayerBounds,
-    Panel,
-    default_detectors,
-    disagreement,
-    with_damage,
-)
+from lit_stability.detectors import Anomaly, Detector, Panel, disagreement, with_damage
 from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
@@ -55,10 +48,8 @@ class GradientMonitor(Callback):
     * ``stability/incidents``: incidents so far.
     * ``stability/QUANTITY/MODULE``: what a probe has read there, on the steps that it measures.
 
-    On several ranks all decide the same, from numbers added up over the ranks: under DDP while
-    backward runs; under FSDP2, in manual optimization and with LBFGS in one collective that is
-    waited for before each optimizer step. See `lit_stability.ranks`. Under a strategy that is
-    neither run nor allowed, each rank observes what is its own.
+    On several ranks all decide the same, from numbers added up over the ranks, see
+    `lit_stability.ranks`; under a strategy that is neither run nor allowed each observes its own.
 
     With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
     ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text; with
@@ -77,7 +68,8 @@ class GradientMonitor(Callback):
             work with all the same; it adds up its numbers over the ranks at every step, then.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range; before the first step, if the Trainer is of
+            another package or trains nothing, or if a layer bound fits no parameter.
     """
 
     ignores_vetoed_steps = True
@@ -96,9 +88,11 @@ class GradientMonitor(Callback):
         require(close_after >= 1, "close_after", close_after, "at least 1")
         require(scan_weights_every >= 1, "scan_weights_every", scan_weights_every, "at least 1")
         require(details_every >= 0, "details_every", details_every, "0 (never) or more")
-        self.detectors = default_detectors() if detectors is None else list(detectors)
-        if layer_bounds:
-            self.detectors.append(LayerBounds(layer_bounds))
+        require(history >= 1, "history", history, "at least 1")
+        require(
+            not isinstance(allow_strategies, str), "allow_strategies", allow_strategies, "a list"
+        )
+        self.detectors = asked_detectors(detectors, layer_bounds)
         self.close_after = close_after
         self.scan_weights_every = scan_weights_every
         self.details_every = details_every
@@ -123,8 +117,13 @@ class GradientMonitor(Callback):
         """The incident that is open, if one is."""
         return self._desk.current
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer of another package."""
+        require_package(trainer, self)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare one meter and one set of detectors per optimizer."""
+        require_watchable(trainer, pl_module, self.detectors)
         if sharing(trainer) == "shards":
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)

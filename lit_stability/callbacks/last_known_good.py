@@ -85,7 +85,7 @@ class LastKnownGood(Callback):
             ("keep", keep, 1),
             ("max_batch_bytes", max_batch_bytes, 0),
         ):
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
         if on_mismatch not in ("raise", "warn"):
             raise ValueError(f"on_mismatch must be 'raise' or 'warn', got {on_mismatch!r}")

@@ -86,13 +86,15 @@ class PrecisionFallback(Callback):
             ("failures", failures, 0),
             ("infinite_losses", infinite_losses, 1),
         ):
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
         for rung in rungs or ():
             if rung not in PRECISIONS or rung in ("16-true", "bf16-true"):
                 raise ValueError(
                     f"rungs must be of '16-mixed', 'bf16-mixed' and '32-true', got {rung!r}"
                 )
+        if isinstance(fp32_modules, str):
+            raise ValueError(f"fp32_modules must be a list, got {fp32_modules!r}")
         self.rungs = None if rungs is None else tuple(rungs)
         self.fp32_modules = tuple(fp32_modules)
         self.try_again_after = try_again_after

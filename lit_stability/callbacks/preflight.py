@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.acceptance import require_package
 from lit_stability.callbacks.reporting import log
+from lit_stability.detectors.anomaly import require_instance
 from lit_stability.preflight import (
     Expectations,
     Finding,
@@ -76,6 +78,7 @@ class Preflight(Callback):
             raise ValueError(f"on_error={on_error!r} is unknown; choose 'warn' or 'stop'")
         if isinstance(frozen, str):
             raise ValueError(f"frozen={frozen!r} must be a list of names; write [{frozen!r}]")
+        require_instance("memorise", memorise, Memorise)
         self.on_error = on_error
         self._options: dict[str, Any] = {
             "classes": classes,
@@ -88,6 +91,10 @@ class Preflight(Callback):
         self.report: Report | None = None
         """Of the latest fit that was checked; None before, and where none was."""
         self._pending = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer of another package."""
+        require_package(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first batch of a run that begins; a checkpoint's step is known by now."""

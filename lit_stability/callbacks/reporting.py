@@ -41,6 +41,7 @@ class Reporter:
         self._writer = StabilityWriter(trainer.loggers)
         self._overflows = 0
         self._searching = True
+        self._writable = True
         directory = run_directory(trainer)
         self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
 
@@ -124,4 +125,12 @@ class Reporter:
         try:
             self._record.append(event, incident)
         except OSError as error:
-            log.warning("cannot write %s (%s); training goes on", self._record.path, error)
+            if self._writable:
+                log.warning(
+                    "an incident cannot be recorded in %s (%s); training goes on, this is told "
+                    "once; give the Trainer a default_root_dir, or its logger a save_dir, that can "
+                    "be written",
+                    self._record.path,
+                    error,
+                )
+            self._writable = False

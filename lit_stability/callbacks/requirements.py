@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 
+from lit_stability.callbacks.acceptance import require_package
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.trainer_state import callbacks_of, sharing, why_untried
 
 
 def require_monitor(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a callback that has no `GradientMonitor` before it in the trainer.
+    """Refuse a callback that has no `GradientMonitor` before it, or one like it beside it.
 
     Raises:
         ValueError: naming the line to write.
     """
+    require_package(trainer, callback)
     callbacks = callbacks_of(trainer)
     before = callbacks[: callbacks.index(callback)]
     if not any(isinstance(c, GradientMonitor) for c in before):
@@ -22,6 +24,12 @@ def require_monitor(trainer: Trainer, callback: Callback) -> None:
             f"{name} needs a GradientMonitor before it in the trainer's callbacks, found "
             f"{[type(c).__name__ for c in callbacks]}; write "
             f"Trainer(callbacks=[GradientMonitor(), ..., {name}()])"
+        )
+    twice = sum(type(c) is type(callback) for c in callbacks) > 1
+    if twice and not hasattr(callback, "probe_readings"):
+        raise ValueError(
+            f"the trainer has {type(callback).__name__} twice, found "
+            f"{[type(c).__name__ for c in callbacks]}; leave one of them out"
         )
 
 

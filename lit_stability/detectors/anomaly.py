@@ -137,3 +137,16 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
     """
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def require_instance(name: str, value: object, kind: type) -> None:
+    """Refuse an option that is neither None nor an object of its class, such as a dict.
+
+    Raises:
+        ValueError: with what to write.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(
+            f"{name} must be a {kind.__name__}, got {value!r}; write {name}={kind.__name__}(...), "
+            f"of {kind.__module__}"
+        )

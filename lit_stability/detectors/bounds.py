@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -45,6 +45,22 @@ class LayerBounds:
             self.bounds[pattern] = (low, high)
         self._resolved: dict[str, tuple[float, float] | None] = {}
         self._low_for: dict[str, int] = {}
+
+    def require_fit(self, names: Sequence[str]) -> None:
+        """Refuse a pattern that no parameter has: it would bound nothing, in silence.
+
+        Args:
+            names: of all parameters.
+
+        Raises:
+            ValueError: with the pattern, and names that are there.
+        """
+        for pattern in self.bounds:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"no parameter is named like {pattern!r}, which is given a bound; there are "
+                    f"{len(names)}, as {', '.join(names[:3])}"
+                )
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""

@@ -99,16 +99,28 @@ class Panel:
                 detector.update(stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """The detectors' windows."""
-        return {str(i): [d.state_dict() for d in found] for i, found in self._sets.items()}
+        """The detectors' windows, each under what its detector is."""
+        return {
+            str(i): [
+                [label, d.state_dict()] for label, d in zip(_labels(found), found, strict=True)
+            ]
+            for i, found in self._sets.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put windows back, of sets that are as long."""
+        """Put windows back, each into the detector that it came from; others begin anew."""
         for index, saved in state.items():
             found = self._sets.get(int(index), [])
-            if len(found) == len(saved):
-                for detector, detector_state in zip(found, saved, strict=True):
-                    detector.load_state_dict(detector_state)
+            windows = dict(saved)
+            for label, detector in zip(_labels(found), found, strict=True):
+                if label in windows:
+                    detector.load_state_dict(windows[label])
+
+
+def _labels(detectors: Sequence[Detector]) -> list[str]:
+    """What tells detectors apart: class, signal, and a number where that is not enough."""
+    kinds = [f"{type(each).__name__} {getattr(each, 'signal', '')}".strip() for each in detectors]
+    return [f"{kind} {kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
 
 
 def _belongs(detector: Detector, part: Part) -> bool:

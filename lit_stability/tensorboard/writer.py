@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 from lit_stability.incident_report import markdown
@@ -65,9 +66,17 @@ class StabilityWriter:
             logger.log_metrics(metrics, step=step)
 
     def write_incident(self, incident: Incident, step: int) -> None:
-        """Write the incident as markdown to each logger whose experiment takes text, and flush."""
+        """Write the incident as markdown to each logger that takes text: TensorBoard's, wandb's."""
+        name, text = f"stability/incident_{incident.id}", markdown(incident)
         for logger in self._loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if callable(getattr(experiment, "add_text", None)):
-                experiment.add_text(f"stability/incident_{incident.id}", markdown(incident), step)
+                experiment.add_text(name, text, step)
                 experiment.flush()
+            elif _takes_tables(log_text := getattr(logger, "log_text", None)):
+                log_text(key=name, columns=["incident"], data=[[text]], step=step)
+
+
+def _takes_tables(log_text: Any) -> bool:
+    """Whether a logger's ``log_text`` takes rows, as `WandbLogger`'s does."""
+    return callable(log_text) and {"columns", "data", "step"} <= {*signature(log_text).parameters}

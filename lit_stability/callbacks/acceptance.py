@@ -1,0 +1,82 @@
+"""What a `GradientMonitor` accepts to watch, and to ask; it refuses anything else before step 1.
+
+May import Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_stability.detectors import Detector, LayerBounds, default_detectors
+
+
+def asked_detectors(
+    detectors: Sequence[Detector] | None,
+    bounds: Mapping[str, float | tuple[float, float]] | None,
+) -> list[Detector]:
+    """The detectors to ask, in order.
+
+    Args:
+        detectors: as the user gave them, None for the default set.
+        bounds: of `LayerBounds`, which come last; None or empty for none.
+
+    Raises:
+        ValueError: if one is no detector, as the name or the class of one is not.
+    """
+    asked = default_detectors() if detectors is None else list(detectors)
+    for each in asked:
+        if isinstance(each, type) or not isinstance(each, Detector):
+            raise ValueError(
+                f"detectors must be objects with check, update, state_dict and load_state_dict, "
+                f"got {each!r}; write detectors=[*default_detectors(), WeightDrift()], all of "
+                "lit_stability.detectors"
+            )
+    return [*asked, LayerBounds(bounds)] if bounds else asked
+
+
+def require_package(trainer: Trainer, callback: Callback) -> None:
+    """Refuse the Trainer of `pytorch_lightning`, whose classes are not those of `lightning`.
+
+    Args:
+        trainer: as it calls ``setup``.
+        callback: that was given to it.
+
+    Raises:
+        ValueError: with the import to change.
+    """
+    if isinstance(trainer, Trainer):
+        return
+    packages = {each.__module__.split(".")[0] for each in type(trainer).__mro__}
+    found = "pytorch_lightning" if "pytorch_lightning" in packages else type(trainer).__module__
+    raise ValueError(
+        f"{type(callback).__name__} is a callback of lightning.pytorch, and this is a Trainer of "
+        f"{found}, which shares no class with it; write `from lightning.pytorch import Trainer, "
+        f"LightningModule` wherever {found} is imported from, the model and its data included"
+    )
+
+
+def require_watchable(
+    trainer: Trainer, pl_module: LightningModule, detectors: Sequence[Detector]
+) -> None:
+    """Refuse a fit that updates nothing, and bounds on parameters that are not there.
+
+    Args:
+        trainer: at the start of its fit.
+        pl_module: in training.
+        detectors: that are going to be asked.
+
+    Raises:
+        ValueError: saying what was found in place of it.
+    """
+    # What Lightning puts in the place of an optimizer where there is none; it has no groups.
+    if all(not optimizer.param_groups for optimizer in trainer.optimizers):
+        raise ValueError(
+            f"configure_optimizers of {type(pl_module).__name__} returned no optimizer: nothing is "
+            "trained, and nothing can be watched; return one, or fit without the suite"
+        )
+    names = [name for name, _ in pl_module.named_parameters()]
+    for each in detectors:
+        if isinstance(each, LayerBounds):
+            each.require_fit(names)

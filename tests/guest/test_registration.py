@@ -1,0 +1,95 @@
+"""The suite in every Trainer by an environment variable, as Lightning itself finds it."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import lit_stability
+from lit_stability import AutoRollback, GradientMonitor, stability_callbacks
+from lit_stability.faults import FaultInjector, NanLoss
+from lit_stability.launch import check_options
+from lit_stability.launch import make_trainer as launched
+from tests.conftest import Regression, make_trainer, regression_data
+
+ROOT = Path(lit_stability.__file__).parents[1]
+SUITE = [type(c).__name__ for c in stability_callbacks()]
+
+
+@pytest.fixture(autouse=True)
+def _installed(tmp_path_factory, monkeypatch):
+    """The entry point found once, whatever is installed here: under the package's own name."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        points = tomllib.load(file)["project"]["entry-points"]
+    (group,) = [name for name in points if name == "lightning.pytorch.callbacks_factory"]
+    info = tmp_path_factory.mktemp("site") / "lit_stability-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lit-stability\n")
+    lines = "".join(f"{name} = {target}\n" for name, target in points[group].items())
+    (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
+    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
+
+
+def names(trainer):
+    return [type(c).__name__ for c in trainer.callbacks]
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_trainer_is_given_nothing_unless_asked(value, tmp_path, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv("LIT_STABILITY_AUTO", value)
+    assert names(make_trainer(tmp_path)) == []
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "2"])
+def test_value_that_means_nothing_is_refused_with_what_to_write(value, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_STABILITY_AUTO", value)
+    with pytest.raises(ValueError, match=f"got '{value}'; write LIT_STABILITY_AUTO=1, or unset"):
+        make_trainer(tmp_path)
+
+
+def test_trainer_without_a_suite_is_rescued_by_the_one_that_is_added(tmp_path, monkeypatch):
+    """Before the callbacks that write checkpoints, once, in a second fit too."""
+    monkeypatch.setenv("LIT_STABILITY_AUTO", "1")
+    faults = FaultInjector([NanLoss(step=20)])
+    trainer = make_trainer(tmp_path, [faults], max_steps=40, enable_checkpointing=True)
+    trainer.fit(Regression(), regression_data())
+    assert names(trainer) == ["FaultInjector", "AutomaticSuite", *SUITE, "ModelCheckpoint"]
+    monitor = next(c for c in trainer.callbacks if isinstance(c, GradientMonitor))
+    assert [i.outcome for i in monitor.incidents] == ["recovered"]
+    trainer.fit_loop.epoch_loop.max_steps = 50
+    trainer.fit(Regression(), regression_data())
+    assert names(trainer).count("AutoRollback") == 1
+
+
+def test_trainer_with_callbacks_of_the_suite_is_left_as_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LIT_STABILITY_AUTO", "1")
+    trainer = make_trainer(tmp_path, [GradientMonitor(), AutoRollback()], max_steps=3)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.lit_stability"):
+        trainer.fit(Regression(), regression_data())
+    assert names(trainer) == ["GradientMonitor", "AutoRollback", "AutomaticSuite"]
+    assert "adds nothing: the Trainer has GradientMonitor, AutoRollback" in caplog.text
+
+
+def test_suite_of_the_module_is_not_doubled(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_STABILITY_AUTO", "1")
+
+    class Guarded(Regression):
+        def configure_callbacks(self):
+            return stability_callbacks()
+
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(Guarded(), regression_data())
+    assert names(trainer) == ["AutomaticSuite", *SUITE]
+
+
+def test_config_says_all_that_runs(tmp_path, monkeypatch):
+    """What a config describes does not depend on a variable of the machine it runs on."""
+    monkeypatch.setenv("LIT_STABILITY_AUTO", "1")
+    model = {"_target_": "tests.conftest.Regression"}
+    plain = {"experiment": "mine", "run_dir": str(tmp_path), "model": model}
+    plain["trainer"] = {"accelerator": "cpu", "enable_checkpointing": False, "logger": False}
+    del plain["trainer"]["logger"]
+    assert "AutomaticSuite" not in names(launched(check_options(plain)))

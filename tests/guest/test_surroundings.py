@@ -1,0 +1,156 @@
+"""Where the suite is a guest: modules, loggers, file systems, terminals, kernels."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import PureWindowsPath
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lit_stability import (
+    AutoRollback,
+    CrashPrediction,
+    GradientFlow,
+    GradientMonitor,
+    Preflight,
+    read_incidents,
+    stability_callbacks,
+)
+from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
+from tests.conftest import Regression, fit, make_trainer, regression_data
+
+
+class Tables(Logger):
+    """What `WandbLogger` offers: an experiment without files, text as tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.metrics, self.tables = [], []
+
+    name = "project"
+    version = "run-1"
+
+    @property
+    def experiment(self):
+        return self
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, metrics))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_text(self, key, columns=None, data=None, dataframe=None, step=None):
+        self.tables.append((key, columns, data, step))
+
+
+def struck(*suite):
+    return [FaultInjector([NanLoss(step=20)]), *suite]
+
+
+def test_suite_of_the_module_takes_the_place_of_the_trainers(tmp_path):
+    """`configure_callbacks`: Lightning leaves out what the Trainer was given of the same kinds."""
+
+    class Guarded(Regression):
+        def configure_callbacks(self):
+            return [GradientMonitor(close_after=3), AutoRollback()]
+
+    callbacks = struck(GradientMonitor(), AutoRollback(snapshot_every=5))
+    _, trainer = fit(tmp_path, callbacks, Guarded, max_steps=30)
+    assert [type(c).__name__ for c in trainer.callbacks[1:]] == ["GradientMonitor", "AutoRollback"]
+    assert trainer.callbacks[1].close_after == 3
+    assert [i.outcome for i in trainer.callbacks[1].incidents] == ["recovered"]
+
+
+def test_logger_with_tables_is_given_scalars_and_the_incident(tmp_path):
+    """As to wandb, whose experiment takes no text."""
+    logger = Tables()
+    fit(tmp_path, struck(*stability_callbacks()), logger=logger, log_every_n_steps=5, max_steps=40)
+    assert {"stability/grad_norm", "stability/incidents"} <= {
+        k for _, m in logger.metrics for k in m
+    }
+    steps = [step for step, _ in logger.metrics]
+    assert steps == sorted(steps), "wandb drops what is logged at a step that has passed"
+    (key, columns, ((text,),), step), *_ = logger.tables
+    assert (key, columns, step) == ("stability/incident_1", ["incident"], 20)
+    assert "non-finite loss" in text
+
+
+def test_several_loggers_are_all_given_the_same_scalars(tmp_path):
+    loggers = [CSVLogger(tmp_path / "a"), Tables(), TensorBoardLogger(tmp_path / "b")]
+    suite = stability_callbacks()
+    fit(tmp_path, struck(*suite), logger=loggers, log_every_n_steps=5, max_steps=40)
+    header = (tmp_path / "a/lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+    assert "stability/grad_norm" in header.split(",")
+    assert read_incidents(tmp_path / "a/lightning_logs/version_0")[0]["outcome"] == "recovered"
+    assert list((tmp_path / "b").rglob("events*"))
+    assert loggers[1].tables
+
+
+def test_names_of_all_that_is_written_are_names_on_windows_too(tmp_path):
+    faults = FaultInjector([NanLoss(step=15), CorruptWeight(step=30, parameter="net.0.*")])
+    suite = [*stability_callbacks(), CrashPrediction(), GradientFlow(every_n_steps=10), Preflight()]
+    fit(tmp_path, [faults, *suite], max_steps=60, enable_checkpointing=True)
+    written = [p.relative_to(tmp_path) for p in tmp_path.rglob("*")]
+    assert {"incidents.jsonl", "good"} <= {p.name for p in written}
+    for path in written:
+        windows = PureWindowsPath(path)
+        assert windows.parts == path.parts, path
+        for part in windows.parts:
+            assert not re.search(r'[<>:"/\\|?*\x00-\x1f]|[. ]$', part), path
+            assert not PureWindowsPath(part).is_reserved(), path
+
+
+SCRIPT = """
+from tests.conftest import fit
+from tests.guest.test_surroundings import struck
+from lit_stability import stability_callbacks
+_, trainer = fit("{root}", struck(*stability_callbacks()), max_steps=40, enable_progress_bar={bar})
+raise SystemExit(trainer.global_step)
+"""
+
+
+@pytest.mark.parametrize(
+    ("close", "bar"), [("", True), ("1>&- 2>&-", False)], ids=["dumb", "closed"]
+)
+def test_run_without_a_terminal_goes_on_through_an_incident(close, bar, tmp_path):
+    """Output into a pipe, with TERM=dumb, or with stdout and stderr closed, as from cron."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=tmp_path, bar=bar))
+    done = subprocess.run(
+        f'"{sys.executable}" "{script}" {close}',
+        shell=True,
+        env=os.environ | {"TERM": "dumb", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 40, done.stderr
+    assert read_incidents(tmp_path)[0]["outcome"] == "recovered"
+    assert b"\x1b[" not in done.stdout + done.stderr or bar
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*[Zz]mq.*:RuntimeWarning")
+def test_suite_in_a_notebook_kernel_tells_of_the_incident_below_its_cell(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient").NotebookClient
+    pytest.importorskip("ipykernel")
+    cell = SCRIPT.format(root=tmp_path, bar=True).replace("raise SystemExit(", "print('at', ")
+    cell = f"import sys; sys.path[:] = {[p for p in sys.path if p]}\n{cell}"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    client(book, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    told = "".join(o.get("text", "") for o in book.cells[0].outputs)
+    assert "incident 1 at step 20" in told
+    assert "at 40" in told
+
+
+def test_trainer_is_reused_after_a_fit_in_the_same_kernel(tmp_path):
+    """A cell is run twice: the callbacks begin anew, and what they wrote is kept."""
+    suite = stability_callbacks()
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, struck(*suite), max_steps=30)
+        trainer.fit(Regression(), regression_data())
+        assert trainer.global_step == 30
+    assert len(read_incidents(tmp_path)) == 2
