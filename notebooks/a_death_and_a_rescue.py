@@ -11,7 +11,6 @@ import warnings
 warnings.filterwarnings("ignore")
 
 import contextlib
-import csv
 import io
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 
 # %matplotlib inline
 import matplotlib.pyplot as plt
+from lightning.pytorch import Callback
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "configs").is_dir())
 os.chdir(ROOT)
@@ -60,6 +60,22 @@ STRIKES = (
 )
 
 
+losses = {}
+
+
+class Losses(Callback):
+    """The loss of each optimizer step; of one that is taken again, the latest."""
+
+    def on_fit_start(self, trainer, pl_module):
+        losses.clear()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        losses[self.step] = float(outputs["loss"])
+
+
 def train(name):
     """Run an experiment; returns its losses by step, and its folder."""
     folder = RUNS / name
@@ -67,20 +83,16 @@ def train(name):
         f"run_dir={folder}",
         "evaluate=none",
         "expect=null",
-        "trainer.log_every_n_steps=1",
+        "logger=null",
         "trainer.enable_progress_bar=false",
         "trainer.enable_checkpointing=false",
-        "logger._target_=lightning.pytorch.loggers.CSVLogger",
-        f"logger.save_dir={folder}",
-        "logger.name=null",
-        "logger.version=''",
+        "callbacks.losses._target_=__main__.Losses",
     ]
     struck = [STRIKES] if name != "translation_clean" else []
     config = launch.compose([name], options + (SMALL + struck if FAST else []))
     with contextlib.redirect_stdout(io.StringIO()):
         launch.fit(config)
-    rows = csv.DictReader((folder / "metrics.csv").open())
-    return [(int(r["step"]), float(r["train/loss"])) for r in rows if r.get("train/loss")], folder
+    return sorted(losses.items()), folder
 
 
 # %% [markdown]
@@ -118,7 +130,7 @@ for axis, curve, title in ((axes[0], dead, "unprotected"), (axes[1], rescued, "w
     axis.set(title=title, xlabel="optimizer step")
 alive = [loss for _, loss in dead if loss == loss]
 axes[0].plot(len(alive), alive[-1], "x", color="tab:red", ms=9)
-axes[0].annotate("NaN from here on", (len(alive), alive[-1]), (8, 8), textcoords="offset points")
+axes[0].annotate("NaN from here on", (len(alive), alive[-1]), (8, 40), textcoords="offset points")
 for incident in read_incidents(folder):
     axes[1].axvline(incident["step"], color="tab:red", lw=0.8, ls=":")
     axes[1].annotate(
