@@ -122,7 +122,12 @@ class Detector(Protocol):
 
 
 def flagged(detector: Detector, stats: StepStats) -> bool:
-    """Drive a detector by hand: learn from a step that passes, True for one that does not."""
+    """Drive a detector by hand: learn from a step that passes, True for one that does not.
+
+    Args:
+        detector: as `GradientMonitor` is given it.
+        stats: of the next step.
+    """
     if detector.check(stats) is not None:
         return True
     detector.update(stats)

@@ -146,7 +146,7 @@ class RunHealth:
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem."""
+    """One problem that the doctor names in a checkpoint or in its run."""
 
     severity: Severity
     what: str
