@@ -52,13 +52,17 @@ def test_notebook_holds_the_cells_of_its_source_and_was_run(source):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_notebooks_run_and_show_what_they_say(monkeypatch):
-    """S7, C3, C5, K4: fast mode, from the first cell to the last, in a kernel each."""
+    """S7, C3, C5, K4: fast mode, from the first cell to the last, in a kernel each.
+
+    What the suite says comes below the cell that trains.
+    """
     monkeypatch.setenv("NOTEBOOKS", "fast")
     ran = {source.stem: execute.execute(source) for source in execute.SOURCES}
     five = printed(ran["your_model_in_five_lines"])
     dead, alive = re.findall(r"accuracy (\d\.\d+), (\d+) weights are NaN", five)
     assert (float(dead[0]), int(alive[1])) == (0.5, 0)
     assert float(alive[0]) > 0.95
+    assert "incident 1 at step 40 (epoch 0, batch 40)" in five
     rescue = printed(ran["a_death_and_a_rescue"])
     last = {k: float(v) for k, v in re.findall(r"^(un\w+|with the suite) +(\S+)$", rescue, re.M)}
     assert last["unprotected"] != last["unprotected"]

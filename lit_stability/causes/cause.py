@@ -73,7 +73,11 @@ class Cause:
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """A cause that something speaks for."""
+    """A cause that something speaks for, as `diagnose` gives it.
+
+    ``cause`` is its name, ``evidence`` what speaks for it, ``do`` what to try, ``leave`` when to do
+    nothing; ``certainty`` says in a word what the points amount to, and `text` all in one line.
+    """
 
     cause: str
     points: int

@@ -20,7 +20,10 @@ _SAME_NORM = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one rank made of a step's gradients."""
+    """What one rank made of a step's gradients: whether it objected, and the norm that it saw.
+
+    All ranks exchange theirs, see `disagreement`.
+    """
 
     objected: bool
     grad_norm: float

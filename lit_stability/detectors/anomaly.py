@@ -41,7 +41,12 @@ Kind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Anomaly:
-    """One step that a detector objects to."""
+    """One step that a detector objects to: what was measured, against what, and where.
+
+    ``kind`` and ``message`` say it in words; ``signal`` is what was measured, ``value`` how much,
+    ``baseline`` and ``threshold`` against what. ``state_is_bad`` asks for a rollback and not only
+    for the step to be left out; ``observe_only`` for nothing but to be told of.
+    """
 
     kind: Kind | str
     """One of `Kind`, or the name that a detector of your own gives."""
