@@ -7,6 +7,7 @@ and a misspelt flag answer at once.
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,15 @@ exit codes:
   1  the run failed; the traceback says where
   2  the command line or the config is wrong; nothing was started
   3  the suite stopped the run, with weights at the last confirmed snapshot; the message says why
+"""
+_SMALLEST = """\
+a config, such as mine.yaml beside my_module.py:
+  model: {_target_: my_module.MyModel}
+  data: {_target_: my_module.MyData}
+  trainer: {max_steps: 1000}
+  callbacks:
+    monitor: {_target_: lit_stability.GradientMonitor}
+    rollback: {_target_: lit_stability.AutoRollback}
 """
 
 
@@ -60,17 +70,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-stability",
         description="Train with PyTorch Lightning, and keep the run alive.",
-        epilog=_EXIT_CODES,
+        epilog=f"{_EXIT_CODES}\nOf check, doctor, experiments and ranges: see COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fit(commands)
     _add_resume(commands)
-    add_ranges(commands, _EXIT_CODES)
+    add_ranges(commands)
     _add_check(commands)
     add_doctor(commands)
     add_experiments(commands)
+    for command in commands.choices.values():
+        command.description = textwrap.fill(str(command.description), 79)
     return parser
 
 
@@ -80,7 +92,8 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="run the experiment that a config describes",
         description="Compose config files, check every option, train, evaluate; where the config "
         "states an `expect`, the last line says whether it was met.",
-        epilog=f"example:\n  lit-stability fit -c NAME trainer.max_steps=100\n\n{_EXIT_CODES}",
+        epilog=f"{_SMALLEST}\nexample:\n  lit-stability fit -c mine trainer.max_steps=100\n\n"
+        f"{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -136,7 +149,8 @@ exit codes:
         help="check model, first batch and optimizer, and train nothing",
         description="Build what fit would, take its first batch, run the checks of "
         "lit_stability.Preflight and print what they find. Nothing is written but --out.",
-        epilog=f"example:\n  lit-stability check -c NAME --out report.json\n\n{codes}",
+        epilog=f"example:\n  lit-stability check -c mine --out report.json\n\n"
+        f"What a config is: lit-stability fit --help\n\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -26,6 +26,10 @@ class TrainingStopped(RuntimeError):
     """Raised out of ``Trainer.fit`` when no response in budget is left.
 
     Weights and optimizer are back at the last confirmed snapshot when it is raised.
+
+    Args:
+        message: the reason, the remedy and where the record is.
+        incident: that could not be cured, kept as an attribute of that name.
     """
 
     def __init__(self, message: str, incident: Incident) -> None:

@@ -39,6 +39,35 @@ Any callback, and the LightningModule, may define:
 * ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back. A vetoed
   step may have moved it too, and is taken back by way of a snapshot, unless the owner says by
   ``ignores_vetoed_steps = True`` that it never does.
+
+A responder of your own needs one of them. Gradients of None veto the update, to the bit; who
+settles an incident says with what, and those after it see that it is settled.
+
+>>> import tempfile
+>>> from lightning.pytorch import Trainer
+>>> from lightning.pytorch.demos.boring_classes import BoringModel
+>>> from lit_stability.faults import FaultInjector, NanLoss
+>>> from lit_stability.detectors import NonFinite
+>>> from lit_stability.responses import SkipStep
+>>> class LeaveOut(Callback):
+...     '''Leaves out each bad update, and does nothing else.'''
+...     def on_incident(self, trainer, pl_module, incident):
+...         anomaly = incident.anomaly
+...         if incident.settled or anomaly.observe_only or anomaly.state_is_bad:
+...             return
+...         for parameter in pl_module.parameters():
+...             parameter.grad = None
+...         incident.settle(SkipStep())
+>>> monitor = GradientMonitor(detectors=[NonFinite()])
+>>> quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+>>> trainer = Trainer(
+...     callbacks=[FaultInjector([NanLoss(step=9)]), monitor, LeaveOut()],
+...     **(quiet | {"enable_model_summary": False, "limit_val_batches": 0, "max_steps": 30}),
+...     **{"accelerator": "cpu", "default_root_dir": tempfile.mkdtemp()},
+... )
+>>> trainer.fit(BoringModel())
+>>> [(i.first.kind, i.responses, i.outcome) for i in monitor.incidents]
+[('non-finite loss', ['step skipped'], 'recovered')]
 """
 
 # ruff: noqa: E402 - what follows would fail with a Lightning too old to say why.
@@ -82,6 +111,9 @@ __all__ = [
 
 def stability_callbacks() -> list[Callback]:
     """The default suite, in the order in which an incident is treated.
+
+    A new list each time, for one Trainer. Beside callbacks of your own it is unpacked:
+    ``Trainer(callbacks=[*stability_callbacks(), ModelCheckpoint()])``.
 
     >>> for callback in stability_callbacks():
     ...     print(type(callback).__name__)

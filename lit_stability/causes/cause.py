@@ -30,6 +30,9 @@ class Cause:
     A cause is weighed by points, so that it is plain what a ranking comes from: 8 make it certain,
     4 likely, 2 possible. Points are no probabilities. A clue may speak against it, with points
     below zero.
+
+    Raises:
+        ValueError: if it has no name, no clue, or does not say when to leave it alone.
     """
 
     name: str
@@ -70,7 +73,11 @@ class Cause:
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """A cause that something speaks for."""
+    """A cause that something speaks for, as `diagnose` gives it.
+
+    ``cause`` is its name, ``evidence`` what speaks for it, ``do`` what to try, ``leave`` when to do
+    nothing; ``certainty`` says in a word what the points amount to, and `text` all in one line.
+    """
 
     cause: str
     points: int
@@ -115,6 +122,9 @@ CAUSES: dict[str, Cause] = {}
 
 def register_cause(cause: Cause) -> None:
     """Add a cause of your own to the registry, or put it in place of the one of that name.
+
+    Args:
+        cause: the row.
 
     >>> from lit_stability.detectors import Anomaly
     >>> late = Cause(

@@ -13,7 +13,10 @@ from lit_stability.causes.scene import EARLY, Scene
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question, what the scene answers, and where that leads."""
+    """One question of `decision_tree`, what the scene answers, and where that leads.
+
+    `text` is all of it in one line, as a report has it.
+    """
 
     question: str
     yes: bool

@@ -26,7 +26,10 @@ _SWINGS = 5
 
 @dataclass(frozen=True, slots=True)
 class LossPattern:
-    """How a loss went wrong."""
+    """How a loss went wrong, as `loss_pattern` finds it: a ``name``, and what was seen in ``text``.
+
+    ``steps`` is how long it took, to the last finite loss.
+    """
 
     name: PatternName
     steps: int

@@ -3,6 +3,38 @@
 ``check(stats)`` looks; ``update(stats)`` learns, and is called for accepted steps only, so that a
 flagged or non-finite value never enters a window. One instance serves one optimizer.
 No file of this folder imports torch or Lightning.
+
+A detector of your own is a class with four methods, and needs no registration. ``observe_only``
+tells and does nothing; ``state_is_bad`` asks for a rollback; without either the step is vetoed.
+
+>>> from lit_stability.stats import StepStats
+>>> class TooGood:
+...     '''Tells of a loss below what the task allows: the target is among the inputs.'''
+...     def __init__(self, floor: float) -> None:
+...         self.floor, self.told = floor, False
+...     def check(self, stats: StepStats) -> Anomaly | None:
+...         if self.told or not stats.loss < self.floor:
+...             return None
+...         message = f"loss {stats.loss:.3g} is below {self.floor}"
+...         return Anomaly(kind="too good", step=stats.step, value=stats.loss, signal="loss",
+...                        threshold=self.floor, observe_only=True, message=message)
+...     def update(self, stats: StepStats) -> None:
+...         self.told = self.told or stats.loss < self.floor
+...     def state_dict(self) -> dict[str, bool]:
+...         return {"told": self.told}
+...     def load_state_dict(self, state: dict[str, bool]) -> None:
+...         self.told = state["told"]
+>>> losses = [2.3, 1.9, 0.01, 0.01]
+>>> detector = TooGood(floor=0.1)
+>>> for step, loss in enumerate(losses):
+...     stats = StepStats(step=step, loss=loss, grad_norm=1.0)
+...     if (anomaly := detector.check(stats)) is None or anomaly.observe_only:
+...         detector.update(stats)
+...     if anomaly is not None:
+...         print(step, anomaly.message)
+2 loss 0.01 is below 0.1
+
+It is asked with the others by ``GradientMonitor(detectors=[*default_detectors(), TooGood(0.1)])``.
 """
 
 from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ

@@ -20,7 +20,10 @@ _SAME_NORM = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one rank made of a step's gradients."""
+    """What one rank made of a step's gradients: whether it objected, and the norm that it saw.
+
+    All ranks exchange theirs, see `disagreement`.
+    """
 
     objected: bool
     grad_norm: float
@@ -40,6 +43,10 @@ class Vote:
 def disagreement(stats: StepStats, votes: Sequence[Vote]) -> Anomaly | None:
     """Objects to a step that some ranks took and others did not, or took with other gradients.
 
+    Args:
+        stats: of the step, on this rank.
+        votes: of all ranks, in their order.
+
     >>> step = StepStats(step=7, loss=1.0, grad_norm=1.0)
     >>> disagreement(step, [Vote(False, 1.0), Vote(True, 900.0)]).message
     'rank 1 objects to its gradients, the others do not; gradient norms by rank: 1, 900'
@@ -57,7 +64,11 @@ def disagreement(stats: StepStats, votes: Sequence[Vote]) -> Anomaly | None:
 
 
 def rates_differ(stats: StepStats) -> Anomaly | None:
-    """Objects to ranks that are about to step with different learning rates."""
+    """Objects to ranks that are about to step with different learning rates.
+
+    Args:
+        stats: of a step, with ``rank_rates``.
+    """
     if len(set(stats.rank_rates)) < 2:
         return None
     message = f"the ranks' learning rates differ, by rank: {_list(stats.rank_rates)}"

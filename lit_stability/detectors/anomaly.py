@@ -41,7 +41,12 @@ Kind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Anomaly:
-    """One step that a detector objects to."""
+    """One step that a detector objects to: what was measured, against what, and where.
+
+    ``kind`` and ``message`` say it in words; ``signal`` is what was measured, ``value`` how much,
+    ``baseline`` and ``threshold`` against what. ``state_is_bad`` asks for a rollback and not only
+    for the step to be left out; ``observe_only`` for nothing but to be told of.
+    """
 
     kind: Kind | str
     """One of `Kind`, or the name that a detector of your own gives."""
@@ -122,7 +127,12 @@ class Detector(Protocol):
 
 
 def flagged(detector: Detector, stats: StepStats) -> bool:
-    """Drive a detector by hand: learn from a step that passes, True for one that does not."""
+    """Drive a detector by hand: learn from a step that passes, True for one that does not.
+
+    Args:
+        detector: as `GradientMonitor` is given it.
+        stats: of the next step.
+    """
     if detector.check(stats) is not None:
         return True
     detector.update(stats)

@@ -39,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two checkpoints, tensor by tensor."""
+    """Two checkpoints, tensor by tensor: ``changes``, the largest first, and what only one has."""
 
     changes: tuple[Change, ...]
     """Of the tensors that can be compared; non-finite ones first, then what changed most."""

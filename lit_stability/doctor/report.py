@@ -146,7 +146,7 @@ class RunHealth:
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem."""
+    """One problem that the doctor names in a checkpoint or in its run."""
 
     severity: Severity
     what: str
@@ -163,7 +163,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthReport:
-    """A checkpoint, measured, with what was found."""
+    """A checkpoint, measured, with what was found.
+
+    ``findings`` come first to a reader; ``tensors`` and ``moments`` are the measurements that they
+    rest on, ``run`` what the checkpoint says of its run.
+    """
 
     run: RunHealth
     tensors: tuple[TensorHealth, ...]

@@ -30,6 +30,10 @@ class Verdict:
 def judge(expect: Expectation, outcome: Outcome) -> list[Verdict]:
     """Hold each part of an expectation against what a run has left; how it ended comes first.
 
+    Args:
+        expect: of a config.
+        outcome: what the folder of a run tells.
+
     >>> from lit_stability.experiments.outcome import Ending
     >>> ending = Ending(ends="finished", started=0.0, seconds=3.0)
     >>> expect = Expectation(metrics={"loss": "< 2"}, incidents=[])

@@ -17,7 +17,7 @@ Cause = Literal["input", "parameter", "buffer", "operation"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRange:
-    """One tensor that went into the operation."""
+    """One tensor that went into the operation: its name, its shape, and the range of its values."""
 
     name: str
     """The parameter's or the variable's name; else what the kernel calls it."""
@@ -38,7 +38,11 @@ class TensorRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NonFiniteOrigin:
-    """The first operation that made a non-finite value which reached the loss or a gradient."""
+    """The first operation that made a non-finite value which reached the loss or a gradient.
+
+    ``op``, ``module``, ``file`` and ``line`` say where, ``phase`` in which pass, ``cause`` by what,
+    ``inputs`` what went in; `describe` says it in words and ``advice`` what to try.
+    """
 
     op: str
     """As the program calls it: ``log``, ``softmax``, ``linear``; in the backward pass the

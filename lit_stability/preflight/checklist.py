@@ -32,7 +32,7 @@ Check = Callable[[], list[Finding]]
 
 @dataclass(frozen=True, kw_only=True)
 class Expectations:
-    """What the checks cannot know by themselves.
+    """What the checks cannot know by themselves; the options of `Preflight` say what each is.
 
     Raises:
         ValueError: an option is out of its range, or two contradict each other.

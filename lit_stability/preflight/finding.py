@@ -127,7 +127,12 @@ class Report:
 
 
 class PreflightError(ValueError):
-    """Raised before the first step by ``Preflight(on_error="stop")``; nothing was trained."""
+    """Raised before the first step by ``Preflight(on_error="stop")``; nothing was trained.
+
+    Args:
+        message: the errors, and how to train all the same.
+        report: of all checks, kept as an attribute of that name.
+    """
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)

@@ -48,6 +48,9 @@ class MaskProbe:
         where: the mask, or the module that applies it; probes of one are judged together, so that
             one that shows what it should hide and hides what it should show is called inverted.
         tolerance: largest change that is rounding, in units of the rms of the outputs.
+
+    Raises:
+        ValueError: if it says neither what is hidden nor what is seen.
     """
 
     name: str

@@ -40,23 +40,32 @@ _MEASURING: dict[str, Any] = {
 """What the config's trainer is changed to: one device, float32, no update, nothing written."""
 
 
-def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser], codes: str) -> None:
+_EXIT_CODES = """\
+exit codes:
+  0  it was measured, and the report was written
+  1  the model could not be run; the traceback says where
+  2  the command line, the config or the checkpoint is wrong; nothing was measured
+"""
+
+
+def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to a parser.
 
     Args:
         commands: where sub-commands go.
-        codes: the exit codes, in words.
     """
     ranges = commands.add_parser(
         "ranges",
         help="measure what a model spans: would fp16 or bf16 do?",
         description="Run some training batches in float32 without an update, and measure the "
         "magnitudes of weights, activations and gradients. Writes ranges.json and ranges.png.",
-        epilog="example:\n  lit-stability ranges -c NAME --checkpoint last\n\n" + codes,
+        epilog="example:\n  lit-stability ranges -c NAME --checkpoint last\n\n" + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    ranges.add_argument("-c", "--config", metavar="FILE", action="append", required=True)
+    ranges.add_argument(
+        *("-c", "--config"), metavar="FILE", action="append", required=True, help="as for fit"
+    )
     ranges.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="laid over the files"
     )

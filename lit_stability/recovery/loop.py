@@ -55,7 +55,7 @@ class Recover:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """How a fit that came through went."""
+    """How a fit that came through went: its trainer, and every attempt before it."""
 
     trainer: Trainer
     """That of the last attempt."""

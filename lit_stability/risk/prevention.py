@@ -59,7 +59,10 @@ class RiskLevels:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done after a step."""
+    """What is to be done after a step, as `Prevention` decides it: the responses that are ``due``.
+
+    Each is a value of this package's, for a callback to carry out; an empty tuple is nothing.
+    """
 
     due: tuple[Response, ...] = ()
     raised: bool = False

@@ -73,10 +73,11 @@ class StabilityWriter:
             if callable(getattr(experiment, "add_text", None)):
                 experiment.add_text(name, text, step)
                 experiment.flush()
-            elif _takes_tables(log_text := getattr(logger, "log_text", None)):
-                log_text(key=name, columns=["incident"], data=[[text]], step=step)
+            elif _takes_tables(logger):
+                logger.log_text(key=name, columns=["incident"], data=[[text]], step=step)
 
 
-def _takes_tables(log_text: Any) -> bool:
+def _takes_tables(logger: Any) -> bool:
     """Whether a logger's ``log_text`` takes rows, as `WandbLogger`'s does."""
+    log_text = getattr(logger, "log_text", None)
     return callable(log_text) and {"columns", "data", "step"} <= {*signature(log_text).parameters}

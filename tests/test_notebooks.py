@@ -1,0 +1,77 @@
+"""The notebooks: what is kept is what their sources say, and they run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import lit_stability
+
+jupytext = pytest.importorskip("jupytext")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("nbclient")
+
+FOLDER = Path(lit_stability.__file__).parents[1] / "notebooks"
+spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+execute = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(execute)
+
+
+def cells(book):
+    return [(cell.cell_type, cell.source) for cell in book.cells]
+
+
+def printed(book):
+    """All text that the cells of a notebook put out."""
+    outputs = [o for c in book.cells if c.cell_type == "code" for o in c.outputs]
+    return "".join(o.get("text", "") for o in outputs)
+
+
+def figures(book):
+    outputs = [o for c in book.cells if c.cell_type == "code" for o in c.outputs]
+    return [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+
+
+def test_notebooks_are_the_three_that_are_told_of():
+    """K2."""
+    names = {"a_death_and_a_rescue", "why_the_classifier_stayed_at_0_percent"}
+    assert {p.stem for p in execute.SOURCES} == names | {"your_model_in_five_lines"}
+
+
+@pytest.mark.parametrize("source", execute.SOURCES, ids=lambda p: p.stem)
+def test_notebook_holds_the_cells_of_its_source_and_was_run(source):
+    kept = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    assert cells(kept) == cells(jupytext.read(source)), "run python notebooks/execute.py"
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert source.with_suffix(".ipynb").stat().st_size < 200_000
+    assert not re.search(r"/(root|home|work|Users)/", printed(kept))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+def test_notebooks_run_and_show_what_they_say(monkeypatch):
+    """S7, C3, C5, K4: fast mode, from the first cell to the last, in a kernel each.
+
+    What the suite says comes below the cell that trains.
+    """
+    monkeypatch.setenv("NOTEBOOKS", "fast")
+    ran = {source.stem: execute.execute(source) for source in execute.SOURCES}
+    five = printed(ran["your_model_in_five_lines"])
+    dead, alive = re.findall(r"accuracy (\d\.\d+), (\d+) weights are NaN", five)
+    assert (float(dead[0]), int(alive[1])) == (0.5, 0)
+    assert float(alive[0]) > 0.95
+    assert "incident 1 at step 40 (epoch 0, batch 40)" in five
+    rescue = printed(ran["a_death_and_a_rescue"])
+    last = {k: float(v) for k, v in re.findall(r"^(un\w+|with the suite) +(\S+)$", rescue, re.M)}
+    assert last["unprotected"] != last["unprotected"]
+    assert last["with the suite"] == pytest.approx(last["undisturbed"], rel=0.02)
+    assert len(figures(ran["a_death_and_a_rescue"])) == 1
+    causal = printed(ran["why_the_classifier_stayed_at_0_percent"])
+    suspects = ["not normalised", "would train", "as torch makes them", "the first update"]
+    suspects += ["planned steps together", "made by"]
+    found = [causal.index(each) for each in suspects]
+    assert found == sorted(found)
+    assert re.search(r"causal_default_init +<NUM> found +0%", causal)
+    assert re.search(r"causal_small_gain_init +<NUM> found (100| 99)%", causal)
