@@ -140,7 +140,7 @@ def alarms(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def counts(table: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, int | None]]:
-    """Steps that each finder says anything of, and has right, part by part; None where it cannot."""
+    """Steps that each finder says anything of, and has right; None where it cannot have."""
     found = {}
     for finder in FINDERS:
         rows = [row[finder] for row in table.values()]
