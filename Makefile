@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test bench bench-quick
+.PHONY: check test bench bench-all bench-quick
 
 check:
 	ruff check .
@@ -9,7 +9,7 @@ check:
 test:
 	pytest
 
-# Every figure of the README, in benchmarks/results: half an hour on two cores that do nothing else.
+# What the suite costs and saves, in benchmarks/results: half an hour on two cores that do nothing else.
 # `make .bench-venv bench` has the published protections measured too.
 BENCH = $$(test -x .bench-venv/bin/python && echo .bench-venv/bin/python || echo python)
 
@@ -23,7 +23,16 @@ bench:
 	$(BENCH) -m benchmarks.rescue
 	$(BENCH) -m benchmarks.readme
 
-# The same in minutes, in benchmarks/results/quick: whether all of it runs, not what it costs.
+# And what takes longer: the detectors on millions of steps, the divergences on 700 runs.
+bench-all: bench
+	$(BENCH) -m benchmarks.tab
+	$(BENCH) -m benchmarks.clipping
+	$(BENCH) -m benchmarks.probes cost
+	$(BENCH) -m benchmarks.instabilities
+	$(BENCH) -m benchmarks.false_alarms
+	$(BENCH) -m benchmarks.prediction
+
+# The first in minutes, in benchmarks/results/quick: whether all of it runs, not what it costs.
 bench-quick:
 	$(BENCH) -m benchmarks.overhead --quick
 	$(BENCH) -m benchmarks.scale --quick

@@ -1,6 +1,6 @@
 """What clipping rules save and cost on a byte-level language model: a table of final losses.
 
-    python -m benchmarks.clipping [--seeds 0 1] [--steps 200]
+    python -m benchmarks.clipping [--seeds 0 1] [--steps 200] [--quick]
 
 Each rule alone, with `GradientMonitor` and without any responder, so that what it does not clip is
 taken as it is. A clean run, one whose gradients are 1000 times too large for five steps in its
@@ -21,11 +21,13 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, held_out_loss, loader
+from benchmarks.results import Table, add_options, folder_of, save
 from lit_stability import AdaptiveGradientClipping, GradientMonitor
 from lit_stability.clip_rules import (
     ClipRule,
@@ -105,28 +107,39 @@ def microseconds(rule: ClipRule | None, rounds: int = 5000) -> float:
 
 
 def main() -> None:
-    """Run the table and print it."""
+    """Run the table, print it and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=200)
+    add_options(parser)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
+    seeds = args.seeds or ([0] if args.quick else [0, 1])
+    steps = args.steps or (40 if args.quick else 200)
     for name in ("lightning.pytorch", "lightning.pytorch.lit_stability"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    bare = {seed: run(None, "clean", seed, args.steps) for seed in args.seeds}
-    print(f"| rule | {' | '.join(SCENARIOS)} | clipped in clean | us per step |")
-    print(f"|---|{'---|' * len(SCENARIOS)}---|---|")
+    save("clipping", folder_of(args), *compare(seeds, steps))
+
+
+def compare(seeds: list[int], steps: int) -> tuple[dict[str, Any], list[Table]]:
+    """Every rule in every scenario, as figures and as a table."""
+    bare = {seed: run(None, "clean", seed, steps) for seed in seeds}
+    figures: dict[str, Any] = {"seeds": seeds, "steps": steps, "rules": {}}
+    rows = []
     for name, rule in RULES.items():
         cells, clipped = [], []
         for scenario in SCENARIOS:
             known = bare if rule is None and scenario == "clean" else {}
-            found = [known.get(s) or run(rule, scenario, s, args.steps) for s in args.seeds]
-            ratios = [r.loss / bare[s].loss for r, s in zip(found, args.seeds, strict=True)]
+            found = [known.get(s) or run(rule, scenario, s, steps) for s in seeds]
+            ratios = [r.loss / bare[s].loss for r, s in zip(found, seeds, strict=True)]
+            figures["rules"].setdefault(name, {})[scenario] = ratios
             cells.append(", ".join(f"{r:.3f}" if math.isfinite(r) else "NaN" for r in ratios))
             clipped += [f"{r.clipped:.1%}" for r in found] if scenario == "clean" else []
-        row = [name, *cells, ", ".join(clipped), f"{microseconds(rule):.1f}"]
-        print(f"| {' | '.join(row)} |", flush=True)
+        figures["rules"][name]["clipped in clean"] = clipped
+        rows.append([name, *cells, ", ".join(clipped), f"{microseconds(rule):.1f}"])
+    columns = ["rule", *SCENARIOS, "clipped in clean", "us per step"]
+    return figures, [Table("held-out loss to that of the clean, unclipped run", columns, rows)]
 
 
 if __name__ == "__main__":

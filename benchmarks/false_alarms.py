@@ -1,6 +1,6 @@
 """How often the detectors object to runs with which nothing is wrong.
 
-    python -m benchmarks.false_alarms [--steps 100000] [--seeds 3] [--synthetic]
+    python -m benchmarks.false_alarms [--steps 100000] [--seeds 3] [--synthetic] [--quick]
 
 First synthetic runs, a family of noise and of curves each: loss, gradient norms of six layers,
 updates and weight norms, with noise of their own. All begin with a descent, since a loss that never
@@ -21,6 +21,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from benchmarks.instabilities.cases import CASES, Case
+from benchmarks.results import Table, add_options, folder_of, save
 from lit_stability import GradientMonitor
 from lit_stability.detectors import (
     Detector,
@@ -232,24 +233,30 @@ def print_row(name: str, steps: int, found: dict[str, int]) -> None:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100_000)
+    add_options(parser)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--synthetic", action="store_true", help="leave the real runs out")
     options = parser.parse_args()
+    length = options.steps or (2_000 if options.quick else 100_000)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     names = [name_of(d) for d in every_detector()]
     for i, name in enumerate(names):
         print(f"{i + 1:>3} {name}")
     header = " ".join(f"{i + 1:>5}" for i in range(len(names)))
     print(f"\n{'':<34}{'steps':>8}  {header}")
+    figures: dict[str, dict[str, int]] = {}
     for name, family in FAMILIES.items():
-        print_row(name, options.steps, count(synthetic(family, options.steps), every_detector()))
-    if options.synthetic:
-        return
-    for case in healthy_cases():
-        for seed in range(options.seeds):
-            steps = real(case, seed)
-            print_row(f"{case.name}, seed {seed}", len(steps), count(steps, every_detector()))
+        figures[name] = count(synthetic(family, length), every_detector())
+        print_row(name, length, figures[name])
+    real_ones = [] if options.synthetic or options.quick else healthy_cases()
+    for case, seed in ((case, seed) for case in real_ones for seed in range(options.seeds)):
+        steps, name = real(case, seed), f"{case.name}, seed {seed}"
+        figures[name] = count(steps, every_detector())
+        print_row(name, len(steps), figures[name])
+    rows = [[name, *(str(n or ".") for n in found.values())] for name, found in figures.items()]
+    table = Table(f"objections in {length} synthetic steps", ["run", *names], rows)
+    save("false_alarms", folder_of(options), {"steps": length, "objections": figures}, [table])
 
 
 if __name__ == "__main__":

@@ -139,12 +139,13 @@ def alarms(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def counts(table: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, int]]:
-    """How many steps each finder says anything of, and has right, part by part."""
+def counts(table: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, int | None]]:
+    """Steps that each finder says anything of, and has right; None where it cannot have."""
     found = {}
     for finder in FINDERS:
         rows = [row[finder] for row in table.values()]
-        right = {p: sum(r[p] == "right" for r in rows) for p in PARTS}
+        told = TELLS.get(finder, PARTS)
+        right = {p: sum(r[p] == "right" for r in rows) if p in told else None for p in PARTS}
         found[finder] = {"noticed": sum({*r.values()} != {"-"} for r in rows), **right}
     return found
 
@@ -194,7 +195,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
     alarms_of, steps, benign = figures["all false alarms"], *map(len, asked())
     sums = [
         [f, f"{figures['all'][f]['noticed']} of {steps}"]
-        + [f"{figures['all'][f][p]}" if p in TELLS.get(f, PARTS) else "-" for p in PARTS]
+        + [_cell(figures["all"][f][p]) for p in PARTS]
         + [f"{len(alarms_of[f])} of {benign}"]
         for f in finders
     ]
@@ -204,6 +205,10 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         Table("all steps", ["finder", "noticed", *PARTS, "false alarms"], sums),
         Table("cost, to a plain forward and backward", ["finder", "ratio (quartiles)"], spent),
     ]
+
+
+def _cell(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def main() -> None:

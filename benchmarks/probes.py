@@ -28,6 +28,7 @@ from benchmarks.byte_gpt import ByteGPTConfig
 from benchmarks.instabilities.cases import CASES, Case
 from benchmarks.overhead.suites import Suite
 from benchmarks.overhead.turns import Setting, take_turns
+from benchmarks.results import Spread, Table, add_options, folder_of, save
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
 from lit_stability.detectors import StaleMoments, default_detectors
 from lit_stability.staleness import Staleness
@@ -44,24 +45,25 @@ FORETOLD: dict[str, Any] = {
 }
 
 
-def cost(steps: int, config: ByteGPTConfig) -> None:
-    """Measure and print the cost of each probe, and of the second moment's staleness."""
+def cost(steps: int, config: ByteGPTConfig) -> tuple[dict[str, Any], list[Table]]:
+    """Cost of each probe, and of the second moment's staleness, as figures and as a table."""
     suites = {"monitor": Suite(lambda: [GradientMonitor()])}
     suites |= {name: Suite(make) for name, make in PROBES.items()}
     found = take_turns(suites, Setting(config, steps=steps), suites)
     times = {name: each.steps for name, each in found.items()}
     bare = times["monitor"][5:]
-    print(f"step with GradientMonitor {1e3 * statistics.median(bare):.1f} ms, {len(bare)} steps")
+    figures: dict[str, Any] = {"step_ms": 1e3 * statistics.median(bare), "steps": len(bare)}
+    rows = []
     for name in PROBES:
         extra = [t - b for t, b in zip(times[name][5:], bare, strict=False)]
-        shares = [e / b for e, b in zip(extra, bare, strict=False)]
-        low, middle, high = statistics.quantiles(shares, n=4)
-        print(
-            f"{name}: {1e3 * statistics.median(extra):.1f} ms per probed step, "
-            f"{middle:.2%} of a step (quartiles {low:.2%} .. {high:.2%}); "
-            f"every {INTERVALS[name]} steps {middle / INTERVALS[name]:.3%}"
-        )
-    print(f"moment_rms: {1e3 * staleness():.4f} ms per step of 66 tensors")
+        shares = Spread.of(e / b for e, b in zip(extra, bare, strict=False))
+        every, ms = INTERVALS[name], 1e3 * statistics.median(extra)
+        figures[name] = {"ms": ms, "share": shares, "every": every}
+        rows.append([name, f"{ms:.1f}", f"{shares:.2%}", f"{shares.median / every:.3%}"])
+    figures["moment_rms_ms"] = 1e3 * staleness()
+    rows.append(["moment_rms", f"{figures['moment_rms_ms']:.4f}", "-", "-"])
+    columns = ["probe", "ms per probed step", "of a step (quartiles)", "at its interval"]
+    return figures, [Table(f"probes, step {figures['step_ms']:.1f} ms", columns, rows)]
 
 
 def staleness(tensors: int = 66, steps: int = 2000) -> float:
@@ -105,38 +107,38 @@ def first_spike(losses: list[float], window: int = 50, factor: float = 3.0) -> i
     return None
 
 
-def cases(seeds: int) -> None:
-    """Run and print each case and its twin, once with its probes and once with the monitor."""
+def cases(seeds: int) -> tuple[dict[str, Any], list[Table]]:
+    """Each case and its twin, once with its probes and once with the monitor."""
+    rows = []
     for name, probes in FORETOLD.items():
         both = [CASES[name], CASES[name].healthy()] if CASES[name].twin else [CASES[name]]
         for case in both:
             for seed in range(seeds):
                 told, losses = run_case(case, seed, probes())
                 alone, _ = run_case(case, seed, [])
-                print(
-                    f"{case.name}, seed {seed}: loss {losses[0]:.3g} -> {losses[-1]:.3g}, spike "
-                    f"{first_spike(losses)}, told {told}, by GradientMonitor alone {alone}",
-                    flush=True,
-                )
+                loss = f"{losses[0]:.3g} to {losses[-1]:.3g}"
+                said = (str(first_spike(losses)), str(told), str(alone))
+                rows.append([case.name, str(seed), loss, *said])
+                print(rows[-1], flush=True)
+    columns = ["case", "seed", "loss", "spike", "told", "by GradientMonitor alone"]
+    return {"rows": rows}, [Table("what probes foretell", columns, rows)]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
     parser.add_argument("what", choices=["cost", "cases"])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a small model")
     args = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.pytorch.lit_stability"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if args.what == "cases":
-        cases(args.seeds)
-    else:
-        quick = ByteGPTConfig(width=128, layers=4)
-        cost(args.steps, quick if args.quick else ByteGPTConfig(width=400, layers=5))
+    model = ByteGPTConfig(width=128, layers=4) if args.quick else ByteGPTConfig(width=400, layers=5)
+    found = cases(args.seeds) if args.what == "cases" else cost(args.steps, model)
+    save(f"probes_{args.what}", folder_of(args), *found)
 
 
 if __name__ == "__main__":

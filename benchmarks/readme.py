@@ -44,7 +44,10 @@ def _held(figures: dict[str, Any]) -> list[Table]:
 def location(figures: dict[str, Any]) -> list[Table]:
     """Who finds what of a NaN's origin."""
     rows = [
-        [finder, *(str(n) for n in found.values()), str(len(figures["all false alarms"][finder]))]
+        [
+            *(finder, *("-" if n is None else str(n) for n in found.values())),
+            str(len(figures["all false alarms"][finder])),
+        ]
         for finder, found in figures["all"].items()
     ]
     columns = ["finder", "noticed", "module", "operation", "line", "false alarms"]

@@ -235,7 +235,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    largest, most = (3e6, 300) if args.quick else (args.largest, 10_000)
+    largest, most = (1e7, 300) if args.quick else (args.largest, 10_000)
     by_elements, left_out = sweep([(n, 50) for n in ELEMENTS if n <= largest])
     by_tensors, _ = sweep([(1_000_000, n) for n in TENSORS if n <= most])
     figures: dict[str, Any] = {"left out": left_out, "fits": {}}

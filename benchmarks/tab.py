@@ -1,6 +1,6 @@
 """What the Stability tab costs: a training step that writes for it, and TensorBoard that serves it.
 
-    python -m benchmarks.tab [--layers 100] [--steps 20000] [--served 300] [--repetitions 7]
+    python -m benchmarks.tab [--layers 100] [--steps 20000] [--served 300] [--quick]
 
 One process, one thread. First an attempt log on a Trainer with a `TensorBoardLogger`, driven with
 made-up measurements: from verdict to end of batch, on steps that are written, with update ratios on
@@ -8,7 +8,7 @@ every tenth, as by default, or on all of them, and on steps that are not written
 is the processor's time until the file is closed, over the attempts: what the event file's own
 thread takes, of the same interpreter, is a part of it. "until it returns" is how long the step
 waits, of the clock on the wall. The cases take turns, and the medians over the repetitions are
-reported, with the range. Then a run of that many attempts, all of them written, is read by
+reported, with the quartiles. Then a run of that many attempts, all of them written, is read by
 TensorBoard's own Python reader with the samples that the plugin asks for, and every route is asked
 five times; the best is reported.
 """
@@ -33,6 +33,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
+from benchmarks.results import Spread, Table, add_options, folder_of, save
 from lit_stability.attempts import Attempts
 from lit_stability.callbacks.attempt_log import AttemptLog
 from lit_stability.stats import StepStats, WeightMoves
@@ -96,8 +97,8 @@ def attempt_costs(
         return times, 1e3 * (time.process_time() - start) / attempts
 
 
-def writing(layers: int, attempts: int, repetitions: int) -> None:
-    """Print what each kind of attempt costs, measured by turns."""
+def writing(layers: int, attempts: int, repetitions: int) -> dict[str, dict[str, Spread]]:
+    """What each kind of attempt costs in milliseconds, measured by turns."""
     cases = {
         "written": (True, 0),
         "update ratios, 1 in 10": (True, 10),
@@ -109,17 +110,15 @@ def writing(layers: int, attempts: int, repetitions: int) -> None:
         for name, (written, every) in cases.items():
             times, all_in = attempt_costs(layers, attempts, written=written, scan_every=every)
             found[name].append((all_in, statistics.median(times[10:])))
-    for name, pairs in found.items():
-        thread, returns = (sorted(values) for values in zip(*pairs, strict=True))
-        spread = f"({thread[0]:.3f} to {thread[-1]:.3f})"
-        print(
-            f"{name:22s} {statistics.median(thread):.3f} ms with its thread {spread}, "
-            f"{statistics.median(returns):.3f} until it returns"
-        )
+    parts = ("with its thread", "until it returns")
+    return {
+        name: dict(zip(parts, map(Spread.of, zip(*pairs, strict=True)), strict=True))
+        for name, pairs in found.items()
+    }
 
 
-def serving(layers: int, steps: int) -> None:
-    """Write a run, read it as TensorBoard does, and print what each route takes."""
+def serving(layers: int, steps: int) -> dict[str, tuple[float, int]]:
+    """Write a run and read it as TensorBoard does: milliseconds and bytes of each route."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, attempt_log, optimizer = log_on(Path(folder), layers)
         for step in range(steps):
@@ -131,17 +130,16 @@ def serving(layers: int, steps: int) -> None:
         multiplexer = EventMultiplexer(tensor_size_guidance={"stability": SAMPLES})
         multiplexer.AddRunsFromDirectory(folder)
         multiplexer.Reload()
-        print(f"reading {steps} attempts of {layers} layers {time.perf_counter() - begin:.1f} s")
+        found = {"reading": (1e3 * (time.perf_counter() - begin), 0)}
         provider = MultiplexerDataProvider(multiplexer, folder)
         plugin = StabilityPlugin(TBContext(data_provider=provider))
-        for route in ("runs", "steps?run=run", "incidents?run=run"):
-            ask(plugin, route)
-        for quantity in ("grad_norm", "update_ratio"):
-            ask(plugin, f"layers?run=run&quantity={quantity}")
+        quantities = [f"layers?run=run&quantity={q}" for q in ("grad_norm", "update_ratio")]
+        routes = ("runs", "steps?run=run", "incidents?run=run", *quantities)
+        return found | {route: ask(plugin, route) for route in routes}
 
 
-def ask(plugin: StabilityPlugin, route: str) -> None:
-    """Print the best of five answers, as a browser that takes gzip gets them."""
+def ask(plugin: StabilityPlugin, route: str) -> tuple[float, int]:
+    """Milliseconds and bytes of the best of five answers, as a browser gets them, in gzip."""
     app = Client(plugin.get_plugin_apps()["/" + route.partition("?")[0]])
     headers = {"Accept-Encoding": "gzip"}
 
@@ -150,7 +148,7 @@ def ask(plugin: StabilityPlugin, route: str) -> None:
 
     times = [timed(get) for _ in range(5)]
     seconds, size = min(times)
-    print(f"{route:40s} {1e3 * seconds:7.1f} ms  {size / 2**20:6.2f} MiB, compressed")
+    return 1e3 * seconds, size
 
 
 def timed(do: Callable[[], Any]) -> tuple[float, Any]:
@@ -163,16 +161,32 @@ def timed(do: Callable[[], Any]) -> tuple[float, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
     parser.add_argument("--layers", type=int, default=100)
-    parser.add_argument("--attempts", type=int, default=3000)
+    parser.add_argument("--attempts", type=int)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--served", type=int, default=300)
     args = parser.parse_args()
+    attempts, steps = (300, 500) if args.quick else (3000, 20_000)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    writing(args.layers, args.attempts, args.repetitions)
-    serving(args.served, args.steps)
+    spent = writing(args.layers, args.attempts or attempts, args.repetitions)
+    served = serving(args.served, args.steps or steps)
+    save("tab", folder_of(args), {"writing": spent, "serving": served}, tables(spent, served))
+
+
+def tables(
+    spent: dict[str, dict[str, Spread]], served: dict[str, tuple[float, int]]
+) -> list[Table]:
+    """What a step writes, and what a route serves."""
+    parts = ("with its thread", "until it returns")
+    rows = [[name, *(f"{found[p]:.3f}" for p in parts)] for name, found in spent.items()]
+    routes = [[r, f"{ms:.1f}", f"{size / 2**20:.2f}"] for r, (ms, size) in served.items()]
+    return [
+        Table("written, ms per attempt (quartiles)", ["attempt", *parts], rows),
+        Table("served, best of five", ["route", "ms", "MiB, compressed"], routes),
+    ]
 
 
 if __name__ == "__main__":

@@ -42,3 +42,15 @@ def test_peaks_are_the_largest_absolute_values_of_any_format():
     (found,) = peaks_of(tensors)
     assert found.nan_to_num(-1.0).tolist() == [3.0, 2.0, 0.0, -1.0, 4.0]
     assert peaks_of([]) == []
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 5, 16])
+def test_sample_takes_evenly_spread_blocks_and_small_tensors_whole(blocks):
+    """However the blocks are joined; the large tensors come first."""
+    large, small = torch.arange(1000.0), torch.tensor([-1.0, -2.0])
+    samples = Samples([small, large], blocks)
+    starts = range(0, blocks * (1000 // blocks), 1000 // blocks)
+    wanted = [float(i) for start in starts for i in range(start, start + 32)]
+    assert samples.gather().tolist() == [*wanted, -1.0, -2.0]
+    large += 1
+    assert samples.gather().tolist() == [*(x + 1 for x in wanted), -1.0, -2.0]

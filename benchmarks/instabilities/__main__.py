@@ -1,6 +1,6 @@
 """What the suite makes of runs that go wrong by themselves, and of their healthy twins.
 
-    python -m benchmarks.instabilities [--seeds 0 1 2] [--cases NAME ...] [--probes]
+    python -m benchmarks.instabilities [--seeds 0 1 2] [--cases NAME ...] [--probes] [--quick]
 
 Each case is run bare, with the suite, and as its twin; a final loss is the mean of the last 20
 steps. With ``--probes`` the opt-in probes are in the suite. One thread.
@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.instabilities.cases import CASES, Case
+from benchmarks.results import Table, add_options, folder_of, save
 from lit_stability import (
     AttentionProbe,
     CurvatureProbe,
@@ -80,8 +81,8 @@ def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
     return Result(fmean(module.losses[-20:]), trainer.global_step, incidents)
 
 
-def compare(case: Case, seed: int, suite: Callable[[], list[Callback]]) -> None:
-    """Print the lines of a case."""
+def compare(case: Case, seed: int, suite: Callable[[], list[Callback]]) -> list[str]:
+    """Print the lines of a case, and give them as the cells of a row."""
     guarded = train(case, seed, suite())
     bare = train(case, seed, [])
     seen, cause, done = guarded.first()
@@ -94,11 +95,13 @@ def compare(case: Case, seed: int, suite: Callable[[], list[Callback]]) -> None:
     else:
         line += f"; alarms {len(guarded.incidents)}"
     print(line, flush=True)
+    return [case.name, str(seed), seen, cause, done, str(guarded.steps), line.strip()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_options(parser)
+    parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--probes", action="store_true")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     args = parser.parse_args()
@@ -107,9 +110,12 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
-    for name in args.cases:
-        for seed in args.seeds:
-            compare(CASES[name], seed, with_probes if args.probes else stability_callbacks)
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    suite = with_probes if args.probes else stability_callbacks
+    rows = [compare(CASES[name], seed, suite) for name in args.cases for seed in seeds]
+    columns = ["case", "seed", "seen", "cause", "done", "steps", "losses and alarms"]
+    table = Table("instabilities", columns, rows)
+    save("instabilities", folder_of(args), {"rows": rows}, [table])
 
 
 if __name__ == "__main__":

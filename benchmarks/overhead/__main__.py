@@ -10,7 +10,8 @@ reported is the median ratio of a block to the bare block beside it, with its qu
 is in milliseconds, and the time inside the hooks by a clock around each. ``batches``: at three
 batch sizes. ``suites``: each callback and option, and other protections, at the smallest batch,
 where a fixed cost shows best. ``tensors``: as many parameters in 102 and in 1002 tensors. ``held``:
-reads of tensors by the host, and bytes, those of a fit without the suite subtracted.
+reads of tensors by the host, and bytes, those of a fit without the suite subtracted. What wraps an
+optimizer's step is no hook: of that only the whole step speaks.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--leave-out", action="store_true")
     args = parser.parse_args()
+    if args.quick and (args.fit or args.leave_out):
+        parser.error("--quick has no runs to fit on: leave out --fit and --leave-out")
     for name in ("lightning.pytorch", "lightning.pytorch.lit_stability"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
