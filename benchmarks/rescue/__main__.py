@@ -12,6 +12,7 @@ if its held-out loss is within 5 % of that of its undisturbed twin with the same
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     """Run the table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the processes end with this one
     args = options()
     names = args.scenarios or (list(QUICK) if args.quick else list(SCENARIOS))
     scenarios, unavailable = chosen(names), missing()

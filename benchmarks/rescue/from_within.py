@@ -35,7 +35,6 @@ from lit_stability.faults import CorruptGradient, Fault, NanLoss, ScaleGradients
 
 OF_DATA = ("bad batch", "loss or labels")
 OF_PRECISION = ("numeric precision",)
-OF_ITSELF = "by itself"
 
 
 def bound(what: str, task: Task, kind: Callable[..., Fault], step: int, **options: Any) -> Scenario:
@@ -77,7 +76,7 @@ def by_itself(task: Task, cause: str, twin: Task, beyond_remedy: str = "") -> Sc
     """A run in which nothing is injected."""
     return Scenario(
         name=task.name,
-        family=OF_ITSELF,
+        family="beyond remedy" if beyond_remedy else "by itself",
         task=task,
         causes=(cause,),
         twin=twin,
@@ -103,26 +102,26 @@ FROM_WITHIN: tuple[Scenario, ...] = (
         OF_PRECISION,
     ),
     overflow("images x 1e3 once", CNN_FP16, Spoiled(180, scaled(1e3)), 180, OF_PRECISION),
-    overflow("NaN loss", GPT_FP16, Struck(lambda: NanLoss(step=120)), 120, OF_NAN),
+    overflow("NaN loss", GPT_FP16, Struck(lambda: NanLoss(step=60)), 60, OF_NAN),
     overflow(
-        "gradients x 1e3", GPT_FP16, Struck(lambda: ScaleGradients(step=120)), 120, OF_GRADIENTS
+        "gradients x 1e3", GPT_FP16, Struck(lambda: ScaleGradients(step=60)), 60, OF_GRADIENTS
     ),
     by_itself(from_case(DIVERGES, 200), "learning rate too high", MLP_TWIN),
     by_itself(
-        from_case(CASES["attention logits grow"], 240, 4),
+        from_case(CASES["attention logits grow"], 180, 4),
         "attention-logit growth",
         PRE_NORM_TWIN,
         "once attention has collapsed onto single tokens, its gradients are zero: queries and keys "
         "have to be normalised, or the run begun anew with a lower learning rate",
     ),
     by_itself(
-        from_case(POST_NORM, 240, 4),
+        from_case(POST_NORM, 180, 4),
         "no warm-up",
         POST_NORM_TWIN,
         "the first steps stall the lower layers of a post-norm Transformer for good: it has to be "
         "begun anew with a warm-up",
     ),
-    by_itself(from_case(STALE, 1500), "stale second moment", STALE_TWIN),
+    by_itself(from_case(STALE, 1000), "stale second moment", STALE_TWIN),
     by_itself(
         from_case(CASES["final gain zeroed"], 120, 4),
         "zeroed gain",

@@ -86,14 +86,14 @@ def _unfreezing() -> list[Callback]:
 
 
 CNN_FP16 = replace(CNN.with_options("CNN, fp16 with a loss scale", rms=True), trainer=fp16)
-GPT_FP16 = replace(GPT, name="byte GPT, fp16 with a loss scale", trainer=fp16)
+GPT_FP16 = replace(GPT, name="byte GPT, fp16 with a loss scale", steps=120, trainer=fp16)
 CNN_SGD = CNN.with_options("CNN, SGD with one-cycle", optimizer=_sgd, schedule=_one_cycle)
 DIVERGES = CASES["learning rate diverges"]
 POST_NORM = CASES["post-norm without warm-up"]
 STALE = CASES["Adam's beta2 makes spikes"]
 MLP_TWIN = from_case(DIVERGES.healthy(), 200)
-POST_NORM_TWIN = from_case(POST_NORM.healthy(), 240, 4)
-STALE_TWIN = from_case(STALE.healthy(), 1500)
+POST_NORM_TWIN = from_case(POST_NORM.healthy(), 180, 4)
+STALE_TWIN = from_case(STALE.healthy(), 1000)
 PRE_NORM_TWIN = from_case(CASES["final gain zeroed"].healthy(), 120, 4)
 
 _RUNS = (

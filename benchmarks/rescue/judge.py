@@ -25,6 +25,8 @@ class Verdict:
 
     outcome: Outcome
     family: str
+    beyond_remedy: bool
+    """Whether nothing that is done during the run can save it."""
     ratio: float | None
     """Held-out loss over that of the twin; None where either is missing."""
     saved: bool
@@ -71,6 +73,7 @@ def judge(
     return Verdict(
         outcome=outcome,
         family=scenario.family,
+        beyond_remedy=bool(scenario.beyond_remedy),
         ratio=ratio,
         saved=bool(named) if scenario.beyond_remedy else reached,
         detected=bool(after) and not scenario.healthy,

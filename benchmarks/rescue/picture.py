@@ -19,6 +19,7 @@ from benchmarks.rescue.scenario import HEALTHY
 STATES = {
     "saved": ("#56B4E9", ""),
     "saved, as unprotected": ("#D8ECF8", ""),
+    "named, beyond remedy": ("#009E73", "N"),
     "finished, worse": ("#E69F00", "×"),
     "stopped": ("#999999", "■"),
     "NaN or failed": ("#3B1F2B", "!"),
@@ -27,6 +28,8 @@ STATES = {
 
 def state(verdict: Verdict, bare_saved: bool) -> str:
     """Which of `STATES` a run is in."""
+    if verdict.saved and verdict.beyond_remedy:
+        return "named, beyond remedy"
     if verdict.saved:
         return "saved, as unprotected" if bare_saved else "saved"
     if verdict.outcome.ended == "finished":

@@ -41,34 +41,34 @@ def by_protection(verdicts: Group, tells: frozenset[str]) -> Table:
         verdicts: of all runs.
         tells: protections that say when something is wrong.
     """
-    columns = ["protection", "saved", "saved where bare is lost", "harmed where bare is fine"]
-    columns += ["noticed", "after steps", "cause named", "steps lost", "stopped", "NaN", "failed"]
-    rows = []
-    fine = {
-        (v.outcome.scenario, v.outcome.seed)
-        for v in verdicts
-        if v.outcome.protection == BARE and v.saved
-    }
-    for name, group in _groups(verdicts, lambda v: v.outcome.protection).items():
-        faulty = [v for v in group if v.family != HEALTHY]
-        spared = [v for v in faulty if (v.outcome.scenario, v.outcome.seed) in fine]
-        struck = [v for v in faulty if (v.outcome.scenario, v.outcome.seed) not in fine]
-        named = [v for v in faulty if v.named is not None]
-        rows.append(
-            [
-                name,
-                share(faulty, lambda v: v.saved),
-                share(struck, lambda v: v.saved),
-                share(spared, lambda v: not v.saved),
-                share(faulty, lambda v: v.detected) if name in tells else "-",
-                middle(v.delay for v in faulty) if name in tells else "-",
-                share(named, lambda v: bool(v.named)),
-                middle(v.lost for v in faulty if v.saved),
-                *(str(_ended(faulty, how)) for how in (("stopped",), ("NaN",))),
-                str(_ended(faulty, ("failed", "hung"))),
-            ]
-        )
-    return Table("What is saved", columns, rows)
+    columns = ["protection", "saved", "saved where bare is lost", "lost where bare is saved"]
+    columns += ["noticed", "after steps", "cause named", "named beyond remedy", "steps lost"]
+    columns += ["stopped", "NaN", "failed"]
+    faulty = [v for v in verdicts if v.family != HEALTHY]
+    bare = {_key(v) for v in faulty if v.outcome.protection == BARE and v.saved}
+    groups = _groups(faulty, lambda v: v.outcome.protection).items()
+    return Table("What is saved", columns, [_line(n, g, bare, n in tells) for n, g in groups])
+
+
+def _line(name: str, group: Group, bare: set[tuple[str, int]], tells: bool) -> list[str]:
+    hopeful = [v for v in group if not v.beyond_remedy]
+    hopeless = [v for v in group if v.beyond_remedy and v.named is not None]
+    return [
+        name,
+        share(hopeful, lambda v: v.saved),
+        share([v for v in hopeful if _key(v) not in bare], lambda v: v.saved),
+        share([v for v in hopeful if _key(v) in bare], lambda v: not v.saved),
+        share(group, lambda v: v.detected) if tells else "-",
+        middle(v.delay for v in group) if tells else "-",
+        share([v for v in group if v.named is not None], lambda v: bool(v.named)),
+        share(hopeless, lambda v: bool(v.named)),
+        middle(v.lost for v in hopeful if v.saved),
+        *(str(_ended(group, how)) for how in (("stopped",), ("NaN",), ("failed", "hung"))),
+    ]
+
+
+def _key(verdict: Verdict) -> tuple[str, int]:
+    return verdict.outcome.scenario, verdict.outcome.seed
 
 
 def on_healthy(verdicts: Group, tells: frozenset[str]) -> Table:

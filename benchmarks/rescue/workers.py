@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,21 +26,17 @@ class Job(NamedTuple):
     seed: int
 
 
-_STARTING = 120.0
-"""Seconds that a worker may take for its imports, on top of its first run."""
-
-
 class _Worker:
     """A process with one job at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, serve: Callable[[Connection], None], starting: float) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
         self.job: Job | None = None
-        self.ends, self.extra = 0.0, _STARTING
+        self.ends, self.extra = 0.0, starting
 
     def give(self, job: Job, timeout: float) -> None:
         self.pipe.send(job)
@@ -52,16 +49,26 @@ class _Worker:
         self.pipe.close()
 
 
-def run_all(jobs: Sequence[Job], processes: int, timeout: float) -> Iterator[Outcome]:
+def run_all(
+    jobs: Sequence[Job],
+    processes: int,
+    timeout: float,
+    *,
+    starting: float = 120.0,
+    serve: Callable[[Connection], None] | None = None,
+) -> Iterator[Outcome]:
     """Outcomes as they come.
 
     Args:
         jobs: what to run, in this order.
         processes: how many at a time.
         timeout: seconds after which a run counts as hung.
+        starting: seconds that a process may take for its imports, on top of its first run.
+        serve: what a process does with its end of a pipe, from which it is given jobs.
     """
     waiting = deque(jobs)
-    workers = [_Worker() for _ in range(min(processes, len(jobs)))]
+    start = partial(_Worker, serve or serve_runs, starting)
+    workers = [start() for _ in range(min(processes, len(jobs)))]
     try:
         while waiting or any(worker.job for worker in workers):
             for worker in list(workers):
@@ -71,10 +78,10 @@ def run_all(jobs: Sequence[Job], processes: int, timeout: float) -> Iterator[Out
                 if not alive:
                     worker.stop()
                     workers.remove(worker)
-                    workers += [_Worker()] if waiting else []
+                    workers += [start()] if waiting else []
                 if outcome is not None:
                     yield outcome
-            wait([worker.pipe for worker in workers if worker.job], timeout=0.5)
+            wait([worker.pipe for worker in workers if worker.job], timeout=0.2)
     finally:
         for worker in workers:
             worker.stop()
@@ -111,7 +118,7 @@ def lost(job: Job, ended: Any, message: str) -> Outcome:
     )
 
 
-def serve(pipe: Connection) -> None:
+def serve_runs(pipe: Connection) -> None:
     """Run what comes, until nothing comes any more."""
     _quiet()
     from benchmarks.rescue.run import run
