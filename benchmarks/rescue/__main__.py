@@ -15,6 +15,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.alternatives import PROTECTIONS, missing
@@ -68,16 +69,23 @@ def in_order(outcomes: list[Outcome], jobs: list[Job]) -> list[Outcome]:
 
 
 def measure(jobs: list[Job], processes: int, timeout: float) -> list[Outcome]:
-    """Run them all, with a line on the console for each."""
+    """Run them all, with a line on the console for each; Ctrl-C keeps what has run."""
     outcomes: list[Outcome] = []
     start = time.monotonic()
-    for outcome in run_all(jobs, processes, timeout):
+    for outcome in _until_interrupted(run_all(jobs, processes, timeout)):
         outcomes.append(outcome)
         done = f"{time.monotonic() - start:6.0f} s {len(outcomes)}/{len(jobs)}"
         run = f"{outcome.scenario} | {outcome.protection} | seed {outcome.seed}"
         ended = f"{outcome.ended} {outcome.message[:100]}"
         print(f"{done} {run}: {ended}", file=sys.stderr, flush=True)
     return in_order(outcomes, jobs)
+
+
+def _until_interrupted(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    try:
+        yield from outcomes
+    except KeyboardInterrupt:
+        print("interrupted: the tables are of what has run", file=sys.stderr)
 
 
 def options() -> argparse.Namespace:

@@ -107,6 +107,7 @@ FROM_WITHIN: tuple[Scenario, ...] = (
         "gradients x 1e3", GPT_FP16, Struck(lambda: ScaleGradients(step=60)), 60, OF_GRADIENTS
     ),
     by_itself(from_case(DIVERGES, 200), "learning rate too high", MLP_TWIN),
+    by_itself(from_case(STALE, 1000), "stale second moment", STALE_TWIN),
     by_itself(
         from_case(CASES["attention logits grow"], 180, 4),
         "attention-logit growth",
@@ -121,7 +122,6 @@ FROM_WITHIN: tuple[Scenario, ...] = (
         "the first steps stall the lower layers of a post-norm Transformer for good: it has to be "
         "begun anew with a warm-up",
     ),
-    by_itself(from_case(STALE, 1000), "stale second moment", STALE_TWIN),
     by_itself(
         from_case(CASES["final gain zeroed"], 120, 4),
         "zeroed gain",

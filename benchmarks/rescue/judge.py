@@ -42,7 +42,7 @@ class Verdict:
     false_alarms: int
     """Alarms before the strike; of a healthy run, all."""
     untouched: bool
-    """Whether it ended where the twin ended, to the bit."""
+    """Whether it ended where the unprotected run ended, to the bit."""
     slower: float | None
     """CPU time over that of the unprotected run."""
 
@@ -81,7 +81,7 @@ def judge(
         named=named,
         lost=_lost(outcome, twin),
         false_alarms=false_alarms,
-        untouched=twin is not None and outcome.loss is not None and outcome.loss == twin.loss,
+        untouched=bare is not None and outcome.loss is not None and outcome.loss == bare.loss,
         slower=outcome.cpu_seconds / bare.cpu_seconds if bare and bare.cpu_seconds else None,
     )
 

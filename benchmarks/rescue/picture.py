@@ -52,7 +52,7 @@ def draw(verdicts: Sequence[Verdict], path: Path) -> None:
         column = protections.index(verdict.outcome.protection)
         _tile(axes, row, column, state(verdict, bare.get(verdict.outcome.scenario, False)))
     _label(axes, scenarios, protections)
-    _legend(figure)
+    _legend(axes)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
@@ -82,10 +82,10 @@ def _label(axes: Any, scenarios: list[tuple[str, str]], protections: list[str]) 
             axes.text(len(protections) + 0.1, i + 0.5, family, fontsize=8, va="center")
 
 
-def _legend(figure: Any) -> None:
+def _legend(axes: Any) -> None:
     patches = [
         Patch(color=colour, label=f"{mark} {name}".strip())
         for name, (colour, mark) in STATES.items()
     ]
-    figure.legend(handles=patches, loc="lower center", ncol=3, frameon=False, fontsize=8)
-    figure.subplots_adjust(bottom=0.09)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+    axes.legend(handles=patches, ncol=3, frameon=False, fontsize=8, **place)
