@@ -218,11 +218,16 @@ class DrawsItself(Net):
         return super().training_step(batch, batch_idx)
 
 
+def ours(caplog):
+    """What the suite has said; Lightning talks more where its other package is imported too."""
+    return [r.getMessage() for r in caplog.records if r.name.endswith("lit_stability")]
+
+
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
 def test_module_that_draws_its_batches_itself_is_told_at_fit_start(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=20)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, DrawsItself, marked(), callbacks, max_epochs=1)
-    told = [r.getMessage() for r in caplog.records]
+    told = ours(caplog)
     assert told[0] == (
         "training_step draws from dataloader_iter: data are not replayed, only skipped"
     )
@@ -241,7 +246,7 @@ def test_batch_written_into_is_skipped_and_the_remedy_is_said_once(tmp_path, cap
     faults = [NanLoss(step=20), CorruptWeight(step=33, parameter="first.0.weight")]
     callbacks = [FaultInjector(faults), GradientMonitor(), AutoRollback()]
     run(tmp_path, WritesIntoItsBatch, marked(), callbacks, max_epochs=2)
-    told = [r.getMessage() for r in caplog.records]
+    told = ours(caplog)
     assert sum("pass AutoRollback(clone_batches=True)" in line for line in told) == 1
     assert "clone_batches" in told[1], "at the first batch, before anything happens"
     responses = [i["responses"] for i in read_incidents(tmp_path)]

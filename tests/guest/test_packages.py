@@ -1,5 +1,6 @@
 """Beside which packages the suite works, and how it refuses the others."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from lit_stability import stability_callbacks
 from lit_stability.versions import NEEDED
 from tests.conftest import regression_data
 
+_log = logging.getLogger("pytorch_lightning")
+_level = _log.level
 pytorch_lightning = pytest.importorskip("pytorch_lightning")
+_log.setLevel(_level)  # which the import lowers, for the tests of all other files too
 ROOT = Path(lit_stability.__file__).parents[1]
 
 
