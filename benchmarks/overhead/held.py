@@ -89,12 +89,16 @@ class _Ender(Callback):
 
 def tensor_bytes() -> int:
     """Bytes of the storages of all tensors alive, each once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in gc.get_objects()
-        # By its type: some objects warn when they are asked for their class.
-        if issubclass(type(t), Tensor) and t.layout is torch.strided
-    }
+    storages: dict[int, int] = {}
+    for each in gc.get_objects():
+        # By its type: some objects warn when they are asked for their class, and subclasses, as
+        # torch.compile leaves behind, when they are asked for their memory.
+        if type(each) in (Tensor, torch.nn.Parameter) and each.layout is torch.strided:
+            try:
+                storage = each.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):
+                continue  # there is none
     return sum(storages.values())
 
 

@@ -4,6 +4,7 @@ import threading
 
 import torch
 from lightning.pytorch import Callback
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.byte_gpt import ByteGPTConfig
 from benchmarks.overhead.clock import HookClock
@@ -33,6 +34,15 @@ def test_arithmetic_on_the_device_reads_nothing():
     with host_reads() as reads:
         torch.cat([x, x]).square().sum() / 2
     assert reads.count == 0
+
+
+def test_tensor_bytes_pass_over_tensors_without_memory():
+    with FakeTensorMode():
+        fake = torch.zeros(1000)
+    before = tensor_bytes()
+    assert fake.shape == (1000,)
+    real = torch.zeros(1000)
+    assert tensor_bytes() - before == real.numel() * 4
 
 
 def test_tensor_bytes_count_a_storage_once():
