@@ -1,4 +1,4 @@
-"""Prints the tables of the README from the files that the benchmarks have written.
+"""Prints tables for the README and RESULTS.md from the files that the benchmarks have written.
 
     python -m benchmarks.readme [--out FOLDER] [--quick]
 

@@ -48,6 +48,7 @@ class FrozenWeights:
 
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
+        """Those that stand still, by the identity of the parameter."""
         self._moved: set[int] = set()
 
     @torch.no_grad()
@@ -56,34 +57,39 @@ class FrozenWeights:
 
         Reads one number from the device where there is a copy to compare with.
         """
-        moving, still, new = [], [], []
+        moving, still = [], []
         for each in parameters:
             held = self._kept.get(id(each))
             if not _can_be_kept(each) or id(each) in self._moved:
+                self._kept.pop(id(each), None)
                 moving.append(each)
             elif held is None or held.live is not each:
-                new.append(each)
-            elif held.version == each._version and held.pointer == each.data_ptr():
-                still.append(held)
+                still.append(self._keep(each))
+            elif held.version != each._version or held.pointer != each.data_ptr():
+                moving.append(self._give_up(held))
             else:
-                self._moved.add(id(each))
-                moving.append(each)
+                still.append(held)
         if not _equal(still):
             changed = [each for each in still if not _equal([each])]
-            self._moved.update(id(each.live) for each in changed)
-            moving += [each.live for each in changed]
-            still = [each for each in still if id(each.live) not in self._moved]
-        for each in new:
-            kept = Kept(each, each.detach().clone(), each._version, each.data_ptr())
-            self._kept[id(each)] = kept
-            still.append(kept)
+            moving += [self._give_up(each) for each in changed]
+            still = [each for each in still if id(each.live) in self._kept]
         return moving, still
+
+    def _keep(self, parameter: Tensor) -> Kept:
+        kept = Kept(parameter, parameter.detach().clone(), parameter._version, parameter.data_ptr())
+        self._kept[id(parameter)] = kept
+        return kept
+
+    def _give_up(self, kept: Kept) -> Tensor:
+        """Keep the parameter no more; the snapshots that refer to its copy still have it."""
+        del self._kept[id(kept.live)]
+        self._moved.add(id(kept.live))
+        return kept.live
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies that are still in use."""
-        used = [each for key, each in self._kept.items() if key not in self._moved]
-        return sum(each.saved.numel() * each.saved.element_size() for each in used)
+        return sum(each.saved.numel() * each.saved.element_size() for each in self._kept.values())
 
 
 def _can_be_kept(parameter: Tensor) -> bool:
@@ -93,16 +99,14 @@ def _can_be_kept(parameter: Tensor) -> bool:
 
 
 def _equal(kept: Sequence[Kept]) -> bool:
-    """Whether some elements of each are as they were; NaN is equal to itself."""
-    if not kept:
-        return True
+    """Whether some elements of each are as they were, to the bit."""
     groups: dict[tuple[torch.dtype, torch.device], list[Kept]] = {}
     for each in kept:
         groups.setdefault((each.live.dtype, each.live.device), []).append(each)
     for group in groups.values():
         now = torch.cat([_sampled(each.live) for each in group])
         then = torch.cat([_sampled(each.saved) for each in group])
-        if not torch.equal(now.nan_to_num(0.0), then.nan_to_num(0.0)):
+        if not torch.equal(now.view(torch.uint8), then.view(torch.uint8)):  # a NaN is itself there
             return False
     return True
 

@@ -76,11 +76,30 @@ def test_damage_to_frozen_weights_is_mended_from_the_copy():
     assert torch.equal(net["body"].weight, before)
 
 
+def test_weights_that_moved_are_held_by_the_snapshots_alone():
+    net = make()
+    frozen, (_, second) = two(net)
+    moved_through_data(net["body"].weight)
+    second.capture(net)
+    assert frozen.nbytes == 4 * net["body"].bias.numel()
+
+
+def test_frozen_weights_with_nan_in_them_stand_still():
+    net = make()
+    with torch.no_grad():
+        net["body"].weight[0] = float("nan")
+    frozen, (_, second) = two(net)
+    held = frozen.nbytes
+    second.capture(net)
+    assert frozen.nbytes == held > 0
+
+
 def test_unfrozen_weights_are_copied_from_then_on():
     net = make()
-    _, (first, second) = two(net)
+    frozen, (first, second) = two(net)
     net["body"].requires_grad_(True)
     second.capture(net)
+    assert frozen.nbytes == 0
     before = net["body"].weight.detach().clone()
     with torch.no_grad():
         net["body"].weight.add_(1.0)

@@ -145,12 +145,17 @@ def check_initial_loss(
     return [each for each in found if not (pretrained and each.why.startswith("better"))]
 
 
+def _beside_a_guess(name: str, loss: float, formula: str, guess: float) -> str:
+    return (
+        f"{name} is {loss:.4g} nats before the first step, and a guess has {formula} = {guess:.4g}"
+    )
+
+
 def _no_explosion(loss: float, terms: int, expected: float) -> Finding:
     return Finding(
         check="initial loss",
         severity="note",
-        what=f"the loss is {loss:.4g} nats before the first step, and a guess has {terms} ln 2 = "
-        f"{expected:.4g}",
+        what=_beside_a_guess("the loss", loss, f"{terms} ln 2", expected),
         why="it is a sum of that many terms, and what knowing nothing costs; no gradient explodes",
         do="nothing; divide by the number of terms to compare it with other losses",
     )
@@ -173,9 +178,7 @@ def _judge(
     name: str, loss: float, guess: float, formula: str, slack: float = 0.0, where: str = ""
 ) -> list[Finding]:
     """Compare; a loss that is not finite is another check's."""
-    told = (
-        f"{name} is {loss:.4g} nats before the first step, and a guess has {formula} = {guess:.4g}"
-    )
+    told = _beside_a_guess(name, loss, formula, guess)
     places = (where,) if where else ()
     if loss > HIGH_FACTOR * guess + HIGH_NATS + slack and math.isfinite(loss):
         return [
