@@ -1,6 +1,7 @@
 """What may be put around a fit: nothing, what Lightning has, what PyPI has, and this suite.
 
-`PROTECTIONS` gives them by name; each is used as its own documentation says, with its defaults.
+`PROTECTIONS` gives them by name; each is used as its own documentation says, with its defaults
+where its docstring says nothing else.
 `missing` says which of them cannot be run here, and why. Those from PyPI are imported only when
 they are asked for.
 """
