@@ -80,6 +80,16 @@ def stairs(height: float) -> Callable[[Array, int], Array]:
     return lambda t, n: height ** (20 * t // n)
 
 
+def blocks(height: float) -> Callable[[Array, int], Array]:
+    """Two sources of data that take turns, 25 steps each."""
+    return lambda t, n: height ** ((t // 25) % 2)
+
+
+def cycles(height: float) -> Callable[[Array, int], Array]:
+    """A fall by so much in 400 steps, and up again at once, as after a restart."""
+    return lambda t, n: height ** (1 - (t % 400) / 400)
+
+
 def cosine(t: Array, n: int) -> Array:
     return (1 + np.cos(np.pi * t / n)) / 2
 
@@ -101,6 +111,13 @@ FAMILIES: dict[str, Family] = {
     "curriculum x1.1": Family(noise=gaussian(0.2), loss=stairs(1.1), norm=stairs(1.5)),
     "curriculum x1.4": Family(noise=gaussian(0.2), loss=stairs(1.4), norm=stairs(3.0)),
     "curriculum x3": Family(noise=gaussian(0.2), loss=stairs(3.0), norm=stairs(3.0)),
+    "norm falls x100 in 100 steps": Family(
+        noise=gaussian(0.5), norm=lambda t, n: 1 + 100 * np.exp(-t / 25)
+    ),
+    "blocks of 25 steps, norm x8": Family(noise=gaussian(0.3), loss=blocks(1.5), norm=blocks(8.0)),
+    "cycles of 400 steps, norm x10": Family(
+        noise=gaussian(0.2), loss=cycles(3.0), norm=cycles(10.0)
+    ),
     "converged, cosine to 0": Family(
         noise=gaussian(0.02), norm=lambda t, n: 10.0 ** (-12 * t / n), rate=cosine
     ),

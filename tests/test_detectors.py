@@ -81,6 +81,8 @@ def monitored(detectors, rows):
             [math.exp(x) for x in (-0.7, 0.7)] * 20 + [1000.0],
             [] if 8 * 0.7 * 1.4826 > 6.9 else [40],
         ),
+        # A descent of a thousandfold is no noise: what is two hundredfold on its way down is seen.
+        ([1e3 * 0.9**i * (1.5, 1.0)[i % 2] for i in range(60)] + [1e5], [60]),
         # Growth that takes its time is no spike.
         ([1.05**i for i in range(400)], []),
     ],

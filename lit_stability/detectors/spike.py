@@ -23,9 +23,10 @@ class Spike:
     A value is a spike when it is above ``ratio`` times the median of the window *and*, in
     logarithms, above the median by ``sigmas`` robust standard deviations, *and* above ``jump``
     times the largest of the last five accepted: what grows from step to step, as the swings of
-    descent on the edge of stability, is no spike. After ``give_up``
-    refusals in a row the values are a new regime: the window is emptied, ``regimes`` counts it,
-    and learning starts anew.
+    descent on the edge of stability, is no spike. The deviation is that about the trend of the
+    window, see `Window.spread`: a norm that falls a hundredfold within it would otherwise hide one
+    of a thousand times its size. After ``give_up`` refusals in a row the values are a new regime:
+    the window is emptied, ``regimes`` counts it, and learning starts anew.
 
     Args:
         signal: which field of `StepStats`; it must be positive, other values pass unlearnt.
@@ -80,7 +81,7 @@ class Spike:
         median = math.exp(self.window.median)
         if value <= self.ratio * median:
             return None
-        spread = math.exp(min(self.sigmas * self.window.sigma, _LARGEST_EXPONENT))
+        spread = math.exp(min(self.sigmas * self.window.spread, _LARGEST_EXPONENT))
         recent = max([*self.window.values][-_RECENT:])
         threshold = max(median * max(self.ratio, spread), self.jump * math.exp(recent))
         if value <= threshold:

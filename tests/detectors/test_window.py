@@ -32,3 +32,28 @@ def test_values_that_are_put_back_take_the_place_of_all_others():
     window.replace([1.0, 3.0, 2.0])
     window.add(4.0)
     assert (window.median, list(window.values)) == (3.0, [3.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.05, -0.3])
+def test_spread_of_noise_about_a_bent_line_is_that_of_the_noise(turn):
+    draw, window, level = random.Random(0), Window(99), Window(99)
+    for i in range(99):
+        noise = draw.gauss(0, 1)
+        level.add(noise)
+        window.add(noise - 0.2 * i + turn * max(0, i - 49))
+    assert window.spread == pytest.approx(level.sigma, rel=0.15)
+    assert window.sigma > 3 * window.spread
+
+
+def test_spread_of_what_jumps_to_and_fro_is_no_trend():
+    window = Window(100)
+    for i in range(100):
+        window.add(float(i // 10 % 2))
+    assert window.spread == pytest.approx(window.sigma, rel=0.2)
+
+
+def test_spread_of_a_few_values_is_their_deviation():
+    window = Window(100)
+    for value in range(8):
+        window.add(float(value))
+    assert window.spread == window.sigma > 0
