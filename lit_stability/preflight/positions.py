@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lit_stability.preflight.finding import Finding, NotApplicableError
 
-LOW, HIGH = 0.1, 10.0
-"""Within a factor of ten both can be read from the sum. Normal embeddings of 0.02 beside sines
-(rms 0.71) are at 0.028, without the factor sqrt(width) that is meant to make up for it."""
+LOW, HIGH = 0.2, 5.0
+"""Within a factor of five both can be read from the sum. Embeddings drawn with 1/sqrt(width) and
+left unscaled beside sines (rms 0.71) are at sqrt(2 / width), beyond it from a width of 50 on; the
+usual pairs (both drawn with 0.02; both of rms 1) are at 1 to 2."""
 _POSITION = re.compile(r"(^|_)(pos|posemb|positions?|positional|wpe)(_|$)", re.IGNORECASE)
 
 
