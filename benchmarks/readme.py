@@ -16,6 +16,11 @@ from typing import Any
 from benchmarks.results import Table, add_options, folder_of, load
 
 
+def rescue(figures: dict[str, Any]) -> list[Table]:
+    """What is saved and by whom, and what is done to healthy runs."""
+    return [Table(**each) for each in figures["summary"]]
+
+
 def cost(figures: dict[str, Any]) -> list[Table]:
     """The default suite by batch size and by tensors, and the parts of it."""
     tables = []
@@ -23,7 +28,7 @@ def cost(figures: dict[str, Any]) -> list[Table]:
         rows = [
             [
                 *(r["suite"], str(r["batch"]), str(r["tensors"]), f"{r['step_ms']:.0f}"),
-                *(_spread(r["ratio"]), f"{r['hooks_ms']:.1f}"),
+                *(_spread(r["ratio"], "value"), f"{r['hooks_ms']:.1f}"),
             ]
             for r in figures.get(part, {}).get("rows", ())
         ]
@@ -104,6 +109,7 @@ def snapshot(figures: dict[str, Any]) -> list[Table]:
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
+    "rescue": rescue,
     "overhead": cost,
     "scale": scale,
     "snapshot": snapshot,
@@ -114,8 +120,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
 """By the name of the benchmark's file."""
 
 
-def _spread(found: dict[str, Any]) -> str:
-    return f"x{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+def _spread(found: dict[str, Any], middle: str = "median") -> str:
+    return f"x{found[middle]:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def _mib(nbytes: float) -> str:

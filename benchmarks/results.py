@@ -85,6 +85,18 @@ class Spread:
         return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the interval that holds it with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--out`` and ``--quick``; what is quick goes to a folder of its own by default."""
     parser.add_argument("--out", type=Path, help=f"folder for JSON and table; {FOLDER} by default")

@@ -131,13 +131,13 @@ def run(root: Path, steps: int, every: int, gauge: Gauge, *, protected: bool = T
 
 
 def slope(values: list[int]) -> float:
-    """Bytes per sample, of the second half, by least squares.
+    """Bytes per sample after the first third, by least squares.
 
     >>> slope([9, 9, 0, 2, 4, 6])
     2.0
     """
-    half = [float(v) for v in values[len(values) // 3 :]] if len(values) > 2 else [0.0, 0.0]
-    return statistics.linear_regression(range(len(half)), half).slope
+    later = [float(v) for v in values[len(values) // 3 :]] if len(values) > 2 else [0.0, 0.0]
+    return statistics.linear_regression(range(len(later)), later).slope
 
 
 def record_of(root: Path) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """What the suite costs per optimizer step, against the bare step of the same run.
 
-    python -m benchmarks.overhead [--parts batches suites tensors held] [--steps 80] [--quick]
+    python -m benchmarks.overhead [--parts batches suites tensors held] [--steps 100] [--quick]
     python -m benchmarks.overhead --suites "default suite" [--batch 8] [--precision bf16-mixed]
 
 One process, one torch thread, a byte-level Transformer of 9.9 M parameters. A bare and protected
 Trainers take turns, step by step, on equal models and batches, so that all meet the same noise of
-the machine. Steps are added up in blocks of 20, so that each block of the suite holds one snapshot;
-reported is the median ratio of a block to the bare block beside it, with its quartiles, what that
-is in milliseconds, and the time inside the hooks by a clock around each. ``batches``: at three
-batch sizes. ``suites``: each callback and option, and other protections, at the smallest batch,
-where a fixed cost shows best. ``tensors``: as many parameters in 102 and in 1002 tensors. ``held``:
-reads of tensors by the host, and bytes, those of a fit without the suite subtracted. What wraps an
-optimizer's step is no hook: of that only the whole step speaks.
+the machine. Reported is the ratio of a step to the bare step beside it (`benchmarks.overhead.turns`
+says how a snapshot in every 20 steps counts), with an interval of 95 %, what that is in
+milliseconds, and the mean time inside the hooks by a clock around each, what comes once in 50 steps
+included. ``batches``: at three batch sizes. ``suites``: each callback and option, and other
+protections, at a batch of 1, where a fixed cost shows best. ``tensors``: as many parameters in 102
+and in 1002 tensors. ``held``: reads of tensors by the host, and bytes, those of a fit without the
+suite subtracted. What wraps an optimizer's step is no hook: of that only the whole step speaks.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.byte_gpt import ByteGPT, ByteGPTConfig
 from benchmarks.overhead.held import held_by
 from benchmarks.overhead.suites import OURS, SUITES, TENSORBOARD, alternatives
-from benchmarks.overhead.turns import BLOCK, Setting, blocks, ratios, take_turns
-from benchmarks.results import Spread, Table, add_options, folder_of, save
+from benchmarks.overhead.turns import BLOCK, WARM, Setting, in_blocks, ratio, take_turns
+from benchmarks.results import Estimate, Table, add_options, folder_of, save
 
 MODEL = ByteGPTConfig(width=400, layers=5)
 SMALL = ByteGPTConfig(width=128, layers=4)
-BATCHES = {2: 200, 8: 100, 32: 60}
+BATCHES = {2: 200, 8: 200, 16: 100}
 """Sequences of 64 bytes in a batch -> steps."""
 IN_TENSORS = (ByteGPTConfig(width=320, layers=8), ByteGPTConfig(width=100, layers=83))
 AT_ONCE = 4
@@ -47,7 +47,7 @@ class Row:
     """One suite in one setting."""
 
     suite: str
-    ratio: Spread
+    ratio: Estimate
     """Of the step to the baseline's."""
     step_ms: float
     """Of the baseline."""
@@ -78,12 +78,12 @@ def compare(
 
 
 def _row(name: str, times: Any, base: Any, setting: Setting) -> Row:
-    hooks_ms = 1e3 * (fmean(blocks(times.hooks)) - fmean(blocks(base.hooks))) / BLOCK
+    hooks_ms = 1e3 * float(in_blocks(times.hooks).mean() - in_blocks(base.hooks).mean())
     parameters = [p.numel() for p in ByteGPT(setting.config).parameters()]
     return Row(
         name,
-        ratios(times.steps, base.steps),
-        1e3 * median(base.steps[BLOCK:]),
+        ratio(times.steps, base.steps),
+        1e3 * float(np.median(in_blocks(base.steps))),
         hooks_ms,
         setting.batch,
         sum(parameters),
@@ -93,7 +93,7 @@ def _row(name: str, times: Any, base: Any, setting: Setting) -> Row:
 
 def batches(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     """The default suite at three batch sizes."""
-    sizes = dict.fromkeys((1, 2, 4), 60) if quick else BATCHES
+    sizes = dict.fromkeys((1, 2, 4), (WARM + 1) * BLOCK) if quick else BATCHES
     found = [compare([SUITE], replace(setting, batch=b, steps=s)) for b, s in sizes.items()]
     return [r for rows, _ in found for r in rows], [f for _, failed in found for f in failed]
 
@@ -103,7 +103,7 @@ def suites(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     foreign, missing = alternatives()
     chosen = [n for n in {**OURS, **TENSORBOARD} if not n.startswith("bare")]
     known = {**SUITES, **foreign}
-    rows, failed = compare([*chosen, *foreign], replace(setting, batch=2), known)
+    rows, failed = compare([*chosen, *foreign], replace(setting, batch=1), known)
     return rows, failed + [f"{name}: {why}" for name, why in missing.items()]
 
 
@@ -139,7 +139,7 @@ def held(setting: Setting) -> dict[str, Any]:
 
 def table_of(title: str, rows: Iterable[Row]) -> Table:
     """The rows as they are to be read."""
-    columns = ["suite", "batch", "parameters", "tensors", "bare step, ms", "step (quartiles)"]
+    columns = ["suite", "batch", "parameters", "tensors", "bare step, ms", "step (95 %)"]
     return Table(title, [*columns, "more, ms", "in hooks, ms"], [_cells(r) for r in rows])
 
 
@@ -151,7 +151,7 @@ def _cells(row: Row) -> list[str]:
         str(row.tensors),
         f"{row.step_ms:.1f}",
         f"x{row.ratio:.3f}",
-        f"{row.step_ms * (row.ratio.median - 1):.2f}",
+        f"{row.step_ms * (row.ratio.value - 1):.2f}",
         f"{row.hooks_ms:.2f}",
     ]
 
@@ -182,7 +182,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    steps = args.steps or (3 * BLOCK if args.quick else 4 * BLOCK)
+    steps = args.steps or (WARM + (1 if args.quick else 3)) * BLOCK
     setting = Setting(SMALL if args.quick else MODEL, args.batch, steps, args.precision)
     figures: dict[str, Any] = {}
     shown = []

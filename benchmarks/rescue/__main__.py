@@ -29,6 +29,8 @@ from benchmarks.results import Table, add_options, folder_of, save
 
 TELLS = frozenset(name for name, each in PROTECTIONS.items() if each.tells)
 SAYS_CAUSES = frozenset({"this suite"})
+SUMMARY = 3
+"""Tables that sum up, before those of single runs."""
 
 
 def jobs_for(
@@ -112,14 +114,16 @@ def main() -> None:
     outcomes = measure(jobs, args.jobs, args.timeout)
     unavailable = {name: unavailable[name] for name in unavailable if name not in protections}
     folder: Path = folder_of(args)
+    shown = tables(scenarios, outcomes, unavailable)
     figures = {
         "tolerance": 1.05,
+        "summary": shown[:SUMMARY],
         "protections": {p: PROTECTIONS[p].release() for p in protections},
         "missing": unavailable,
         "beyond_remedy": {s.name: s.beyond_remedy for s in scenarios if s.beyond_remedy},
         "outcomes": [o.as_dict() for o in outcomes],
     }
-    save("rescue", folder, figures, tables(scenarios, outcomes, unavailable))
+    save("rescue", folder, figures, shown)
     _draw(scenarios, outcomes, folder / "rescue.png")
 
 

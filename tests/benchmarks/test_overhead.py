@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +11,7 @@ from benchmarks.byte_gpt import ByteGPTConfig
 from benchmarks.overhead.clock import HookClock
 from benchmarks.overhead.held import host_reads, tensor_bytes
 from benchmarks.overhead.suites import SUITES, Suite, alternatives
-from benchmarks.overhead.turns import Setting, Turns, take_turns
+from benchmarks.overhead.turns import BLOCK, WARM, Setting, Turns, in_blocks, ratio, take_turns
 
 TINY = Setting(ByteGPTConfig(width=16, layers=1, heads=2, length=8), batch=2, steps=6)
 
@@ -51,6 +52,28 @@ def test_tensor_bytes_count_a_storage_once():
     views = [kept, kept[:10], kept.view(10, 100)]
     assert tensor_bytes() - before == 4000
     del views
+
+
+def steps(blocks, *, snapshot=0.0, disturbed=()):
+    """Steps of 1, with a snapshot in every block, some of them a hundred times as long."""
+    found = [1.0 + snapshot * (i % BLOCK == 0) for i in range(blocks * BLOCK)]
+    return [100 * t if i in disturbed else t for i, t in enumerate(found)]
+
+
+def test_ratio_holds_what_every_block_has_and_not_what_disturbs_a_step():
+    found = ratio(steps(10, snapshot=2.0, disturbed={71, 115}), steps(10, disturbed={144}))
+    assert found.value == pytest.approx(1 + 2.0 / BLOCK)
+    assert found.low <= found.value <= found.high
+
+
+def test_ratio_leaves_the_first_blocks_out():
+    slow = [9.0] * WARM * BLOCK
+    assert ratio(slow + steps(3), steps(WARM + 3)).value == 1.0
+
+
+def test_too_few_steps_for_a_ratio_are_refused():
+    with pytest.raises(ValueError, match=f"{WARM * BLOCK} steps are {WARM} blocks"):
+        in_blocks([1.0] * WARM * BLOCK)
 
 
 class Slow(Callback):
