@@ -25,7 +25,8 @@ exit codes:
   0  the command did what it was asked
   1  the run failed; the traceback says where
   2  the command line or the config is wrong; nothing was started
-  3  the suite stopped the run, with weights at the last confirmed snapshot; the message says why
+  3  the suite stopped the run, with weights at the last confirmed snapshot, or before its first
+     step; the message says why
 """
 _SMALLEST = """\
 a config, such as mine.yaml beside my_module.py:
@@ -61,9 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"lit-stability: {error}", file=sys.stderr)
         return 2
-    except TrainingStopped as error:
+    except _stops() as error:
         print(f"lit-stability: {error}", file=sys.stderr)
         return 3
+
+
+def _stops() -> tuple[type[Exception], ...]:
+    """What the suite stops a run with; of what was not imported nothing was raised."""
+    preflight = sys.modules.get("lit_stability.preflight")
+    return (TrainingStopped, *((preflight.PreflightError,) if preflight else ()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,10 +5,14 @@ Imports neither torch nor Lightning.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from lit_stability.causes import Scene
 from lit_stability.incidents import Incident
+
+_WIDEST = 80
+"""Characters of a response on the console."""
 
 
 def markdown(incident: Incident) -> str:
@@ -59,10 +63,10 @@ def _causes(incident: Incident) -> str:
 
 
 def summary_table(incidents: Sequence[Incident]) -> list[str]:
-    """Incidents as aligned lines for the console."""
+    """Incidents as aligned lines for the console; of a long response its beginning."""
     head = ("id", "step", "kind", "strikes", "response", "outcome")
     rows = [
-        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), i.done or "-", i.outcome)
+        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), _cut(i.done), i.outcome)
         for i in incidents
     ]
     widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
@@ -70,6 +74,10 @@ def summary_table(incidents: Sequence[Incident]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [head, *rows]
     ]
+
+
+def _cut(done: str) -> str:
+    return textwrap.shorten(done, _WIDEST, placeholder=" ...") or "-"
 
 
 def _line(text: str) -> str:

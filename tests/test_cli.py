@@ -20,6 +20,11 @@ class Local(BoringModel):
         super().__init__()
         if fail:
             raise RuntimeError("struck")
+
+
+class Broken(BoringModel):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)["loss"] * float("nan")
 """
 CONFIG = """
 seed: 0
@@ -164,6 +169,16 @@ def test_bad_command_line_exits_with_code_2(arguments, cwd, capsys):
 def test_failure_inside_a_run_is_raised(cwd):
     with pytest.raises(RuntimeError, match="struck"):
         main(["fit", "-c", "small", "model.fail=true"])
+
+
+def test_run_that_preflight_stops_exits_with_code_3(cwd, capsys):
+    (cwd / "configs/broken.yaml").write_text(
+        "compose: [small]\nmodel: {_target_: cli_targets.Broken}\ncallbacks:\n"
+        "  preflight: {_target_: lit_stability.Preflight, on_error: stop}\n"
+    )
+    assert main(["fit", "-c", "broken"]) == 3
+    assert "lit-stability: preflight: 1 error" in (told := capsys.readouterr().err)
+    assert "the first loss is nan" in told
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["experiments", "--help"]])

@@ -6,7 +6,7 @@ import pytest
 
 from lit_stability import detectors
 from lit_stability.detectors import Anomaly
-from lit_stability.incident_report import markdown
+from lit_stability.incident_report import markdown, summary_table
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.responses import HoldLearningRate, RollBack, SkipStep, Stop
 
@@ -103,6 +103,17 @@ def test_lines_for_the_console_say_where_what_and_what_was_done():
     closing = trouble.closing_line()
     for part in ("incident 1", "recovered", "after 2 strikes", "step skipped (2x)", "12450"):
         assert part in closing
+
+
+def test_summary_of_a_stop_keeps_its_columns_narrow():
+    short, long = incident(1), incident(2)
+    short.settle(SkipStep())
+    long.settle(Stop("no budget is left: " + 30 * "tried this and that; "))
+    head, first, second = summary_table([short, long])
+    assert "step skipped" in first
+    assert "stopped: no budget is left" in second
+    assert second[head.index("outcome") :] == "open"
+    assert len(second) < 140
 
 
 def test_markdown_of_text_with_line_ends_in_it_stays_one_item_for_each_thing_known():
