@@ -13,6 +13,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lit_stability.attention import product_scores, sampled_scores, score_statistics
+from lit_stability.norms import Unread
+from lit_stability.shards import local
 from lit_stability.stats import ProbeReading
 
 LOGIT, ENTROPY = "attention_logit", "attention_entropy"
@@ -82,6 +86,7 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paths = {id(m): path for path, m in model.named_modules()}
         self._fitting = fitting(model, modules)
         self._stack = [""]
+        self._thread = get_ident()
         self._handles: list[Any] = []
         self._products: deque[tuple[int, int]] = deque(maxlen=_RECENT)
         self._found: dict[str, list[Tensor]] = {}
@@ -119,15 +124,17 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def readings(self) -> list[ProbeReading]:
         """What was measured, in one copy to the host; several attentions of a module as one."""
-        rows = [(path, row) for path, each in self._found.items() for row in each]
+        unread = self.unread()
+        return [] if unread is None else unread.read(unread.numbers.tolist())
+
+    def unread(self) -> Unread | None:
+        """What was measured, before it is copied; None where there was no attention."""
+        rows = [row for each in self._found.values() for row in each]
         if not rows:
-            return []
-        device = rows[0][1].device
-        numbers = torch.stack([row.to(device) for _, row in rows]).tolist()
-        by_path: dict[str, list[list[float]]] = {}
-        for (path, _), row in zip(rows, numbers, strict=True):
-            by_path.setdefault(path, []).append(row)
-        return [r for path, each in by_path.items() for r in _readings(path, each)]
+            return None
+        counts = {path: len(each) for path, each in self._found.items()}
+        numbers = torch.cat([row.to(rows[0].device) for row in rows])
+        return Unread(numbers, lambda host: _all_readings(counts, host))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a kernel, and look at it if it is of an attention."""
@@ -160,6 +167,7 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             path not in self._fitting
             or tensor.numel() == 0
             or tensor.is_meta
+            or local(tensor) is not tensor  # its own operators would communicate
             or _is_captured(tensor)
         ):
             return
@@ -167,12 +175,16 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._found.setdefault(path, []).append(score_statistics(scores()))
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if self._counts():
             self._stack.append(self._paths.get(id(module), self._stack[-1]))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if self._counts() and len(self._stack) > 1:
             self._stack.pop()
+
+    def _counts(self) -> bool:
+        """Whether a module runs here: the hooks are called by all threads, and while compiling."""
+        return not torch.compiler.is_compiling() and get_ident() == self._thread
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -209,6 +221,11 @@ def _scores_of(given: dict[str, Any]) -> Tensor:
         is_causal=given.get("is_causal", False),
         scale=given.get("scale"),
     )
+
+
+def _all_readings(counts: dict[str, int], numbers: Sequence[float]) -> list[ProbeReading]:
+    rows = iter([list(numbers[i : i + 3]) for i in range(0, len(numbers), 3)])
+    return [r for path, n in counts.items() for r in _readings(path, list(islice(rows, n)))]
 
 
 def _readings(path: str, rows: list[list[float]]) -> list[ProbeReading]:

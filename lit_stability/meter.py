@@ -78,6 +78,8 @@ class StepMeter:
         self.index = index
         self.count = 0
         """Steps measured."""
+        self.also: Sequence[float] = ()
+        """What came to the host with the last step."""
         self._samples = Samples(self.parameters)
         self._moments = Moments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
@@ -110,6 +112,7 @@ class StepMeter:
         nominal_learning_rates: Sequence[float] = (),
         scan_weights: bool = False,
         details: bool = False,
+        also: Sequence[Tensor] = (),
     ) -> StepStats:
         """Measure the gradients as they are now, and the previous update by the weights.
 
@@ -121,6 +124,7 @@ class StepMeter:
             nominal_learning_rates: what the scheduler wrote.
             scan_weights: read every weight too, not only the sample.
             details: fill ``StepStats.details``.
+            also: other numbers to bring to the host, into `also`; each of one dimension.
         """
         grads = {
             n: dense(grad)
@@ -128,7 +132,11 @@ class StepMeter:
             if (grad := p.grad) is not None
         }
         rows = [sampled_distribution(g) for g in grads.values()] if details else []
-        read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows)
+        read = self._read(
+            loss, loss_scale, scan_weights, sum(learning_rates), grads, [*rows, *also]
+        )
+        last = len(read.distributions) - sum(each.numel() for each in also)
+        self.also = read.distributions[last:]
         grad_norms = tuple(read.grad_norms)
         rms, rms_name = self._stale(dict(zip(grads, grad_norms, strict=True)), read.updates)
         stats = StepStats(
@@ -154,7 +162,7 @@ class StepMeter:
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
             weight_moves=self._moves(read),
             bad_weights=non_finite(self.names, read.weight_norms),
-            details=details_of(list(grads), grad_norms, read.distributions),
+            details=details_of(list(grads), grad_norms, read.distributions[:last]),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
         )

@@ -6,7 +6,8 @@ May import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from torch import Tensor
 
 from lit_stability.sampling import real
 from lit_stability.shards import local
+from lit_stability.stats import ProbeReading
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What a probe has measured and not looked at, so that it comes with the step's one copy."""
+
+    numbers: Tensor
+    """On the device; of one dimension, float32."""
+    read: Callable[[Sequence[float]], list[ProbeReading]]
+    """What they mean, once they are on the host."""
 
 
 def dense(grad: Tensor) -> Tensor:

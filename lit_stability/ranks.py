@@ -32,6 +32,9 @@ checksums are compared exactly, and a sum of whole numbers in fp64 is exact in a
 norms are compared to a thousandth, as some devices add in no fixed order; what is smaller than that
 shows in the checksum.
 
+Where it is a probe's turn, by default on one step in fifty, what each rank has read is gathered
+after the measurement: the only collective that a healthy step waits for by itself.
+
 Votes, and all that is said at an incident, are numbers of the host and go through a group of their
 own over gloo: they copy nothing from the device. May import torch; knows no Lightning.
 """
@@ -72,7 +75,7 @@ class Ranks:
         return _begin(nothing, torch.tensor(row, dtype=torch.float64), self, self._host)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank says, in their order; waits for all: for shared incidents only."""
+        """What each rank says, in their order; waits for all: for shared incidents, and probes."""
         said: list[Any] = [None] * self.world
         dist.all_gather_object(said, value, group=self._host)
         return said

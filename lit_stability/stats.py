@@ -29,7 +29,7 @@ class GradientDetail:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReading:
-    """What an opt-in probe has measured: one number, of one place in the model."""
+    """What a probe has measured: one number, of one place in the model."""
 
     quantity: str
     """Such as ``attention_logit``."""

@@ -1,9 +1,10 @@
 """What two ranks run for the tests of the probes."""
 
+import os
 import warnings
 
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
-from tests.probe_models import Attending
+from tests.probe_models import Attending, by_hand
 from tests.rank_cases import Tape, fit_rank, whole
 
 
@@ -37,3 +38,32 @@ def readings(root, probed):
 def both(root):
     """With the probes and without."""
     return {probed: readings(root / str(probed), probed) for probed in (True, False)}
+
+
+def unseen(q, k, v, mask=None, dropout=0.0):
+    """Attention that the probe does not know for one."""
+    weights = (q @ k.transpose(-2, -1) / 2).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+class Uneven(AttendingRank):
+    """Attends in the way of its rank."""
+
+    ways = ()
+
+    def __init__(self, sharded, dropout=0.1):
+        super().__init__(sharded)
+        self.first.attend = self.second.attend = self.ways[int(os.environ["LOCAL_RANK"])]
+
+
+def one_sided(root):
+    """Steps with readings, where rank 1 alone has an attention that is seen, and where none has."""
+    found = {}
+    for name, ways in {"one": (unseen, by_hand), "none": (unseen, unseen)}.items():
+        Uneven.ways = ways
+        tape = Tape()
+        probe = AttentionProbe(every=3, quiet=True)
+        suite = [GradientMonitor(), probe, tape]
+        fit_rank(root / name, "ddp", suite, module=Uneven, max_steps=12)
+        found[name] = [s.step for s in tape.stats if s.readings]
+    return found

@@ -179,7 +179,7 @@ def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options
         "incidents": told(suite),
         "messages": [i.first.message for i in suite[0].incidents] if suite else [],
         "evidence": [i.evidence for i in suite[0].incidents] if suite else [],
-        "books": suite[2].state_dict() if len(suite) > 2 else {},
+        "books": suite[-1].state_dict() if len(suite) > 1 else {},
         "weights": whole(net.parameters()),
         "buffers": whole([torch.zeros(1), *net.buffers()]),
         "step": trainer.global_step,

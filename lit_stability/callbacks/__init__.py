@@ -26,7 +26,8 @@ Any callback, and the LightningModule, may define:
 
 * ``on_step_measured(trainer, pl_module, stats)``: any step, before the detectors are asked;
 * ``probe_readings(trainer, pl_module)``: asked before each step is measured; a list of
-  `ProbeReading` where it is the probe's turn, else None; on all ranks alike;
+  `ProbeReading`, or what is `lit_stability.norms.Unread`, where it is the probe's turn, else None;
+  on all ranks alike;
 * ``on_healthy_step(trainer, pl_module, stats)``: an accepted step, before its update;
 * ``on_incident(trainer, pl_module, incident)``: a strike, before its update; on all ranks alike;
 * ``on_suspicion(trainer, pl_module, anomaly)``: this rank objects to its gradients, and whether all
@@ -113,11 +114,13 @@ def stability_callbacks() -> list[Callback]:
     """The default suite, in the order in which an incident is treated.
 
     A new list each time, for one Trainer. Beside callbacks of your own it is unpacked:
-    ``Trainer(callbacks=[*stability_callbacks(), ModelCheckpoint()])``.
+    ``Trainer(callbacks=[*stability_callbacks(), ModelCheckpoint()])``. An `AttentionProbe` of your
+    own takes the place of the one in it.
 
     >>> for callback in stability_callbacks():
     ...     print(type(callback).__name__)
     GradientMonitor
+    AttentionProbe
     AnomalyCheckpoint
     NonFiniteLocator
     Diagnosis
@@ -127,6 +130,7 @@ def stability_callbacks() -> list[Callback]:
     """
     return [
         GradientMonitor(),
+        AttentionProbe(quiet=True),
         AnomalyCheckpoint(),
         NonFiniteLocator(),
         Diagnosis(),

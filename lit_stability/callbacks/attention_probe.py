@@ -9,14 +9,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_stability.attention_watch import AttentionWatch, fitting
+from lit_stability.attention_watch import LOGIT, AttentionWatch, fitting
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.compiled import has_compiled_parts
 from lit_stability.detectors.anomaly import require
-from lit_stability.stats import ProbeReading
-from lit_stability.trainer_state import AroundNextStep
+from lit_stability.norms import Unread
+from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.trainer_state import AroundNextStep, callbacks_of, sharing
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
+
+_LOOKS = 2
+"""Measurements in a row without an attention, after which there is none."""
 
 
 class AttentionProbe(Callback):
@@ -40,21 +44,31 @@ class AttentionProbe(Callback):
     measured, and it is said once. With gradient accumulation the first batch of the window is
     measured, in manual optimization what comes before the first backward pass.
 
+    Where two measurements have found no attention, on any rank, it looks no more in this fit, and
+    costs nothing. The one in `stability_callbacks` is ``quiet``: whoever has not asked for it is
+    not told that there is nothing to measure.
+
     Args:
         modules: glob of module names, or several, with all that is inside a module that fits.
         every: optimizer steps (Lightning's ``global_step``) between measurements.
+        quiet: say nothing where nothing can be measured, and measure nothing beside an
+            `AttentionProbe` that is not quiet, nor under a strategy that it was never run under.
 
     Raises:
         ValueError: if `every` is less than 1; at `setup` without a `GradientMonitor` before it; at
             the start of the fit where a glob fits no module.
     """
 
-    def __init__(self, modules: str | Sequence[str] = "*", *, every: int = 50) -> None:
+    def __init__(
+        self, modules: str | Sequence[str] = "*", *, every: int = 50, quiet: bool = False
+    ) -> None:
         require(every >= 1, "every", every, "at least 1")
         self.modules = modules if isinstance(modules, str) else list(modules)
-        self.every = every
-        self._blind = False
-        self._told = False
+        self.every, self.quiet = every, quiet
+        self._told = quiet
+        self._blind = self._due = self._asked = False
+        self._looks_left = 0
+        self._step = 0
         self._watch: AttentionWatch | None = None
         self._around: AroundNextStep | None = None
 
@@ -66,7 +80,9 @@ class AttentionProbe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the modules, now that all are there."""
         fitting(pl_module, self.modules)
-        self._told = False
+        self._told, self._due, self._asked = self.quiet, False, False
+        self._step = trainer.global_step
+        self._looks_left = 0 if self.quiet and _is_left_to_others(trainer) else _LOOKS
         compiled = getattr(pl_module, "_compiler_ctx", None) is not None
         self._blind = compiled or has_compiled_parts(pl_module)
         if self._blind:
@@ -79,9 +95,13 @@ class AttentionProbe(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         self._forget()
-        if trainer.global_step % self.every == 0 and not self._blind:
-            self._watch = AttentionWatch(pl_module, self.modules)
-            watch = self._watch
+        # Several optimizers may step over the number that is due; a window that brings no optimizer
+        # step leaves its turn to the next.
+        before, self._step = self._step, trainer.global_step
+        comes = self._step % self.every == 0 or self._step // self.every > before // self.every
+        self._due = self._looks_left > 0 and (self._due or comes)
+        if self._due and not self._blind:
+            self._watch = watch = AttentionWatch(pl_module, self.modules)
             self._around = AroundNextStep(trainer, lambda: watch)
 
     def on_before_backward(
@@ -93,17 +113,28 @@ class AttentionProbe(Callback):
 
     def probe_readings(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> list[ProbeReading] | None:
-        """What the step at hand has shown, once; None if it was not watched."""
+    ) -> list[ProbeReading] | Unread | None:
+        """What the step at hand has shown, once; None if it is not its turn, on all ranks alike."""
+        self._asked, self._due = self._due, False
+        if not self._asked:
+            return None
         watch, self._watch = self._watch, None
         if watch is None:
-            return None
-        found = watch.readings()
+            return []
+        found = watch.unread()
         if watch.error is not None:
             self._say(f"did not measure an attention ({watch.error})")
-        elif not found:
+        elif found is None:
             self._say(f"measures nothing: no attention was seen in modules={self.modules!r}")
-        return found
+        return [] if found is None else found
+
+    def on_step_measured(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """See whether to look again, by what all ranks have found."""
+        if self._asked:
+            self._asked = False
+            self._looks_left = _LOOKS if stats.readings_of(LOGIT) else self._looks_left - 1
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -124,3 +155,9 @@ class AttentionProbe(Callback):
         if not self._told:
             self._told = True
             log.warning("AttentionProbe %s", what)
+
+
+def _is_left_to_others(trainer: Trainer) -> bool:
+    """Whether somebody has chosen what to measure, or has a strategy that nobody has tried."""
+    probes = [c for c in callbacks_of(trainer) if isinstance(c, AttentionProbe)]
+    return sharing(trainer) == "untried" or not all(probe.quiet for probe in probes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
+from lit_stability.norms import Unread
 from lit_stability.rank_meter import RankMeter
 from lit_stability.ranks import Ranks
 from lit_stability.stats import ProbeReading, StepStats, mean_readings
@@ -21,6 +23,9 @@ from lit_stability.trainer_state import (
     loss_scaler,
     unscale,
 )
+
+Taken: TypeAlias = list[ProbeReading] | Unread | None
+"""What a probe answers: None where it is not its turn."""
 
 
 class Measuring:
@@ -116,7 +121,8 @@ class Measuring:
         scale = learning_rate_scale(optimizer)
         meter = self._meter(index, optimizer)
         loss, self._loss = self._loss, None
-        readings = self._readings(trainer)
+        probes = [c for c in callbacks_of(trainer) if hasattr(c, "probe_readings")]
+        taken = [probe.probe_readings(trainer, self._module) for probe in probes]
         stats = meter.measure(
             trainer.global_step,
             loss,
@@ -125,16 +131,22 @@ class Measuring:
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
+            also=[each.numbers for each in taken if isinstance(each, Unread)],
         )
+        readings = self._readings(taken, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
 
-    def _readings(self, trainer: Trainer) -> list[ProbeReading]:
+    def _readings(self, taken: Sequence[Taken], also: Sequence[float]) -> list[ProbeReading]:
         """What probes have measured, by the mean over the ranks; each is asked by all ranks."""
-        probes = [c for c in callbacks_of(trainer) if hasattr(c, "probe_readings")]
-        taken = [probe.probe_readings(trainer, self._module) for probe in probes]
         if all(each is None for each in taken):
             return []
-        own = [reading for each in taken for reading in each or ()]
+        own: list[ProbeReading] = []
+        for each in taken:
+            if isinstance(each, Unread):
+                count = each.numbers.numel()
+                own, also = [*own, *each.read(also[:count])], also[count:]
+            else:
+                own += each or []
         return own if self._ranks is None else mean_readings(self._ranks.gather(own))
 
     def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:

@@ -17,12 +17,16 @@ from lit_stability.stats import StepStats
 class AttentionLogits:
     """Tells of logits beyond a bound that still grow, and objects when attention has collapsed.
 
-    Grown logits are told of once per fit: the step is good, and some time is left. Collapse is
-    three things together: a module's logits were above ``bound`` in ``persist`` readings in a row,
-    its entropy is below ``share`` of the largest possible, *and* the loss has stopped falling: the
-    medians of two windows in a row are not below the lowest before, see `Plateau`. Each alone is
-    seen in healthy runs. No step taken again brings back a collapsed attention, so it too is
-    objected to once.
+    Grown logits, two readings in a row beyond ``bound`` and the second the larger, are told of once
+    per fit: the step is good, and some time is left. Collapse is three things together: a module's
+    logits were above ``bound`` in ``persist`` readings in a row, its entropy is below ``share`` of
+    the largest possible, *and* the loss has stopped falling: the medians of two windows in a row
+    are not below the lowest before, see `Plateau`. Each alone is seen in healthy runs. No step
+    taken again brings back a collapsed attention, so it too is objected to once.
+
+    Both have to have come about in training: there are pretrained models whose logits are in the
+    thousands by a bias alone, and whose heads rest on one token. So a module's logits must be
+    ``rise`` times what was first read of it, and its entropy have been ``rise`` times ``share``.
 
     Logits of 10,000 and more with an entropy near 0 are how ViT-22B diverged (Dehghani et al. 2023,
     arXiv 2302.05442) and what precedes divergence in small models at a high learning
@@ -34,6 +38,7 @@ class AttentionLogits:
         bound: largest absolute logit of a run that is well.
         share: entropy below which attention has collapsed, as a share of the largest.
         persist: readings in a row.
+        rise: how far a module must have come from its first reading.
         window: steps of which the loss's median is taken.
         fall: smallest fall of that median that counts, as a share of its absolute value.
 
@@ -42,14 +47,14 @@ class AttentionLogits:
 
     >>> from lit_stability.stats import ProbeReading, StepStats
     >>> d = AttentionLogits()
-    >>> for i, logit in enumerate([900.0, 1200.0, 1500.0, 1800.0]):
+    >>> for i, logit in enumerate([9.0, 400.0, 1500.0, 1800.0]):
     ...     reading = ProbeReading("attention_logit", "blocks.0", logit)
     ...     stats = StepStats(step=50 * i, loss=2.0, grad_norm=1.0, readings=(reading,))
     ...     told = d.check(stats)
     ...     if told is not None:
     ...         print(told.step, told.message)
     ...     d.update(stats)
-    50 attention logits of blocks.0 have grown to 1200, beyond 1000, and still grow
+    150 attention logits of blocks.0 have grown to 1800, beyond 1000, and still grow
     """
 
     shared_by_ranks = "yes"
@@ -60,14 +65,18 @@ class AttentionLogits:
         bound: float = 1000.0,
         share: float = 0.05,
         persist: int = 3,
+        rise: float = 3.0,
         window: int = 50,
         fall: float = 0.01,
     ) -> None:
         require(bound > 0, "bound", bound, "greater than 0")
         require(0 < share < 1, "share", share, "in (0, 1)")
         require(persist >= 1, "persist", persist, "at least 1")
-        self.bound, self.share, self.persist = bound, share, persist
+        require(rise >= 1, "rise", rise, "at least 1")
+        self.bound, self.share, self.persist, self.rise = bound, share, persist, rise
         self._plateau = Plateau(block=window, fall=fall)
+        self._first: dict[str, float] = {}
+        self._first_entropy: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._high: dict[str, int] = {}
         self._told: list[str] = []
@@ -86,7 +95,8 @@ class AttentionLogits:
             (r.where, r.value)
             for r in stats.readings_of("attention_entropy")[::-1]
             if r.value < self.share and self._high.get(r.where, 0) + 1 >= self.persist
-            if r.where in logits
+            if self._risen(r.where, logits.get(r.where, 0.0))
+            if self._first_entropy.get(r.where, 0.0) >= self.rise * self.share
         ]
         if not found:
             return None
@@ -107,7 +117,7 @@ class AttentionLogits:
         )
 
     def _growth(self, stats: StepStats, high: list[tuple[str, float]]) -> Anomaly | None:
-        grown = [(name, value) for name, value in high if value > self._last.get(name, math.inf)]
+        grown = [(name, value) for name, value in high if self._grows(name, value)]
         if self._told or not grown:
             return None
         name, value = grown[0]
@@ -125,20 +135,32 @@ class AttentionLogits:
             f"{self.bound:g}, and still grow",
         )
 
+    def _grows(self, name: str, value: float) -> bool:
+        """Whether a reading beyond the bound is larger than the one before, beyond it as well."""
+        return self.bound < self._last.get(name, math.inf) < value and self._risen(name, value)
+
+    def _risen(self, name: str, value: float) -> bool:
+        return value >= self.rise * self._first.get(name, math.inf)
+
     def update(self, stats: StepStats) -> None:
         """Learn readings and loss of an accepted step."""
         readings = _pairs(stats.readings_of("attention_logit"))
-        if any(v > self.bound and v > self._last.get(n, math.inf) for n, v in readings):
+        if any(self._grows(name, value) for name, value in readings):
             self._told = [*dict.fromkeys([*self._told, "growth"])]
+        for name, entropy in _pairs(stats.readings_of("attention_entropy")):
+            self._first_entropy.setdefault(name, entropy)
         for name, value in readings:
+            self._first.setdefault(name, value)
             self._last[name] = value
             self._high[name] = self._high.get(name, 0) + 1 if value > self.bound else 0
         if stats.has_loss:
             self._plateau.update(stats.loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last readings, how long they were high, the loss's windows, and what was told."""
+        """First and last readings, how long they were high, the loss's windows, what was told."""
         return {
+            "first": dict(self._first),
+            "first_entropy": dict(self._first_entropy),
             "last": dict(self._last),
             "high": dict(self._high),
             "plateau": self._plateau.state_dict(),
@@ -147,6 +169,8 @@ class AttentionLogits:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put such a state back."""
+        self._first = dict(state.get("first", {}))
+        self._first_entropy = dict(state.get("first_entropy", {}))
         self._last, self._high = dict(state["last"]), dict(state["high"])
         self._plateau.load_state_dict(state["plateau"])
         self._told = list(state["told"])

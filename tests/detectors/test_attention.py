@@ -7,16 +7,20 @@ from lit_stability.detectors.panel import Panel
 from lit_stability.stats import ProbeReading, StepStats
 
 
-def steps(logits, losses, entropies=None, every=10):
-    """One step per loss; a reading of each column of the logits at every tenth."""
+def steps(logits, losses, entropy=None, every=10, first_entropy=0.9):
+    """One step per loss; a reading of each column of the logits at every tenth.
+
+    The entropy is ``first_entropy`` at the first reading and ``entropy`` from then on.
+    """
     for step, loss in enumerate(losses):
         readings = []
         if step % every == 0 and step // every < len(logits):
             row = logits[step // every]
             for i, logit in enumerate(row if isinstance(row, tuple) else (row,)):
                 readings.append(ProbeReading("attention_logit", f"blocks.{i}", logit))
-                if entropies is not None:
-                    readings.append(ProbeReading("attention_entropy", f"blocks.{i}", entropies))
+                if entropy is not None:
+                    seen = entropy if step else first_entropy
+                    readings.append(ProbeReading("attention_entropy", f"blocks.{i}", seen))
         yield StepStats(step=step, loss=loss, grad_norm=1.0, readings=tuple(readings))
 
 
@@ -36,32 +40,51 @@ def run(stream, detector=None):
 FALLING = [4.0 * 0.99**i for i in range(200)]
 STUCK = [3.0] * 200
 GROWING = [10.0 * 3**i for i in range(20)]
+FALLEN = [2000.0 - i for i in range(20)]
 GROWTH, COLLAPSE = "attention-logit growth", "attention collapse"
 
 
 @pytest.mark.parametrize(
     ("logits", "losses", "entropy", "said"),
     [
-        (GROWING, FALLING, 0.0, [(50, GROWTH, "blocks.0")]),
-        (GROWING, STUCK, 0.3, [(50, GROWTH, "blocks.0")]),
-        (GROWING, STUCK, 0.0, [(50, GROWTH, "blocks.0"), (70, COLLAPSE, "blocks.0")]),
-        (GROWING, STUCK, None, [(50, GROWTH, "blocks.0")]),
+        (GROWING, FALLING, 0.0, [(60, GROWTH, "blocks.0")]),
+        (GROWING, STUCK, 0.3, [(60, GROWTH, "blocks.0")]),
+        (GROWING, STUCK, 0.0, [(60, GROWTH, "blocks.0"), (70, COLLAPSE, "blocks.0")]),
+        (GROWING, STUCK, None, [(60, GROWTH, "blocks.0")]),
         ([900.0] * 20, STUCK, 0.0, []),
-        ([2000.0 - i for i in range(20)], FALLING, 0.0, []),
-        ([2000.0 - i for i in range(20)], STUCK, 0.0, [(30, COLLAPSE, "blocks.0")]),
-        ([900.0, 2000.0, 900.0, 2000.0, 900.0], STUCK, 0.0, [(10, GROWTH, "blocks.0")]),
-        ([(5.0, x) for x in GROWING], FALLING, 0.0, [(50, GROWTH, "blocks.1")]),
+        ([5.0, *FALLEN], FALLING, 0.0, []),
+        ([5.0, *FALLEN], STUCK, 0.0, [(30, COLLAPSE, "blocks.0")]),
+        # One batch alone, as of inputs that are a thousand times too large.
+        ([5.0, 5.0, 2000.0, 5.0, 2000.0], FALLING, 0.0, []),
+        ([5.0, 1500.0, 2000.0], FALLING, 0.0, [(20, GROWTH, "blocks.0")]),
+        ([(5.0, x) for x in GROWING], FALLING, 0.0, [(60, GROWTH, "blocks.1")]),
         ([float("nan")] * 20, STUCK, 0.0, []),
-        ([10.0, float("inf")], FALLING, None, [(10, GROWTH, "blocks.0")]),
+        ([10.0, float("inf"), float("inf")], FALLING, None, []),
+        ([10.0, 2000.0, float("inf")], FALLING, None, [(20, GROWTH, "blocks.0")]),
     ],
 )
 def test_attention_logits_stream(logits, losses, entropy, said):
     assert run(steps(logits, losses, entropy)) == said
 
 
+NOISY = [1500.0 * (1 + 0.3 * (i % 3)) for i in range(20)]
+"""As of a pretrained trunk with biases in the thousands, which differs from batch to batch."""
+
+
+@pytest.mark.parametrize(
+    ("logits", "first_entropy"),
+    [(NOISY, 0.9), (NOISY, 0.01), ([5.0, *FALLEN], 0.04)],
+)
+def test_attention_that_was_so_from_the_start_is_left_alone(logits, first_entropy):
+    """A healthy run: frozen and pretrained trunks are fine-tuned until the loss stands."""
+    assert run(steps(logits, STUCK, 0.01, first_entropy=first_entropy)) == []
+
+
 def test_collapse_is_bad_state_and_names_module_logit_and_entropy():
     detector = AttentionLogits(window=10)
-    found = [detector.check(s) or detector.update(s) for s in steps([2000.0] * 20, STUCK, 0.01)]
+    found = [
+        detector.check(s) or detector.update(s) for s in steps([5.0] + [2000.0] * 20, STUCK, 0.01)
+    ]
     (anomaly,) = filter(None, found)
     assert anomaly.state_is_bad
     assert not anomaly.observe_only
@@ -89,11 +112,12 @@ def test_all_ranks_find_it_before_they_look_at_gradients():
         anomaly, shared = panel.verdict(stats, voting=True)
         said += [(anomaly.step, shared)] if anomaly else []
         panel.learn(stats)
-    assert said == [(50, False)], "an observation is told of when all ranks have voted for the step"
+    assert said == [(60, False)], "an observation is told of when all ranks have voted for the step"
 
 
 @pytest.mark.parametrize(
-    "options", [{"bound": 0.0}, {"share": 1.0}, {"persist": 0}, {"window": 0}, {"fall": 1.0}]
+    "options",
+    [{"bound": 0.0}, {"share": 1.0}, {"persist": 0}, {"rise": 0.5}, {"window": 0}, {"fall": 1.0}],
 )
 def test_option_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match=f"got {next(iter(options.values()))}"):

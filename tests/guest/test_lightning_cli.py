@@ -74,7 +74,7 @@ OPTIONS = {
         "memorise": {"class_path": "lit_stability.preflight.Memorise", "init_args": {"samples": 2}},
     },
     "GradientFlow": {"every_n_steps": 100, "layers": 5},
-    "AttentionProbe": {"modules": ["*"], "every": 20},
+    "AttentionProbe": {"modules": ["*"], "every": 20, "quiet": False},
     "CurvatureProbe": {"every": 30, "follow": 2},
 }
 
