@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from lit_stability.detectors import Stall
+from lit_stability.detectors.stall import stacks
 from lit_stability.meter import StepMeter
 from tests.detectors.streams import steps_of, told, told_with_a_resume
 
@@ -51,6 +52,66 @@ def test_gradient_that_dies_on_its_way_down_is_told_of(norms, losses, expected):
     if math.isnan(norms[0][0]):
         stream = [row | {"grad_norm": math.nan} for row in stream]
     assert steps_of(told(small(), stream)) == expected
+
+
+def both_stacks(encoder, decoder, layers=6):
+    """Norms of an encoder and a decoder, one parameter a layer, and a table and a head beside."""
+    parts = (("encoder", encoder), ("decoder", decoder))
+    names = [f"{part}.layers.{i}.w" for part, _ in parts for i in range(layers)]
+    norms = [fade**i for _, fade in parts for i in range(layers)[::-1]]
+    row = {"names": ("table", *names, "head"), "grad_norms": (1.0, *norms, 1.0)}
+    return [row | {"loss": 3.1, "learning_rates": (0.1,)}] * 200
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "said"),
+    [
+        (1.0, 1.0, []),
+        # Halved from layer to layer, a sixteenth arrives.
+        (0.5, 0.5, []),
+        (0.1, 1.0, [(60, "encoder.layers")]),
+        (1.0, 0.1, [(60, "decoder.layers")]),
+        (0.2, 0.1, [(60, "decoder.layers")]),
+        # Larger below than above is no stall.
+        (2.0, 2.0, []),
+    ],
+)
+def test_stack_of_an_encoder_decoder_in_which_the_gradient_dies_is_named(encoder, decoder, said):
+    found = told(small(), both_stacks(encoder, decoder))
+    assert [(a.step, a.message.split(" of ")[2].split()[0]) for a in found] == said
+    for anomaly in found:
+        assert [name.split(".")[0] for name, _ in anomaly.layers] == [said[0][1][:7]] * 2
+
+
+def test_stacks_that_are_low_in_turns_are_no_episode():
+    low, high = both_stacks(0.1, 1.0)[0], both_stacks(1.0, 0.1)[0]
+    stream = ([low] * 20 + [high] * 20) * 10
+    assert told(small(), stream) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("a", "b.w"), {}),
+        (("layers.0.w", "layers.1.w", "head.w"), {}),
+        # The outermost of those that have layers enough.
+        (("net.0.h.0.w", "net.0.h.1.w", "net.0.h.2.w", "out"), {"net.0.h": [0, 1, 2]}),
+        (("net.0.h.0.w", "net.1.h.0.w", "net.2.h.0.w"), {"net": [0, 1, 2]}),
+        ([f"net.{i}.h.{j}.w" for i in range(3) for j in range(3)], {"net": [*range(9)]}),
+        (("0.w", "2.w", "4.w"), {"": [0, 1, 2]}),
+    ],
+)
+def test_stacks_are_told_from_the_names(names, expected):
+    assert stacks(names, least=3) == expected
+
+
+def test_state_from_before_stacks_were_told_apart_is_taken_over():
+    first, second = small(), small()
+    stream = rows([FADED] * 200)
+    assert steps_of(told(first, stream[:45])) == []
+    state = first.state_dict()
+    second.load_state_dict(state | {"low_for": state["low_for"][""]})
+    assert second.state_dict() == state
 
 
 def test_lowest_layers_are_named():
