@@ -51,7 +51,7 @@ class Samples:
         self._scales = torch.tensor(scale, device=self.device)
         self._weights = self._scales.repeat_interleave(torch.tensor(counts, device=self.device))
         self._addresses: list[int] = []
-        self._are_views = False
+        self._are_views = self._are_apart = False
         self._views: list[list[Tensor]] = []
 
     def gather(self) -> Tensor:
@@ -71,18 +71,17 @@ class Samples:
         self._addresses = addresses
         tensors = [_detached(self._tensors[i]) for i in self._order]
         self._are_views = all(_is_dense(t) for t in tensors)
-        few: list[Tensor] = []
-        self._views = [few]
-        for size, run in groupby(tensors, key=Tensor.numel):
-            views = self._sampled(size, [*run])
-            if few and (len(views) >= _MANY or few[-1].dim() != views[0].dim()):
-                few = []
-                self._views.append(few)
-            few += views
-            if len(views) >= _MANY:
-                few = []
-                self._views.append(few)
-        self._views = [views for views in self._views if views]
+        self._are_apart = any(t.device != self.device for t in tensors)
+        self._views = []
+        alone = True
+        for size, group in groupby(tensors, key=Tensor.numel):
+            run = [*group]
+            views = self._sampled(size, run)
+            was_alone, alone = alone, len(run) >= _MANY
+            if was_alone or alone or self._views[-1][0].dim() != views[0].dim():
+                self._views.append(views)
+            else:
+                self._views[-1] += views
 
     def _sampled(self, size: int, tensors: list[Tensor]) -> list[Tensor]:
         """Views of the samples of tensors of one size; block by block where they are few."""
@@ -93,10 +92,10 @@ class Samples:
             return [row for v in views for row in v]
         return views
 
-    def _join(self, views: Sequence[Tensor]) -> Tensor:
-        if any(v.device != self.device for v in views):
+    def _join(self, views: list[Tensor]) -> Tensor:
+        if self._are_apart:
             views = [v.to(self.device) for v in views]
-        return torch.cat(list(views)).reshape(-1)
+        return torch.cat(views).reshape(-1)
 
     def weighted_square_sum(self, flat: Tensor) -> Tensor:
         """Estimate of the squared norm of all the tensors together, a scalar."""

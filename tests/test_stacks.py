@@ -113,7 +113,9 @@ def test_gradients_leave_out_a_parameter_without_one():
 def test_gradients_of_a_sparse_parameter_are_its_rows_and_not_complete():
     names, found = parameters(10)
     indices = torch.tensor([[1, 1]])
-    found[4].grad = torch.sparse_coo_tensor(indices, torch.ones(2, 3), (2, 3))
+    found[4].grad = torch.sparse_coo_tensor(
+        indices, torch.ones(2, 3), (2, 3), check_invariants=True
+    )
     grads = gradients_of(names, found)
     assert not grads.complete
     assert grads.tensors[4].tolist() == [[2.0, 2.0, 2.0]]
