@@ -411,6 +411,17 @@ def test_scan_names_bad_weights_and_measures_their_norm():
     assert m.measure(2, None, scan_weights=True).bad_weights == ("p1", "p2")
 
 
+def test_momentum_put_in_the_place_of_another_is_seen_within_ten_steps():
+    named = parameters(4, (30, 30))
+    optimizer = torch.optim.AdamW(named.values())
+    m = meter(named, optimizer)
+    list(train(named, optimizer, m, 3))
+    state = optimizer.state[named["p1"]]
+    state["exp_avg"] = torch.full_like(state["exp_avg"], math.nan)
+    found = [m.measure(step, None).bad_momentum for step in range(3, 13)]
+    assert ("p1",) in found
+
+
 def test_audit_names_bad_weights_and_bad_moments():
     """N3, S3."""
     named = parameters(4, 4, (30, 30))
