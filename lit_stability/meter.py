@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.batched_norms import BatchedNorms, Gradients, gradients_of
 from lit_stability.details import details_of, sampled_distribution
 from lit_stability.moments import Moments, MomentStats
-from lit_stability.norms import dense, non_finite, norms_of, peaks_of, to_host, total
+from lit_stability.norms import non_finite, norms_of, to_host, total
 from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
 from lit_stability.shards import local
@@ -81,6 +82,7 @@ class StepMeter:
         self.also: Sequence[float] = ()
         """What came to the host with the last step."""
         self._samples = Samples(self.parameters)
+        self._batched = BatchedNorms(self.parameters)
         self._moments = Moments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
         self._staleness = Staleness()
@@ -126,19 +128,15 @@ class StepMeter:
             details: fill ``StepStats.details``.
             also: other numbers to bring to the host, into `also`; each of one dimension.
         """
-        grads = {
-            n: dense(grad)
-            for n, p in zip(self.names, self.parameters, strict=True)
-            if (grad := p.grad) is not None
-        }
-        rows = [sampled_distribution(g) for g in grads.values()] if details else []
+        grads = gradients_of(self.names, self.parameters)
+        rows = [sampled_distribution(g) for g in grads.tensors] if details else []
         read = self._read(
             loss, loss_scale, scan_weights, sum(learning_rates), grads, [*rows, *also]
         )
         last = len(read.distributions) - sum(each.numel() for each in also)
         self.also = read.distributions[last:]
         grad_norms = tuple(read.grad_norms)
-        rms, rms_name = self._stale(dict(zip(grads, grad_norms, strict=True)), read.updates)
+        rms, rms_name = self._stale(dict(zip(grads.names, grad_norms, strict=True)), read.updates)
         stats = StepStats(
             step=step,
             loss=_unscaled(read.loss, read.scale),
@@ -146,7 +144,7 @@ class StepMeter:
             loss_scale=read.scale,
             grad_norm=total(grad_norms),
             optimizer=self.index,
-            names=tuple(grads),
+            names=grads.names,
             grad_norms=grad_norms,
             learning_rates=tuple(learning_rates),
             nominal_learning_rates=tuple(nominal_learning_rates),
@@ -162,7 +160,7 @@ class StepMeter:
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
             weight_moves=self._moves(read),
             bad_weights=non_finite(self.names, read.weight_norms),
-            details=details_of(list(grads), grad_norms, read.distributions[:last]),
+            details=details_of(grads.names, grad_norms, read.distributions[:last]),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
         )
@@ -219,19 +217,20 @@ class StepMeter:
         loss_scale: Tensor | None,
         scan_weights: bool,
         rate: float,
-        grads: dict[str, Tensor],
+        grads: Gradients,
         rows: list[Tensor],
     ) -> Reading:
+        weights, peaks = self._scan() if scan_weights else ([], [])
         host = to_host(
             {
                 "loss": _scalar(loss),
                 "scale": _scalar(loss_scale),
-                "grads": norms_of(list(grads.values())),
-                "weights": norms_of(self._local_weights()) if scan_weights else [],
+                "grads": self._gradient_norms(grads),
+                "weights": weights,
                 "rows": rows,
                 "updates": self._update_sums(),
                 "extents": self._extents() if scan_weights else [],
-                "peaks": peaks_of(self._local_weights()) if scan_weights else [],
+                "peaks": peaks,
                 "moments": self._moments.sums(),
                 "stuck": self._rounding.look(),
             }
@@ -248,6 +247,13 @@ class StepMeter:
             distributions=host["rows"],
             stuck=host["stuck"],
         )
+
+    def _gradient_norms(self, grads: Gradients) -> list[Tensor]:
+        return self._batched.norms(grads.tensors) if grads.complete else norms_of(grads.tensors)
+
+    def _scan(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Norms and peaks of all weights."""
+        return self._batched.norms_and_peaks(self._local_weights())
 
     def _stale(self, norms: dict[str, float], updates: Sequence[float]) -> tuple[float | None, str]:
         """What is measured of the second moment; a step not taken leaves the sample as it was."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_, mul
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.norms import non_finite
 from lit_stability.sampling import RECHECK, Samples
 
 _BLOCKS = 2
 """Blocks sampled of each moment: damage that matters fills a tensor."""
+_KEYS = ("exp_avg", "momentum_buffer", "exp_avg_sq")
+"""What optimizers call their moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +49,16 @@ class Moments:
     ) -> None:
         self._names, self._parameters, self._optimizer = names, parameters, optimizer
         self._samples: Samples | None = None
-        self._tensors: list[Tensor] = []
+        self._seen: list[Tensor | None] = []
         self._calls = 0
         self._first: list[str] = []
         self._second: list[str] = []
         self._decay: list[float] = []
+        self.decays: dict[str, float] = {}
+        """Decay of the second moment of each parameter that has one."""
         self._last: list[float] | None = None
         self._last_sums: Tensor | None = None
         self._decays_there: Tensor | None = None
-
-    @property
-    def decays(self) -> dict[str, float]:
-        """Decay of the second moment of each parameter that has one."""
-        return dict(zip(self._second, self._decay, strict=True))
 
     def forget(self) -> None:
         """Drop what was remembered of the last step, and look for the moments anew."""
@@ -73,6 +74,10 @@ class Moments:
 
     def _find(self) -> None:
         """Look for the moments; an optimizer makes them at its first step, and may replace them."""
+        seen = [state.get(key) for state in self._optimizer.state.values() for key in _KEYS]
+        if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
+            return
+        self._seen = seen
         first: dict[str, Tensor] = {}
         second: dict[str, Tensor] = {}
         for name, parameter in zip(self._names, self._parameters, strict=True):
@@ -84,34 +89,32 @@ class Moments:
             if "exp_avg_sq" in state:
                 second[name] = state["exp_avg_sq"]
         tensors = [*first.values(), *second.values()]
-        if [id(t) for t in tensors] == [id(t) for t in self._tensors]:
-            return
-        self._tensors = tensors
         self._samples = Samples(tensors, _BLOCKS) if tensors else None
         self._first, self._second = list(first), list(second)
         decay = self._decays()
         self._decay = [decay[name] for name in second]
+        self.decays = dict(zip(self._second, self._decay, strict=True))
         self._decays_there = None
         self._last = self._last_sums = None
 
     def judge(self, sums: Sequence[float]) -> MomentStats:
         """What the sums, on the host, say against those of the step before."""
         momentum, second = sums[: len(self._first)], list(sums[len(self._first) :])
-        bad = tuple(n for n, s in zip(self._first, momentum, strict=False) if not math.isfinite(s))
+        bad = non_finite(self._first, momentum)
         last, self._last = self._last, second or None
         if last is None or len(last) != len(second):
             return MomentStats(bad)
         # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
-        rows = zip(self._second, second, last, self._decay, strict=True)
+        floors = map(mul, self._decay, last)
         ratios = [
-            (now / (b * before) if math.isfinite(now) else math.nan, name)
-            for name, now, before, b in rows
-            if before > 0 and b > 0
+            (now / floor if math.isfinite(now) else math.nan) if floor > 0 else math.inf
+            for now, floor in zip(second, floors, strict=True)
         ]
-        if not ratios:
+        worst = _smallest(ratios)
+        # A parameter without gradients so far has nothing that could fall.
+        if ratios[worst] == math.inf:
             return MomentStats(bad)
-        ratio, name = min(ratios, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0])
-        return MomentStats(bad, ratio, name)
+        return MomentStats(bad, ratios[worst], self._second[worst])
 
     def row(self, device: torch.device) -> Tensor:
         """The rank's own judgement, left on the device: see `judge_rows`; shape ``(3,)``."""
@@ -155,3 +158,10 @@ class Moments:
             for p in group["params"]
         }
         return {n: by_id[id(p)] for n, p in zip(self._names, self._parameters, strict=True)}
+
+
+def _smallest(ratios: Sequence[float]) -> int:
+    """Index of the first NaN, or of the smallest where there is none."""
+    if math.isnan(sum(ratios)):
+        return next(i for i, ratio in enumerate(ratios) if math.isnan(ratio))
+    return ratios.index(min(ratios))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.batched_norms import Gradients
 from lit_stability.meter import Reading, StepMeter
-from lit_stability.norms import norms_of, peaks_of, to_host
+from lit_stability.norms import to_host
 from lit_stability.ranks import Ranks, Summed
 from lit_stability.shards import share
 
@@ -95,7 +96,7 @@ class RankMeter(StepMeter):
         loss_scale: Tensor | None,
         scan_weights: bool,
         rate: float,
-        grads: dict[str, Tensor] | None = None,
+        grads: Gradients | None = None,
     ) -> _Vector:
         device = self._samples.device
         updates = self._update_sums()
@@ -103,15 +104,14 @@ class RankMeter(StepMeter):
         parts = {"loss": _present(loss, device), "scale": _present(loss_scale, device)}
         parts["updates"] = torch.cat(updates) if updates else torch.zeros(2, device=device)
         if scan_weights:
-            parts["weights"] = self._squares(self._local_weights())
+            (norms,), (peaks,) = self._scan()
+            parts["weights"] = self._squares(norms)
             # Of shards the sums of norms are norms as well, if others than that of the whole.
-            (peaks,) = peaks_of(self._local_weights())
             parts["peaks"] = peaks.to(device).double() * self._shares
             for extents in self._extents():
                 parts["extents"] = extents.double() * self._shares.repeat(3)
         if grads is not None:
-            nothing = torch.empty(0, device=device)
-            parts["grads"] = self._squares([grads.get(n, nothing) for n in self.names])
+            parts["grads"] = self._squares(self._norms_by_parameter(grads))
         row = torch.empty(5, dtype=torch.float64, device=device)
         row[:3] = self._moments.row(device)
         row[3] = checksum(self._last_weights) if self._ranks.replicas else 0.0
@@ -120,9 +120,17 @@ class RankMeter(StepMeter):
         lengths = {name: len(part) for name, part in parts.items()}
         return _Vector(self._ranks.sum(shared, row), lengths)
 
-    def _squares(self, tensors: list[Tensor]) -> Tensor:
+    def _norms_by_parameter(self, grads: Gradients) -> Tensor:
+        """Norms of the gradients, 0 where a parameter has none."""
+        if not grads.complete:
+            there = dict(zip(grads.names, grads.tensors, strict=True))
+            nothing = torch.empty(0, device=self._samples.device)
+            grads = Gradients(self.names, [there.get(n, nothing) for n in self.names], False)
+        (norms,) = self._gradient_norms(grads)
+        return norms
+
+    def _squares(self, norms: Tensor) -> Tensor:
         """This rank's contribution to the squared norm of each parameter."""
-        (norms,) = norms_of(tensors)
         return norms.to(self._shares.device).double().square() * self._shares
 
     def _read(
@@ -131,19 +139,19 @@ class RankMeter(StepMeter):
         loss_scale: Tensor | None,
         scan_weights: bool,
         rate: float,
-        grads: dict[str, Tensor],
+        grads: Gradients,
         rows: list[Tensor],
     ) -> Reading:
         begun, self._begun = self._begun, None
         vector = begun or self._start(loss, loss_scale, scan_weights, rate, grads)
-        own = norms_of(list(grads.values())) if begun else []
+        own = self._gradient_norms(grads) if begun else []
         # Replicas are stuck alike; of shards it is not asked.
         stuck = self._rounding.look() if self._ranks.replicas else []
         host = to_host({"vector": [vector.sum.wait()], "grads": own, "rows": rows, "stuck": stuck})
         parts, ranks = vector.split(host["vector"])
         if not begun:
             norms = dict(zip(self.names, _roots(parts["grads"]), strict=True))
-            host["grads"] = [norms[n] for n in grads]
+            host["grads"] = [norms[n] for n in grads.names]
         return Reading(
             loss=_mean(parts["loss"]),
             scale=_mean(parts["scale"]),

@@ -6,16 +6,19 @@ May import torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from lit_stability.shards import local
+from lit_stability.shards import PLAIN, local
 
 _BLOCKS, _BLOCK = 16, 32
 """The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
 _FEW = 4
 """Blocks up to which it is faster to join them one by one than to join strided views."""
+_MANY = 16
+"""Views of one shape and stride from which on it is fastest to join these alone."""
 RECHECK = 10
 """Gathers between looks at whether tensors, or the optimizer's state, were replaced."""
 
@@ -32,53 +35,67 @@ class Samples:
 
     def __init__(self, tensors: Sequence[Tensor], blocks: int = _BLOCKS) -> None:
         self._tensors = list(tensors)
+        self._are_plain = set(map(type, self._tensors)) <= PLAIN
         self._calls = 0
-        self._blocks, most = blocks, blocks * _BLOCK
+        self._blocks, self._most = blocks, blocks * _BLOCK
         tensors = [_detached(t) for t in tensors]
         self.device = tensors[0].device
-        large = [i for i, t in enumerate(tensors) if t.numel() > most]
-        small = [i for i, t in enumerate(tensors) if t.numel() <= most]
-        self._large, self._small = large, small
-        order = [*large, *small]
-        self._back = torch.tensor(order, device=self.device).argsort()
-        counts = [min(tensors[i].numel(), most) for i in order]
-        self._lengths = torch.tensor(counts, device=self.device)
-        scale = [tensors[i].numel() / max(n, 1) for i, n in zip(order, counts, strict=True)]
+        self._sizes = [t.numel() for t in tensors]
+        self._order = sorted(range(len(tensors)), key=lambda i: -self._sizes[i])
+        self._back = torch.tensor(self._order, device=self.device).argsort()
+        sizes = [self._sizes[i] for i in self._order]
+        counts = [min(n, self._most) for n in sizes]
+        self._runs = [(len([*run]), count) for count, run in groupby(counts)]
+        """How many tensors in a row have a sample of how many elements."""
+        scale = [n / max(count, 1) for n, count in zip(sizes, counts, strict=True)]
         self._scales = torch.tensor(scale, device=self.device)
-        self._weights = self._scales.repeat_interleave(self._lengths)
+        self._weights = self._scales.repeat_interleave(torch.tensor(counts, device=self.device))
         self._addresses: list[int] = []
-        self._are_views = False
-        self._views: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._are_views = self._are_apart = False
+        self._views: list[list[Tensor]] = []
 
     def gather(self) -> Tensor:
-        """Shape ``(elements of the sample,)``, fp32, the large tensors first."""
+        """Shape ``(elements of the sample,)``, fp32, the largest tensors first."""
         if self._calls % RECHECK == 0 or not self._are_views:
             self._look_again()
         self._calls += 1
-        parts = [self._join(views) for views in self._views if views]
+        parts = [self._join(views) for views in self._views]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
 
     def _look_again(self) -> None:
         """Make the views anew where a tensor was given other memory."""
-        addresses = [local(t).data_ptr() for t in self._tensors]
+        own = self._tensors if self._are_plain else [local(t) for t in self._tensors]
+        addresses = [t.data_ptr() for t in own]
         if addresses == self._addresses and self._are_views:
             return
         self._addresses = addresses
-        tensors = [_detached(t) for t in self._tensors]
+        tensors = [_detached(self._tensors[i]) for i in self._order]
         self._are_views = all(_is_dense(t) for t in tensors)
-        self._views = (
-            self._rows([blocks_of(tensors[i], self._blocks) for i in self._large]),
-            [blocks_of(tensors[i], 1, tensors[i].numel())[0] for i in self._small],
-        )
+        self._are_apart = any(t.device != self.device for t in tensors)
+        self._views = []
+        alone = True
+        for size, group in groupby(tensors, key=Tensor.numel):
+            run = [*group]
+            views = self._sampled(size, run)
+            was_alone, alone = alone, len(run) >= _MANY
+            if was_alone or alone or self._views[-1][0].dim() != views[0].dim():
+                self._views.append(views)
+            else:
+                self._views[-1] += views
 
-    def _rows(self, views: list[Tensor]) -> list[Tensor]:
-        """Block by block where a tensor has few: neighbours are joined by a plain copy."""
-        return [row for v in views for row in v] if self._blocks <= _FEW else views
+    def _sampled(self, size: int, tensors: list[Tensor]) -> list[Tensor]:
+        """Views of the samples of tensors of one size; block by block where they are few."""
+        if size <= self._most:
+            return [blocks_of(t, 1, size)[0] for t in tensors]
+        views = [blocks_of(t, self._blocks) for t in tensors]
+        if len(views) < _MANY and self._blocks <= _FEW:
+            return [row for v in views for row in v]
+        return views
 
-    def _join(self, views: Sequence[Tensor]) -> Tensor:
-        if any(v.device != self.device for v in views):
+    def _join(self, views: list[Tensor]) -> Tensor:
+        if self._are_apart:
             views = [v.to(self.device) for v in views]
-        return torch.cat(list(views)).reshape(-1)
+        return torch.cat(views).reshape(-1)
 
     def weighted_square_sum(self, flat: Tensor) -> Tensor:
         """Estimate of the squared norm of all the tensors together, a scalar."""
@@ -86,9 +103,7 @@ class Samples:
 
     def sums(self, flat: Tensor) -> Tensor:
         """Sum of each tensor's sample, shape ``(tensors,)``, in the tensors' order."""
-        # `unsafe` leaves out a check of the lengths, which would copy to the host twice.
-        sums = torch.segment_reduce(flat, "sum", lengths=self._lengths, unsafe=True)
-        return sums[self._back]
+        return torch.cat([rows.sum(1) for rows in self._rows(flat)])[self._back]
 
     def extents(self, flat: Tensor) -> Tensor:
         """Norm of each tensor as if without its largest element, and its two largest sizes.
@@ -97,18 +112,30 @@ class Samples:
             Shape ``(3 * tensors,)``: the norms, estimated for the whole tensors; the largest sizes
             in the sample; the second largest, which are 0 where there is one element only.
         """
-        n = self._lengths
-        sizes = flat.abs()
-        first = torch.segment_reduce(sizes, "max", lengths=n, unsafe=True, initial=0.0)
-        is_first = sizes == first.repeat_interleave(n, output_size=len(flat))
-        rest = sizes.masked_fill(is_first, 0.0)
-        second = torch.segment_reduce(rest, "max", lengths=n, unsafe=True, initial=0.0)
-        count = torch.segment_reduce(is_first.float(), "sum", lengths=n, unsafe=True)
-        again = (count - 1).clamp(min=0) * first.square()
-        squares = torch.segment_reduce(rest.square(), "sum", lengths=n, unsafe=True) + again
-        norms = (squares * self._scales).sqrt()
-        second = torch.where(count > 1, first, second)
-        return torch.cat([part[self._back] for part in (norms, first, second)])
+        found = torch.cat([_extents(rows) for rows in self._rows(flat.abs())], dim=1)
+        found[0] = (found[0] * self._scales).sqrt()
+        return found[:, self._back].reshape(-1)
+
+    def _rows(self, flat: Tensor) -> list[Tensor]:
+        """Matrices with the sample of a tensor in each row, of samples of one size each."""
+        parts = torch.split(flat, [count * size for count, size in self._runs])
+        return [part.view(run) for part, run in zip(parts, self._runs, strict=True)]
+
+
+def _extents(sizes: Tensor) -> Tensor:
+    """Of each row the sum of squares without the largest number, that, and the second largest.
+
+    Args:
+        sizes: at least 0; of several equally large ones in a row one is left out.
+    """
+    if not sizes.shape[1]:
+        return sizes.new_zeros(3, len(sizes))
+    first = sizes.amax(1)
+    is_first = sizes == first[:, None]
+    rest = sizes.masked_fill(is_first, 0.0)
+    count = is_first.sum(1)
+    squares = rest.square().sum(1) + (count - 1).clamp(min=0) * first.square()
+    return torch.stack([squares, first, torch.where(count > 1, first, rest.amax(1))])
 
 
 def blocks_of(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Tensor:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = frozenset({Tensor, nn.Parameter})
+"""Types of tensors that a rank holds whole, with nothing behind them."""
 
 
 def local(tensor: Tensor) -> Tensor:
     """The rank's own shard, in place and without gradient; any other tensor itself."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return tensor
     # Asked by name: importing DTensor costs a second, and a single device has none.
     to_local = getattr(tensor, "to_local", None)

@@ -12,7 +12,7 @@ own saw clipped gradients the two do not mix. Imports neither torch nor Lightnin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 
 class Staleness:
@@ -26,14 +26,24 @@ class Staleness:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
-        """Sum of the second moment, and its decay to the power of the steps learnt, of which the
-        bias correction divides by what is missing to 1."""
-        self._pending: Mapping[str, float] = {}
+        self.forget()
 
     def forget(self) -> None:
         """Begin anew, as after the weights were put back."""
-        self._sums, self._pending = {}, {}
+        self._kept: dict[str, tuple[float, float]] = {}
+        """Sum and rest, see below, of each parameter as it was last put aside."""
+        self._names: list[str] = []
+        """Parameters of the last step; what follows is in their order."""
+        self._pending: list[float] = []
+        """Their norms, until their update is seen to be taken."""
+        self._sums: list[float] = []
+        """Sum of the second moment; 0 where there is none."""
+        self._rests: list[float] = []
+        """Its decay to the power of the steps learnt, of which the bias correction divides by what
+        is missing to 1."""
+        self._rates: list[float] = []
+        """Its decay; 1 where there is none, as nothing is learnt then."""
+        self._decays: Mapping[str, float] = {}
 
     def measure(
         self, norms: Mapping[str, float], decays: Mapping[str, float], *, taken: bool
@@ -53,23 +63,39 @@ class Staleness:
         Returns:
             None where no parameter has a second moment with gradients before this one in it.
         """
+        self._follow(self._names, decays)
         if taken:
-            self._learn(decays)
-        self._pending = norms
-        worst, whose = 0.0, ""
-        for name, norm in norms.items():
-            if name not in decays or name not in self._sums:
-                continue
-            (value, rest), decay, square = self._sums[name], decays[name], norm * norm
-            if value > 0 and square < math.inf:
-                ratio = square * (1 - decay * rest) / (decay * value + (1 - decay) * square)
-                if ratio > worst:
-                    worst, whose = ratio, name
-        return (math.sqrt(worst), whose) if whose else None
+            self._learn()
+        self._follow([*norms], decays)
+        self._pending = [*norms.values()]
+        ratios = [
+            x * x * (1 - b * rest) / (b * value + (1 - b) * x * x)
+            if value > 0 and x * x < math.inf
+            else 0.0
+            for x, value, rest, b in self._rows()
+        ]
+        worst = max(ratios, default=0.0)
+        return (math.sqrt(worst), self._names[ratios.index(worst)]) if worst > 0 else None
 
-    def _learn(self, decays: Mapping[str, float]) -> None:
-        for name, norm in self._pending.items():
-            if name in decays and math.isfinite(norm):
-                decay = decays[name]
-                value, rest = self._sums.get(name, (0.0, 1.0))
-                self._sums[name] = (decay * value + (1 - decay) * norm * norm, decay * rest)
+    def _rows(self) -> Iterator[tuple[float, float, float, float]]:
+        return zip(self._pending, self._sums, self._rests, self._rates, strict=True)
+
+    def _learn(self) -> None:
+        """Take the last step's gradients up in the sums, those that are finite."""
+        rests = [b * rest if x < math.inf else rest for x, _, rest, b in self._rows()]
+        self._sums = [
+            b * value + (1 - b) * x * x if x < math.inf else value
+            for x, value, _, b in self._rows()
+        ]
+        self._rests = rests
+
+    def _follow(self, names: list[str], decays: Mapping[str, float]) -> None:
+        """Put the sums aside and take others up, where these are not the same parameters."""
+        if names == self._names and (decays is self._decays or decays == self._decays):
+            return
+        rows = zip(self._names, self._sums, self._rests, strict=True)
+        self._kept |= {n: (value, rest) for n, value, rest in rows if n in self._decays}
+        found = [self._kept.get(n, (0.0, 1.0)) if n in decays else (0.0, 1.0) for n in names]
+        self._names, self._decays = names, decays
+        self._sums, self._rests = [value for value, _ in found], [rest for _, rest in found]
+        self._rates = [decays.get(n, 1.0) for n in names]

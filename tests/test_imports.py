@@ -27,6 +27,7 @@ MAY_IMPORT_TORCH = (
         "norms.py",
         "details.py",
         "shards.py",
+        "batched_norms.py",
         "ranks.py",
         "rank_meter.py",
         "checkpoint_copy.py",

@@ -411,6 +411,17 @@ def test_scan_names_bad_weights_and_measures_their_norm():
     assert m.measure(2, None, scan_weights=True).bad_weights == ("p1", "p2")
 
 
+def test_momentum_put_in_the_place_of_another_is_seen_within_ten_steps():
+    named = parameters(4, (30, 30))
+    optimizer = torch.optim.AdamW(named.values())
+    m = meter(named, optimizer)
+    list(train(named, optimizer, m, 3))
+    state = optimizer.state[named["p1"]]
+    state["exp_avg"] = torch.full_like(state["exp_avg"], math.nan)
+    found = [m.measure(step, None).bad_momentum for step in range(3, 13)]
+    assert ("p1",) in found
+
+
 def test_audit_names_bad_weights_and_bad_moments():
     """N3, S3."""
     named = parameters(4, 4, (30, 30))
@@ -442,7 +453,7 @@ def test_measure_copies_to_the_host_once_for_any_number_of_parameters(monkeypatc
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: copies.append(t.numel()) or tolist(t))
     for count in (3, 40):
-        named = parameters(*[(30, 30)] * count)
+        named = parameters(*[(60, 60)] * count)
         optimizer = torch.optim.AdamW(named.values())
         m = meter(named, optimizer)
         list(train(named, optimizer, m, 3))
@@ -456,10 +467,14 @@ def test_measure_copies_to_the_host_once_for_any_number_of_parameters(monkeypatc
         assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & set(ops.names)
 
 
-def test_measure_asks_for_as_many_operations_for_many_parameters_as_for_few():
+@pytest.mark.parametrize(
+    ("shape", "tensors"),
+    [((60, 60), (3, 12)), ((30, 30), (3, 7)), ((30, 30), (40, 250)), ((5,), (40, 3000))],
+)
+def test_measure_asks_for_as_many_operations_for_many_parameters_as_for_few(shape, tensors):
     counts = []
-    for count in (3, 40):
-        named = parameters(*[(30, 30)] * count)
+    for count in tensors:
+        named = parameters(*[shape] * count)
         m = meter(named)
         m.measure(0, None)
         with _Ops() as ops:

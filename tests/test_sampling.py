@@ -54,3 +54,26 @@ def test_sample_takes_evenly_spread_blocks_and_small_tensors_whole(blocks):
     assert samples.gather().tolist() == [*wanted, -1.0, -2.0]
     large += 1
     assert samples.gather().tolist() == [*(x + 1 for x in wanted), -1.0, -2.0]
+
+
+SIZES = {
+    "many large ones of one size": [1000] * 20,
+    "few of each size": [700, 10, 1000, 700, 10, 5000],
+    "many and few in turn": [9, *[600] * 17, 3000, *[30] * 20, 2000, 8, 9, *[64] * 16],
+    "some are empty": [0, 900, 0, 5] * 6,
+}
+
+
+@pytest.mark.parametrize("blocks", [2, 16])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_sample_of_many_tensors_is_that_of_each_with_the_largest_first(sizes, blocks):
+    tensors = [torch.randn(n) + i for i, n in enumerate(sizes)]
+    samples = Samples(tensors, blocks)
+    parts = [Samples([t], blocks).gather() for t in tensors]
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    gathered = samples.gather()
+    assert torch.equal(gathered, torch.cat([parts[i] for i in order]))
+    sums = [float(part.double().sum()) for part in parts]
+    assert samples.sums(gathered).tolist() == pytest.approx(sums, rel=1e-5, abs=1e-4)
+    apart = [Samples([t], blocks).extents(part) for t, part in zip(tensors, parts, strict=True)]
+    assert torch.allclose(samples.extents(gathered), torch.stack(apart, dim=1).reshape(-1))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.stats import StepStats, WeightMoves
@@ -15,6 +15,7 @@ _ADAM = 4.0
 _ELEMENT = 0.1
 """Share of the largest element by which one of the sample must have moved."""
 _TINY = 1e-30
+_Columns: TypeAlias = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
 _Measure = Literal["norm", "largest element", "single element"]
 
 
@@ -102,7 +103,7 @@ class WeightCorruption:
         self.slack, self.ratio, self.floor = slack, ratio, floor
         self.min_history = min_history
         self.regimes = 0
-        self._reach: dict[_Measure, dict[str, tuple[int, float, float]]] = {}
+        self._reach: dict[_Measure, dict[str, list[float]]] = {}
         """How many changes there were, and the largest of late: per learning rate, and per that
         times gradient norm."""
         self._rates = 0.0
@@ -118,9 +119,8 @@ class WeightCorruption:
         moves = stats.weight_moves
         if moves is None:
             return None
-        # The cheap bounds first: nearly all weights pass them.
-        large = [c for c in _changes(stats, moves) if self._is_large(c)]
-        found = [c for c in large if self._is_torn(c) and not self._has_returned(c, moves.since)]
+        torn = [c for c in self._large(stats, moves) if self._is_torn(c)]
+        found = [c for c in torn if not self._has_returned(c, moves.since)]
         if not found:
             return None
         self._told |= {change.key: stats.step for change in found}
@@ -139,12 +139,17 @@ class WeightCorruption:
             message=f"{worst.in_words()} since step {moves.since}, which no update explains",
         )
 
-    def _is_large(self, change: _Change) -> bool:
-        measure, _, before, now, distance, scale = change
-        size = abs(now - before)
-        if size <= self.slack * distance or size <= self.floor * scale:
-            return False
-        return measure != "single element" or size > _ELEMENT * scale
+    def _large(self, stats: StepStats, moves: WeightMoves) -> Iterator[_Change]:
+        """The changes that the cheap bounds do not let pass, as they do nearly all."""
+        slack, floor = self.slack, self.floor
+        names = [name for name, _ in stats.weight_norms]
+        for measure, columns in _columns(stats, moves):
+            for row in zip(names, *columns, strict=True):
+                size = abs(row[2] - row[1])
+                if size <= slack * row[3] or size <= floor * row[4]:
+                    continue
+                if measure != "single element" or size > _ELEMENT * row[4]:
+                    yield _Change(measure, *row)
 
     def _is_torn(self, change: _Change) -> bool:
         known = self._reach.get(change.measure, {}).get(change.name)
@@ -175,7 +180,7 @@ class WeightCorruption:
         """Learn what the weights have done, and what pulls at them next."""
         if stats.weight_norms:
             if stats.weight_moves is not None and self._rates > 0:
-                self._learn(_changes(stats, stats.weight_moves))
+                self._learn(stats, stats.weight_moves)
             # Momentum goes on with what came before: 0.9 to the power of ten.
             self._pulls = {name: 0.35 * pull for name, pull in self._pulls.items()}
             self._rates = 0.0
@@ -187,16 +192,19 @@ class WeightCorruption:
         for name, norm in zip(stats.names, stats.grad_norms, strict=True):
             self._pulls[name] = self._pulls.get(name, 0.0) + rate * norm
 
-    def _learn(self, changes: Iterator[_Change]) -> None:
-        for measure, name, before, now, _, _ in changes:
-            size, pull = abs(now - before), self._pulls.get(name, 0.0)
-            if not 0 < size < math.inf:
-                continue
+    def _learn(self, stats: StepStats, moves: WeightMoves) -> None:
+        rates, pulls = self._rates, [self._pulls.get(name, 0.0) for name, _ in stats.weight_norms]
+        for measure, (befores, nows, _, _) in _columns(stats, moves):
             reach = self._reach.setdefault(measure, {})
-            count, by_rate, by_pull = reach.get(name, (0, 0.0, 0.0))
-            by_rate = max(size / self._rates, 0.9 * by_rate)
-            by_pull = max(size / pull if pull > 0 else 0.0, 0.9 * by_pull)
-            reach[name] = (count + 1, by_rate, by_pull)
+            rows = zip(stats.weight_norms, befores, nows, pulls, strict=True)
+            for (name, _), before, now, pull in rows:
+                size = abs(now - before)
+                if not 0 < size < math.inf:
+                    continue
+                known = reach.setdefault(name, [0, 0.0, 0.0])
+                known[0] += 1
+                known[1] = max(size / rates, 0.9 * known[1])
+                known[2] = max(size / pull if pull > 0 else 0.0, 0.9 * known[2])
 
     def state_dict(self) -> dict[str, Any]:
         """What each weight has done; not what was told, so that no restore can undo it."""
@@ -210,19 +218,18 @@ class WeightCorruption:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put it back."""
         self._reach = {
-            measure: {name: (int(n), float(a), float(b)) for name, (n, a, b) in each.items()}
+            measure: {name: [int(n), float(a), float(b)] for name, (n, a, b) in each.items()}
             for measure, each in state["reach"].items()
         }
         self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
         self._adaptive = bool(state["adaptive"])
 
 
-def _changes(stats: StepStats, moves: WeightMoves) -> Iterator[_Change]:
-    names = [name for name, _ in stats.weight_norms]
+def _columns(stats: StepStats, moves: WeightMoves) -> Iterator[tuple[_Measure, _Columns]]:
+    """Of each measure the fields of `_Change` but for the names, of all weights."""
     norms = [norm for _, norm in stats.weight_norms]
-    for row in zip(names, moves.norms, norms, moves.distances, strict=True):
-        yield _Change("norm", *row, scale=row[1])
-    for name, peaks, farthest in zip(names, moves.peaks, moves.farthest, strict=True):
-        first, second = farthest
-        yield _Change("largest element", name, *peaks, second, scale=peaks[0])
-        yield _Change("single element", name, 0.0, first, second, scale=peaks[0])
+    yield "norm", (moves.norms, norms, moves.distances, moves.norms)
+    peaks, now = [peak for peak, _ in moves.peaks], [peak for _, peak in moves.peaks]
+    first, second = [far for far, _ in moves.farthest], [far for _, far in moves.farthest]
+    yield "largest element", (peaks, now, second, peaks)
+    yield "single element", ([0.0] * len(first), first, second, peaks)
