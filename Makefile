@@ -15,16 +15,16 @@ BENCH = $$(test -x .bench-venv/bin/python && echo .bench-venv/bin/python || echo
 
 bench:
 	$(BENCH) -m benchmarks.overhead
-	$(BENCH) -m benchmarks.scale
 	$(BENCH) -m benchmarks.snapshot
-	$(BENCH) -m benchmarks.locate
-	$(BENCH) -m benchmarks.prediction --quick --out benchmarks/results
-	$(BENCH) -m benchmarks.soak
+	$(BENCH) -m benchmarks.soak & soak=$$!; \
+	$(BENCH) -m benchmarks.scale && $(BENCH) -m benchmarks.locate && \
+	$(BENCH) -m benchmarks.prediction --quick --out benchmarks/results && wait $$soak
 	$(BENCH) -m benchmarks.rescue
 	$(BENCH) -m benchmarks.readme
 
 # And what takes longer: the detectors on millions of steps, the divergences on 700 runs.
 bench-all: bench
+	$(BENCH) -m benchmarks.overhead --parts suites
 	$(BENCH) -m benchmarks.tab
 	$(BENCH) -m benchmarks.clipping
 	$(BENCH) -m benchmarks.probes cost

@@ -111,6 +111,7 @@ def snapshot(figures: dict[str, Any]) -> list[Table]:
 PARTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "rescue": rescue,
     "overhead": cost,
+    "overhead-suites": cost,
     "scale": scale,
     "snapshot": snapshot,
     "locate": location,

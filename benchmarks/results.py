@@ -140,7 +140,8 @@ def load(name: str, folder: Path) -> dict[str, Any]:
     """
     path = folder / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: run python -m benchmarks.{name} first")
+        command = f"python -m benchmarks.{name.replace('-', ' --parts ')}"
+        raise FileNotFoundError(f"{path} is not there: run {command} first")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
     return found
 

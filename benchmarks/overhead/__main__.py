@@ -1,6 +1,7 @@
 """What the suite costs per optimizer step, against the bare step of the same run.
 
-    python -m benchmarks.overhead [--parts batches suites tensors held] [--steps 100] [--quick]
+    python -m benchmarks.overhead [--parts batches tensors held] [--steps 120] [--quick]
+    python -m benchmarks.overhead --parts suites
     python -m benchmarks.overhead --suites "default suite" [--batch 8] [--precision bf16-mixed]
 
 One process, one torch thread, a byte-level Transformer of 9.9 M parameters. A bare and protected
@@ -8,10 +9,12 @@ Trainers take turns, step by step, on equal models and batches, so that all meet
 the machine. Reported is the ratio of a step to the bare step beside it (`benchmarks.overhead.turns`
 says how a snapshot in every 20 steps counts), with an interval of 95 %, what that is in
 milliseconds, and the mean time inside the hooks by a clock around each, what comes once in 50 steps
-included. ``batches``: at three batch sizes. ``suites``: each callback and option, and other
-protections, at a batch of 1, where a fixed cost shows best. ``tensors``: as many parameters in 102
-and in 1002 tensors. ``held``: reads of tensors by the host, and bytes, those of a fit without the
-suite subtracted. What wraps an optimizer's step is no hook: of that only the whole step speaks.
+included. ``batches``: at three batch sizes, beside a second bare Trainer, which shows what the
+place in memory alone makes. ``tensors``: as many parameters in 102 and in 1002 tensors. ``held``:
+reads of tensors by the host, and bytes, those of a fit without the suite subtracted. ``suites``,
+not among the defaults: each callback and option, and other protections, at a batch of 1, where a
+fixed cost shows best. What wraps an optimizer's step is no hook: of that only the whole step
+speaks.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import torch
 
 from benchmarks.byte_gpt import ByteGPT, ByteGPTConfig
 from benchmarks.overhead.held import held_by
-from benchmarks.overhead.suites import OURS, SUITES, TENSORBOARD, alternatives
+from benchmarks.overhead.suites import BASELINES, OURS, SUITES, TENSORBOARD, alternatives
 from benchmarks.overhead.turns import BLOCK, WARM, Setting, in_blocks, ratio, take_turns
 from benchmarks.results import Estimate, Table, add_options, folder_of, save
 
@@ -39,7 +42,8 @@ BATCHES = {2: 200, 8: 200, 16: 100}
 IN_TENSORS = (ByteGPTConfig(width=320, layers=8), ByteGPTConfig(width=100, layers=83))
 AT_ONCE = 4
 """Suites that take turns with one bare Trainer: each holds a model and its optimizer."""
-SUITE = "default suite"
+SUITE, CONTROL = "default suite", "bare, again"
+PARTS_BY_DEFAULT = ("batches", "tensors", "held")
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,16 @@ def _row(name: str, times: Any, base: Any, setting: Setting) -> Row:
 def batches(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     """The default suite at three batch sizes."""
     sizes = dict.fromkeys((1, 2, 4), (WARM + 1) * BLOCK) if quick else BATCHES
-    found = [compare([SUITE], replace(setting, batch=b, steps=s)) for b, s in sizes.items()]
+    found = [
+        compare([SUITE, CONTROL], replace(setting, batch=b, steps=s)) for b, s in sizes.items()
+    ]
     return [r for rows, _ in found for r in rows], [f for _, failed in found for f in failed]
 
 
 def suites(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     """Each callback, option and protection at a small batch."""
     foreign, missing = alternatives()
-    chosen = [n for n in {**OURS, **TENSORBOARD} if not n.startswith("bare")]
+    chosen = [n for n in {**OURS, **TENSORBOARD} if n not in BASELINES]
     known = {**SUITES, **foreign}
     rows, failed = compare([*chosen, *foreign], replace(setting, batch=1), known)
     return rows, failed + [f"{name}: {why}" for name, why in missing.items()]
@@ -172,7 +178,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
-    parser.add_argument("--parts", nargs="*", choices=[*PARTS, "held"], default=[*PARTS, "held"])
+    parser.add_argument("--parts", nargs="*", choices=[*PARTS, "held"], default=PARTS_BY_DEFAULT)
     parser.add_argument("--suites", nargs="*", choices=[*SUITES], help="only these, in one part")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=8)
@@ -197,7 +203,9 @@ def main() -> None:
     if "held" in args.parts and not args.suites:
         figures["held"] = held(setting)
         shown.append(held_table(figures["held"]))
-    save("overhead", folder_of(args), figures, shown)
+    chosen = ["chosen"] if args.suites else args.parts
+    name = "overhead" if (*chosen,) == PARTS_BY_DEFAULT else "-".join(["overhead", *chosen])
+    save(name, folder_of(args), figures, shown)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def with_monitor(*others: Callable[[], Callback], **options: Any) -> Suite:
 
 OURS: dict[str, Suite] = {
     "bare": Suite(),
+    "bare, again": Suite(),
     "default suite": Suite(stability_callbacks),
     "GradientMonitor": with_monitor(),
     "GradientMonitor, no details": with_monitor(details_every=0),
@@ -89,6 +90,7 @@ HALF: dict[str, Suite] = {
 }
 """For a 16-bit precision."""
 SUITES: dict[str, Suite] = {**OURS, **TENSORBOARD, **HALF}
+BASELINES = frozenset(suite.baseline for suite in SUITES.values())
 
 
 def alternatives() -> tuple[dict[str, Suite], dict[str, str]]:

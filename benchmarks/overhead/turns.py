@@ -21,8 +21,8 @@ from benchmarks.results import Estimate
 
 BLOCK = 20
 """Steps of a block: as many as lie between two snapshots of `AutoRollback`."""
-WARM = 2
-"""Blocks to warm up: the second snapshot, which needs memory of its own, is taken at their end."""
+WARM = 3
+"""Blocks to warm up: the second snapshot, which needs memory of its own, is taken in the last."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def ratio(times: list[float], baseline: list[float], block: int = BLOCK) -> Esti
     blocks, in which memory is first asked for, are left out. The interval is by bootstrap over
     the blocks (Efron 1979).
 
-    >>> ratio([*[9.0] * 4, 1.0, 3.0, 1.0, 3.0, 8.0, 3.0], [1.0] * 10, block=2)
+    >>> ratio([*[9.0] * 6, 1.0, 3.0, 1.0, 3.0, 8.0, 3.0], [1.0] * 12, block=2)
     Estimate(value=2.0, low=2.0, high=5.5)
     """
     found = in_blocks(times, block) / in_blocks(baseline, block)

@@ -61,7 +61,7 @@ def steps(blocks, *, snapshot=0.0, disturbed=()):
 
 
 def test_ratio_holds_what_every_block_has_and_not_what_disturbs_a_step():
-    found = ratio(steps(10, snapshot=2.0, disturbed={71, 115}), steps(10, disturbed={144}))
+    found = ratio(steps(10, snapshot=2.0, disturbed={91, 135}), steps(10, disturbed={164}))
     assert found.value == pytest.approx(1 + 2.0 / BLOCK)
     assert found.low <= found.value <= found.high
 

@@ -8,7 +8,9 @@ def test_sections_name_what_was_not_measured_with_its_command(tmp_path):
     texts = sections(tmp_path)
     assert len(texts) == len(PARTS)
     for name, text in zip(PARTS, texts, strict=True):
-        assert f"run python -m benchmarks.{name} first" in text
+        module, _, part = name.partition("-")
+        command = f"{module} --parts {part}" if part else module
+        assert f"run python -m benchmarks.{command} first" in text
 
 
 def test_section_quotes_figures_with_command_and_date(tmp_path, capsys):
