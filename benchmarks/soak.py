@@ -171,7 +171,8 @@ def growth(steps: int, every: int) -> dict[str, Any]:
     assert gauge.before is not None
     grown = after.compare_to(gauge.before, "lineno")
     top = [
-        {"where": str(s.traceback[0]), "bytes": s.size_diff, "objects": s.count_diff} for s in grown
+        {"where": _place(s.traceback[0]), "bytes": s.size_diff, "objects": s.count_diff}
+        for s in grown
     ]
     return {
         "steps": steps - steps // 5,
@@ -179,6 +180,11 @@ def growth(steps: int, every: int) -> dict[str, Any]:
         "ms_per_step": ms,
         "top": top[:8],
     }
+
+
+def _place(frame: tracemalloc.Frame) -> str:
+    """A line, by the end of its path: what comes before is of the machine."""
+    return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}"
 
 
 def main() -> None:
