@@ -179,7 +179,7 @@ def sweep(sizes: Sequence[tuple[int, int]]) -> tuple[list[Point], list[str]]:
     """A point for each ``(elements, tensors)``, and what there was no memory for."""
     points, left_out = [], []
     for elements, tensors in sizes:
-        gc.collect()  # a Trainer and its model are in cycles, and hold all of their memory until then
+        gc.collect()  # a Trainer and its model lie in cycles, and hold all of their memory
         needed, free = COPIES * 4 * elements, free_memory()
         if needed > 0.7 * free:
             left_out.append(
