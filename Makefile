@@ -18,7 +18,8 @@ bench:
 	$(BENCH) -m benchmarks.snapshot
 	$(BENCH) -m benchmarks.soak & soak=$$!; \
 	$(BENCH) -m benchmarks.scale && $(BENCH) -m benchmarks.locate && \
-	$(BENCH) -m benchmarks.prediction --quick --out benchmarks/results && wait $$soak
+	$(BENCH) -m benchmarks.prediction --quick --out benchmarks/results; \
+	failed=$$?; wait $$soak && exit $$failed
 	$(BENCH) -m benchmarks.rescue
 	$(BENCH) -m benchmarks.readme
 

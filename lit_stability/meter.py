@@ -44,6 +44,8 @@ class Reading:
     is not known."""
     moments: MomentStats
     distributions: Sequence[float]
+    also: Sequence[float]
+    """What others wanted brought to the host, in their order."""
     stuck: Sequence[float] = ()
     """Sampled 16-bit weights that stand still, and all whose gradient pulls; or empty."""
     rank_weights: tuple[float, ...] = ()
@@ -130,11 +132,8 @@ class StepMeter:
         """
         grads = gradients_of(self.names, self.parameters)
         rows = [sampled_distribution(g) for g in grads.tensors] if details else []
-        read = self._read(
-            loss, loss_scale, scan_weights, sum(learning_rates), grads, [*rows, *also]
-        )
-        last = len(read.distributions) - sum(each.numel() for each in also)
-        self.also = read.distributions[last:]
+        read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows, also)
+        self.also = read.also
         grad_norms = tuple(read.grad_norms)
         rms, rms_name = self._stale(dict(zip(grads.names, grad_norms, strict=True)), read.updates)
         stats = StepStats(
@@ -160,7 +159,7 @@ class StepMeter:
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
             weight_moves=self._moves(read),
             bad_weights=non_finite(self.names, read.weight_norms),
-            details=details_of(grads.names, grad_norms, read.distributions[:last]),
+            details=details_of(grads.names, grad_norms, read.distributions),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
         )
@@ -218,7 +217,8 @@ class StepMeter:
         scan_weights: bool,
         rate: float,
         grads: Gradients,
-        rows: list[Tensor],
+        rows: Sequence[Tensor],
+        also: Sequence[Tensor],
     ) -> Reading:
         weights, peaks = self._scan() if scan_weights else ([], [])
         host = to_host(
@@ -228,6 +228,7 @@ class StepMeter:
                 "grads": self._gradient_norms(grads),
                 "weights": weights,
                 "rows": rows,
+                "also": also,
                 "updates": self._update_sums(),
                 "extents": self._extents() if scan_weights else [],
                 "peaks": peaks,
@@ -245,6 +246,7 @@ class StepMeter:
             extents=host["extents"],
             moments=self._moments.judge(host["moments"]),
             distributions=host["rows"],
+            also=host["also"],
             stuck=host["stuck"],
         )
 

@@ -140,14 +140,16 @@ class RankMeter(StepMeter):
         scan_weights: bool,
         rate: float,
         grads: Gradients,
-        rows: list[Tensor],
+        rows: Sequence[Tensor],
+        also: Sequence[Tensor],
     ) -> Reading:
         begun, self._begun = self._begun, None
         vector = begun or self._start(loss, loss_scale, scan_weights, rate, grads)
         own = self._gradient_norms(grads) if begun else []
         # Replicas are stuck alike; of shards it is not asked.
         stuck = self._rounding.look() if self._ranks.replicas else []
-        host = to_host({"vector": [vector.sum.wait()], "grads": own, "rows": rows, "stuck": stuck})
+        groups = {"grads": own, "rows": rows, "also": also, "stuck": stuck}
+        host = to_host({"vector": [vector.sum.wait()], **groups})
         parts, ranks = vector.split(host["vector"])
         if not begun:
             norms = dict(zip(self.names, _roots(parts["grads"]), strict=True))
@@ -162,6 +164,7 @@ class RankMeter(StepMeter):
             extents=parts.get("extents", ()),
             moments=self._moments.judge_rows([row[:3] for row in ranks]),
             distributions=host["rows"],
+            also=host["also"],
             stuck=host["stuck"],
             rank_weights=tuple(row[3] for row in ranks) if self._ranks.replicas else (),
             rank_rates=tuple(row[4] for row in ranks),
