@@ -98,6 +98,7 @@ class StepMeter:
     def forget(self) -> None:
         """Drop what was remembered of the last step, after the weights were put back."""
         self._last_weights: Tensor | None = None
+        self._last_square: Tensor | None = None
         self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
         self._scanned_weights: Tensor | None = None
         self._moments.forget()
@@ -266,14 +267,14 @@ class StepMeter:
         return [local(p) for p in self.parameters]
 
     def _update_sums(self) -> list[Tensor]:
-        now = self._samples.gather()
-        last, self._last_weights = self._last_weights, now
-        if last is None:
-            return []
-        return [
-            self._samples.weighted_square_sum(now - last).reshape(1),
-            self._samples.weighted_square_sum(last).reshape(1),
-        ]
+        """Squared norms of the last update and of the weights before it, by the sample."""
+        now, last = self._samples.gather(), self._last_weights
+        before = self._last_square
+        found = self._samples.square_sums(
+            now[None] if last is None else torch.stack((now, now - last))
+        )
+        self._last_weights, self._last_square = now, found[:1]
+        return [] if before is None else [found[1:], before]
 
     def _extents(self) -> list[Tensor]:
         """How far the weights have moved since the scan before; to be asked after the updates."""

@@ -53,6 +53,9 @@ class Moments:
         self._calls = 0
         self._first: list[str] = []
         self._second: list[str] = []
+        self._first_at: list[int] = []
+        """Where among the sums those of the first moments are; in their order."""
+        self._second_at: list[int] = []
         self._decay: list[float] = []
         self.decays: dict[str, float] = {}
         """Decay of the second moment of each parameter that has one."""
@@ -66,7 +69,7 @@ class Moments:
         self._calls = 0
 
     def sums(self) -> list[Tensor]:
-        """Sums of the moments there are, one tensor for the host, or nothing."""
+        """Sums of the moments there are, one tensor for the host to `judge`, or nothing."""
         if self._samples is None or self._calls % RECHECK == 0:
             self._find()
         self._calls += 1
@@ -91,6 +94,8 @@ class Moments:
         tensors = [*first.values(), *second.values()]
         self._samples = Samples(tensors, _BLOCKS) if tensors else None
         self._first, self._second = list(first), list(second)
+        places = [] if self._samples is None else self._samples.places
+        self._first_at, self._second_at = places[: len(first)], places[len(first) :]
         decay = self._decays()
         self._decay = [decay[name] for name in second]
         self.decays = dict(zip(self._second, self._decay, strict=True))
@@ -99,8 +104,8 @@ class Moments:
 
     def judge(self, sums: Sequence[float]) -> MomentStats:
         """What the sums, on the host, say against those of the step before."""
-        momentum, second = sums[: len(self._first)], list(sums[len(self._first) :])
-        bad = non_finite(self._first, momentum)
+        second = [sums[i] for i in self._second_at]
+        bad = non_finite(self._first, [sums[i] for i in self._first_at])
         last, self._last = self._last, second or None
         if last is None or len(last) != len(second):
             return MomentStats(bad)
@@ -123,7 +128,9 @@ class Moments:
         row[0], row[1] = -1.0, math.inf
         if not found:
             return row
-        momentum, second = found[0][: len(self._first)], found[0][len(self._first) :]
+        assert self._samples is not None
+        sums = found[0][self._samples.places_there]
+        momentum, second = sums[: len(self._first)], sums[len(self._first) :]
         if len(momentum):
             bad = ~torch.isfinite(momentum)
             row[0] = torch.where(bad.any(), bad.int().argmax(), -1)

@@ -6,22 +6,60 @@ May import torch; knows no Lightning.
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+
+_WORDS = 624
+"""32-bit words of a Mersenne Twister, behind which numpy keeps its position in them as an int."""
 
 
 def capture_rng() -> dict[str, Any]:
     """States of the generators of python, numpy, torch and every CUDA device."""
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": _numpy.state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if _has_cuda() else [],
     }
+
+
+@cache
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+class _NumpyGenerator:
+    """Reads the state of numpy's generator, and remembers it."""
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._state: Any = None
+
+    def state(self) -> Any:
+        """What ``np.random.get_state`` returns, which boxes word after word: 30 to 80 microseconds.
+
+        The state read last serves while the generator's memory is the same. A second Gaussian
+        number in store lies elsewhere: a state that has one is never kept.
+        """
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if not isinstance(generator, np.random.MT19937):
+            return np.random.get_state(legacy=False)
+        address: int = generator.ctypes.state_address
+        memory = ctypes.string_at(address, 4 * (_WORDS + 1))
+        if memory != self._memory:
+            _, words, position, has_gauss, _ = self._state = np.random.get_state()
+            known = memory == np.append(words, np.uint32(position)).tobytes()
+            self._memory = memory if known and not has_gauss else None
+        return self._state
+
+
+_numpy = _NumpyGenerator()
 
 
 def restore_rng(state: dict[str, Any]) -> None:

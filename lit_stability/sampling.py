@@ -42,7 +42,10 @@ class Samples:
         self.device = tensors[0].device
         self._sizes = [t.numel() for t in tensors]
         self._order = sorted(range(len(tensors)), key=lambda i: -self._sizes[i])
-        self._back = torch.tensor(self._order, device=self.device).argsort()
+        self.places = sorted(range(len(tensors)), key=self._order.__getitem__)
+        """Of each tensor its place in the sample."""
+        self.places_there = torch.tensor(self.places, device=self.device)
+        """The same, on the tensors' device."""
         sizes = [self._sizes[i] for i in self._order]
         counts = [min(n, self._most) for n in sizes]
         self._runs = [(len([*run]), count) for count, run in groupby(counts)]
@@ -97,13 +100,18 @@ class Samples:
             views = [v.to(self.device) for v in views]
         return torch.cat(views).reshape(-1)
 
-    def weighted_square_sum(self, flat: Tensor) -> Tensor:
-        """Estimate of the squared norm of all the tensors together, a scalar."""
-        return torch.dot(flat * self._weights, flat)
+    def square_sums(self, rows: Tensor) -> Tensor:
+        """Estimates of the squared norm of all the tensors together, of a sample in each row.
+
+        Args:
+            rows: shape ``(samples, elements of a sample)``.
+        """
+        return torch.mv(rows.square(), self._weights)
 
     def sums(self, flat: Tensor) -> Tensor:
-        """Sum of each tensor's sample, shape ``(tensors,)``, in the tensors' order."""
-        return torch.cat([rows.sum(1) for rows in self._rows(flat)])[self._back]
+        """Sum of each tensor's sample, shape ``(tensors,)``, each at its place in the sample."""
+        sums = [rows.sum(1) for rows in self._rows(flat)]
+        return torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def extents(self, flat: Tensor) -> Tensor:
         """Norm of each tensor as if without its largest element, and its two largest sizes.
@@ -114,10 +122,12 @@ class Samples:
         """
         found = torch.cat([_extents(rows) for rows in self._rows(flat.abs())], dim=1)
         found[0] = (found[0] * self._scales).sqrt()
-        return found[:, self._back].reshape(-1)
+        return found[:, self.places_there].reshape(-1)
 
     def _rows(self, flat: Tensor) -> list[Tensor]:
         """Matrices with the sample of a tensor in each row, of samples of one size each."""
+        if len(self._runs) == 1:
+            return [flat.view(self._runs[0])]
         parts = torch.split(flat, [count * size for count, size in self._runs])
         return [part.view(run) for part, run in zip(parts, self._runs, strict=True)]
 

@@ -84,7 +84,7 @@ class ModuleSnapshot:
         modules = list(module.modules())
         found = (p for m in modules for p in m._parameters.values() if p is not None)
         self._parameters, self._kept = self._frozen.split(dict.fromkeys(found))
-        self._homes = _buffers(modules)
+        self._homes = _buffers((m, m._buffers) for m in modules)
         buffers = [b for _, _, b in self._homes if b is not None]
         self.bank.capture([*self._parameters, *buffers])
 
@@ -192,13 +192,14 @@ class BufferGuard:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
+        # The mappings by themselves: to reach them through many modules takes longer than to copy.
+        self._owners = [(m, m._buffers) for m in module.modules()]
         self._bank = TensorBank()
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def capture(self) -> None:
         """Remember the buffers as they are."""
-        self._homes = _buffers(self._modules)
+        self._homes = _buffers(self._owners)
         self._bank.capture([b for _, _, b in self._homes if b is not None])
 
     def restore(self) -> None:
@@ -207,8 +208,10 @@ class BufferGuard:
         self._bank.restore()
 
 
-def _buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor | None]]:
-    return [(m, key, b) for m in modules if m._buffers for key, b in m._buffers.items()]
+def _buffers(
+    owners: Iterable[tuple[nn.Module, dict[str, Tensor | None]]],
+) -> list[tuple[nn.Module, str, Tensor | None]]:
+    return [(m, key, b) for m, held in owners if held for key, b in held.items()]
 
 
 def _put_back(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:

@@ -193,7 +193,7 @@ class Compiled(Attending):
     ("module", "watched"),
     [(Regression, [0, 10]), (Compiled, []), (Attending, [0, 10, 20, 30])],
 )
-def test_probe_of_the_suite_says_nothing_and_looks_twice_where_nothing_is(
+def test_probe_of_the_suite_says_nothing_and_looks_rarely_where_nothing_is(
     module, watched, tmp_path, caplog
 ):
     look = Look()
@@ -202,6 +202,23 @@ def test_probe_of_the_suite_says_nothing_and_looks_twice_where_nothing_is(
     assert look.watched == watched
     assert "AttentionProbe" not in caplog.text
     torch.compiler.reset()
+
+
+class Late(Attending):
+    """Attention that a schedule of its own lets in after a while."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step >= 25:
+            return super().training_step(batch, batch_idx)
+        h = self.embed(batch[0][..., None])
+        return torch.nn.functional.mse_loss(h.mean((1, 2)), batch[1])
+
+
+def test_attention_that_begins_late_is_found(tmp_path):
+    look, probe = Look(), AttentionProbe(every=1, quiet=True)
+    fit(tmp_path, [GradientMonitor(), probe, look], looking(Late), max_steps=45)
+    assert look.watched == [0, 1, 20, 40, 41, 42, 43, 44]
+    assert list(look.read) == [40, 41, 42, 43, 44]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -236,6 +253,6 @@ def test_attention_is_brought_to_the_host_with_the_steps_own_copy(tmp_path, monk
 
 
 def test_ranks_agree_on_whether_to_look_again(tmp_path):
-    """A rank that sees no attention goes on with one that does; both stop where neither does."""
+    """A rank that sees none goes on with one that does; where neither does both look rarely."""
     for found in run_ranks(one_sided, tmp_path, folder=tmp_path):
         assert found == {"one": [0, 3, 6, 9], "none": []}

@@ -10,11 +10,12 @@ the machine. Reported is the ratio of a step to the bare step beside it (`benchm
 says how a snapshot in every 20 steps counts), with an interval of 95 %, what that is in
 milliseconds, and the mean time inside the hooks by a clock around each, what comes once in 50 steps
 included. ``batches``: at three batch sizes, beside a second bare Trainer, which shows what the
-place in memory alone makes. ``tensors``: as many parameters in 102 and in 1002 tensors. ``held``:
+place in memory alone makes, and at one of them beside the suite's reads and copies of whole
+tensors, without all the rest. ``tensors``: as many parameters in 102 and in 1002 tensors. ``held``:
 reads of tensors by the host, and bytes, those of a fit without the suite subtracted. ``suites``,
 not among the defaults: each callback and option, and other protections, at a batch of 1, where a
 fixed cost shows best. What wraps an optimizer's step is no hook: of that only the whole step
-speaks.
+speaks. A fit with an incident is not counted, as it is not a healthy one.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from benchmarks.results import Estimate, Table, add_options, folder_of, save
 
 MODEL = ByteGPTConfig(width=400, layers=5)
 SMALL = ByteGPTConfig(width=128, layers=4)
-BATCHES = {2: 200, 8: 200, 16: 100}
+BATCHES = {2: 200, 8: 180, 16: 120}
 """Sequences of 64 bytes in a batch -> steps."""
 IN_TENSORS = (ByteGPTConfig(width=320, layers=8), ByteGPTConfig(width=100, layers=83))
 AT_ONCE = 4
 """Suites that take turns with one bare Trainer: each holds a model and its optimizer."""
-SUITE, CONTROL = "default suite", "bare, again"
+SUITE, TRAFFIC, CONTROL = "default suite", "its reads and copies alone", "bare, again"
 PARTS_BY_DEFAULT = ("batches", "tensors", "held")
 
 
@@ -77,6 +78,9 @@ def compare(
             if len(times[name].steps) < setting.steps:
                 failed.append(f"{name} took {len(times[name].steps)} of {setting.steps} steps")
                 continue
+            if times[name].incidents:
+                failed.append(f"{name} met {times[name].incidents} incidents: no healthy run")
+                continue
             rows.append(_row(name, times[name], base, setting))
     return rows, failed
 
@@ -98,9 +102,9 @@ def _row(name: str, times: Any, base: Any, setting: Setting) -> Row:
 def batches(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     """The default suite at three batch sizes."""
     sizes = dict.fromkeys((1, 2, 4), (WARM + 1) * BLOCK) if quick else BATCHES
-    found = [
-        compare([SUITE, CONTROL], replace(setting, batch=b, steps=s)) for b, s in sizes.items()
-    ]
+    named = {size: [SUITE, CONTROL] for size in sizes}
+    named[setting.batch] = [SUITE, TRAFFIC, CONTROL]
+    found = [compare(named[b], replace(setting, batch=b, steps=s)) for b, s in sizes.items()]
     return [r for rows, _ in found for r in rows], [f for _, failed in found for f in failed]
 
 
@@ -116,7 +120,9 @@ def suites(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
 def tensors(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     """The default suite on as many parameters in more tensors."""
     shapes = [ByteGPTConfig(width=64, layers=n) for n in (2, 8)] if quick else IN_TENSORS
-    found = [compare([SUITE], replace(setting, config=shape, batch=2)) for shape in shapes]
+    # In 83 layers a learning rate of 1e-3 makes gradients of 74 times the usual, at step 59.
+    calm = replace(setting, batch=2, lr=1e-4)
+    found = [compare([SUITE], replace(calm, config=shape)) for shape in shapes]
     return [r for rows, _ in found for r in rows], [f for _, failed in found for f in failed]
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from benchmarks.alternatives import PROTECTIONS, Protection, missing
 from benchmarks.alternatives.shipped import Nothing
@@ -28,6 +30,8 @@ from lit_stability import (
     PrecisionFallback,
     stability_callbacks,
 )
+from lit_stability.norms import norms_and_peaks, norms_of
+from lit_stability.snapshots import TensorBank
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,37 @@ class Suite:
     """Name of the suite that the steps are compared with."""
 
 
+class Traffic(Callback):
+    """Reads and copies what the default suite does of whole tensors, and judges nothing.
+
+    Every gradient once a step, every weight once in ten, weights and optimizer state in turn into
+    two copies once in twenty: what no exact detection and recovery of this rhythm goes below.
+    """
+
+    def __init__(self) -> None:
+        self._copies = [TensorBank(), TensorBank()]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Copy, between two steps."""
+        turn, rest = divmod(trainer.global_step, 20)
+        if not rest:
+            states = [s.values() for o in trainer.optimizers for s in o.state.values()]
+            tensors = [value for state in states for value in state]
+            self._copies[turn % 2].capture([*pl_module.parameters(), *tensors])
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Read, before the update."""
+        weights = [*pl_module.parameters()]
+        found = norms_of([p.grad for p in weights if p.grad is not None])
+        if trainer.global_step % 10 == 9:
+            norms, peaks = norms_and_peaks(weights)
+            found += norms + peaks
+        torch.cat(found).tolist()
+
+
 def with_monitor(*others: Callable[[], Callback], **options: Any) -> Suite:
     """A monitor and what works on it."""
     return Suite(lambda: [GradientMonitor(**options), *(make() for make in others)])
@@ -51,6 +86,7 @@ OURS: dict[str, Suite] = {
     "bare": Suite(),
     "bare, again": Suite(),
     "default suite": Suite(stability_callbacks),
+    "its reads and copies alone": Suite(lambda: [Traffic()]),
     "GradientMonitor": with_monitor(),
     "GradientMonitor, no details": with_monitor(details_every=0),
     "GradientMonitor, weights scanned every step": with_monitor(scan_weights_every=1),

@@ -18,6 +18,7 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from benchmarks.overhead.clock import HookClock
 from benchmarks.overhead.suites import SUITES, Suite
 from benchmarks.results import Estimate
+from lit_stability import GradientMonitor
 
 BLOCK = 20
 """Steps of a block: as many as lie between two snapshots of `AutoRollback`."""
@@ -33,6 +34,7 @@ class Setting:
     batch: int = 8
     steps: int = 120
     precision: Any = "32-true"
+    lr: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Times:
     steps: list[float]
     hooks: list[float]
     """Those spent in the suite's hooks, and in fetching the batch."""
+    incidents: int
+    """What the suite has met: a step that is treated is no step of a healthy run."""
 
 
 class Turns:
@@ -80,6 +84,7 @@ class Baton(Callback):
     def __init__(self, turns: Turns, index: int, clock: HookClock) -> None:
         self.turns, self.index, self.clock = turns, index, clock
         self.times: list[float] = []
+        self.incidents = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Wait for the first turn."""
@@ -136,7 +141,7 @@ def take_turns(
     for thread, _ in batons:
         thread.join()
     pairs = zip(names, batons, strict=True)
-    return {name: Times(b.times, b.clock.steps) for name, (_, b) in pairs}
+    return {name: Times(b.times, b.clock.steps, b.incidents) for name, (_, b) in pairs}
 
 
 def _start(
@@ -146,7 +151,7 @@ def _start(
     callbacks = suite.callbacks()
     baton = Baton(turns, index, HookClock(callbacks))
     trainer = make_trainer(suite, setting, [*callbacks, baton])
-    module, data = ByteGPTModule(setting.config), batches_of(setting)
+    module, data = ByteGPTModule(setting.config, lr=setting.lr), batches_of(setting)
 
     def fit() -> None:
         try:
@@ -154,6 +159,8 @@ def _start(
         except BaseException as error:
             print(f"a fit with {[type(c).__name__ for c in callbacks]} ended in {error!r}")
         finally:
+            monitors = [c for c in callbacks if isinstance(c, GradientMonitor)]
+            baton.incidents = sum(len(monitor.incidents) for monitor in monitors)
             turns.pass_on(index, leave=True)
 
     thread = threading.Thread(target=fit)

@@ -19,8 +19,8 @@ from lit_stability.trainer_state import AroundNextStep, callbacks_of, sharing
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
-_LOOKS = 2
-"""Measurements in a row without an attention, after which there is none."""
+_LOOKS, _RARELY = 2, 20
+"""Measurements in a row without an attention, after which few are made: one for as many as these."""
 
 
 class AttentionProbe(Callback):
@@ -44,8 +44,8 @@ class AttentionProbe(Callback):
     measured, and it is said once. With gradient accumulation the first batch of the window is
     measured, in manual optimization what comes before the first backward pass.
 
-    Where two measurements have found no attention, on any rank, it looks no more in this fit, and
-    costs nothing. The one in `stability_callbacks` is ``quiet``: whoever has not asked for it is
+    Where two measurements in a row have found no attention, on any rank, it looks on one in twenty
+    of its turns only, until there is one: some begin late. The one in `stability_callbacks` is ``quiet``: whoever has not asked for it is
     not told that there is nothing to measure.
 
     Args:
@@ -66,8 +66,9 @@ class AttentionProbe(Callback):
         self.modules = modules if isinstance(modules, str) else list(modules)
         self.every, self.quiet = every, quiet
         self._told = quiet
-        self._blind = self._due = self._asked = False
-        self._looks_left = 0
+        self._blind = self._off = self._due = self._asked = False
+        self._empty = 0
+        """Looks in a row without an attention."""
         self._step = 0
         self._watch: AttentionWatch | None = None
         self._around: AroundNextStep | None = None
@@ -82,7 +83,7 @@ class AttentionProbe(Callback):
         fitting(pl_module, self.modules)
         self._told, self._due, self._asked = self.quiet, False, False
         self._step = trainer.global_step
-        self._looks_left = 0 if self.quiet and _is_left_to_others(trainer) else _LOOKS
+        self._empty, self._off = 0, self.quiet and _is_left_to_others(trainer)
         compiled = getattr(pl_module, "_compiler_ctx", None) is not None
         self._blind = compiled or has_compiled_parts(pl_module)
         if self._blind:
@@ -98,8 +99,9 @@ class AttentionProbe(Callback):
         # Several optimizers may step over the number that is due; a window that brings no optimizer
         # step leaves its turn to the next.
         before, self._step = self._step, trainer.global_step
-        comes = self._step % self.every == 0 or self._step // self.every > before // self.every
-        self._due = self._looks_left > 0 and (self._due or comes)
+        every = self.every if self._empty < _LOOKS else self.every * _RARELY
+        comes = self._step % every == 0 or self._step // every > before // every
+        self._due = not self._off and (self._due or comes)
         if self._due and not self._blind:
             self._watch = watch = AttentionWatch(pl_module, self.modules)
             self._around = AroundNextStep(trainer, lambda: watch)
@@ -131,10 +133,10 @@ class AttentionProbe(Callback):
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """See whether to look again, by what all ranks have found."""
+        """See how soon to look again, by what all ranks have found."""
         if self._asked:
             self._asked = False
-            self._looks_left = _LOOKS if stats.readings_of(LOGIT) else self._looks_left - 1
+            self._empty = 0 if stats.readings_of(LOGIT) else self._empty + 1
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
