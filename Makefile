@@ -28,6 +28,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.overhead --parts suites
 	$(BENCH) -m benchmarks.tab
 	$(BENCH) -m benchmarks.clipping
+	$(BENCH) -m benchmarks.changes
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
 	$(BENCH) -m benchmarks.false_alarms

@@ -8,7 +8,7 @@ it, and a checkpoint carries it.
     weights or moments damaged ...... roll back and replay; if it returns, leave the suspect out;
                                       then from an older snapshot; then as below
     struck again on probation ....... roll back with a lower learning rate and a tighter clip
-    learning rate likely too high ... the same, at once
+    learning rate likely too high ... the same, at once; not again if it was to no avail
     architecture certain to fail .... stop, with the cause
     budget spent .................... stop, with the remedy
 
@@ -94,11 +94,16 @@ class Ladder:
         """Of the steps since a snapshot."""
         self.retake = Trial(slack=0)
         """Of one step alone."""
+        self.lowered: tuple[int, float] | None = None
+        """Step and value of the anomaly that the learning rate was lowered for as its cause, until
+        the step is passed."""
 
     def healthy(self, step: int | None = None) -> Verdict | None:
         """Count a healthy step; returns the verdict of a trial that ends with it."""
         self._skips_in_a_row = 0
         self._healthy += 1
+        if self.lowered is not None and step is not None and step >= self.lowered[0]:
+            self.lowered = None
         if self._since_rollback is not None:
             self._since_rollback += 1
         if self._healthy % self.budget.refill_skips_every == 0:
@@ -153,8 +158,9 @@ class Ladder:
             return Stop(anomaly.message)
         if anomaly.hold and not damaged and self._spend("holds"):
             return HoldLearningRate(anomaly.hold)
-        if course == "lower" and self._spend("rollbacks"):
+        if course == "lower" and not self._in_vain(anomaly) and self._spend("rollbacks"):
             self.trial.end()
+            self.lowered = anomaly.step, anomaly.value
             return self._lower(excess, replay)
         row_is_full = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not row_is_full and self._spend("skips"):
@@ -202,6 +208,20 @@ class Ladder:
         self._since_rollback = 0
         self._skips_in_a_row = 0
         return RollBack(self._cut(excess), self.budget.clip_factor, replay)
+
+    def _in_vain(self, anomaly: Anomaly) -> bool:
+        """Whether half the learning rate has led to the same, or nearly, at the very same step."""
+        if self.lowered is None:
+            return False
+        step, value = self.lowered
+        return anomaly.step == step and anomaly.value > value / 2
+
+    def new_regime(self) -> None:
+        """What was tried was tried on something that is no trouble."""
+        self.trial.end()
+        self.retake.end()
+        self.lowered = self._since_rollback = None
+        self._skips_in_a_row = 0
 
     @property
     def _on_probation(self) -> bool:

@@ -60,13 +60,20 @@ class Island:
 
 
 @dataclass(frozen=True)
+class LearnAnew:
+    """Take the values that stay for the new normal, and learn anew what is usual."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """Give up: no response in budget is left."""
 
     reason: str
 
 
-Response: TypeAlias = RunAgain | SkipStep | HoldLearningRate | RollBack | FallBack | Island | Stop
+Response: TypeAlias = (
+    RunAgain | SkipStep | HoldLearningRate | RollBack | FallBack | Island | LearnAnew | Stop
+)
 
 
 def describe(response: Response) -> str:
@@ -91,5 +98,7 @@ def describe(response: Response) -> str:
             return f"precision {was} -> {precision}"
         case Island(module):
             return f"fp32 island {module}"
+        case LearnAnew():
+            return "accepted as the new normal"
         case Stop(reason):
             return f"stopped: {reason}"

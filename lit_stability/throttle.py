@@ -48,6 +48,8 @@ class Throttle:
         self.patience = 1
         """What ``relax_after`` is multiplied by."""
         self._relaxed = False
+        self.before: tuple[float, float, int, bool] | None = None
+        """What was in force at the start of the last incident."""
         self._calm = 0
         self._schedule: dict[int, float] = {}
 
@@ -66,6 +68,24 @@ class Throttle:
         self.lr_factor *= lr_factor
         self.clip_factor *= clip_factor
         self._calm = 0
+
+    def remember(self) -> None:
+        """Note what is in force, at the start of an incident, for `put_back`."""
+        self.before = self.lr_factor, self.clip_factor, self.patience, self._relaxed
+
+    def put_back(self) -> bool:
+        """Undo the cuts since the start of the incident; returns whether there were any.
+
+        What has been relaxed since stays so.
+        """
+        if self.before is None:
+            return False
+        lr_factor, clip_factor, self.patience, self._relaxed = self.before
+        cut = lr_factor > self.lr_factor or clip_factor > self.clip_factor
+        self.lr_factor = max(lr_factor, self.lr_factor)
+        self.clip_factor = max(clip_factor, self.clip_factor)
+        self.before, self._calm = None, 0
+        return cut
 
     def hold(self, optimizer: int, factors: Sequence[float]) -> None:
         """Scale an optimizer's groups down, on top of a hold that is in force."""

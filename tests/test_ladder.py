@@ -11,15 +11,23 @@ from hypothesis import strategies as st
 
 from lit_stability.detectors import Anomaly
 from lit_stability.ladder import Budget, Ladder
-from lit_stability.responses import HoldLearningRate, RollBack, SkipStep, Stop, describe
+from lit_stability.responses import (
+    HoldLearningRate,
+    LearnAnew,
+    RollBack,
+    RunAgain,
+    SkipStep,
+    Stop,
+    describe,
+)
 
 
-def anomaly(kind="gradient spike", state_is_bad=False, step=0):
+def anomaly(kind="gradient spike", state_is_bad=False, step=0, value=9.0):
     hold = (0.1, 0.2) if kind == "learning-rate jump" else ()
     return Anomaly(
         kind=kind,
         step=step,
-        value=9.0,
+        value=value,
         message="9 against 1",
         signal="x",
         state_is_bad=state_is_bad,
@@ -125,6 +133,7 @@ def test_stop_repeats_the_anomaly_and_the_number_of_rollbacks():
         (PLAIN, "rolled back"),
         (CUT, "rolled back, learning rate x0.5, clip x0.5"),
         (RollBack(1 / 300, 1.0), "rolled back, learning rate x0.00333"),
+        (LearnAnew(), "accepted as the new normal"),
     ],
 )
 def test_describe_says_what_is_done(response, words):
@@ -288,6 +297,39 @@ def test_lowering_by_cause_is_sized_by_evidence_and_ends_with_the_budget():
     cuts = [ladder.respond(DIVERGENCE, excess=20.0, course="lower") for _ in range(3)]
     assert cuts[:2] == [RollBack(0.05, 0.5), RollBack(0.05, 0.5)]
     assert isinstance(cuts[2], Stop)
+
+
+def test_learning_rate_is_lowered_no_further_where_that_has_led_to_the_same():
+    """Half the rate and the same spike at the same step: the rate is not what makes it."""
+    ladder = Ladder()
+    spike = anomaly("gradient spike", step=60, value=50.0)
+    assert ladder.respond(spike, replay=True, course="lower") == RollBack(0.5, 0.5, replay=True)
+    for step in range(40, 60):
+        ladder.healthy(step)
+    again = replace(spike, value=48.0)
+    assert ladder.respond(again, replay=True, course="lower") == RunAgain()
+    assert ladder.respond(again, replay=True, course="lower") == SkipStep()
+
+
+@pytest.mark.parametrize(("step", "value"), [(60, 20.0), (55, 50.0), (61, 50.0)])
+def test_learning_rate_is_lowered_further_where_that_has_made_a_difference(step, value):
+    ladder = Ladder()
+    spike = anomaly("gradient spike", step=60, value=50.0)
+    ladder.respond(spike, replay=True, course="lower")
+    for taken in range(40, step):
+        ladder.healthy(taken)
+    again = replace(spike, step=step, value=value)
+    assert ladder.respond(again, replay=True, course="lower") == RollBack(0.5, 0.5, replay=True)
+
+
+def test_what_was_tried_on_a_change_of_regime_is_forgotten_and_what_it_cost_is_not():
+    ladder = Ladder()
+    ladder.respond(anomaly("gradient spike", step=60, value=50.0), course="lower")
+    left = ladder.left
+    ladder.new_regime()
+    assert ladder.left == left == {**Ladder().left, "rollbacks": Budget().rollbacks - 1}
+    assert ladder.lowered is None
+    assert ladder.respond(DAMAGE) == RollBack()  # as the first, without a cut
 
 
 COURSES = st.sampled_from(["usual", "usual", "lower"])

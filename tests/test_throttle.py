@@ -35,6 +35,27 @@ def test_cuts_multiply_and_a_disturbance_starts_the_wait_anew():
     assert calm_steps(throttle, 1) == ["learning rate x0.5, clip x0.5"]
 
 
+def test_cuts_of_one_incident_are_put_back_and_those_before_it_stay():
+    throttle = Throttle(relax_after=10)
+    assert not throttle.put_back()
+    throttle.cut(0.25, 0.5)
+    throttle.remember()
+    throttle.cut(0.5, 0.5, lasting=True)
+    throttle.cut(0.5, 0.5)
+    assert throttle.put_back()
+    assert (throttle.lr_factor, throttle.clip_factor, throttle.patience) == (0.25, 0.5, 1)
+    assert not throttle.put_back()
+
+
+def test_put_back_takes_nothing_of_what_was_relaxed():
+    throttle = Throttle(relax_after=10)
+    throttle.cut(0.5, 0.5)
+    throttle.remember()
+    calm_steps(throttle, 10)
+    assert not throttle.put_back()
+    assert not throttle.active
+
+
 def test_cut_that_follows_a_relaxation_waits_four_times_as_long():
     """A rate that is too high comes back as too high each time it is restored."""
     throttle = Throttle(relax_after=10)

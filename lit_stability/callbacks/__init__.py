@@ -34,6 +34,7 @@ Any callback, and the LightningModule, may define:
   do is known at the end of the batch: veto what must not be taken, and wait for nobody (DDP);
 * ``on_incident_closed(trainer, pl_module, incident)``: the outcome is known;
 * ``on_rollback(trainer, pl_module)``: a snapshot was just put back;
+* ``on_new_regime(trainer, pl_module, stats)``: values refused for long are taken for the normal;
 * ``takes_steps_again = True``: ``incident.tape`` is wanted, to take the step again beside training;
 * ``on_precision_changed(trainer, pl_module)``: another precision is in force, between two steps;
 * ``books()`` and ``load_books(books)``: what ranks that disagree take over from rank 0;

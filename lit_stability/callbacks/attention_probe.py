@@ -20,7 +20,7 @@ from lit_stability.trainer_state import AroundNextStep, callbacks_of, sharing
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 _LOOKS, _RARELY = 2, 20
-"""Measurements in a row without an attention, after which few are made: one for as many as these."""
+"""Measurements in a row without an attention, after which few are made: one in so many."""
 
 
 class AttentionProbe(Callback):
@@ -45,8 +45,8 @@ class AttentionProbe(Callback):
     measured, in manual optimization what comes before the first backward pass.
 
     Where two measurements in a row have found no attention, on any rank, it looks on one in twenty
-    of its turns only, until there is one: some begin late. The one in `stability_callbacks` is ``quiet``: whoever has not asked for it is
-    not told that there is nothing to measure.
+    of its turns only, until there is one: some begin late. The one in `stability_callbacks` is
+    ``quiet``: whoever has not asked for it is not told that there is nothing to measure.
 
     Args:
         modules: glob of module names, or several, with all that is inside a module that fits.

@@ -22,7 +22,7 @@ from lit_stability.ladder import Budget, Ladder
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.responses import HoldLearningRate
 from lit_stability.stats import StepStats
-from lit_stability.throttle import Throttle
+from lit_stability.throttle import Baseline, Throttle
 from lit_stability.trainer_state import Stateful
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -40,6 +40,10 @@ class AutoRollback(Callback):
     trained on again; if the damage returns, without the suspected batch, then from the snapshot
     before, then with a lower learning rate and a tighter clip. Checkpoint files written since the
     snapshot are renamed to ``NAME.quarantined``.
+
+    What stays, batch after batch and after going back, is no fault but a change of regime: a loss
+    with another term, data of another scale. The detectors accept it (`Spike` after 30 refusals),
+    what was lowered for it is put back, and the fit goes on; the batches left out stay left out.
 
     Where a `Diagnosis` before it finds that the learning rate is likely too high, the first
     rollback lowers it; where the architecture is certain to be the cause, the fit stops.
@@ -191,6 +195,16 @@ class AutoRollback(Callback):
             self._apply(trainer)
             log.info("step %d: %s", stats.step, relaxed)
 
+    def on_new_regime(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+        """Undo what was lowered for the incident that turns out to be none."""
+        now = self._now
+        self.ladder.new_regime()
+        now.rewinder.on_trial, now.trouble = False, 0
+        now.baselines[stats.optimizer] = Baseline()
+        if self.throttle.put_back():
+            self._apply(trainer)
+            log.info("step %d: learning rate and clip are what they were before", stats.step)
+
     def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
         """Take no step that one rank objects to, until all have voted; choose nothing yet."""
         self._now.rewinder.veto(trainer.optimizers[anomaly.optimizer])
@@ -201,6 +215,8 @@ class AutoRollback(Callback):
             return
         now, optimizer = self._now, trainer.optimizers[incident.anomaly.optimizer]
         self.throttle.disturbed()
+        if incident.strikes == 1:
+            self.throttle.remember()
         if now.due is not None:
             # Another optimizer of this batch has struck already.
             incident.settle(now.due[0])
@@ -268,7 +284,8 @@ class AutoRollback(Callback):
         """What was spent, what is in force and what is healthy, for ranks that disagree."""
         return {
             **self.state_dict(),
-            "trials": (self.ladder.trial, self.ladder.retake),
+            "trials": (self.ladder.trial, self.ladder.retake, self.ladder.lowered),
+            "before": self.throttle.before,
             "baselines": [baseline.state_dict() for baseline in self._now.baselines],
         }
 
@@ -276,7 +293,8 @@ class AutoRollback(Callback):
         """Go on from the books of another rank."""
         now = self._now
         self.load_state_dict(books)
-        self.ladder.trial, self.ladder.retake = books["trials"]
+        self.ladder.trial, self.ladder.retake, self.ladder.lowered = books["trials"]
+        self.throttle.before = books["before"]
         for baseline, saved in zip(now.baselines, books["baselines"], strict=True):
             baseline.load_state_dict(saved)
         now.rewinder.on_trial, now.on_trial = self.ladder.trial.active, None

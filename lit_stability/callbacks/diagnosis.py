@@ -126,6 +126,10 @@ class Diagnosis(Callback):
         self._history.clear()
         self._history.extend(kept)
 
+    def on_new_regime(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+        """Forget the steps before: they are no measure of those to come."""
+        self._history.clear()
+
     def rewindable_state(self) -> dict[str, Any]:
         """The gradient norms of the phases."""
         return self._phases.state_dict()

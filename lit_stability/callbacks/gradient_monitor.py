@@ -22,6 +22,7 @@ from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
+from lit_stability.responses import LearnAnew
 from lit_stability.stats import StepStats
 from lit_stability.trainer_state import callbacks_of, log_every, ranks_of, reshard, sharing
 
@@ -163,6 +164,8 @@ class GradientMonitor(Callback):
         if stats.details:
             self.details.append(stats)
         anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
+        if self._panel.new_regime:
+            self._accept_regime(trainer, pl_module, stats)
         decide = self._judge if shared else self._suspect
         decide(trainer, pl_module, Voted(stats, anomaly))
         self._reporter.attempts.judged(stats, optimizer)
@@ -174,6 +177,18 @@ class GradientMonitor(Callback):
         if anomaly is None or anomaly.observe_only:
             self._accept(trainer, pl_module, stats)
             self._settle(trainer, pl_module, stats)
+
+    def _accept_regime(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        if self.current is not None:
+            first, strikes = self.current.first.step, self.current.strikes
+            self.current.note(
+                "change of regime", f"it stays: {strikes} strikes in a row from step {first} on"
+            )
+            if self.current.responses:
+                self.current.adjust(LearnAnew())
+        call_hook("on_new_regime", trainer, pl_module, stats)
 
     def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
         """Veto or accept a step for this rank alone, until all have voted on it."""

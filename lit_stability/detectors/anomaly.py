@@ -110,7 +110,9 @@ class Detector(Protocol):
     """What `GradientMonitor` asks of a detector.
 
     One that looks neither at gradients nor at anything that differs from rank to rank may say so
-    by ``shared_by_ranks = "yes"``: it is then asked before gradients are looked at.
+    by ``shared_by_ranks = "yes"``: it is then asked before gradients are looked at. One that gives
+    in to values that stay counts it in ``regimes``; if it has a ``begin_anew()``, so have others to
+    begin anew with it.
     """
 
     def check(self, stats: StepStats) -> Anomaly | None:

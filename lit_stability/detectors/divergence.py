@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.detectors.row import Row
 from lit_stability.detectors.window import Window
 from lit_stability.stats import StepStats
 
@@ -17,7 +18,10 @@ class Divergence:
     A step is high when its loss is above the median by ``sigmas`` robust standard deviations and
     by ``rise`` of the median's size. High losses are not learnt. One hard batch, or nine, pass
     unmentioned. Raised ``give_up`` times without a step in between that is not high, the height
-    is a new regime: the window is emptied, ``regimes`` counts it, and learning starts anew.
+    is a new regime: the window is emptied, ``regimes`` counts it, and learning starts anew. So it
+    is where a rollback lies between, if it is raised again at the very same step: the steps taken
+    again were not high before either, and a loss that the weights have driven up would come at
+    another, as the learning rate is another.
 
     Args:
         rise: smallest rise that counts, as a share of the median's absolute value.
@@ -59,7 +63,7 @@ class Divergence:
         self.min_history, self.give_up = min_history, give_up
         self.window = Window(window)
         self.high = 0
-        self.raised = 0
+        self._row = Row()
         self.regimes = 0
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -70,10 +74,8 @@ class Divergence:
         if self.high < self.persist:
             return None
         self.high = 0
-        self.raised += 1
-        if self.raised > self.give_up:
-            self.window.replace([])
-            self.raised = 0
+        if self._row.refused(stats.step) > self.give_up:
+            self.begin_anew()
             self.regimes += 1
             return None
         median = self.window.median
@@ -96,8 +98,14 @@ class Divergence:
         """Learn an accepted loss, unless it is high."""
         if self._is_high(stats.loss):
             return
-        self.high = self.raised = 0
+        self.high = 0
+        self._row.accepted(stats.step)
         self.window.add(stats.loss)
+
+    def begin_anew(self) -> None:
+        """Forget what was normal, here or for another detector of the run."""
+        self.window.replace([])
+        self._row, self.high = Row(), 0
 
     def _threshold(self) -> float:
         median = self.window.median

@@ -29,6 +29,8 @@ class Panel:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
         self._say = say
         self._replicas = Replicas()
+        self.new_regime = False
+        """Whether a detector has accepted, in this step, values that it had refused for long."""
         self._unheard: set[int] = set()
         """Detectors, by id, that had something to tell of this step and were not heard."""
 
@@ -40,6 +42,7 @@ class Panel:
             voting: whether the ranks vote on what they find in the gradients, which may be their
                 own; see `lit_stability.ranks`. Otherwise all that is measured they have alike.
         """
+        self.new_regime = False
         anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")
         anomaly = self._compare_weights(anomaly, stats)
         if not voting:
@@ -86,11 +89,21 @@ class Panel:
                 self._unheard.add(id(detector))
             told = told or anomaly
             if getattr(detector, "regimes", 0) > regimes:
-                self._say(
-                    f"step {stats.step}: {type(detector).__name__} accepts the values of late as "
-                    "the new normal and learns anew"
-                )
+                self._accepted(detector, stats)
         return told
+
+    def _accepted(self, detector: Detector, stats: StepStats) -> None:
+        """Say so; what has changed for one signal has changed for loss and gradients together."""
+        self._say(
+            f"step {stats.step}: {type(detector).__name__} accepts the values of late as the new "
+            "normal and learns anew"
+        )
+        if not hasattr(detector, "begin_anew"):
+            return
+        self.new_regime = True
+        for each in self._sets[stats.optimizer]:
+            if hasattr(each, "begin_anew"):
+                each.begin_anew()
 
     def learn(self, stats: StepStats) -> None:
         """Teach an accepted step, all but those that were not heard: they are to say it again."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.detectors.row import Row
 from lit_stability.detectors.window import Window
 from lit_stability.stats import StepStats
 
@@ -26,7 +27,8 @@ class Spike:
     descent on the edge of stability, is no spike. The deviation is that about the trend of the
     window, see `Window.spread`: a norm that falls a hundredfold within it would otherwise hide one
     of a thousand times its size. After ``give_up`` refusals in a row the values are a new regime:
-    the window is emptied, ``regimes`` counts it, and learning starts anew.
+    the window is emptied, ``regimes`` counts it, and learning starts anew. Steps that are taken
+    again after a rollback do not end the row, if it goes on at the step where it was before.
 
     Args:
         signal: which field of `StepStats`; it must be positive, other values pass unlearnt.
@@ -70,7 +72,7 @@ class Spike:
         self.min_history, self.give_up = min_history, give_up
         self.shared_by_ranks = "yes" if signal == "loss" else "no"
         self.window = Window(window)
-        self.refusals = 0
+        self._row = Row()
         self.regimes = 0
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -86,10 +88,8 @@ class Spike:
         threshold = max(median * max(self.ratio, spread), self.jump * math.exp(recent))
         if value <= threshold:
             return None
-        self.refusals += 1
-        if self.refusals > self.give_up:
-            self.window.replace([])
-            self.refusals = 0
+        if self._row.refused(stats.step) > self.give_up:
+            self.begin_anew()
             self.regimes += 1
             return None
         what = "gradient norm" if self.signal == "grad_norm" else "loss"
@@ -108,9 +108,14 @@ class Spike:
     def update(self, stats: StepStats) -> None:
         """Learn an accepted value."""
         value: float = getattr(stats, self.signal)
-        self.refusals = 0
+        self._row.accepted(stats.step)
         if 0 < value < math.inf:
             self.window.add(math.log(value))
+
+    def begin_anew(self) -> None:
+        """Forget what was normal, here or for another detector of the run."""
+        self.window.replace([])
+        self._row = Row()
 
     def state_dict(self) -> dict[str, Any]:
         """The window; a count of refusals is not part of it, so no restore can undo a give-up."""

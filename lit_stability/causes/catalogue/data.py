@@ -41,6 +41,13 @@ DATA = (
         leave="if the swings come with a change of the data that is meant, such as a curriculum",
     ),
     Cause(
+        name="change of regime",
+        clues=((-8, c.transient),),
+        do="look for what changes there: the loss and its weights, the data or their scale, the "
+        "parts that train; let it come gradually, or train in stages, each with a fit of its own",
+        leave="if it is meant",
+    ),
+    Cause(
         name="loss or labels",
         clues=((1, c.kind("non-finite loss", "loss spike")), (1, c.ordinary_gradient)),
         do="look at the loss function for log(0), division by a count of zero and labels out of "

@@ -1,0 +1,149 @@
+"""A run whose loss, data or modules change on purpose: it is not ended for it."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.changes import AT, Staged, batches
+from lit_stability import GradientMonitor, stability_callbacks
+from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.detectors import Divergence, Panel, Spike, flagged
+from lit_stability.faults import FaultInjector, ScaleLoss
+from lit_stability.stats import StepStats
+from tests.conftest import fit
+from tests.distributed import run_ranks
+from tests.regime_rank_cases import changed
+
+
+def staged(tmp_path, change, callbacks, optimizer="adamw", steps=240):
+    """The module after a fit, of as many steps."""
+    options = {"data": batches(400), "max_steps": steps, "max_epochs": -1}
+    return fit(tmp_path, callbacks, lambda: Staged(change, optimizer), **options)[0]
+
+
+CHANGES = [
+    *((change, "adamw") for change in ("30 loss", "100 loss", "100 second head", "10 inputs")),
+    *((change, "sgd") for change in ("10 loss", "100 loss", "100 second head", "30 inputs")),
+]
+
+
+@pytest.mark.parametrize(("change", "optimizer"), CHANGES)
+def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tmp_path, caplog):
+    """Invariant 3: rejections of finite values end in a new window, and it is said."""
+    suite = stability_callbacks()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.lit_stability"):
+        module = staged(tmp_path, change, suite, optimizer)
+    assert module.trainer.global_step == 240
+    (incident,) = suite[0].incidents
+    assert incident.outcome == "recovered"
+    assert incident.cause == "change of regime"
+    assert "accepted as the new normal" in incident.done
+    assert "what changes there" in incident.remedy
+    assert "accepts the values of late as the new normal" in caplog.text
+    rollback = next(c for c in suite if isinstance(c, AutoRollback))
+    assert (rollback.throttle.lr_factor, rollback.throttle.clip_factor) == (1.0, 1.0)
+    assert rollback.ladder.left["rollbacks"] >= 5
+    # It learns as the run without the suite does: most of what the change has brought is gone.
+    bare = staged(tmp_path / "bare", change, [], optimizer)
+    before, after = (sum(m.losses[-40:]) / 40 for m in (bare, module))
+    assert after < 1.3 * before
+
+
+def test_change_is_recorded_with_its_cause(tmp_path):
+    suite = stability_callbacks()
+    staged(tmp_path, "100 loss", suite)
+    lines = Path(suite[0].incidents[0].record).read_text(encoding="utf8").splitlines()
+    closed = json.loads(lines[-1])
+    assert closed["cause"] == "change of regime"
+    assert any("it stays" in sentence for sentence in closed["evidence"])
+
+
+def test_monitor_alone_tells_of_a_change_and_changes_nothing(tmp_path):
+    monitor = GradientMonitor()
+    module = staged(tmp_path, "100 loss", [monitor])
+    (incident,) = monitor.incidents
+    assert (incident.outcome, incident.done) == ("observed", "")
+    assert incident.cause == "change of regime"
+    assert module.losses == staged(tmp_path / "bare", "100 loss", []).losses
+
+
+def test_faults_after_a_change_are_judged_by_what_is_normal_now(tmp_path):
+    """The window is a new one: what was a spike is none, and what is one is found again."""
+    suite = stability_callbacks()
+    injector = FaultInjector([ScaleLoss(step=200, factor=1e4)])
+    staged(tmp_path, "100 loss", [injector, *suite])
+    kinds = [(i.first.kind, i.first.step, i.outcome) for i in suite[0].incidents]
+    assert kinds == [
+        ("gradient spike", AT, "recovered"),
+        ("gradient spike", 200, "recovered"),
+    ]
+
+
+def step(i, loss=1.0, norm=1.0):
+    return StepStats(step=i, loss=loss, grad_norm=norm)
+
+
+@pytest.mark.parametrize(
+    ("detector", "first"), [(Spike(give_up=3), 40), (Divergence(persist=5, give_up=3), 44)]
+)
+def test_steps_taken_again_do_not_end_a_row_that_goes_on_where_it_was(detector, first):
+    """What is replayed from step 30 on was accepted before; it says nothing of step 40."""
+    objections = []
+    for attempt in range(6):
+        window = detector.state_dict() if attempt else None
+        for i in range(30 if attempt else 0, 60):
+            high = 100.0 if i >= 40 else 1.0
+            if flagged(detector, step(i, high, high)):
+                objections.append(i)
+                break
+        if detector.regimes:
+            break
+        detector.load_state_dict(window or detector.state_dict())
+    assert objections == [first] * 3
+    assert detector.regimes == 1
+
+
+@pytest.mark.parametrize("detector", [Spike(give_up=3), Divergence(persist=5, give_up=3)])
+def test_trouble_that_comes_at_another_step_each_time_is_never_accepted(detector):
+    """As it does where a lower learning rate puts it off, or the snapshot is another."""
+    for onset in (40, 43, 39, 47, 45, 44, 50):
+        for i in range(30 if onset != 40 else 0, 60):
+            high = 100.0 if i >= onset else 1.0
+            if flagged(detector, step(i, high, high)):
+                break
+        else:
+            pytest.fail(f"nothing was found from step {onset} on")
+    assert detector.regimes == 0
+
+
+def test_one_detector_that_gives_in_makes_the_others_of_its_optimizer_learn_anew():
+    said = []
+    panel = Panel([Spike(give_up=3), Divergence()], [0, 1], said.append)
+    for i in range(40):
+        for optimizer in (0, 1):
+            stats = StepStats(step=i, loss=1.0, grad_norm=1.0, optimizer=optimizer)
+            assert panel.verdict(stats, voting=False) == (None, True)
+            panel.learn(stats)
+    found = []
+    for _ in range(4):
+        found.append(panel.verdict(step(40, loss=9.0, norm=100.0), voting=False)[0] is None)
+        assert panel.new_regime is found[-1]
+    assert found == [False, False, False, True]
+    windows = {i: [state["window"] for _, state in each] for i, each in panel.state_dict().items()}
+    assert windows["0"] == [[], []]
+    assert all(len(window) == 40 for window in windows["1"])
+    assert len(said) == 1
+
+
+def test_ranks_accept_a_change_together(tmp_path):
+    """Invariant 5: the row is as long on every rank, as it is made of the same numbers."""
+    first, second = run_ranks(changed, tmp_path, folder=tmp_path)
+    for name in ("ddp", "fsdp2"):
+        assert first[name]["incidents"] == second[name]["incidents"]
+        (incident,) = first[name]["incidents"]
+        assert "accepted as the new normal" in str(incident)
+        assert torch.equal(first[name]["weights"], second[name]["weights"])
+        assert first[name]["steps"] == second[name]["steps"]
