@@ -6,7 +6,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 
-from lit_stability import AutoRollback, Diagnosis, GradientMonitor, read_incidents
+from lit_stability import (
+    AutoRollback,
+    Diagnosis,
+    GradientMonitor,
+    read_incidents,
+    stability_callbacks,
+)
 from lit_stability.causes import CAUSES
 from lit_stability.cli import main
 from lit_stability.faults import FaultInjector, ScaleGradients
@@ -31,6 +37,11 @@ def names():
 
 def test_readme_stays_short():
     assert len(TEXT.splitlines()) < 250
+
+
+def test_default_suite_is_listed_in_its_order():
+    (listed,) = re.findall(r"`stability_callbacks\(\)` is `\[(.*?)\]`", TEXT, re.DOTALL)
+    assert re.findall(r"(\w+)\(", listed) == [type(c).__name__ for c in stability_callbacks()]
 
 
 @pytest.mark.filterwarnings("ignore:`max_epochs` was not set")

@@ -39,6 +39,7 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     assert module.trainer.global_step == 240
     (incident,) = suite[0].incidents
     assert incident.outcome == "recovered"
+    assert incident.strikes <= 31
     assert incident.cause == "change of regime"
     assert "accepted as the new normal" in incident.done
     assert "what changes there" in incident.remedy

@@ -211,12 +211,12 @@ class AutoRollback(Callback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
+        if incident.strikes == 1:
+            self.throttle.remember()
         if incident.settled or (incident.anomaly.observe_only and incident.course != "stop"):
             return
         now, optimizer = self._now, trainer.optimizers[incident.anomaly.optimizer]
         self.throttle.disturbed()
-        if incident.strikes == 1:
-            self.throttle.remember()
         if now.due is not None:
             # Another optimizer of this batch has struck already.
             incident.settle(now.due[0])

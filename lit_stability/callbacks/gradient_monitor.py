@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -165,7 +166,7 @@ class GradientMonitor(Callback):
             self.details.append(stats)
         anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
         if self._panel.new_regime:
-            self._accept_regime(trainer, pl_module, stats)
+            stats = self._accept_regime(trainer, pl_module, stats)
         decide = self._judge if shared else self._suspect
         decide(trainer, pl_module, Voted(stats, anomaly))
         self._reporter.attempts.judged(stats, optimizer)
@@ -180,7 +181,7 @@ class GradientMonitor(Callback):
 
     def _accept_regime(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
-    ) -> None:
+    ) -> StepStats:
         if self.current is not None:
             first, strikes = self.current.first.step, self.current.strikes
             self.current.note(
@@ -189,6 +190,10 @@ class GradientMonitor(Callback):
             if self.current.responses:
                 self.current.adjust(LearnAnew())
         call_hook("on_new_regime", trainer, pl_module, stats)
+        # Learning rates may have been put back: it is these that the coming update is held against.
+        rates = learning_rate_scale(trainer.optimizers[stats.optimizer]).effective()
+        self._meters[stats.optimizer].expect(rates)
+        return replace(stats, learning_rates=tuple(rates))
 
     def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
         """Veto or accept a step for this rank alone, until all have voted on it."""
