@@ -13,14 +13,14 @@ from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.detectors import Divergence, Panel, Spike, flagged
 from lit_stability.faults import FaultInjector, ScaleLoss
 from lit_stability.stats import StepStats
-from tests.conftest import fit
+from tests.conftest import fit, skipping_suite
 from tests.distributed import run_ranks
 from tests.regime_rank_cases import changed
 
 
-def staged(tmp_path, change, callbacks, optimizer="adamw", steps=240):
-    """The module after a fit, of as many steps."""
-    options = {"data": batches(400), "max_steps": steps, "max_epochs": -1}
+def staged(tmp_path, change, callbacks, optimizer="adamw", **options):
+    """The module after a fit of 240 steps."""
+    options = {"data": batches(400), "max_steps": 240, "max_epochs": -1, **options}
     return fit(tmp_path, callbacks, lambda: Staged(change, optimizer), **options)[0]
 
 
@@ -51,6 +51,23 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     bare = staged(tmp_path / "bare", change, [], optimizer)
     before, after = (sum(m.losses[-40:]) / 40 for m in (bare, module))
     assert after < 1.3 * before
+
+
+WAYS = {
+    "data are skipped": (skipping_suite, {}),
+    "accumulated": (stability_callbacks, {"accumulate_grad_batches": 2}),
+    "bf16": (stability_callbacks, {"precision": "bf16-mixed"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_change_is_accepted_in_other_ways_of_training_too(way, tmp_path):
+    make, options = WAYS[way]
+    suite = make()
+    module = staged(tmp_path, "100 loss", suite, **options)
+    assert module.trainer.global_step == 240
+    assert [i.cause for i in suite[0].incidents] == ["change of regime"]
+    assert suite[-1].throttle.lr_factor == 1.0
 
 
 def test_change_is_recorded_with_its_cause(tmp_path):
