@@ -19,9 +19,8 @@ class Divergence:
     by ``rise`` of the median's size. High losses are not learnt. One hard batch, or nine, pass
     unmentioned. Raised ``give_up`` times without a step in between that is not high, the height
     is a new regime: the window is emptied, ``regimes`` counts it, and learning starts anew. So it
-    is where a rollback lies between, if it is raised again at the very same step: the steps taken
-    again were not high before either, and a loss that the weights have driven up would come at
-    another, as the learning rate is another.
+    is where a rollback lies between, if it is raised again at the very same step although the
+    learning rate was lowered: a loss that the weights have driven up would come at another.
 
     Args:
         rise: smallest rise that counts, as a share of the median's absolute value.
@@ -64,6 +63,8 @@ class Divergence:
         self.window = Window(window)
         self.high = 0
         self._row = Row()
+        self._rate = 0.0
+        """Learning rate when it was raised last."""
         self.regimes = 0
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -74,7 +75,9 @@ class Divergence:
         if self.high < self.persist:
             return None
         self.high = 0
-        if self._row.refused(stats.step) > self.give_up:
+        rate, before = max(stats.learning_rates, default=0.0), self._rate
+        self._rate = rate
+        if self._row.refused(stats.step, changed=rate < before) > self.give_up:
             self.begin_anew()
             self.regimes += 1
             return None

@@ -19,6 +19,8 @@ class Row:
     1
     >>> row.accepted(7); row.refused(8)
     1
+    >>> row.accepted(7); row.refused(8, changed=False)
+    1
     """
 
     def __init__(self) -> None:
@@ -28,14 +30,17 @@ class Row:
         self._again = False
         """Whether steps were taken again since."""
 
-    def refused(self, step: int) -> int:
+    def refused(self, step: int, *, changed: bool = True) -> int:
         """Count a refusal; returns how many there are in the row.
 
         Args:
             step: at which it is.
+            changed: whether anything was changed since the last one. What comes back where steps
+                were taken again just as they were had to come back, and is not counted.
         """
         goes_on = step == self._step or not self._again
-        self._count = self._count + 1 if goes_on else 1
+        counts = changed or not self._again
+        self._count = self._count + counts if goes_on else 1
         self._step, self._again = step, False
         return self._count
 
