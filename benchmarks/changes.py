@@ -20,11 +20,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.results import Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor, TrainingStopped, stability_callbacks
 
 AT, STEPS, LAST = 60, 300, 40
@@ -102,15 +103,9 @@ def run(change: str, optimizer: str, seed: int, callbacks: list[Callback]) -> Ru
     seed_everything(seed, verbose=False)
     module, ended = Staged(change, optimizer), "ran"
     with tempfile.TemporaryDirectory() as root:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_steps=STEPS,
-            max_epochs=-1,
-            accelerator="cpu",
             callbacks=callbacks,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
             default_root_dir=root,
         )
         try:

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, held_out_loss, loader
 from benchmarks.results import Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import AdaptiveGradientClipping, GradientMonitor
 from lit_stability.clip_rules import (
     ClipRule,
@@ -77,14 +78,9 @@ def run(rule: ClipRule | None, scenario: str, seed: int, steps: int) -> Result:
     callbacks: list[Callback] = [FaultInjector(list(faults))] if faults else []
     callbacks += [GradientMonitor(), *([] if rule is None else [clipping])]
     with tempfile.TemporaryDirectory() as root:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_steps=steps,
-            accelerator="cpu",
             callbacks=callbacks,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
             default_root_dir=root,
         )
         trainer.fit(module, loader(BATCH, SHAPE.length, seed))

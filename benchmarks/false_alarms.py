@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from benchmarks.instabilities.cases import CASES, Case
 from benchmarks.results import Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor
 from lit_stability.detectors import (
     Detector,
@@ -228,13 +229,8 @@ def real(case: Case, seed: int) -> list[StepStats]:
     seed_everything(seed, verbose=False)
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_steps=case.steps,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
             callbacks=[GradientMonitor(detectors=[]), recorder],
         )

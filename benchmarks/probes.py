@@ -22,13 +22,14 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig
 from benchmarks.instabilities.cases import CASES, Case
 from benchmarks.overhead.suites import Suite
 from benchmarks.overhead.turns import Setting, take_turns
 from benchmarks.results import Spread, Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
 from lit_stability.detectors import StaleMoments, default_detectors
 from lit_stability.staleness import Staleness
@@ -83,15 +84,9 @@ def run_case(case: Case, seed: int, probes: list[Any]) -> tuple[list[tuple[str, 
     seed_everything(seed, verbose=False)
     module = case.module()
     monitor = GradientMonitor(detectors=[*default_detectors(), StaleMoments()])
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_steps=case.steps,
-        max_epochs=-1,
-        accelerator="cpu",
         callbacks=[monitor, *probes],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         default_root_dir=tempfile.mkdtemp(),
     )
     trainer.fit(module, case.data(seed))

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.overhead.clock import HookClock
 from benchmarks.results import Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import stability_callbacks
 
 ELEMENTS = (100_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000)
@@ -101,15 +102,9 @@ def measure(elements: int, tensors: int) -> Point:
     suite = stability_callbacks()
     clock = _Clock(HookClock(suite, time.thread_time))
     with tempfile.TemporaryDirectory() as root:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_steps=STEPS,
-            max_epochs=-1,
-            accelerator="cpu",
             callbacks=[*suite, clock],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
             default_root_dir=root,
         )
         trainer.fit(Wide(elements, tensors), DataLoader([torch.zeros(1)] * STEPS, batch_size=None))

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from benchmarks.results import Spread, Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability.batches import size_of
 from lit_stability.frozen import FrozenWeights
 from lit_stability.trainer_state import Entry, ReplayRing, StepStart, TrainingSnapshot
@@ -111,14 +112,9 @@ def main() -> None:
     shape = ByteGPTConfig(width=128, layers=4) if args.quick else ByteGPTConfig(width=400, layers=5)
     seed_everything(0, verbose=False)
     rounds = Rounds(args.rounds)
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_steps=5,
-        accelerator="cpu",
         callbacks=[rounds],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
     )
     trainer.fit(ByteGPTModule(shape), loader(8, shape.length))
     figures, table = report(rounds, _ring(shape))

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.results import Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import read_incidents, stability_callbacks
 from lit_stability.faults import (
     CorruptMoment,
@@ -114,15 +115,10 @@ def run(root: Path, steps: int, every: int, gauge: Gauge, *, protected: bool = T
     """Fit; returns milliseconds per step."""
     seed_everything(0, verbose=False)
     suite = [FaultInjector(faults(steps, every)), *stability_callbacks()] if protected else []
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
         callbacks=[*suite, gauge],
         logger=TensorBoardLogger(root, "run", ""),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         default_root_dir=root,
     )
     start = time.perf_counter()

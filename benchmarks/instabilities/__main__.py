@@ -19,10 +19,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 from benchmarks.instabilities.cases import CASES, Case
 from benchmarks.results import Table, add_options, folder_of, save
+from benchmarks.trainers import quiet_trainer
 from lit_stability import (
     AttentionProbe,
     CurvatureProbe,
@@ -64,14 +65,8 @@ def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
     seed_everything(seed, verbose=False)
     module: Any = case.module()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_steps=case.steps,
-            max_epochs=-1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
             callbacks=callbacks,
         )

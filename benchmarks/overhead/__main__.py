@@ -79,7 +79,7 @@ def compare(
                 failed.append(f"{name} took {len(times[name].steps)} of {setting.steps} steps")
                 continue
             if times[name].incidents:
-                failed.append(f"{name} met {times[name].incidents} incidents: no healthy run")
+                failed.append(f"{name} is no healthy run: {times[name].incidents} incident(s)")
                 continue
             rows.append(_row(name, times[name], base, setting))
     return rows, failed

@@ -18,6 +18,7 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from benchmarks.overhead.clock import HookClock
 from benchmarks.overhead.suites import SUITES, Suite
 from benchmarks.results import Estimate
+from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor
 
 BLOCK = 20
@@ -112,19 +113,15 @@ def batches_of(setting: Setting) -> DataLoader[Any]:
 def make_trainer(suite: Suite, setting: Setting, callbacks: list[Callback]) -> Trainer:
     """A Trainer that prints nothing and writes below a temporary folder."""
     root = tempfile.mkdtemp()
-    options = {
+    options: dict[str, Any] = {
         "max_steps": setting.steps,
-        "max_epochs": -1,
         "precision": setting.precision,
-        "accelerator": "cpu",
         "callbacks": callbacks,
-        "logger": TensorBoardLogger(root) if suite.tensorboard else False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
         "default_root_dir": root,
     }
-    return Trainer(**{**options, **suite.options})  # type: ignore[arg-type]
+    if suite.tensorboard:
+        options["logger"] = TensorBoardLogger(root)
+    return quiet_trainer(**{**options, **suite.options})
 
 
 def take_turns(

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from benchmarks.prediction.families import make
+from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor, StepStats
 
 PERSIST = 20
@@ -109,15 +110,10 @@ def record(family: str, seed: int) -> Trace:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]
     with tempfile.TemporaryDirectory() as root:
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_steps=run.steps,
-            accelerator="cpu",
             plugins=plugins,
             callbacks=[GradientMonitor(details_every=0), _Recorder(trace)],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
             default_root_dir=root,
         )
         data = DataLoader(run.data, None) if isinstance(run.data, list) else run.data

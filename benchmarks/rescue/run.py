@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from benchmarks.alternatives import PROTECTIONS, Protection
 from benchmarks.alternatives.shipped import Suite
 from benchmarks.rescue.scenario import Scenario
+from benchmarks.trainers import quiet_trainer
 from lit_stability import Incident
 
 Ending = Literal["finished", "stopped", "NaN", "failed", "hung"]
@@ -125,15 +126,9 @@ def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
 
 def _trainer(scenario: Scenario, protection: Protection, witness: Witness, folder: Path) -> Trainer:
     task = scenario.task
-    return Trainer(
+    return quiet_trainer(
         max_steps=task.steps,
-        max_epochs=-1,
-        accelerator="cpu",
         devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[
             *scenario.trouble.callbacks(),

@@ -1,17 +1,31 @@
 """What is counted of a fit, and how Trainers take turns."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.byte_gpt import ByteGPTConfig
+from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule
+from benchmarks.overhead.__main__ import TRAFFIC, compare
 from benchmarks.overhead.clock import HookClock
 from benchmarks.overhead.held import host_reads, tensor_bytes
 from benchmarks.overhead.suites import SUITES, Suite, alternatives
-from benchmarks.overhead.turns import BLOCK, WARM, Setting, Turns, in_blocks, ratio, take_turns
+from benchmarks.overhead.turns import (
+    BLOCK,
+    WARM,
+    Setting,
+    Turns,
+    batches_of,
+    in_blocks,
+    make_trainer,
+    ratio,
+    take_turns,
+)
+from lit_stability import stability_callbacks
+from lit_stability.faults import FaultInjector, NanLoss
 
 TINY = Setting(ByteGPTConfig(width=16, layers=1, heads=2, length=8), batch=2, steps=6)
 
@@ -141,6 +155,33 @@ def test_trainers_take_equal_steps_and_one_that_fails_holds_up_nobody(capsys):
     assert sum(times["default suite"].hooks) > sum(times["bare"].hooks) > 0
     assert all(h < s for h, s in zip(times["bare"].hooks[1:], times["bare"].steps[1:], strict=True))
     assert "no more" in capsys.readouterr().out
+
+
+def test_fit_with_an_incident_is_listed_and_not_counted_as_healthy():
+    def struck():
+        return [FaultInjector([NanLoss(step=3)]), *stability_callbacks()]
+
+    suites = {"bare": SUITES["bare"], "struck": Suite(struck), TRAFFIC: SUITES[TRAFFIC]}
+    times = take_turns(suites, TINY, suites)
+    assert {name: t.incidents for name, t in times.items()} == {"bare": 0, "struck": 1, TRAFFIC: 0}
+    rows, failed = compare(["struck"], TINY, suites)
+    assert rows == []
+    assert failed == ["struck is no healthy run: 1 incident(s)"]
+
+
+def test_traffic_alone_copies_the_state_and_leaves_a_fit_as_it_was():
+    traffic = SUITES[TRAFFIC].callbacks()[0]
+    modules = []
+    for callbacks in ([], [traffic]):
+        seed_everything(0, verbose=False)
+        trainer = make_trainer(SUITES["bare"], replace(TINY, steps=20), callbacks)
+        trainer.fit(module := ByteGPTModule(TINY.config), batches_of(TINY))
+        modules.append(module)
+    assert modules[0].losses == modules[1].losses
+    initial, *_ = traffic._copies
+    seed_everything(0, verbose=False)
+    fresh = [*ByteGPTModule(TINY.config).parameters()]
+    assert all(map(torch.equal, initial.saved, fresh))
 
 
 def test_every_suite_can_be_made_and_has_a_baseline():
