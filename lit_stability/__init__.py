@@ -24,6 +24,7 @@ _HOME = {
     "NonFiniteOrigin": "locate",
     "PrecisionFallback": "callbacks",
     "Preflight": "callbacks",
+    "StabilityCallback": "callbacks",
     "StepStats": "stats",
     "TrainingStopped": "incidents",
     "find_last_good": "last_good",

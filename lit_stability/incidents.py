@@ -90,7 +90,7 @@ class Incident:
     none. An incident is offered to all ranks alike."""
     tape: Any = field(default=None, repr=False, compare=False)
     """The step of the latest strike, a `StepTape`, for callbacks that take it again beside training
-    and say so by ``takes_steps_again = True``; else None."""
+    and say so by ``needs_recorded_step = True``; else None."""
     origin: Any = None
     """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     _sealed: _Sealed | None = field(default=None, repr=False)

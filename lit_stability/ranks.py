@@ -12,8 +12,8 @@ all ranks at the same place whatever one of them has seen. One optimizer step un
     averaged. What detectors find in the vector all ranks find: it is *shared*, and they may talk
     about it at once, in collectives that wait. What they find in the gradients need not be: one
     rank's may have been damaged after DDP averaged them. That rank vetoes its own step, and does
-    nothing more (``on_suspicion``). Each rank votes: whether it objects, and its gradient norm. The
-    votes are summed while the optimizer steps.
+    nothing more (``on_local_anomaly``). Each rank votes: whether it objects, and its gradient norm.
+    The votes are summed while the optimizer steps.
 ``on_train_batch_end``
     The votes are counted before a counter, a snapshot or a checkpoint has seen the step. If all
     object, it is an incident like one that is shared. If some do, or if the gradient norms differ,

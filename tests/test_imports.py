@@ -144,6 +144,7 @@ def test_public_names_are_frozen():
         "NonFiniteOrigin",
         "PrecisionFallback",
         "Preflight",
+        "StabilityCallback",
         "StepStats",
         "TrainingStopped",
         "find_last_good",

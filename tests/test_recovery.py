@@ -250,7 +250,7 @@ class Keeper(Callback):
     def load_state_dict(self, state):
         self.batches = state["batches"]
 
-    def count_in_parts(self, state, parts):
+    def rescale_batch_counts(self, state, parts):
         self.told.append(parts)
         state["batches"] *= parts
 

@@ -22,28 +22,9 @@ One optimizer step, with the hooks in place::
     validation, if it is due
     before the next fetch       AutoRollback takes a snapshot, LastKnownGood a copy for the disk
 
-Any callback, and the LightningModule, may define:
-
-* ``on_step_measured(trainer, pl_module, stats)``: any step, before the detectors are asked;
-* ``probe_readings(trainer, pl_module)``: asked before each step is measured; a list of
-  `ProbeReading`, or what is `lit_stability.norms.Unread`, where it is the probe's turn, else None;
-  on all ranks alike;
-* ``on_healthy_step(trainer, pl_module, stats)``: an accepted step, before its update;
-* ``on_incident(trainer, pl_module, incident)``: a strike, before its update; on all ranks alike;
-* ``on_suspicion(trainer, pl_module, anomaly)``: this rank objects to its gradients, and whether all
-  do is known at the end of the batch: veto what must not be taken, and wait for nobody (DDP);
-* ``on_incident_closed(trainer, pl_module, incident)``: the outcome is known;
-* ``on_rollback(trainer, pl_module)``: a snapshot was just put back;
-* ``on_new_regime(trainer, pl_module, stats)``: values refused for long are taken for the normal;
-* ``takes_steps_again = True``: ``incident.tape`` is wanted, to take the step again beside training;
-* ``on_precision_changed(trainer, pl_module)``: another precision is in force, between two steps;
-* ``books()`` and ``load_books(books)``: what ranks that disagree take over from rank 0;
-* ``rewindable_state()`` and ``load_rewindable_state(state)``: what a rollback takes back. A vetoed
-  step may have moved it too, and is taken back by way of a snapshot, unless the owner says by
-  ``ignores_vetoed_steps = True`` that it never does.
-
-A responder of your own needs one of them. Gradients of None veto the update, to the bit; who
-settles an incident says with what, and those after it see that it is settled.
+The hooks of this package are the methods of `StabilityCallback`. A responder of your own overrides
+`on_incident`: gradients of None skip the update bit for bit, and who settles an incident says with
+what; callbacks after it see that it is settled.
 
 >>> import tempfile
 >>> from lightning.pytorch import Trainer
@@ -51,7 +32,7 @@ settles an incident says with what, and those after it see that it is settled.
 >>> from lit_stability.faults import FaultInjector, NanLoss
 >>> from lit_stability.detectors import NonFinite
 >>> from lit_stability.responses import SkipStep
->>> class LeaveOut(Callback):
+>>> class LeaveOut(StabilityCallback):
 ...     '''Leaves out each bad update, and does nothing else.'''
 ...     def on_incident(self, trainer, pl_module, incident):
 ...         anomaly = incident.anomaly
@@ -88,6 +69,7 @@ from lit_stability.callbacks.curvature_probe import CurvatureProbe
 from lit_stability.callbacks.diagnosis import Diagnosis
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
@@ -107,6 +89,7 @@ __all__ = [
     "NonFiniteLocator",
     "PrecisionFallback",
     "Preflight",
+    "StabilityCallback",
     "stability_callbacks",
 ]
 

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS, Optimizer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.clip_rules import ClipRule, CutsLearningRate, PercentileClip
 from lit_stability.clipping import clip_step
@@ -25,7 +26,7 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 _OWNER = "clipping"
 
 
-class AdaptiveGradientClipping(Callback):
+class AdaptiveGradientClipping(StabilityCallback):
     """Clips the gradients of each optimizer to a norm that a rule chooses step by step.
 
     A step is clipped in place just before its update, from the norm that `GradientMonitor` has
@@ -60,7 +61,7 @@ class AdaptiveGradientClipping(Callback):
         RuntimeError: at ``setup``, under a strategy that was not tried.
     """
 
-    ignores_vetoed_steps = True
+    ignores_skipped_steps = True
 
     def __init__(self, *, rule: ClipRule | None = None) -> None:
         rule = PercentileClip() if rule is None else rule

@@ -13,8 +13,9 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.details import gradient_details
 from lit_stability.detectors import Anomaly
@@ -28,7 +29,7 @@ from lit_stability.trainer_state import run_directory, save_scene_checkpoint, sh
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
-class AnomalyCheckpoint(Callback):
+class AnomalyCheckpoint(StabilityCallback):
     """Saves a folder per incident, before anything is done about it.
 
     The folder ``incidents/<step>-<id>`` in ``trainer.log_dir`` appears whole or not at all:
@@ -110,7 +111,9 @@ class AnomalyCheckpoint(Callback):
         """Remember loss and gradient norm."""
         self._history.append((stats.step, stats.loss, stats.grad_norm))
 
-    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+    def on_local_anomaly(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
+    ) -> None:
         """Look at the gradients before they are dropped; it is saved if all ranks object."""
         self._suspected = gradient_details(pl_module.named_parameters())
 

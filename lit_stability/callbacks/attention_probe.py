@@ -6,10 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_stability.attention_watch import LOGIT, AttentionWatch, fitting
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.compiled import has_compiled_parts
 from lit_stability.detectors.anomaly import require
@@ -23,7 +24,7 @@ _LOOKS, _RARELY = 2, 20
 """Measurements in a row without an attention, after which few are made: one in so many."""
 
 
-class AttentionProbe(Callback):
+class AttentionProbe(StabilityCallback):
     """Measures, on one step in `every`, what every attention of the model looks like.
 
     While the forward pass of such a step runs, the kernels it calls are watched; an attention is

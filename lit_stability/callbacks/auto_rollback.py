@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
     require_monitor,
     require_tried_strategy,
@@ -28,7 +30,7 @@ from lit_stability.trainer_state import Stateful
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
-class AutoRollback(Callback):
+class AutoRollback(StabilityCallback):
     """Takes bad steps back, holds a jumping learning rate, rolls back damage, knows its limits.
 
     With ``data="replay"`` the fit goes on as if the bad batch had never existed, bit for bit:
@@ -121,7 +123,7 @@ class AutoRollback(Callback):
             self._registered.append(each)
 
     @property
-    def can_restore(self) -> bool:
+    def can_roll_back(self) -> bool:
         """Whether there is a snapshot to go back to."""
         return self._fit is not None and self._fit.rewinder.snapshots.confirmed is not None
 
@@ -195,7 +197,9 @@ class AutoRollback(Callback):
             self._apply(trainer)
             log.info("step %d: %s", stats.step, relaxed)
 
-    def on_new_regime(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+    def on_regime_change(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
         """Undo what was lowered for the incident that turns out to be none."""
         now = self._now
         self.ladder.new_regime()
@@ -205,7 +209,9 @@ class AutoRollback(Callback):
             self._apply(trainer)
             log.info("step %d: learning rate and clip are what they were before", stats.step)
 
-    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+    def on_local_anomaly(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
+    ) -> None:
         """Take no step that one rank objects to, until all have voted; choose nothing yet."""
         self._now.rewinder.veto(trainer.optimizers[anomaly.optimizer])
 
@@ -280,7 +286,12 @@ class AutoRollback(Callback):
                 self._fit.rewinder.close()
             self._fit = None
 
-    def books(self) -> dict[str, Any]:
+    def lower_learning_rate(self, factor: float) -> bool:
+        """Multiply learning rate and clip by a factor; calm steps raise both again."""
+        self.throttle.cut(factor, factor)
+        return True
+
+    def consensus_state(self) -> dict[str, Any]:
         """What was spent, what is in force and what is healthy, for ranks that disagree."""
         return {
             **self.state_dict(),
@@ -289,13 +300,13 @@ class AutoRollback(Callback):
             "baselines": [baseline.state_dict() for baseline in self._now.baselines],
         }
 
-    def load_books(self, books: dict[str, Any]) -> None:
-        """Go on from the books of another rank."""
+    def load_consensus_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another rank has spent and has in force."""
         now = self._now
-        self.load_state_dict(books)
-        self.ladder.trial, self.ladder.retake, self.ladder.lowered = books["trials"]
-        self.throttle.before = books["before"]
-        for baseline, saved in zip(now.baselines, books["baselines"], strict=True):
+        self.load_state_dict(state)
+        self.ladder.trial, self.ladder.retake, self.ladder.lowered = state["trials"]
+        self.throttle.before = state["before"]
+        for baseline, saved in zip(now.baselines, state["baselines"], strict=True):
             baseline.load_state_dict(saved)
         now.rewinder.on_trial, now.on_trial = self.ladder.trial.active, None
         now.inspection.end()
@@ -304,7 +315,7 @@ class AutoRollback(Callback):
         """What was spent and what is in force; the options come from the constructor."""
         return {"ladder": self.ladder.state_dict(), "throttle": self.throttle.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put such a state back; it is in force from the start of training."""
         self.ladder.load_state_dict(state_dict["ladder"])
         self.throttle.load_state_dict(state_dict["throttle"])

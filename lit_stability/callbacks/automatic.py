@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks import stability_callbacks
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.reporting import log
 from lit_stability.trainer_state import callbacks_of
 
 
-class AutomaticSuite(Callback):
+class AutomaticSuite(StabilityCallback):
     """Adds `stability_callbacks` at the start of a fit, and never doubles what is there.
 
     Where the Trainer or the module has one of them already, its owner has chosen: nothing is

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.config import ConfigError
 
 
-class CheckpointWeights(Callback):
+class CheckpointWeights(StabilityCallback):
     """Loads weights and buffers when the fit starts: optimizers and counters begin afresh.
 
     The module is whole by then, also one that `configure_model` builds. Every key has to fit,

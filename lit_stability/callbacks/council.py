@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lit_stability.callbacks.hooks import implements
 from lit_stability.detectors import Vote
 from lit_stability.meter import StepMeter
 from lit_stability.ranks import Ranks, Summed
 
 
 class Council:
-    """Findings, votes and books of several ranks; on one rank, its own.
+    """Findings, votes and state of several ranks; on one rank, its own.
 
     Args:
         ranks: the ranks, None for one on its own.
@@ -62,13 +63,13 @@ class Council:
         _, rows = votes.split(votes.wait().tolist())
         return [Vote.from_row(row) for row in rows]
 
-    def adopt_books(self, owners: Iterable[Any]) -> None:
-        """Give everybody who keeps books those of rank 0: what is spent, and what is in force."""
+    def sync_from_rank_0(self, callbacks: Iterable[Any]) -> None:
+        """Give every callback the state of rank 0: what is spent, and what is in force."""
         assert self._ranks is not None
-        keepers = [owner for owner in owners if hasattr(owner, "load_books")]
-        adopted = self._ranks.from_first([keeper.books() for keeper in keepers])
-        for keeper, books in zip(keepers, adopted, strict=True):
-            keeper.load_books(books)
+        owners = [each for each in callbacks if implements(each, "load_consensus_state")]
+        states = self._ranks.from_first([owner.consensus_state() for owner in owners])
+        for owner, state in zip(owners, states, strict=True):
+            owner.load_consensus_state(state)
 
     def close(self) -> None:
         """Part."""

@@ -9,8 +9,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.precaution import Precaution, stopped
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.clipping import clip_step
@@ -28,7 +29,7 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 _OWNER = "prediction"
 
 
-class CrashPrediction(Callback):
+class CrashPrediction(StabilityCallback):
     """Estimates the risk that the run diverges within 20 steps, and responds to it by degrees.
 
     After each accepted step the risk follows from the trends of loss, gradient norm, update and
@@ -66,7 +67,7 @@ class CrashPrediction(Callback):
         RuntimeError: at ``setup``, under a strategy that was not tried.
     """
 
-    ignores_vetoed_steps = True
+    ignores_skipped_steps = True
 
     def __init__(
         self, *, levels: RiskLevels | None = None, relax_after: int = 20, keep: int = 2
@@ -114,7 +115,9 @@ class CrashPrediction(Callback):
             clip_step(trainer.optimizers[stats.optimizer], stats, threshold)
         self._pending.append(stats)
 
-    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+    def on_local_anomaly(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
+    ) -> None:
         """Learn nothing from a step that is objected to."""
         self._struck = True
 
@@ -219,14 +222,14 @@ class CrashPrediction(Callback):
                 risk.load_state_dict(state[str(i)]["risk"])
                 self._baselines[i].load_state_dict(state[str(i)]["baseline"])
 
-    def books(self) -> dict[str, Any]:
+    def consensus_state(self) -> dict[str, Any]:
         """What was learnt and what is in force, for ranks that disagree."""
         return {"learnt": self.rewindable_state(), "prevention": self.prevention.state_dict()}
 
-    def load_books(self, books: Mapping[str, Any]) -> None:
-        """Go on from the books of another rank."""
-        self.load_rewindable_state(books["learnt"])
-        self.prevention.load_state_dict(books["prevention"])
+    def load_consensus_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another rank has learnt and has in force."""
+        self.load_rewindable_state(state["learnt"])
+        self.prevention.load_state_dict(state["prevention"])
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt, and the responses in force; the options come from the constructor."""

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.curvature import directional_curvature, plain_updates, slope_of
 from lit_stability.detectors.anomaly import require
@@ -21,7 +22,7 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 RATIO = "curvature_ratio"
 
 
-class CurvatureProbe(Callback):
+class CurvatureProbe(StabilityCallback):
     """Measures, every so often, the curvature of the loss along the update that comes next.
 
     The step is taken again beside training, in float32, from two places a little off the weights.

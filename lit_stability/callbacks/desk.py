@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.reporting import Reporter
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome

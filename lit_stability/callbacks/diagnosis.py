@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.causes import Scene
 from lit_stability.incidents import Incident
@@ -18,7 +19,7 @@ from lit_stability.stats import StepStats
 from lit_stability.trainer_state import callbacks_of
 
 
-class Diagnosis(Callback):
+class Diagnosis(StabilityCallback):
     """Weighs the causes of each incident: what speaks for them, what to try, when to do nothing.
 
     The causes are rows of `lit_stability.causes.CAUSES`; `register_cause` adds yours. They are
@@ -42,7 +43,7 @@ class Diagnosis(Callback):
         ValueError: if ``history`` is less than 20.
     """
 
-    ignores_vetoed_steps = True
+    ignores_skipped_steps = True
 
     def __init__(self, *, history: int = 100, stop: bool = True) -> None:
         if history < 20:
@@ -126,7 +127,9 @@ class Diagnosis(Callback):
         self._history.clear()
         self._history.extend(kept)
 
-    def on_new_regime(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+    def on_regime_change(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
         """Forget the steps before: they are no measure of those to come."""
         self._history.clear()
 
@@ -149,5 +152,6 @@ class Diagnosis(Callback):
 
 def _restorable(trainer: Trainer) -> bool | None:
     """Whether a callback has a good state to go back to; None where none keeps one."""
-    said = [c.can_restore for c in callbacks_of(trainer) if hasattr(c, "can_restore")]
-    return any(said) if said else None
+    said = [getattr(c, "can_roll_back", None) for c in callbacks_of(trainer)]
+    known = [each for each in said if each is not None]
+    return any(known) if known else None

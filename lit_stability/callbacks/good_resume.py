@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import lower_learning_rate
 from lit_stability.last_good import FOLDER, RunEnd, State, put_aside
 from lit_stability.trainer_state import (
     StepWitness,
@@ -16,7 +17,6 @@ from lit_stability.trainer_state import (
     replay_loss,
     same_batch,
     same_loss,
-    throttles,
 )
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -50,12 +50,10 @@ class RunBehind:
         if not self._failures or after_crash == 1:
             return
         factor = after_crash ** min(self._failures, _MOST_FAILURES)
-        found = throttles(self._trainer)
-        for throttle in found:
-            throttle.cut(factor, factor)
+        lowered = lower_learning_rate(self._trainer, factor)
         done = (
             f"learning rate and clip x{factor:.3g} for a while"
-            if found
+            if lowered
             else "learning rate and clip stay as they are: only an AutoRollback can lower them"
         )
         again = "" if self._failures == 1 else f" {self._failures} times in a row"

@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.details import gradient_details
 from lit_stability.detectors import Anomaly
@@ -25,7 +26,7 @@ from lit_stability.trainer_state import callbacks_of, logger_step, run_directory
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
-class GradientFlow(Callback):
+class GradientFlow(StabilityCallback):
     """Draws the gradients layer by layer, in the course of a run and at each incident.
 
     Nothing is measured for it while the run is healthy: what is drawn are the details that the
@@ -110,7 +111,9 @@ class GradientFlow(Callback):
             self._draw(trainer, stats.details, "stability/gradient_flow", title, name, history)
         history.append(stats.details)
 
-    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+    def on_local_anomaly(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
+    ) -> None:
         """Look at the gradients before they are dropped; they are drawn if all ranks object."""
         if trainer.is_global_zero:
             self._suspected = _measured(pl_module)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,7 +15,7 @@ from lit_stability.attempts import Attempts
 from lit_stability.callbacks.acceptance import asked_detectors, require_package, require_watchable
 from lit_stability.callbacks.council import Council
 from lit_stability.callbacks.desk import IncidentDesk, Voted
-from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
 from lit_stability.callbacks.measuring import Measuring
 from lit_stability.callbacks.reporting import Reporter, log
 from lit_stability.detectors import Anomaly, Detector, Panel, disagreement, with_damage
@@ -28,7 +28,7 @@ from lit_stability.stats import StepStats
 from lit_stability.trainer_state import callbacks_of, log_every, ranks_of, reshard, sharing
 
 
-class GradientMonitor(Callback):
+class GradientMonitor(StabilityCallback):
     """Watches loss, gradients, weights and updates of every optimizer step; changes nothing.
 
     Each step is measured before its update: accumulated, unscaled, unclipped. A step that passes
@@ -74,7 +74,7 @@ class GradientMonitor(Callback):
             another package or trains nothing, or if a layer bound fits no parameter.
     """
 
-    ignores_vetoed_steps = True
+    ignores_skipped_steps = True
 
     def __init__(
         self,
@@ -120,8 +120,10 @@ class GradientMonitor(Callback):
         return self._desk.current
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer of another package."""
+        """Refuse a Trainer of another package; report hooks whose name is misspelt."""
         require_package(trainer, self)
+        if stage == "fit":
+            report_misspelt_hooks(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare one meter and one set of detectors per optimizer."""
@@ -189,7 +191,7 @@ class GradientMonitor(Callback):
             )
             if self.current.responses:
                 self.current.adjust(LearnAnew())
-        call_hook("on_new_regime", trainer, pl_module, stats)
+        call_hook("on_regime_change", trainer, pl_module, stats)
         # Learning rates may have been put back: it is these that the coming update is held against.
         rates = learning_rate_scale(trainer.optimizers[stats.optimizer]).effective()
         self._meters[stats.optimizer].expect(rates)
@@ -199,7 +201,7 @@ class GradientMonitor(Callback):
         """Veto or accept a step for this rank alone, until all have voted on it."""
         self._voted = voted
         if voted.vote.objected:
-            call_hook("on_suspicion", trainer, pl_module, voted.anomaly)
+            call_hook("on_local_anomaly", trainer, pl_module, voted.anomaly)
         else:
             self._accept(trainer, pl_module, voted.stats)
         self._council.vote(voted.vote)
@@ -219,7 +221,7 @@ class GradientMonitor(Callback):
         votes, stats, anomaly = self._council.count(), voted.stats, voted.anomaly
         apart = disagreement(stats, votes)
         if apart is not None:
-            self._council.adopt_books(callbacks_of(trainer))
+            self._council.sync_from_rank_0(callbacks_of(trainer))
             self._raise(trainer, pl_module, apart, stats)
             return
         if anomaly is not None and all(vote.objected or vote.told for vote in votes):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.good_keeper import GoodKeeper
 from lit_stability.callbacks.good_resume import RunBehind, Verification
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.checkpoint_writer import CheckpointWriter
 from lit_stability.incidents import Incident
@@ -26,7 +27,7 @@ from lit_stability.trainer_state import (
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
-class LastKnownGood(Callback):
+class LastKnownGood(StabilityCallback):
     """Keeps checkpoints on disk that are known to be good, and goes on from them exactly.
 
     On one device; on several it keeps nothing and says so.
@@ -100,6 +101,7 @@ class LastKnownGood(Callback):
         self._fit: _Fit | None = None
         self._restored: Mapping[str, Any] = {}
         self._capturing = False
+        self._careful = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; follow the data from their first iteration on.
@@ -118,11 +120,15 @@ class LastKnownGood(Callback):
             return
         self._fit = _Fit(self, trainer, pl_module)
 
+    def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave it to the remedy how careful this fit is: it knows the crash, this does not."""
+        self._careful = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look how the run behind the checkpoint ended, and be careful if it failed."""
         if self._fit is not None:
             self._fit.behind = RunBehind(trainer)
-            self._fit.behind.be_careful(self.after_crash)
+            self._fit.behind.be_careful(self.after_crash if self._careful else 1.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arrange that a resumed fit goes on where its checkpoint was taken."""
@@ -201,16 +207,16 @@ class LastKnownGood(Callback):
         """Keep such a state until the training starts."""
         self._restored = state_dict
 
-    def count_in_parts(self, state: dict[str, Any], parts: int) -> None:
+    def rescale_batch_counts(self, state: dict[str, Any], micro_batches: int) -> None:
         """Change a state of this callback to one that counts each batch as so many.
 
         Args:
             state: what `state_dict` returned.
-            parts: what every batch has been cut into.
+            micro_batches: what every batch has been cut into.
         """
         position = state["position"]
-        position["batches"] *= parts
-        position["states"] = {i * parts: s for i, s in position["states"].items()}
+        position["batches"] *= micro_batches
+        position["states"] = {i * micro_batches: s for i, s in position["states"].items()}
         # The whole batch would not fit into memory, nor give the loss of a part.
         state.pop("kept", None)
 

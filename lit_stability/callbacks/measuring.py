@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lit_stability.callbacks.hooks import implements
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
 from lit_stability.norms import Unread
@@ -55,7 +56,7 @@ class Measuring:
             learning_rate_scale(optimizer)
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
-        wanted = any(getattr(c, "takes_steps_again", False) for c in callbacks_of(trainer))
+        wanted = any(getattr(c, "needs_recorded_step", False) for c in callbacks_of(trainer))
         self.tape = StepTape() if wanted else None
         """The step at hand, where a callback may want to take it again."""
 
@@ -121,7 +122,7 @@ class Measuring:
         scale = learning_rate_scale(optimizer)
         meter = self._meter(index, optimizer)
         loss, self._loss = self._loss, None
-        probes = [c for c in callbacks_of(trainer) if hasattr(c, "probe_readings")]
+        probes = [c for c in callbacks_of(trainer) if implements(c, "probe_readings")]
         taken = [probe.probe_readings(trainer, self._module) for probe in probes]
         stats = meter.measure(
             trainer.global_step,

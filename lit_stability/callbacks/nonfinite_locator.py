@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.incidents import Incident
 from lit_stability.locate import NonFiniteOrigin
@@ -15,7 +16,7 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 _SOUGHT = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "infinite loss")
 
 
-class NonFiniteLocator(Callback):
+class NonFiniteLocator(StabilityCallback):
     """Takes a non-finite step again beside training, and finds where its NaN or Inf was made.
 
     The incident is given an ``origin``: module, operation, source line, forward or backward pass,
@@ -32,7 +33,7 @@ class NonFiniteLocator(Callback):
     ``training_step`` writes to further objects, or to files, it writes once more.
     """
 
-    takes_steps_again = True
+    needs_recorded_step = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.checkpoint_copy import first_nonfinite, is_finite
 from lit_stability.checkpoint_writer import write_whole

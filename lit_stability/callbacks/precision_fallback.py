@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.hooks import StabilityCallback, call_hook
 from lit_stability.callbacks.precision_proof import PrecisionProof
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.detectors import Anomaly
@@ -38,7 +38,7 @@ _CAUSES = {
 """Rows of `lit_stability.causes`, by kind of anomaly; of all others it is "numeric precision"."""
 
 
-class PrecisionFallback(Callback):
+class PrecisionFallback(StabilityCallback):
     """Changes to a precision that holds more numbers when, and only when, precision is the cause.
 
     That is proven first: a failing step is taken again beside training, in its own precision and
@@ -187,7 +187,9 @@ class PrecisionFallback(Callback):
             self._due = precision
             log.info("step %d: calm, precision %s -> %s again", stats.step, was, precision)
 
-    def on_suspicion(self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly) -> None:
+    def on_local_anomaly(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
+    ) -> None:
         """Take no step that is not finite, until all ranks have voted."""
         if self._rung.next is not None and anomaly.kind in _FAILED:
             trainer.optimizers[anomaly.optimizer].zero_grad(set_to_none=True)
@@ -256,7 +258,7 @@ class PrecisionFallback(Callback):
             put_islands(trainer, self.islands)
 
     @property
-    def takes_steps_again(self) -> bool:
+    def needs_recorded_step(self) -> bool:
         """Whether steps are to be kept for it: not where there is no precision to fall back to."""
         return self._ladder is not None and self._ladder.has_rungs
 

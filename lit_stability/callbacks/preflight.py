@@ -9,12 +9,13 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.acceptance import require_package
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.reporting import log
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.preflight import (
@@ -35,7 +36,7 @@ _LARGEST_SCALE = 1024.0
 _OF_THE_BATCH = ("batch", "targets", "step", "initial loss")
 
 
-class Preflight(Callback):
+class Preflight(StabilityCallback):
     """Checks model, batch and optimizer once, before the first step.
 
     It looks at the first training batch when the trainer has it at hand: nothing is fetched for

@@ -8,15 +8,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.ranges.measure import Probe
 from lit_stability.ranges.report import RangeReport
 
 
-class RangeMeter(Callback):
+class RangeMeter(StabilityCallback):
     """Runs `batches` training steps in float32, measures, vetoes every update, ends the fit.
 
     The module is turned into float32 for good, and its BatchNorm statistics move with the batches

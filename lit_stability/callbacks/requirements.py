@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_stability.callbacks.acceptance import require_package
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
+from lit_stability.callbacks.hooks import implements
 from lit_stability.trainer_state import callbacks_of, sharing, why_untried
 
 
@@ -26,7 +27,7 @@ def require_monitor(trainer: Trainer, callback: Callback) -> None:
             f"Trainer(callbacks=[GradientMonitor(), ..., {name}()])"
         )
     twice = sum(type(c) is type(callback) for c in callbacks) > 1
-    if twice and not hasattr(callback, "probe_readings"):
+    if twice and not implements(callback, "probe_readings"):
         raise ValueError(
             f"the trainer has {type(callback).__name__} twice, found "
             f"{[type(c).__name__ for c in callbacks]}; leave one of them out"

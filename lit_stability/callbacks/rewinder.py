@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.hooks import implements
 from lit_stability.frozen import FrozenWeights
 from lit_stability.generations import Generations
 from lit_stability.trainer_state import (
@@ -83,7 +84,8 @@ class Rewinder:
         self.on_trial = False
         """Whether no new snapshot is to be taken for now."""
         self._has_extra = bool(registered) or any(
-            hasattr(owner, "rewindable_state") and not getattr(owner, "ignores_vetoed_steps", False)
+            implements(owner, "rewindable_state")
+            and not getattr(owner, "ignores_skipped_steps", False)
             for owner in [*callbacks_of(trainer), pl_module]
         )
         self._begin_window()

@@ -6,7 +6,7 @@ import math
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.dispatch import call_hook
+from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.rewinder import Rewinder
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.ladder import Ladder

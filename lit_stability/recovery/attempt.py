@@ -9,13 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_stability.callbacks.hooks import call_hook, lower_learning_rate
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.recovery.beginning import Beginning
 from lit_stability.recovery.counters import count_in_parts, forget_moments
 from lit_stability.recovery.left_out import TrainingData
 from lit_stability.recovery.memory import batch_sizes
 from lit_stability.recovery.remedies import Plan
-from lit_stability.trainer_state import callbacks_of, throttles
+from lit_stability.trainer_state import callbacks_of
 
 _KEY = "lit_stability.recovery"
 _PARTS = "accumulate_grad_batches"
@@ -37,9 +38,8 @@ class Attempt(Callback):
     """Carries a plan out in one fit, and notes where it ends.
 
     The checkpoint is changed in memory, between its being read and its being restored: the file
-    is never touched. A callback whose own state counts batches may define
-    ``count_in_parts(state, parts)``, which is given that state when each batch has been cut into
-    ``parts``, and changes it in place.
+    is never touched. A callback whose own state counts batches overrides
+    `StabilityCallback.rescale_batch_counts`.
 
     Args:
         plan: what to do differently.
@@ -50,6 +50,8 @@ class Attempt(Callback):
     def __init__(self, plan: Plan, *, first: bool, beginning: Beginning) -> None:
         self._plan, self._first, self._beginning = plan, first, beginning
         self._data: TrainingData | None = None
+        self._lowered = False
+        """Whether a callback has lowered the learning rate, and restores it."""
         self.error: BaseException | None = None
         """What ended the fit, as it was before any other callback heard of it."""
         self.not_fetched: tuple[Any, ...] | None = None
@@ -65,10 +67,8 @@ class Attempt(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Follow the data; leave it to the plan how careful a restart is."""
         self._data = TrainingData(trainer, self._plan.unwanted)
-        for callback in callbacks_of(trainer) if not self._first else []:
-            if hasattr(callback, "after_crash"):
-                # It lowers the learning rate whatever the crash was.
-                callback.after_crash = 1.0
+        if not self._first:
+            call_hook("on_restart", trainer, pl_module)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -91,9 +91,9 @@ class Attempt(Callback):
         parts = now // written
         count_in_parts(checkpoint, parts)
         for callback in callbacks_of(trainer):
-            count = getattr(callback, "count_in_parts", None)
-            if callable(count) and callback.state_key in states:
-                count(states[callback.state_key], parts)
+            rescale = getattr(callback, "rescale_batch_counts", None)
+            if callable(rescale) and callback.state_key in states:
+                rescale(states[callback.state_key], parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of new layers; lower learning rate and clip where an AutoRollback holds them.
@@ -102,14 +102,13 @@ class Attempt(Callback):
         """
         if trainer.ckpt_path is None:
             self._beginning.add(pl_module)
-        for throttle in throttles(trainer) if self._plan.cut < 1 else []:
-            throttle.cut(self._plan.cut, self._plan.cut)
+        self._lowered = self._plan.cut < 1 and lower_learning_rate(trainer, self._plan.cut)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that a halved batch size reached the data; lower the learning rate otherwise."""
         self._count_missing(True)
         self._check_batch_size(trainer)
-        if self._plan.cut < 1 and not throttles(trainer):
+        if self._plan.cut < 1 and not self._lowered:
             for optimizer in trainer.optimizers:
                 factors = [self._plan.cut] * len(optimizer.param_groups)
                 learning_rate_scale(optimizer).set(factors)

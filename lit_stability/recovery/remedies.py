@@ -22,9 +22,10 @@ from lightning.pytorch.utilities.parsing import (
     lightning_setattr,
 )
 
+from lit_stability.callbacks.hooks import implements
 from lit_stability.recovery.crashes import Crash
 from lit_stability.recovery.memory import batch_sizes, checkpoint_activations, drops_last
-from lit_stability.trainer_state import callbacks_of, throttles
+from lit_stability.trainer_state import callbacks_of
 
 CUT = 0.5
 """What learning rate and clip are multiplied by for each instability in a row."""
@@ -189,7 +190,7 @@ class Plan:
         self.instabilities += 1
         clip = getattr(trainer, "gradient_clip_val", None)
         words = f"learning rate x{self.cut:g}"
-        if throttles(trainer):
+        if any(implements(each, "lower_learning_rate") for each in callbacks_of(trainer)):
             words += f", clip x{self.cut:g}"
         elif clip:
             self.overrides["gradient_clip_val"] = clip * CUT

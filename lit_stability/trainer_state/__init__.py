@@ -36,7 +36,6 @@ from lit_stability.trainer_state.view import (
     logger_step,
     loss_scaler,
     run_directory,
-    throttles,
     unscale,
 )
 from lit_stability.trainer_state.witness import (
@@ -124,7 +123,6 @@ __all__ = [
     "same_loss",
     "save_scene_checkpoint",
     "sharing",
-    "throttles",
     "unscale",
     "why_fixed",
     "why_untried",

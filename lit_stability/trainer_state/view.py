@@ -9,8 +9,6 @@ from lightning.pytorch import Trainer
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lit_stability.throttle import Throttle
-
 
 def logger_step(trainer: Trainer) -> int:
     """The step Lightning gives its loggers; it never goes back."""
@@ -20,12 +18,6 @@ def logger_step(trainer: Trainer) -> int:
 def ends_window(trainer: Trainer) -> bool:
     """Whether an optimizer step comes with the batch at hand, or came with the one just over."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def throttles(trainer: Trainer) -> list[Throttle]:
-    """What lowers learning rate and clip in a fit, and brings them back: an `AutoRollback`'s."""
-    found = [getattr(each, "throttle", None) for each in callbacks_of(trainer)]
-    return [each for each in found if isinstance(each, Throttle)]
 
 
 def log_every(trainer: Trainer) -> int:

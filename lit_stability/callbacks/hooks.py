@@ -1,0 +1,285 @@
+"""The hooks that this package adds to Lightning's: their base class, and how they are called.
+
+May import Lightning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_stability.trainer_state import callbacks_of
+
+if TYPE_CHECKING:
+    from lit_stability.detectors import Anomaly
+    from lit_stability.incidents import Incident
+    from lit_stability.norms import Unread
+    from lit_stability.stats import ProbeReading, StepStats
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+class StabilityCallback(Callback):
+    """Base class with every hook of this package as a method that does nothing.
+
+    Derive from it to act on incidents, to measure something once per step, or to add state that a
+    rollback restores. The hooks are called by `GradientMonitor`, `AutoRollback` and the other
+    callbacks of the suite, in the order of ``trainer.callbacks``, and last on the LightningModule.
+    A callback of another base class, or a LightningModule, that defines one of these methods is
+    called as well; a method whose name is close to a hook, such as ``on_incidents``, is reported
+    when the fit starts.
+
+    Hooks that run "on every rank" run on all ranks for the same step, so they may use collectives.
+    A hook must not raise for something that should not end the run.
+
+    >>> class Pager(StabilityCallback):
+    ...     '''Prints a line for every incident, and changes nothing.'''
+    ...
+    ...     def on_incident_closed(self, trainer, pl_module, incident):
+    ...         print(f"{incident.first.kind}: {incident.outcome}")
+    >>> implements(Pager(), "on_incident_closed"), implements(Pager(), "on_incident")
+    (True, False)
+    """
+
+    ignores_skipped_steps: bool = False
+    """Whether the state of `rewindable_state` never changes in a step that is then skipped. If
+    False, a skipped step is undone by restoring a snapshot, which costs more."""
+
+    @property
+    def needs_recorded_step(self) -> bool:
+        """Returns whether ``incident.tape`` is wanted: the step, to run it again beside training.
+
+        The batches of each step are kept until the step ends if any callback needs them.
+        """
+        return False
+
+    @property
+    def can_roll_back(self) -> bool | None:
+        """Returns whether there is a good state to go back to; None if none is ever kept."""
+        return None
+
+    def on_step_measured(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Called once per optimizer step, after it was measured and before detectors see it.
+
+        Called on every rank, for healthy and for bad steps. It must not change gradients or
+        weights; remembering numbers, or preparing a clip, is what it is for.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module in training.
+            stats: the measurement; the same numbers on every rank.
+        """
+
+    def probe_readings(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> list[ProbeReading] | Unread | None:
+        """Called before each step is measured: returns what this callback measured itself.
+
+        Called on every rank, and must return None on all of them or on none.
+
+        Returns:
+            The readings, or numbers on the device that are copied to the host together with the
+            other statistics of the step (`lit_stability.norms.Unread`); None if there are none for
+            this step.
+        """
+        return None
+
+    def on_healthy_step(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Called for a step that no detector objects to, before its update.
+
+        Called on every rank. Under DDP another rank may still object; then `on_incident` follows
+        for the same step. It may clip the gradients.
+        """
+
+    def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
+        """Called when a detector objects to a step, before its update.
+
+        Called on every rank, again each time that the trouble recurs. It may set gradients to None,
+        which skips the update bit for bit, and resolve the incident by
+        ``incident.settle(response)``; callbacks after it see ``incident.settled``.
+        """
+
+    def on_local_anomaly(
+        self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
+    ) -> None:
+        """Called when this rank alone objects to a step, before its update (DDP).
+
+        Whether the other ranks object is known at the end of the batch; `on_incident` follows then.
+        It may set gradients to None. It must not use collectives: other ranks may not call it.
+        """
+
+    def on_incident_closed(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> None:
+        """Called when an incident is over and ``incident.outcome`` is known; on every rank."""
+
+    def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called right after a snapshot was restored, between two batches; on every rank."""
+
+    def on_regime_change(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Called when values that were rejected for long are accepted as the new normal.
+
+        Called on every rank, before the first accepted step. What was lowered for the rejected
+        steps is to be restored here, and windows of older values are to be cleared.
+        """
+
+    def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called between two steps after the precision changed; on every rank.
+
+        Weights and optimizer state may be other tensors than before.
+        """
+
+    def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called at ``setup`` of each fit that `fit_with_recovery` starts after a crash.
+
+        The remedy for that crash is already chosen: a callback that is careful after a crash on its
+        own leaves it to the remedy.
+        """
+
+    def lower_learning_rate(self, factor: float) -> bool:
+        """Asks this callback to multiply learning rate and clip by a factor, for a while.
+
+        Called between ``setup`` and ``on_train_start``, after a run that failed.
+
+        Args:
+            factor: in (0, 1].
+
+        Returns:
+            Whether it does, and restores them later by itself.
+        """
+        return False
+
+    def rescale_batch_counts(self, state: dict[str, Any], micro_batches: int) -> None:
+        """Called on a loaded state when each batch is now split into micro-batches.
+
+        A callback whose ``state_dict`` counts batches multiplies those counts in place.
+
+        Args:
+            state: what ``state_dict`` returned before each batch was split.
+            micro_batches: how many there are for each former batch.
+        """
+
+    def rewindable_state(self) -> Mapping[str, Any]:
+        """Returns the state that a rollback restores; copied, not aliased. Empty by default."""
+        return {}
+
+    def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `rewindable_state` returned."""
+
+    def consensus_state(self) -> Mapping[str, Any] | None:
+        """Returns what all ranks must agree on, picklable; None for nothing (DDP).
+
+        Called on every rank when one rank objected to a step that another accepted.
+        """
+        return None
+
+    def load_consensus_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over the `consensus_state` of rank 0."""
+
+
+HOOKS: tuple[str, ...] = tuple(n for n in vars(StabilityCallback) if not n.startswith("_"))
+"""Names of the hooks and flags."""
+
+_OF_0_1 = {
+    "on_suspicion": "on_local_anomaly",
+    "on_new_regime": "on_regime_change",
+    "books": "consensus_state",
+    "load_books": "load_consensus_state",
+    "takes_steps_again": "needs_recorded_step",
+    "ignores_vetoed_steps": "ignores_skipped_steps",
+    "count_in_parts": "rescale_batch_counts",
+}
+"""Hooks of version 0.1.0 that have another name now."""
+
+_CLOSE = 0.85
+"""Similarity of two names from which on one is taken for a misspelling of the other."""
+
+
+def call_hook(name: str, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    """Calls ``name(trainer, pl_module, *args)`` on each callback, and the module, that has it."""
+    for owner in [*callbacks_of(trainer), pl_module]:
+        hook = getattr(owner, name, None)
+        if callable(hook):
+            hook(trainer, pl_module, *args)
+
+
+def implements(owner: Any, name: str) -> bool:
+    """Returns whether an object defines a hook, other than by the base class's empty one."""
+    if not hasattr(owner, name):
+        return False
+    return getattr(type(owner), name, None) is not getattr(StabilityCallback, name)
+
+
+def lower_learning_rate(trainer: Trainer, factor: float) -> bool:
+    """Asks each callback to lower the learning rate; returns whether any of them does."""
+    owners = [each for each in callbacks_of(trainer) if implements(each, "lower_learning_rate")]
+    lowered = [each.lower_learning_rate(factor) for each in owners]
+    return any(lowered)
+
+
+def misspelt_hooks(owner: Any) -> dict[str, str]:
+    """Finds methods whose names are close to a hook of this package, but are none.
+
+    Args:
+        owner: a callback or a LightningModule.
+
+    Returns:
+        Name of the method or flag -> name of the hook that was probably meant.
+
+    >>> class Pager(Callback):
+    ...     __module__ = "user"
+    ...
+    ...     def on_incidents(self, trainer, pl_module, incident): ...
+    ...     def on_exception(self, trainer, pl_module, exception): ...
+    >>> misspelt_hooks(Pager())
+    {'on_incidents': 'on_incident'}
+    """
+    if type(owner).__module__.split(".")[0] in ("lightning", "lit_stability"):
+        return {}
+    known = {*HOOKS, *dir(Callback), *dir(LightningModule)}
+    meant: dict[str, str] = {}
+    for name in _own_names(type(owner)):
+        if name in known or name.startswith("_"):
+            continue
+        close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
+        found = _OF_0_1.get(name) or next(iter(close), None)
+        # "books" and the like are ordinary names in a module; a hook's prefix is not.
+        if found is not None and (isinstance(owner, Callback) or name.startswith("on_")):
+            meant[name] = found
+    return meant
+
+
+def _own_names(kind: type) -> Iterable[str]:
+    """Names of the methods and flags that a class and its bases outside of Lightning define."""
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] in ("lightning", "torch", "builtins", "lit_stability"):
+            continue
+        for name, value in vars(base).items():
+            if inspect.isroutine(value) or isinstance(value, (bool, property)):
+                yield name
+
+
+def report_misspelt_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Warns of methods that look like a hook of this package and are never called."""
+    if not trainer.is_global_zero:
+        return
+    for owner in [*callbacks_of(trainer), pl_module]:
+        for name, hook in misspelt_hooks(owner).items():
+            log.warning(
+                "%s.%s is never called: no hook has this name; %s was probably meant "
+                "(see lit_stability.StabilityCallback)",
+                type(owner).__name__,
+                name,
+                hook,
+            )
