@@ -76,6 +76,7 @@ OPTIONS = {
     "GradientFlow": {"every_n_steps": 100, "layers": 5},
     "AttentionProbe": {"modules": ["*"], "every": 20, "quiet": False},
     "CurvatureProbe": {"every": 30, "follow": 2},
+    "StabilityCallback": {},
 }
 
 
