@@ -18,7 +18,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 
 from lit_stability.callbacks.preflight import Preflight
-from lit_stability.config import ConfigError, resolve
+from lit_stability.config import resolve
+from lit_stability.errors import ConfigError
 from lit_stability.kept_files import write_and_keep
 from lit_stability.launch import check_options, make_model_and_data, make_trainer
 from lit_stability.preflight import Report

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.config import compose, resolve
 from lit_stability.doctor.command import add_doctor
+from lit_stability.errors import ConfigError
 from lit_stability.experiments.command import add_experiments
 from lit_stability.incidents import TrainingStopped
 from lit_stability.last_good import RunEnd, find_last_good, step_of

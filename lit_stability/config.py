@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lit_stability.errors import ConfigError
 from lit_stability.targets import suggest
 
 DEFAULTS: dict[str, Any] = {
@@ -34,15 +35,6 @@ DEFAULTS: dict[str, Any] = {
 }
 _OWN = ("about", "expect")
 _KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run: every problem on a line of its own, with value and remedy."""
-
-    def __init__(self, *problems: str) -> None:
-        """Keep the problems apart, for a program that shows them its own way."""
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:

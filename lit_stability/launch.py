@@ -23,7 +23,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.callbacks.automatic import AutomaticSuite
-from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.config import compose, resolve
+from lit_stability.errors import ConfigError
 from lit_stability.experiments import Expectation
 from lit_stability.experiments.closing import Closing
 from lit_stability.kept_files import write_and_keep

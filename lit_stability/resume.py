@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.last_good import find_last_good
 
 

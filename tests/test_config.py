@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, NewType, Optional, Protocol, Union
 import pytest
 from omegaconf import OmegaConf
 
-from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.config import compose, resolve
+from lit_stability.errors import ConfigError
 from lit_stability.targets import Build, bind
 
 Rate = NewType("Rate", float)

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.launch import compose, fit
 
 HERE = __name__

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 
 
 class CheckpointWeights(StabilityCallback):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.kept_files import write_and_keep
 from lit_stability.records import to_json
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.last_good import find_last_good
 from lit_stability.stats import GradientDetail
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_stability.config import ConfigError, read_own
+from lit_stability.config import read_own
+from lit_stability.errors import ConfigError
 from lit_stability.targets import suggest
 
 FOLDER = Path("configs")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.experiments.catalogue import catalogue, choose, listing
 from lit_stability.experiments.judgement import summary
 from lit_stability.experiments.running import Result, Trial, plan, run

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.config import compose, resolve
+from lit_stability.errors import ConfigError
 from lit_stability.experiments.expectation import Expectation
 from lit_stability.experiments.judgement import Verdict, judge
 from lit_stability.experiments.outcome import Outcome

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lit_stability.config import ConfigError, compose, resolve
+from lit_stability.config import compose, resolve
+from lit_stability.errors import ConfigError
 
 if TYPE_CHECKING:
     from lit_stability.ranges.report import RangeReport

@@ -5,7 +5,7 @@ import torch
 
 from lit_stability.callbacks.checkpoint_weights import CheckpointWeights
 from lit_stability.callbacks.range_meter import RangeMeter
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.ranges import measure_ranges
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, make_trainer, regression_data

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.experiments.catalogue import catalogue, choose
 
 CONFIGS = {"a_1": {"expect": {}}, "a_2": {"expect": {}}, "b": {"expect": None}, "part": {}}

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lit_stability.cli import main
-from lit_stability.config import ConfigError
+from lit_stability.errors import ConfigError
 from lit_stability.experiments import Outcome, command
 from lit_stability.experiments.judgement import Verdict
 from lit_stability.experiments.running import Result
