@@ -26,8 +26,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lit_stability.attention import product_scores, sampled_scores, score_statistics
+from lit_stability.distributed.dtensor import local
 from lit_stability.norms import Unread
-from lit_stability.shards import local
 from lit_stability.stats import ProbeReading
 
 LOGIT, ENTROPY = "attention_logit", "attention_entropy"

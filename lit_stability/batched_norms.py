@@ -13,8 +13,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from lit_stability.distributed.dtensor import PLAIN
 from lit_stability.norms import dense, norms_and_peaks, norms_of
-from lit_stability.shards import PLAIN
 
 _SMALL = 2048
 """Elements up to which it takes longer to call a kernel than to copy the tensor beside others."""

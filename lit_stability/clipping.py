@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.shards import local
+from lit_stability.distributed.dtensor import local
 from lit_stability.stats import StepStats
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.batches import tensors_in
-from lit_stability.shards import local
+from lit_stability.distributed.dtensor import local
 
 
 @dataclass(kw_only=True)

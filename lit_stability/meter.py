@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from lit_stability.batched_norms import BatchedNorms, Gradients, gradients_of
 from lit_stability.details import details_of, sampled_distribution
+from lit_stability.distributed.dtensor import local
 from lit_stability.moments import Moments, MomentStats
 from lit_stability.norms import non_finite, norms_of, to_host, total
 from lit_stability.rounding import Rounding
 from lit_stability.sampling import Samples
-from lit_stability.shards import local
 from lit_stability.staleness import Staleness
 from lit_stability.stats import StepStats, WeightMoves
 

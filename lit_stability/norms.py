@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_stability.distributed.dtensor import local
 from lit_stability.sampling import real
-from lit_stability.shards import local
 from lit_stability.stats import ProbeReading
 
 

@@ -1,6 +1,7 @@
 """The meter of one rank among several: the same numbers on all of them, from one sum.
 
-The protocol is told in `lit_stability.ranks`. May import torch; knows no Lightning.
+The protocol is told in `lit_stability.distributed.collectives`. May import torch; knows no
+Lightning.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.batched_norms import Gradients
+from lit_stability.distributed.collectives import Ranks, Summed
+from lit_stability.distributed.dtensor import share
 from lit_stability.meter import Reading, StepMeter
 from lit_stability.norms import to_host
-from lit_stability.ranks import Ranks, Summed
-from lit_stability.shards import share
 
 
 @dataclass

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.distributed.dtensor import local
 from lit_stability.half import HALF
 from lit_stability.norms import dense
 from lit_stability.sampling import blocks_of
-from lit_stability.shards import local
 
 EVERY = 10
 """Steps between looks."""

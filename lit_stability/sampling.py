@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from lit_stability.shards import PLAIN, local
+from lit_stability.distributed.dtensor import PLAIN, local
 
 _BLOCKS, _BLOCK = 16, 32
 """The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""

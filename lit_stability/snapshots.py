@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_stability.distributed.dtensor import local
 from lit_stability.frozen import FrozenWeights, Kept
-from lit_stability.shards import local
 
 
 class TensorBank:

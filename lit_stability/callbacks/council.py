@@ -1,6 +1,6 @@
 """What a `GradientMonitor` and its fellows on the other ranks say to each other.
 
-The protocol is told in `lit_stability.ranks`.
+The protocol is told in `lit_stability.distributed.collectives`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from lit_stability.callbacks.hooks import implements
 from lit_stability.detectors import Vote
+from lit_stability.distributed.collectives import Ranks, Summed
 from lit_stability.meter import StepMeter
-from lit_stability.ranks import Ranks, Summed
 
 
 class Council:

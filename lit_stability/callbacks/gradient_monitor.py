@@ -51,7 +51,8 @@ class GradientMonitor(StabilityCallback):
     * ``stability/QUANTITY/MODULE``: what a probe has read there, on the steps that it measures.
 
     On several ranks all decide the same, from numbers added up over the ranks, see
-    `lit_stability.ranks`; under a strategy that is neither run nor allowed each observes its own.
+    `lit_stability.distributed.collectives`; under a strategy that is neither run nor allowed each
+    observes its own.
 
     With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
     ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text; with

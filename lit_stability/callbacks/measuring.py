@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.hooks import implements
+from lit_stability.distributed.collectives import Ranks
 from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.meter import StepMeter
 from lit_stability.norms import Unread
 from lit_stability.rank_meter import RankMeter
-from lit_stability.ranks import Ranks
 from lit_stability.stats import ProbeReading, StepStats, mean_readings
 from lit_stability.trainer_state import (
     StepTape,

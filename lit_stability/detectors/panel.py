@@ -40,7 +40,8 @@ class Panel:
         Args:
             stats: of the step.
             voting: whether the ranks vote on what they find in the gradients, which may be their
-                own; see `lit_stability.ranks`. Otherwise all that is measured they have alike.
+                own; see `lit_stability.distributed.collectives`. Otherwise all that is measured
+                they have alike.
         """
         self.new_regime = False
         anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_stability.distributed.dtensor import local
 from lit_stability.rng import capture_rng, restore_rng
-from lit_stability.shards import local
 
 
 class StepState:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_stability.distributed.dtensor import local
 from lit_stability.half import HALF
 from lit_stability.locate.origin import TensorRange
 from lit_stability.sampling import real
-from lit_stability.shards import local
 
 _WIDER = {
     torch.float16: torch.float32,

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.optim import LBFGS
 
-from lit_stability.ranks import Ranks
+from lit_stability.distributed.collectives import Ranks
 
 Sharing: TypeAlias = Literal["alone", "replicas", "shards", "untried"]
 
