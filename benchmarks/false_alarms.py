@@ -33,7 +33,7 @@ from lit_stability.detectors import (
     WeightDrift,
     default_detectors,
 )
-from lit_stability.stats import StepStats, WeightMoves
+from lit_stability.measurement.step_stats import StepStats, WeightMoves
 
 Array = np.ndarray
 LAYERS = tuple(f"layers.{i}.weight" for i in range(6))

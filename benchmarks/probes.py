@@ -32,7 +32,7 @@ from benchmarks.results import Spread, Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
 from lit_stability.detectors import StaleMoments, default_detectors
-from lit_stability.staleness import Staleness
+from lit_stability.measurement.second_moment_ratio import Staleness
 
 PROBES: dict[str, Any] = {
     "AttentionProbe": lambda: [GradientMonitor(), AttentionProbe(every=1)],

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 FIELDS = (
     *("attempt", "step", "loss", "grad_norm", "update_ratio", "learning_rate", "lr_factor"),

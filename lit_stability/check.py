@@ -20,10 +20,10 @@ from omegaconf import DictConfig
 from lit_stability.callbacks.preflight import Preflight
 from lit_stability.config import resolve
 from lit_stability.errors import ConfigError
-from lit_stability.kept_files import write_and_keep
 from lit_stability.launch import check_options, make_model_and_data, make_trainer
 from lit_stability.preflight import Report
 from lit_stability.targets import Build
+from lit_stability.training_state.atomic_write import write_and_keep
 
 
 def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) -> int:

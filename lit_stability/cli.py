@@ -18,8 +18,8 @@ from lit_stability.doctor.command import add_doctor
 from lit_stability.errors import ConfigError
 from lit_stability.experiments.command import add_experiments
 from lit_stability.incidents import TrainingStopped
-from lit_stability.last_good import RunEnd, find_last_good, step_of
 from lit_stability.ranges.command import add_ranges
+from lit_stability.training_state.good_checkpoints import RunEnd, find_last_good, step_of
 
 _EXIT_CODES = """\
 exit codes:

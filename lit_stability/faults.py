@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_stability.batches import tensors_in
 from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.tensor_tree import tensors_in
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure
 from lit_stability.layer_rows import LayerRow, joined_norm, layer_rows, norm_of
-from lit_stability.stats import GradientDetail
+from lit_stability.measurement.step_stats import GradientDetail
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

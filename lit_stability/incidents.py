@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from lit_stability.causes import CAUSES, Course, Hypothesis, Scene, decision_tree, diagnose
 from lit_stability.detectors import Anomaly
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.responses import Response, describe
-from lit_stability.stats import StepStats
 
 Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
 

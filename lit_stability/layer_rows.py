@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lit_stability.stats import GradientDetail
+from lit_stability.measurement.step_stats import GradientDetail
 
 
 @dataclass(frozen=True)

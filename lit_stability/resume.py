@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_stability.errors import ConfigError
-from lit_stability.last_good import find_last_good
+from lit_stability.training_state.good_checkpoints import find_last_good
 
 
 def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "resume") -> str | None:

@@ -15,7 +15,7 @@ from lit_stability.clip_rules import (
     ZScoreClip,
 )
 from lit_stability.faults import CorruptWeight, FaultInjector
-from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 from tests.rank_cases import fit_rank, whole
 
 # A threshold amid the norms of the small nets, so that about every other step is clipped.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lit_stability import AutoRollback, GradientMonitor, PrecisionFallback
-from lit_stability.islands import islands_of
+from lit_stability.training_state.fp32_modules import islands_of
 from tests.rank_cases import Net, fit_rank, told, whole
 
 

@@ -14,7 +14,7 @@ from lit_stability.detectors import (
     disagreement,
     rates_differ,
 )
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 NAN, INF = math.nan, math.inf
 KIND = "rank disagreement"

@@ -5,7 +5,7 @@ import pytest
 from lightning.fabric.connector import _PRECISION_INPUT_STR
 
 from lit_stability.attempts import AFTER, BEFORE, FIELDS, MOST, PRECISIONS, Attempts, row_of
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 def take(attempts, step, *, taken=True):

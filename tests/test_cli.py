@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lit_stability.cli import main
-from lit_stability.last_good import find_last_good, step_of
+from lit_stability.training_state.good_checkpoints import find_last_good, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = """

@@ -26,8 +26,8 @@ from lit_stability.detectors import (
     default_detectors,
     flagged,
 )
-from lit_stability.meter import StepMeter
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_meter import StepMeter
+from lit_stability.measurement.step_stats import StepStats
 
 NAN, INF = math.nan, math.inf
 CALM = [1.0, 1.2, 0.9, 1.1] * 10

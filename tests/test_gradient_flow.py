@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.details import gradient_details
 from lit_stability.figures import BLUE, RED, MatplotlibMissing, to_png
 from lit_stability.gradient_flow import draw_gradient_flow
 from lit_stability.layer_rows import layer_rows
-from lit_stability.stats import GradientDetail
+from lit_stability.measurement.gradient_distribution import gradient_details
+from lit_stability.measurement.step_stats import GradientDetail
 
 
 def detail(name, norm=1.0, zero_share=0.0, largest=None):

@@ -19,7 +19,7 @@ from lit_stability.faults import (
     ScaleGradients,
     ScaleLoss,
 )
-from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 from tests.conftest import Regression, fit, flat, regression_data, skipping_suite
 
 

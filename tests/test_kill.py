@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_stability.last_good import RunEnd
+from lit_stability.training_state.good_checkpoints import RunEnd
 from tests.kill_server import CONFIRM, EVERY
 
 ROOT = Path(__file__).resolve().parents[1]

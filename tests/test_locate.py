@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_stability import locate_nonfinite
 from lit_stability.distributed.dtensor import local
 from lit_stability.locate.advice import ADVICE, LAYERS, OPS, advise
-from lit_stability.rng import capture_rng, same_rng
+from lit_stability.training_state.rng import capture_rng, same_rng
 from tests import locate_cases
 from tests.distributed import run_ranks
 from tests.locate_cases import BAD, HEALTHY, data

@@ -12,7 +12,7 @@ from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.detectors import Divergence, Panel, Spike, flagged
 from lit_stability.faults import FaultInjector, ScaleLoss
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 from tests.conftest import fit, skipping_suite
 from tests.distributed import run_ranks
 from tests.regime_rank_cases import changed

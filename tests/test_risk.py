@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.risk import CrashRisk, Prevention, RiskLevels, risk_of
 from lit_stability.risk.ceiling import Ceiling
 from lit_stability.risk.model import CALIBRATION
 from lit_stability.risk.trends import FEATURES
-from lit_stability.stats import StepStats
 
 JUMP = [1.8, 1.7, 1.6, 1.5, 1.4, 87234.5]
 EXPONENTIAL = [2.1, 2.2, 2.5, 3.1, 4.8, 9.2, 23.5, 156.7]

@@ -30,8 +30,8 @@ from lit_stability import (
     PrecisionFallback,
     stability_callbacks,
 )
-from lit_stability.norms import norms_and_peaks, norms_of
-from lit_stability.snapshots import TensorBank
+from lit_stability.measurement.norms import norms_and_peaks, norms_of
+from lit_stability.training_state.snapshot import TensorBank
 
 
 @dataclass(frozen=True)

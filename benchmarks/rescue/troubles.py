@@ -18,8 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_stability.batches import tensors_in
 from lit_stability.faults import Fault, FaultInjector
+from lit_stability.measurement.tensor_tree import tensors_in
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_stability.attention_watch import LOGIT, AttentionWatch, fitting
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
-from lit_stability.compiled import has_compiled_parts
 from lit_stability.detectors.anomaly import require
-from lit_stability.norms import Unread
-from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.measurement.attention_monitor import LOGIT, AttentionWatch, fitting
+from lit_stability.measurement.compiled import has_compiled_parts
+from lit_stability.measurement.norms import Unread
+from lit_stability.measurement.step_stats import ProbeReading, StepStats
 from lit_stability.trainer_state import AroundNextStep, callbacks_of, sharing
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -41,9 +41,9 @@ class AttentionProbe(StabilityCallback):
 
     Both are absent where no attention ran. What is seen: `scaled_dot_product_attention` with any
     backend, `torch.nn.MultiheadAttention`, and a softmax over a product of queries and keys. What
-    is not seen: `lit_stability.attention_watch`. In a model with compiled parts nothing is
-    measured, and it is said once. With gradient accumulation the first batch of the window is
-    measured, in manual optimization what comes before the first backward pass.
+    is not seen: `lit_stability.measurement.attention_monitor`. In a model with compiled parts
+    nothing is measured, and it is said once. With gradient accumulation the first batch of the
+    window is measured, in manual optimization what comes before the first backward pass.
 
     Where two measurements in a row have found no attention, on any rank, it looks on one in twenty
     of its turns only, until there is one: some begin late. The one in `stability_callbacks` is

@@ -11,7 +11,7 @@ from typing import Any
 from lit_stability.callbacks.hooks import implements
 from lit_stability.detectors import Vote
 from lit_stability.distributed.collectives import Ranks, Summed
-from lit_stability.meter import StepMeter
+from lit_stability.measurement.step_meter import StepMeter
 
 
 class Council:

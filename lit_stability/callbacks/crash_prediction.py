@@ -14,15 +14,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.precaution import Precaution, stopped
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
-from lit_stability.clipping import clip_step
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require, require_instance
 from lit_stability.incidents import Incident
-from lit_stability.lr_scale import learning_rate_scale
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.risk import CrashRisk, Prevention, RiskLevels
-from lit_stability.stats import StepStats
 from lit_stability.throttle import Baseline
 from lit_stability.trainer_state import log_every, logger_step
+from lit_stability.training_state.gradient_clipping import clip_step
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
-from lit_stability.curvature import directional_curvature, plain_updates, slope_of
 from lit_stability.detectors.anomaly import require
-from lit_stability.lr_scale import learning_rate_scale
-from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.measurement.curvature import directional_curvature, plain_updates, slope_of
+from lit_stability.measurement.step_stats import ProbeReading, StepStats
 from lit_stability.trainer_state import StepTape, sharing
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -30,8 +30,8 @@ class CurvatureProbe(StabilityCallback):
     into ``StepStats.readings``, where `Curvature`, one of the monitor's default detectors,
     judges it; over several ranks it is the mean, which is exact for the mean of their losses:
 
-    * ``curvature_ratio``: 1 at the edge, see `lit_stability.curvature`; absent where all
-      gradients are 0.
+    * ``curvature_ratio``: 1 at the edge, see `lit_stability.measurement.curvature`; absent where
+      all gradients are 0.
 
     While the ratio is above 1 the next steps are measured too, `follow` at most, as it is by
     staying there that it foretells a spike. A measurement takes two forward and backward passes.

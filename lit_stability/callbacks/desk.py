@@ -10,7 +10,7 @@ from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.reporting import Reporter
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class IncidentDesk:

@@ -12,10 +12,10 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.causes import Scene
 from lit_stability.incidents import Incident
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.phases import PhaseRanges
 from lit_stability.preflight.finding import NotApplicableError
 from lit_stability.preflight.inputs import check_batch
-from lit_stability.stats import StepStats
 from lit_stability.trainer_state import callbacks_of
 
 

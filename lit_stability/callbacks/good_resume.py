@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import lower_learning_rate
-from lit_stability.last_good import FOLDER, RunEnd, State, put_aside
 from lit_stability.trainer_state import (
     StepWitness,
     incomparable,
@@ -18,6 +17,7 @@ from lit_stability.trainer_state import (
     same_batch,
     same_loss,
 )
+from lit_stability.training_state.good_checkpoints import FOLDER, RunEnd, State, put_aside
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

@@ -18,8 +18,8 @@ from lit_stability.trainer_state import callbacks_of
 if TYPE_CHECKING:
     from lit_stability.detectors import Anomaly
     from lit_stability.incidents import Incident
-    from lit_stability.norms import Unread
-    from lit_stability.stats import ProbeReading, StepStats
+    from lit_stability.measurement.norms import Unread
+    from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -86,8 +86,8 @@ class StabilityCallback(Callback):
 
         Returns:
             The readings, or numbers on the device that are copied to the host together with the
-            other statistics of the step (`lit_stability.norms.Unread`); None if there are none for
-            this step.
+            other statistics of the step (`lit_stability.measurement.norms.Unread`); None if there
+            are none for this step.
         """
         return None
 

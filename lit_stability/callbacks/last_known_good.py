@@ -13,16 +13,16 @@ from lit_stability.callbacks.good_keeper import GoodKeeper
 from lit_stability.callbacks.good_resume import RunBehind, Verification
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
-from lit_stability.checkpoint_writer import CheckpointWriter
 from lit_stability.incidents import Incident
-from lit_stability.last_good import FOLDER, State
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_state import (
     DataPosition,
     EpochMetrics,
     full_checkpoint,
     run_directory,
 )
+from lit_stability.training_state.async_writer import CheckpointWriter
+from lit_stability.training_state.good_checkpoints import FOLDER, State
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

@@ -12,11 +12,10 @@ from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.hooks import implements
 from lit_stability.distributed.collectives import Ranks
-from lit_stability.lr_scale import learning_rate_scale
-from lit_stability.meter import StepMeter
-from lit_stability.norms import Unread
-from lit_stability.rank_meter import RankMeter
-from lit_stability.stats import ProbeReading, StepStats, mean_readings
+from lit_stability.measurement.distributed_step_meter import RankMeter
+from lit_stability.measurement.norms import Unread
+from lit_stability.measurement.step_meter import StepMeter
+from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_readings
 from lit_stability.trainer_state import (
     StepTape,
     callbacks_of,
@@ -24,6 +23,7 @@ from lit_stability.trainer_state import (
     loss_scaler,
     unscale,
 )
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 Taken: TypeAlias = list[ProbeReading] | Unread | None
 """What a probe answers: None where it is not its turn."""

@@ -13,11 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
-from lit_stability.checkpoint_copy import first_nonfinite, is_finite
-from lit_stability.checkpoint_writer import write_whole
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.last_good import free_path, good_files, step_of
 from lit_stability.risk import CrashRisk
 from lit_stability.trainer_state import (
     PrecisionSwitch,
@@ -27,6 +24,9 @@ from lit_stability.trainer_state import (
     sharing,
     why_fixed,
 )
+from lit_stability.training_state.async_writer import write_whole
+from lit_stability.training_state.good_checkpoints import free_path, good_files, step_of
+from lit_stability.training_state.host_copy import first_nonfinite, is_finite
 
 FOLDER = "risk"
 """Name of the folder, in the run's own, for checkpoints of a run in danger."""

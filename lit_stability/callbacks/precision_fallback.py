@@ -14,11 +14,10 @@ from lit_stability.callbacks.precision_proof import PrecisionProof
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
-from lit_stability.islands import matching
+from lit_stability.measurement.lost_updates import lost_epsilon
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.precision_ladder import PRECISIONS, PrecisionLadder, is_below, rungs_below
 from lit_stability.responses import FallBack, Island
-from lit_stability.rounding import lost_epsilon
-from lit_stability.stats import StepStats
 from lit_stability.trainer_state import (
     PrecisionSwitch,
     ends_window,
@@ -26,6 +25,7 @@ from lit_stability.trainer_state import (
     put_islands,
     why_fixed,
 )
+from lit_stability.training_state.fp32_modules import matching
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -58,7 +58,8 @@ class PrecisionFallback(StabilityCallback):
             32-true. Those that are not below the trainer's precision, or that the device lacks,
             are left out.
         fp32_modules: modules that compute in float32 from the start while the rest is in 16 bits:
-            names, globs or class names, or classes; see `lit_stability.islands`.
+            names, globs or class names, or classes; see
+            `lit_stability.training_state.fp32_modules`.
         try_again_after: healthy steps.
         failures: tries of the faster precision that may fail.
         max_islands: modules that may be made float32 islands in the course of a run before the

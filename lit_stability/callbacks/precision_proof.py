@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.detectors import Spike
 from lit_stability.incidents import Incident
-from lit_stability.islands import release_island
 from lit_stability.locate import NonFiniteOrigin
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_state import Outcome, put_islands
+from lit_stability.training_state.fp32_modules import release_island
 
 Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "unknown"]
 

@@ -12,8 +12,8 @@ from lit_stability.attempts import Attempts
 from lit_stability.callbacks.attempt_log import AttemptLog
 from lit_stability.incident_report import summary_table
 from lit_stability.incidents import Incident
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.records import IncidentRecord
-from lit_stability.stats import StepStats
 from lit_stability.tensorboard.writer import StabilityWriter
 from lit_stability.trainer_state import logger_step, run_directory
 

@@ -9,8 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
-from lit_stability.frozen import FrozenWeights
-from lit_stability.generations import Generations
 from lit_stability.trainer_state import (
     CheckpointLedger,
     Entry,
@@ -24,6 +22,8 @@ from lit_stability.trainer_state import (
     callbacks_of,
     make_up_for,
 )
+from lit_stability.training_state.frozen_weights import FrozenWeights
+from lit_stability.training_state.snapshot_rotation import Generations
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from lit_stability.causes.pattern import LossPattern, loss_pattern
 from lit_stability.detectors import Anomaly
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.phases import Phase, PhaseRange
-from lit_stability.stats import StepStats
 
 EARLY = 1000
 """Optimizer steps of which a run that breaks is asked for its initialisation and warm-up first."""

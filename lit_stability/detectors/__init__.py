@@ -7,7 +7,7 @@ No file of this folder imports torch or Lightning.
 A detector of your own is a class with four methods, and needs no registration. ``observe_only``
 tells and does nothing; ``state_is_bad`` asks for a rollback; without either the step is vetoed.
 
->>> from lit_stability.stats import StepStats
+>>> from lit_stability.measurement.step_stats import StepStats
 >>> class TooGood:
 ...     '''Tells of a loss below what the task allows: the target is among the inputs.'''
 ...     def __init__(self, floor: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lit_stability.detectors.anomaly import Anomaly
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 KIND = "rank disagreement"
 _SAME_NORM = 1e-3

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 Kind = Literal[
     "non-finite loss",

@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.course import Plateau
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class AttentionLogits:
@@ -45,7 +45,7 @@ class AttentionLogits:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import ProbeReading, StepStats
+    >>> from lit_stability.measurement.step_stats import ProbeReading, StepStats
     >>> d = AttentionLogits()
     >>> for i, logit in enumerate([9.0, 400.0, 1500.0, 1800.0]):
     ...     reading = ProbeReading("attention_logit", "blocks.0", logit)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class LayerBounds:
@@ -25,7 +25,7 @@ class LayerBounds:
     Raises:
         ValueError: if a bound is not positive, or a pair is not in order.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> d = LayerBounds({"head.*": 10.0, "*": (1e-8, 100.0)})
     >>> names, norms = ("body.weight", "head.weight"), (50.0, 20.0)
     >>> d.check(StepStats(step=0, loss=1.0, grad_norm=54.0, names=names, grad_norms=norms)).layers

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.stats import StepStats, WeightMoves
+from lit_stability.measurement.step_stats import StepStats, WeightMoves
 
 _ADAM = 4.0
 """Updates of Adam are at most (1 - b1) / sqrt(1 - b2) learning rates (Kingma & Ba 2015, section

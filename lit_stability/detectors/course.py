@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from lit_stability.detectors.anomaly import require
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class RateCourse:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class Curvature:
@@ -29,7 +29,7 @@ class Curvature:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import ProbeReading, StepStats
+    >>> from lit_stability.measurement.step_stats import ProbeReading, StepStats
     >>> d, told = Curvature(persist=2), []
     >>> for i, ratio in enumerate([0.9, 1.1, 0.9, 1.1, 1.2, 1.3]):
     ...     reading = ProbeReading("curvature_ratio", "", ratio)

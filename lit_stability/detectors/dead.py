@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 _NO_GAIN = ("bias", "beta", "b")
 """Last parts of names of parameters that are 0 in good health, and let gradients pass."""

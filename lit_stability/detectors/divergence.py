@@ -9,7 +9,7 @@ from typing import Any
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.row import Row
 from lit_stability.detectors.window import Window
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class Divergence:
@@ -33,7 +33,7 @@ class Divergence:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> from lit_stability.detectors import flagged
     >>> d = Divergence(persist=3, min_history=4)
     >>> losses = [2.0, 1.9, 2.0, 1.9, 9.0, 1.9, 5.0, 6.0, 8.0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.course import LossCourse, RateCourse
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class NoLearning:

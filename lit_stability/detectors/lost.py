@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class LostUpdates:
@@ -28,7 +28,7 @@ class LostUpdates:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> steps = [StepStats(step=i, loss=1.0, grad_norm=1.0, stuck_share=0.9) for i in range(3)]
     >>> detector = LostUpdates(window=3)
     >>> for s in steps:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, Kind
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class NonFinite:
@@ -16,7 +16,7 @@ class NonFinite:
     Under a loss scaler two cases are no anomaly: gradients that overflow while the loss is finite
     (the scaler's search) and an infinite loss whose gradients are finite (a step like any other).
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> NonFinite().check(StepStats(step=7, loss=float("nan"), grad_norm=1.0)).kind
     'non-finite loss'
     """

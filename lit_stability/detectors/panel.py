@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lit_stability.detectors.agreement import Replicas, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 Part = Literal["all", "shared", "own"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, Kind, require
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class LossScale:
@@ -34,7 +34,7 @@ class LossScale:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> def step(i):
     ...     return StepStats(step=i, loss=1.0, grad_norm=float("nan"), loss_scale=2.0 ** (3 - i))
     >>> found = [a for i in range(15) if (a := LossScale().check(step(i)))]

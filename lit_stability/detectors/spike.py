@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.row import Row
 from lit_stability.detectors.window import Window
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 _LARGEST_EXPONENT = 700.0
 """exp of more is beyond a float."""
@@ -42,7 +42,7 @@ class Spike:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> from lit_stability.detectors import flagged
     >>> d = Spike(min_history=3)
     >>> norms = [1.0, 1.2, 0.9, 1.1, 900.0, 1.0]

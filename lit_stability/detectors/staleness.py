@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.window import Window
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 _BUILD_UP = 2
 """Steps above half of the bound, before the high ones."""
@@ -40,7 +40,7 @@ class StaleMoments:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> d, told = StaleMoments(min_history=5), []
     >>> for i, rms in enumerate([1.0, 1.1, 0.9, 1.0, 1.0, 3.0, 1.0, 1.4, 1.9, 2.6, 3.1, 3.6]):
     ...     stats = StepStats(step=i, loss=1.0, grad_norm=1.0, moment_rms=rms)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.window import Window
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class _RatioWindow:
@@ -206,7 +206,7 @@ class OptimizerState:
     Raises:
         ValueError: if ``share`` is not in (0, 1).
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> zeroed = StepStats(step=1, loss=1.0, grad_norm=1.0, moment_ratio=0.0, moment_name="w")
     >>> OptimizerState().check(zeroed).kind
     'optimizer state'

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_stability.errors import ConfigError
-from lit_stability.kept_files import write_and_keep
 from lit_stability.records import to_json
+from lit_stability.training_state.atomic_write import write_and_keep
 
 if TYPE_CHECKING:
     from lit_stability.doctor.comparison import Comparison

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lit_stability.errors import ConfigError
-from lit_stability.last_good import find_last_good
-from lit_stability.stats import GradientDetail
+from lit_stability.measurement.step_stats import GradientDetail
+from lit_stability.training_state.good_checkpoints import find_last_good
 
 _RETELL = 300
 """Characters of torch's own message that are passed on."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_stability.doctor.measure import kind_of, memory_of, pieces
 from lit_stability.doctor.report import MomentHealth
-from lit_stability.formats import FORMATS
+from lit_stability.measurement.float_formats import FORMATS
 
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "sum")
 """Keys of ``torch.optim`` whose tensors have the shape of their parameter."""

@@ -10,7 +10,7 @@ from math import isfinite
 
 from lit_stability.doctor.report import Finding, MomentHealth, RunHealth
 from lit_stability.doctor.tensor_findings import LARGE_GRADIENT
-from lit_stability.formats import FORMATS
+from lit_stability.measurement.float_formats import FORMATS
 
 RATIO_SLACK = 10.0
 """Times the bound on ``|m| / sqrt(v)``: rounding, and betas that a schedule has moved since."""
@@ -147,7 +147,7 @@ def _rates(run: RunHealth) -> Iterable[Finding]:
 
 
 def _epsilon(run: RunHealth, moments: Sequence[MomentHealth]) -> Iterable[Finding]:
-    """Adam's epsilon where its format makes 0 of it; see `lit_stability.formats`."""
+    """Adam's epsilon where its format makes 0 of it; see `measurement.float_formats`."""
     epsilon = {
         (group["optimizer"], index): group["eps"]
         for group in run.groups

@@ -11,7 +11,7 @@ from math import isfinite
 
 from lit_stability.doctor.report import Finding, Severity, TensorHealth
 from lit_stability.layer_kinds import is_norm_gain
-from lit_stability.stats import GradientDetail
+from lit_stability.measurement.step_stats import GradientDetail
 
 TORN = 1e3
 """Ratio of the largest magnitudes to the next, from which on an element counts as torn away. A

@@ -16,7 +16,7 @@ from lit_stability.experiments.catalogue import catalogue, choose, listing
 from lit_stability.experiments.judgement import summary
 from lit_stability.experiments.running import Result, Trial, plan, run
 from lit_stability.experiments.table import as_dict, as_markdown, as_text
-from lit_stability.kept_files import write_and_keep
+from lit_stability.training_state.atomic_write import write_and_keep
 
 _EXIT_CODES = """\
 exit codes:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_stability.experiments.expectation import End
-from lit_stability.kept_files import write_and_keep
 from lit_stability.records import read_incidents
+from lit_stability.training_state.atomic_write import write_and_keep
 
 FILE = "outcome.json"
 _VERSION = 1

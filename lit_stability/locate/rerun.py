@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
-from lit_stability.compiled import has_compiled_parts
 from lit_stability.locate.call_sites import CallSites
 from lit_stability.locate.kernel_call import Operand
 from lit_stability.locate.origin import NonFiniteOrigin
 from lit_stability.locate.step_state import StepState
 from lit_stability.locate.values import is_nonfinite, storage_of
 from lit_stability.locate.watch import Birth, Watch
+from lit_stability.measurement.compiled import has_compiled_parts
 
 
 def locate_nonfinite(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_stability.distributed.dtensor import local
-from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
 class StepState:

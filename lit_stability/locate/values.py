@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lit_stability.distributed.dtensor import local
-from lit_stability.half import HALF
 from lit_stability.locate.origin import TensorRange
-from lit_stability.sampling import real
+from lit_stability.measurement.half_precision import HALF
+from lit_stability.measurement.weight_sampling import real
 
 _WIDER = {
     torch.float16: torch.float32,

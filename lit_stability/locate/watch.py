@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_stability.half import HALF
 from lit_stability.locate.advice import Kind, kind_of
 from lit_stability.locate.call_sites import CallSites, Site, kernel_name
 from lit_stability.locate.kernel_call import KernelCall, Operand, traits_of
@@ -38,6 +37,7 @@ from lit_stability.locate.values import (
     value_of,
 )
 from lit_stability.locate.variables import variable_of
+from lit_stability.measurement.half_precision import HALF
 
 _KINDS: dict[Cause, Kind] = {
     "input": "non-finite input",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_stability.preflight.finding import Finding, NotApplicableError
-from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.training_state.rng import capture_rng, restore_rng
 
 Step = Callable[[nn.Module, Any], Tensor]
 """Gives the loss, 0-d, of a model on a batch."""

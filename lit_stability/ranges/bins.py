@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 
-from lit_stability.formats import (
+from lit_stability.measurement.float_formats import (
     BFLOAT16,
     FLOAT8_E4M3FN,
     FLOAT8_E5M2,

@@ -127,10 +127,10 @@ def _measure(
 def _write(report: RangeReport, title: str, folder: Path) -> None:
     """Write the report and its picture; what is there already is kept, renamed."""
     from lit_stability.figures import MatplotlibMissing, to_png
-    from lit_stability.formats import BFLOAT16, FLOAT16
-    from lit_stability.kept_files import write_and_keep
+    from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16
     from lit_stability.ranges.plot import draw_ranges
     from lit_stability.ranges.verdict import judge
+    from lit_stability.training_state.atomic_write import write_and_keep
 
     verdicts = [judge(report, each).as_dict() for each in (FLOAT16, BFLOAT16)]
     content = {"title": title} | report.as_dict() | {"verdicts": verdicts}

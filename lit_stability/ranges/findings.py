@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lit_stability.formats import FloatFormat
+from lit_stability.measurement.float_formats import FloatFormat
 from lit_stability.ranges.bins import finite_edge
 from lit_stability.ranges.report import LOSS, RangeReport, RangeRow, pooled
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_stability.batches import tensors_in
+from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.ranges.report import INPUT, KINDS, LOSS, ROOT, Kind, RangeReport
 from lit_stability.ranges.tally import Tally
-from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.training_state.rng import capture_rng, restore_rng
 
 _PRODUCTS = frozenset(
     (

@@ -18,7 +18,13 @@ from lit_stability.figures import (
     label_rows,
     new_figure,
 )
-from lit_stability.formats import BFLOAT16, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT16, FloatFormat
+from lit_stability.measurement.float_formats import (
+    BFLOAT16,
+    FLOAT8_E4M3FN,
+    FLOAT8_E5M2,
+    FLOAT16,
+    FloatFormat,
+)
 from lit_stability.ranges.findings import TOLERATED
 from lit_stability.ranges.report import KINDS, Kind, RangeReport, RangeRow
 from lit_stability.ranges.table import in_percent, worst_first

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
-from lit_stability.formats import FloatFormat
+from lit_stability.measurement.float_formats import FloatFormat
 from lit_stability.ranges.bins import (
     EDGES,
     JUDGED,

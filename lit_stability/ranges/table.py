@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from lit_stability.formats import BFLOAT16, FLOAT16, FloatFormat
+from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, FloatFormat
 from lit_stability.ranges.report import RangeReport, RangeRow
 from lit_stability.ranges.verdict import Verdict, judge
 

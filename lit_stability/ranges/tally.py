@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lit_stability.norms import dense
+from lit_stability.measurement.norms import dense
 from lit_stability.ranges.bins import EDGES, N_BINS
 from lit_stability.ranges.report import Kind, RangeRow
 

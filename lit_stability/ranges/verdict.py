@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_stability.formats import BFLOAT16, FLOAT16, FloatFormat
+from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, FloatFormat
 from lit_stability.ranges.bins import JUDGED
 from lit_stability.ranges.findings import (
     STARVED,

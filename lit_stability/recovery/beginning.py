@@ -12,7 +12,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
 class Beginning:

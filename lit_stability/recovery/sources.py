@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from lit_stability.last_good import find_last_good
+from lit_stability.training_state.good_checkpoints import find_last_good
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

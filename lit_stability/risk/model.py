@@ -10,8 +10,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lit_stability.measurement.step_stats import StepStats
 from lit_stability.risk.trends import FEATURES, Trends
-from lit_stability.stats import StepStats
 
 HORIZON = 20
 """Optimizer steps that the risk looks ahead."""
@@ -49,7 +49,7 @@ class CrashRisk:
     A divergence is a loss that is not finite, or one that rises above three times the best level
     of the run and above half the way back to where the run began, and stays there.
 
-    >>> from lit_stability.stats import StepStats
+    >>> from lit_stability.measurement.step_stats import StepStats
     >>> risk, losses = CrashRisk(), [2.1, 2.0] * 20
     >>> def last(losses):
     ...     return [risk.update(StepStats(step=0, loss=x, grad_norm=x)) for x in losses][-1]

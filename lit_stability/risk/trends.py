@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from lit_stability.detectors import Window
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 _RECENT = 12
 """Accepted steps in which a trend is seen, three blocks of four; before them is the baseline."""

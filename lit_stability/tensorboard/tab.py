@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from lit_stability.attempts import FIELDS, PRECISIONS, Row
-from lit_stability.stats import StepStats, WeightMoves
+from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.layout import write_layout
 from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_stability.incident_report import markdown
 from lit_stability.incidents import Incident
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 class StabilityWriter:

@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lit_stability.rng import capture_rng, restore_rng
-from lit_stability.snapshots import BufferGuard
 from lit_stability.trainer_state.metrics import LoggedMetrics
+from lit_stability.training_state.rng import capture_rng, restore_rng
+from lit_stability.training_state.snapshot import BufferGuard
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 
-from lit_stability.batches import tensors_in
-from lit_stability.half import HALF, widen
-from lit_stability.islands import islands_of, make_island
+from lit_stability.measurement.half_precision import HALF, widen
+from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_state.strategies import sharing
 from lit_stability.trainer_state.view import callbacks_of
+from lit_stability.training_state.fp32_modules import islands_of, make_island
 
 
 class PrecisionSwitch:

@@ -16,8 +16,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
-from lit_stability.batches import size_of, tensors_in
-from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.measurement.tensor_tree import size_of, tensors_in
+from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
 @dataclass(eq=False)

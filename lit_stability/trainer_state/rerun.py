@@ -16,15 +16,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_stability.batches import size_of
-from lit_stability.half import HALF, cast
 from lit_stability.locate import NonFiniteOrigin, locate_nonfinite
-from lit_stability.norms import dense, norms_of, to_host, total
-from lit_stability.rng import capture_rng, restore_rng
+from lit_stability.measurement.half_precision import HALF, cast
+from lit_stability.measurement.norms import dense, norms_of, to_host, total
+from lit_stability.measurement.tensor_tree import size_of
 from lit_stability.trainer_state.aside import aside
 from lit_stability.trainer_state.precision import is_half
 from lit_stability.trainer_state.strategies import reshard, sharing
 from lit_stability.trainer_state.view import loss_scaler
+from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.trainer_state.progress import step_counters
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 _PAUSED = "rejected"
 """Interval of a scheduler that is on hold; Lightning moves only those of "step" and "epoch"."""

@@ -27,8 +27,8 @@ from lit_stability.faults import (
     ScaleGradients,
 )
 from lit_stability.launch import make
-from lit_stability.lr_scale import learning_rate_scale
 from lit_stability.targets import bind
+from lit_stability.training_state.lr_multiplier import learning_rate_scale
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.clip_cases import BUSY, Norms, expected, suite
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data

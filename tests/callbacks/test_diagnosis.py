@@ -20,7 +20,7 @@ from lit_stability import (
 )
 from lit_stability.detectors import Anomaly, default_detectors
 from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
-from lit_stability.stats import ProbeReading
+from lit_stability.measurement.step_stats import ProbeReading
 from tests.conftest import Regression, fit, flat, regression_data
 
 

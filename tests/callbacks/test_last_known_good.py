@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lit_stability import AutoRollback, GradientMonitor, LastKnownGood, find_last_good
-from lit_stability import checkpoint_writer as writer
 from lit_stability.callbacks.good_resume import RestoredStateDiffers
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
-from lit_stability.last_good import RunEnd, good_files, step_of
+from lit_stability.training_state import async_writer as writer
+from lit_stability.training_state.good_checkpoints import RunEnd, good_files, step_of
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 

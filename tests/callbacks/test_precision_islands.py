@@ -9,7 +9,7 @@ from lit_stability import (
     GradientMonitor,
     PrecisionFallback,
 )
-from lit_stability.islands import islands_of
+from lit_stability.training_state.fp32_modules import islands_of
 from tests.conftest import flat
 from tests.precision import Net, data, fp16, suite, train
 

@@ -16,7 +16,7 @@ from lit_stability.causes import (
 )
 from lit_stability.detectors import Anomaly
 from lit_stability.layer_kinds import LAYER_KINDS
-from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 NAN = math.nan
 

@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 def step(i, **fields):

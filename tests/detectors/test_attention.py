@@ -4,7 +4,7 @@ import pytest
 
 from lit_stability.detectors import AttentionLogits, default_detectors
 from lit_stability.detectors.panel import Panel
-from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 
 def steps(logits, losses, entropy=None, every=10, first_entropy=0.9):

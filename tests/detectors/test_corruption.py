@@ -13,8 +13,8 @@ from torch.optim import lr_scheduler as s
 
 from lit_stability import stability_callbacks
 from lit_stability.detectors import WeightCorruption
-from lit_stability.meter import StepMeter
-from lit_stability.stats import WeightMoves
+from lit_stability.measurement.step_meter import StepMeter
+from lit_stability.measurement.step_stats import WeightMoves
 from tests.conftest import fit, flat
 from tests.detectors.streams import step, steps_of, through_a_checkpoint, told
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lit_stability.detectors import Curvature
-from lit_stability.stats import ProbeReading, StepStats
+from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 
 def run(ratios, detector=None):

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, StandardLibrary
 from lit_stability.detectors import DeadGradients
-from lit_stability.meter import StepMeter
+from lit_stability.measurement.step_meter import StepMeter
 from tests.detectors.streams import steps_of, told, told_with_a_resume
 
 NAMES = ("a", "b", "head")

@@ -3,7 +3,7 @@
 import pytest
 
 from lit_stability.detectors import LostUpdates
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 
 def run(shares, rates=None, detector=None):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lit_stability.detectors import LossScale
-from lit_stability.stats import StepStats
+from lit_stability.measurement.step_stats import StepStats
 
 INF = math.inf
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from lit_stability.detectors import StaleMoments
-from lit_stability.staleness import Staleness
-from lit_stability.stats import StepStats
+from lit_stability.measurement.second_moment_ratio import Staleness
+from lit_stability.measurement.step_stats import StepStats
 
 CALM = [1.0, 1.1, 0.9, 1.0, 1.05] * 5
 BUILD_UP = [1.4, 1.9, 2.5, 3.0, 3.4]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_stability.doctor import examine
-from lit_stability.stats import GradientDetail
+from lit_stability.measurement.step_stats import GradientDetail
 from tests.conftest import Regression
 from tests.doctor.examples import Mixed, checkpoint_of, found, read
 

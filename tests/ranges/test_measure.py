@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lit_stability.formats import BFLOAT16, FLOAT16
+from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16
 from lit_stability.ranges import judge, measure_ranges
 from models.translation.attention import MultiHeadAttention
 from tests.ranges.examples import Twins, mean_square

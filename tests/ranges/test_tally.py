@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_stability.formats import FLOAT16, FORMATS
+from lit_stability.measurement.float_formats import FLOAT16, FORMATS
 from lit_stability.ranges import tally
 from lit_stability.ranges.bins import EDGES, JUDGED
 from tests.ranges.examples import row_of

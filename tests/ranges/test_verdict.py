@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_stability.formats import BFLOAT16, FLOAT16, TF32
+from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, TF32
 from lit_stability.ranges.findings import LossScale, loss_scale
 from lit_stability.ranges.verdict import GRAD_SCALER_START, judge
 from tests.ranges.examples import report_of, row_of

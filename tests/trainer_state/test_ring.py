@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_stability.batches import size_of
+from lit_stability.measurement.tensor_tree import size_of
 from lit_stability.trainer_state import Entry, ReplayRing
 
 

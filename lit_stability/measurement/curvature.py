@@ -1,0 +1,158 @@
+"""The curvature of the loss along the update, against what the learning rate bears.
+
+Near its minimum a loss is a quadratic form of Hessian H, and gradient descent diverges along a
+direction in which its curvature is above ``2 / lr``. Momentum and Adam move that edge: each is
+gradient descent in another metric, ``w <- w - D g`` with a positive diagonal D, up to a factor that
+momentum gives:
+
+=================================  ===========================  ==========================
+optimizer                          D                            largest curvature of D H
+=================================  ===========================  ==========================
+SGD                                ``lr``                       2
+SGD, momentum b, dampening d       ``lr (1 - d)``               ``2 (1 + b)``
+SGD, Nesterov momentum b           ``lr``                       ``2 (1 + b) / (1 + 2 b)``
+Adam, AdamW                        ``lr / (sqrt(v) + eps)``     ``2 (1 + b1) / (1 - b1)``
+=================================  ===========================  ==========================
+
+(the roots of the two-term recursion on a quadratic leave the unit circle there; Cohen et al. 2022,
+arXiv 2207.14484). The largest curvature itself takes many Hessian-vector products. What
+tells of a spike is the curvature along the gradient (arXiv 2506.04805), for which one will do:
+
+    ratio = u^T H u / (2 g^T u),   u = D g, divided by the factor of momentum
+
+It is 1 where a step ``-u`` leaves the loss, to second order, as it is. Weight decay is left out,
+and so is clipping: where it is at work in SGD, steps are smaller than this says. May import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+from lit_stability.measurement.half_precision import HALF
+
+_REACH = 1e-3
+"""How far from the weights gradients are taken, as a share of their norm."""
+
+
+def plain_updates(optimizer: Optimizer, rates: Sequence[float]) -> dict[Tensor, Tensor]:
+    """The update of each parameter that has a gradient, as the table has it, without momentum.
+
+    Adam's second moment has this gradient in it, as it will have in the update: an element that
+    meets its first gradient would not be bounded otherwise.
+
+    Args:
+        optimizer: an SGD, Adam or AdamW, with its gradients unscaled.
+        rates: effective learning rate of each group.
+
+    Returns:
+        Parameter to its update, in the parameter's shape; float32 where that has 16 bits.
+
+    Raises:
+        ValueError: for another optimizer.
+    """
+    if not isinstance(optimizer, (SGD, Adam)):
+        raise ValueError(
+            f"the stable learning rate of {type(optimizer).__name__} is not known; it is that of "
+            "SGD, Adam and AdamW"
+        )
+    found: dict[Tensor, Tensor] = {}
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                state = optimizer.state.get(parameter) or {}
+                found[parameter] = _update(group, state, parameter.grad, rate)
+    return found
+
+
+def directional_curvature(
+    losses: Callable[[], Iterable[Tensor]],
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+) -> Tensor:
+    """``u^T H u`` of the sum of the losses, by the difference of two gradients.
+
+    The gradients are taken at ``w + h u`` and ``w - h u``, where ``h u`` is a thousandth of the
+    weights in norm: exact for a quadratic loss, and unlike a second derivative to be had of every
+    kernel that has a first one. It costs two forward and backward passes, and no more memory.
+
+    Args:
+        losses: gives scalars, each with its graph, one after the other; the same at each call but
+            for the weights.
+        parameters: leaves that the losses depend on; their data are others meanwhile, not written.
+        updates: u, one tensor per parameter, in its shape.
+
+    Returns:
+        A scalar on the device of the first parameter.
+    """
+    originals = [p.data for p in parameters]
+    weights, size = _norm(originals), _norm(updates)
+    h = _REACH * torch.maximum(weights, size) / size
+    slopes = []
+    try:
+        for sign in (1, -1):
+            for p, data, u in zip(parameters, originals, updates, strict=True):
+                p.data = data + (sign * h).to(u.device, u.dtype) * u
+            slopes.append(_slope(losses(), parameters, updates))
+    finally:
+        for p, data in zip(parameters, originals, strict=True):
+            p.data = data
+    return (slopes[0] - slopes[1]) / (2 * h)
+
+
+def slope_of(updates: Mapping[Tensor, Tensor]) -> Tensor:
+    """``g^T u``, a scalar."""
+    return _dot([p.grad for p in updates], list(updates.values()))
+
+
+def _slope(
+    losses: Iterable[Tensor], parameters: Sequence[Tensor], updates: Sequence[Tensor]
+) -> Tensor:
+    with torch.enable_grad():
+        grads = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
+        return torch.stack([_dot(each, updates) for each in grads]).sum()
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return _dot(tensors, tensors).sqrt()
+
+
+def _update(
+    group: Mapping[str, Any], state: Mapping[str, Any], grad: Tensor, rate: float
+) -> Tensor:
+    grad = _wide(grad.detach())
+    if "betas" not in group:
+        return grad * (rate / _sgd_edge(group))
+    beta1, beta2 = map(float, group["betas"])
+    second, steps = (1 - beta2) * grad.square(), torch.ones((), device=grad.device)
+    if "exp_avg_sq" in state:
+        second = second + beta2 * state["exp_avg_sq"]
+        steps = steps + state["step"].to(grad.device)
+    if "max_exp_avg_sq" in state:
+        second = torch.maximum(second, state["max_exp_avg_sq"])
+    denominator = (second / (1 - beta2**steps)).sqrt() + group["eps"]
+    update: Tensor = grad / denominator * (rate * (1 - beta1) / (1 + beta1))
+    return update
+
+
+def _sgd_edge(group: Mapping[str, Any]) -> float:
+    """Half of the largest curvature, in units of ``1 / lr``."""
+    momentum = float(group["momentum"])
+    if group["nesterov"]:
+        return (1 + momentum) / (1 + 2 * momentum)
+    return (1 + momentum) / (1 - group["dampening"]) if momentum else 1.0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def _dot(tensors: Sequence[Tensor | None], others: Sequence[Tensor]) -> Tensor:
+    """Sum over pairs, on the first device; what is None counts as 0."""
+    pairs = [(a, b) for a, b in zip(tensors, others, strict=True) if a is not None]
+    products = [(_wide(a) * _wide(b)).sum().to(others[0].device) for a, b in pairs]
+    return torch.stack(products).sum() if products else torch.zeros((), device=others[0].device)

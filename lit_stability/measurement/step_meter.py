@@ -1,0 +1,298 @@
+"""From tensors to floats: everything the detectors look at, measured once per optimizer step.
+
+One foreach pass over the gradients, one gather of a fixed sample of weights and second moments,
+one copy to the host. May import torch; knows neither Lightning nor detectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.batched_norms import BatchedNorms, Gradients, gradients_of
+from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
+from lit_stability.measurement.lost_updates import Rounding
+from lit_stability.measurement.norms import non_finite, norms_of, to_host, total
+from lit_stability.measurement.optimizer_moments import Moments, MomentStats
+from lit_stability.measurement.second_moment_ratio import Staleness
+from lit_stability.measurement.step_stats import StepStats, WeightMoves
+from lit_stability.measurement.weight_sampling import Samples
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """One step's numbers on the host; over several ranks, the same on all of them."""
+
+    loss: float | None
+    """Still multiplied by ``scale``; None where no backward was observed."""
+    scale: float | None
+    grad_norms: Sequence[float]
+    weight_norms: Sequence[float]
+    """Empty where the weights were not scanned."""
+    updates: Sequence[float]
+    """Squared norms of the last update and of the weights before it, or empty."""
+    peaks: Sequence[float]
+    """Largest absolute value of each weight; empty where the weights were not scanned."""
+    extents: Sequence[float]
+    """How far each weight has moved since the scan before, see `Samples.extents`; empty where that
+    is not known."""
+    moments: MomentStats
+    distributions: Sequence[float]
+    also: Sequence[float]
+    """What others wanted brought to the host, in their order."""
+    stuck: Sequence[float] = ()
+    """Sampled 16-bit weights that stand still, and all whose gradient pulls; or empty."""
+    rank_weights: tuple[float, ...] = ()
+    rank_rates: tuple[float, ...] = ()
+
+
+class StepMeter:
+    """Measures one optimizer's parameters, step after step.
+
+    Args:
+        named_parameters: ``(name, parameter)`` pairs; those the optimizer lacks are left out.
+        optimizer: the optimizer whose updates are measured.
+        index: position of the optimizer in ``trainer.optimizers``.
+
+    Raises:
+        ValueError: if the optimizer holds none of the parameters.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, index: int = 0
+    ) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        pairs = [(n, p) for n, p in named_parameters if id(p) in held]
+        if not pairs:
+            raise ValueError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
+                "the module; pass it `module.parameters()`"
+            )
+        self._held = len(held)
+        self.names = tuple(n for n, _ in pairs)
+        self.parameters = [p for _, p in pairs]
+        self.optimizer = optimizer
+        self.index = index
+        self.count = 0
+        """Steps measured."""
+        self.also: Sequence[float] = ()
+        """What came to the host with the last step."""
+        self._samples = Samples(self.parameters)
+        self._batched = BatchedNorms(self.parameters)
+        self._moments = Moments(self.names, self.parameters, optimizer)
+        self._rounding = Rounding(self.parameters)
+        self._staleness = Staleness()
+        self.forget()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the optimizer was given other parameters since, as when a backbone unfreezes."""
+        return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
+
+    def forget(self) -> None:
+        """Drop what was remembered of the last step, after the weights were put back."""
+        self._last_weights: Tensor | None = None
+        self._last_square: Tensor | None = None
+        self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
+        self._scanned_weights: Tensor | None = None
+        self._moments.forget()
+        self._rounding.forget()
+        self._staleness.forget()
+        self._last_lr = 0.0
+
+    @torch.no_grad()
+    def measure(
+        self,
+        step: int,
+        loss: Tensor | None,
+        *,
+        loss_scale: Tensor | None = None,
+        learning_rates: Sequence[float] = (),
+        nominal_learning_rates: Sequence[float] = (),
+        scan_weights: bool = False,
+        details: bool = False,
+        also: Sequence[Tensor] = (),
+    ) -> StepStats:
+        """Measure the gradients as they are now, and the previous update by the weights.
+
+        Args:
+            step: optimizer steps taken so far.
+            loss: the step's loss, a scalar on any device, or None.
+            loss_scale: what the loss was multiplied by before it got here, a scalar.
+            learning_rates: effective learning rate of each group.
+            nominal_learning_rates: what the scheduler wrote.
+            scan_weights: read every weight too, not only the sample.
+            details: fill ``StepStats.details``.
+            also: other numbers to bring to the host, into `also`; each of one dimension.
+        """
+        grads = gradients_of(self.names, self.parameters)
+        rows = [sampled_distribution(g) for g in grads.tensors] if details else []
+        read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows, also)
+        self.also = read.also
+        grad_norms = tuple(read.grad_norms)
+        rms, rms_name = self._stale(dict(zip(grads.names, grad_norms, strict=True)), read.updates)
+        stats = StepStats(
+            step=step,
+            loss=_unscaled(read.loss, read.scale),
+            has_loss=read.loss is not None,
+            loss_scale=read.scale,
+            grad_norm=total(grad_norms),
+            optimizer=self.index,
+            names=grads.names,
+            grad_norms=grad_norms,
+            learning_rates=tuple(learning_rates),
+            nominal_learning_rates=tuple(nominal_learning_rates),
+            update_ratio=_ratio(read.updates),
+            update_learning_rate=self._last_lr,
+            stuck_share=read.stuck[0] / read.stuck[1] if read.stuck and read.stuck[1] else None,
+            moment_ratio=read.moments.ratio,
+            moment_name=read.moments.name,
+            moment_rms=rms,
+            moment_rms_name=rms_name,
+            bad_momentum=read.moments.bad_momentum,
+            weight_norm=total(read.weight_norms) if scan_weights else None,
+            weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
+            weight_moves=self._moves(read),
+            bad_weights=non_finite(self.names, read.weight_norms),
+            details=details_of(grads.names, grad_norms, read.distributions),
+            rank_weights=read.rank_weights,
+            rank_rates=read.rank_rates,
+        )
+        self.count += 1
+        if read.weight_norms:
+            self._scanned = (step, read.weight_norms, read.peaks)
+        self.expect(learning_rates)
+        return stats
+
+    def _moves(self, read: Reading) -> WeightMoves | None:
+        if self._scanned is None or not read.extents:
+            return None
+        since, norms, peaks = self._scanned
+        count = len(self.names)
+        return WeightMoves(
+            since=since,
+            norms=tuple(norms),
+            peaks=tuple(zip(peaks, read.peaks, strict=True)),
+            distances=tuple(read.extents[:count]),
+            farthest=tuple(
+                zip(read.extents[count : 2 * count], read.extents[2 * count :], strict=True)
+            ),
+        )
+
+    def expect(self, learning_rates: Sequence[float]) -> None:
+        """Say which learning rates the coming update uses, where that has changed since."""
+        self._last_lr = max(learning_rates, default=0.0)
+
+    @torch.no_grad()
+    def bad_weights(self) -> tuple[str, ...]:
+        """Names of parameters with a non-finite weight, of all that this rank holds."""
+        weights = to_host({"norms": norms_of(self._local_weights())})["norms"]
+        return non_finite(self.names, weights)
+
+    @torch.no_grad()
+    def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of parameters with a non-finite weight, and with a non-finite optimizer moment.
+
+        Reads everything that this rank holds and copies to the host: for an incident, not for
+        every step.
+        """
+        owners, tensors = [], []
+        for name, p in zip(self.names, self.parameters, strict=True):
+            for value in (self.optimizer.state.get(p) or {}).values():
+                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                    owners.append(name)
+                    tensors.append(local(value))
+        moments = to_host({"norms": norms_of(tensors)})["norms"]
+        return self.bad_weights(), non_finite(owners, moments)
+
+    def _read(
+        self,
+        loss: Tensor | None,
+        loss_scale: Tensor | None,
+        scan_weights: bool,
+        rate: float,
+        grads: Gradients,
+        rows: Sequence[Tensor],
+        also: Sequence[Tensor],
+    ) -> Reading:
+        weights, peaks = self._scan() if scan_weights else ([], [])
+        host = to_host(
+            {
+                "loss": _scalar(loss),
+                "scale": _scalar(loss_scale),
+                "grads": self._gradient_norms(grads),
+                "weights": weights,
+                "rows": rows,
+                "also": also,
+                "updates": self._update_sums(),
+                "extents": self._extents() if scan_weights else [],
+                "peaks": peaks,
+                "moments": self._moments.sums(),
+                "stuck": self._rounding.look(),
+            }
+        )
+        return Reading(
+            loss=host["loss"][0] if host["loss"] else None,
+            scale=host["scale"][0] if host["scale"] else None,
+            grad_norms=host["grads"],
+            weight_norms=host["weights"],
+            updates=host["updates"],
+            peaks=host["peaks"],
+            extents=host["extents"],
+            moments=self._moments.judge(host["moments"]),
+            distributions=host["rows"],
+            also=host["also"],
+            stuck=host["stuck"],
+        )
+
+    def _gradient_norms(self, grads: Gradients) -> list[Tensor]:
+        return self._batched.norms(grads.tensors) if grads.complete else norms_of(grads.tensors)
+
+    def _scan(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Norms and peaks of all weights."""
+        return self._batched.norms_and_peaks(self._local_weights())
+
+    def _stale(self, norms: dict[str, float], updates: Sequence[float]) -> tuple[float | None, str]:
+        """What is measured of the second moment; a step not taken leaves the sample as it was."""
+        taken = bool(updates) and updates[0] > 0
+        return self._staleness.measure(norms, self._moments.decays, taken=taken) or (None, "")
+
+    def _local_weights(self) -> list[Tensor]:
+        return [local(p) for p in self.parameters]
+
+    def _update_sums(self) -> list[Tensor]:
+        """Squared norms of the last update and of the weights before it, by the sample."""
+        now, last = self._samples.gather(), self._last_weights
+        before = self._last_square
+        found = self._samples.square_sums(
+            now[None] if last is None else torch.stack((now, now - last))
+        )
+        self._last_weights, self._last_square = now, found[:1]
+        return [] if before is None else [found[1:], before]
+
+    def _extents(self) -> list[Tensor]:
+        """How far the weights have moved since the scan before; to be asked after the updates."""
+        last, self._scanned_weights = self._scanned_weights, self._last_weights
+        if last is None or self._last_weights is None:
+            return []
+        return [self._samples.extents(self._last_weights - last)]
+
+
+def _ratio(squares: Sequence[float]) -> float | None:
+    return math.sqrt(squares[0] / squares[1]) if squares and squares[1] > 0 else None
+
+
+def _scalar(value: Tensor | None) -> list[Tensor]:
+    return [] if value is None else [value.detach().float().reshape(1)]
+
+
+def _unscaled(loss: float | None, scale: float | None) -> float:
+    if loss is None:
+        return math.nan
+    return loss if not scale else loss / scale

@@ -1,0 +1,79 @@
+"""Clipping from the norm that was already measured. May import torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.step_stats import StepStats
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What to multiply gradients of this norm by, so that it is at most ``max_norm``.
+
+    ``min(1, max_norm / norm)`` (Pascanu et al. 2013, Algorithm 1).
+
+    >>> clip_coefficient(4.0, 1.0), clip_coefficient(0.5, 1.0)
+    (0.25, 1.0)
+
+    Raises:
+        ValueError: if the norm is not finite, or ``max_norm`` not positive.
+    """
+    if not math.isfinite(norm) or not max_norm > 0:
+        raise ValueError(f"cannot clip a gradient norm of {norm!r} to {max_norm!r}")
+    return 1.0 if norm <= max_norm else max_norm / norm
+
+
+def scale_gradients(parameters: Iterable[Tensor], coefficient: float) -> None:
+    """Multiply every gradient in place."""
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    if coefficient != 1.0 and grads:
+        torch._foreach_mul_(grads, coefficient)
+
+
+_CLIPPED: WeakKeyDictionary[Optimizer, tuple[StepStats, float, float]] = WeakKeyDictionary()
+"""The step that an optimizer's gradients were last clipped for, by how much, and to what norm."""
+
+
+def clip_step(optimizer: Optimizer, stats: StepStats, max_norm: float) -> float:
+    """Clip the gradients of the step that is about to be taken, in place.
+
+    Where several clip the same step the smallest threshold wins, in whatever order they come:
+    each multiplies by what is missing, and never by what another has multiplied by already.
+
+    Args:
+        optimizer: whose gradients to clip.
+        stats: of that very step, as measured before anybody has clipped.
+        max_norm: largest norm that they may keep.
+
+    Returns:
+        What the gradients that were measured are multiplied by in all, in (0, 1].
+
+    Raises:
+        ValueError: if the norm is not finite, or ``max_norm`` not positive.
+    """
+    last, before, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    before, smallest = (before, smallest) if last is stats else (1.0, math.inf)
+    wanted = min(before, clip_coefficient(stats.grad_norm, max_norm))
+    if wanted < before:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        scale_gradients(parameters, wanted / before)
+    _CLIPPED[optimizer] = (stats, wanted, min(smallest, max_norm))
+    return wanted
+
+
+def clip_threshold(optimizer: Optimizer, stats: StepStats) -> float | None:
+    """The smallest norm that the gradients of a step were to keep; None if nobody clipped it.
+
+    Args:
+        optimizer: whose gradients.
+        stats: of the step.
+    """
+    last, _, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    return smallest if last is stats else None
