@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lit_stability.detectors.course import Plateau
+from lit_stability.detectors.trends import Plateau
 
 Phase = Literal["warm-up", "descent", "plateau"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

@@ -37,27 +37,27 @@ tells and does nothing; ``state_is_bad`` asks for a rollback; without either the
 It is asked with the others by ``GradientMonitor(detectors=[*default_detectors(), TooGood(0.1)])``.
 """
 
-from lit_stability.detectors.agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
-from lit_stability.detectors.attention import AttentionLogits
-from lit_stability.detectors.bounds import LayerBounds
-from lit_stability.detectors.corruption import WeightCorruption
+from lit_stability.detectors.attention_logits import AttentionLogits
 from lit_stability.detectors.curvature import Curvature
-from lit_stability.detectors.dead import DeadGradients
+from lit_stability.detectors.dead_gradients import DeadGradients
+from lit_stability.detectors.detector_set import Panel
 from lit_stability.detectors.divergence import Divergence
-from lit_stability.detectors.drift import WeightDrift
-from lit_stability.detectors.learning import NoLearning
-from lit_stability.detectors.lost import LostUpdates
+from lit_stability.detectors.layer_bounds import LayerBounds
+from lit_stability.detectors.loss_scale import LossScale
+from lit_stability.detectors.lost_updates import LostUpdates
+from lit_stability.detectors.no_learning import NoLearning
 from lit_stability.detectors.nonfinite import NonFinite
 from lit_stability.detectors.oscillation import Oscillation
-from lit_stability.detectors.panel import Panel
-from lit_stability.detectors.scale import LossScale
+from lit_stability.detectors.rank_agreement import Replicas, Vote, disagreement, rates_differ
+from lit_stability.detectors.rolling_window import Window
 from lit_stability.detectors.spike import Spike
-from lit_stability.detectors.staleness import StaleMoments
-from lit_stability.detectors.stall import Stall
+from lit_stability.detectors.stale_moments import StaleMoments
+from lit_stability.detectors.stalled_layers import Stall
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.vanishing import Vanishing
-from lit_stability.detectors.window import Window
+from lit_stability.detectors.weight_corruption import WeightCorruption
+from lit_stability.detectors.weight_drift import WeightDrift
 
 __all__ = [
     "Anomaly",

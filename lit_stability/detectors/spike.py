@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.row import Row
-from lit_stability.detectors.window import Window
+from lit_stability.detectors.rejection_streak import Row
+from lit_stability.detectors.rolling_window import Window
 from lit_stability.measurement.step_stats import StepStats
 
 _LARGEST_EXPONENT = 700.0

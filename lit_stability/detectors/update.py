@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.window import Window
+from lit_stability.detectors.rolling_window import Window
 from lit_stability.measurement.step_stats import StepStats
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from lit_stability.detectors.agreement import Replicas, rates_differ
 from lit_stability.detectors.anomaly import Anomaly, Detector
+from lit_stability.detectors.rank_agreement import Replicas, rates_differ
 from lit_stability.measurement.step_stats import StepStats
 
 Part = Literal["all", "shared", "own"]

@@ -3,7 +3,7 @@
 import pytest
 
 from lit_stability.detectors import AttentionLogits, default_detectors
-from lit_stability.detectors.panel import Panel
+from lit_stability.detectors.detector_set import Panel
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 

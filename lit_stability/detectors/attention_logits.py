@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.course import Plateau
+from lit_stability.detectors.trends import Plateau
 from lit_stability.measurement.step_stats import StepStats
 
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.course import LossCourse, RateCourse
+from lit_stability.detectors.trends import LossCourse, RateCourse
 from lit_stability.measurement.step_stats import StepStats
 
 _EVERY = 10

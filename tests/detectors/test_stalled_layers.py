@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from lit_stability.detectors import Stall
-from lit_stability.detectors.stall import stacks
+from lit_stability.detectors.stalled_layers import stacks
 from lit_stability.measurement.step_meter import StepMeter
 from tests.detectors.streams import steps_of, told, told_with_a_resume
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.course import LossCourse
+from lit_stability.detectors.trends import LossCourse
 from lit_stability.measurement.step_stats import StepStats
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lit_stability.detectors.course import LossCourse, RateCourse
+from lit_stability.detectors.trends import LossCourse, RateCourse
 from tests.detectors.streams import step, through_a_checkpoint
 
 

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from lit_stability.detectors.window import Window
+from lit_stability.detectors.rolling_window import Window
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
