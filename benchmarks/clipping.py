@@ -30,7 +30,8 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, held_out_loss, loa
 from benchmarks.results import Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability import AdaptiveGradientClipping, GradientMonitor
-from lit_stability.clip_rules import (
+from lit_stability.faults import FaultInjector, ScaleGradients
+from lit_stability.policies.clip_rules import (
     ClipRule,
     FixedClip,
     MeanSigmaClip,
@@ -38,7 +39,6 @@ from lit_stability.clip_rules import (
     TieredClip,
     ZScoreClip,
 )
-from lit_stability.faults import FaultInjector, ScaleGradients
 
 SHAPE = ByteGPTConfig(width=128, layers=5, length=32)
 BATCH = 8

@@ -2,10 +2,10 @@
 
     python -m benchmarks.locate [--rounds 20] [--quick]
 
-Eight causes and five benign steps, and in sum all 52 of `tests.locate_cases` and 15 benign ones. A
-case knows its module, operation and line; they are the cases that `locate_nonfinite` was built
-with, and so they show what there is to be told rather than how often it is. Three finders are
-asked, each for what its documentation says that it tells:
+Eight causes and five benign steps, and in sum all 52 of `tests.diagnosis.nonfinite_cases` and 15
+benign ones. A case knows its module, operation and line; they are the cases that `locate_nonfinite`
+was built with, and so they show what there is to be told rather than how often it is. Three finders
+are asked, each for what its documentation says that it tells:
 
 * `locate_nonfinite`: module, operation and line; asked for one bad step.
 * ``torch.autograd.set_detect_anomaly``: the backward function that gave the first NaN, and the
@@ -36,7 +36,7 @@ from benchmarks.byte_gpt import ByteGPT, ByteGPTConfig
 from benchmarks.finders import FINDERS, Told
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from lit_stability import locate_nonfinite
-from tests.locate_cases import BAD, HEALTHY
+from tests.diagnosis.nonfinite_cases import BAD, HEALTHY
 
 CAUSES = {
     "log_of_zero_in_a_loss": "log(0) in the loss",

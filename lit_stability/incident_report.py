@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from lit_stability.causes import Scene
+from lit_stability.diagnosis import Scene
 from lit_stability.incidents import Incident
 
 _WIDEST = 80

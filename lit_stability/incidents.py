@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lit_stability.causes import CAUSES, Course, Hypothesis, Scene, decision_tree, diagnose
 from lit_stability.detectors import Anomaly
+from lit_stability.diagnosis import CAUSES, Course, Hypothesis, Scene, decision_tree, diagnose
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.responses import Response, describe
+from lit_stability.policies.actions import Response, describe
 
 Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
 
@@ -153,7 +153,7 @@ class Incident:
         """Record a cause that was shown by trial, and how.
 
         Args:
-            cause: a name of the registry `lit_stability.causes.CAUSES`, or another.
+            cause: a name of the registry `lit_stability.diagnosis.CAUSES`, or another.
             evidence: one sentence.
         """
         self.shown.setdefault(cause, evidence)

@@ -7,14 +7,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_stability import AdaptiveGradientClipping, AutoRollback, GradientMonitor
-from lit_stability.clip_rules import (
+from lit_stability.faults import CorruptWeight, FaultInjector
+from lit_stability.policies.clip_rules import (
     FixedClip,
     MeanSigmaClip,
     PercentileClip,
     TieredClip,
     ZScoreClip,
 )
-from lit_stability.faults import CorruptWeight, FaultInjector
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 from tests.rank_cases import fit_rank, whole
 

@@ -81,7 +81,7 @@ def raised(thing):
 
 
 def test_packages_are_found():
-    assert {"lit_stability.detectors", "lit_stability.risk"} <= set(PACKAGES)
+    assert {"lit_stability.detectors", "lit_stability.policies.crash_risk"} <= set(PACKAGES)
     assert len(THINGS) > 100
 
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from lit_stability.policies.actions import SkipStep
 from lit_stability.records import SCHEMA, IncidentRecord, read_incidents, to_json
-from lit_stability.responses import SkipStep
 from tests.test_incidents import incident
 
 

@@ -18,7 +18,7 @@ from benchmarks.rescue.table import QUICK, SCENARIOS, by_name, chosen
 from benchmarks.rescue.troubles import Bound, Spoiled, Struck, filled, scaled
 from benchmarks.rescue.workers import Job, run_all
 from lit_stability import faults
-from lit_stability.causes import CAUSES
+from lit_stability.diagnosis import CAUSES
 from tests.rescue_server import serve
 
 SUITE = "this suite"

@@ -57,7 +57,7 @@ class Case:
     data: Callable[[int], DataLoader[Any]]
     """Given the seed."""
     cause: str | None
-    """The row of `lit_stability.causes` to be named; None for a healthy run."""
+    """The row of `lit_stability.diagnosis` to be named; None for a healthy run."""
     twin: Callable[[], LightningModule] | None = None
     """The healthy module, on the same data for as many steps."""
 

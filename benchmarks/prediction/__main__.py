@@ -4,9 +4,9 @@
 
 Some 700 short runs of 33 families, recorded once into the folder (a quarter of an hour on one core)
 and read from there afterwards. Seeds 0 to 11 are for fitting, 12 to 21 for the tables. ``--quick``
-takes two seeds of ten families, whose runs are short, for the tables alone. ``--fit``
-prints the numbers that stand in `lit_stability.risk.model`; ``--leave-out`` the calibration where
-the families of the tested moments were left out of the fit as well.
+takes two seeds of ten families, whose runs are short, for the tables alone. ``--fit`` prints the
+numbers that stand in `lit_stability.policies.crash_risk.model`; ``--leave-out`` the calibration
+where the families of the tested moments were left out of the fit as well.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.prediction.report import (
 )
 from benchmarks.prediction.traces import Trace, load_or_record
 from benchmarks.results import Table, add_options, folder_of, save
-from lit_stability.risk import risk_of
+from lit_stability.policies.crash_risk import risk_of
 
 FITTED, SEEDS = 12, 22
 """Seeds below the first are for fitting, the rest for the tables."""

@@ -1,4 +1,4 @@
-"""Fits the coefficients and the calibration that stand in `lit_stability.risk.model`."""
+"""Fits the coefficients and the calibration in `lit_stability.policies.crash_risk.model`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.prediction.traces import Trace
-from lit_stability.risk import HORIZON
-from lit_stability.risk.model import calibrated
-from lit_stability.risk.trends import Trends
+from lit_stability.policies.crash_risk import HORIZON
+from lit_stability.policies.crash_risk.model import calibrated
+from lit_stability.policies.crash_risk.trends import Trends
 
 _BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85)
 """Where the scores are cut for the calibration."""

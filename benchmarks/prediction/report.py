@@ -12,7 +12,7 @@ from benchmarks.prediction.families import CALM
 from benchmarks.prediction.traces import Trace
 from benchmarks.results import Table
 from lit_stability.detectors import Divergence, flagged
-from lit_stability.risk import HORIZON, CrashRisk
+from lit_stability.policies.crash_risk import HORIZON, CrashRisk
 
 LEVELS = (0.3, 0.5, 0.7, 0.9)
 EARLIEST = 40

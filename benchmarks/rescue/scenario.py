@@ -29,7 +29,7 @@ class Scenario:
     step: int = 0
     """Batch in which it begins."""
     causes: tuple[str, ...] = ()
-    """Names of `lit_stability.causes.CAUSES`, any of which is right."""
+    """Names of `lit_stability.diagnosis.CAUSES`, any of which is right."""
     beyond_remedy: str = ""
     """Why nothing that is done during the run can bring it to its twin's loss, known beforehand;
     then the cause is to be named instead."""

@@ -31,7 +31,7 @@ what; callbacks after it see that it is settled.
 >>> from lightning.pytorch.demos.boring_classes import BoringModel
 >>> from lit_stability.faults import FaultInjector, NanLoss
 >>> from lit_stability.detectors import NonFinite
->>> from lit_stability.responses import SkipStep
+>>> from lit_stability.policies.actions import SkipStep
 >>> class LeaveOut(StabilityCallback):
 ...     '''Leaves out each bad update, and does nothing else.'''
 ...     def on_incident(self, trainer, pl_module, incident):

@@ -15,8 +15,8 @@ from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
-from lit_stability.clip_rules import ClipRule, CutsLearningRate, PercentileClip
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
 from lit_stability.trainer_state import log_every, logger_step, parameters_of
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
@@ -52,7 +52,8 @@ class AdaptiveGradientClipping(StabilityCallback):
     learning rate and when it is back, one at the end of the fit how many steps were clipped.
 
     Args:
-        rule: from `lit_stability.clip_rules`, or one of your own; None for `PercentileClip`.
+        rule: from `lit_stability.policies.clip_rules`, or one of your own; None for
+        `PercentileClip`.
 
     Raises:
         ValueError: if the rule is none; at ``setup``, without a `GradientMonitor` before it; at the
@@ -67,8 +68,8 @@ class AdaptiveGradientClipping(StabilityCallback):
         rule = PercentileClip() if rule is None else rule
         if isinstance(rule, type) or not isinstance(rule, ClipRule):
             raise ValueError(
-                f"rule must be an object such as lit_stability.clip_rules.PercentileClip(), with "
-                f"threshold, update, state_dict and load_state_dict, got {rule!r}"
+                "rule must be an object, as lit_stability.policies.clip_rules.PercentileClip(), "
+                f"with threshold, update, state_dict and load_state_dict, got {rule!r}"
             )
         self.rule = rule
         """As given: it learns nothing itself, the optimizers have copies."""

@@ -19,10 +19,10 @@ from lit_stability.callbacks.treatment import Treatment
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident
-from lit_stability.ladder import Budget, Ladder
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.responses import HoldLearningRate
-from lit_stability.throttle import Baseline, Throttle
+from lit_stability.policies.actions import HoldLearningRate
+from lit_stability.policies.backoff import Baseline, Throttle
+from lit_stability.policies.escalation import Budget, Ladder
 from lit_stability.trainer_state import Stateful
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_scale

@@ -1,6 +1,6 @@
 """`CrashPrediction`: acts by degrees while a divergence is still ahead.
 
-May import Lightning; the risk and the choice of responses are `lit_stability.risk`.
+May import Lightning; the risk and the choice of responses are `lit_stability.policies.crash_risk`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require, require_instance
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.risk import CrashRisk, Prevention, RiskLevels
-from lit_stability.throttle import Baseline
+from lit_stability.policies.backoff import Baseline
+from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
 from lit_stability.trainer_state import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_scale

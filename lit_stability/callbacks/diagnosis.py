@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
-from lit_stability.causes import Scene
+from lit_stability.diagnosis import Scene
+from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.phases import PhaseRanges
 from lit_stability.preflight.finding import NotApplicableError
 from lit_stability.preflight.inputs import check_batch
 from lit_stability.trainer_state import callbacks_of
@@ -22,7 +22,7 @@ from lit_stability.trainer_state import callbacks_of
 class Diagnosis(StabilityCallback):
     """Weighs the causes of each incident: what speaks for them, what to try, when to do nothing.
 
-    The causes are rows of `lit_stability.causes.CAUSES`; `register_cause` adds yours. They are
+    The causes are rows of `lit_stability.diagnosis.CAUSES`; `register_cause` adds yours. They are
     weighed by the pattern of the loss, the gradients against those of the steps before, the layers
     that show it most, the phase of the run, the batch, the operation that a `NonFiniteLocator`
     found, what came of taking the step again, and what probes have measured. The best supported is

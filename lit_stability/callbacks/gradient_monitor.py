@@ -23,7 +23,7 @@ from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.responses import LearnAnew
+from lit_stability.policies.actions import LearnAnew
 from lit_stability.trainer_state import callbacks_of, log_every, ranks_of, reshard, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
-from lit_stability.locate import NonFiniteOrigin
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

@@ -15,7 +15,7 @@ from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.risk import CrashRisk
+from lit_stability.policies.crash_risk import CrashRisk
 from lit_stability.trainer_state import (
     PrecisionSwitch,
     callbacks_of,

@@ -16,8 +16,8 @@ from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.measurement.lost_updates import lost_epsilon
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.precision_ladder import PRECISIONS, PrecisionLadder, is_below, rungs_below
-from lit_stability.responses import FallBack, Island
+from lit_stability.policies.actions import FallBack, Island
+from lit_stability.policies.precision import PRECISIONS, PrecisionLadder, is_below, rungs_below
 from lit_stability.trainer_state import (
     PrecisionSwitch,
     ends_window,
@@ -35,7 +35,8 @@ _CAUSES = {
     "infinite loss": "loss computed in 16 bits",
     "lost updates": "updates lost to rounding",
 }
-"""Rows of `lit_stability.causes`, by kind of anomaly; of all others it is "numeric precision"."""
+"""Rows of `lit_stability.diagnosis`, by kind of anomaly; of all others it is "numeric
+precision"."""
 
 
 class PrecisionFallback(StabilityCallback):

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.detectors import Spike
+from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
-from lit_stability.locate import NonFiniteOrigin
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_state import Outcome, put_islands
 from lit_stability.training_state.fp32_modules import release_island

@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.rewinder import Rewinder
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.ladder import Ladder
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
-from lit_stability.responses import Response, RollBack, RunAgain, SkipStep, Stop
-from lit_stability.throttle import Baseline, Throttle
+from lit_stability.policies.actions import Response, RollBack, RunAgain, SkipStep, Stop
+from lit_stability.policies.backoff import Baseline, Throttle
+from lit_stability.policies.escalation import Ladder
 from lit_stability.trainer_state import Entry, parameters_of
 
 

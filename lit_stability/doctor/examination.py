@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.doctor.measure import measure_tensors
 from lit_stability.doctor.optimizer_state import measure_moments
 from lit_stability.doctor.report import SEVERITIES, HealthReport, RunHealth
 from lit_stability.doctor.run_findings import moment_findings, run_findings
 from lit_stability.doctor.tensor_findings import gradient_findings, tensor_findings
 from lit_stability.measurement.step_stats import GradientDetail
-from lit_stability.phases import PhaseRanges
 
 _PLAIN = (bool, int, float, str)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
+from lit_stability.diagnosis.layer_types import is_norm_gain
 from lit_stability.doctor.report import Finding, Severity, TensorHealth
-from lit_stability.layer_kinds import is_norm_gain
 from lit_stability.measurement.step_stats import GradientDetail
 
 TORN = 1e3

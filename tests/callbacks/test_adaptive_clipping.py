@@ -15,18 +15,18 @@ from lit_stability import (
     GradientMonitor,
     read_incidents,
 )
-from lit_stability.clip_rules import (
-    FixedClip,
-    PercentileClip,
-    TieredClip,
-    ZScoreClip,
-)
 from lit_stability.faults import (
     FaultInjector,
     NanLoss,
     ScaleGradients,
 )
 from lit_stability.launch import make
+from lit_stability.policies.clip_rules import (
+    FixedClip,
+    PercentileClip,
+    TieredClip,
+    ZScoreClip,
+)
 from lit_stability.targets import bind
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 from tests.callbacks.test_battery import TwoOptimizers
@@ -262,7 +262,7 @@ def test_lbfgs_is_refused_with_what_to_use_instead(tmp_path):
         (
             {
                 "rule": {
-                    "_target_": "lit_stability.clip_rules.TieredClip",
+                    "_target_": "lit_stability.policies.clip_rules.TieredClip",
                     "tiers": [[20, 5, "5e-1"], [5, 2, 1]],
                     "lr_steps": 40,
                 }
@@ -270,7 +270,12 @@ def test_lbfgs_is_refused_with_what_to_use_instead(tmp_path):
             TieredClip(tiers=((20.0, 5.0, 0.5), (5.0, 2.0, 1.0)), lr_steps=40),
         ),
         (
-            {"rule": {"_target_": "lit_stability.clip_rules.PercentileClip", "bounds": [1, 9]}},
+            {
+                "rule": {
+                    "_target_": "lit_stability.policies.clip_rules.PercentileClip",
+                    "bounds": [1, 9],
+                }
+            },
             PercentileClip(bounds=(1.0, 9.0)),
         ),
     ],
@@ -290,7 +295,7 @@ def test_rule_in_a_config_is_built_from_its_own_target(options, rule):
     ],
 )
 def test_bad_option_of_a_rule_in_a_config_is_named_by_its_path(option, message):
-    rule = {"_target_": "lit_stability.clip_rules.TieredClip", **option}
+    rule = {"_target_": "lit_stability.policies.clip_rules.TieredClip", **option}
     bad = []
     bind(AdaptiveGradientClipping, {"rule": rule}, "callbacks.clip", bad)
     assert len(bad) == 1

@@ -18,8 +18,8 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.attempts import FIELDS
-from lit_stability.clip_rules import TieredClip
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
+from lit_stability.policies.clip_rules import TieredClip
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 from tests.distributed import run_ranks

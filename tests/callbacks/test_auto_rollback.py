@@ -16,8 +16,8 @@ from lit_stability.faults import (
     JumpLearningRate,
     NanLoss,
 )
-from lit_stability.ladder import Budget
-from lit_stability.responses import SkipStep
+from lit_stability.policies.actions import SkipStep
+from lit_stability.policies.escalation import Budget
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data, skipping_suite
 from tests.test_invariants import fp16_on_cpu, optimizer_state

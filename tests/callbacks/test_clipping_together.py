@@ -13,7 +13,6 @@ from lit_stability import (
     PrecisionFallback,
     read_incidents,
 )
-from lit_stability.clip_rules import FixedClip, TieredClip
 from lit_stability.faults import (
     CorruptWeight,
     FaultInjector,
@@ -21,6 +20,7 @@ from lit_stability.faults import (
     ScaleGradients,
     ScaleLoss,
 )
+from lit_stability.policies.clip_rules import FixedClip, TieredClip
 from tests.clip_cases import BUSY, RULE, Norms, clipped_fits, expected, suite
 from tests.conftest import fit
 from tests.distributed import run_ranks_once

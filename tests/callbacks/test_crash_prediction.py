@@ -17,7 +17,7 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
-from lit_stability.risk import RiskLevels
+from lit_stability.policies.crash_risk import RiskLevels
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 from tests.distributed import run_ranks
 from tests.rank_cases import fit_rank, whole

@@ -17,7 +17,7 @@ pytest.importorskip("jsonargparse")
 # Lightning's own way with jsonargparse.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-D, C = "lit_stability.detectors", "lit_stability.clip_rules"
+D, C = "lit_stability.detectors", "lit_stability.policies.clip_rules"
 OPTIONS = {
     "GradientMonitor": {
         "detectors": [
@@ -56,12 +56,18 @@ OPTIONS = {
         "snapshot_every": 10,
         "confirm_after": 5,
         "relax_after": 9,
-        "budget": {"class_path": "lit_stability.ladder.Budget", "init_args": {"skips": 2}},
+        "budget": {
+            "class_path": "lit_stability.policies.escalation.Budget",
+            "init_args": {"skips": 2},
+        },
         "max_ring_bytes": 1000,
         "clone_batches": True,
     },
     "CrashPrediction": {
-        "levels": {"class_path": "lit_stability.risk.RiskLevels", "init_args": {"stop": 0.9}},
+        "levels": {
+            "class_path": "lit_stability.policies.crash_risk.RiskLevels",
+            "init_args": {"stop": 0.9},
+        },
         "relax_after": 10,
         "keep": 1,
     },

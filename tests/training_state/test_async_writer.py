@@ -31,9 +31,7 @@ def test_newest_files_stay_and_later_ones_are_left_alone(tmp_path):
 def test_writing_goes_on_beside_and_the_thread_ends_with_it(tmp_path, monkeypatch):
     gate = threading.Event()
     save = torch.save
-    monkeypatch.setattr(
-        async_writer.torch, "save", lambda *args: gate.wait(10) and save(*args)
-    )
+    monkeypatch.setattr(async_writer.torch, "save", lambda *args: gate.wait(10) and save(*args))
     writer = CheckpointWriter(tmp_path, keep=2)
     writer.write({"a": 1}, 1)
     assert writer.busy

@@ -1,0 +1,142 @@
+"""What is known when an incident is looked into: all that a cause is judged by.
+
+Data in, data out: imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from lit_stability.detectors import Anomaly
+from lit_stability.diagnosis.loss_pattern import LossPattern, loss_pattern
+from lit_stability.diagnosis.training_phases import Phase, PhaseRange
+from lit_stability.measurement.step_stats import StepStats
+
+EARLY = 1000
+"""Optimizer steps of which a run that breaks is asked for its initialisation and warm-up first."""
+LARGE = 10.0
+"""Times its median from which on a gradient norm counts as large."""
+STALE = 2.3
+"""Root mean square of gradients over that of Adam's second moment; more precedes spikes (Wortsman
+et al. 2023, arXiv 2304.13013)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """An anomaly among what came before it, and how the run is set up.
+
+    All but the anomaly may be left out; what is not known speaks neither for nor against a cause.
+    """
+
+    anomaly: Anomaly
+    history: tuple[StepStats, ...] = field(default=(), repr=False)
+    """Accepted steps before it, oldest first, some hundred."""
+    stats: StepStats | None = field(default=None, repr=False)
+    """The measurement of the bad step."""
+    strikes: int = 1
+    """Anomalies of the same episode so far; a batch that is taken again counts twice."""
+    origin: Any = None
+    """The operation that made the first NaN or Inf, a `NonFiniteOrigin`."""
+    verdict: str = ""
+    """"transient" or "deterministic", once the step was taken again; see `Incident`."""
+    shown: Mapping[str, str] = field(default_factory=dict)
+    """Causes that somebody has shown by trial, each with how."""
+    batch: tuple[str, ...] = ()
+    """What is wrong with the batch, a phrase each."""
+    precision: str = "32-true"
+    """By Lightning's name."""
+    phase: Phase | None = None
+    """Of the run, at the last accepted step."""
+    phase_range: PhaseRange | None = None
+    """The gradient norms of that phase so far."""
+    accumulation: int = 1
+    """Batches per optimizer step."""
+    manual: bool = False
+    """Whether the module steps its optimizers itself."""
+    momentum: float | None = None
+    """Of the optimizer; Adam's first beta."""
+    clips: bool = False
+    """Whether the Trainer clips gradients."""
+    rate_rose: bool = True
+    """Whether the learning rate has ever risen: whether there was a warm-up."""
+    restorable: bool | None = None
+    """Whether there is a good state to go back to."""
+
+    @cached_property
+    def losses(self) -> tuple[float, ...]:
+        """The last losses, that of the bad step among them."""
+        before = tuple(s.loss for s in self.history if s.has_loss)
+        return (
+            before if self.stats is None or not self.stats.has_loss else (*before, self.stats.loss)
+        )
+
+    @cached_property
+    def pattern(self) -> LossPattern | None:
+        """How the loss went wrong."""
+        return loss_pattern(self.losses)
+
+    @property
+    def since(self) -> int:
+        """Optimizer step at which the trouble began, as far as the losses tell."""
+        steps = 0 if self.pattern is None else self.pattern.steps
+        return max(0, min(self.anomaly.suspect, self.anomaly.step - steps))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether forward and backward compute in 16 bits."""
+        return "16" in self.precision
+
+    @cached_property
+    def gradient_ratio(self) -> float | None:
+        """Gradient norm of the bad step over its median before; None where that is not known."""
+        norms = [s.grad_norm for s in self.history if 0 < s.grad_norm < math.inf]
+        if self.stats is None or len(norms) < 3:
+            return None
+        return self.stats.grad_norm / median(norms)
+
+    @property
+    def update_excess(self) -> float | None:
+        """The last update-to-weight ratio over its median before; None where not known."""
+        ratios = [s.update_ratio for s in self.history if s.update_ratio]
+        if self.stats is None or not self.stats.update_ratio or len(ratios) < 3:
+            return None
+        return self.stats.update_ratio / median(ratios)
+
+    @cached_property
+    def rates(self) -> tuple[float, ...]:
+        """The largest nominal learning rate of each step of the history, and of the bad one."""
+        steps = [*self.history, *([] if self.stats is None else [self.stats])]
+        return tuple(max(s.nominal_learning_rates, default=0.0) for s in steps)
+
+    def reading(self, quantity: str) -> tuple[str, float] | None:
+        """Where the last probe of a quantity was largest, and its value there."""
+        for stats in [*([] if self.stats is None else [self.stats]), *reversed(self.history)]:
+            for found in stats.readings_of(quantity)[:1]:
+                return found.where, found.value
+        return None
+
+    def layers(self, count: int = 5) -> list[tuple[str, float]]:
+        """Parameters whose gradient norm is furthest above its own median before, with the ratio.
+
+        Non-finite ones come first; without a history the anomaly's own are given, by norm.
+        """
+        stats = self.stats
+        if stats is None or len(self.history) < 3 or not stats.names:
+            return list(self.anomaly.layers)[:count]
+        before = [s for s in self.history[-20:] if s.names == stats.names]
+        ratios = [
+            (name, _ratio(stats.grad_norms[i], [s.grad_norms[i] for s in before]))
+            for i, name in enumerate(stats.names)
+        ]
+        ratios.sort(key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf, reverse=True)
+        return ratios[:count]
+
+
+def _ratio(norm: float, before: Sequence[float]) -> float:
+    middle = median([n for n in before if math.isfinite(n)] or [0.0])
+    return norm / middle if middle > 0 else (norm if not math.isfinite(norm) else 1.0)

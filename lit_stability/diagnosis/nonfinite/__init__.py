@@ -1,0 +1,9 @@
+"""Which operation made the first non-finite value that reached the loss or a gradient.
+
+May import torch; knows no Lightning.
+"""
+
+from lit_stability.diagnosis.nonfinite.origin import NonFiniteOrigin, TensorRange
+from lit_stability.diagnosis.nonfinite.rerun import locate_nonfinite
+
+__all__ = ["NonFiniteOrigin", "TensorRange", "locate_nonfinite"]

@@ -1,0 +1,125 @@
+"""What the elements of a tensor are: finite or not, in which range, a mask or data.
+
+May import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_stability.diagnosis.nonfinite.origin import TensorRange
+from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.half_precision import HALF
+from lit_stability.measurement.weight_sampling import real
+
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex64,
+    torch.complex64: torch.complex128,
+}
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Tensors among the arguments or results of a kernel."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_of(each)
+
+
+def elements(tensor: Tensor) -> Tensor:
+    """The numbers that this rank holds of it; a sparse tensor's values."""
+    held = _held(tensor)
+    return held.float() if held.is_floating_point() and held.dtype.itemsize == 1 else held
+
+
+def _held(tensor: Tensor) -> Tensor:
+    tensor = local(tensor).detach()
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """The memory that a tensor shares with its views."""
+    return _held(tensor).untyped_storage()
+
+
+def is_nonfinite(tensor: Tensor) -> bool:
+    """Whether any element is NaN or Inf; integers never are."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+        return False
+    numbers = elements(tensor)
+    # A sum shows every NaN and Inf in one pass without a copy; but it may overflow itself.
+    total = numbers.sum(dtype=_WIDER.get(numbers.dtype) if numbers.dtype in HALF else None)
+    return not bool(torch.isfinite(total)) and not bool(torch.isfinite(numbers).all())
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether any element is NaN."""
+    return bool(torch.isnan(elements(tensor)).any())
+
+
+def has_zero(tensor: Tensor) -> bool:
+    """Whether any element is 0."""
+    return bool((elements(tensor) == 0).any())
+
+
+def value_of(tensor: Tensor) -> str:
+    """The worst there is in it: ``nan``, ``inf`` or ``-inf``."""
+    numbers = real(elements(tensor))
+    if bool(torch.isnan(numbers).any()):
+        return "nan"
+    return "inf" if bool(torch.isposinf(numbers).any()) else "-inf"
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Whether it is made of infinities and 0 alone, to be added to scores or written over them."""
+    numbers = real(elements(tensor))
+    zeros = numbers == 0
+    is_made_of_them = bool((zeros | torch.isinf(numbers)).all())
+    return is_made_of_them and (numbers.numel() == 1 or bool(zeros.any()))
+
+
+def range_of(name: str, tensor: Tensor) -> TensorRange:
+    """Shape, format, range of the finite elements, and how many others there are."""
+    numbers = real(elements(tensor))
+    finite = numbers[torch.isfinite(numbers)]
+    low, high = (float(v) for v in torch.aminmax(finite)) if finite.numel() else (None, None)
+    return TensorRange(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        minimum=low,
+        maximum=high,
+        nonfinite=numbers.numel() - finite.numel(),
+    )
+
+
+def is_finite_when_wider(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a kernel's result is finite if computed in the next wider format."""
+    if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+        return False
+    try:
+        with torch._C._DisableAutocast(), torch.no_grad():
+            out = func(*_widened(args), **_widened(kwargs))
+    except (RuntimeError, TypeError):  # not every kernel knows every format
+        return False
+    return not any(is_nonfinite(t) for t in tensors_of(out))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(_WIDER.get(value.dtype, value.dtype))
+    if isinstance(value, torch.dtype):
+        return _WIDER.get(value, value)
+    if isinstance(value, dict):
+        return {key: _widened(each) for key, each in value.items()}
+    return type(value)(_widened(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -1,9 +1,0 @@
-"""Which operation made the first non-finite value that reached the loss or a gradient.
-
-May import torch; knows no Lightning.
-"""
-
-from lit_stability.locate.origin import NonFiniteOrigin, TensorRange
-from lit_stability.locate.rerun import locate_nonfinite
-
-__all__ = ["NonFiniteOrigin", "TensorRange", "locate_nonfinite"]

@@ -1,0 +1,353 @@
+"""Where NaNs are born, case by case; and what a search leaves behind: nothing."""
+
+import gc
+import json
+import os
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_stability import locate_nonfinite
+from lit_stability.diagnosis.nonfinite.advice import ADVICE, LAYERS, OPS, advise
+from lit_stability.distributed.dtensor import local
+from lit_stability.training_state.rng import capture_rng, same_rng
+from tests.diagnosis import nonfinite_cases
+from tests.diagnosis.nonfinite_cases import BAD, HEALTHY, data
+from tests.distributed import run_ranks
+
+EXPECTED = {"phase": "forward", "cause": "operation"}
+LOG_OF_ZERO = next(build for build, _ in BAD if build.__name__ == "log_of_zero_in_a_loss")
+
+
+@pytest.mark.parametrize(("build", "expected"), [pytest.param(*c, id=c[0].__name__) for c in BAD])
+def test_locate_bad_step_names_the_origin(build, expected):
+    """S15, S4: module, operation, line, phase and cause; and the same when asked again."""
+    torch.manual_seed(0)
+    model, step = build()
+    found = locate_nonfinite(model, step)
+    assert found is not None
+    wanted = EXPECTED | expected
+    assert {key: getattr(found, key) for key in wanted} == wanted, found.describe()
+    assert found.file == nonfinite_cases.__file__
+    assert type(model.get_submodule(found.module)).__name__ == found.module_type
+    assert locate_nonfinite(model, step) == found
+
+
+@pytest.mark.parametrize("build", HEALTHY, ids=lambda b: b.__name__)
+def test_locate_healthy_step_finds_nothing(build):
+    """S15."""
+    torch.manual_seed(0)
+    assert locate_nonfinite(*build()) is None
+
+
+class Busy(nn.Module):
+    """Changes all that a step can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.accumulated = 0
+        self.fc.weight.register_post_accumulate_grad_hook(self.count)
+
+    def count(self, parameter):
+        self.accumulated += 1
+
+    def forward(self, x):
+        self.seen = self.seen + 1.0  # another tensor
+        self.frozen.add_(1.0)
+        self.fc.bias.requires_grad_(False)
+        x.mul_(2.0)
+        torch.rand(3)
+        self.drop.eval()
+        return self.norm(self.drop(self.fc(x)))
+
+
+def everything(model, *tensors):
+    """Values of all that must not change, and the numbers of hooks."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    values = {name: t.detach().clone() for name, t in named}
+    values |= {f"grad of {n}": p.grad.clone() for n, p in named if p.grad is not None}
+    values |= {str(i): t.detach().clone() for i, t in enumerate(tensors)}
+    flags = [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return values, [*flags, *hooks, torch._C._len_torch_function_stack()]
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "loss", "gradients", "raise"])
+def test_locate_leaves_everything_as_it_was(spoil):
+    """S15: gradients, buffers, generators, flags, hooks, the batch."""
+    torch.manual_seed(0)
+    model, x, leaf = Busy(), data(), data().requires_grad_()
+    model.norm(model.fc(x)).sum().backward()
+    kept = [(p, p.grad) for p in model.parameters()]
+    seen, accumulated = model.seen, model.accumulated
+
+    def step():
+        y = model(x) + leaf
+        if spoil == "raise":
+            raise RuntimeError("out of luck")
+        root = torch.sqrt(y.detach() * 0.0 + y * 0.0) if spoil == "gradients" else 0.0
+        return (y + root).sum() + (torch.log(x * 0.0).sum() if spoil == "loss" else 0.0)
+
+    before, rng = everything(model, x), capture_rng()
+    if spoil == "raise":
+        with pytest.raises(RuntimeError, match="out of luck"):
+            locate_nonfinite(model, step)
+    else:
+        found = locate_nonfinite(model, step)
+        assert (found is None) == (spoil == "nothing")
+    after = everything(model, x)
+    assert before[1] == after[1]
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    assert same_rng(rng, capture_rng())
+    assert all(p.grad is grad for p, grad in kept)
+    assert model.seen is seen
+    assert leaf.grad is None
+    assert model.accumulated == accumulated
+    assert model.fc.weight._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_locate_called_without_gradients_runs_the_backward_pass(context):
+    """Callbacks are often called where gradients are off."""
+    model, step = next(build for build, _ in BAD if build.__name__ == "power_of_zero")()
+    with context():
+        assert locate_nonfinite(model, step).op == "pow"
+
+
+def test_locate_step_with_dropout_draws_the_same_numbers_again():
+    """S15: an element that dropout keeps only now and then is found from the step's own state."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    drawn = []
+
+    def step():
+        y = model(data())
+        drawn.append(y.detach().clone())
+        return (1.0 / y).sum()
+
+    assert locate_nonfinite(model, step).op == "div"
+    step()
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_locate_overflow_that_float32_would_bear_is_told_from_one_it_would_not():
+    """S9, S15: what keeping an operation in float32 cures."""
+    model = nn.Linear(4, 4).half()
+
+    def step(argument):
+        return lambda: torch.exp(model(data().half()) * 0.0 + argument).float().sum()
+
+    assert locate_nonfinite(model, step(20.0)).overflow
+    hopeless = locate_nonfinite(model, step(1000.0))
+    assert (hopeless.kind, hopeless.overflow) == ("overflow", False)
+
+
+def test_locate_gradients_of_the_bad_step_are_not_taken_for_those_of_the_search():
+    """S15: they are NaN as a rule when a search begins."""
+    model = nn.Linear(4, 4)
+    model(data()).sum().backward()
+    model.weight.grad.fill_(torch.nan)
+    assert locate_nonfinite(model, lambda: model(data()).sum()) is None
+    assert model.weight.grad.isnan().all()
+
+
+def test_locate_within_the_callers_autocast_names_the_weight_cast_before():
+    """A cast that autocast keeps was made before anything was watched."""
+    model = nn.Linear(4, 4)
+    model.weight.data[0, 0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16):
+        model(data())
+        found = locate_nonfinite(model, lambda: model(data()).sum())
+    assert (found.cause, found.tensor) == ("parameter", "weight")
+
+
+def test_locate_overflow_under_autocast_names_the_weights_cast_among_its_inputs():
+    """S9."""
+    build = nonfinite_cases.linear_that_overflows_under_autocast
+    names = [each.name for each in locate_nonfinite(*build()).inputs]
+    assert {"block.fc.weight", "block.fc.bias"} < set(names)
+
+
+def test_locate_runs_compiled_modules_without_their_compiled_code():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    block = nn.Linear(4, 4)
+    model = nn.Sequential(torch.compile(block, backend=backend))
+    model(data())
+    assert runs == [1]
+    found = locate_nonfinite(model, lambda: torch.log(model(data()) * 0.0).sum())
+    assert found.note == "compiled parts were run eagerly"
+    assert runs == [1]
+    model(data())
+    assert runs == [1, 1]
+
+
+def test_locate_inputs_are_told_with_their_ranges():
+    """S15."""
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(4))
+        model.bias.zero_()
+    found = locate_nonfinite(model, lambda: torch.log(model(data())).mean())
+    (given,) = found.inputs
+    assert (given.shape, given.dtype, given.nonfinite) == ((3, 4), "float32", 0)
+    assert (given.minimum, given.maximum) == pytest.approx((-1.0, 1.0))
+
+
+def test_locate_model_that_is_not_the_caller_of_its_loss_is_still_searched():
+    """A step in which nothing but the loss tensor itself is bad."""
+    bad = torch.tensor(torch.nan)
+    found = locate_nonfinite(nn.Linear(4, 4), lambda: bad)
+    assert (found.cause, found.kind, found.value) == ("input", "non-finite input", "nan")
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [(None, "None"), ({"los": 1}, "None"), (1.5, "1.5"), (torch.ones(2, 3), r"shape \(2, 3\)")],
+)
+def test_locate_step_without_a_loss_is_refused(returned, shown):
+    with pytest.raises(ValueError, match=f"one element.*returned.*{shown}"):
+        locate_nonfinite(nn.Linear(4, 4), lambda: returned)
+
+
+def test_origin_describes_itself_in_two_lines_and_in_json():
+    """S15, V5."""
+    found = locate_nonfinite(*LOG_OF_ZERO())
+    first, second = str(found).splitlines()
+    assert first.startswith("log made -inf in Linear, nonfinite_cases.py:")
+    assert "forward pass: domain error; self float32[3, 4] in [0, 0]" in first
+    assert second == "  try: clamp the argument above 0 before the log, or use log_softmax"
+    plain = json.loads(json.dumps(found.as_dict()))
+    assert plain["advice"] == found.advice
+    assert plain["inputs"][0]["shape"] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "op", "layer", "phase", "overflow", "part"),
+    [
+        ("overflow", "linear", "Linear", "forward", True, "run linear in float32"),
+        ("overflow", "linear", "Linear", "backward", True, "lower the loss scale"),
+        ("overflow", "exp", "Linear", "forward", False, "subtract the maximum"),
+        ("overflow", "matmul", "SelfAttention", "forward", False, "normalise queries and keys"),
+        ("overflow", "linear", "LMHeadLinear", "forward", False, "lower the learning rate"),
+        ("division by zero", "layer_norm", "LayerNorm", "forward", False, "an eps above 0"),
+        ("division by zero", "sqrt", "RMSNorm", "backward", False, "inside the root"),
+        ("division by zero", "div", "Loss", "forward", False, "add an epsilon"),
+    ],
+)
+def test_advice_depends_on_accident_operation_and_layer(kind, op, layer, phase, overflow, part):
+    """S7, S15."""
+    assert part in advise(kind, op, layer, phase, overflow=overflow)
+
+
+def test_advice_of_a_users_own_layer_is_given(monkeypatch):
+    """S7: extensible."""
+    monkeypatch.setitem(LAYERS, ("domain error", "cauchyhead"), "bound the scale from below")
+    given = advise("domain error", "acos", "MyCauchyHead", "forward", overflow=False)
+    assert given == "bound the scale from below"
+
+
+def test_advice_tables_name_known_kinds():
+    assert {kind for kind, _ in [*OPS, *LAYERS]} <= set(ADVICE)
+
+
+def test_locate_whole_transformer_with_one_bad_weight_names_it():
+    """S15."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 16)
+    assert locate_nonfinite(model, lambda: F.mse_loss(model(x), x)) is None
+    with torch.no_grad():
+        model.layers[1].linear1.weight[3, 5] = torch.nan
+    found = locate_nonfinite(model, lambda: F.mse_loss(model(x), x))
+    assert (found.cause, found.tensor) == ("parameter", "layers.1.linear1.weight")
+    assert (found.op, found.module) == ("linear", "layers.1.linear1")
+
+
+def ranks_search(sharded):
+    """On each rank: what is found in steps that are healthy, or bad on both ranks or on rank 1."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        wrapped = model
+    else:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    x = torch.randn(4, 8)
+    wrapped(x).sum().backward()
+    before = [local(p.grad).clone() for p in model.parameters()]
+    steps = [
+        lambda: wrapped(x).sum(),
+        lambda: torch.log(wrapped(x) * 0.0).sum(),
+        lambda: torch.sqrt(wrapped(x) * 0.0).sum(),
+        lambda: torch.sqrt(wrapped(x) * 0.0 + 1.0 - rank).sum(),
+    ]
+    found = [locate_nonfinite(model, step) for step in steps]
+    after = [local(p.grad) for p in model.parameters()]
+    same = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return same, [f and (f.op, f.phase, f.kind) for f in found]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_locate_on_two_ranks_blames_the_operation_and_not_the_collective(sharded, tmp_path):
+    """S15: and on a rank that only received the NaN it says so."""
+    zero, one = run_ranks(ranks_search, sharded, folder=tmp_path)
+    both = [None, ("log", "forward", "domain error"), ("sqrt", "backward", "division by zero")]
+    assert zero[0]
+    assert one[0]
+    assert zero[1][:3] == both
+    assert one[1] == [*both, both[2]]
+    assert zero[1][3][1:] == ("backward", "unseen")
+
+
+def trained(searched):
+    """Weights and buffers after ten steps, each searched between its backward pass and update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(10):
+        x = torch.randn(16, 4)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if searched:
+            found = locate_nonfinite(model, lambda x=x: (model(x).square() / 0.0).mean())
+            assert found.op == "div"
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_locate_in_every_step_leaves_the_training_bit_identical():
+    """S15."""
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
+
+
+def test_locate_keeps_nothing_of_the_step_alive():
+    model = nn.Linear(4, 4)
+    kept = []
+
+    def step():
+        y = model(data())
+        kept.append(weakref.ref(y))
+        return torch.log(y * 0.0).sum()
+
+    assert locate_nonfinite(model, step) is not None
+    gc.collect()
+    assert [ref() for ref in kept] == [None]

@@ -1,0 +1,436 @@
+"""Streams of anomalies in, responses out."""
+
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_stability.detectors import Anomaly
+from lit_stability.policies.actions import (
+    HoldLearningRate,
+    LearnAnew,
+    RollBack,
+    RunAgain,
+    SkipStep,
+    Stop,
+    describe,
+)
+from lit_stability.policies.escalation import Budget, Ladder
+
+
+def anomaly(kind="gradient spike", state_is_bad=False, step=0, value=9.0):
+    hold = (0.1, 0.2) if kind == "learning-rate jump" else ()
+    return Anomaly(
+        kind=kind,
+        step=step,
+        value=value,
+        message="9 against 1",
+        signal="x",
+        state_is_bad=state_is_bad,
+        hold=hold,
+    )
+
+
+BAD_BATCH, JUMP = anomaly(), anomaly("learning-rate jump")
+DAMAGE = anomaly("non-finite weight", state_is_bad=True)
+DIVERGENCE = anomaly("divergence", state_is_bad=True)
+SKIP, HOLD = SkipStep(), HoldLearningRate((0.1, 0.2))
+PLAIN, CUT = RollBack(), RollBack(0.5, 0.5)
+STOP = "stop"
+
+
+def drive(ladder, events):
+    """Respond to each anomaly; an int is so many healthy steps, a stop is given as STOP."""
+    given = []
+    for event in events:
+        if isinstance(event, int):
+            for _ in range(event):
+                ladder.healthy()
+        else:
+            response = ladder.respond(event)
+            given.append(STOP if isinstance(response, Stop) else response)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("budget", "events", "responses"),
+    [
+        ({}, [BAD_BATCH], [SKIP]),
+        ({}, [JUMP], [HOLD]),
+        ({}, [DAMAGE], [PLAIN]),
+        ({}, [DIVERGENCE], [CUT]),
+        # The second strike within probation blames learning rate and clip, a later one does not.
+        ({"probation": 50}, [DAMAGE, DAMAGE], [PLAIN, CUT]),
+        ({"probation": 50}, [DAMAGE, 49, DAMAGE], [PLAIN, CUT]),
+        ({"probation": 50}, [DAMAGE, 50, DAMAGE], [PLAIN, PLAIN]),
+        # A burst of bad batches is skipped, then the state is suspected.
+        ({"skips_in_a_row": 2}, [BAD_BATCH] * 4, [SKIP, SKIP, CUT, SKIP]),
+        ({"skips_in_a_row": 2}, [BAD_BATCH, 1, BAD_BATCH, 1, BAD_BATCH], [SKIP, SKIP, SKIP]),
+        # What has run out is replaced by the next heavier.
+        ({"skips": 1}, [BAD_BATCH, 1, BAD_BATCH], [SKIP, CUT]),
+        ({"holds": 1}, [JUMP, JUMP, JUMP], [HOLD, SKIP, SKIP]),
+        ({"holds": 1, "skips": 1, "rollbacks": 1}, [JUMP] * 5, [HOLD, SKIP, CUT, STOP, STOP]),
+        ({"rollbacks": 2}, [DAMAGE] * 4, [PLAIN, CUT, STOP, STOP]),
+        ({"rollbacks": 1}, [DAMAGE, BAD_BATCH, DAMAGE], [PLAIN, SKIP, STOP]),
+        # Healthy steps give back one of each sort, no more than there were.
+        ({"rollbacks": 1, "refill_every": 10}, [DAMAGE, 9, DAMAGE], [PLAIN, STOP]),
+        ({"rollbacks": 1, "refill_every": 10}, [DAMAGE, 10, DAMAGE, DAMAGE], [PLAIN, CUT, STOP]),
+        ({"rollbacks": 1, "refill_every": 10}, [500, DAMAGE, DAMAGE], [PLAIN, STOP]),
+    ],
+)
+def test_ladder_of_a_stream_gives_the_smallest_response_in_budget(budget, events, responses):
+    """K3."""
+    assert drive(Ladder(Budget(**budget)), events) == responses
+
+
+def test_ladder_of_a_jump_on_damaged_weights_rolls_back():
+    ladder = Ladder()
+    assert ladder.respond(JUMP, state_is_bad=True) == PLAIN
+    assert ladder.respond(JUMP) == HOLD
+
+
+def test_ladder_of_a_bad_batch_on_damaged_weights_rolls_back():
+    assert Ladder().respond(BAD_BATCH, state_is_bad=True) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("excess", "factor"),
+    [
+        (1.0, 0.5),
+        (2.0, 0.5),
+        (8.0, 0.125),
+        (300.0, 1 / 300),
+        (1e9, 1e-3),
+        (math.inf, 1e-3),
+        (math.nan, 0.5),
+        (0.0, 0.5),
+    ],
+)
+def test_cut_is_sized_by_the_excess_and_never_to_nothing(excess, factor):
+    """S12, S13."""
+    assert Ladder().respond(DIVERGENCE, excess=excess) == RollBack(pytest.approx(factor), 0.5)
+
+
+def test_stop_repeats_the_anomaly_and_the_number_of_rollbacks():
+    """S13: no endless recovery."""
+    ladder = Ladder(Budget(rollbacks=2))
+    drive(ladder, [DAMAGE, DAMAGE])
+    stop = ladder.respond(DAMAGE)
+    assert describe(stop) == (
+        "stopped: non-finite weight came back after 2 rollbacks (9 against 1)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (SKIP, "step skipped"),
+        (HOLD, "learning rate held, x0.1"),
+        (PLAIN, "rolled back"),
+        (CUT, "rolled back, learning rate x0.5, clip x0.5"),
+        (RollBack(1 / 300, 1.0), "rolled back, learning rate x0.00333"),
+        (LearnAnew(), "accepted as the new normal"),
+    ],
+)
+def test_describe_says_what_is_done(response, words):
+    assert describe(response) == words
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("skips", 0),
+        ("skips_in_a_row", 0),
+        ("rollbacks", -1),
+        ("holds", 0),
+        ("refill_every", 0),
+        ("probation", 0),
+        ("lr_factor", 0.0),
+        ("lr_factor", 1.0),
+        ("clip_factor", 1.5),
+        ("clip_factor", math.nan),
+    ],
+)
+def test_budget_refuses_a_value_out_of_range_and_repeats_it(option, value):
+    with pytest.raises(ValueError, match=rf"{option} must be .*, got {value!r}"):
+        Budget(**{option: value})
+
+
+SMALL = st.integers(1, 5)
+BUDGETS = st.builds(
+    Budget,
+    skips_in_a_row=SMALL,
+    skips=SMALL,
+    rollbacks=SMALL,
+    holds=SMALL,
+    refill_skips_every=SMALL,
+    refill_every=SMALL,
+    probation=SMALL,
+    lr_factor=st.floats(0.01, 0.99),
+    clip_factor=st.floats(0.01, 0.99),
+)
+ANOMALIES = st.sampled_from([BAD_BATCH, JUMP, DAMAGE, DIVERGENCE])
+STREAMS = st.lists(st.one_of(ANOMALIES, st.integers(1, 4)), max_size=80)
+
+
+def full(budget):
+    return budget.skips + budget.rollbacks + budget.holds
+
+
+@given(BUDGETS, STREAMS)
+def test_responses_to_any_stream_are_bounded(budget, events):
+    """The budget, and what healthy steps give back."""
+    ladder = Ladder(budget)
+    healthy = spent = 0
+    for event in events:
+        if isinstance(event, int):
+            drive(ladder, [event])
+            healthy += event
+        elif drive(ladder, [event]) == [STOP]:
+            healthy = spent = 0
+            # A stop with something left of another sort is a stop all the same.
+        else:
+            spent += 1
+        assert spent <= full(budget) + (
+            healthy // budget.refill_skips_every + 2 * (healthy // budget.refill_every)
+        )
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        # (kind, step) of each anomaly; an int is a healthy step of that number.
+        ([("bad", 7)], ["step taken again"]),
+        ([("bad", 7), ("bad", 7)], ["step taken again", "step skipped"]),
+        # The batch that takes the place of one left out has its own trial.
+        ([("bad", 7)] * 4, ["step taken again", "step skipped"] * 2),
+        ([("bad", 7), 7, ("bad", 8)], ["step taken again"] * 2),
+        ([("damage", 30)], ["rolled back and replayed"]),
+        # What returns within ten steps of where it was found is the same.
+        (
+            [("damage", 30), 29, ("damage", 30), 30, 39, ("damage", 40)],
+            [
+                "rolled back and replayed",
+                "rolled back and replayed without the suspect",
+                "rolled back further and replayed without the suspect",
+            ],
+        ),
+        (
+            [("damage", 30)] * 4,
+            [
+                "rolled back and replayed",
+                "rolled back and replayed without the suspect",
+                "rolled back further and replayed without the suspect",
+                "rolled back further and replayed without the suspect, learning rate x0.5, "
+                "clip x0.5",
+            ],
+        ),
+        # A bad batch among the steps that are taken again is not the damage's return, nor its end.
+        (
+            [("damage", 30), ("bad", 25), 25, ("damage", 30)],
+            [
+                "rolled back and replayed",
+                "step taken again",
+                "rolled back and replayed without the suspect",
+            ],
+        ),
+        # Damage from outside that comes later blames nothing; a divergence that comes later does.
+        ([("damage", 30), 40, ("damage", 41)], ["rolled back and replayed"] * 2),
+        (
+            [("divergence", 30), 40, ("divergence", 41)],
+            [
+                "rolled back and replayed",
+                "rolled back and replayed, learning rate x0.5, clip x0.5",
+            ],
+        ),
+    ],
+)
+def test_ladder_with_replay_blames_only_what_returns(events, words):
+    """S17: nothing is changed before the same steps have shown the trouble again."""
+    kinds = {"bad": BAD_BATCH, "damage": DAMAGE, "divergence": DIVERGENCE}
+    ladder, given = Ladder(), []
+    for event in events:
+        if isinstance(event, int):
+            ladder.healthy(event)
+        else:
+            found = replace(kinds[event[0]], step=event[1])
+            given.append(describe(ladder.respond(found, replay=True, older=True)))
+    assert given == words
+
+
+def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
+    ladder = Ladder()
+    responses = [ladder.respond(DAMAGE, replay=True, older=False) for _ in range(3)]
+    assert responses == [
+        RollBack(replay=True),
+        RollBack(replay=True, leave_out=True),
+        RollBack(0.5, 0.5, replay=True, leave_out=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "course", "replay", "expected"),
+    [
+        # A learning rate that is too high makes every batch look bad: nothing is tried twice.
+        (BAD_BATCH, "lower", True, RollBack(0.5, 0.5, replay=True)),
+        (DAMAGE, "lower", True, RollBack(0.5, 0.5, replay=True)),
+        (DIVERGENCE, "lower", False, CUT),
+        # What jumped is held, whatever else is thought of it.
+        (JUMP, "lower", True, HOLD),
+        (BAD_BATCH, "stop", True, Stop("zeroed gain (9 against 1)")),
+        (BAD_BATCH, "usual", False, SKIP),
+    ],
+)
+def test_cause_chooses_the_course(found, course, replay, expected):
+    """S17: an architectural cause ends in a diagnosis, not in a loop of rollbacks."""
+    ladder = Ladder()
+    response = ladder.respond(found, replay=replay, course=course, cause="zeroed gain")
+    assert response == expected
+
+
+def test_lowering_by_cause_is_sized_by_evidence_and_ends_with_the_budget():
+    ladder = Ladder(Budget(rollbacks=2))
+    cuts = [ladder.respond(DIVERGENCE, excess=20.0, course="lower") for _ in range(3)]
+    assert cuts[:2] == [RollBack(0.05, 0.5), RollBack(0.05, 0.5)]
+    assert isinstance(cuts[2], Stop)
+
+
+def test_learning_rate_is_lowered_no_further_where_that_has_led_to_the_same():
+    """Half the rate and the same spike at the same step: the rate is not what makes it."""
+    ladder = Ladder()
+    spike = anomaly("gradient spike", step=60, value=50.0)
+    assert ladder.respond(spike, replay=True, course="lower") == RollBack(0.5, 0.5, replay=True)
+    for step in range(40, 60):
+        ladder.healthy(step)
+    again = replace(spike, value=48.0)
+    assert ladder.respond(again, replay=True, course="lower") == RunAgain()
+    assert ladder.respond(again, replay=True, course="lower") == SkipStep()
+
+
+@pytest.mark.parametrize(("step", "value"), [(60, 20.0), (55, 50.0), (61, 50.0)])
+def test_learning_rate_is_lowered_further_where_that_has_made_a_difference(step, value):
+    ladder = Ladder()
+    spike = anomaly("gradient spike", step=60, value=50.0)
+    ladder.respond(spike, replay=True, course="lower")
+    for taken in range(40, step):
+        ladder.healthy(taken)
+    again = replace(spike, step=step, value=value)
+    assert ladder.respond(again, replay=True, course="lower") == RollBack(0.5, 0.5, replay=True)
+
+
+def test_what_was_tried_on_a_change_of_regime_is_forgotten_and_what_it_cost_is_not():
+    ladder = Ladder()
+    ladder.respond(anomaly("gradient spike", step=60, value=50.0), course="lower")
+    left = ladder.left
+    ladder.new_regime()
+    assert ladder.left == left == {**Ladder().left, "rollbacks": Budget().rollbacks - 1}
+    assert ladder.lowered is None
+    assert ladder.respond(DAMAGE) == RollBack()  # as the first, without a cut
+
+
+COURSES = st.sampled_from(["usual", "usual", "lower"])
+
+
+@given(
+    BUDGETS,
+    st.lists(
+        st.one_of(
+            st.tuples(ANOMALIES, st.integers(0, 30), st.booleans(), st.booleans(), COURSES),
+            st.integers(0, 30),
+        ),
+        max_size=80,
+    ),
+)
+def test_responses_to_any_stream_are_bounded_with_replay_too(budget, events):
+    ladder = Ladder(budget)
+    healthy = spent = 0
+    for event in events:
+        if isinstance(event, int):
+            ladder.healthy(event)
+            healthy += 1
+            continue
+        found, step, replay, older, course = event
+        struck = replace(found, step=step)
+        response = ladder.respond(struck, replay=replay, older=older, course=course)
+        if isinstance(response, Stop):
+            healthy = spent = 0
+        else:
+            spent += 1
+        assert spent <= full(budget) + (
+            healthy // budget.refill_skips_every + 2 * (healthy // budget.refill_every)
+        )
+
+
+@given(BUDGETS, st.lists(ANOMALIES, min_size=16, max_size=40))
+def test_anomalies_without_a_healthy_step_end_in_a_stop(budget, events):
+    """Fifteen is the largest budget drawn; what follows the last response is a stop for ever."""
+    responses = drive(Ladder(budget), events)
+    damage = [r for r, e in zip(responses, events, strict=True) if e.state_is_bad]
+    assert sum(r != STOP for r in responses) <= full(budget)
+    assert STOP in responses
+    assert damage.count(STOP) == max(0, len(damage) - sum(isinstance(r, RollBack) for r in damage))
+
+
+@given(BUDGETS, STREAMS, st.floats(allow_nan=True, allow_infinity=True))
+def test_rollback_within_probation_strictly_lowers_lr_and_clip(budget, events, excess):
+    ladder = Ladder(budget)
+    since = None
+    for event in events:
+        if isinstance(event, int):
+            drive(ladder, [event])
+            since = None if since is None else since + event
+            continue
+        response = ladder.respond(event, excess=excess)
+        if isinstance(response, RollBack):
+            assert 0 < response.lr_factor <= 1
+            assert 0 < response.clip_factor <= 1
+            if since is not None and since < budget.probation:
+                assert response.lr_factor <= budget.lr_factor < 1
+                assert response.clip_factor <= budget.clip_factor < 1
+            since = 0
+
+
+@given(BUDGETS, STREAMS, STREAMS)
+def test_state_saved_in_the_middle_of_a_stream_goes_on_the_same(budget, before, after):
+    ladder = Ladder(budget)
+    drive(ladder, before)
+    twin = Ladder(budget)
+    twin.load_state_dict(ladder.state_dict())
+    assert twin.left == ladder.left
+    assert drive(twin, after) == drive(ladder, after)
+    assert twin.state_dict() == ladder.state_dict()
+
+
+@settings(max_examples=20)
+@given(BUDGETS, STREAMS)
+def test_state_goes_through_a_checkpoint(budget, events):
+    ladder = Ladder(budget)
+    drive(ladder, events)
+    file = io.BytesIO()
+    torch.save(ladder.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == ladder.state_dict()
+
+
+def test_state_of_a_larger_budget_is_cut_to_todays():
+    twin = Ladder(Budget(rollbacks=2, skips=3, holds=1))
+    twin.load_state_dict(Ladder().state_dict())
+    assert twin.left == {"skips": 3, "rollbacks": 2, "holds": 1}
+
+
+def test_state_of_a_spent_ladder_stays_spent_under_a_larger_budget():
+    ladder = Ladder(Budget(rollbacks=1))
+    drive(ladder, [DAMAGE])
+    twin = Ladder(Budget(rollbacks=5))
+    twin.load_state_dict(ladder.state_dict())
+    assert drive(twin, [DAMAGE]) == [STOP]
+
+
+def test_left_is_a_copy():
+    ladder = Ladder()
+    ladder.left["skips"] = 0
+    assert drive(ladder, [BAD_BATCH]) == [SKIP]
