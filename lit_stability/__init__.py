@@ -31,7 +31,7 @@ _HOME = {
     "fit_with_recovery": "recovery",
     "locate_nonfinite": "diagnosis.nonfinite",
     "measure_attention": "measurement.attention_monitor",
-    "read_incidents": "records",
+    "read_incidents": "incidents.log",
     "stability_callbacks": "callbacks",
 }
 

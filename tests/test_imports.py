@@ -285,7 +285,7 @@ def test_files_of_decisions_are_the_ones_meant():
     without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
     light = {
         "__init__.py",
-        "attempts.py",
+        "incidents/step_history.py",
         "policies/clip_rules/deviation.py",
         "policies/clip_rules/percentile.py",
         "policies/clip_rules/rule.py",
@@ -305,7 +305,7 @@ def test_files_of_decisions_are_the_ones_meant():
         "figures.py",
         "measurement/float_formats.py",
         "gradient_flow.py",
-        "incidents.py",
+        "incidents/incident.py",
         "policies/escalation.py",
         "training_state/good_checkpoints.py",
         "ranges/bins.py",

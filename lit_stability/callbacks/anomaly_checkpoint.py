@@ -18,11 +18,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.detectors import Anomaly
-from lit_stability.incident_report import markdown
 from lit_stability.incidents import Incident
+from lit_stability.incidents.log import to_json
+from lit_stability.incidents.report import markdown
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.records import to_json
 from lit_stability.trainer_state import run_directory, save_scene_checkpoint, sharing
 from lit_stability.training_state.rng import capture_rng
 

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.attempts import Attempts
 from lit_stability.callbacks.acceptance import asked_detectors, require_package, require_watchable
 from lit_stability.callbacks.council import Council
 from lit_stability.callbacks.desk import IncidentDesk, Voted
@@ -21,6 +20,7 @@ from lit_stability.callbacks.reporting import Reporter, log
 from lit_stability.detectors import Anomaly, Detector, Panel, disagreement, with_damage
 from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.incidents.step_history import Attempts
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import LearnAnew
@@ -56,7 +56,7 @@ class GradientMonitor(StabilityCallback):
 
     With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
     ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text; with
-    attempts and layers to the Stability tab, see `lit_stability.attempts.FIELDS`.
+    attempts and layers to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
 
     Args:
         detectors: what to ask, in order, the first objection counts; None for the default set.

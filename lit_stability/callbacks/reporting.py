@@ -8,12 +8,12 @@ from typing import Literal
 
 from lightning.pytorch import Trainer
 
-from lit_stability.attempts import Attempts
 from lit_stability.callbacks.attempt_log import AttemptLog
-from lit_stability.incident_report import summary_table
 from lit_stability.incidents import Incident
+from lit_stability.incidents.log import IncidentRecord
+from lit_stability.incidents.report import summary_table
+from lit_stability.incidents.step_history import Attempts
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.records import IncidentRecord
 from lit_stability.tensorboard.writer import StabilityWriter
 from lit_stability.trainer_state import logger_step, run_directory
 

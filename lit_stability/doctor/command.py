@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_stability.errors import ConfigError
-from lit_stability.records import to_json
+from lit_stability.incidents.log import to_json
 from lit_stability.training_state.atomic_write import write_and_keep
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_stability.experiments.expectation import End
-from lit_stability.records import read_incidents
+from lit_stability.incidents.log import read_incidents
 from lit_stability.training_state.atomic_write import write_and_keep
 
 FILE = "outcome.json"

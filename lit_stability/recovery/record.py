@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lit_stability.records import append_line
+from lit_stability.incidents.log import append_line
 from lit_stability.recovery.crashes import Crash
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

@@ -15,7 +15,7 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from lit_stability.records import to_json
+from lit_stability.incidents.log import to_json
 from lit_stability.tensorboard.reading import NoDataError, StabilityData
 from lit_stability.tensorboard.tags import PLUGIN, QUANTITIES
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_stability.attempts import FIELDS, PRECISIONS
+from lit_stability.incidents.step_history import FIELDS, PRECISIONS
 from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, SCHEMA, layers_prefix, steps_tag
 
 log = logging.getLogger("tensorboard")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from lit_stability.attempts import FIELDS, PRECISIONS, Row
+from lit_stability.incidents.step_history import FIELDS, PRECISIONS, Row
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.layout import write_layout
 from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
@@ -43,7 +43,7 @@ class StabilityTab:
         """Write an attempt, and what is known of it layer by layer.
 
         Args:
-            row: in the order of `lit_stability.attempts.FIELDS`.
+            row: in the order of `lit_stability.incidents.step_history.FIELDS`.
             stats: its measurement.
             scan: the last measurement that tells how far the weights have moved, if there was one
                 since the last time.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
-from lit_stability.incident_report import markdown
 from lit_stability.incidents import Incident
+from lit_stability.incidents.report import markdown
 from lit_stability.measurement.step_stats import StepStats
 
 

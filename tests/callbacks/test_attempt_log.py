@@ -17,8 +17,8 @@ from lit_stability import (
     TrainingStopped,
     stability_callbacks,
 )
-from lit_stability.attempts import FIELDS
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
+from lit_stability.incidents.step_history import FIELDS
 from lit_stability.policies.clip_rules import TieredClip
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data

@@ -7,7 +7,7 @@ import pytest
 
 from lit_stability.experiments import Ending, Expectation, Outcome, judge
 from lit_stability.experiments.outcome import incidents_since, write_outcome
-from lit_stability.records import append_line
+from lit_stability.incidents.log import append_line
 
 REPORT = {"findings": [{"check": "masks", "severity": "error", "what": "inverted"}]}
 

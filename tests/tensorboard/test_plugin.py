@@ -17,9 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
 import lit_stability
-from lit_stability.attempts import Attempts, row_of
+from lit_stability.incidents.log import to_json
+from lit_stability.incidents.step_history import Attempts, row_of
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.records import to_json
 from lit_stability.tensorboard.loader import StabilityLoader
 from lit_stability.tensorboard.plugin import MIMETYPES, StabilityPlugin
 from lit_stability.tensorboard.tab import StabilityTab

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_stability.attempts import FIELDS, PRECISIONS, row_of
+from lit_stability.incidents.step_history import FIELDS, PRECISIONS, row_of
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.tab import StabilityTab, update_ratios
 from lit_stability.tensorboard.tags import layers_tag, steps_tag

@@ -6,8 +6,8 @@ import pytest
 
 from lit_stability import detectors
 from lit_stability.detectors import Anomaly
-from lit_stability.incident_report import markdown, summary_table
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.incidents.report import markdown, summary_table
 from lit_stability.policies.actions import HoldLearningRate, RollBack, SkipStep, Stop
 
 

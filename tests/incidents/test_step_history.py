@@ -4,7 +4,15 @@ from typing import get_args
 import pytest
 from lightning.fabric.connector import _PRECISION_INPUT_STR
 
-from lit_stability.attempts import AFTER, BEFORE, FIELDS, MOST, PRECISIONS, Attempts, row_of
+from lit_stability.incidents.step_history import (
+    AFTER,
+    BEFORE,
+    FIELDS,
+    MOST,
+    PRECISIONS,
+    Attempts,
+    row_of,
+)
 from lit_stability.measurement.step_stats import StepStats
 
 

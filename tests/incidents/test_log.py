@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from lit_stability.incidents.log import SCHEMA, IncidentRecord, read_incidents, to_json
 from lit_stability.policies.actions import SkipStep
-from lit_stability.records import SCHEMA, IncidentRecord, read_incidents, to_json
-from tests.test_incidents import incident
+from tests.incidents.test_incident import incident
 
 
 @pytest.fixture

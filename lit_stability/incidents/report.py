@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 from lit_stability.diagnosis import Scene
-from lit_stability.incidents import Incident
+from lit_stability.incidents.incident import Incident
 
 _WIDEST = 80
 """Characters of a response on the console."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from lit_stability.incidents import Incident
+from lit_stability.incidents.incident import Incident
 
 SCHEMA = 1
 """Version of the lines of ``incidents.jsonl``; a reader refuses newer ones."""
