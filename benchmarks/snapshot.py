@@ -24,7 +24,7 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_state import Entry, ReplayRing, StepStart, TrainingSnapshot
+from lit_stability.trainer_internals import Entry, ReplayRing, StepStart, TrainingSnapshot
 from lit_stability.training_state.frozen_weights import FrozenWeights
 
 

@@ -30,7 +30,7 @@ from lit_stability.experiments.closing import Closing
 from lit_stability.recovery import Recover, fit_with_recovery
 from lit_stability.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.targets import Build, bind
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
 from lit_stability.training_state.atomic_write import write_and_keep
 
 __all__ = ["FitResult", "Run", "compose", "fit"]

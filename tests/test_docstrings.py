@@ -30,7 +30,7 @@ def public():
 
 
 THINGS = public()
-ENTERED = [name for name in THINGS if not name.startswith("lit_stability.trainer_state.")]
+ENTERED = [name for name in THINGS if not name.startswith("lit_stability.trainer_internals.")]
 """Without the room that the callbacks alone enter."""
 
 

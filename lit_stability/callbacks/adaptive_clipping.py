@@ -17,7 +17,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
-from lit_stability.trainer_state import log_every, logger_step, parameters_of
+from lit_stability.trainer_internals import log_every, logger_step, parameters_of
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 

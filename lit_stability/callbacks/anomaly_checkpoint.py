@@ -23,7 +23,7 @@ from lit_stability.incidents.log import to_json
 from lit_stability.incidents.report import markdown
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.trainer_state import run_directory, save_scene_checkpoint, sharing
+from lit_stability.trainer_internals import run_directory, save_scene_checkpoint, sharing
 from lit_stability.training_state.rng import capture_rng
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

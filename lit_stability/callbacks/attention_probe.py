@@ -16,7 +16,7 @@ from lit_stability.measurement.attention_monitor import LOGIT, AttentionWatch, f
 from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.measurement.norms import Unread
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
-from lit_stability.trainer_state import AroundNextStep, callbacks_of, sharing
+from lit_stability.trainer_internals import AroundNextStep, callbacks_of, sharing
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

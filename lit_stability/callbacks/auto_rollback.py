@@ -23,7 +23,7 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import HoldLearningRate
 from lit_stability.policies.backoff import Baseline, Throttle
 from lit_stability.policies.escalation import Budget, Ladder
-from lit_stability.trainer_state import Stateful
+from lit_stability.trainer_internals import Stateful
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 

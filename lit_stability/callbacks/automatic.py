@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_stability.callbacks import stability_callbacks
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.reporting import log
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
 
 
 class AutomaticSuite(StabilityCallback):

@@ -20,7 +20,7 @@ from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.backoff import Baseline
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
-from lit_stability.trainer_state import log_every, logger_step
+from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 

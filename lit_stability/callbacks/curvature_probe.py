@@ -14,7 +14,7 @@ from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.detectors.anomaly import require
 from lit_stability.measurement.curvature import directional_curvature, plain_updates, slope_of
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
-from lit_stability.trainer_state import StepTape, sharing
+from lit_stability.trainer_internals import StepTape, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

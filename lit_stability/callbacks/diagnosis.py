@@ -16,7 +16,7 @@ from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.preflight.finding import NotApplicableError
 from lit_stability.preflight.inputs import check_batch
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
 
 
 class Diagnosis(StabilityCallback):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.trainer_state import StepWitness, ends_window
+from lit_stability.trainer_internals import StepWitness, ends_window
 from lit_stability.training_state.async_writer import CheckpointWriter
 from lit_stability.training_state.host_copy import CheckpointCopy, is_finite
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import lower_learning_rate
-from lit_stability.trainer_state import (
+from lit_stability.trainer_internals import (
     StepWitness,
     incomparable,
     replay_loss,

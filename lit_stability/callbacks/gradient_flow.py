@@ -20,7 +20,7 @@ from lit_stability.incidents import Incident
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail, StepStats
 from lit_stability.tensorboard.images import write_figure
-from lit_stability.trainer_state import callbacks_of, logger_step, run_directory
+from lit_stability.trainer_internals import callbacks_of, logger_step, run_directory
 from lit_stability.training_state.atomic_write import write_and_keep
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

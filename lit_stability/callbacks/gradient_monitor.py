@@ -24,7 +24,7 @@ from lit_stability.incidents.step_history import Attempts
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import LearnAnew
-from lit_stability.trainer_state import callbacks_of, log_every, ranks_of, reshard, sharing
+from lit_stability.trainer_internals import callbacks_of, log_every, ranks_of, reshard, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 

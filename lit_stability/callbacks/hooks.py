@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
 
 if TYPE_CHECKING:
     from lit_stability.detectors import Anomaly

@@ -15,7 +15,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.trainer_state import (
+from lit_stability.trainer_internals import (
     DataPosition,
     EpochMetrics,
     full_checkpoint,

@@ -16,7 +16,7 @@ from lit_stability.measurement.distributed_step_meter import RankMeter
 from lit_stability.measurement.norms import Unread
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_readings
-from lit_stability.trainer_state import (
+from lit_stability.trainer_internals import (
     StepTape,
     callbacks_of,
     ends_window,

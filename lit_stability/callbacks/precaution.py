@@ -16,7 +16,7 @@ from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.policies.crash_risk import CrashRisk
-from lit_stability.trainer_state import (
+from lit_stability.trainer_internals import (
     PrecisionSwitch,
     callbacks_of,
     full_checkpoint,

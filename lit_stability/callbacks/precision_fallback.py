@@ -18,7 +18,7 @@ from lit_stability.measurement.lost_updates import lost_epsilon
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import FallBack, Island
 from lit_stability.policies.precision import PRECISIONS, PrecisionLadder, is_below, rungs_below
-from lit_stability.trainer_state import (
+from lit_stability.trainer_internals import (
     PrecisionSwitch,
     ends_window,
     is_supported,

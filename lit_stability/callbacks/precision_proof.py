@@ -12,7 +12,7 @@ from lit_stability.detectors import Spike
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.trainer_state import Outcome, put_islands
+from lit_stability.trainer_internals import Outcome, put_islands
 from lit_stability.training_state.fp32_modules import release_island
 
 Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "unknown"]

@@ -28,7 +28,7 @@ from lit_stability.preflight import (
     Subject,
     preflight,
 )
-from lit_stability.trainer_state import loss_scaler, sharing, why_untried
+from lit_stability.trainer_internals import loss_scaler, sharing, why_untried
 
 OnError = Literal["warn", "stop"]
 _LARGEST_SCALE = 1024.0

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lit_stability.callbacks.acceptance import require_package
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.hooks import implements
-from lit_stability.trainer_state import callbacks_of, sharing, why_untried
+from lit_stability.trainer_internals import callbacks_of, sharing, why_untried
 
 
 def require_monitor(trainer: Trainer, callback: Callback) -> None:

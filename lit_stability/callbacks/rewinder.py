@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
-from lit_stability.trainer_state import (
+from lit_stability.trainer_internals import (
     CheckpointLedger,
     Entry,
     Recorder,

@@ -13,7 +13,7 @@ from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.policies.actions import Response, RollBack, RunAgain, SkipStep, Stop
 from lit_stability.policies.backoff import Baseline, Throttle
 from lit_stability.policies.escalation import Ladder
-from lit_stability.trainer_state import Entry, parameters_of
+from lit_stability.trainer_internals import Entry, parameters_of
 
 
 class Treatment:

@@ -19,7 +19,7 @@ from lit_stability.experiments.judgement import judge, summary
 from lit_stability.experiments.outcome import Ending, Outcome, incidents_since, write_outcome
 from lit_stability.incidents import TrainingStopped
 from lit_stability.preflight import PreflightError, Report
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
 
 
 class Closing:

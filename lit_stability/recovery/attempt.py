@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_stability.callbacks.hooks import call_hook, lower_learning_rate
 from lit_stability.recovery.beginning import Beginning
 from lit_stability.recovery.counters import count_in_parts, forget_moments
-from lit_stability.recovery.left_out import TrainingData
 from lit_stability.recovery.memory import batch_sizes
 from lit_stability.recovery.remedies import Plan
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
+from lit_stability.trainer_internals.skip_batches import TrainingData
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 _KEY = "lit_stability.recovery"

@@ -28,7 +28,7 @@ from lit_stability.recovery.record import RecoveryRecord
 from lit_stability.recovery.remedies import GiveUp, Plan
 from lit_stability.recovery.sources import Sources
 from lit_stability.recovery.trainers import Trainers, own_callbacks
-from lit_stability.trainer_state import callbacks_of, run_directory
+from lit_stability.trainer_internals import callbacks_of, run_directory
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

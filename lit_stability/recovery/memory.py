@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_stability.trainer_state import loaders
+from lit_stability.trainer_internals import loaders
 
 
 def checkpoint_activations(module: LightningModule) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lit_stability.trainer_state import callbacks_of
+from lit_stability.trainer_internals import callbacks_of
 
 _OPTIONS = (
     *("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "overfit_batches"),

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
-from lit_stability.trainer_state.loaders import generators, is_plain, iterators, loaders
+from lit_stability.trainer_internals.dataloaders import generators, is_plain, iterators, loaders
 from lit_stability.training_state.rng import (
     capture_rng,
     pack_rng,

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_stability.trainer_state import loaders, make_up_for
+from lit_stability.trainer_internals import loaders, make_up_for
 
 Samples = frozenset[Any]
 

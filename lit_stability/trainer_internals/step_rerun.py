@@ -20,10 +20,10 @@ from lit_stability.diagnosis.nonfinite import NonFiniteOrigin, locate_nonfinite
 from lit_stability.measurement.half_precision import HALF, cast
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_state.aside import aside
-from lit_stability.trainer_state.precision import is_half
-from lit_stability.trainer_state.strategies import reshard, sharing
-from lit_stability.trainer_state.view import loss_scaler
+from lit_stability.trainer_internals.isolation import aside
+from lit_stability.trainer_internals.precision import is_half
+from lit_stability.trainer_internals.strategies import reshard, sharing
+from lit_stability.trainer_internals.trainer_view import loss_scaler
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 

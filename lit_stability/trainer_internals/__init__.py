@@ -4,31 +4,37 @@ Each private attribute relied on is listed in `PRIVATE`, with the versions it wa
 fails loudly when one of them moves.
 """
 
-from lit_stability.trainer_state.checkpoints import CheckpointLedger
-from lit_stability.trainer_state.companions import Stateful
-from lit_stability.trainer_state.data_position import DataPosition
-from lit_stability.trainer_state.loaders import loaders
-from lit_stability.trainer_state.metrics import EpochMetrics, LoggedMetrics
-from lit_stability.trainer_state.next_step import AroundNextStep
-from lit_stability.trainer_state.precision import (
+from lit_stability.trainer_internals.batch_replay import Entry, Recorder, ReplayRing
+from lit_stability.trainer_internals.callback_state import Stateful
+from lit_stability.trainer_internals.checkpoint_ledger import CheckpointLedger
+from lit_stability.trainer_internals.data_position import DataPosition
+from lit_stability.trainer_internals.dataloaders import loaders
+from lit_stability.trainer_internals.incident_checkpoint import save_scene_checkpoint
+from lit_stability.trainer_internals.loop_counters import LoopState, make_up_for
+from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics
+from lit_stability.trainer_internals.next_step import AroundNextStep
+from lit_stability.trainer_internals.precision import (
     PrecisionSwitch,
     is_supported,
     put_islands,
     why_fixed,
 )
-from lit_stability.trainer_state.progress import LoopState, make_up_for
-from lit_stability.trainer_state.replay import Entry, Recorder, ReplayRing
-from lit_stability.trainer_state.rerun import Outcome, StepTape
-from lit_stability.trainer_state.scene import save_scene_checkpoint
-from lit_stability.trainer_state.snapshot import StepStart, TrainingSnapshot
-from lit_stability.trainer_state.strategies import (
+from lit_stability.trainer_internals.reference_step import (
+    StepWitness,
+    incomparable,
+    replay_loss,
+    same_batch,
+    same_loss,
+)
+from lit_stability.trainer_internals.skip_step import SchedulerPause, Veto, parameters_of
+from lit_stability.trainer_internals.step_rerun import Outcome, StepTape
+from lit_stability.trainer_internals.strategies import (
     ranks_of,
     reshard,
     sharing,
     why_untried,
 )
-from lit_stability.trainer_state.veto import SchedulerPause, Veto, parameters_of
-from lit_stability.trainer_state.view import (
+from lit_stability.trainer_internals.trainer_view import (
     callbacks_of,
     ends_window,
     full_checkpoint,
@@ -38,13 +44,7 @@ from lit_stability.trainer_state.view import (
     run_directory,
     unscale,
 )
-from lit_stability.trainer_state.witness import (
-    StepWitness,
-    incomparable,
-    replay_loss,
-    same_batch,
-    same_loss,
-)
+from lit_stability.trainer_internals.training_snapshot import StepStart, TrainingSnapshot
 
 LIGHTNING_VERSIONS = ("2.6.0", "2.6.6")
 """Oldest and newest version of lightning that the tests were run on."""

@@ -8,8 +8,8 @@ from typing import Any
 import lightning
 from lightning.pytorch import Trainer
 
-from lit_stability.trainer_state.strategies import sharing
-from lit_stability.trainer_state.view import callbacks_of
+from lit_stability.trainer_internals.strategies import sharing
+from lit_stability.trainer_internals.trainer_view import callbacks_of
 
 
 def save_scene_checkpoint(trainer: Trainer, path: Path) -> None:

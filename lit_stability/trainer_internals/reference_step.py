@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
-from lit_stability.trainer_state.aside import aside
+from lit_stability.trainer_internals.isolation import aside
 from lit_stability.training_state.rng import capture_rng, pack_rng, restore_rng, unpack_rng
 
 _NAMED = "named tuple"

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.trainer_state.companions import Restore, Stateful, capture_companions
-from lit_stability.trainer_state.metrics import LoggedMetrics
-from lit_stability.trainer_state.progress import LoopState, Steps
+from lit_stability.trainer_internals.callback_state import Restore, Stateful, capture_companions
+from lit_stability.trainer_internals.loop_counters import LoopState, Steps
+from lit_stability.trainer_internals.metrics import LoggedMetrics
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, restore_rng
 from lit_stability.training_state.snapshot import BufferGuard, ModuleSnapshot, OptimizerSnapshot

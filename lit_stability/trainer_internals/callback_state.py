@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 
-from lit_stability.trainer_state.view import callbacks_of
+from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.snapshot import ModuleSnapshot
 
 Restore: TypeAlias = Callable[[], None]

@@ -5,7 +5,7 @@ import pytest
 from packaging.version import Version
 
 from lit_stability import stability_callbacks
-from lit_stability.trainer_state import LIGHTNING_VERSIONS, PRIVATE
+from lit_stability.trainer_internals import LIGHTNING_VERSIONS, PRIVATE
 from tests.conftest import fit
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_state import Entry, ReplayRing
+from lit_stability.trainer_internals import Entry, ReplayRing
 
 
 def ring_of(count, max_bytes=10**6):

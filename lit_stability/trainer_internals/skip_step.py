@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.trainer_state.progress import step_counters
+from lit_stability.trainer_internals.loop_counters import step_counters
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
 _PAUSED = "rejected"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lit_stability.measurement.half_precision import HALF, widen
 from lit_stability.measurement.tensor_tree import tensors_in
-from lit_stability.trainer_state.strategies import sharing
-from lit_stability.trainer_state.view import callbacks_of
+from lit_stability.trainer_internals.strategies import sharing
+from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.fp32_modules import islands_of, make_island
 
 

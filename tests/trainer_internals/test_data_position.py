@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import MeanMetric
 
 from lit_stability import GradientMonitor, LastKnownGood
-from lit_stability.trainer_state import data_position
+from lit_stability.trainer_internals import data_position
 from lit_stability.training_state.good_checkpoints import good_files, step_of
 from tests.conftest import flat, make_trainer
 from tests.test_invariants import optimizer_state

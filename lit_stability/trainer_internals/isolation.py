@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lit_stability.trainer_state.metrics import LoggedMetrics
+from lit_stability.trainer_internals.metrics import LoggedMetrics
 from lit_stability.training_state.rng import capture_rng, restore_rng
 from lit_stability.training_state.snapshot import BufferGuard
 
