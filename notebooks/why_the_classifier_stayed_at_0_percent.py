@@ -25,8 +25,8 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
 from lit_stability import launch, read_incidents
-from lit_stability.check import examine
-from lit_stability.config import resolve
+from lit_stability.cli.check import examine
+from lit_stability.cli.config import resolve
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 FAST = (

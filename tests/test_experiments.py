@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from lit_stability import TrainingStopped, read_incidents, stability_callbacks
-from lit_stability.config import compose, resolve
-from lit_stability.experiments import Expectation, Outcome, judge
-from lit_stability.experiments.catalogue import catalogue
-from lit_stability.launch import check_options, fit
+from lit_stability.cli.config import compose, resolve
+from lit_stability.cli.experiments import Expectation, Outcome, judge
+from lit_stability.cli.experiments.catalogue import catalogue
+from lit_stability.cli.fit import check_options, fit
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
@@ -116,7 +116,14 @@ def main_job(tmp_path_factory):
     runs = {}
     for name, overrides in RUNS.items():
         folder = tmp_path_factory.mktemp(name)
-        command = [sys.executable, "-m", "lit_stability.cli", "fit", "-c", f"translation_{name}"]
+        command = [
+            sys.executable,
+            "-m",
+            "lit_stability.cli.main",
+            "fit",
+            "-c",
+            f"translation_{name}",
+        ]
         done = subprocess.run(
             [*command, *overrides, f"run_dir={folder}", "trainer.enable_progress_bar=false"],
             cwd=ROOT,

@@ -13,7 +13,7 @@ from lit_stability import (
     read_incidents,
     stability_callbacks,
 )
-from lit_stability.cli import main
+from lit_stability.cli.main import main
 from lit_stability.diagnosis import CAUSES
 from lit_stability.faults import FaultInjector, ScaleGradients
 from tests.conftest import Regression, fit, regression_data

@@ -95,7 +95,7 @@ def test_wheel_registers_command_tab_and_callbacks(wheel):
     with zipfile.ZipFile(wheel) as file:
         (points,) = [n for n in file.namelist() if n.endswith("entry_points.txt")]
         text = file.read(points).decode()
-    assert "lit-stability = lit_stability.cli:main" in text
+    assert "lit-stability = lit_stability.cli.main:main" in text
     assert "[tensorboard_plugins]\nstability = lit_stability.tensorboard.loader:" in text
     assert "[lightning.pytorch.callbacks_factory]\nstability = lit_stability.registration:" in text
 

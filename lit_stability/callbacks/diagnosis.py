@@ -10,12 +10,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
+from lit_stability.checks.preflight.finding import NotApplicableError
+from lit_stability.checks.preflight.inputs import check_batch
 from lit_stability.diagnosis import Scene
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.preflight.finding import NotApplicableError
-from lit_stability.preflight.inputs import check_batch
 from lit_stability.trainer_internals import callbacks_of
 
 

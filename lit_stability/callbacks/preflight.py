@@ -1,6 +1,6 @@
 """The checks before the first step, on the batch that training is about to take.
 
-May import Lightning; the checks themselves, in `lit_stability.preflight`, know none.
+May import Lightning; the checks themselves, in `lit_stability.checks.preflight`, know none.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from lit_stability.callbacks.acceptance import require_package
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.reporting import log
-from lit_stability.detectors.anomaly import require_instance
-from lit_stability.preflight import (
+from lit_stability.checks.preflight import (
     Expectations,
     Finding,
     Memorise,
@@ -28,6 +27,7 @@ from lit_stability.preflight import (
     Subject,
     preflight,
 )
+from lit_stability.detectors.anomaly import require_instance
 from lit_stability.trainer_internals import loss_scaler, sharing, why_untried
 
 OnError = Literal["warn", "stop"]

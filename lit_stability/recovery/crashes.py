@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
+from lit_stability.checks.preflight.finding import PreflightError
 from lit_stability.incidents import TrainingStopped
-from lit_stability.preflight.finding import PreflightError
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_stability.preflight import MaskProbe, PositionProbe
+from lit_stability.checks.preflight import MaskProbe, PositionProbe
 from models.translation.batches import Batch
 from models.translation.config import TransformerConfig
 from models.translation.decoding import beam_decode, greedy_decode

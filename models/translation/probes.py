@@ -2,7 +2,7 @@
 
 Ids cannot be changed where the masks are made from them; what is embedded there can. Each probe
 changes the embedding of some positions and says at which target positions the logits may not, or
-must, follow. May import `lit_stability.preflight`; no Lightning.
+must, follow. May import `lit_stability.checks.preflight`; no Lightning.
 
 Letters of the shape suffixes: B batch, S source, T target read, V vocabulary.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lit_stability.preflight import MaskProbe, PositionProbe, nudged
+from lit_stability.checks.preflight import MaskProbe, PositionProbe, nudged
 from models.translation.batches import Batch
 from models.translation.transformer import Transformer
 

@@ -15,19 +15,19 @@ from lit_stability import (
     GradientMonitor,
     read_incidents,
 )
+from lit_stability.cli.fit import make
+from lit_stability.cli.instantiate import bind
 from lit_stability.faults import (
     FaultInjector,
     NanLoss,
     ScaleGradients,
 )
-from lit_stability.launch import make
 from lit_stability.policies.clip_rules import (
     FixedClip,
     PercentileClip,
     TieredClip,
     ZScoreClip,
 )
-from lit_stability.targets import bind
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.clip_cases import BUSY, Norms, expected, suite

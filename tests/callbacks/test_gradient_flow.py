@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_stability import AutoRollback, GradientFlow, GradientMonitor, stability_callbacks
 from lit_stability.callbacks import gradient_flow
-from lit_stability.cli import main
+from lit_stability.cli.main import main
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from lit_stability import Preflight, stability_callbacks
-from lit_stability.preflight import MaskProbe, Memorise, PreflightError
+from lit_stability.checks.preflight import MaskProbe, Memorise, PreflightError
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 from tests.exact import digest
 

@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from lit_stability import Preflight
-from lit_stability.preflight import PreflightError
+from lit_stability.checks.preflight import PreflightError
 from tests.distributed import run_ranks
 from tests.rank_cases import Net, fit_rank, whole
 

@@ -77,7 +77,10 @@ OPTIONS = {
         "one_vs_rest": None,
         "pretrained": True,
         "frozen": ["net.9.*"],
-        "memorise": {"class_path": "lit_stability.preflight.Memorise", "init_args": {"samples": 2}},
+        "memorise": {
+            "class_path": "lit_stability.checks.preflight.Memorise",
+            "init_args": {"samples": 2},
+        },
     },
     "GradientFlow": {"every_n_steps": 100, "layers": 5},
     "AttentionProbe": {"modules": ["*"], "every": 20, "quiet": False},

@@ -15,7 +15,7 @@ from lit_stability import (
     read_incidents,
     stability_callbacks,
 )
-from lit_stability.cli import main
+from lit_stability.cli.main import main
 from lit_stability.detectors import Divergence, NonFinite, Panel, Spike
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import Regression, fit, make_trainer, regression_data

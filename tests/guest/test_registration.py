@@ -9,9 +9,9 @@ import tomllib
 
 import lit_stability
 from lit_stability import AutoRollback, GradientMonitor, stability_callbacks
+from lit_stability.cli.fit import check_options
+from lit_stability.cli.fit import make_trainer as launched
 from lit_stability.faults import FaultInjector, NanLoss
-from lit_stability.launch import check_options
-from lit_stability.launch import make_trainer as launched
 from tests.conftest import Regression, make_trainer, regression_data
 
 ROOT = Path(lit_stability.__file__).parents[1]

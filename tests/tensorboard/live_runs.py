@@ -4,7 +4,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn, optim
 
-from lit_stability import GradientMonitor, cli, stability_callbacks
+from lit_stability import GradientMonitor, stability_callbacks
+from lit_stability.cli.main import main
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import Regression, fit, regression_data
 
@@ -57,7 +58,7 @@ def train(root, name, callbacks, module=None, steps=60, **options):
 def write_runs(root):
     """The main job, cut short; a long run and its twin; two networks; a hostile name."""
     job = ["fit", "-c", "translation_rescue", f"run_dir={root / 'main'}", *SHORT, FAULTS]
-    assert cli.main(job) == 0
+    assert main(job) == 0
     for name, faults in (("struck", [FaultInjector([NanLoss(step=STRUCK)])]), ("twin", [])):
         train(root, name, [*faults, *stability_callbacks()], steps=STEPS)
     train(root, "gan", [GradientMonitor()], Gan, steps=80)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_stability.preflight import Expectations, Memorise, Subject, preflight
+from lit_stability.checks.preflight import Expectations, Memorise, Subject, preflight
 from models.translation import attention, transformer
 from models.translation.batches import Batch
 from models.translation.metrics import token_loss

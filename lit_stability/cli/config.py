@@ -1,0 +1,156 @@
+"""The configuration of a run, composed from YAML files.
+
+A later file, and last of all an override, is laid over what came before:
+
+* mappings merge key by key, and keep the order in which a key first appeared;
+* a mapping that names another `_target_` than the one below it replaces it whole, as options
+  of one class mean nothing to another; `_replace_: true` asks for the same;
+* everything else, lists and null included, replaces;
+* what a file says of itself as an experiment, `about` and `expect`, is not handed on to a file that
+  composes it.
+
+May import OmegaConf. It loads neither torch nor lightning.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lit_stability.cli.instantiate import suggest
+from lit_stability.errors import ConfigError
+
+DEFAULTS: dict[str, Any] = {
+    "run_dir": "runs/${experiment}",
+    "logger": {
+        "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
+        "save_dir": "${run_dir}",
+        "name": "",
+        "version": "",
+    },
+}
+_OWN = ("about", "expect")
+_KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
+
+
+def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
+    """Merge config files in order, then `KEY=VALUE` overrides, over the defaults of a run.
+
+    Args:
+        files: Paths, with or without `.yaml`, looked up from the current folder, then from its
+            `configs/`. The first one names the experiment, unless a file does.
+        overrides: `dotted.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: A file is missing or not a YAML mapping, or an override is malformed.
+    """
+    places = [Path.cwd(), Path.cwd() / "configs"]
+    merged: Any = {"experiment": Path(files[0]).stem if files else "unnamed"} | DEFAULTS
+    for name in files:
+        merged = _merge(merged, _load(_find(str(name), places)))
+    merged = _merge(merged, _parse(overrides))
+    try:
+        return DictConfig(_without_marks(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """Return a config as plain containers with every `${...}` replaced.
+
+    Raises:
+        ConfigError: An interpolation leads nowhere.
+    """
+    try:
+        resolved: Any = OmegaConf.to_container(DictConfig(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return f"{error.full_key or 'config'}: {str(error).splitlines()[0]}"
+
+
+def _find(name: str, places: Sequence[Path]) -> Path:
+    tried = [place / each for place in places for each in (name, f"{name}.yaml")]
+    for path in tried:
+        if path.is_file():
+            return path.resolve()
+    roots = [place for place in places if place.name == "configs"]
+    known = [
+        path.relative_to(root).with_suffix("").as_posix()
+        for root in roots
+        for path in root.rglob("*.yaml")
+    ]
+    raise ConfigError(
+        f"{name}: no such config file{suggest(name, known)}\n  tried "
+        + "\n  tried ".join(str(path) for path in tried)
+    )
+
+
+def read_own(path: Path) -> dict[str, Any]:
+    """Return what a config file states itself, without what it composes.
+
+    Raises:
+        ConfigError: It is no YAML mapping.
+    """
+    try:
+        own: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML mapping: {error}") from error
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got a {type(own).__name__}")
+    return {str(key): value for key, value in own.items()}
+
+
+def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file over the files that it composes."""
+    if path in above:
+        raise ConfigError(f"{path}: composes itself, by way of {above[-1]}")
+    own: Any = read_own(path)
+    names = own.pop("compose", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: compose={names!r}: expected a list of file names")
+    places = [*[root for root in path.parents if root.name == "configs"][:1], path.parent]
+    merged: Any = {}
+    for name in names:
+        below = _load(_find(name, places), (*above, path))
+        merged = _merge(merged, {key: each for key, each in below.items() if key not in _OWN})
+    return dict(_merge(merged, own))
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Lay `new` over `old` by the rule in the module docstring."""
+    if not isinstance(new, dict):
+        return new
+    below = old if isinstance(old, dict) and not new.get("_replace_") else {}
+    if "_target_" in new and below.get("_target_", new["_target_"]) != new["_target_"]:
+        below = {}
+    return below | {key: _merge(below.get(key), value) for key, value in new.items()}
+
+
+def _without_marks(value: Any) -> Any:
+    """Take `_replace_` out, which has to last until the last file is merged."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_marks(each) for key, each in value.items() if key != "_replace_"}
+
+
+def _parse(overrides: Sequence[str]) -> Any:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text}: expected KEY=VALUE; to add a config file write -c {text}")
+        if not _KEY.fullmatch(key):
+            raise ConfigError(f"{text}: {key!r} is not a dotted key, such as trainer.max_steps")
+        if not value:
+            raise ConfigError(f"{text}: no value; write {key}=null or {key}='\"\"'")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(overrides)}: not YAML: {error}") from error

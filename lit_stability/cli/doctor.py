@@ -1,0 +1,156 @@
+"""The command `lit-stability doctor`: is a checkpoint sound, and what has changed since another?
+
+May import the configuration at module level; torch and matplotlib only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_stability.errors import ConfigError
+from lit_stability.incidents.log import to_json
+from lit_stability.training_state.atomic_write import write_and_keep
+
+if TYPE_CHECKING:
+    from lit_stability.checks.checkpoint.comparison import Comparison
+    from lit_stability.checks.checkpoint.report import HealthReport
+
+_EXIT_CODES = """\
+exit codes:
+  0  nothing was found that is an error
+  1  an error was found in CHECKPOINT, or in OTHER
+  2  the command line or a file is wrong; nothing was examined
+"""
+
+
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to a parser.
+
+    Args:
+        commands: where sub-commands go.
+    """
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine a checkpoint: is it sound, and what has changed since another?",
+        description="Measure every weight, buffer and optimizer moment of a checkpoint and name "
+        "what is wrong; with OTHER, also what changed from the first to the second. Nothing is "
+        "run that a file may carry.",
+        epilog="examples:\n  lit-stability doctor runs/NAME\n"
+        "  lit-stability doctor before.ckpt after.ckpt --plot changes.png\n\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    doctor.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a checkpoint, a state dict, the folder of an incident, or that of a run: its last "
+        "known good checkpoint",
+    )
+    doctor.add_argument(
+        "other", metavar="OTHER", type=Path, nargs="?", help="a later one, to be compared with it"
+    )
+    doctor.add_argument("--all", action="store_true", help="print every row of every table")
+    doctor.add_argument("--out", metavar="FILE.json", type=Path, help="write all that was measured")
+    doctor.add_argument("--plot", metavar="FILE.png", type=Path, help="draw it, layer by layer")
+    doctor.set_defaults(command=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Examine, compare, print, write; returns the exit code.
+
+    Raises:
+        ConfigError: if a file cannot be read or written, or an option is wrong.
+    """
+    _check_targets(args)
+    limit = None if args.all else 15
+    given = [path for path in (args.checkpoint, args.other) if path is not None]
+    examined = [_examine(path, limit) for path in given]
+    comparison = _compare(examined, limit) if len(examined) > 1 else None
+    content = {
+        key: {"file": str(each.file), **each.report.as_dict()}
+        for key, each in zip(("checkpoint", "other"), examined, strict=False)
+    }
+    if comparison is not None:
+        content["comparison"] = comparison.as_dict()
+    if args.out is not None:
+        _write(args.out, to_json(content) + "\n")
+    if args.plot is not None:
+        _plot(args.plot, examined, comparison)
+    return 0 if all(each.report.healthy for each in examined) else 1
+
+
+@dataclass(frozen=True)
+class _Examined:
+    file: Path
+    checkpoint: Mapping[str, Any]
+    report: HealthReport
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """Refuse, before minutes of work, what could not be written after it."""
+    for option, path, suffix in (("--out", args.out, ".json"), ("--plot", args.plot, ".png")):
+        if path is not None and path.suffix != suffix:
+            raise ConfigError(f"{option} {path}: must end in {suffix}")
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{option} {path}: no such folder {path.parent}")
+
+
+def _examine(given: Path, limit: int | None) -> _Examined:
+    from lit_stability.checks.checkpoint.examination import examine
+    from lit_stability.checks.checkpoint.load import find_file, load, load_gradients
+    from lit_stability.checks.checkpoint.table import format_report
+
+    file = find_file(given)
+    checkpoint = load(file)
+    try:
+        report = examine(checkpoint, gradients=load_gradients(file))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    chosen = f", the last known good of {given}" if given.is_dir() and file.parent != given else ""
+    print(f"{file}{chosen}\n{format_report(report, limit)}\n")
+    return _Examined(file, checkpoint, report)
+
+
+def _compare(examined: Sequence[_Examined], limit: int | None) -> Comparison:
+    from lit_stability.checks.checkpoint.comparison import format_comparison
+    from lit_stability.checks.checkpoint.difference import compare
+
+    before, after = examined
+    comparison = compare(before.checkpoint, after.checkpoint)
+    print(f"{before.file} -> {after.file}\n{format_comparison(comparison, limit)}\n")
+    return comparison
+
+
+def _plot(path: Path, examined: Sequence[_Examined], comparison: Comparison | None) -> None:
+    """Draw the comparison; or the gradients of an incident; or weights and moments."""
+    from lit_stability.checks.checkpoint.plot import draw_comparison, draw_health
+    from lit_stability.figures import MatplotlibMissing, to_png
+    from lit_stability.gradient_flow import draw_gradient_flow
+
+    first = examined[0]
+    try:
+        if comparison is not None:
+            title = f"{first.file} -> {examined[1].file}"
+            figure = draw_comparison(comparison, title=title)
+        elif first.report.gradients:
+            figure = draw_gradient_flow(first.report.gradients, title=str(first.file))
+        else:
+            figure = draw_health(first.report, title=str(first.file))
+        _write(path, to_png(figure))
+    except MatplotlibMissing as error:
+        print(f"no {path}: {error}", file=sys.stderr)
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Write a file whole; what is there already is kept, renamed."""
+    try:
+        write_and_keep(path, content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error})") from error
+    print(f"wrote {path}")

@@ -1,0 +1,145 @@
+"""The command `lit-stability ranges`: would a 16-bit format do for this model and these data?
+
+May import the configuration at module level; Lightning, torch and matplotlib only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lit_stability.cli.config import compose, resolve
+from lit_stability.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lit_stability.checks.precision_ranges.report import RangeReport
+
+_MEASURING: dict[str, Any] = {
+    "precision": "32-true",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "plugins": None,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "detect_anomaly": False,
+    "min_epochs": None,
+    "min_steps": None,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "profiler": None,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""What the config's trainer is changed to: one device, float32, no update, nothing written."""
+
+
+_EXIT_CODES = """\
+exit codes:
+  0  it was measured, and the report was written
+  1  the model could not be run; the traceback says where
+  2  the command line, the config or the checkpoint is wrong; nothing was measured
+"""
+
+
+def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to a parser.
+
+    Args:
+        commands: where sub-commands go.
+    """
+    ranges = commands.add_parser(
+        "ranges",
+        help="measure what a model spans: would fp16 or bf16 do?",
+        description="Run some training batches in float32 without an update, and measure the "
+        "magnitudes of weights, activations and gradients. Writes ranges.json and ranges.png.",
+        epilog="example:\n  lit-stability ranges -c NAME --checkpoint last\n\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    ranges.add_argument(
+        *("-c", "--config"), metavar="FILE", action="append", required=True, help="as for fit"
+    )
+    ranges.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="laid over the files"
+    )
+    ranges.add_argument(
+        "--checkpoint",
+        metavar="CKPT|last|good",
+        help="weights to measure: a file, or the newest, or the last known good one, in run_dir; "
+        "by default those that the config begins with",
+    )
+    ranges.add_argument(
+        "--batches", metavar="N", type=int, default=4, help="training batches (default: 4)"
+    )
+    ranges.add_argument("--out", metavar="DIR", type=Path, help="default: run_dir/ranges")
+    ranges.add_argument("--all", action="store_true", help="print every row of the table")
+    ranges.set_defaults(command=run_ranges)
+
+
+def run_ranges(args: argparse.Namespace) -> int:
+    """Measure, print, write; returns the exit code.
+
+    Raises:
+        ConfigError: if the config, the checkpoint or an option is wrong.
+    """
+    if args.batches < 1:
+        raise ConfigError(f"--batches {args.batches}: must be at least 1")
+    config = compose(args.config, args.overrides)
+    report, title, run_dir = _measure(config, args.batches, args.checkpoint)
+    from lit_stability.checks.precision_ranges.table import format_report
+
+    print(f"{title}\n\n{format_report(report, limit=None if args.all else 15)}")
+    _write(report, title, run_dir / "ranges" if args.out is None else args.out)
+    return 0
+
+
+def _measure(
+    config: DictConfig, batches: int, checkpoint: str | None
+) -> tuple[RangeReport, str, Path]:
+    """Returns the report, what was measured in words, and the `run_dir` of the config."""
+    from lit_stability.cli.checkpoint_weights import CheckpointWeights
+    from lit_stability.cli.fit import check_options, make_model_and_data, make_trainer
+    from lit_stability.cli.range_meter import RangeMeter
+    from lit_stability.cli.resume import find_checkpoint
+
+    options = check_options(resolve(config))
+    run_dir: Path = options["run_dir"]
+    found = find_checkpoint(checkpoint, run_dir, option="checkpoint")
+    model, data = make_model_and_data(options)
+    meter = RangeMeter(batches)
+    callbacks = [meter, *([CheckpointWeights(found)] if found else [])]
+    bare = options | {"callbacks": None, "logger": None}
+    trainer = make_trainer(bare, callbacks=callbacks, **_MEASURING)
+    trainer.fit(model, datamodule=data)
+    if meter.report is None:
+        raise ConfigError("the config's trainer takes no step; set trainer.max_steps=1 or more")
+    return meter.report, f"{options['experiment']}, {found or 'untrained'}", run_dir
+
+
+def _write(report: RangeReport, title: str, folder: Path) -> None:
+    """Write the report and its picture; what is there already is kept, renamed."""
+    from lit_stability.checks.precision_ranges.plot import draw_ranges
+    from lit_stability.checks.precision_ranges.verdict import judge
+    from lit_stability.figures import MatplotlibMissing, to_png
+    from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16
+    from lit_stability.training_state.atomic_write import write_and_keep
+
+    verdicts = [judge(report, each).as_dict() for each in (FLOAT16, BFLOAT16)]
+    content = {"title": title} | report.as_dict() | {"verdicts": verdicts}
+    write_and_keep(folder / "ranges.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"wrote {folder / 'ranges.json'}")
+    try:
+        picture = to_png(draw_ranges(report, title=title))
+    except MatplotlibMissing as error:
+        print(f"no ranges.png: {error}", file=sys.stderr)
+        return
+    write_and_keep(folder / "ranges.png", picture)
+    print(f"wrote {folder / 'ranges.png'}")

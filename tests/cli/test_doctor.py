@@ -1,0 +1,201 @@
+"""The command, in the process: what it prints and writes, and its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lit_stability import find_last_good
+from lit_stability.cli.main import main
+from lit_stability.faults import NanLoss
+from tests.checks.checkpoint.examples import checkpoint_of
+from tests.conftest import Regression
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a checkpoint in it and good ones below."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint_of(folder, Regression)
+    return folder
+
+
+@pytest.fixture
+def damaged(run, tmp_path):
+    checkpoint = torch.load(run / "saved.ckpt", weights_only=True)
+    checkpoint["state_dict"]["net.0.weight"][0, 0] = float("nan")
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    return tmp_path / "damaged.ckpt"
+
+
+def doctor(*arguments):
+    return main(["doctor", *map(str, arguments)])
+
+
+def test_healthy_checkpoint_exits_with_0_and_is_told(run, capsys):
+    """V4."""
+    assert doctor(run / "saved.ckpt") == 0
+    printed = capsys.readouterr().out
+    assert "a checkpoint of lightning 2." in printed
+    assert "step 40, epoch 1" in printed
+    assert "nothing found" in printed
+    assert "optimizer 0, group 0: 6 parameters, lr 0.01, betas (0.9, 0.999)" in printed
+    assert "steps 0 to 39, nine tenths: loss" in printed
+    assert "net.4.weight" in printed
+
+
+def test_damaged_checkpoint_exits_with_1_and_says_what_to_do(damaged, capsys):
+    """S3, V4."""
+    assert doctor(damaged) == 1
+    printed = capsys.readouterr().out
+    assert "error: non-finite weight: net.0.weight" in printed
+    assert "lit-stability resume RUN" in printed
+    assert "found: 1 error" in printed
+
+
+def test_two_checkpoints_are_compared_and_the_worse_one_counts(run, damaged, capsys):
+    assert doctor(run / "saved.ckpt", damaged) == 1
+    printed = capsys.readouterr().out
+    assert "9 tensors compared, step 40 to step 40" in printed
+    assert "0 -> 1" in printed
+    assert doctor(run / "saved.ckpt", run / "saved.ckpt") == 0
+    assert "9 of them not at all" in capsys.readouterr().out
+
+
+def test_folder_of_a_run_means_its_last_known_good(run, capsys):
+    assert doctor(run) == 0
+    good = find_last_good(run)
+    assert f"{good}, the last known good of {run}" in capsys.readouterr().out
+
+
+def test_files_are_written_whole_and_what_was_there_is_kept(run, damaged, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "report.json", tmp_path / "picture.png"
+    assert doctor(damaged, "--out", out, "--plot", plot) == 1
+    first = json.loads(out.read_text())["checkpoint"]
+    assert (first["schema"], first["healthy"]) == (1, False)
+    assert first["tensors"][0]["nan"] == 1
+    assert first["findings"][0]["where"] == ["net.0.weight"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert doctor(run / "saved.ckpt", damaged, "--out", out, "--plot", plot) == 1
+    assert json.loads(out.read_text())["comparison"]["changes"][0]["non_finite_after"] == 1
+    assert {"report.1.json", "picture.1.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_all_prints_every_row(tmp_path, capsys):
+    torch.save({f"w{i}": torch.ones(2) for i in range(40)}, tmp_path / "many.pt")
+    assert doctor(tmp_path / "many.pt") == 0
+    printed = capsys.readouterr().out
+    assert "25 more tensors; --all shows them" in printed
+    assert "a bare state dict" in printed
+    assert doctor(tmp_path / "many.pt", "--all") == 0
+    printed = capsys.readouterr().out
+    assert "more tensors" not in printed
+    assert "w39 " in printed
+
+
+def test_scene_of_an_incident_shows_its_gradients(tmp_path, capsys):
+    """S3: NaN gradients, by name, of the step that went wrong."""
+    pytest.importorskip("matplotlib")
+    checkpoint_of(tmp_path, Regression, fault=NanLoss(step=20))
+    (scene,) = (tmp_path / "incidents").iterdir()
+    plot = tmp_path / "flow.png"
+    assert doctor(scene, "--plot", plot) == 1
+    printed = capsys.readouterr().out
+    assert "error: non-finite gradient: net.0.weight, net.0.bias" in printed
+    assert "6 of 6 gradients of the offending step are NaN or Inf" in printed
+    assert plot.stat().st_size > 10_000
+
+
+class Attached:
+    """What a checkpoint may carry, and runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (print, ("struck",))
+
+
+def write_object(path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Attached()}, path)
+
+
+def write_shards(path):
+    path.mkdir()
+    (path / ".metadata").touch()
+
+
+def write_cut(path):
+    torch.save({"w": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+REFUSED = {
+    "nothing": (lambda path: None, "no such file; give a checkpoint, or the folder of a run"),
+    "folder": (
+        lambda path: path.mkdir(),
+        "no good checkpoint there; `lit_stability.LastKnownGood`",
+    ),
+    "shards": (write_shards, "a checkpoint in shards"),
+    "cut": (write_cut, "not a checkpoint, or cut short"),
+    "text": (lambda path: path.write_text("hello"), "not a checkpoint, or cut short"),
+    "object": (write_object, "may run code that the file carries, and is not done here"),
+    "number": (lambda path: torch.save(3, path), "holds a int, and no dict of a checkpoint"),
+    "no tensor": (lambda path: torch.save({"epoch": 3}, path), "no tensor among ['epoch']"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_examined_is_a_message_and_code_2(what, tmp_path, capsys):
+    """V4: and no code of the file's is run."""
+    write, message = REFUSED[what]
+    write(tmp_path / "given")
+    assert doctor(tmp_path / "given") == 2
+    printed = capsys.readouterr()
+    assert f"lit-stability: {tmp_path / 'given'}: " in printed.err
+    assert message in printed.err
+    assert "struck" not in printed.out
+    assert "Traceback" not in printed.err
+
+
+def test_older_format_of_torch_is_read(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert doctor(tmp_path / "old.pt") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "report.txt"], "--out report.txt: must end in .json"),
+        (["--plot", "picture.pdf"], "--plot picture.pdf: must end in .png"),
+        (["--out", "nowhere/a.json"], "--out nowhere/a.json: no such folder nowhere"),
+    ],
+)
+def test_target_that_cannot_be_written_is_refused_first(arguments, message, run, capsys):
+    assert doctor(run / "saved.ckpt", *arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_without_matplotlib_the_report_is_written_and_the_extra_named(
+    run, tmp_path, capsys, monkeypatch
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out, plot = tmp_path / "report.json", tmp_path / "picture.png"
+    assert doctor(run / "saved.ckpt", "--out", out, "--plot", plot) == 0
+    assert "pip install 'lit-stability[plots]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_help_documents_the_exit_codes_and_loads_no_torch(capsys):
+    code = (
+        "import sys; from lit_stability.cli.main import main\n"
+        "try: main(['doctor', '--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1  an error was found in CHECKPOINT" in done.stdout

@@ -1,0 +1,207 @@
+"""The command line: what it prints and with which code it exits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import lit_stability
+from lit_stability.cli.main import main
+from lit_stability.training_state.good_checkpoints import find_last_good, step_of
+
+ROOT = Path(lit_stability.__file__).parents[1]
+MODULE = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+
+class Local(BoringModel):
+    def __init__(self, size: int = 1, fail: bool = False) -> None:
+        super().__init__()
+        if fail:
+            raise RuntimeError("struck")
+
+
+class Broken(BoringModel):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)["loss"] * float("nan")
+"""
+CONFIG = """
+seed: 0
+model: {_target_: cli_targets.Local}
+trainer:
+  accelerator: cpu
+  max_steps: 1
+  limit_train_batches: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+logger: null
+"""
+
+
+@pytest.fixture
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder: a package-less module and a `configs/` of two files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "cli_targets", raising=False)
+    (tmp_path / "cli_targets.py").write_text(MODULE)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/small.yaml").write_text(CONFIG)
+    (tmp_path / "configs/longer.yaml").write_text("trainer: {max_steps: 2}")
+    return tmp_path
+
+
+def test_fit_runs_a_target_of_the_current_folder(cwd, capsys):
+    assert main(["fit", "-c", "small", "-c", "longer", "model.size=3"]) == 0
+    assert "small -> runs/small" in capsys.readouterr().out
+    saved = OmegaConf.load(cwd / "runs/small/config.yaml")
+    assert (saved.trainer.max_steps, saved.model.size) == (2, 3)
+
+
+def test_resume_goes_on_from_the_last_checkpoint(cwd, capsys):
+    assert main(["fit", "-c", "small"]) == 0
+    assert main(["fit", "-c", "small", "--resume", "last", "trainer.max_steps=2"]) == 0
+    assert "resumed from runs/small/checkpoints/" in capsys.readouterr().out
+
+
+GOOD = """
+compose: [small]
+trainer: {max_steps: 30, limit_train_batches: 1.0, enable_checkpointing: false}
+callbacks:
+  monitor: {_target_: lit_stability.GradientMonitor}
+  good: {_target_: lit_stability.LastKnownGood, every_n_steps: 10, confirm_after: 3}
+"""
+
+
+@pytest.fixture
+def good_run(cwd):
+    """A finished run with good checkpoints in `runs/good`."""
+    (cwd / "configs/good.yaml").write_text(GOOD)
+    assert main(["fit", "-c", "good"]) == 0
+    return cwd / "runs/good"
+
+
+def test_resume_goes_on_from_the_last_known_good_with_the_run_s_own_config(good_run, capsys):
+    """S12."""
+    good = find_last_good("runs/good")
+    assert main(["resume", "runs/good", "trainer.max_steps=40"]) == 0
+    printed = capsys.readouterr().out
+    assert f"step {step_of(good)} is the last known good; the run finished at step 30" in printed
+    assert f"resumed from {good}" in printed
+    assert OmegaConf.load(good_run / "config.yaml").trainer.max_steps == 40
+    assert OmegaConf.load(good_run / "config.1.yaml").trainer.max_steps == 30
+    good = find_last_good("runs/good")
+    assert main(["fit", "-c", "good", "--resume", "good", "trainer.max_steps=50"]) == 0
+    assert f"resumed from {good}" in capsys.readouterr().out
+
+
+def test_resume_follows_a_run_whose_folder_was_moved(good_run, capsys):
+    good_run.rename(good_run.parent / "moved")
+    assert main(["resume", "runs/moved", "trainer.max_steps=32"]) == 0
+    assert not good_run.exists()
+    assert "good -> runs/moved" in capsys.readouterr().out
+
+
+def test_resume_without_a_good_checkpoint_says_what_can_be_done(cwd, capsys):
+    assert main(["fit", "-c", "small"]) == 0
+    assert main(["resume", "runs/small"]) == 2
+    error = capsys.readouterr().err
+    assert "runs/small: no good checkpoint there" in error
+    assert "lit-stability fit -c runs/small/config.yaml --resume last" in error
+    assert main(["fit", "-c", "small", "--resume", "good"]) == 2
+    assert "resume=good: no good checkpoint under runs/small" in capsys.readouterr().err
+    assert main(["resume", "runs/smal"]) == 2
+    assert "runs/smal: no config.yaml there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "small", "a.b=1", "--print-config", "experiment=x"],
+        ["a.b=1", "-c", "small", "experiment=x", "--print-config"],
+        ["--print-config", "--config", "small", "a.b=1", "experiment=x"],
+    ],
+)
+def test_print_config_prints_it_resolved_and_starts_nothing(arguments, cwd, capsys):
+    assert main(["fit", *arguments]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert (printed.run_dir, printed.a.b) == ("runs/x", 1)
+    assert not (cwd / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "smal"], "lit-stability: smal: no such config file; did you mean small?"),
+        (["-c", "small", "longer"], "longer: expected KEY=VALUE; to add a config file write -c"),
+        (["-c", "small", "trainer.max_step=3"], "trainer.max_step=3: unknown option of"),
+        (["-c", "small", "model.size=x"], "model.size='x': expected int, got str"),
+        (["-c", "small", "run_dir=${x}", "--print-config"], "run_dir: Interpolation key 'x'"),
+        (["-c", "small", "--resume", "last"], "resume=last: no checkpoint under runs/small"),
+    ],
+)
+def test_config_error_is_a_message_without_traceback_and_code_2(arguments, message, cwd, capsys):
+    assert main(["fit", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fti"],
+        ["fit"],
+        ["fit", "-c", "small", "--print"],
+        ["fit", "-c", "small", "--res", "last"],
+        ["fit", "-c", "small", "--other"],
+    ],
+)
+def test_bad_command_line_exits_with_code_2(arguments, cwd, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: lit-stability" in capsys.readouterr().err
+
+
+def test_failure_inside_a_run_is_raised(cwd):
+    with pytest.raises(RuntimeError, match="struck"):
+        main(["fit", "-c", "small", "model.fail=true"])
+
+
+def test_run_that_preflight_stops_exits_with_code_3(cwd, capsys):
+    (cwd / "configs/broken.yaml").write_text(
+        "compose: [small]\nmodel: {_target_: cli_targets.Broken}\ncallbacks:\n"
+        "  preflight: {_target_: lit_stability.Preflight, on_error: stop}\n"
+    )
+    assert main(["fit", "-c", "broken"]) == 3
+    assert "lit-stability: preflight: 1 error" in (told := capsys.readouterr().err)
+    assert "the first loss is nan" in told
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["experiments", "--help"]])
+def test_help_documents_the_exit_codes(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "exit codes:" in capsys.readouterr().out
+
+
+def test_help_print_config_and_a_list_load_neither_torch_nor_lightning(cwd):
+    code = (
+        "import sys; from lit_stability.cli.main import main; "
+        "main(['fit', '-c', 'small', '--print-config']); main(['experiments']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
