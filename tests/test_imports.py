@@ -139,7 +139,7 @@ MAY_IMPORT_TORCH = (
     "cli/instantiate.py",
     "tensorboard/events.py",
     "tensorboard/images.py",
-    "tensorboard/reading.py",
+    "tensorboard/data.py",
 )
 
 
@@ -316,7 +316,7 @@ def test_files_of_decisions_are_the_ones_meant():
         "policies/crash_risk/trends.py",
         "measurement/second_moment_ratio.py",
         "tensorboard/plugin.py",
-        "tensorboard/tab.py",
+        "tensorboard/tab_writer.py",
         "tensorboard/tags.py",
     }
     assert light <= without_torch

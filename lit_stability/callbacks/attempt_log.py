@@ -15,7 +15,7 @@ from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
 from lit_stability.incidents.step_history import Attempts, row_of
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.tensorboard.tab import StabilityTab
+from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.trainer_internals import parameters_of
 from lit_stability.training_state.gradient_clipping import clip_threshold
 

@@ -14,7 +14,7 @@ from lit_stability.incidents.log import IncidentRecord
 from lit_stability.incidents.report import summary_table
 from lit_stability.incidents.step_history import Attempts
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.tensorboard.writer import StabilityWriter
+from lit_stability.tensorboard.scalar_writer import StabilityWriter
 from lit_stability.trainer_internals import logger_step, run_directory
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

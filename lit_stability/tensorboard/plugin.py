@@ -16,7 +16,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from lit_stability.incidents.log import to_json
-from lit_stability.tensorboard.reading import NoDataError, StabilityData
+from lit_stability.tensorboard.data import NoDataError, StabilityData
 from lit_stability.tensorboard.tags import PLUGIN, QUANTITIES
 
 log = logging.getLogger("tensorboard")
@@ -40,7 +40,7 @@ Answer = Callable[[StabilityData, Any], Any]
 
 
 class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """Serves what `lit_stability.tensorboard.tab` has written, and the page that shows it.
+    """Serves what `lit_stability.tensorboard.tab_writer` has written, and the page that shows it.
 
     ``runs``; ``steps?run=R``; ``layers?run=R&quantity=Q``; ``incidents?run=R``: JSON, in which NaN
     and Inf are strings. All but the first take ``optimizer=1`` and so on, where there are several.

@@ -22,7 +22,7 @@ from lit_stability.incidents.step_history import Attempts, row_of
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.loader import StabilityLoader
 from lit_stability.tensorboard.plugin import MIMETYPES, StabilityPlugin
-from lit_stability.tensorboard.tab import StabilityTab
+from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.tensorboard.tags import SAMPLES
 
 

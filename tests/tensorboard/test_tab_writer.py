@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, row_of
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
-from lit_stability.tensorboard.tab import StabilityTab, update_ratios
+from lit_stability.tensorboard.tab_writer import StabilityTab, update_ratios
 from lit_stability.tensorboard.tags import layers_tag, steps_tag
 
 
@@ -112,7 +112,7 @@ def test_second_optimizer_has_series_of_its_own(tmp_path):
 
 KILLED = """
 import json, os, sys
-from tests.tensorboard.test_tab import Logger, StabilityTab, SummaryWriter, attempt
+from tests.tensorboard.test_tab_writer import Logger, StabilityTab, SummaryWriter, attempt
 tab = StabilityTab([Logger(SummaryWriter(sys.argv[1], flush_secs=10_000, max_queue=10_000))])
 for number in range(1, 501):
     attempt(tab, number)
