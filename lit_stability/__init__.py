@@ -28,7 +28,7 @@ _HOME = {
     "StepStats": "measurement.step_stats",
     "TrainingStopped": "incidents",
     "find_last_good": "training_state.good_checkpoints",
-    "fit_with_recovery": "recovery",
+    "fit_with_recovery": "restart",
     "locate_nonfinite": "diagnosis.nonfinite",
     "measure_attention": "measurement.attention_monitor",
     "read_incidents": "incidents.log",

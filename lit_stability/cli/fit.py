@@ -29,7 +29,7 @@ from lit_stability.cli.experiments.closing import Closing
 from lit_stability.cli.instantiate import Build, bind
 from lit_stability.cli.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.errors import ConfigError
-from lit_stability.recovery import Recover, fit_with_recovery
+from lit_stability.restart import Recover, fit_with_recovery
 from lit_stability.trainer_internals import callbacks_of
 from lit_stability.training_state.atomic_write import write_and_keep
 

@@ -10,15 +10,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import call_hook, lower_learning_rate
-from lit_stability.recovery.beginning import Beginning
-from lit_stability.recovery.counters import count_in_parts, forget_moments
-from lit_stability.recovery.memory import batch_sizes
-from lit_stability.recovery.remedies import Plan
+from lit_stability.restart.checkpoint_edits import count_in_parts, forget_moments
+from lit_stability.restart.initial_state import Beginning
+from lit_stability.restart.memory import batch_sizes
+from lit_stability.restart.remedies import Plan
 from lit_stability.trainer_internals import callbacks_of
 from lit_stability.trainer_internals.skip_batches import TrainingData
 from lit_stability.training_state.lr_multiplier import learning_rate_scale
 
-_KEY = "lit_stability.recovery"
+_KEY = "lit_stability.restart"
 _PARTS = "accumulate_grad_batches"
 
 

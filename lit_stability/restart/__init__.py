@@ -3,7 +3,7 @@
 May import Lightning.
 """
 
-from lit_stability.recovery.fit import fit_with_recovery
-from lit_stability.recovery.loop import Recover, RecoveryResult
+from lit_stability.restart.fit import fit_with_recovery
+from lit_stability.restart.loop import Recover, RecoveryResult
 
 __all__ = ["Recover", "RecoveryResult", "fit_with_recovery"]

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lit_stability.incidents.log import append_line
-from lit_stability.recovery.crashes import Crash
+from lit_stability.restart.crashes import Crash
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 

@@ -25,7 +25,7 @@ from lit_stability.checks.preflight import PreflightError, Report
 from lit_stability.detectors import Anomaly
 from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.incidents import Incident
-from lit_stability.recovery.crashes import kind_of
+from lit_stability.restart.crashes import kind_of
 from tests.conftest import flat, make_trainer
 
 SAMPLES, SIZE = 64, 8

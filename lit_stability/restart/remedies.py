@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.parsing import (
 )
 
 from lit_stability.callbacks.hooks import implements
-from lit_stability.recovery.crashes import Crash
-from lit_stability.recovery.memory import batch_sizes, checkpoint_activations, drops_last
+from lit_stability.restart.crashes import Crash
+from lit_stability.restart.memory import batch_sizes, checkpoint_activations, drops_last
 from lit_stability.trainer_internals import callbacks_of
 
 CUT = 0.5

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lit_stability.recovery.loop import Recover, Recovery, RecoveryResult
-from lit_stability.recovery.sources import Find, Sources
+from lit_stability.restart.loop import Recover, Recovery, RecoveryResult
+from lit_stability.restart.resume_source import Find, Sources
 
 
 def fit_with_recovery(

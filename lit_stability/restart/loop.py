@@ -14,9 +14,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.recovery.attempt import Attempt, CountedInPartsError, RemedyFailedError
-from lit_stability.recovery.beginning import Beginning
-from lit_stability.recovery.crashes import (
+from lit_stability.restart.callback import Attempt, CountedInPartsError, RemedyFailedError
+from lit_stability.restart.crashes import (
     Crash,
     forget_locals,
     free_memory,
@@ -24,10 +23,11 @@ from lit_stability.recovery.crashes import (
     kind_of,
     place_of,
 )
-from lit_stability.recovery.record import RecoveryRecord
-from lit_stability.recovery.remedies import GiveUp, Plan
-from lit_stability.recovery.sources import Sources
-from lit_stability.recovery.trainers import Trainers, own_callbacks
+from lit_stability.restart.initial_state import Beginning
+from lit_stability.restart.record import RecoveryRecord
+from lit_stability.restart.remedies import GiveUp, Plan
+from lit_stability.restart.resume_source import Sources
+from lit_stability.restart.trainers import Trainers, own_callbacks
 from lit_stability.trainer_internals import callbacks_of, run_directory
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
