@@ -34,7 +34,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
 from benchmarks.results import Spread, Table, add_options, folder_of, save
-from lit_stability.callbacks.attempt_log import AttemptLog
+from lit_stability.callbacks.gradient_monitor.step_history_writer import AttemptLog
 from lit_stability.incidents.step_history import Attempts
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.plugin import StabilityPlugin

@@ -27,6 +27,6 @@ def callbacks() -> list[Any]:
         )
     if asked != "1":
         return []
-    from lit_stability.callbacks.automatic import AutomaticSuite
+    from lit_stability.callbacks.automatic_suite import AutomaticSuite
 
     return [AutomaticSuite()]

@@ -12,135 +12,78 @@ from lit_stability import detectors
 
 ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
-MAY_IMPORT_LIGHTNING = (
-    "callbacks/__init__.py",
-    "callbacks/acceptance.py",
-    "callbacks/adaptive_clipping.py",
-    "callbacks/anomaly_checkpoint.py",
-    "callbacks/attempt_log.py",
-    "callbacks/attention_probe.py",
-    "callbacks/auto_rollback.py",
-    "callbacks/automatic.py",
-    "cli/checkpoint_weights.py",
-    "callbacks/council.py",
-    "callbacks/crash_prediction.py",
-    "callbacks/curvature_probe.py",
-    "callbacks/desk.py",
-    "callbacks/diagnosis.py",
-    "callbacks/good_keeper.py",
-    "callbacks/good_resume.py",
-    "callbacks/gradient_flow.py",
-    "callbacks/gradient_monitor.py",
-    "callbacks/hooks.py",
-    "callbacks/last_known_good.py",
-    "callbacks/measuring.py",
-    "callbacks/nonfinite_locator.py",
-    "callbacks/precaution.py",
-    "callbacks/precision_fallback.py",
-    "callbacks/precision_proof.py",
-    "callbacks/preflight.py",
-    "cli/range_meter.py",
-    "callbacks/reporting.py",
-    "callbacks/requirements.py",
-    "callbacks/rewinder.py",
-    "callbacks/treatment.py",
-    "cli/check.py",
-    "cli/experiments/closing.py",
-    "faults.py",
-    "cli/fit.py",
-    "restart/__init__.py",
-    "restart/callback.py",
-    "restart/initial_state.py",
-    "restart/fit.py",
-    "trainer_internals/skip_batches.py",
-    "restart/loop.py",
-    "restart/memory.py",
-    "restart/remedies.py",
-    "restart/trainers.py",
-    "cli/resume.py",
-    "trainer_internals/__init__.py",
-    "trainer_internals/isolation.py",
-    "trainer_internals/checkpoint_ledger.py",
-    "trainer_internals/callback_state.py",
-    "trainer_internals/data_position.py",
-    "trainer_internals/dataloaders.py",
-    "trainer_internals/metrics.py",
-    "trainer_internals/next_step.py",
-    "trainer_internals/precision.py",
-    "trainer_internals/loop_counters.py",
-    "trainer_internals/batch_replay.py",
-    "trainer_internals/step_rerun.py",
-    "trainer_internals/incident_checkpoint.py",
-    "trainer_internals/training_snapshot.py",
-    "trainer_internals/strategies.py",
-    "trainer_internals/skip_step.py",
-    "trainer_internals/trainer_view.py",
-    "trainer_internals/reference_step.py",
-)
-MAY_IMPORT_TORCH = (
-    *MAY_IMPORT_LIGHTNING,
-    "measurement/attention_logits.py",
-    "measurement/attention_monitor.py",
-    "measurement/batched_norms.py",
-    "measurement/tensor_tree.py",
-    "training_state/host_copy.py",
-    "training_state/async_writer.py",
-    "cli/main.py",
-    "training_state/gradient_clipping.py",
-    "measurement/compiled.py",
-    "cli/config.py",
-    "measurement/curvature.py",
-    "measurement/gradient_distribution.py",
-    "checks/checkpoint/difference.py",
-    "checks/checkpoint/examination.py",
-    "checks/checkpoint/load.py",
-    "checks/checkpoint/measure.py",
-    "checks/checkpoint/optimizer_state.py",
-    "training_state/frozen_weights.py",
-    "measurement/half_precision.py",
-    "training_state/fp32_modules.py",
-    "diagnosis/nonfinite/call_sites.py",
-    "diagnosis/nonfinite/kernel_call.py",
-    "diagnosis/nonfinite/rerun.py",
-    "diagnosis/nonfinite/step_state.py",
-    "diagnosis/nonfinite/values.py",
-    "diagnosis/nonfinite/variables.py",
-    "diagnosis/nonfinite/watch.py",
-    "training_state/lr_multiplier.py",
-    "measurement/step_meter.py",
-    "measurement/optimizer_moments.py",
-    "measurement/norms.py",
-    "checks/preflight/__init__.py",
-    "checks/preflight/branches.py",
-    "checks/preflight/checklist.py",
-    "checks/preflight/inputs.py",
-    "checks/preflight/loss.py",
-    "checks/preflight/masks.py",
-    "checks/preflight/memorise.py",
-    "checks/preflight/modes.py",
-    "checks/preflight/observation.py",
-    "checks/preflight/operations.py",
-    "checks/preflight/positions.py",
-    "checks/preflight/rates.py",
-    "checks/preflight/scales.py",
-    "checks/preflight/sharing.py",
-    "checks/preflight/subject.py",
-    "checks/preflight/trainable.py",
-    "checks/precision_ranges/measure.py",
-    "checks/precision_ranges/tally.py",
-    "measurement/distributed_step_meter.py",
-    "distributed/collectives.py",
-    "restart/crashes.py",
-    "training_state/rng.py",
-    "measurement/lost_updates.py",
-    "measurement/weight_sampling.py",
-    "distributed/dtensor.py",
-    "training_state/snapshot.py",
-    "cli/instantiate.py",
-    "tensorboard/events.py",
-    "tensorboard/images.py",
-    "tensorboard/data.py",
-)
+ROOMS = {
+    "versions": set(),
+    "errors": set(),
+    "figures": set(),
+    "distributed": set(),
+    "measurement": {"distributed"},
+    "training_state": {"distributed", "measurement"},
+    "faults": {"distributed", "measurement"},
+    "detectors": {"measurement"},
+    "diagnosis": {"detectors", "distributed", "measurement", "training_state"},
+    "policies": {"detectors", "diagnosis", "measurement"},
+    "incidents": {"detectors", "diagnosis", "measurement", "policies"},
+    "trainer_internals": {"diagnosis", "distributed", "measurement", "training_state"},
+    "checks": {"diagnosis", "errors", "figures", "measurement", "training_state"},
+    "tensorboard": {"incidents", "measurement"},
+    "callbacks": {
+        *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
+        *("measurement", "policies", "tensorboard", "trainer_internals", "training_state"),
+        "versions",
+    },
+    "restart": {"callbacks", "checks", "incidents", "trainer_internals", "training_state"},
+    "cli": {
+        *("callbacks", "checks", "errors", "figures", "incidents", "measurement", "restart"),
+        *("trainer_internals", "training_state"),
+    },
+    "registration": {"callbacks"},
+}
+"""Every room, from the lowest up, and the rooms that its files import: only lower ones."""
+
+WITH_LIGHTNING = {"callbacks", "trainer_internals", "restart", "cli", "faults"}
+WITHOUT_TORCH = {
+    *("versions", "errors", "figures", "detectors", "policies", "incidents", "registration"),
+}
+LIGHT = {
+    "__init__.py",
+    "measurement/__init__.py",
+    "measurement/float_formats.py",
+    "measurement/second_moment_ratio.py",
+    "measurement/step_stats.py",
+    "training_state/__init__.py",
+    "training_state/atomic_write.py",
+    "training_state/good_checkpoints.py",
+    "training_state/snapshot_rotation.py",
+    "diagnosis/nonfinite/advice.py",
+    "diagnosis/nonfinite/origin.py",
+    "callbacks/gradient_flow/layer_rows.py",
+    "callbacks/gradient_flow/picture.py",
+    "checks/checkpoint/comparison.py",
+    "checks/checkpoint/report.py",
+    "checks/checkpoint/run_findings.py",
+    "checks/checkpoint/table.py",
+    "checks/checkpoint/tensor_findings.py",
+    "checks/precision_ranges/bins.py",
+    "checks/precision_ranges/report.py",
+    "checks/precision_ranges/verdict.py",
+    "tensorboard/plugin.py",
+    "tensorboard/tab_writer.py",
+    "tensorboard/tags.py",
+    *(f"cli/experiments/{m}.py" for m in ("expectation", "judgement", "outcome", "running")),
+    *(f"restart/{m}.py" for m in ("checkpoint_edits", "record", "resume_source")),
+}
+"""Files of other rooms that import no torch either: TensorBoard, or a table, needs them light."""
+
+
+def room_of(path):
+    return path.split("/")[0].removesuffix(".py")
+
+
+def is_light(path):
+    room = room_of(path)
+    inside = room == "diagnosis" and not path.startswith("diagnosis/nonfinite/")
+    return room in WITHOUT_TORCH or inside or path in LIGHT
 
 
 def modules(tree, everywhere):
@@ -180,7 +123,6 @@ def loaded_by(statement):
         "from lit_stability import read_incidents, Anomaly, Incident, TrainingStopped",
         "from lit_stability.checks.precision_ranges import RangeReport, format_report, judge",
         "from lit_stability.checks.checkpoint import Finding, HealthReport, format_report",
-        "import lit_stability.gradient_flow",
         "from lit_stability.policies.clip_rules import TieredClip; TieredClip()",
         "from lit_stability.policies.crash_risk import CrashRisk; CrashRisk()",
         "from lit_stability.cli.experiments import Expectation, judge",
@@ -270,74 +212,57 @@ def test_detectors_export_what_they_define():
     } == set(detectors.__all__)
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if not f.startswith(MAY_IMPORT_LIGHTNING)])
+def own_imports(path):
+    """Rooms of this package that a file imports, also inside of functions, its own left out."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf8"))
+    names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+    names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    rooms = {name.split(".")[1] for name in names if name.startswith("lit_stability.")}
+    return rooms - {room_of(path)}
+
+
+def test_rooms_look_downwards():
+    """The list of rooms is an order: no file imports from a room above its own."""
+    order = list(ROOMS)
+    for room, below in ROOMS.items():
+        assert all(order.index(each) < order.index(room) for each in below), room
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_the_rooms_that_it_is_known_to(room):
+    files = [f for f in FILES if room_of(f) == room]
+    assert files
+    found = {f: own_imports(f) - ROOMS[room] for f in files}
+    assert {f: rooms for f, rooms in found.items() if rooms} == {}
+    assert set().union(*map(own_imports, files)) == ROOMS[room], "an arrow that is gone"
+
+
+def test_every_file_is_in_a_room():
+    assert {room_of(f) for f in FILES} == {*ROOMS, "__init__"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room_of(f) not in WITH_LIGHTNING])
 def test_file_outside_the_shell_imports_no_lightning(path):
     assert not imported(path) & {"lightning", "pytorch_lightning", "torchmetrics"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)])
+@pytest.mark.parametrize("path", [f for f in FILES if is_light(f)])
 def test_file_of_decisions_imports_no_torch(path):
     assert not imported(path) & {"torch", "numpy"}
 
 
-def test_files_of_decisions_are_the_ones_meant():
-    """The lists above must not let a file of decisions slip out."""
-    without_torch = {f for f in FILES if not f.startswith(MAY_IMPORT_TORCH)}
-    light = {
-        "__init__.py",
-        "incidents/step_history.py",
-        "policies/clip_rules/deviation.py",
-        "policies/clip_rules/percentile.py",
-        "policies/clip_rules/rule.py",
-        "policies/clip_rules/tiers.py",
-        "detectors/attention_logits.py",
-        "detectors/spike.py",
-        "detectors/stale_moments.py",
-        "checks/checkpoint/comparison.py",
-        "checks/checkpoint/report.py",
-        "checks/checkpoint/run_findings.py",
-        "checks/checkpoint/table.py",
-        "checks/checkpoint/tensor_findings.py",
-        "cli/experiments/expectation.py",
-        "cli/experiments/judgement.py",
-        "cli/experiments/outcome.py",
-        "cli/experiments/running.py",
-        "figures.py",
-        "measurement/float_formats.py",
-        "gradient_flow.py",
-        "incidents/incident.py",
-        "policies/escalation.py",
-        "training_state/good_checkpoints.py",
-        "checks/precision_ranges/bins.py",
-        "checks/precision_ranges/report.py",
-        "checks/precision_ranges/verdict.py",
-        "policies/crash_risk/model.py",
-        "policies/crash_risk/prevention.py",
-        "policies/crash_risk/trends.py",
-        "measurement/second_moment_ratio.py",
-        "tensorboard/plugin.py",
-        "tensorboard/tab_writer.py",
-        "tensorboard/tags.py",
-    }
-    assert light <= without_torch
+def test_light_files_exist():
+    assert set(FILES) >= LIGHT
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "cli/main.py",
-        "cli/instantiate.py",
-        "cli/config.py",
-        "tensorboard/__init__.py",
-        "tensorboard/loader.py",
-        "checks/precision_ranges/__init__.py",
-        "cli/ranges.py",
+        *("cli/__init__.py", "cli/main.py", "cli/instantiate.py", "cli/config.py"),
+        *("cli/ranges.py", "cli/doctor.py", "tensorboard/__init__.py", "tensorboard/loader.py"),
+        *("checks/__init__.py", "checks/precision_ranges/__init__.py"),
         "checks/checkpoint/__init__.py",
-        "cli/doctor.py",
-        "cli/experiments/__init__.py",
-        "cli/experiments/catalogue.py",
-        "cli/experiments/command.py",
-        "cli/experiments/table.py",
+        *(f"cli/experiments/{m}.py" for m in ("__init__", "catalogue", "command", "table")),
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_stability.callbacks.acceptance import require_package
+from lit_stability.callbacks.gradient_monitor.reporter import log
+from lit_stability.callbacks.gradient_monitor.validation import require_package
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.reporting import log
 from lit_stability.checks.preflight import (
     Expectations,
     Finding,

@@ -129,9 +129,9 @@ def _compare(examined: Sequence[_Examined], limit: int | None) -> Comparison:
 
 def _plot(path: Path, examined: Sequence[_Examined], comparison: Comparison | None) -> None:
     """Draw the comparison; or the gradients of an incident; or weights and moments."""
+    from lit_stability.callbacks.gradient_flow.picture import draw_gradient_flow
     from lit_stability.checks.checkpoint.plot import draw_comparison, draw_health
     from lit_stability.figures import MatplotlibMissing, to_png
-    from lit_stability.gradient_flow import draw_gradient_flow
 
     first = examined[0]
     try:

@@ -22,7 +22,7 @@ from lightning.pytorch import (
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from lit_stability.callbacks.automatic import AutomaticSuite
+from lit_stability.callbacks.automatic_suite import AutomaticSuite
 from lit_stability.cli.config import compose, resolve
 from lit_stability.cli.experiments import Expectation
 from lit_stability.cli.experiments.closing import Closing

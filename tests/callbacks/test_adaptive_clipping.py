@@ -237,7 +237,7 @@ def test_optimizer_is_left_at_its_nominal_rate_after_a_fit(tmp_path):
 
 @pytest.mark.parametrize("rule", [1.0, PercentileClip, "tiered"])
 def test_rule_that_is_none_is_refused_with_its_value(rule):
-    with pytest.raises(ValueError, match=r"rule must be an object such as .*, got "):
+    with pytest.raises(ValueError, match=r"rule must be an object, as .*, got "):
         AdaptiveGradientClipping(rule=rule)
 
 

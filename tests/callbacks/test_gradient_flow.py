@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_stability import AutoRollback, GradientFlow, GradientMonitor, stability_callbacks
-from lit_stability.callbacks import gradient_flow
+from lit_stability.callbacks.gradient_flow import callback as gradient_flow
 from lit_stability.cli.main import main
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.callbacks.test_battery import TwoOptimizers

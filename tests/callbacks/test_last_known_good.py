@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lit_stability import AutoRollback, GradientMonitor, LastKnownGood, find_last_good
-from lit_stability.callbacks.good_resume import RestoredStateDiffers
+from lit_stability.callbacks.last_known_good.resume_check import RestoredStateDiffers
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.training_state import async_writer as writer
 from lit_stability.training_state.good_checkpoints import RunEnd, good_files, step_of

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning.pytorch import Trainer
 
-from lit_stability.callbacks.attempt_log import AttemptLog
+from lit_stability.callbacks.gradient_monitor.step_history_writer import AttemptLog
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.incidents.report import summary_table

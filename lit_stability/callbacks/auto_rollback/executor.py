@@ -6,8 +6,8 @@ import math
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.auto_rollback.rollback_engine import Rewinder
 from lit_stability.callbacks.hooks import call_hook
-from lit_stability.callbacks.rewinder import Rewinder
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.policies.actions import Response, RollBack, RunAgain, SkipStep, Stop

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from lit_stability.callbacks.gradient_flow.layer_rows import layer_rows
+from lit_stability.callbacks.gradient_flow.picture import draw_gradient_flow
 from lit_stability.figures import BLUE, RED, MatplotlibMissing, to_png
-from lit_stability.gradient_flow import draw_gradient_flow
-from lit_stability.layer_rows import layer_rows
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.gradient_monitor.reporter import Reporter
 from lit_stability.callbacks.hooks import call_hook
-from lit_stability.callbacks.reporting import Reporter
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
 from lit_stability.measurement.step_stats import StepStats

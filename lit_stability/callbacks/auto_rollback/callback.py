@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.auto_rollback.executor import Treatment
+from lit_stability.callbacks.auto_rollback.rollback_engine import Rewinder
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
     require_monitor,
     require_tried_strategy,
     require_whole_optimizers,
 )
-from lit_stability.callbacks.rewinder import Rewinder
-from lit_stability.callbacks.treatment import Treatment
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident

@@ -11,12 +11,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.callbacks.acceptance import asked_detectors, require_package, require_watchable
-from lit_stability.callbacks.council import Council
-from lit_stability.callbacks.desk import IncidentDesk, Voted
+from lit_stability.callbacks.gradient_monitor.incident_tracker import IncidentDesk, Voted
+from lit_stability.callbacks.gradient_monitor.rank_consensus import Council
+from lit_stability.callbacks.gradient_monitor.reporter import Reporter, log
+from lit_stability.callbacks.gradient_monitor.step_measurer import Measuring
+from lit_stability.callbacks.gradient_monitor.validation import (
+    asked_detectors,
+    require_package,
+    require_watchable,
+)
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
-from lit_stability.callbacks.measuring import Measuring
-from lit_stability.callbacks.reporting import Reporter, log
 from lit_stability.detectors import Anomaly, Detector, Panel, disagreement, with_damage
 from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped

@@ -7,8 +7,8 @@ import weakref
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks import stability_callbacks
+from lit_stability.callbacks.gradient_monitor.reporter import log
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.reporting import log
 from lit_stability.trainer_internals import callbacks_of
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.good_keeper import GoodKeeper
-from lit_stability.callbacks.good_resume import RunBehind, Verification
 from lit_stability.callbacks.hooks import StabilityCallback
+from lit_stability.callbacks.last_known_good.checkpoint_manager import GoodKeeper
+from lit_stability.callbacks.last_known_good.resume_check import RunBehind, Verification
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats

@@ -11,8 +11,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lit_stability.callbacks.gradient_flow.layer_rows import (
+    LayerRow,
+    joined_norm,
+    layer_rows,
+    norm_of,
+)
 from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure
-from lit_stability.layer_rows import LayerRow, joined_norm, layer_rows, norm_of
 from lit_stability.measurement.step_stats import GradientDetail
 
 if TYPE_CHECKING:

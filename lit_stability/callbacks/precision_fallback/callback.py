@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook
-from lit_stability.callbacks.precision_proof import PrecisionProof
+from lit_stability.callbacks.precision_fallback.float32_rerun import PrecisionProof
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.crash_prediction.preventive_actions import Precaution, stopped
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.precaution import Precaution, stopped
 from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require, require_instance
