@@ -117,7 +117,7 @@ def run(change: str, optimizer: str, seed: int, callbacks: list[Callback]) -> Ru
     return Run(
         ended,
         fmean(module.losses[-LAST:]),
-        sum(incident.strikes for incident in incidents),
+        sum(incident.occurrences for incident in incidents),
         [f"{i.first.kind}: {i.cause}, {i.outcome}" for i in incidents],
     )
 

@@ -202,7 +202,7 @@ def count(steps: Iterable[StepStats], detectors: list[Detector]) -> dict[str, in
             anomaly = detector.check(stats)
             if anomaly is not None:
                 found[name_of(detector)] += 1
-            if anomaly is None or anomaly.observe_only:
+            if anomaly is None or anomaly.warn_only:
                 detector.update(stats)
     return found
 

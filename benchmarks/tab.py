@@ -34,8 +34,8 @@ from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
 from benchmarks.results import Spread, Table, add_options, folder_of, save
-from lit_stability.callbacks.gradient_monitor.step_history_writer import AttemptLog
-from lit_stability.incidents.step_history import Attempts
+from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
+from lit_stability.incidents.step_history import StepHistory
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.plugin import StabilityPlugin
 from lit_stability.tensorboard.tags import SAMPLES
@@ -65,7 +65,7 @@ def measurement(step: int, layers: int, *, scan: bool) -> StepStats:
     )
 
 
-def log_on(root: Path, layers: int) -> tuple[Trainer, AttemptLog, torch.optim.Optimizer]:
+def log_on(root: Path, layers: int) -> tuple[Trainer, StepHistoryWriter, torch.optim.Optimizer]:
     """A Trainer that is not run, its attempt log, and an optimizer with gradients."""
     logger = TensorBoardLogger(root, "run", "")
     options = {"enable_progress_bar": False, "enable_checkpointing": False}
@@ -73,7 +73,7 @@ def log_on(root: Path, layers: int) -> tuple[Trainer, AttemptLog, torch.optim.Op
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(layers)]
     for weight in weights:
         weight.grad = torch.zeros(1)
-    return trainer, AttemptLog(trainer, Attempts()), torch.optim.SGD(weights, 1.0)
+    return trainer, StepHistoryWriter(trainer, StepHistory()), torch.optim.SGD(weights, 1.0)
 
 
 def attempt_costs(

@@ -43,7 +43,7 @@ class Fault:
             raise ValueError(f"step must be 0 or more, got {self.step!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps!r}")
-        self.struck = 0
+        self.injected = 0
 
     def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Called before the training step."""
@@ -223,17 +223,17 @@ class FaultInjector(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Choose the faults of this batch."""
-        self._active = [f for f in self.faults if self._strikes(f, trainer)]
+        self._active = [f for f in self.faults if self._is_due(f, trainer)]
         for fault in self._active:
-            fault.struck += 1
+            fault.injected += 1
             fault.on_batch(trainer, pl_module, batch)
 
     @staticmethod
-    def _strikes(fault: Fault, trainer: Trainer) -> bool:
+    def _is_due(fault: Fault, trainer: Trainer) -> bool:
         here = fault.rank is None or fault.rank == trainer.global_rank
         # Once begun it goes on through vetoed steps, which do not count.
-        due = trainer.global_step >= fault.step or fault.struck > 0
-        return here and due and fault.struck < fault.steps
+        due = trainer.global_step >= fault.step or fault.injected > 0
+        return here and due and fault.injected < fault.steps
 
     def _spoil(self, output: Any) -> Any:
         for fault in self._active:

@@ -26,7 +26,9 @@ ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "configs").is_d
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
-from lit_stability import launch, read_incidents
+from lit_stability import read_incidents
+from lit_stability.cli.config import compose
+from lit_stability.cli.fit import fit
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
@@ -89,9 +91,9 @@ def train(name):
         "callbacks.losses._target_=__main__.Losses",
     ]
     struck = [STRIKES] if name != "translation_clean" else []
-    config = launch.compose([name], options + (SMALL + struck if FAST else []))
+    config = compose([name], options + (SMALL + struck if FAST else []))
     with contextlib.redirect_stdout(io.StringIO()):
-        launch.fit(config)
+        fit(config)
     return sorted(losses.items()), folder
 
 

@@ -24,9 +24,10 @@ ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "configs").is_d
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
-from lit_stability import launch, read_incidents
+from lit_stability import read_incidents
 from lit_stability.cli.check import examine
-from lit_stability.cli.config import resolve
+from lit_stability.cli.config import compose, resolve
+from lit_stability.cli.fit import check_options, fit
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 FAST = (
@@ -42,8 +43,8 @@ told = set()
 
 def check(name, *options):
     """Tell what the checks before step 1 find in an experiment, of the data once; no notes."""
-    config = launch.compose([name], [f"run_dir={RUNS / name}", *QUIET, *DATA, *options])
-    for each in examine(launch.check_options(resolve(config))).ordered():
+    config = compose([name], [f"run_dir={RUNS / name}", *QUIET, *DATA, *options])
+    for each in examine(check_options(resolve(config))).ordered():
         if each.severity != "note" and (each.check != "batch" or not told):
             print(each.text(), "\n")
             told.add(each.check)
@@ -52,9 +53,9 @@ def check(name, *options):
 def train(name, *options):
     """Run an experiment, and return its metrics."""
     fixed = [*QUIET, "evaluate=none", "trainer.enable_checkpointing=false"]
-    config = launch.compose([name], [f"run_dir={RUNS / name}", *fixed, *options])
+    config = compose([name], [f"run_dir={RUNS / name}", *fixed, *options])
     with contextlib.redirect_stdout(io.StringIO()):
-        return launch.fit(config).metrics
+        return fit(config).metrics
 
 
 # %% [markdown]

@@ -15,7 +15,7 @@ from lit_stability.policies.clip_rules import (
     TieredClip,
     ZScoreClip,
 )
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.rank_cases import fit_rank, whole
 
 # A threshold amid the norms of the small nets, so that about every other step is clipped.
@@ -42,10 +42,10 @@ class Norms(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
-        vetoed = any(grad is None for grad in grads)
-        flat = [torch.zeros(1)] if vetoed else [grad.flatten() for grad in grads]
+        skipped = any(grad is None for grad in grads)
+        flat = [torch.zeros(1)] if skipped else [grad.flatten() for grad in grads]
         self.clipped.append(float(torch.cat(flat).double().norm()))
-        self.factors.append(min(learning_rate_scale(optimizer).factors, default=1.0))
+        self.factors.append(min(learning_rate_multiplier(optimizer).factors, default=1.0))
 
 
 def suite(rule, *others):
@@ -75,8 +75,8 @@ class WholeNorms(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        vetoed = any(grad is None for grad in grads)
-        self.clipped.append(0.0 if vetoed else float(whole(grads).norm()))
+        skipped = any(grad is None for grad in grads)
+        self.clipped.append(0.0 if skipped else float(whole(grads).norm()))
 
 
 def clipped_fits(root, name):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lit_stability import AutoRollback, GradientMonitor, PrecisionFallback
-from lit_stability.training_state.fp32_modules import islands_of
+from lit_stability.training_state.fp32_modules import fp32_modules_of
 from tests.rank_cases import Net, fit_rank, told, whole
 
 
@@ -47,7 +47,7 @@ class Slow(Net):
 def fallen(root, name, module, options):
     """What a rank tells of a fit that falls back."""
     warnings.simplefilter("ignore")
-    fallback = PrecisionFallback(max_islands=options.pop("max_islands", 0))
+    fallback = PrecisionFallback(max_fp32_modules=options.pop("max_fp32_modules", 0))
     suite = [GradientMonitor(), fallback, AutoRollback()]
     net, trainer = fit_rank(root, name, suite, module=module, **options)
     return {
@@ -55,7 +55,7 @@ def fallen(root, name, module, options):
         "evidence": [i.evidence for i in suite[0].incidents],
         "precision": trainer.precision,
         "weights": whole(net.parameters()),
-        "islands": islands_of(net),
+        "islands": fp32_modules_of(net),
         "formats": {str(p.dtype) for p in net.parameters()},
         "losses": net.losses,
     }
@@ -63,7 +63,7 @@ def fallen(root, name, module, options):
 
 CASES = {
     "ddp fp16": ("ddp", OutOfRange, {"fp16": True}),
-    "ddp island": ("ddp", OutOfRange, {"fp16": True, "max_islands": 3}),
+    "ddp island": ("ddp", OutOfRange, {"fp16": True, "max_fp32_modules": 3}),
     "ddp begun in bf16": ("ddp", OutOfRange, {"precision": "bf16-mixed"}),
     "ddp bf16 weights": ("ddp", Slow, {"precision": "bf16-true", "max_steps": 170}),
     "fsdp2 bf16": ("fsdp2", Rounded, {"precision": "bf16-mixed"}),

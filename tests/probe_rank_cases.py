@@ -21,12 +21,14 @@ class AttendingRank(Attending):
 def readings(root, probed):
     """Readings by step, weights, and the mean of the ratios that each rank has by itself."""
     warnings.simplefilter("ignore")
-    tape = Tape()
+    recorded_step = Tape()
     probes = [AttentionProbe(every=5), CurvatureProbe(every=5)] if probed else []
     net, _ = fit_rank(
-        root, "ddp", [GradientMonitor(), *probes, tape], module=AttendingRank, max_steps=12
+        root, "ddp", [GradientMonitor(), *probes, recorded_step], module=AttendingRank, max_steps=12
     )
-    found = [(s.step, [(r.quantity, r.where, r.value) for r in s.readings]) for s in tape.stats]
+    found = [
+        (s.step, [(r.quantity, r.where, r.value) for r in s.readings]) for s in recorded_step.stats
+    ]
     return {
         "readings": [(step, each) for step, each in found if each],
         "steps": [step for step, _ in found],
@@ -61,9 +63,9 @@ def one_sided(root):
     found = {}
     for name, ways in {"one": (unseen, by_hand), "none": (unseen, unseen)}.items():
         Uneven.ways = ways
-        tape = Tape()
+        recorded_step = Tape()
         probe = AttentionProbe(every=3, quiet=True)
-        suite = [GradientMonitor(), probe, tape]
+        suite = [GradientMonitor(), probe, recorded_step]
         fit_rank(root / name, "ddp", suite, module=Uneven, max_steps=12)
-        found[name] = [s.step for s in tape.stats if s.readings]
+        found[name] = [s.step for s in recorded_step.stats if s.readings]
     return found

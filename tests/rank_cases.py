@@ -166,9 +166,9 @@ SUITES = {"whole": stability_callbacks, "monitor": lambda: stability_callbacks()
 
 def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options):
     """What a rank tells of a fit with these faults."""
-    tape, truth, suite = Tape(), Truth(), SUITES[suite]()
+    recorded_step, truth, suite = Tape(), Truth(), SUITES[suite]()
     callbacks = [FaultInjector(list(faults))] if faults else [truth]
-    callbacks += [*suite, tape]
+    callbacks += [*suite, recorded_step]
     if checkpoint:
         callbacks.append(ModelCheckpoint(root / "saved", every_n_train_steps=1, save_top_k=-1))
     try:
@@ -183,9 +183,9 @@ def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options
         "weights": whole(net.parameters()),
         "buffers": whole([torch.zeros(1), *net.buffers()]),
         "step": trainer.global_step,
-        "steps": tape.steps,
-        "stats": tape.stats,
-        "calls": tape.calls,
+        "steps": recorded_step.steps,
+        "stats": recorded_step.stats,
+        "calls": recorded_step.calls,
         "losses": net.losses,
         "norms": truth.norms,
     }
@@ -194,7 +194,7 @@ def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options
 def told(suite):
     """Incidents as both ranks must have them."""
     return [
-        (i.id, i.first.kind, i.first.step, i.strikes, i.responses, i.outcome)
+        (i.id, i.first.kind, i.first.step, i.occurrences, i.responses, i.outcome)
         for i in (suite[0].incidents if suite else [])
     ]
 

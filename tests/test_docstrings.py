@@ -12,8 +12,8 @@ import pytest
 import lit_stability
 
 PACKAGES = [lit_stability.__name__] + [
-    f"lit_stability.{found.name}"
-    for found in pkgutil.iter_modules(lit_stability.__path__)
+    found.name
+    for found in pkgutil.walk_packages(lit_stability.__path__, "lit_stability.")
     if found.ispkg
 ]
 

@@ -19,7 +19,7 @@ from lit_stability.faults import (
     ScaleGradients,
     ScaleLoss,
 )
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.conftest import Regression, fit, flat, regression_data, skipping_suite
 
 
@@ -149,7 +149,7 @@ def test_vetoed_batch_leaves_no_trace(optimizer, fault, tmp_path):
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             flat_, moments, step, group = self._state(trainer, pl_module)
-            if not injector.faults[0].struck or step > 30:
+            if not injector.faults[0].injected or step > 30:
                 return
             self.compared += 1
             assert torch.equal(flat_, self.before[0])
@@ -312,7 +312,7 @@ def test_learning_rate_factor_holds_through_a_scheduler_and_comes_back(tmp_path)
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             optimizer: Optimizer = trainer.optimizers[0]
-            self.factors.extend(learning_rate_scale(optimizer).factors)
+            self.factors.extend(learning_rate_multiplier(optimizer).factors)
 
     factor = Factor()
     callbacks = [FaultInjector([NanLoss(step=30, steps=11)]), *skipping_suite(), factor]

@@ -77,7 +77,7 @@ def diary(folder):
     return runs
 
 
-def strike(server, folder, result, kind, steps, moment=0.0):
+def recur(server, folder, result, kind, steps, moment=0.0):
     """Start a process, and send it a signal so long after so many steps; returns its status."""
     begun = len(diary(folder))
     child = server.start(folder, result)
@@ -125,7 +125,7 @@ def test_killed_run_ends_bit_identical_and_loses_few_steps(kills, server, undist
     folder, result = tmp_path / "run", tmp_path / "end.pt"
     for _ in range(kills):
         when = draw.randrange(50), draw.uniform(0.0, 0.01)
-        status = strike(server, folder, result, signal.SIGKILL, *when)
+        status = recur(server, folder, result, signal.SIGKILL, *when)
         assert status == -signal.SIGKILL, "it was still training"
     assert_same(server.run(folder, result), undisturbed)
     assert len(diary(folder)) == kills + 1
@@ -136,7 +136,7 @@ def test_terminated_run_ends_bit_identical_and_loses_no_more(server, undisturbed
     """S12: SIGTERM ends the fit at the end of a batch; what was being written is written."""
     folder, result = tmp_path / "run", tmp_path / "end.pt"
     for steps in (28, 51):
-        assert strike(server, folder, result, signal.SIGTERM, steps) not in (0, -signal.SIGTERM)
+        assert recur(server, folder, result, signal.SIGTERM, steps) not in (0, -signal.SIGTERM)
         end = RunEnd.read(folder / "good")
         assert end is not None
         assert end.state == "interrupted"

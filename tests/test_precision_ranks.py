@@ -17,8 +17,8 @@ def test_overflow_on_one_rank_lowers_the_precision_of_both_and_costs_no_batch(dd
     one, other = (rank["ddp fp16"] for rank in ddp)
     assert one["precision"] == other["precision"] == "bf16-mixed"
     assert one["incidents"] == other["incidents"]
-    ((_, kind, step, strikes, responses, outcome),) = one["incidents"]
-    assert (kind, step, strikes, outcome) == ("non-finite loss", 0, 1, "recovered")
+    ((_, kind, step, occurrences, responses, outcome),) = one["incidents"]
+    assert (kind, step, occurrences, outcome) == ("non-finite loss", 0, 1, "recovered")
     assert responses == ["precision 16-mixed -> bf16-mixed", "step taken again"]
     assert one["evidence"] == other["evidence"]
     assert any(line.startswith("rank 1: taken again in 16-mixed") for line in one["evidence"][0])

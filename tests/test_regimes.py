@@ -10,7 +10,7 @@ import torch
 from benchmarks.changes import AT, Staged, batches
 from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.callbacks.auto_rollback import AutoRollback
-from lit_stability.detectors import Divergence, Panel, Spike, flagged
+from lit_stability.detectors import DetectorSet, Divergence, Spike, flagged
 from lit_stability.faults import FaultInjector, ScaleLoss
 from lit_stability.measurement.step_stats import StepStats
 from tests.conftest import fit, skipping_suite
@@ -39,14 +39,14 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     assert module.trainer.global_step == 240
     (incident,) = suite[0].incidents
     assert incident.outcome == "recovered"
-    assert incident.strikes <= 31
+    assert incident.occurrences <= 31
     assert incident.cause == "change of regime"
     assert "accepted as the new normal" in incident.done
     assert "what changes there" in incident.remedy
     assert "accepts the values of late as the new normal" in caplog.text
     rollback = next(c for c in suite if isinstance(c, AutoRollback))
-    assert (rollback.throttle.lr_factor, rollback.throttle.clip_factor) == (1.0, 1.0)
-    assert rollback.ladder.left["rollbacks"] >= 3  # of 8
+    assert (rollback.backoff.lr_factor, rollback.backoff.clip_factor) == (1.0, 1.0)
+    assert rollback.escalation.left["rollbacks"] >= 3  # of 8
     # It learns as the run without the suite does: most of what the change has brought is gone.
     bare = staged(tmp_path / "bare", change, [], optimizer)
     before, after = (sum(m.losses[-40:]) / 40 for m in (bare, module))
@@ -67,7 +67,7 @@ def test_change_is_accepted_in_other_ways_of_training_too(way, tmp_path):
     module = staged(tmp_path, "100 loss", suite, **options)
     assert module.trainer.global_step == 240
     assert [i.cause for i in suite[0].incidents] == ["change of regime"]
-    assert suite[-1].throttle.lr_factor == 1.0
+    assert suite[-1].backoff.lr_factor == 1.0
 
 
 def test_change_is_recorded_with_its_cause(tmp_path):
@@ -149,7 +149,7 @@ def test_trouble_that_comes_at_another_step_each_time_is_never_accepted(detector
 
 def test_one_detector_that_gives_in_makes_the_others_of_its_optimizer_learn_anew():
     said = []
-    panel = Panel([Spike(give_up=3), Divergence()], [0, 1], said.append)
+    panel = DetectorSet([Spike(give_up=3), Divergence()], [0, 1], said.append)
     for i in range(40):
         for optimizer in (0, 1):
             stats = StepStats(step=i, loss=1.0, grad_norm=1.0, optimizer=optimizer)
@@ -158,7 +158,7 @@ def test_one_detector_that_gives_in_makes_the_others_of_its_optimizer_learn_anew
     found = []
     for _ in range(4):
         found.append(panel.verdict(step(40, loss=9.0, norm=100.0), voting=False)[0] is None)
-        assert panel.new_regime is found[-1]
+        assert panel.regime_change is found[-1]
     assert found == [False, False, False, True]
     windows = {i: [state["window"] for _, state in each] for i, each in panel.state_dict().items()}
     assert windows["0"] == [[], []]

@@ -95,16 +95,16 @@ class Witness(Callback):
 def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
     """Train from a seed through a scenario."""
     protection = PROTECTIONS[protection_name]()
-    witness = Witness(protection)
+    reference = Witness(protection)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         seed_everything(seed, verbose=False)
         module, data = scenario.task.module(), scenario.task.data(seed)
         scenario.trouble.spoil(data)
-        trainer = _trainer(scenario, protection, witness, Path(folder))
+        trainer = _trainer(scenario, protection, reference, Path(folder))
         wall, cpu = time.perf_counter(), time.process_time()
         ended, message = _fit(trainer, module, data, protection)
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        witness.ask()
+        reference.ask()
         updates = _updates(trainer.optimizers)
         loss = scenario.task.held_out(module, seed)
     finite = math.isfinite(loss)
@@ -115,16 +115,18 @@ def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
         ended="NaN" if ended == "finished" and not finite else ended,
         message=message,
         loss=loss if finite else None,
-        batches=witness.batches,
+        batches=reference.batches,
         updates=updates,
-        alarms=tuple(witness.alarms),
+        alarms=tuple(reference.alarms),
         **_told(protection, scenario.step),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
     )
 
 
-def _trainer(scenario: Scenario, protection: Protection, witness: Witness, folder: Path) -> Trainer:
+def _trainer(
+    scenario: Scenario, protection: Protection, reference: Witness, folder: Path
+) -> Trainer:
     task = scenario.task
     return quiet_trainer(
         max_steps=task.steps,
@@ -134,7 +136,7 @@ def _trainer(scenario: Scenario, protection: Protection, witness: Witness, folde
             *scenario.trouble.callbacks(),
             *task.callbacks(),
             *protection.callbacks(folder),
-            witness,
+            reference,
         ],
         **task.trainer(),
         **protection.trainer_options(),

@@ -11,7 +11,7 @@ One optimizer step, with the hooks in place::
       on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks
                                 the probes and the detectors, and then either
                                   on_healthy_step of every callback, in order, or
-                                  on_incident     of every callback, in order, until settled
+                                  on_incident     of every callback, in order, until resolved
                                 AdaptiveGradientClipping clips the step, unless it was vetoed
       the Trainer's own clipping, update
       lr_scheduler_step
@@ -23,8 +23,8 @@ One optimizer step, with the hooks in place::
     before the next fetch       AutoRollback takes a snapshot, LastKnownGood a copy for the disk
 
 The hooks of this package are the methods of `StabilityCallback`. A responder of your own overrides
-`on_incident`: gradients of None skip the update bit for bit, and who settles an incident says with
-what; callbacks after it see that it is settled.
+`on_incident`: gradients of None skip the update bit for bit, and who resolves an incident says with
+what; callbacks after it see that it is resolved.
 
 >>> import tempfile
 >>> from lightning.pytorch import Trainer
@@ -36,11 +36,11 @@ what; callbacks after it see that it is settled.
 ...     '''Leaves out each bad update, and does nothing else.'''
 ...     def on_incident(self, trainer, pl_module, incident):
 ...         anomaly = incident.anomaly
-...         if incident.settled or anomaly.observe_only or anomaly.state_is_bad:
+...         if incident.resolved or anomaly.warn_only or anomaly.state_corrupted:
 ...             return
 ...         for parameter in pl_module.parameters():
 ...             parameter.grad = None
-...         incident.settle(SkipStep())
+...         incident.resolve(SkipStep())
 >>> monitor = GradientMonitor(detectors=[NonFinite()])
 >>> quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
 >>> trainer = Trainer(

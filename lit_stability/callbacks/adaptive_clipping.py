@@ -14,12 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
 from lit_stability.trainer_internals import log_every, logger_step, parameters_of
 from lit_stability.training_state.gradient_clipping import clip_step
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -90,7 +90,7 @@ class AdaptiveGradientClipping(StabilityCallback):
         """Refuse what cannot work."""
         if stage == "fit":
             require_monitor(trainer, self)
-            require_tried_strategy(trainer, self)
+            require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give every optimizer a rule, with what was learnt before a restart."""
@@ -127,8 +127,8 @@ class AdaptiveGradientClipping(StabilityCallback):
         """Clip, and learn: whoever had something against the step has vetoed it by now."""
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
         stats = self._measured.pop(index, None)
-        vetoed = all(p.grad is None for p in parameters_of(optimizer))
-        if stats is None or vetoed or not stats.finite_gradients:
+        skipped = all(p.grad is None for p in parameters_of(optimizer))
+        if stats is None or skipped or not stats.finite_gradients:
             return
         rule = self._rules[index]
         threshold = rule.threshold(stats.grad_norm)
@@ -142,7 +142,7 @@ class AdaptiveGradientClipping(StabilityCallback):
     def _scale(
         self, trainer: Trainer, optimizer: Optimizer, factor: float, stats: StepStats | None = None
     ) -> None:
-        scale, groups = learning_rate_scale(optimizer), len(optimizer.param_groups)
+        scale, groups = learning_rate_multiplier(optimizer), len(optimizer.param_groups)
         before = min(scale.held_by(_OWNER), default=1.0)
         if factor == before:
             return
@@ -181,13 +181,13 @@ class AdaptiveGradientClipping(StabilityCallback):
     ) -> None:
         """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
         for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer).recover()
+            learning_rate_multiplier(optimizer).recover()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers as they were found."""
         if stage == "fit":
             for optimizer in trainer.optimizers:
-                learning_rate_scale(optimizer).detach()
+                learning_rate_multiplier(optimizer).detach()
             self._measured = {}
 
     def rewindable_state(self) -> dict[str, Any]:

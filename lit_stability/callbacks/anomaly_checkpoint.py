@@ -16,14 +16,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
 from lit_stability.incidents.report import markdown
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.trainer_internals import run_directory, save_scene_checkpoint, sharing
+from lit_stability.trainer_internals import run_directory, save_incident_checkpoint, sharing
 from lit_stability.training_state.rng import capture_rng
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -36,7 +36,8 @@ class AnomalyCheckpoint(StabilityCallback):
 
     * ``checkpoint.ckpt``: the complete state as Lightning saves it (model, optimizers, schedulers,
       scaler, loops, callbacks), with the damaged values in it: for study, not to go on from.
-    * ``scene.pt``: the offending batch, the gradients' statistics by parameter, generators' states.
+    * ``context.pt``: the offending batch, the gradients' statistics by parameter, generators'
+    states.
     * ``history.json``: the last losses and gradient norms, the offending ones last; versions,
       precision, accumulation and the optimizers' options.
     * ``config.yaml``: the run's config, where it has one.
@@ -83,7 +84,7 @@ class AnomalyCheckpoint(StabilityCallback):
         """
         if stage == "fit":
             require_monitor(trainer, self)
-            require_tried_strategy(trainer, self)
+            require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder."""
@@ -122,7 +123,7 @@ class AnomalyCheckpoint(StabilityCallback):
         stats = incident.stats
         if stats is not None:
             self._history.append((stats.step, stats.loss, stats.grad_norm))
-        if incident.strikes > 1 or self._root is None:
+        if incident.occurrences > 1 or self._root is None:
             return
         folder = self._root / f"{incident.first.step:08d}-{incident.id}{_suffix(trainer)}"
         try:
@@ -151,8 +152,8 @@ class AnomalyCheckpoint(StabilityCallback):
         part = self._begin(trainer, folder)
         try:
             if trainer.is_global_zero or sharing(trainer) != "replicas":
-                save_scene_checkpoint(trainer, part / "checkpoint.ckpt")
-            scene = {
+                save_incident_checkpoint(trainer, part / "checkpoint.ckpt")
+            context = {
                 "batch": self._batch,
                 "gradients": gradient_details(pl_module.named_parameters()) or self._suspected,
                 "rng": capture_rng(),
@@ -160,7 +161,7 @@ class AnomalyCheckpoint(StabilityCallback):
                 "batch_idx": incident.batch_idx,
                 "epoch": incident.epoch,
             }
-            torch.save(scene, part / "scene.pt")
+            torch.save(context, part / "scene.pt")
             facts = self._facts(trainer)
             (part / "history.json").write_text(to_json(facts), encoding="utf8")
             config = folder.parent.parent / "config.yaml"

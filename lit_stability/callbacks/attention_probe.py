@@ -12,9 +12,9 @@ from torch import Tensor
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.detectors.anomaly import require
-from lit_stability.measurement.attention_monitor import LOGIT, AttentionWatch, fitting
+from lit_stability.measurement.attention_monitor import LOGIT, AttentionMonitor, fitting
 from lit_stability.measurement.compiled import has_compiled_parts
-from lit_stability.measurement.norms import Unread
+from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
 from lit_stability.trainer_internals import AroundNextStep, callbacks_of, sharing
 
@@ -71,7 +71,7 @@ class AttentionProbe(StabilityCallback):
         self._empty = 0
         """Looks in a row without an attention."""
         self._step = 0
-        self._watch: AttentionWatch | None = None
+        self._watch: AttentionMonitor | None = None
         self._around: AroundNextStep | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,7 +104,7 @@ class AttentionProbe(StabilityCallback):
         comes = self._step % every == 0 or self._step // every > before // every
         self._due = not self._off and (self._due or comes)
         if self._due and not self._blind:
-            self._watch = watch = AttentionWatch(pl_module, self.modules)
+            self._watch = watch = AttentionMonitor(pl_module, self.modules)
             self._around = AroundNextStep(trainer, lambda: watch)
 
     def on_before_backward(
@@ -116,7 +116,7 @@ class AttentionProbe(StabilityCallback):
 
     def probe_readings(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> list[ProbeReading] | Unread | None:
+    ) -> list[ProbeReading] | DeviceReadings | None:
         """What the step at hand has shown, once; None if it is not its turn, on all ranks alike."""
         self._asked, self._due = self._due, False
         if not self._asked:

@@ -14,8 +14,8 @@ from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.detectors.anomaly import require
 from lit_stability.measurement.curvature import directional_curvature, plain_updates, slope_of
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
-from lit_stability.trainer_internals import StepTape, sharing
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.trainer_internals import RecordedStep, sharing
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -50,7 +50,7 @@ class CurvatureProbe(StabilityCallback):
         require(every >= 1, "every", every, "at least 1")
         require(follow >= 1, "follow", follow, "at least 1")
         self.every, self.follow = every, follow
-        self._tape = StepTape()
+        self._recorded_step = RecordedStep()
         self._in_a_row = 0
         self._obstacle: str | None = None
 
@@ -61,7 +61,7 @@ class CurvatureProbe(StabilityCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether there is anything to be measured."""
-        self._tape.forget()
+        self._recorded_step.forget()
         self._in_a_row, self._obstacle = 0, None
         if not pl_module.automatic_optimization:
             self._give_up("in manual optimization a training_step cannot be run without its update")
@@ -73,16 +73,16 @@ class CurvatureProbe(StabilityCallback):
     ) -> None:
         """Keep the batch, if it is of a step to be measured."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._tape.forget()
+            self._recorded_step.forget()
         followed = 0 < self._in_a_row < self.follow
         if trainer.global_step % self.every == 0 or followed:
-            self._tape.batch_started(batch, batch_idx)
+            self._recorded_step.batch_started(batch, batch_idx)
 
     def probe_readings(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> list[ProbeReading] | None:
         """The ratio of the step at hand; None if it is not its turn, on all ranks alike."""
-        if self._tape.obstacle(trainer) is not None:
+        if self._recorded_step.obstacle(trainer) is not None:
             return None
         try:
             found = [] if self._obstacle else self._measure(trainer, pl_module)
@@ -90,7 +90,7 @@ class CurvatureProbe(StabilityCallback):
             # What is measured must never be what ends a run.
             self._give_up(f"{type(error).__name__}: {error}")
             found = []
-        self._tape.forget()
+        self._recorded_step.forget()
         return found
 
     def on_step_measured(
@@ -103,13 +103,13 @@ class CurvatureProbe(StabilityCallback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[ProbeReading]:
         optimizer = trainer.optimizers[0]
-        updates = plain_updates(optimizer, learning_rate_scale(optimizer).effective())
+        updates = plain_updates(optimizer, learning_rate_multiplier(optimizer).effective())
         places = [i for i, p in enumerate(pl_module.parameters()) if p in updates]
         if not places:
             return []
         originals = list(pl_module.parameters())
         ordered = [updates[originals[i]] for i in places]
-        with self._tape.losses_again(trainer, pl_module) as losses:
+        with self._recorded_step.rerun_losses(trainer, pl_module) as losses:
             copies = list(pl_module.parameters())
             curvature = directional_curvature(losses, [copies[i] for i in places], ordered)
         slope, bent = torch.stack([slope_of(updates).to(curvature.device), curvature]).tolist()
@@ -120,11 +120,11 @@ class CurvatureProbe(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Let go of the batch."""
-        self._tape.forget()
+        self._recorded_step.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the batch."""
-        self._tape.forget()
+        self._recorded_step.forget()
 
     def _give_up(self, why: str) -> None:
         self._obstacle = why

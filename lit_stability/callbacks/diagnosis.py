@@ -12,7 +12,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.inputs import check_batch
-from lit_stability.diagnosis import Scene
+from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
@@ -86,17 +86,19 @@ class Diagnosis(StabilityCallback):
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Say what is known; of several strikes, that counts which says most."""
         incident.may_stop = self.stop
-        known = [each.points for each in incident.hypotheses[:1]] if incident.scene else []
-        before, incident.scene = incident.scene, self._scene(trainer, pl_module, incident)
-        said = [each.points for each in incident.hypotheses[:1]]
+        known = [each.points for each in incident.likely_causes[:1]] if incident.context else []
+        before, incident.context = incident.context, self._context(trainer, pl_module, incident)
+        said = [each.points for each in incident.likely_causes[:1]]
         if known > said:
-            incident.scene = before
+            incident.context = before
 
-    def _scene(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Scene:
-        batch = incident.scene.batch if incident.scene else self._look_at_batch(incident)
+    def _context(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> DiagnosisContext:
+        batch = incident.context.batch if incident.context else self._look_at_batch(incident)
         index = incident.anomaly.optimizer
         group = trainer.optimizers[index].param_groups[0]
-        return Scene(
+        return DiagnosisContext(
             anomaly=incident.anomaly,
             history=tuple(s for s in self._history if s.optimizer == index),
             stats=incident.stats,

@@ -18,7 +18,7 @@ from lit_stability.trainer_internals import callbacks_of
 if TYPE_CHECKING:
     from lit_stability.detectors import Anomaly
     from lit_stability.incidents import Incident
-    from lit_stability.measurement.norms import Unread
+    from lit_stability.measurement.norms import DeviceReadings
     from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -52,7 +52,7 @@ class StabilityCallback(Callback):
 
     @property
     def needs_recorded_step(self) -> bool:
-        """Returns whether ``incident.tape`` is wanted: the step, to run it again beside training.
+        """Returns whether ``incident.recorded_step`` is wanted, to run the step again in isolation.
 
         The batches of each step are kept until the step ends if any callback needs them.
         """
@@ -79,15 +79,15 @@ class StabilityCallback(Callback):
 
     def probe_readings(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> list[ProbeReading] | Unread | None:
+    ) -> list[ProbeReading] | DeviceReadings | None:
         """Called before each step is measured: returns what this callback measured itself.
 
         Called on every rank, and must return None on all of them or on none.
 
         Returns:
             The readings, or numbers on the device that are copied to the host together with the
-            other statistics of the step (`lit_stability.measurement.norms.Unread`); None if there
-            are none for this step.
+            other statistics of the step (`lit_stability.measurement.norms.DeviceReadings`); None if
+            there are none for this step.
         """
         return None
 
@@ -105,7 +105,7 @@ class StabilityCallback(Callback):
 
         Called on every rank, again each time that the trouble recurs. It may set gradients to None,
         which skips the update bit for bit, and resolve the incident by
-        ``incident.settle(response)``; callbacks after it see ``incident.settled``.
+        ``incident.resolve(response)``; callbacks after it see ``incident.resolved``.
         """
 
     def on_local_anomaly(

@@ -7,7 +7,7 @@ import logging
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
 
@@ -44,12 +44,12 @@ class NonFiniteLocator(StabilityCallback):
         """
         if stage == "fit":
             require_monitor(trainer, self)
-            require_tried_strategy(trainer, self)
+            require_supported_strategy(trainer, self)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Look into the first strike."""
-        sought = incident.strikes == 1 and incident.anomaly.kind in _SOUGHT
-        if not sought or incident.tape.obstacle(trainer) is not None:
+        sought = incident.occurrences == 1 and incident.anomaly.kind in _SOUGHT
+        if not sought or incident.recorded_step.obstacle(trainer) is not None:
             return
         found: list[NonFiniteOrigin | None] = incident.gather(
             self._locate(trainer, pl_module, incident)
@@ -63,7 +63,7 @@ class NonFiniteLocator(StabilityCallback):
         trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> NonFiniteOrigin | None:
         try:
-            origin: NonFiniteOrigin | None = incident.tape.locate(
+            origin: NonFiniteOrigin | None = incident.recorded_step.locate(
                 trainer, pl_module, incident.gather
             )
         except Exception as error:

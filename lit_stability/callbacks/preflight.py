@@ -28,7 +28,7 @@ from lit_stability.checks.preflight import (
     preflight,
 )
 from lit_stability.detectors.anomaly import require_instance
-from lit_stability.trainer_internals import loss_scaler, sharing, why_untried
+from lit_stability.trainer_internals import loss_scaler, sharing, why_unsupported
 
 OnError = Literal["warn", "stop"]
 _LARGEST_SCALE = 1024.0
@@ -127,7 +127,7 @@ class Preflight(StabilityCallback):
         if sharing(trainer) not in ("alone", "replicas"):
             reason = f"{type(trainer.strategy).__name__}: a rank has no whole copy of the weights"
             if sharing(trainer) == "untried":
-                reason = f"{type(trainer.strategy).__name__}: {why_untried(trainer)}"
+                reason = f"{type(trainer.strategy).__name__}: {why_unsupported(trainer)}"
             return Report(skipped={"all": reason})
         probes = getattr(pl_module, "preflight_probes", None)
         expect = Expectations(**self._options, probes=tuple(probes(batch)) if probes else ())

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.gradient_monitor.validation import require_package
 from lit_stability.callbacks.hooks import implements
-from lit_stability.trainer_internals import callbacks_of, sharing, why_untried
+from lit_stability.trainer_internals import callbacks_of, sharing, why_unsupported
 
 
 def require_monitor(trainer: Trainer, callback: Callback) -> None:
@@ -34,7 +34,7 @@ def require_monitor(trainer: Trainer, callback: Callback) -> None:
         )
 
 
-def require_tried_strategy(trainer: Trainer, callback: Callback) -> None:
+def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
     """Refuse a callback that acts under a strategy that it was never run under.
 
     Raises:
@@ -45,7 +45,7 @@ def require_tried_strategy(trainer: Trainer, callback: Callback) -> None:
     allowed = any(strategy in monitor.allow_strategies for monitor in monitors)
     if sharing(trainer) == "untried" and not allowed:
         raise RuntimeError(
-            f"{type(callback).__name__} was not run under {strategy}: {why_untried(trainer)}. "
+            f"{type(callback).__name__} was not run under {strategy}: {why_unsupported(trainer)}. "
             "Train on one device, with DDP or with FSDP2, keep GradientMonitor alone, which only "
             f"observes, or try it with GradientMonitor(allow_strategies=({strategy!r},))"
         )

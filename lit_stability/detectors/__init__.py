@@ -4,8 +4,8 @@
 flagged or non-finite value never enters a window. One instance serves one optimizer.
 No file of this folder imports torch or Lightning.
 
-A detector of your own is a class with four methods, and needs no registration. ``observe_only``
-tells and does nothing; ``state_is_bad`` asks for a rollback; without either the step is vetoed.
+A detector of your own is a class with four methods, and needs no registration. ``warn_only``
+tells and does nothing; ``state_corrupted`` asks for a rollback; without either the step is vetoed.
 
 >>> from lit_stability.measurement.step_stats import StepStats
 >>> class TooGood:
@@ -17,7 +17,7 @@ tells and does nothing; ``state_is_bad`` asks for a rollback; without either the
 ...             return None
 ...         message = f"loss {stats.loss:.3g} is below {self.floor}"
 ...         return Anomaly(kind="too good", step=stats.step, value=stats.loss, signal="loss",
-...                        threshold=self.floor, observe_only=True, message=message)
+...                        threshold=self.floor, warn_only=True, message=message)
 ...     def update(self, stats: StepStats) -> None:
 ...         self.told = self.told or stats.loss < self.floor
 ...     def state_dict(self) -> dict[str, bool]:
@@ -28,7 +28,7 @@ tells and does nothing; ``state_is_bad`` asks for a rollback; without either the
 >>> detector = TooGood(floor=0.1)
 >>> for step, loss in enumerate(losses):
 ...     stats = StepStats(step=step, loss=loss, grad_norm=1.0)
-...     if (anomaly := detector.check(stats)) is None or anomaly.observe_only:
+...     if (anomaly := detector.check(stats)) is None or anomaly.warn_only:
 ...         detector.update(stats)
 ...     if anomaly is not None:
 ...         print(step, anomaly.message)
@@ -41,7 +41,7 @@ from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, wi
 from lit_stability.detectors.attention_logits import AttentionLogits
 from lit_stability.detectors.curvature import Curvature
 from lit_stability.detectors.dead_gradients import DeadGradients
-from lit_stability.detectors.detector_set import Panel
+from lit_stability.detectors.detector_set import DetectorSet
 from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.layer_bounds import LayerBounds
 from lit_stability.detectors.loss_scale import LossScale
@@ -65,6 +65,7 @@ __all__ = [
     "Curvature",
     "DeadGradients",
     "Detector",
+    "DetectorSet",
     "Divergence",
     "Kind",
     "LayerBounds",
@@ -75,7 +76,6 @@ __all__ = [
     "NonFinite",
     "OptimizerState",
     "Oscillation",
-    "Panel",
     "Replicas",
     "Spike",
     "StaleMoments",

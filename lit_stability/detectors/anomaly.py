@@ -44,8 +44,8 @@ class Anomaly:
     """One step that a detector objects to: what was measured, against what, and where.
 
     ``kind`` and ``message`` say it in words; ``signal`` is what was measured, ``value`` how much,
-    ``baseline`` and ``threshold`` against what. ``state_is_bad`` asks for a rollback and not only
-    for the step to be left out; ``observe_only`` for nothing but to be told of.
+    ``baseline`` and ``threshold`` against what. ``state_corrupted`` asks for a rollback and not
+    only for the step to be left out; ``warn_only`` for nothing but to be told of.
     """
 
     kind: Kind | str
@@ -62,9 +62,9 @@ class Anomaly:
     """What the quantity is on healthy steps, None where there is no such value."""
     threshold: float | None = None
     optimizer: int = 0
-    state_is_bad: bool = False
+    state_corrupted: bool = False
     """Whether weights or optimizer state are damaged, so that a skip is too little."""
-    observe_only: bool = False
+    warn_only: bool = False
     """Whether the step itself is good: it is told of, taken and learnt from."""
     since: int | None = None
     """Step of the batch that is suspected, where that is not the step itself."""
@@ -89,7 +89,7 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
     """
     if weights and anomaly.kind != "non-finite weight":
         kind, seen = "non-finite weight", f"{len(weights)} parameters are non-finite"
-    elif moments and not weights and not anomaly.state_is_bad:
+    elif moments and not weights and not anomaly.state_corrupted:
         kind, seen = "optimizer state", f"the state of {len(moments)} parameters is non-finite"
     else:
         return anomaly
@@ -99,8 +99,8 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
         kind=kind,
         message=f"{anomaly.message}; {seen}, first {names[0]}",
         layers=tuple((name, math.nan) for name in names[:5]),
-        state_is_bad=True,
-        observe_only=False,
+        state_corrupted=True,
+        warn_only=False,
         since=max(0, anomaly.step - 1),
     )
 
@@ -109,9 +109,9 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
 class Detector(Protocol):
     """What `GradientMonitor` asks of a detector.
 
-    One that looks neither at gradients nor at anything that differs from rank to rank may say so
-    by ``shared_by_ranks = "yes"``: it is then asked before gradients are looked at. One that gives
-    in to values that stay counts it in ``regimes``; if it has a ``begin_anew()``, so have others to
+    One that looks neither at gradients nor at anything that differs from rank to rank may say so by
+    ``shared_by_ranks = "yes"``: it is then asked before gradients are looked at. One that gives in
+    to values that stay counts it in ``regimes``; if it has a ``reset_windows()``, so have others to
     begin anew with it.
     """
 

@@ -109,7 +109,7 @@ class AttentionLogits:
             signal="attention_logit",
             threshold=self.bound,
             optimizer=stats.optimizer,
-            state_is_bad=True,
+            state_corrupted=True,
             layers=tuple((name, logits[name]) for name, _ in found[:5]),
             message=f"attention of {where or 'the model'} has collapsed: logits of "
             f"{logits[where]:.4g}, entropy {entropy:.1%} of the largest, and the loss has not "
@@ -129,7 +129,7 @@ class AttentionLogits:
             baseline=self._last[name],
             threshold=self.bound,
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=tuple(grown[:5]),
             message=f"attention logits of {name or 'the model'} have grown to {value:.4g}, beyond "
             f"{self.bound:g}, and still grow",

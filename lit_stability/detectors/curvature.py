@@ -62,7 +62,7 @@ class Curvature:
             baseline=1.0,
             threshold=self.bound,
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             message=f"the learning rate is {ratio:.3g} times what the curvature along the gradient "
             f"bears, after {self.persist} readings above 1 in a row: updates overshoot",
         )

@@ -74,7 +74,7 @@ class DeadGradients:
             baseline=0.0,
             threshold=0.0,
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=tuple((n, 0.0) for n in dict.fromkeys([*blocking[:3], *dead]))[:8],
             message=self._message(stats.names, dead, blocking),
         )

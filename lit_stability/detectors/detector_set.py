@@ -14,7 +14,7 @@ from lit_stability.measurement.step_stats import StepStats
 Part = Literal["all", "shared", "own"]
 
 
-class Panel:
+class DetectorSet:
     """One set of detectors per optimizer.
 
     Args:
@@ -29,7 +29,7 @@ class Panel:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
         self._say = say
         self._replicas = Replicas()
-        self.new_regime = False
+        self.regime_change = False
         """Whether a detector has accepted, in this step, values that it had refused for long."""
         self._unheard: set[int] = set()
         """Detectors, by id, that had something to tell of this step and were not heard."""
@@ -43,12 +43,12 @@ class Panel:
                 own; see `lit_stability.distributed.collectives`. Otherwise all that is measured
                 they have alike.
         """
-        self.new_regime = False
+        self.regime_change = False
         anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")
         anomaly = self._compare_weights(anomaly, stats)
         if not voting:
             return anomaly, True
-        if anomaly is None or anomaly.observe_only:
+        if anomaly is None or anomaly.warn_only:
             return self.ask(stats, "own") or anomaly, False
         if anomaly.signal == "loss" and not anomaly.layers:
             anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
@@ -84,7 +84,7 @@ class Panel:
                 continue
             regimes = getattr(detector, "regimes", 0)
             anomaly = detector.check(seen)
-            if anomaly is not None and not anomaly.observe_only:
+            if anomaly is not None and not anomaly.warn_only:
                 return anomaly
             if anomaly is not None and told is not None:
                 self._unheard.add(id(detector))
@@ -99,12 +99,12 @@ class Panel:
             f"step {stats.step}: {type(detector).__name__} accepts the values of late as the new "
             "normal and learns anew"
         )
-        if not hasattr(detector, "begin_anew"):
+        if not hasattr(detector, "reset_windows"):
             return
-        self.new_regime = True
+        self.regime_change = True
         for each in self._sets[stats.optimizer]:
-            if hasattr(each, "begin_anew"):
-                each.begin_anew()
+            if hasattr(each, "reset_windows"):
+                each.reset_windows()
 
     def learn(self, stats: StepStats) -> None:
         """Teach an accepted step, all but those that were not heard: they are to say it again."""

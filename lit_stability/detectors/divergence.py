@@ -78,7 +78,7 @@ class Divergence:
         rate, before = max(stats.learning_rates, default=0.0), self._rate
         self._rate = rate
         if self._row.refused(stats.step, changed=rate < before) > self.give_up:
-            self.begin_anew()
+            self.reset_windows()
             self.regimes += 1
             return None
         median = self.window.median
@@ -90,7 +90,7 @@ class Divergence:
             baseline=median,
             threshold=self._threshold(),
             optimizer=stats.optimizer,
-            state_is_bad=True,
+            state_corrupted=True,
             since=max(0, stats.step - self.persist),
             layers=tuple(stats.worst_layers()),
             message=f"loss {stats.loss:.4g} has stayed above {self._threshold():.4g} for "
@@ -105,7 +105,7 @@ class Divergence:
         self._row.accepted(stats.step)
         self.window.add(stats.loss)
 
-    def begin_anew(self) -> None:
+    def reset_windows(self) -> None:
         """Forget what was normal, here or for another detector of the run."""
         self.window.replace([])
         self._row, self.high = Row(), 0

@@ -92,7 +92,7 @@ class LayerBounds:
             signal="grad_norm",
             threshold=bound,
             optimizer=stats.optimizer,
-            observe_only=how != "above",
+            warn_only=how != "above",
             layers=tuple((n, v) for n, v, _ in rows[:5]),
             message=f"gradient norm {norm:.4g} of {name} is {how} its bound {bound:.4g}",
         )

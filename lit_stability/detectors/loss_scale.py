@@ -116,6 +116,6 @@ def _anomaly(
         baseline=baseline,
         threshold=threshold,
         optimizer=stats.optimizer,
-        observe_only=kind != "loss-scale collapse",
+        warn_only=kind != "loss-scale collapse",
         layers=tuple(p for p in stats.worst_layers() if not math.isfinite(p[1])),
     )

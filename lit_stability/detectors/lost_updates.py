@@ -58,7 +58,7 @@ class LostUpdates:
             threshold=self.share,
             message=f"{lost:.0%} of the 16-bit weights stand still: rounding swallows updates",
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
         )
 
     def update(self, stats: StepStats) -> None:

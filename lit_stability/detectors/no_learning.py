@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.trends import LossCourse, RateCourse
+from lit_stability.detectors.trends import LearningRateTrend, LossTrend
 from lit_stability.measurement.step_stats import StepStats
 
 
@@ -16,7 +16,7 @@ class NoLearning:
 
     The question is put after ``patience`` steps with a settled learning rate; a warm-up does not
     count, nor steps below half the peak. Fallen it has when the median of a block of ``block``
-    losses was below the first by four standard errors and by ``fall`` of its size (`LossCourse`).
+    losses was below the first by four standard errors and by ``fall`` of its size (`LossTrend`).
     A run that once has learnt is never objected to: it may have a plateau. Nor is one whose medians
     trend down, if too little yet to count.
 
@@ -64,39 +64,39 @@ class NoLearning:
         require(still >= 0, "still", still, "at least 0")
         require(little >= still, "little", little, f"at least still={still}")
         self.patience, self.still, self.little = patience, still, little
-        self._rate, self._course = RateCourse(), LossCourse(block=block, fall=fall)
+        self._rate, self._trend = LearningRateTrend(), LossTrend(block=block, fall=fall)
         self._counted = 0
         self._updates = 0
         self._path = 0.0
         """Sum of all update ratios."""
-        self._settled_path = 0.0
+        self._stable_path = 0.0
         self._told = False
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
-        course = self._course
-        if self._told or course.learnt or course.falling or self._counted < self.patience:
+        trend = self._trend
+        if self._told or trend.learnt or trend.falling or self._counted < self.patience:
             return None
-        if not stats.has_loss or math.isnan(course.recent):
+        if not stats.has_loss or math.isnan(trend.recent):
             return None
         signal, value, why = self._reason()
         return Anomaly(
             kind="no learning",
             step=stats.step,
-            value=value if signal != "loss" else course.recent,
+            value=value if signal != "loss" else trend.recent,
             signal=signal,
-            baseline=course.first if signal == "loss" else None,
+            baseline=trend.first if signal == "loss" else None,
             threshold={"update_ratio": self.still, "weight_path": self.little}.get(signal),
             optimizer=stats.optimizer,
-            observe_only=True,
-            message=f"loss {course.recent:.4g} began at {course.first:.4g}; {why}",
+            warn_only=True,
+            message=f"loss {trend.recent:.4g} began at {trend.first:.4g}; {why}",
         )
 
     def _reason(self) -> tuple[str, float, str]:
         """The signal, its value, and what to say of it."""
         if not self._updates:
             return "loss", math.nan, "how far the weights move is not known"
-        mean = self._settled_path / self._counted
+        mean = self._stable_path / self._counted
         if mean < self.still:
             rate = self._rate.rate
             return (
@@ -111,35 +111,35 @@ class NoLearning:
 
     def update(self, stats: StepStats) -> None:
         """Learn an accepted step; what was objected to is told of once."""
-        if self._told or self._course.learnt:
+        if self._told or self._trend.learnt:
             return
         self._told = self.check(stats) is not None
         self._rate.update(stats)
-        self._course.update(stats.loss)
+        self._trend.update(stats.loss)
         moved = stats.update_ratio
         if moved is not None and math.isfinite(moved):
             self._updates += 1
             self._path += moved
-        if self._rate.settled:
+        if self._rate.stable:
             self._counted += 1
-            self._settled_path += moved if moved is not None and math.isfinite(moved) else 0.0
+            self._stable_path += moved if moved is not None and math.isfinite(moved) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The courses, the counts, and whether it was told."""
         return {
             "rate": self._rate.state_dict(),
-            "course": self._course.state_dict(),
+            "course": self._trend.state_dict(),
             "counted": self._counted,
             "updates": self._updates,
             "path": self._path,
-            "settled_path": self._settled_path,
+            "settled_path": self._stable_path,
             "told": self._told,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put them back."""
         self._rate.load_state_dict(state["rate"])
-        self._course.load_state_dict(state["course"])
+        self._trend.load_state_dict(state["course"])
         self._counted, self._updates = int(state["counted"]), int(state["updates"])
-        self._path, self._settled_path = float(state["path"]), float(state["settled_path"])
+        self._path, self._stable_path = float(state["path"]), float(state["settled_path"])
         self._told = bool(state["told"])

@@ -65,7 +65,7 @@ def _anomaly(
         signal=kind.removeprefix("non-finite "),
         message=message,
         optimizer=stats.optimizer,
-        state_is_bad=kind == "non-finite weight",
+        state_corrupted=kind == "non-finite weight",
         since=max(0, stats.step - 1) if kind == "non-finite weight" else None,
         layers=layers,
     )

@@ -89,7 +89,7 @@ class Oscillation:
             baseline=first,
             threshold=max(self.growth * first, self._used_to()),
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=tuple(stats.worst_layers()),
             message=f"the loss swings wider each time: {count} swings, from {first:.3g} to "
             f"{now:.3g}",

@@ -108,7 +108,7 @@ class Replicas:
         if apart is None:
             return anomaly
         message = f"{anomaly.message}; {apart.message}"
-        return replace(anomaly, message=message, state_is_bad=True, observe_only=False)
+        return replace(anomaly, message=message, state_corrupted=True, warn_only=False)
 
 
 def _anomaly(stats: StepStats, signal: str, message: str, values: Sequence[float]) -> Anomaly:
@@ -118,7 +118,7 @@ def _anomaly(stats: StepStats, signal: str, message: str, values: Sequence[float
         value=max(values, key=lambda x: math.inf if math.isnan(x) else x),
         signal=signal,
         optimizer=stats.optimizer,
-        state_is_bad=True,
+        state_corrupted=True,
         layers=tuple((f"rank {r}", v) for r, v in enumerate(values))[:5],
         message=message,
     )

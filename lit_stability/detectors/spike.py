@@ -89,7 +89,7 @@ class Spike:
         if value <= threshold:
             return None
         if self._row.refused(stats.step) > self.give_up:
-            self.begin_anew()
+            self.reset_windows()
             self.regimes += 1
             return None
         what = "gradient norm" if self.signal == "grad_norm" else "loss"
@@ -112,7 +112,7 @@ class Spike:
         if 0 < value < math.inf:
             self.window.add(math.log(value))
 
-    def begin_anew(self) -> None:
+    def reset_windows(self) -> None:
         """Forget what was normal, here or for another detector of the run."""
         self.window.replace([])
         self._row = Row()

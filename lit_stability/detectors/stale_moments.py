@@ -87,7 +87,7 @@ class StaleMoments:
             baseline=usual,
             threshold=max(self.bound, self.ratio * usual),
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=((stats.moment_rms_name, rms),),
             message=f"for {self.persist} steps gradients have been beyond what Adam's second "
             f"moment expects, by a factor of {rms:.3g} in {stats.moment_rms_name or 'a parameter'} "

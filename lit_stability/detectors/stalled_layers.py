@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.trends import LossCourse, RateCourse
+from lit_stability.detectors.trends import LearningRateTrend, LossTrend
 from lit_stability.measurement.step_stats import StepStats
 
 _EVERY = 10
@@ -38,7 +38,7 @@ class Stall:
     Args:
         share: ratio of the medians.
         persist: looks in a row, ten steps apart.
-        block: losses per median; see `LossCourse`.
+        block: losses per median; see `LossTrend`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -57,7 +57,7 @@ class Stall:
         require(0 < share < 1, "share", share, "in (0, 1)")
         require(persist >= 1, "persist", persist, "at least 1")
         self.share, self.persist = share, persist
-        self._rate, self._course = RateCourse(), LossCourse(block=block)
+        self._rate, self._trend = LearningRateTrend(), LossTrend(block=block)
         self._steps = 0
         self._low_for: dict[str, int] = {}
         self._told = False
@@ -69,7 +69,7 @@ class Stall:
         most = max(self._low_for.values(), default=0)
         if self._told or self._steps % _EVERY or most + 1 < self.persist:
             return None
-        if not self._rate.settled or self._course.stale < 2:
+        if not self._rate.stable or self._trend.stale < 2:
             return None
         low = [
             (ratio, stack)
@@ -89,7 +89,7 @@ class Stall:
             baseline=1.0,
             threshold=self.share,
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=tuple(sorted(first, key=lambda pair: pair[1])[:5]),
             message=f"the first third of the parameters{f' of {stack}' if stack else ''} receives "
             f"{ratio:.2g} of the gradient of the last third",
@@ -99,7 +99,7 @@ class Stall:
         """Learn an accepted step; what was objected to is told of once."""
         self._told = self._told or self.check(stats) is not None
         self._rate.update(stats)
-        self._course.update(stats.loss)
+        self._trend.update(stats.loss)
         if self._steps % _EVERY == 0 and (ratios := self._ratios(stats)):
             low = {stack for stack, ratio in ratios.items() if ratio < self.share}
             unknown = {s: n for s, n in self._low_for.items() if s not in ratios}
@@ -124,7 +124,7 @@ class Stall:
         """The courses, the counts, and whether it was told."""
         return {
             "rate": self._rate.state_dict(),
-            "course": self._course.state_dict(),
+            "course": self._trend.state_dict(),
             "steps": self._steps,
             "low_for": dict(self._low_for),
             "told": self._told,
@@ -133,7 +133,7 @@ class Stall:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put them back."""
         self._rate.load_state_dict(state["rate"])
-        self._course.load_state_dict(state["course"])
+        self._trend.load_state_dict(state["course"])
         self._steps, low_for = int(state["steps"]), state["low_for"]
         # Before stacks were told apart it was one number, for the whole.
         self._low_for = {"": int(low_for)} if isinstance(low_for, int) else dict(low_for)

@@ -15,20 +15,20 @@ from lit_stability.detectors.anomaly import require
 from lit_stability.measurement.step_stats import StepStats
 
 
-class RateCourse:
+class LearningRateTrend:
     """Follows the largest nominal learning rate of an optimizer.
 
-    It is *settled* when it has not risen above all before for ``settle`` steps, and is not below
-    ``share`` of its peak: neither a warm-up nor the end of a decay.
+    It is *settled* when it has not risen above all before for ``stable_after`` steps, and is not
+    below ``share`` of its peak: neither a warm-up nor the end of a decay.
 
     Args:
-        settle: optimizer steps.
+        stable_after: optimizer steps.
         share: of the peak, in [0, 1].
 
-    >>> course = RateCourse(settle=2)
+    >>> trend = LearningRateTrend(stable_after=2)
     >>> for rate in (0.1, 0.2, 0.2, 0.2, 0.05):
-    ...     course.update(StepStats(step=0, loss=1.0, grad_norm=1.0, learning_rates=(rate,)))
-    ...     print(rate, course.settled)
+    ...     trend.update(StepStats(step=0, loss=1.0, grad_norm=1.0, learning_rates=(rate,)))
+    ...     print(rate, trend.stable)
     0.1 False
     0.2 False
     0.2 False
@@ -36,19 +36,19 @@ class RateCourse:
     0.05 False
     """
 
-    def __init__(self, *, settle: int = 50, share: float = 0.5) -> None:
-        require(settle >= 1, "settle", settle, "at least 1")
+    def __init__(self, *, stable_after: int = 50, share: float = 0.5) -> None:
+        require(stable_after >= 1, "stable_after", stable_after, "at least 1")
         require(0 <= share <= 1, "share", share, "in [0, 1]")
-        self.settle, self.share = settle, share
+        self.stable_after, self.share = stable_after, share
         self.rate = 0.0
         """The last."""
         self._peak = 0.0
         self._since_rise = 0
 
     @property
-    def settled(self) -> bool:
-        """See the class; of a run that tells no rates, after ``settle`` steps."""
-        return self._since_rise >= self.settle and self.rate >= self.share * self._peak
+    def stable(self) -> bool:
+        """See the class; of a run that tells no rates, after ``stable_after`` steps."""
+        return self._since_rise >= self.stable_after and self.rate >= self.share * self._peak
 
     def update(self, stats: StepStats) -> None:
         """Follow a step."""
@@ -119,7 +119,7 @@ class Plateau:
         self._losses = [float(x) for x in state["losses"]]
 
 
-class LossCourse:
+class LossTrend:
     """The loss in medians of blocks, against the first and the lowest of them.
 
     A block counts as a fall when its median is below what it is compared with by the larger of
@@ -131,10 +131,10 @@ class LossCourse:
         block: losses per median.
         fall: smallest fall that counts, as a share of the first loss's absolute value.
 
-    >>> course = LossCourse(block=2)
+    >>> trend = LossTrend(block=2)
     >>> for loss in (4.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.5, 3.5):
-    ...     course.update(loss)
-    >>> course.first, course.lowest, course.recent, course.stale, course.learnt
+    ...     trend.update(loss)
+    >>> trend.first, trend.lowest, trend.recent, trend.stale, trend.learnt
     (4.0, 3.0, 3.5, 2, True)
     """
 

@@ -117,7 +117,7 @@ class UpdateSpike(_RatioWindow):
             baseline=expected,
             threshold=max(self.floor, self.ratio * expected),
             optimizer=stats.optimizer,
-            state_is_bad=True,
+            state_corrupted=True,
             since=max(0, stats.step - 1),
             message=f"the last update moved the weights by {moved:.2g} of their norm, "
             f"{moved / expected:.0f} times what its learning rate and gradient explain",
@@ -237,7 +237,7 @@ class OptimizerState:
             baseline=1.0,
             threshold=self.share,
             optimizer=stats.optimizer,
-            state_is_bad=True,
+            state_corrupted=True,
             since=max(0, stats.step - 1),
             layers=((name, ratio),),
             message=f"the {seen} in {name}: it was damaged from outside",

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.rolling_window import Window
-from lit_stability.detectors.trends import LossCourse, RateCourse
+from lit_stability.detectors.trends import LearningRateTrend, LossTrend
 from lit_stability.measurement.step_stats import StepStats
 
 
@@ -34,7 +34,7 @@ class Vanishing:
         ratio: of the median of the norms that were not tiny.
         persist: tiny norms in a row.
         min_step: optimizer steps before anything is said.
-        block: losses per median; see `LossCourse`.
+        block: losses per median; see `LossTrend`.
         window: norms remembered.
         min_history: norms before ``ratio`` counts.
 
@@ -70,7 +70,7 @@ class Vanishing:
         self.bound, self.ratio, self.persist, self.min_step = bound, ratio, persist, min_step
         self.min_history = min_history
         self.window = Window(window)
-        self._rate, self._course = RateCourse(), LossCourse(block=block)
+        self._rate, self._trend = LearningRateTrend(), LossTrend(block=block)
         self._tiny_for = 0
         self._told = False
 
@@ -79,7 +79,7 @@ class Vanishing:
         tiny_for = self._tiny_for + self._is_tiny(stats.grad_norm)
         if tiny_for <= self._tiny_for or tiny_for < self.persist:
             return None
-        if self._told or stats.step < self.min_step or not self._rate.settled:
+        if self._told or stats.step < self.min_step or not self._rate.stable:
             return None
         if not self._is_stuck(stats):
             return None
@@ -93,7 +93,7 @@ class Vanishing:
             baseline=math.exp(self.window.median) if known else None,
             threshold=self._threshold(),
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=tuple(stats.worst_layers()),
             message=f"gradient norm {stats.grad_norm:.3g} for {tiny_for} steps{before} and the "
             f"loss stands at {stats.loss:.4g}",
@@ -101,10 +101,10 @@ class Vanishing:
 
     def _is_stuck(self, stats: StepStats) -> bool:
         """Whether the loss neither falls nor stands where it has been lowest."""
-        course = self._course
-        if not stats.has_loss or math.isnan(course.recent):
+        trend = self._trend
+        if not stats.has_loss or math.isnan(trend.recent):
             return False
-        return course.stale >= 1 and (course.above_lowest or not course.learnt)
+        return trend.stale >= 1 and (trend.above_lowest or not trend.learnt)
 
     def _threshold(self) -> float:
         if len(self.window) < self.min_history:
@@ -118,7 +118,7 @@ class Vanishing:
         """Learn an accepted step; what was objected to is told of once."""
         self._told = self._told or self.check(stats) is not None
         self._rate.update(stats)
-        self._course.update(stats.loss)
+        self._trend.update(stats.loss)
         if self._is_tiny(stats.grad_norm):
             self._tiny_for += 1
         elif math.isfinite(stats.grad_norm):
@@ -130,7 +130,7 @@ class Vanishing:
         return {
             "window": list(self.window.values),
             "rate": self._rate.state_dict(),
-            "course": self._course.state_dict(),
+            "course": self._trend.state_dict(),
             "tiny_for": self._tiny_for,
             "told": self._told,
         }
@@ -139,5 +139,5 @@ class Vanishing:
         """Put them back."""
         self.window.replace(state["window"])
         self._rate.load_state_dict(state["rate"])
-        self._course.load_state_dict(state["course"])
+        self._trend.load_state_dict(state["course"])
         self._tiny_for, self._told = int(state["tiny_for"]), bool(state["told"])

@@ -133,7 +133,7 @@ class WeightCorruption:
             baseline=worst.before,
             threshold=worst.before + self._explained(worst),
             optimizer=stats.optimizer,
-            state_is_bad=True,
+            state_corrupted=True,
             since=moves.since,
             layers=tuple({c.name: c.now for c in found}.items())[:5],
             message=f"{worst.in_words()} since step {moves.since}, which no update explains",

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.trends import LossCourse
+from lit_stability.detectors.trends import LossTrend
 from lit_stability.measurement.step_stats import StepStats
 
 
@@ -29,7 +29,7 @@ class WeightDrift:
     Args:
         factor: growth that counts.
         window: scans that it may take, ten optimizer steps each by default.
-        block: losses per median; see `LossCourse`.
+        block: losses per median; see `LossTrend`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -49,7 +49,7 @@ class WeightDrift:
         require(factor > 1, "factor", factor, "greater than 1")
         require(window >= 2, "window", window, "at least 2")
         self.factor, self.window = factor, window
-        self._course = LossCourse(block=block)
+        self._trend = LossTrend(block=block)
         self._norms: deque[float] = deque(maxlen=window)
         self._first: dict[str, float] = {}
         self._told = False
@@ -57,7 +57,7 @@ class WeightDrift:
     def check(self, stats: StepStats) -> Anomaly | None:
         """See the class."""
         norm = stats.weight_norm
-        if norm is None or self._told or not self._has_grown(norm) or self._course.stale < 2:
+        if norm is None or self._told or not self._has_grown(norm) or self._trend.stale < 2:
             return None
         before = self._norms[0]
         return Anomaly(
@@ -68,10 +68,10 @@ class WeightDrift:
             baseline=before,
             threshold=self.factor * before,
             optimizer=stats.optimizer,
-            observe_only=True,
+            warn_only=True,
             layers=tuple(self._grown_most(stats)),
             message=f"the norm of all weights went from {before:.4g} to {norm:.4g} in "
-            f"{self.window} scans and the loss stands at {self._course.recent:.4g}",
+            f"{self.window} scans and the loss stands at {self._trend.recent:.4g}",
         )
 
     def _has_grown(self, norm: float) -> bool:
@@ -94,14 +94,14 @@ class WeightDrift:
             self._told = (self._told and self._has_grown(norm)) or self.check(stats) is not None
             self._first = self._first or dict(stats.weight_norms)
             self._norms.append(norm)
-        self._course.update(stats.loss)
+        self._trend.update(stats.loss)
 
     def state_dict(self) -> dict[str, Any]:
         """The norms of late and of the first scan, the course, and whether it was told."""
         return {
             "norms": list(self._norms),
             "first": dict(self._first),
-            "course": self._course.state_dict(),
+            "course": self._trend.state_dict(),
             "told": self._told,
         }
 
@@ -109,4 +109,4 @@ class WeightDrift:
         """Put them back."""
         self._norms = deque(map(float, state["norms"]), maxlen=self.window)
         self._first, self._told = dict(state["first"]), bool(state["told"])
-        self._course.load_state_dict(state["course"])
+        self._trend.load_state_dict(state["course"])

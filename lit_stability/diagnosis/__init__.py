@@ -1,6 +1,6 @@
 """Named causes: what a detector's finding comes from, what to try, and when to leave it alone.
 
-`diagnose` weighs every row of one registry against a `Scene`; `register_cause` and
+`diagnose` weighs every row of one registry against a `DiagnosisContext`; `register_cause` and
 `register_layer_cause` add rows of your own. No file of this folder imports torch or Lightning.
 
 A cause of your own is a name, clues with their points, and what to do. A clue looks at the scene
@@ -8,19 +8,19 @@ and answers with a sentence, or with None. From 2 points on a cause is possible,
 from 8 certain; a clue that speaks against it has points below zero.
 
 >>> from lit_stability.detectors import Anomaly
->>> def at_the_target(scene: Scene) -> str | None:
-...     return "no model can be as good" if scene.anomaly.kind == "too good" else None
->>> def from_the_start(scene: Scene) -> str | None:
-...     return "it came within 100 steps" if scene.anomaly.step < 100 else None
+>>> def at_the_target(context: DiagnosisContext) -> str | None:
+...     return "no model can be as good" if context.anomaly.kind == "too good" else None
+>>> def from_the_start(context: DiagnosisContext) -> str | None:
+...     return "it came within 100 steps" if context.anomaly.step < 100 else None
 >>> leak = Cause(
 ...     name="target among the inputs",
-...     clues=((4, at_the_target), (4, from_the_start)),
-...     do="look at what the collate function returns, and at the attention mask",
-...     leave="on a task that is really solved",
+...     rules=((4, at_the_target), (4, from_the_start)),
+...     remedy="look at what the collate function returns, and at the attention mask",
+...     ignore_when="on a task that is really solved",
 ... )
 >>> register_cause(leak)
 >>> told = Anomaly(kind="too good", step=2, value=0.01, message="loss 0.01", signal="loss")
->>> diagnose(Scene(anomaly=told))[0].text()
+>>> diagnose(DiagnosisContext(anomaly=told))[0].text()
 'certain: target among the inputs (no model can be as good; it came within 100 steps)'
 >>> del CAUSES["target among the inputs"]
 """
@@ -29,13 +29,13 @@ from lit_stability.diagnosis.catalogue import register_catalogue
 from lit_stability.diagnosis.cause import (
     CAUSES,
     Cause,
-    Clue,
-    Course,
-    Hypothesis,
+    EvidenceRule,
+    LikelyCause,
+    RecommendedAction,
     diagnose,
     register_cause,
 )
-from lit_stability.diagnosis.context import Scene
+from lit_stability.diagnosis.context import DiagnosisContext
 from lit_stability.diagnosis.decision_tree import Answer, decision_tree
 from lit_stability.diagnosis.layer_causes import register_layer_cause, register_layer_causes
 from lit_stability.diagnosis.loss_pattern import LossPattern, loss_pattern
@@ -44,11 +44,11 @@ __all__ = [
     "CAUSES",
     "Answer",
     "Cause",
-    "Clue",
-    "Course",
-    "Hypothesis",
+    "DiagnosisContext",
+    "EvidenceRule",
+    "LikelyCause",
     "LossPattern",
-    "Scene",
+    "RecommendedAction",
     "decision_tree",
     "diagnose",
     "loss_pattern",

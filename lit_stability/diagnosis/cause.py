@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from lit_stability.diagnosis.context import Scene
+from lit_stability.diagnosis.context import DiagnosisContext
 
-Course = Literal["usual", "lower", "stop"]
+RecommendedAction = Literal["usual", "lower", "stop"]
 """What the ladder is to do: ``usual``, by the damage that was done; ``lower``, roll back and lower
 the learning rate without trying the same once more; ``stop``, as no step that follows can help."""
 Certainty = Literal["certain", "likely", "possible"]
-Clue: TypeAlias = Callable[[Scene], str | None]
+EvidenceRule: TypeAlias = Callable[[DiagnosisContext], str | None]
 """What a scene says for a cause, in a sentence, or None."""
 
 _CERTAIN, _LIKELY, _POSSIBLE = 8, 4, 2
@@ -36,56 +36,57 @@ class Cause:
     """
 
     name: str
-    clues: tuple[tuple[int, Clue], ...]
-    do: str | Callable[[Scene], str]
+    rules: tuple[tuple[int, EvidenceRule], ...]
+    remedy: str | Callable[[DiagnosisContext], str]
     """What to try, in one sentence."""
-    leave: str
+    ignore_when: str
     """When to do nothing."""
-    course: Course = "usual"
+    recommended_action: RecommendedAction = "usual"
     """What the ladder is to do once the cause is likely; a stop needs it to be certain."""
 
     def __post_init__(self) -> None:
-        for name in ("name", "leave"):
+        for name in ("name", "ignore_when"):
             if not getattr(self, name):
                 raise ValueError(f"{name} of a cause must not be empty, got {self!r}")
-        if not self.clues:
-            raise ValueError(f"cause {self.name!r} has no clue: nothing could speak for it")
+        if not self.rules:
+            raise ValueError(f"cause {self.name!r} has no rule: nothing could speak for it")
 
-    def weigh(self, scene: Scene) -> Hypothesis | None:
+    def weigh(self, context: DiagnosisContext) -> LikelyCause | None:
         """What speaks for it, or None if that is too little."""
-        told = [(each, clue(scene)) for each, clue in self.clues]
-        if self.name in scene.shown:
-            told.append((_SHOWN, scene.shown[self.name]))
+        told = [(each, rule(context)) for each, rule in self.rules]
+        if self.name in context.shown:
+            told.append((_SHOWN, context.shown[self.name]))
         found = [(each, sentence) for each, sentence in told if sentence is not None]
         points = sum(each for each, _ in found)
         if points < _POSSIBLE:
             return None
         for_it = sorted((pair for pair in found if pair[0] > 0), key=lambda pair: -pair[0])
-        return Hypothesis(
+        return LikelyCause(
             cause=self.name,
             points=points,
             evidence=tuple(dict.fromkeys(sentence for _, sentence in for_it)),
-            do=self.do if isinstance(self.do, str) else self.do(scene),
-            leave=self.leave,
-            course=self.course,
+            remedy=self.remedy if isinstance(self.remedy, str) else self.remedy(context),
+            ignore_when=self.ignore_when,
+            recommended_action=self.recommended_action,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypothesis:
+class LikelyCause:
     """A cause that something speaks for, as `diagnose` gives it.
 
-    ``cause`` is its name, ``evidence`` what speaks for it, ``do`` what to try, ``leave`` when to do
-    nothing; ``certainty`` says in a word what the points amount to, and `text` all in one line.
+    ``cause`` is its name, ``evidence`` what speaks for it, ``remedy`` what to try, ``ignore_when``
+    when to do nothing; ``certainty`` says in a word what the points amount to, and `text` all in
+    one line.
     """
 
     cause: str
     points: int
     evidence: tuple[str, ...]
     """What speaks for it, a sentence each, the strongest first."""
-    do: str
-    leave: str
-    course: Course
+    remedy: str
+    ignore_when: str
+    recommended_action: RecommendedAction
 
     @property
     def certainty(self) -> Certainty:
@@ -95,10 +96,10 @@ class Hypothesis:
         return "likely" if self.points >= _LIKELY else "possible"
 
     @property
-    def decides(self) -> Course:
+    def decides(self) -> RecommendedAction:
         """What it asks of the ladder, by how certain it is."""
-        needed = {"usual": _POSSIBLE, "lower": _LIKELY, "stop": _CERTAIN}[self.course]
-        return self.course if self.points >= needed else "usual"
+        needed = {"usual": _POSSIBLE, "lower": _LIKELY, "stop": _CERTAIN}[self.recommended_action]
+        return self.recommended_action if self.points >= needed else "usual"
 
     def text(self) -> str:
         """One line: how certain, what, and why."""
@@ -111,8 +112,8 @@ class Hypothesis:
             "certainty": self.certainty,
             "points": self.points,
             "evidence": list(self.evidence),
-            "do": self.do,
-            "leave": self.leave,
+            "do": self.remedy,
+            "leave": self.ignore_when,
         }
 
 
@@ -129,13 +130,13 @@ def register_cause(cause: Cause) -> None:
     >>> from lit_stability.detectors import Anomaly
     >>> late = Cause(
     ...     name="tokenizer was retrained",
-    ...     clues=((4, lambda scene: "it is step 7" if scene.anomaly.step == 7 else None),),
-    ...     do="use the tokenizer of the checkpoint",
-    ...     leave="never",
+    ...     rules=((4, lambda context: "it is step 7" if context.anomaly.step == 7 else None),),
+    ...     remedy="use the tokenizer of the checkpoint",
+    ...     ignore_when="never",
     ... )
     >>> register_cause(late)
     >>> spike = Anomaly(kind="loss spike", step=7, value=9.0, message="loss 9", signal="loss")
-    >>> diagnose(Scene(anomaly=spike))[0].text()
+    >>> diagnose(DiagnosisContext(anomaly=spike))[0].text()
     'likely: tokenizer was retrained (it is step 7)'
     >>> del CAUSES["tokenizer was retrained"]
     """
@@ -143,15 +144,15 @@ def register_cause(cause: Cause) -> None:
 
 
 def diagnose(
-    scene: Scene, causes: Iterable[Cause] | None = None, most: int = 4
-) -> list[Hypothesis]:
+    context: DiagnosisContext, causes: Iterable[Cause] | None = None, most: int = 4
+) -> list[LikelyCause]:
     """Weigh the causes of the registry, or those given; the best supported first.
 
     Args:
-        scene: what is known.
+        context: what is known.
         causes: to choose from, None for all that are registered.
         most: hypotheses given.
     """
-    weighed = (cause.weigh(scene) for cause in (CAUSES.values() if causes is None else causes))
+    weighed = (cause.weigh(context) for cause in (CAUSES.values() if causes is None else causes))
     found = sorted((h for h in weighed if h is not None), key=lambda h: -h.points)
     return found[:most]

@@ -27,7 +27,7 @@ et al. 2023, arXiv 2304.13013)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class DiagnosisContext:
     """An anomaly among what came before it, and how the run is set up.
 
     All but the anomaly may be left out; what is not known speaks neither for nor against a cause.
@@ -38,7 +38,7 @@ class Scene:
     """Accepted steps before it, oldest first, some hundred."""
     stats: StepStats | None = field(default=None, repr=False)
     """The measurement of the bad step."""
-    strikes: int = 1
+    occurrences: int = 1
     """Anomalies of the same episode so far; a batch that is taken again counts twice."""
     origin: Any = None
     """The operation that made the first NaN or Inf, a `NonFiniteOrigin`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lit_stability.diagnosis import evidence
-from lit_stability.diagnosis.context import EARLY, Scene
+from lit_stability.diagnosis.context import EARLY, DiagnosisContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,16 @@ class Answer:
         return f"{self.question} {'yes' if self.yes else 'no'}: {self.lead}"
 
 
-def decision_tree(scene: Scene) -> list[Answer]:
-    """Answer the questions that the scene has an answer to, in their order.
+def decision_tree(context: DiagnosisContext) -> list[Answer]:
+    """Answers the questions that the context has an answer to, in their order.
+
+    Args:
+        context: what is known of the incident.
 
     >>> from lit_stability.detectors import Anomaly
     >>> spike = Anomaly(kind="loss spike", step=7, value=90.0, message="loss 90", signal="loss")
-    >>> for answer in decision_tree(Scene(anomaly=spike, precision="16-mixed", restorable=False)):
+    >>> context = DiagnosisContext(anomaly=spike, precision="16-mixed", restorable=False)
+    >>> for answer in decision_tree(context):
     ...     print(answer.text())
     within the first 1000 steps? yes: check initialisation and warm-up
     mixed precision? yes: check the loss scale and conversions of dtype
@@ -41,31 +45,31 @@ def decision_tree(scene: Scene) -> list[Answer]:
     answers = [
         _ask(
             f"within the first {EARLY} steps?",
-            scene.anomaly.step < EARLY,
+            context.anomaly.step < EARLY,
             "check initialisation and warm-up",
             "go on",
         ),
         _ask(
             "mixed precision?",
-            scene.mixed,
+            context.mixed,
             "check the loss scale and conversions of dtype",
             "check for numbers beyond float32",
         ),
     ]
-    if scene.gradient_ratio is not None:
+    if context.gradient_ratio is not None:
         answers.append(
             _ask(
                 "abnormally large gradients?",
-                evidence.ordinary_gradient(scene) is None,
+                evidence.ordinary_gradient(context) is None,
                 "lower the learning rate or clip more tightly",
                 "check the data and the loss function",
             )
         )
-    if scene.restorable is not None:
+    if context.restorable is not None:
         answers.append(
             _ask(
                 "a good state to go back to?",
-                scene.restorable,
+                context.restorable,
                 "go back to it, with other settings if it returns",
                 "start anew with a lower learning rate and a tighter clip",
             )

@@ -7,198 +7,198 @@ from __future__ import annotations
 
 import math
 
-from lit_stability.diagnosis.cause import Clue
-from lit_stability.diagnosis.context import EARLY, LARGE, STALE, Scene
+from lit_stability.diagnosis.cause import EvidenceRule
+from lit_stability.diagnosis.context import EARLY, LARGE, STALE, DiagnosisContext
 from lit_stability.diagnosis.layer_types import is_norm_gain
 
 
-def kind(*kinds: str) -> Clue:
+def kind(*kinds: str) -> EvidenceRule:
     """The anomaly is of one of these kinds."""
 
-    def clue(scene: Scene) -> str | None:
-        return scene.anomaly.message if scene.anomaly.kind in kinds else None
+    def rule(context: DiagnosisContext) -> str | None:
+        return context.anomaly.message if context.anomaly.kind in kinds else None
 
-    return clue
+    return rule
 
 
-def signal(*signals: str) -> Clue:
+def signal(*signals: str) -> EvidenceRule:
     """The anomaly is of one of these signals."""
 
-    def clue(scene: Scene) -> str | None:
-        return scene.anomaly.message if scene.anomaly.signal in signals else None
+    def rule(context: DiagnosisContext) -> str | None:
+        return context.anomaly.message if context.anomaly.signal in signals else None
 
-    return clue
+    return rule
 
 
-def pattern(*names: str) -> Clue:
+def pattern(*names: str) -> EvidenceRule:
     """The loss went wrong in one of these patterns."""
 
-    def clue(scene: Scene) -> str | None:
-        found = scene.pattern
+    def rule(context: DiagnosisContext) -> str | None:
+        found = context.pattern
         return f"{found.name}: {found.text}" if found and found.name in names else None
 
-    return clue
+    return rule
 
 
-def reading(quantity: str, above: float, words: str) -> Clue:
+def reading(quantity: str, above: float, words: str) -> EvidenceRule:
     """A probe's last reading is above a bound; ``words`` say it, with value and place."""
 
-    def clue(scene: Scene) -> str | None:
-        found = scene.reading(quantity)
+    def rule(context: DiagnosisContext) -> str | None:
+        found = context.reading(quantity)
         if found is None or not found[1] > above:
             return None
         return words.format(where=found[0], value=found[1])
 
-    return clue
+    return rule
 
 
-def both(first: Clue, second: Clue) -> Clue:
+def both(first: EvidenceRule, second: EvidenceRule) -> EvidenceRule:
     """Two clues that say something together only."""
 
-    def clue(scene: Scene) -> str | None:
-        said = first(scene)
-        other = None if said is None else second(scene)
+    def rule(context: DiagnosisContext) -> str | None:
+        said = first(context)
+        other = None if said is None else second(context)
         if other is None or other == said:
             return other
         return f"{said}, and {other}"
 
-    return clue
+    return rule
 
 
-def early(scene: Scene) -> str | None:
+def early(context: DiagnosisContext) -> str | None:
     """It is one of the first steps."""
-    step = scene.anomaly.step
+    step = context.anomaly.step
     return f"step {step} is before step {EARLY}" if step < EARLY else None
 
 
-def no_warmup(scene: Scene) -> str | None:
+def no_warmup(context: DiagnosisContext) -> str | None:
     """The learning rate began at its largest."""
-    return None if scene.rate_rose else "the learning rate has never risen: there was no warm-up"
+    return None if context.rate_rose else "the learning rate has never risen: there was no warm-up"
 
 
-def warming_up(scene: Scene) -> str | None:
+def warming_up(context: DiagnosisContext) -> str | None:
     """The learning rate is at its highest so far."""
-    return "the learning rate is still rising" if scene.phase == "warm-up" else None
+    return "the learning rate is still rising" if context.phase == "warm-up" else None
 
 
-def large_gradient(scene: Scene) -> str | None:
+def large_gradient(context: DiagnosisContext) -> str | None:
     """The gradient is far above its median."""
-    ratio = scene.gradient_ratio
+    ratio = context.gradient_ratio
     if ratio is None or not ratio > LARGE:
         return None
     return f"the gradient norm is {ratio:.3g} times its median"
 
 
-def ordinary_gradient(scene: Scene) -> str | None:
+def ordinary_gradient(context: DiagnosisContext) -> str | None:
     """The gradient is as ever."""
-    ratio = scene.gradient_ratio
+    ratio = context.gradient_ratio
     if ratio is None or not ratio <= LARGE:
         return None
     return f"the gradient norm is ordinary, {ratio:.2g} times its median"
 
 
-def large_update(scene: Scene) -> str | None:
+def large_update(context: DiagnosisContext) -> str | None:
     """The weights move faster than they did."""
-    excess = scene.update_excess
+    excess = context.update_excess
     if excess is None or not 3 < excess < math.inf:
         return None
     return f"the last update was {excess:.3g} times the usual"
 
 
-def stale_moments(scene: Scene) -> str | None:
+def stale_moments(context: DiagnosisContext) -> str | None:
     """Gradients had outgrown Adam's second moment just before."""
-    seen = [(s.moment_rms, s.step) for s in scene.history[-20:] if s.moment_rms]
+    seen = [(s.moment_rms, s.step) for s in context.history[-20:] if s.moment_rms]
     highest, step = max(seen, default=(0.0, 0))
     if highest <= STALE:
         return None
     return f"at step {step} the gradients were {highest:.2g} times Adam's second moment"
 
 
-def rate_changed(scene: Scene) -> str | None:
+def rate_changed(context: DiagnosisContext) -> str | None:
     """The scheduler has changed the learning rate by a factor of three or more of late."""
-    rates = [rate for rate in scene.rates[-20:] if rate > 0]
+    rates = [rate for rate in context.rates[-20:] if rate > 0]
     if len(rates) < 2 or max(rates) < 3 * min(rates):
         return None
     return f"the learning rate went from {rates[0]:.3g} to {rates[-1]:.3g} of late"
 
 
-def transient(scene: Scene) -> str | None:
+def transient(context: DiagnosisContext) -> str | None:
     """It did not come back."""
     same = "it did not return when the same steps were taken again"
-    return same if scene.verdict == "transient" else None
+    return same if context.verdict == "transient" else None
 
 
-def deterministic(scene: Scene) -> str | None:
+def deterministic(context: DiagnosisContext) -> str | None:
     """It came back."""
     same = "it returned when the same steps were taken again"
-    return same if scene.verdict == "deterministic" else None
+    return same if context.verdict == "deterministic" else None
 
 
-def other_batches(scene: Scene) -> str | None:
+def other_batches(context: DiagnosisContext) -> str | None:
     """Several batches in a row struck: they cannot all be bad."""
-    batches = (scene.strikes + 1) // 2
+    batches = (context.occurrences + 1) // 2
     return f"it struck with {batches} batches in a row" if batches >= 5 else None
 
 
-def bad_input(scene: Scene) -> str | None:
+def bad_input(context: DiagnosisContext) -> str | None:
     """The batch itself is not as it should be; what took many steps is not the work of one."""
-    if scene.anomaly.observe_only:
+    if context.anomaly.warn_only:
         return None
-    if scene.batch:
-        return f"in the batch, {'; '.join(scene.batch)}"
-    origin = scene.origin
+    if context.batch:
+        return f"in the batch, {'; '.join(context.batch)}"
+    origin = context.origin
     return origin.describe().splitlines()[0] if origin and origin.cause == "input" else None
 
 
-def bad_state(scene: Scene) -> str | None:
+def bad_state(context: DiagnosisContext) -> str | None:
     """A weight or buffer was bad before the step."""
-    origin = scene.origin
+    origin = context.origin
     if not origin or origin.cause not in ("parameter", "buffer"):
         return None
     return f"{origin.tensor} was non-finite before the step"
 
 
-def overflow(scene: Scene) -> str | None:
+def overflow(context: DiagnosisContext) -> str | None:
     """An operation is finite in float32 and not in the format at work."""
-    origin = scene.origin
+    origin = context.origin
     return origin.describe().splitlines()[0] if origin and origin.overflow else None
 
 
-def operation(scene: Scene) -> str | None:
+def operation(context: DiagnosisContext) -> str | None:
     """An operation made a NaN or Inf of finite values, and would in float32 as well."""
-    origin = scene.origin
+    origin = context.origin
     if not origin or origin.cause != "operation" or origin.overflow:
         return None
     return str(origin.describe().splitlines()[0])
 
 
-def mixed_precision(scene: Scene) -> str | None:
+def mixed_precision(context: DiagnosisContext) -> str | None:
     """Forward and backward compute in 16 bits."""
-    return f"it computes in {scene.precision}" if scene.mixed else None
+    return f"it computes in {context.precision}" if context.mixed else None
 
 
-def accumulates(scene: Scene) -> str | None:
+def accumulates(context: DiagnosisContext) -> str | None:
     """Gradients are accumulated, by the module itself or by the Trainer."""
-    if scene.manual:
+    if context.manual:
         return "the module steps its optimizers itself"
-    more = scene.accumulation > 1
-    return f"gradients of {scene.accumulation} batches are added up" if more else None
+    more = context.accumulation > 1
+    return f"gradients of {context.accumulation} batches are added up" if more else None
 
 
-def high_momentum(scene: Scene) -> str | None:
+def high_momentum(context: DiagnosisContext) -> str | None:
     """The momentum is above what is usual."""
-    high = scene.momentum is not None and scene.momentum > 0.95
-    return f"the momentum is {scene.momentum:g}" if high else None
+    high = context.momentum is not None and context.momentum > 0.95
+    return f"the momentum is {context.momentum:g}" if high else None
 
 
-def unclipped(scene: Scene) -> str | None:
+def unclipped(context: DiagnosisContext) -> str | None:
     """The Trainer does not clip."""
-    return None if scene.clips else "gradients are not clipped"
+    return None if context.clips else "gradients are not clipped"
 
 
-def zero_gain(scene: Scene) -> str | None:
+def zero_gain(context: DiagnosisContext) -> str | None:
     """A norm layer's gain is exactly 0 and gets no gradient that could move it."""
-    shut = scene.anomaly.layers[:1] if scene.anomaly.signal == "weight_norm" else ()
+    shut = context.anomaly.layers[:1] if context.anomaly.signal == "weight_norm" else ()
     return next((f"{name} is exactly 0" for name, _ in shut if is_norm_gain(name)), None)
 
 

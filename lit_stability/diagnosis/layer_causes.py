@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lit_stability.diagnosis.cause import Cause, Clue, register_cause
-from lit_stability.diagnosis.context import LARGE, Scene
+from lit_stability.diagnosis.cause import Cause, EvidenceRule, register_cause
+from lit_stability.diagnosis.context import LARGE, DiagnosisContext
 from lit_stability.diagnosis.layer_types import layer_kind
 
 Symptom = Literal["explode", "vanish", "oscillate"]
@@ -18,10 +18,10 @@ _EXPLODE = ("gradient spike", "layer bound", "non-finite gradient", "divergence"
 _VANISH = ("vanishing gradient", "dead gradients", "layer bound")
 
 
-def symptom(scene: Scene) -> Symptom | None:
+def symptom(context: DiagnosisContext) -> Symptom | None:
     """What the gradients do, by the anomaly and the pattern of the loss."""
-    anomaly, found = scene.anomaly, scene.pattern
-    if anomaly.kind in _VANISH and anomaly.observe_only:
+    anomaly, found = context.anomaly, context.pattern
+    if anomaly.kind in _VANISH and anomaly.warn_only:
         return "vanish"
     if found is not None and found.name == "oscillating divergence":
         return "oscillate"
@@ -30,21 +30,21 @@ def symptom(scene: Scene) -> Symptom | None:
     return "explode" if anomaly.kind in _EXPLODE else None
 
 
-def in_layers(kind: str, wanted: Symptom) -> Clue:
+def in_layers(kind: str, wanted: Symptom) -> EvidenceRule:
     """Layers of a kind show the symptom most."""
 
-    def clue(scene: Scene) -> str | None:
-        if symptom(scene) != wanted:
+    def rule(context: DiagnosisContext) -> str | None:
+        if symptom(context) != wanted:
             return None
-        shown = [(n, v) for n, v in scene.layers(3) if layer_kind(n) == kind]
-        if wanted == "explode" and scene.stats is not None and len(scene.history) >= 3:
+        shown = [(n, v) for n, v in context.layers(3) if layer_kind(n) == kind]
+        if wanted == "explode" and context.stats is not None and len(context.history) >= 3:
             shown = [(n, v) for n, v in shown if not math.isfinite(v) or v > LARGE]
         if not shown:
             return None
         article = "an" if kind[0] in "aeiou" else "a"
         return f"of all layers {shown[0][0]}, of {article} {kind}, shows it most"
 
-    return clue
+    return rule
 
 
 ROWS: tuple[tuple[str, Symptom, str, str], ...] = (
@@ -113,21 +113,21 @@ ROWS: tuple[tuple[str, Symptom, str, str], ...] = (
 """Kind of layer, symptom, cause, what to try."""
 
 
-def register_layer_cause(kind: str, wanted: Symptom, cause: str, do: str) -> None:
+def register_layer_cause(kind: str, wanted: Symptom, cause: str, remedy: str) -> None:
     """Add what a symptom in a kind of layer means; kinds are those of `diagnosis.layer_types`.
 
     Args:
         kind: a key of ``LAYER_KINDS``, which is yours to extend.
         wanted: the symptom.
         cause: its name.
-        do: what to try, in one sentence.
+        remedy: what to try, in one sentence.
     """
     register_cause(
         Cause(
             name=cause,
-            clues=((3, in_layers(kind, wanted)),),
-            do=do,
-            leave="if it was one step and the loss falls",
+            rules=((3, in_layers(kind, wanted)),),
+            remedy=remedy,
+            ignore_when="if it was one step and the loss falls",
         )
     )
 

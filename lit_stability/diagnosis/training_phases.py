@@ -67,8 +67,8 @@ class _Tally:
 class PhaseRanges:
     """Sorts the accepted steps of a run into phases, and counts their gradient norms.
 
-    * *warm-up*: the learning rate has risen above all before within the last ``settle`` steps. A
-      run whose rate never rises has none.
+    * *warm-up*: the learning rate has risen above all before within the last ``stable_after``
+      steps. A run whose rate never rises has none.
     * *plateau*: the median loss of ``block`` steps was not lower than the lowest so far, by a
       hundredth of it, for ``patience`` blocks in a row; it ends with a block that is.
     * *descent*: all other steps.
@@ -76,14 +76,14 @@ class PhaseRanges:
     Nothing is judged: the ranges are what this run had, for the eye to compare a norm with.
 
     Args:
-        settle: optimizer steps.
+        stable_after: optimizer steps.
         block: optimizer steps.
         patience: blocks.
 
     Raises:
         ValueError: if an argument is less than 1.
 
-    >>> ranges = PhaseRanges(settle=2, block=5, patience=2)
+    >>> ranges = PhaseRanges(stable_after=2, block=5, patience=2)
     >>> for step in range(60):
     ...     rate, loss = min(step, 10) / 10, max(1.0, 10.0 - step / 3)
     ...     ranges.update(step, loss, 8.0 if step < 10 else 2.0 if step < 40 else 0.5, rate)
@@ -94,15 +94,19 @@ class PhaseRanges:
     plateau 39 59 0.5
     """
 
-    def __init__(self, *, settle: int = 50, block: int = 100, patience: int = 5) -> None:
-        for name, value in (("settle", settle), ("block", block), ("patience", patience)):
+    def __init__(self, *, stable_after: int = 50, block: int = 100, patience: int = 5) -> None:
+        for name, value in (
+            ("stable_after", stable_after),
+            ("block", block),
+            ("patience", patience),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
-        self.settle, self.block, self.patience = settle, block, patience
+        self.stable_after, self.block, self.patience = stable_after, block, patience
         self.phase: Phase = "descent"
         """Of the last step."""
         self._peak: float | None = None
-        self._since_rise = settle
+        self._since_rise = stable_after
         self._plateau = Plateau(block=block)
         self._tallies: dict[str, _Tally] = {}
 
@@ -124,7 +128,7 @@ class PhaseRanges:
         self._plateau.update(loss)
         if first:
             return
-        if self._since_rise < self.settle:
+        if self._since_rise < self.stable_after:
             self.phase = "warm-up"
         else:
             self.phase = "plateau" if self._plateau.stale >= self.patience else "descent"

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lit_stability.detectors import Anomaly
-from lit_stability.diagnosis import CAUSES, Course, Hypothesis, Scene, decision_tree, diagnose
+from lit_stability.diagnosis import (
+    CAUSES,
+    DiagnosisContext,
+    LikelyCause,
+    RecommendedAction,
+    decision_tree,
+    diagnose,
+)
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Response, describe
 
@@ -41,7 +48,7 @@ class TrainingStopped(RuntimeError):
 class _Sealed:
     """What was judged of an incident when it was closed."""
 
-    hypotheses: list[Hypothesis]
+    likely_causes: list[LikelyCause]
     since: int
     checks: list[str]
 
@@ -52,7 +59,7 @@ class Incident:
 
     A burst of bad steps is one incident: it stays open until enough healthy steps have passed.
     A callback with ``on_incident(trainer, pl_module, incident)`` is handed it before the update of
-    the step in question; the first to call `settle` decides what is done.
+    the step in question; the first to call `resolve` decides what is done.
     """
 
     id: int
@@ -60,14 +67,14 @@ class Incident:
     """The anomaly of the latest strike."""
     epoch: int = 0
     batch_idx: int = 0
-    strikes: int = 1
+    occurrences: int = 1
     first: Anomaly = field(init=False)
     """The anomaly that opened it."""
     shown: dict[str, str] = field(default_factory=dict)
     """Causes that were shown by trial, each with how; see `note`."""
     evidence: list[str] = field(default_factory=list)
     """What was found out about it, a sentence each."""
-    scene: Scene | None = field(default=None, repr=False)
+    context: DiagnosisContext | None = field(default=None, repr=False)
     """What causes are judged by, from a `Diagnosis`; without one, the anomaly alone."""
     may_stop: bool = True
     """Whether a cause that is certain may end the fit."""
@@ -88,9 +95,9 @@ class Incident:
     gather: Callable[[Any], list[Any]] = field(default=_alone, repr=False, compare=False)
     """What each rank says, in their order, given what this one says; to be called by all of them or
     none. An incident is offered to all ranks alike."""
-    tape: Any = field(default=None, repr=False, compare=False)
-    """The step of the latest strike, a `StepTape`, for callbacks that take it again beside training
-    and say so by ``needs_recorded_step = True``; else None."""
+    recorded_step: Any = field(default=None, repr=False, compare=False)
+    """The step of the latest strike, a `RecordedStep`, for callbacks that take it again beside
+    training and say so by ``needs_recorded_step = True``; else None."""
     origin: Any = None
     """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     _sealed: _Sealed | None = field(default=None, repr=False)
@@ -102,11 +109,11 @@ class Incident:
         self.first = self.anomaly
 
     @property
-    def settled(self) -> bool:
+    def resolved(self) -> bool:
         """Whether a response was chosen for the latest strike."""
         return self.response is not None
 
-    def settle(self, response: Response) -> None:
+    def resolve(self, response: Response) -> None:
         """Choose the response to the latest strike.
 
         Raises:
@@ -114,8 +121,8 @@ class Incident:
         """
         if self.response is not None:
             raise RuntimeError(
-                f"incident {self.id} is settled already ({describe(self.response)}); "
-                "ask `incident.settled` before settling"
+                f"incident {self.id} is resolved already ({describe(self.response)}); "
+                "ask `incident.resolved` first"
             )
         self.response = response
         self.responses.append(describe(response))
@@ -125,10 +132,10 @@ class Incident:
         self.adjusted = True
         self.responses.append(describe(response))
 
-    def strike(self, anomaly: Anomaly) -> None:
+    def recur(self, anomaly: Anomaly) -> None:
         """Take up another anomaly of the same episode, which needs a response of its own."""
         self.anomaly = anomaly
-        self.strikes += 1
+        self.occurrences += 1
         self.response, self.adjusted = None, False
 
     def agree(self, found: bool) -> bool:
@@ -161,52 +168,58 @@ class Incident:
             self.evidence.append(evidence)
 
     @property
-    def hypotheses(self) -> list[Hypothesis]:
+    def likely_causes(self) -> list[LikelyCause]:
         """The causes that something speaks for, the best supported first; see `causes.diagnose`."""
-        return diagnose(self.current_scene) if self._sealed is None else self._sealed.hypotheses
+        return (
+            diagnose(self.current_context) if self._sealed is None else self._sealed.likely_causes
+        )
 
     @property
     def since(self) -> int:
         """Step at which the trouble began, as far as the losses tell."""
-        return self.current_scene.since if self._sealed is None else self._sealed.since
+        return self.current_context.since if self._sealed is None else self._sealed.since
 
     @property
     def checks(self) -> list[str]:
         """The questions asked first of a run that breaks, with their answers."""
         if self._sealed is not None:
             return self._sealed.checks
-        return [answer.text() for answer in decision_tree(self.current_scene)]
+        return [answer.text() for answer in decision_tree(self.current_context)]
 
     def seal(self) -> None:
         """Weigh the causes for the last time, and let go of the steps that they were weighed by."""
-        self._sealed = _Sealed(self.hypotheses, self.since, self.checks)
-        if self.scene is not None:
-            self.scene = replace(self.current_scene, history=(), stats=None)
+        self._sealed = _Sealed(self.likely_causes, self.since, self.checks)
+        if self.context is not None:
+            self.context = replace(self.current_context, history=(), stats=None)
 
     @property
     def cause(self) -> str:
         """The best supported cause, "" where nothing speaks for any."""
         unknown = (cause for cause in self.shown if cause not in CAUSES)
-        return next(unknown, "") or next((h.cause for h in self.hypotheses), "")
+        return next(unknown, "") or next((h.cause for h in self.likely_causes), "")
 
     @property
-    def course(self) -> Course:
+    def recommended_action(self) -> RecommendedAction:
         """What the best supported cause asks of the ladder; only a `Diagnosis` asks anything."""
-        found = self.hypotheses
-        if self.scene is None or not found or (found[0].course == "stop" and not self.may_stop):
+        found = self.likely_causes
+        if (
+            self.context is None
+            or not found
+            or (found[0].recommended_action == "stop" and not self.may_stop)
+        ):
             return "usual"
         return found[0].decides
 
     @property
-    def current_scene(self) -> Scene:
+    def current_context(self) -> DiagnosisContext:
         """The scene, with what was found out since."""
-        scene = self.scene or Scene(anomaly=self.first)
+        context = self.context or DiagnosisContext(anomaly=self.first)
         return replace(
-            scene,
+            context,
             shown=dict(self.shown),
             origin=self.origin,
             verdict=self.verdict,
-            strikes=self.strikes,
+            occurrences=self.occurrences,
         )
 
     @property
@@ -223,15 +236,15 @@ class Incident:
     @property
     def remedy(self) -> str:
         """What a person can do about it."""
-        found = self.hypotheses
-        return found[0].do if found else "look at the scene in the incident's folder"
+        found = self.likely_causes
+        return found[0].remedy if found else "look at the scene in the incident's folder"
 
     def opening_line(self) -> str:
         """One line for the console when it opens."""
         done = self.done or "observed, nothing changed"
         born = f"; {self.origin.describe().splitlines()[0]}" if self.origin else ""
         where = f" | scene in {self.path}" if self.path else ""
-        best = next(iter(self.hypotheses), None)
+        best = next(iter(self.likely_causes), None)
         if best is not None and best.certainty != "possible" and not born:
             born = f"; {best.certainty} cause: {best.cause}"
         return (
@@ -241,9 +254,9 @@ class Incident:
 
     def closing_line(self) -> str:
         """One line for the console when it closes."""
-        strikes = "" if self.strikes == 1 else f" after {self.strikes} strikes"
+        occurrences = "" if self.occurrences == 1 else f" after {self.occurrences} strikes"
         return (
-            f"incident {self.id} ({self.first.kind}) {self.outcome}{strikes}: "
+            f"incident {self.id} ({self.first.kind}) {self.outcome}{occurrences}: "
             f"{self.done or 'nothing changed'}; step {self.closed_step} now"
         )
 
@@ -261,12 +274,12 @@ class Incident:
             "threshold": self.first.threshold,
             "message": self.first.message,
             "layers": [list(pair) for pair in self.first.layers],
-            "strikes": self.strikes,
+            "strikes": self.occurrences,
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
-            "hypotheses": [each.as_dict() for each in self.hypotheses],
+            "hypotheses": [each.as_dict() for each in self.likely_causes],
             "since": self.since,
-            "phase": self.current_scene.phase,
+            "phase": self.current_context.phase,
             "checks": self.checks,
             "evidence": list(self.evidence),
             "remedy": self.remedy,

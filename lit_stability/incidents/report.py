@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from lit_stability.diagnosis import Scene
+from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.incidents.incident import Incident
 
 _WIDEST = 80
@@ -17,7 +17,7 @@ _WIDEST = 80
 
 def markdown(incident: Incident) -> str:
     """What is known of an incident, the causes in their order, the questions asked first."""
-    scene = incident.current_scene
+    context = incident.current_context
     rows = [
         ("what", f"{incident.first.kind}: {incident.first.message}"),
         (
@@ -27,7 +27,7 @@ def markdown(incident: Incident) -> str:
         ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in incident.first.layers) or "-"),
         ("born in", incident.origin.describe() if incident.origin else "-"),
         ("cause", incident.cause or "unknown"),
-        ("since", f"step {incident.since}" + _phase(scene)),
+        ("since", f"step {incident.since}" + _phase(context)),
         ("evidence", "; ".join(incident.evidence) or "-"),
         ("done", incident.done or "nothing changed"),
         ("taken again", incident.verdict or "no"),
@@ -44,10 +44,10 @@ def markdown(incident: Incident) -> str:
     return f"## Incident {incident.id}\n\n{body}\n{_causes(incident)}"
 
 
-def _phase(scene: Scene) -> str:
-    if scene.phase is None:
+def _phase(context: DiagnosisContext) -> str:
+    if context.phase is None:
         return ""
-    return f"; {scene.phase_range.in_words() if scene.phase_range else scene.phase}"
+    return f"; {context.phase_range.in_words() if context.phase_range else context.phase}"
 
 
 def _causes(incident: Incident) -> str:
@@ -55,8 +55,8 @@ def _causes(incident: Incident) -> str:
     causes = "".join(
         f"{i}. **{h.cause}** ({h.certainty}): {'; '.join(h.evidence)}\n"
         # Four spaces: with fewer, TensorBoard's markdown makes them causes of their own.
-        f"    - to try: {h.do}\n    - leave it alone? {h.leave}\n"
-        for i, h in enumerate(incident.hypotheses, 1)
+        f"    - to try: {h.remedy}\n    - leave it alone? {h.ignore_when}\n"
+        for i, h in enumerate(incident.likely_causes, 1)
     )
     asked = "".join(f"* {each}\n" for each in incident.checks)
     return f"\n### Causes\n\n{causes or 'none known'}\n### Asked first\n\n{asked}"
@@ -66,7 +66,7 @@ def summary_table(incidents: Sequence[Incident]) -> list[str]:
     """Incidents as aligned lines for the console; of a long response its beginning."""
     head = ("id", "step", "kind", "strikes", "response", "outcome")
     rows = [
-        (str(i.id), str(i.first.step), i.first.kind, str(i.strikes), _cut(i.done), i.outcome)
+        (str(i.id), str(i.first.step), i.first.kind, str(i.occurrences), _cut(i.done), i.outcome)
         for i in incidents
     ]
     widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]

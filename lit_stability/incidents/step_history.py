@@ -72,7 +72,7 @@ def row_of(
 
 
 @dataclass
-class Episode:
+class IncidentWindow:
     """An incident among the attempts around it."""
 
     attempt: int
@@ -108,13 +108,13 @@ class Episode:
         }
 
 
-class Attempts:
+class StepHistory:
     """The count of attempts, the last rows, and the incidents that are not over yet.
 
     The count is monotone state: no rollback rewinds it, and a checkpoint carries it. The rows are
     bounded and belong to one fit.
 
-    >>> attempts = Attempts()
+    >>> attempts = StepHistory()
     >>> for step in (0, 1, 2, 1):
     ...     stats = StepStats(step=step, loss=1.0, grad_norm=1.0)
     ...     span = attempts.went_back(step)
@@ -127,7 +127,7 @@ class Attempts:
     def __init__(self) -> None:
         self.count = 0
         """Attempts so far, in this fit and those before it."""
-        self.episodes: dict[int, Episode] = {}
+        self.windows: dict[int, IncidentWindow] = {}
         """By the id of the incident: those open, and those closed a few attempts ago."""
         self._rows: deque[Row] = deque(maxlen=MOST)
         self._in_force: deque[tuple[int, int]] = deque(maxlen=MOST)
@@ -135,7 +135,7 @@ class Attempts:
 
     def start(self) -> None:
         """Another fit begins; the count goes on."""
-        self.episodes = {}
+        self.windows = {}
         self._rows.clear()
         self._in_force.clear()
 
@@ -149,10 +149,10 @@ class Attempts:
         self._rows.append(row)
         if row[-1]:
             self._in_force.append((int(row[0]), int(row[1])))
-        for episode in self.episodes.values():
-            episode.add(row)
+        for window in self.windows.values():
+            window.add(row)
 
-    def open(self, incident: int, attempt: int) -> Episode:
+    def open(self, incident: int, attempt: int) -> IncidentWindow:
         """Keep what surrounds an incident from here on.
 
         Args:
@@ -160,8 +160,8 @@ class Attempts:
             attempt: at which it was opened.
         """
         rows = [row for row in self._rows if row[0] > attempt - 1 - BEFORE]
-        self.episodes[incident] = Episode(attempt, rows)
-        return self.episodes[incident]
+        self.windows[incident] = IncidentWindow(attempt, rows)
+        return self.windows[incident]
 
     def went_back(self, step: int) -> list[int] | None:
         """Note that ``global_step`` is this now, and which attempts have been taken back by it.
@@ -181,9 +181,9 @@ class Attempts:
             return None
         beyond = first[1] - step if far and not self._in_force else 0
         span = [first[0] - beyond, self.count]
-        for episode in self.episodes.values():
-            if episode.closed_attempt is None:
-                episode.spans.append(span)
+        for window in self.windows.values():
+            if window.closed_attempt is None:
+                window.spans.append(span)
         return span
 
 

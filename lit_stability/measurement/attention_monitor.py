@@ -31,7 +31,7 @@ from lit_stability.measurement.attention_logits import (
     sampled_scores,
     score_statistics,
 )
-from lit_stability.measurement.norms import Unread
+from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_stats import ProbeReading
 
 LOGIT, ENTROPY = "attention_logit", "attention_entropy"
@@ -61,14 +61,14 @@ def measure_attention(
     Raises:
         ValueError: if a glob fits no module.
     """
-    with AttentionWatch(model, modules) as watch:
+    with AttentionMonitor(model, modules) as watch:
         step()
     if watch.error is not None:
         raise watch.error
     return watch.readings()
 
 
-class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, measures attentions; changes nothing that is computed.
 
     An attention is known by the innermost module that runs it. `stop` ends the watch before it is
@@ -103,7 +103,7 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let compiled code run: otherwise it would be run, from then on, uncompiled."""
         return True
 
-    def __enter__(self) -> AttentionWatch:
+    def __enter__(self) -> AttentionMonitor:
         """Begin."""
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
@@ -131,14 +131,14 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         unread = self.unread()
         return [] if unread is None else unread.read(unread.numbers.tolist())
 
-    def unread(self) -> Unread | None:
+    def unread(self) -> DeviceReadings | None:
         """What was measured, before it is copied; None where there was no attention."""
         rows = [row for each in self._found.values() for row in each]
         if not rows:
             return None
         counts = {path: len(each) for path, each in self._found.items()}
         numbers = torch.cat([row.to(rows[0].device) for row in rows])
-        return Unread(numbers, lambda host: _all_readings(counts, host))
+        return DeviceReadings(numbers, lambda host: _all_readings(counts, host))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a kernel, and look at it if it is of an attention."""

@@ -39,7 +39,7 @@ class _Vector:
         return parts, rows
 
 
-class RankMeter(StepMeter):
+class DistributedStepMeter(StepMeter):
     """Measures like `StepMeter`, for all ranks together.
 
     Under DDP `begin` starts the sum of all that does not depend on the step's gradients; without

@@ -20,7 +20,7 @@ from lit_stability.measurement.weight_sampling import real
 
 
 @dataclass(frozen=True)
-class Unread:
+class DeviceReadings:
     """What a probe has measured and not looked at, so that it comes with the step's one copy."""
 
     numbers: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.measurement.norms import non_finite
-from lit_stability.measurement.weight_sampling import RECHECK, Samples
+from lit_stability.measurement.weight_sampling import RECHECK, WeightSampler
 
 _BLOCKS = 2
 """Blocks sampled of each moment: damage that matters fills a tensor."""
@@ -35,7 +35,7 @@ class MomentStats:
     """The parameter that has it."""
 
 
-class Moments:
+class OptimizerMoments:
     """Sampled sums of momentum and second moment of each parameter, from step to step.
 
     Args:
@@ -48,7 +48,7 @@ class Moments:
         self, names: Sequence[str], parameters: Sequence[Tensor], optimizer: Optimizer
     ) -> None:
         self._names, self._parameters, self._optimizer = names, parameters, optimizer
-        self._samples: Samples | None = None
+        self._samples: WeightSampler | None = None
         self._seen: list[Tensor | None] = []
         self._calls = 0
         self._first: list[str] = []
@@ -92,7 +92,7 @@ class Moments:
             if "exp_avg_sq" in state:
                 second[name] = state["exp_avg_sq"]
         tensors = [*first.values(), *second.values()]
-        self._samples = Samples(tensors, _BLOCKS) if tensors else None
+        self._samples = WeightSampler(tensors, _BLOCKS) if tensors else None
         self._first, self._second = list(first), list(second)
         places = [] if self._samples is None else self._samples.places
         self._first_at, self._second_at = places[: len(first)], places[len(first) :]

@@ -15,10 +15,10 @@ import math
 from collections.abc import Iterator, Mapping
 
 
-class Staleness:
+class SecondMomentRatio:
     """Keeps the sums from step to step, each step's norms once its update is seen to be taken.
 
-    >>> s = Staleness()
+    >>> s = SecondMomentRatio()
     >>> for norm in (1.0, 1.0, 1.0, 4.0):
     ...     found = s.measure({"w": norm}, {"w": 0.9}, taken=True)
     >>> round(found[0], 3), found[1]

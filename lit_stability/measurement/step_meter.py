@@ -19,10 +19,10 @@ from lit_stability.measurement.batched_norms import BatchedNorms, Gradients, gra
 from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
 from lit_stability.measurement.lost_updates import Rounding
 from lit_stability.measurement.norms import non_finite, norms_of, to_host, total
-from lit_stability.measurement.optimizer_moments import Moments, MomentStats
-from lit_stability.measurement.second_moment_ratio import Staleness
+from lit_stability.measurement.optimizer_moments import MomentStats, OptimizerMoments
+from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
-from lit_stability.measurement.weight_sampling import Samples
+from lit_stability.measurement.weight_sampling import WeightSampler
 
 
 @dataclass(kw_only=True)
@@ -40,8 +40,8 @@ class Reading:
     peaks: Sequence[float]
     """Largest absolute value of each weight; empty where the weights were not scanned."""
     extents: Sequence[float]
-    """How far each weight has moved since the scan before, see `Samples.extents`; empty where that
-    is not known."""
+    """How far each weight has moved since the scan before, see `WeightSampler.extents`; empty where
+    that is not known."""
     moments: MomentStats
     distributions: Sequence[float]
     also: Sequence[float]
@@ -83,11 +83,11 @@ class StepMeter:
         """Steps measured."""
         self.also: Sequence[float] = ()
         """What came to the host with the last step."""
-        self._samples = Samples(self.parameters)
+        self._samples = WeightSampler(self.parameters)
         self._batched = BatchedNorms(self.parameters)
-        self._moments = Moments(self.names, self.parameters, optimizer)
+        self._moments = OptimizerMoments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
-        self._staleness = Staleness()
+        self._staleness = SecondMomentRatio()
         self.forget()
 
     @property

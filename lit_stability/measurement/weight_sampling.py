@@ -23,7 +23,7 @@ RECHECK = 10
 """Gathers between looks at whether tensors, or the optimizer's state, were replaced."""
 
 
-class Samples:
+class WeightSampler:
     """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor.
 
     Of a sharded tensor the rank's own shard is sampled; an empty one has a sum of 0.

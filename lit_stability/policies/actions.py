@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 
 @dataclass(frozen=True)
-class RunAgain:
+class RetryStep:
     """Veto the update and take the very same step again: nothing is blamed yet."""
 
 
@@ -44,7 +44,7 @@ class RollBack:
 
 
 @dataclass(frozen=True)
-class FallBack:
+class LowerPrecision:
     """Compute in a precision that holds more numbers from the next step on."""
 
     was: str
@@ -53,14 +53,14 @@ class FallBack:
 
 
 @dataclass(frozen=True)
-class Island:
+class KeepInFloat32:
     """Compute one module in float32 from the next step on."""
 
     module: str
 
 
 @dataclass(frozen=True)
-class LearnAnew:
+class AcceptNewRegime:
     """Take the values that stay for the new normal, and learn anew what is usual."""
 
 
@@ -72,7 +72,14 @@ class Stop:
 
 
 Response: TypeAlias = (
-    RunAgain | SkipStep | HoldLearningRate | RollBack | FallBack | Island | LearnAnew | Stop
+    RetryStep
+    | SkipStep
+    | HoldLearningRate
+    | RollBack
+    | LowerPrecision
+    | KeepInFloat32
+    | AcceptNewRegime
+    | Stop
 )
 
 
@@ -83,7 +90,7 @@ def describe(response: Response) -> str:
     'rolled back, learning rate x0.5, clip x0.5'
     """
     match response:
-        case RunAgain():
+        case RetryStep():
             return "step taken again"
         case SkipStep():
             return "step skipped"
@@ -94,11 +101,11 @@ def describe(response: Response) -> str:
             words += " without the suspect" if leave_out else ""
             words += f", learning rate x{lr:.3g}" if lr < 1 else ""
             return words + (f", clip x{clip:.3g}" if clip < 1 else "")
-        case FallBack(was, precision):
+        case LowerPrecision(was, precision):
             return f"precision {was} -> {precision}"
-        case Island(module):
+        case KeepInFloat32(module):
             return f"fp32 island {module}"
-        case LearnAnew():
+        case AcceptNewRegime():
             return "accepted as the new normal"
         case Stop(reason):
             return f"stopped: {reason}"

@@ -16,7 +16,7 @@ _MOST_PATIENCE = 64
 """Times the wait before a relaxation that was chosen: 1,280 steps, with the default."""
 
 
-class Throttle:
+class Backoff:
     """A factor on the learning rate, one on the clipping threshold, and holds.
 
     Cuts multiply; after every ``relax_after`` calm steps both factors are doubled until they are
@@ -29,7 +29,7 @@ class Throttle:
     Args:
         relax_after: calm steps between relaxations.
 
-    >>> t = Throttle(relax_after=2)
+    >>> t = Backoff(relax_after=2)
     >>> t.cut(0.25, 0.5)
     >>> [t.calm(0, [1.0]) and t.lr_factor for _ in range(4)]
     [None, 0.5, None, 1.0]

@@ -22,16 +22,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lit_stability.detectors import Anomaly
-from lit_stability.diagnosis import Course
+from lit_stability.diagnosis import RecommendedAction
 from lit_stability.policies.actions import (
     HoldLearningRate,
     Response,
+    RetryStep,
     RollBack,
-    RunAgain,
     SkipStep,
     Stop,
 )
-from lit_stability.policies.reproducibility import Trial, Verdict
+from lit_stability.policies.reproducibility import ReproducibilityCheck, Verdict
 
 _LARGEST_CUT = 1e3
 """A single rollback divides the learning rate by no more than this."""
@@ -69,7 +69,7 @@ class Budget:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
-class Ladder:
+class EscalationPolicy:
     """Chooses responses and counts what they cost.
 
     However anomalies arrive, at most ``skips + rollbacks + holds`` responses are given, plus one
@@ -82,8 +82,8 @@ class Ladder:
     >>> from lit_stability.detectors import Anomaly
     >>> nan = Anomaly(kind="non-finite loss", step=3, value=float("nan"), message="", signal="loss")
     >>> from lit_stability.policies.actions import describe
-    >>> ladder = Ladder(Budget(skips_in_a_row=2))
-    >>> [describe(ladder.respond(nan)) for _ in range(3)]
+    >>> escalation = EscalationPolicy(Budget(skips_in_a_row=2))
+    >>> [describe(escalation.respond(nan)) for _ in range(3)]
     ['step skipped', 'step skipped', 'rolled back, learning rate x0.5, clip x0.5']
     """
 
@@ -97,9 +97,9 @@ class Ladder:
         self._skips_in_a_row = 0
         self._healthy = 0
         self._since_rollback: int | None = None
-        self.trial = Trial()
+        self.reproducibility = ReproducibilityCheck()
         """Of the steps since a snapshot."""
-        self.retake = Trial(slack=0)
+        self.retried = ReproducibilityCheck(slack=0)
         """Of one step alone."""
         self.lowered: tuple[int, float] | None = None
         """Step and value of the anomaly that the learning rate was lowered for as its cause, until
@@ -120,31 +120,31 @@ class Ladder:
             self._left["holds"] = min(self._left["holds"] + 1, self.budget.holds)
         if step is None:
             return None
-        verdicts = [self.retake.passed(step), self.trial.passed(step)]
+        verdicts = [self.retried.passed(step), self.reproducibility.passed(step)]
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
-    def returns(self, anomaly: Anomaly, *, state_is_bad: bool) -> bool:
+    def returns(self, anomaly: Anomaly, *, state_corrupted: bool) -> bool:
         """Whether an anomaly is the return of one that the same steps were taken again for."""
-        damaged = anomaly.state_is_bad or state_is_bad
-        return (self.trial if damaged else self.retake).returns(anomaly.step)
+        damaged = anomaly.state_corrupted or state_corrupted
+        return (self.reproducibility if damaged else self.retried).returns(anomaly.step)
 
     def respond(
         self,
         anomaly: Anomaly,
         *,
-        state_is_bad: bool = False,
+        state_corrupted: bool = False,
         excess: float = 1.0,
         replay: bool = False,
         older: bool = False,
         adjusted: bool = False,
-        course: Course = "usual",
+        recommended_action: RecommendedAction = "usual",
         cause: str = "",
     ) -> Response:
         """Choose and pay for the response to an anomaly.
 
         Args:
             anomaly: what was found.
-            state_is_bad: whether an audit of weights and optimizer state found damage, beyond
+            state_corrupted: whether an audit of weights and optimizer state found damage, beyond
                 what the anomaly itself knows.
             excess: how many times its healthy baseline the update-to-weight ratio was just before;
                 a cut divides the learning rate by at least this much, up to 1000.
@@ -152,26 +152,30 @@ class Ladder:
             older: whether there is a snapshot before the newest confirmed one.
             adjusted: whether something was changed that may cure it, such as the precision: what
                 returned with the old is tried with the new as if it had not.
-            course: what the cause asks for; see `lit_stability.diagnosis`.
+            recommended_action: what the cause asks for; see `lit_stability.diagnosis`.
             cause: for the reason of a stop.
         """
-        if course == "stop":
+        if recommended_action == "stop":
             return Stop(f"{cause} ({anomaly.message})")
-        damaged = anomaly.state_is_bad or state_is_bad
+        damaged = anomaly.state_corrupted or state_corrupted
         if adjusted:
-            self.retake.end()
-            self.trial.end()
+            self.retried.end()
+            self.reproducibility.end()
         elif anomaly.kind == "loss-scale collapse":
             return Stop(anomaly.message)
         if anomaly.hold and not damaged and self._spend("holds"):
             return HoldLearningRate(anomaly.hold)
-        if course == "lower" and not self._in_vain(anomaly) and self._spend("rollbacks"):
-            self.trial.end()
+        if (
+            recommended_action == "lower"
+            and not self._in_vain(anomaly)
+            and self._spend("rollbacks")
+        ):
+            self.reproducibility.end()
             self.lowered = anomaly.step, anomaly.value
             return self._lower(excess, replay)
         row_is_full = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not row_is_full and self._spend("skips"):
-            return self._veto(anomaly.step, replay)
+            return self._reject_step(anomaly.step, replay)
         if self._spend("rollbacks"):
             if replay and damaged:
                 return self._replay(anomaly, excess, older)
@@ -180,21 +184,23 @@ class Ladder:
             f"{anomaly.kind} came back after {self.budget.rollbacks} rollbacks ({anomaly.message})"
         )
 
-    def _veto(self, step: int, replay: bool) -> Response:
-        if replay and not self.retake.returns(step):
-            self.retake.begin(step)
-            return RunAgain()
-        self.retake.end()
+    def _reject_step(self, step: int, replay: bool) -> Response:
+        if replay and not self.retried.returns(step):
+            self.retried.begin(step)
+            return RetryStep()
+        self.retried.end()
         self._skips_in_a_row += 1
         return SkipStep()
 
     def _replay(self, anomaly: Anomaly, excess: float, older: bool) -> RollBack:
         outside = anomaly.kind not in ("divergence", "update spike")
-        again = self._on_probation and not outside and not self.trial.returns(anomaly.step)
-        self.trial.begin(anomaly.step)
+        again = (
+            self._on_probation and not outside and not self.reproducibility.returns(anomaly.step)
+        )
+        self.reproducibility.begin(anomaly.step)
         self._since_rollback = 0
         self._skips_in_a_row = 0
-        stage = self.trial.stage
+        stage = self.reproducibility.stage
         if stage >= (3 if older else 2) or again:
             cut = self._cut(excess)
             return RollBack(cut, self.budget.clip_factor, True, stage > 0, older and stage > 0)
@@ -223,10 +229,10 @@ class Ladder:
         step, value = self.lowered
         return anomaly.step == step and anomaly.value > value / 2
 
-    def new_regime(self) -> None:
+    def regime_change(self) -> None:
         """What was tried was tried on something that is no trouble."""
-        self.trial.end()
-        self.retake.end()
+        self.reproducibility.end()
+        self.retried.end()
         self.lowered = self._since_rollback = None
         self._skips_in_a_row = 0
 

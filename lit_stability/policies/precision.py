@@ -13,43 +13,43 @@ PRECISIONS = ("16-true", "bf16-true", "16-mixed", "bf16-mixed", "32-true")
 """Lightning's names, those that keep fewer numbers first."""
 
 
-def rungs_below(precision: str) -> tuple[str, ...]:
+def lower_precisions(precision: str) -> tuple[str, ...]:
     """Where a run falls back to from a precision, by default.
 
-    >>> rungs_below("16-mixed"), rungs_below("bf16-true"), rungs_below("32-true")
+    >>> lower_precisions("16-mixed"), lower_precisions("bf16-true"), lower_precisions("32-true")
     (('bf16-mixed', '32-true'), ('bf16-mixed', '32-true'), ())
     """
     wanted = ("bf16-mixed", "32-true")
     return tuple(r for r in wanted if precision in PRECISIONS and is_below(r, precision))
 
 
-def is_below(rung: str, precision: str) -> bool:
+def is_below(level: str, precision: str) -> bool:
     """Whether one precision is further down than another."""
-    return PRECISIONS.index(rung) > PRECISIONS.index(precision)
+    return PRECISIONS.index(level) > PRECISIONS.index(precision)
 
 
-class PrecisionLadder:
+class PrecisionPolicy:
     """Goes down a rung at a time, and tries the one above again after ``wait`` healthy steps.
 
     A try that fails, within as many steps, doubles the wait; after ``failures`` of them the ladder
     stays down. It never goes back to half-precision weights: what they rounded away is lost. So at
-    most ``rungs + failures`` changes go down, however the run behaves.
+    most ``levels + failures`` changes go down, however the run behaves.
 
     Args:
         home: the precision that the run was started in.
-        rungs: those below it, in order.
+        levels: those below it, in order.
         wait: healthy steps before the faster precision is tried again.
         failures: tries that may fail.
 
-    >>> ladder = PrecisionLadder("16-mixed", ["bf16-mixed", "32-true"], wait=2, failures=1)
-    >>> ladder.down(), [ladder.healthy() for _ in range(2)], ladder.current
+    >>> escalation = PrecisionPolicy("16-mixed", ["bf16-mixed", "32-true"], wait=2, failures=1)
+    >>> escalation.down(), [escalation.healthy() for _ in range(2)], escalation.current
     ('bf16-mixed', [None, '16-mixed'], '16-mixed')
-    >>> ladder.down(), [ladder.healthy() for _ in range(9)].count(None)
+    >>> escalation.down(), [escalation.healthy() for _ in range(9)].count(None)
     ('bf16-mixed', 9)
     """
 
-    def __init__(self, home: str, rungs: Sequence[str], *, wait: int, failures: int) -> None:
-        self._names = (home, *rungs)
+    def __init__(self, home: str, levels: Sequence[str], *, wait: int, failures: int) -> None:
+        self._names = (home, *levels)
         self._failures = failures
         self._top = 1 if home.endswith("-true") else 0
         self._at = 0
@@ -69,7 +69,7 @@ class PrecisionLadder:
         return self._names[self._at]
 
     @property
-    def has_rungs(self) -> bool:
+    def has_lower_precision(self) -> bool:
         """Whether there is anything to fall back to, from wherever it is."""
         return len(self._names) > 1
 

@@ -13,7 +13,7 @@ Verdict = Literal["transient", "deterministic"]
 
 
 @dataclass
-class Trial:
+class ReproducibilityCheck:
     """Steps taken again after an anomaly, to see whether it returns.
 
     It returns if anything is found before the step of the anomaly, and ``slack`` more, have been
@@ -23,12 +23,12 @@ class Trial:
     Args:
         slack: steps beyond that of the anomaly; damage is found some steps after it is done.
 
-    >>> trial = Trial(slack=0)
-    >>> trial.begin(7); trial.passed(6); trial.passed(7)
+    >>> reproducibility = ReproducibilityCheck(slack=0)
+    >>> reproducibility.begin(7); reproducibility.passed(6); reproducibility.passed(7)
     'transient'
-    >>> trial.begin(9); trial.returns(9)
+    >>> reproducibility.begin(9); reproducibility.returns(9)
     True
-    >>> trial.begin(9); trial.stage, trial.passed(9)
+    >>> reproducibility.begin(9); reproducibility.stage, reproducibility.passed(9)
     (1, 'deterministic')
     """
 

@@ -1,4 +1,4 @@
-"""`Attempt`: the callback through which a recovery reaches into one fit.
+"""`RestartCallback`: the callback through which a recovery reaches into one fit.
 
 May import Lightning.
 """
@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import call_hook, lower_learning_rate
 from lit_stability.restart.checkpoint_edits import count_in_parts, forget_moments
-from lit_stability.restart.initial_state import Beginning
+from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes
 from lit_stability.restart.remedies import Plan
 from lit_stability.trainer_internals import callbacks_of
 from lit_stability.trainer_internals.skip_batches import TrainingData
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 _KEY = "lit_stability.restart"
 _PARTS = "accumulate_grad_batches"
@@ -34,7 +34,7 @@ class CountedInPartsError(RuntimeError):
         self.parts = parts
 
 
-class Attempt(Callback):
+class RestartCallback(Callback):
     """Carries a plan out in one fit, and notes where it ends.
 
     The checkpoint is changed in memory, between its being read and its being restored: the file
@@ -44,11 +44,11 @@ class Attempt(Callback):
     Args:
         plan: what to do differently.
         first: whether this is the first fit, which is left as the user made it.
-        beginning: takes what the fit brings into being.
+        initial_state: takes what the fit brings into being.
     """
 
-    def __init__(self, plan: Plan, *, first: bool, beginning: Beginning) -> None:
-        self._plan, self._first, self._beginning = plan, first, beginning
+    def __init__(self, plan: Plan, *, first: bool, initial_state: InitialState) -> None:
+        self._plan, self._first, self._initial_state = plan, first, initial_state
         self._data: TrainingData | None = None
         self._lowered = False
         """Whether a callback has lowered the learning rate, and restores it."""
@@ -101,7 +101,7 @@ class Attempt(Callback):
         Callbacks have their state back by now, and put it in force when the training starts.
         """
         if trainer.ckpt_path is None:
-            self._beginning.add(pl_module)
+            self._initial_state.add(pl_module)
         self._lowered = self._plan.cut < 1 and lower_learning_rate(trainer, self._plan.cut)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,7 +111,7 @@ class Attempt(Callback):
         if self._plan.cut < 1 and not self._lowered:
             for optimizer in trainer.optimizers:
                 factors = [self._plan.cut] * len(optimizer.param_groups)
-                learning_rate_scale(optimizer).set(factors)
+                learning_rate_multiplier(optimizer).set(factors)
         for config in trainer.lr_scheduler_configs if self._plan.parts > 1 else []:
             if config.interval == "step":
                 # Lightning counts it in batches, not in steps.

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lit_stability.restart.loop import Recover, Recovery, RecoveryResult
-from lit_stability.restart.resume_source import Find, Sources
+from lit_stability.restart.resume_source import Find, ResumeSource
 
 
 def fit_with_recovery(
@@ -78,5 +78,5 @@ def fit_with_recovery(
         "train_dataloaders": train_dataloaders,
         "val_dataloaders": val_dataloaders,
     }
-    sources = Sources(find, ckpt_path)
+    sources = ResumeSource(find, ckpt_path)
     return Recovery(make_trainer, model, data, limits, sources).run()

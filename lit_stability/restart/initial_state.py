@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
-class Beginning:
+class InitialState:
     """Weights and buffers on the CPU, modes, which parameters learn, the generators' states.
 
     A checkpoint brings most of this back, but not what it leaves out: modes (a crash in validation

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.restart.callback import Attempt, CountedInPartsError, RemedyFailedError
+from lit_stability.restart.callback import CountedInPartsError, RemedyFailedError, RestartCallback
 from lit_stability.restart.crashes import (
     Crash,
     forget_locals,
@@ -23,10 +23,10 @@ from lit_stability.restart.crashes import (
     kind_of,
     place_of,
 )
-from lit_stability.restart.initial_state import Beginning
+from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.record import RecoveryRecord
 from lit_stability.restart.remedies import GiveUp, Plan
-from lit_stability.restart.resume_source import Sources
+from lit_stability.restart.resume_source import ResumeSource
 from lit_stability.restart.trainers import Trainers, own_callbacks
 from lit_stability.trainer_internals import callbacks_of, run_directory
 
@@ -86,13 +86,13 @@ class Recovery:
         model: LightningModule,
         data: dict[str, Any],
         limits: Recover,
-        sources: Sources,
+        sources: ResumeSource,
     ) -> None:
         self._trainers = Trainers(make_trainer)
         self._model, self._data = model, data
         self._limits, self._sources = limits, sources
         self._plan = Plan(loaders_given=data["train_dataloaders"] is not None)
-        self._beginning = Beginning(model)
+        self._initial_state = InitialState(model)
         self._record: RecoveryRecord | None = None
         self._crashes: list[Crash] = []
         self._remedies: list[str] = []
@@ -106,7 +106,9 @@ class Recovery:
         source = self._sources.given
         while True:
             trainer = self._trainer(before)
-            attempt = Attempt(self._plan, first=self._is_first, beginning=self._beginning)
+            attempt = RestartCallback(
+                self._plan, first=self._is_first, initial_state=self._initial_state
+            )
             own_callbacks(trainer).insert(0, attempt)
             error = self._fit(trainer, attempt, source)
             if error is None:
@@ -121,9 +123,9 @@ class Recovery:
             self._release(trainer, attempt, error)
             del trainer, attempt, error
             free_memory()
-            self._beginning.restore(self._model)
+            self._initial_state.restore(self._model)
             if source is None:
-                self._beginning.restore_generators()
+                self._initial_state.restore_generators()
 
     @property
     def _is_first(self) -> bool:
@@ -136,7 +138,9 @@ class Recovery:
             raise ValueError(str(end)) from None
         log.info("as the run behind %s: %s", self._sources.given, words)
 
-    def _recover(self, error: Exception, trainer: Trainer, attempt: Attempt) -> Path | str | None:
+    def _recover(
+        self, error: Exception, trainer: Trainer, attempt: RestartCallback
+    ) -> Path | str | None:
         """Choose a remedy and what to go on from, or raise the error."""
         crash = self._crash(error, attempt)
         self._crashes.append(crash)
@@ -178,7 +182,7 @@ class Recovery:
             self._record = RecoveryRecord(run_directory(trainer))
         return self._record
 
-    def _fit(self, trainer: Trainer, attempt: Attempt, source: Path | str | None) -> Any:
+    def _fit(self, trainer: Trainer, attempt: RestartCallback, source: Path | str | None) -> Any:
         """The exception that ended a fit, or None."""
         try:
             trainer.fit(self._model, **self._data, ckpt_path=source)
@@ -192,7 +196,7 @@ class Recovery:
             return noted
         return None
 
-    def _crash(self, error: Exception, attempt: Attempt) -> Crash:
+    def _crash(self, error: Exception, attempt: RestartCallback) -> Crash:
         step, epoch, begun = attempt.position
         kind = kind_of(error)
         if self._in_a_row and step >= self._furthest + self._limits.progress_steps:
@@ -220,7 +224,7 @@ class Recovery:
         )
         return error
 
-    def _release(self, trainer: Trainer, attempt: Attempt, error: Exception) -> None:
+    def _release(self, trainer: Trainer, attempt: RestartCallback, error: Exception) -> None:
         """Let go of all that a failed fit holds."""
         module, datamodule = self._model, self._data["datamodule"]
         for callback in callbacks_of(trainer):

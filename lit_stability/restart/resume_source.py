@@ -17,7 +17,7 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 Find: TypeAlias = Callable[[Path], Path | str | None]
 
 
-class Sources:
+class ResumeSource:
     """The folders that the fits of one recovery write to, and what they found there.
 
     A file that lay in a folder before the first fit wrote there belongs to another run: it is not

@@ -39,7 +39,7 @@ class StabilityTab:
     def __bool__(self) -> bool:
         return bool(self._experiments)
 
-    def write_attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> None:
+    def write_step_attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> None:
         """Write an attempt, and what is known of it layer by layer.
 
         Args:

@@ -4,35 +4,35 @@ Each private attribute relied on is listed in `PRIVATE`, with the versions it wa
 fails loudly when one of them moves.
 """
 
-from lit_stability.trainer_internals.batch_replay import Entry, Recorder, ReplayRing
+from lit_stability.trainer_internals.batch_replay import BatchRecorder, RecordedBatch, ReplayRing
 from lit_stability.trainer_internals.callback_state import Stateful
 from lit_stability.trainer_internals.checkpoint_ledger import CheckpointLedger
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
-from lit_stability.trainer_internals.incident_checkpoint import save_scene_checkpoint
-from lit_stability.trainer_internals.loop_counters import LoopState, make_up_for
+from lit_stability.trainer_internals.incident_checkpoint import save_incident_checkpoint
+from lit_stability.trainer_internals.loop_counters import LoopState, count_skipped_batches
 from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
 from lit_stability.trainer_internals.precision import (
     PrecisionSwitch,
+    apply_fp32_modules,
     is_supported,
-    put_islands,
     why_fixed,
 )
 from lit_stability.trainer_internals.reference_step import (
-    StepWitness,
+    ReferenceStep,
     incomparable,
     replay_loss,
     same_batch,
     same_loss,
 )
-from lit_stability.trainer_internals.skip_step import SchedulerPause, Veto, parameters_of
-from lit_stability.trainer_internals.step_rerun import Outcome, StepTape
+from lit_stability.trainer_internals.skip_step import SchedulerPause, StepSkipper, parameters_of
+from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
 from lit_stability.trainer_internals.strategies import (
     ranks_of,
     reshard,
     sharing,
-    why_untried,
+    why_unsupported,
 )
 from lit_stability.trainer_internals.trainer_view import (
     callbacks_of,
@@ -86,24 +86,26 @@ __all__ = [
     "LIGHTNING_VERSIONS",
     "PRIVATE",
     "AroundNextStep",
+    "BatchRecorder",
     "CheckpointLedger",
     "DataPosition",
-    "Entry",
     "EpochMetrics",
     "LoggedMetrics",
     "LoopState",
     "Outcome",
     "PrecisionSwitch",
-    "Recorder",
+    "RecordedBatch",
+    "RecordedStep",
+    "ReferenceStep",
     "ReplayRing",
     "SchedulerPause",
     "Stateful",
+    "StepSkipper",
     "StepStart",
-    "StepTape",
-    "StepWitness",
     "TrainingSnapshot",
-    "Veto",
+    "apply_fp32_modules",
     "callbacks_of",
+    "count_skipped_batches",
     "ends_window",
     "full_checkpoint",
     "incomparable",
@@ -112,18 +114,16 @@ __all__ = [
     "log_every",
     "logger_step",
     "loss_scaler",
-    "make_up_for",
     "parameters_of",
-    "put_islands",
     "ranks_of",
     "replay_loss",
     "reshard",
     "run_directory",
     "same_batch",
     "same_loss",
-    "save_scene_checkpoint",
+    "save_incident_checkpoint",
     "sharing",
     "unscale",
     "why_fixed",
-    "why_untried",
+    "why_unsupported",
 ]

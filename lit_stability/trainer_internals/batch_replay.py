@@ -21,7 +21,7 @@ from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
 @dataclass(eq=False)
-class Entry:
+class RecordedBatch:
     """One raw batch, with what it takes to serve it again."""
 
     item: Any
@@ -35,7 +35,7 @@ class Entry:
     versions: tuple[int, ...]
     step: int = -1
     """Optimizer steps taken before the step it belongs to."""
-    spoilt: bool = False
+    modified: bool = False
     """Whether the training step wrote into it."""
 
 
@@ -51,8 +51,8 @@ class ReplayRing:
 
     def __init__(self, max_bytes: int, clone: bool) -> None:
         self.max_bytes, self.clone = max_bytes, clone
-        self.entries: deque[Entry] = deque()
-        self.queue: deque[Entry] = deque()
+        self.entries: deque[RecordedBatch] = deque()
+        self.queue: deque[RecordedBatch] = deque()
         self.left_out: Counter[int] = Counter()
         """Batches left out of each epoch."""
         self.first = 0
@@ -64,7 +64,7 @@ class ReplayRing:
         """Of the batch that is served next."""
         return self.first + len(self.entries)
 
-    def since(self, position: int) -> list[Entry]:
+    def since(self, position: int) -> list[RecordedBatch]:
         """The entries from a position on.
 
         Raises:
@@ -74,13 +74,13 @@ class ReplayRing:
             raise LookupError(f"batches before {self.first} are no longer kept, {position} asked")
         return list(self.entries)[position - self.first :]
 
-    def replayable(self, position: int, leave_out: Collection[Entry] = ()) -> bool:
+    def replayable(self, position: int, leave_out: Collection[RecordedBatch] = ()) -> bool:
         """Whether everything from a position on, but for what is left out, is there unspoilt."""
         if position < self.first:
             return False
-        return not any(e.spoilt and e not in leave_out for e in self.since(position))
+        return not any(e.modified and e not in leave_out for e in self.since(position))
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: RecordedBatch) -> None:
         """Keep an entry that is being served."""
         self.entries.append(entry)
         self.nbytes += entry.nbytes
@@ -96,7 +96,7 @@ class ReplayRing:
         self.nbytes -= self.entries.popleft().nbytes
         self.first += 1
 
-    def rewind(self, position: int, leave_out: Collection[Entry] = ()) -> None:
+    def rewind(self, position: int, leave_out: Collection[RecordedBatch] = ()) -> None:
         """Queue the entries from a position on, but for those left out.
 
         From the first that is left out on the generators' streams run on, as they would if it had
@@ -115,14 +115,14 @@ class ReplayRing:
             again.append(entry)
         self.queue.extendleft(reversed(again))
 
-    def check_spoilt(self) -> None:
+    def check_modified(self) -> None:
         """Note whether the training step wrote into the batch that was served last."""
         if not self.clone and self.entries:
             entry = self.entries[-1]
-            entry.spoilt = entry.spoilt or _versions(entry.item) != entry.versions
+            entry.modified = entry.modified or _versions(entry.item) != entry.versions
 
 
-class Recorder:
+class BatchRecorder:
     """Makes the fit loop's fetcher keep what it serves, and serve what is queued.
 
     Args:
@@ -162,7 +162,7 @@ class Recorder:
             self._fetcher.__class__ = type(self._fetcher).__mro__[1]
             self._fetcher = None
 
-    def rewind(self, position: int, epoch: int, leave_out: Collection[Entry] = ()) -> None:
+    def rewind(self, position: int, epoch: int, leave_out: Collection[RecordedBatch] = ()) -> None:
         """Serve the batches from a position, which lies in an epoch, once more."""
         self.ring.rewind(position, leave_out)
         self._rewound = epoch < self._live_epoch
@@ -198,7 +198,7 @@ class Recorder:
             self._live_done = fetcher.done
             index = fetcher.fetched - len(getattr(fetcher, "batches", ())) - 1
             size = size_of(item)
-            entry = Entry(item, self._live_epoch, index, None, size, _versions(item))
+            entry = RecordedBatch(item, self._live_epoch, index, None, size, _versions(item))
         entry.rng = capture_rng()
         ring.add(entry)
         return copy.deepcopy(entry.item) if ring.clone else entry.item
@@ -216,7 +216,7 @@ class Recorder:
         return fetcher
 
 
-def _recorded(base: type, recorder: Recorder) -> type:
+def _recorded(base: type, recorder: BatchRecorder) -> type:
     """A subclass of a fetcher's class that asks the recorder first."""
 
     def __iter__(self: Any) -> Any:

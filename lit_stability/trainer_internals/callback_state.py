@@ -28,7 +28,7 @@ class Stateful(Protocol):
         """Put it back."""
 
 
-def capture_companions(
+def capture_callback_state(
     trainer: Trainer,
     pl_module: LightningModule,
     registered: Iterable[Stateful],

@@ -63,7 +63,7 @@ class CheckpointLedger:
         """Carry out all removals and leave the strategy as it was."""
         if not self._attached:
             return
-        self.settle(self.mark)
+        self.commit(self.mark)
         for name in ("save_checkpoint", "remove_checkpoint"):
             vars(self._trainer.strategy).pop(name, None)
         self._attached = False
@@ -73,7 +73,7 @@ class CheckpointLedger:
         """The present moment, to be gone back to."""
         return self._first + len(self._events)
 
-    def settle(self, mark: int) -> None:
+    def commit(self, mark: int) -> None:
         """Carry out the removals before a mark: nothing goes back beyond it any more."""
         while self._first < mark and self._events:
             event = self._events.pop(0)

@@ -12,7 +12,7 @@ from lit_stability.trainer_internals.strategies import sharing
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 
 
-def save_scene_checkpoint(trainer: Trainer, path: Path) -> None:
+def save_incident_checkpoint(trainer: Trainer, path: Path) -> None:
     """Save what Lightning saves, for study.
 
     Under DDP only rank 0 is to call it: it waits for nobody, as the other ranks may not have seen

@@ -17,7 +17,7 @@ from lit_stability.training_state.snapshot import BufferGuard
 
 
 @contextmanager
-def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+def isolated_step(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Put generators, buffers and metrics back afterwards, and log nothing meanwhile.
 
     So are the module's own attributes, and its lists, dicts and the like; what a ``training_step``

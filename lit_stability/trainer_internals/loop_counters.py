@@ -83,7 +83,7 @@ def validates_at_end(trainer: Trainer) -> bool:
     return not isinstance(interval, int) or batches == trainer.num_training_batches
 
 
-def make_up_for(trainer: Trainer, left_out: int) -> None:
+def count_skipped_batches(trainer: Trainer, left_out: int) -> None:
     """Count batches left out at the end of an epoch, or its validation would not be due."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     if not (left_out and progress.is_last_batch and validates_at_end(trainer)):

@@ -16,7 +16,7 @@ from lit_stability.measurement.half_precision import HALF, widen
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals.strategies import sharing
 from lit_stability.trainer_internals.trainer_view import callbacks_of
-from lit_stability.training_state.fp32_modules import islands_of, make_island
+from lit_stability.training_state.fp32_modules import fp32_modules_of, keep_in_fp32
 
 
 class PrecisionSwitch:
@@ -108,12 +108,12 @@ def leave_half(trainer: Trainer) -> None:
     _widen(trainer, [*_tensors_of(module), *averages])
 
 
-def put_islands(trainer: Trainer, names: Iterable[str]) -> None:
+def apply_fp32_modules(trainer: Trainer, names: Iterable[str]) -> None:
     """Let modules compute in float32, their optimizer state included if it is half precision."""
     module, made = trainer.lightning_module, False
     for name in names:
-        if name not in islands_of(module):
-            make_island(module.get_submodule(name))
+        if name not in fp32_modules_of(module):
+            keep_in_fp32(module.get_submodule(name))
             made = True
     if made and is_half(trainer):
         _widen(trainer, [])

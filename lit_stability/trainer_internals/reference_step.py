@@ -18,14 +18,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
-from lit_stability.trainer_internals.isolation import aside
+from lit_stability.trainer_internals.isolation import isolated_step
 from lit_stability.training_state.rng import capture_rng, pack_rng, restore_rng, unpack_rng
 
 _NAMED = "named tuple"
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class StepWitness:
+class ReferenceStep:
     """Keeps what the next ``training_step`` is given and what it returns.
 
     Args:
@@ -103,7 +103,7 @@ class StepWitness:
 def replay_loss(trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Any]) -> float:
     """The loss of the kept step now; generators, buffers and metrics are as before afterwards."""
     batch = move_data_to_device(_on_host(_unpacked(kept["batch"])), pl_module.device)
-    with aside(trainer, pl_module), torch.no_grad():
+    with isolated_step(trainer, pl_module), torch.no_grad():
         restore_rng(unpack_rng(kept["rng"]))
         output = trainer.strategy.training_step(batch, *kept["extra"], **kept["named"])
     loss = output.get("loss") if isinstance(output, dict) else output

@@ -13,12 +13,12 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_stability.trainer_internals import loaders, make_up_for
+from lit_stability.trainer_internals import count_skipped_batches, loaders
 
 Samples = frozenset[Any]
 
 
-class LeavingOut:
+class SkippingLoader:
     """A sampler that leaves out batches all of whose samples are unwanted.
 
     It stands in for a (batch) sampler and is it in all else. To say in time which batch is the
@@ -30,7 +30,7 @@ class LeavingOut:
         recent: batches remembered.
         changed: called when one is left out.
 
-    >>> sampler = LeavingOut([[0, 1], [2, 3], [4, 5]], [frozenset([2, 3])])
+    >>> sampler = SkippingLoader([[0, 1], [2, 3], [4, 5]], [frozenset([2, 3])])
     >>> list(sampler), sampler.missing
     ([[0, 1], [4, 5]], 1)
     """
@@ -110,12 +110,12 @@ class TrainingData:
 
     Args:
         trainer: before its fit sets its data up.
-        unwanted: sets of samples, as for `LeavingOut`.
+        unwanted: sets of samples, as for `SkippingLoader`.
     """
 
     def __init__(self, trainer: Trainer, unwanted: Sequence[Samples]) -> None:
         self._trainer, self._unwanted = trainer, unwanted
-        self._sampler: LeavingOut | None = None
+        self._sampler: SkippingLoader | None = None
         self._undo: Callable[[], None] = lambda: None
         loop = trainer.fit_loop
         load_states = loop._load_combined_loader_states
@@ -135,7 +135,7 @@ class TrainingData:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         inner: Any = getattr(loader, name)
         ahead = loader.num_workers * (loader.prefetch_factor or 1)
-        self._sampler = LeavingOut(inner, self._unwanted, ahead + 3, self._measure)
+        self._sampler = SkippingLoader(inner, self._unwanted, ahead + 3, self._measure)
         # The loader refuses an assignment, to keep people from what it could not honour.
         vars(loader)[name] = self._sampler
 
@@ -174,7 +174,7 @@ class TrainingData:
         if self._sampler is None or not self._sampler.missing or fetcher is None:
             return
         if fetcher.length is not None and batches > fetcher.length:
-            make_up_for(self._trainer, int(batches) - fetcher.length)
+            count_skipped_batches(self._trainer, int(batches) - fetcher.length)
 
     def not_fetched(self) -> tuple[Any, ...] | None:
         """Samples of the batch that was to be fetched next, if they are known."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.trainer_internals.loop_counters import step_counters
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 _PAUSED = "rejected"
 """Interval of a scheduler that is on hold; Lightning moves only those of "step" and "epoch"."""
 
 
-class Veto:
+class StepSkipper:
     """The veto on the optimizer steps of one window.
 
     Args:
@@ -48,7 +48,7 @@ class Veto:
         """
         for parameter in parameters_of(optimizer):
             parameter.grad = None
-        if any(vetoed is optimizer for vetoed, _ in self._counts):
+        if any(skipped is optimizer for skipped, _ in self._counts):
             return
         if not self.active:
             # The loss scaler is about to count a step that never was.
@@ -86,7 +86,7 @@ def _counts(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
 def _groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Each group, and a copy of its options: inside a step, with the rate that is not scaled."""
     saved = []
-    rates = learning_rate_scale(optimizer).nominal()
+    rates = learning_rate_multiplier(optimizer).nominal()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         options = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
         lr = options["lr"]

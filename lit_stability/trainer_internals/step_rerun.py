@@ -20,7 +20,7 @@ from lit_stability.diagnosis.nonfinite import NonFiniteOrigin, locate_nonfinite
 from lit_stability.measurement.half_precision import HALF, cast
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_internals.isolation import aside
+from lit_stability.trainer_internals.isolation import isolated_step
 from lit_stability.trainer_internals.precision import is_half
 from lit_stability.trainer_internals.strategies import reshard, sharing
 from lit_stability.trainer_internals.trainer_view import loss_scaler
@@ -47,7 +47,7 @@ class _Taken:
     rng: dict[str, Any]
 
 
-class StepTape:
+class RecordedStep:
     """The batches of the optimizer step being taken, with the generators before each.
 
     Batches are held on the device, not copied; those of one accumulation window, ``max_bytes`` at
@@ -77,7 +77,7 @@ class StepTape:
             return "in manual optimization a training_step cannot be run without its update"
         return None if self._taken else "its batch is not kept"
 
-    def take_again(self, trainer: Trainer, pl_module: LightningModule, *, float32: bool) -> Outcome:
+    def rerun(self, trainer: Trainer, pl_module: LightningModule, *, float32: bool) -> Outcome:
         """Take the step again, in the precision at hand or with every number in float32.
 
         Under FSDP2 all ranks are to call it, as they gather weights; under DDP each is on its own.
@@ -100,7 +100,7 @@ class StepTape:
         return Outcome(sum(host["loss"]) / scale, total(host["norms"]) / scale)
 
     @contextmanager
-    def losses_again(
+    def rerun_losses(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> Iterator[Callable[[], Iterator[Tensor]]]:
         """The forward pass of the step again, in float32; what is computed inside stays beside.
@@ -128,7 +128,7 @@ class StepTape:
         """
         forward_only = False
         if sharing(trainer) == "shards":
-            own = self.take_again(trainer, pl_module, float32=False)
+            own = self.rerun(trainer, pl_module, float32=False)
             forward_only = not all(gather(math.isfinite(own.loss)))
         origins = []
         with _beside(trainer, pl_module, False):
@@ -149,7 +149,7 @@ def _beside(trainer: Trainer, pl_module: LightningModule, float32: bool) -> Iter
     """Let nothing that is computed here reach the training."""
     sharded = sharing(trainer) == "shards"
     with ExitStack() as stack:
-        stack.enter_context(aside(trainer, pl_module))
+        stack.enter_context(isolated_step(trainer, pl_module))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_own_gradients(pl_module) if sharded else _copies(pl_module, float32))
         stack.enter_context(torch.enable_grad())

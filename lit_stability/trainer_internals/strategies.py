@@ -30,7 +30,7 @@ def sharing(trainer: Trainer) -> Sharing:
     return "untried"
 
 
-def why_untried(trainer: Trainer) -> str:
+def why_unsupported(trainer: Trainer) -> str:
     """The reason in words, for a strategy that `sharing` calls untried."""
     strategy: Any = trainer.strategy
     match type(strategy).__name__:

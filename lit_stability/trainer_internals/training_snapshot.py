@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.trainer_internals.callback_state import Restore, Stateful, capture_companions
+from lit_stability.trainer_internals.callback_state import Restore, Stateful, capture_callback_state
 from lit_stability.trainer_internals.loop_counters import LoopState, Steps
 from lit_stability.trainer_internals.metrics import LoggedMetrics
 from lit_stability.training_state.frozen_weights import FrozenWeights
@@ -42,7 +42,7 @@ class TrainingSnapshot:
         self._schedulers: list[Any] = []
         self._scaler: Any = None
         self._rng: dict[str, Any] = {}
-        self._companions: list[Restore] = []
+        self._callback_state: list[Restore] = []
         self._averages: dict[int, ModuleSnapshot] = {}
 
     def capture(
@@ -66,7 +66,9 @@ class TrainingSnapshot:
             copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
         ]
         self._scaler = copy.deepcopy(trainer.precision_plugin.state_dict())
-        self._companions = capture_companions(trainer, pl_module, registered, self._averages)
+        self._callback_state = capture_callback_state(
+            trainer, pl_module, registered, self._averages
+        )
         self.loops, self.steps = LoopState(trainer), Steps.of(trainer)
         self._rng = capture_rng()
 
@@ -86,12 +88,12 @@ class TrainingSnapshot:
             config.scheduler.load_state_dict(copy.deepcopy(state))
         if self._scaler:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(self._scaler))
-        self.restore_companions()
+        self.restore_callback_state()
         restore_rng(self._rng)
 
-    def restore_companions(self) -> None:
+    def restore_callback_state(self) -> None:
         """Put the state of callbacks, module and registered objects back."""
-        for restore in self._companions:
+        for restore in self._callback_state:
             restore()
 
     @property

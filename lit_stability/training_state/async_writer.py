@@ -25,7 +25,7 @@ _PATIENCE = 600.0
 """Seconds to wait at the end of a fit for a disk that may have died."""
 
 
-class CheckpointWriter:
+class AsyncCheckpointWriter:
     """Writes one checkpoint at a time in a thread that lives as long as the writing.
 
     A file appears under its name only when it is whole and on the disk; a number already taken

@@ -43,12 +43,12 @@ def matching(model: nn.Module, patterns: Iterable[Pattern]) -> list[str]:
     return [n for n, _ in model.named_modules() if n in found and not _inside(n, found)]
 
 
-def make_island(module: nn.Module) -> None:
+def keep_in_fp32(module: nn.Module) -> None:
     """Let a module compute in float32 from now on; one that does is left as it is.
 
     Its weights stay in their format unless that is a half: those are converted, in place.
     """
-    if is_island(module):
+    if is_kept_in_fp32(module):
         return
     weights = [*module.parameters(), *module.buffers()]
     half = next((t.dtype for t in weights if t.dtype in HALF), None)
@@ -57,9 +57,9 @@ def make_island(module: nn.Module) -> None:
     module.forward = functools.partial(_forward, module, half)
 
 
-def release_island(module: nn.Module) -> None:
+def release_from_fp32(module: nn.Module) -> None:
     """Let it compute as before; weights that were converted stay float32."""
-    if not is_island(module):
+    if not is_kept_in_fp32(module):
         return
     before = vars(module).pop("_before_island")
     del module.forward
@@ -67,14 +67,14 @@ def release_island(module: nn.Module) -> None:
         module.forward = before
 
 
-def is_island(module: nn.Module) -> bool:
+def is_kept_in_fp32(module: nn.Module) -> bool:
     """Whether the module computes in float32 on its own."""
     return "_before_island" in vars(module)
 
 
-def islands_of(model: nn.Module) -> list[str]:
+def fp32_modules_of(model: nn.Module) -> list[str]:
     """Names of the modules that do."""
-    return [name for name, module in model.named_modules() if is_island(module)]
+    return [name for name, module in model.named_modules() if is_kept_in_fp32(module)]
 
 
 def _forward(module: nn.Module, out: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 _Path = tuple[Any, ...]
 
 
-class CheckpointCopy:
+class HostCopy:
     """Copies of nested dicts and lists of tensors, in buffers reused from capture to capture.
 
     Tensors that share their memory in the original share it in the copy; what is no tensor is

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class LearningRateScale:
+class LearningRateMultiplier:
     """Scales the learning rate of every parameter group around each step.
 
     Works with float and tensor learning rates, any scheduler, fused optimizers and a loss scaler.
@@ -25,7 +25,8 @@ class LearningRateScale:
     untouched.
 
     Args:
-        optimizer: whose steps to scale; `learning_rate_scale` gives everybody the same instance.
+        optimizer: whose steps to scale; `learning_rate_multiplier` gives everybody the same
+        instance.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -126,13 +127,13 @@ class LearningRateScale:
         self._written = self._read()
 
 
-_SCALES: WeakKeyDictionary[Optimizer, LearningRateScale] = WeakKeyDictionary()
+_SCALES: WeakKeyDictionary[Optimizer, LearningRateMultiplier] = WeakKeyDictionary()
 
 
-def learning_rate_scale(optimizer: Optimizer) -> LearningRateScale:
+def learning_rate_multiplier(optimizer: Optimizer) -> LearningRateMultiplier:
     """The scale of an optimizer, the same one for everybody who asks."""
     if optimizer not in _SCALES:
-        _SCALES[optimizer] = LearningRateScale(optimizer)
+        _SCALES[optimizer] = LearningRateMultiplier(optimizer)
     return _SCALES[optimizer]
 
 

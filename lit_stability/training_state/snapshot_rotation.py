@@ -13,7 +13,7 @@ S = TypeVar("S")
 
 
 @dataclass
-class Generations(Generic[S]):
+class SnapshotRotation(Generic[S]):
     """Two snapshots in turn: the confirmed one to go back to, and a candidate on probation.
 
     While no candidate waits, the one confirmed before is still there, as ``older``.
@@ -22,7 +22,7 @@ class Generations(Generic[S]):
         make: builds an empty snapshot; called twice.
         confirm_after: healthy steps after which a candidate is confirmed.
 
-    >>> g = Generations(make=list, confirm_after=2)
+    >>> g = SnapshotRotation(make=list, confirm_after=2)
     >>> g.begin().append("a"); g.confirm_now()
     >>> g.begin().append("b")
     >>> g.healthy(); g.confirmed

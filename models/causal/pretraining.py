@@ -89,7 +89,7 @@ def make(recipe: Recipe, folder: Path) -> float:
     """Train tokenizer and trunk, save both as `from_pretrained` wants them; gives the last loss."""
     drawn = sentences.SentenceSource().draw(f"pretraining {recipe.seed}")
     texts = list(itertools.islice(drawn, recipe.n_sentences))
-    tokenizer = _train_tokenizer([each.beginning + each.ending for each in texts], recipe)
+    tokenizer = _train_tokenizer([each.initial_state + each.ending for each in texts], recipe)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -145,7 +145,7 @@ def _config(recipe: Recipe, n_tokens: int) -> Qwen2Config:
 
 def _encode(sentence: sentences.Sentence, tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """Cut where the classifier cuts, before what comes next, and end."""
-    pieces = (sentence.beginning, sentence.ending)
+    pieces = (sentence.initial_state, sentence.ending)
     ids = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
     return torch.tensor([*ids, tokenizer.eos_token_id])
 

@@ -30,7 +30,7 @@ class Sentence:
     """What stands before a number in its language; it belongs to the number, not to the text."""
 
     @property
-    def beginning(self) -> str:
+    def initial_state(self) -> str:
         """What comes first, with the numbers in digits."""
         return "".join(self._written(each) for each in self.pieces)
 

@@ -28,7 +28,7 @@ from lit_stability.policies.clip_rules import (
     TieredClip,
     ZScoreClip,
 )
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.clip_cases import BUSY, Norms, expected, suite
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
@@ -231,7 +231,7 @@ def test_state_of_another_rule_is_left_and_said(tmp_path, caplog):
 def test_optimizer_is_left_at_its_nominal_rate_after_a_fit(tmp_path):
     rule = TieredClip(tiers=((1e-3, 1e-3, 0.5),), lr_steps=100)
     _, trainer = fit(tmp_path, suite(rule), max_steps=10)
-    assert learning_rate_scale(trainer.optimizers[0]).factors == ()
+    assert learning_rate_multiplier(trainer.optimizers[0]).factors == ()
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
 
 

@@ -23,13 +23,13 @@ def test_scene_holds_state_batch_history_statistics_and_versions(tmp_path):
     (incident,) = read_incidents(tmp_path)
     assert incident["path"] == str(folder)
 
-    scene = torch.load(folder / "scene.pt", weights_only=False)
-    x, y = scene["batch"]
+    context = torch.load(folder / "scene.pt", weights_only=False)
+    x, y = context["batch"]
     assert torch.isnan(x).all()
     assert torch.isnan(y).all()
-    assert (scene["step"], scene["batch_idx"], scene["epoch"]) == (30, 30, 0)
-    assert {g["name"] for g in scene["gradients"]} >= {"net.0.weight", "net.4.bias"}
-    assert set(scene["rng"]) == {"python", "numpy", "torch", "cuda"}
+    assert (context["step"], context["batch_idx"], context["epoch"]) == (30, 30, 0)
+    assert {g["name"] for g in context["gradients"]} >= {"net.0.weight", "net.4.bias"}
+    assert set(context["rng"]) == {"python", "numpy", "torch", "cuda"}
 
     history = json.loads((folder / "history.json").read_text())
     assert history["steps"] == list(range(31))

@@ -39,11 +39,11 @@ class Tape(Callback):
 
 
 def probed(root, module=Attending, probe=None, **options):
-    tape = Tape()
-    callbacks = [GradientMonitor(), probe or AttentionProbe(every=10), tape]
+    recorded_step = Tape()
+    callbacks = [GradientMonitor(), probe or AttentionProbe(every=10), recorded_step]
     net, trainer = fit(root, callbacks, module, **options)
-    assert not any(tape.installed)
-    return net, trainer, tape
+    assert not any(recorded_step.installed)
+    return net, trainer, recorded_step
 
 
 class Watched(Attending):
@@ -89,10 +89,10 @@ def test_run_with_the_probe_is_bit_identical(precision, accumulate, tmp_path):
     ],
 )
 def test_probe_reads_on_its_steps_and_leaves_nothing_installed(options, steps, tmp_path):
-    _, trainer, tape = probed(tmp_path, max_steps=30, **options)
-    assert list(tape.readings) == steps
+    _, trainer, recorded_step = probed(tmp_path, max_steps=30, **options)
+    assert list(recorded_step.readings) == steps
     wanted = {"second"} if "probe" in options else {"first", "second"}
-    for found in tape.readings.values():
+    for found in recorded_step.readings.values():
         assert {where for _, where in found} == wanted
         assert all(0 < v <= 1 for (quantity, _), v in found.items() if "entropy" in quantity)
     assert "training_step" not in vars(trainer.strategy)
@@ -107,17 +107,19 @@ def test_one_forward_pass_of_a_probed_step_is_watched_and_no_other(accumulate, b
 
 def test_probe_is_silent_about_a_step_that_another_callback_takes(tmp_path):
     """A bad step is searched and taken again beside training; the probe sees the one in it."""
-    suite, tape = stability_callbacks(), Tape()
-    callbacks = [FaultInjector([NanLoss(step=10)]), *suite, AttentionProbe(every=10), tape]
+    suite, recorded_step = stability_callbacks(), Tape()
+    callbacks = [FaultInjector([NanLoss(step=10)]), *suite, AttentionProbe(every=10), recorded_step]
     _, trainer = fit(tmp_path, callbacks, Attending, max_steps=30)
     assert trainer.global_step == 30
-    assert list(tape.readings) == [0, 10, 20]
+    assert list(recorded_step.readings) == [0, 10, 20]
 
 
 def test_compiled_model_is_said_once_and_left_alone(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
-        _, _, tape = probed(tmp_path, Compiled, max_steps=12, probe=AttentionProbe(every=5))
-    assert tape.readings == {}
+        _, _, recorded_step = probed(
+            tmp_path, Compiled, max_steps=12, probe=AttentionProbe(every=5)
+        )
+    assert recorded_step.readings == {}
     assert [r for r in caplog.messages if "compiled parts" in r] == [
         "AttentionProbe measures nothing: the model has compiled parts, which cannot be seen into"
     ]
@@ -171,19 +173,19 @@ def test_healthy_translation_is_silent(tmp_path):
     shape = TransformerConfig(
         d_model=32, n_heads=4, d_feedforward=64, n_encoder_layers=1, n_decoder_layers=1
     )
-    monitor, tape = GradientMonitor(), Tape()
+    monitor, recorded_step = GradientMonitor(), Tape()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(
             tmp_path,
-            [monitor, AttentionProbe(every=20), tape],
+            [monitor, AttentionProbe(every=20), recorded_step],
             lambda: TranslationModule(network=shape, n_decoded_val=0),
             data=TranslationDataModule(n_train=2000, batch_size=32),
             max_steps=61,
             limit_val_batches=0,
         )
     assert monitor.incidents == []
-    names = {where for _, where in tape.readings[60]}
+    names = {where for _, where in recorded_step.readings[60]}
     assert len(names) == 3, "self-attention of both, and the decoder's to the encoder"
 
 

@@ -45,20 +45,22 @@ class Tape(Callback):
 )
 def test_damaged_state_goes_back_to_a_confirmed_snapshot_bit_for_bit(fault, tmp_path):
     """K3, N3: no learning rate is cut for damage that came from outside."""
-    fault.struck = 0
-    tape = Tape()
-    callbacks = [FaultInjector([fault]), *skipping_suite(), tape]
+    fault.injected = 0
+    recorded_step = Tape()
+    callbacks = [FaultInjector([fault]), *skipping_suite(), recorded_step]
     _, trainer = fit(tmp_path, callbacks, max_steps=60)
     (incident,) = read_incidents(tmp_path)
     assert incident["responses"] == ["rolled back"]
     assert trainer.global_step == 60, "max_steps good steps are taken"
 
-    index = next(i for i in range(1, 60) if tape.states[i][0] <= tape.states[i - 1][0])
-    back_at = tape.states[index][0]
+    index = next(
+        i for i in range(1, 60) if recorded_step.states[i][0] <= recorded_step.states[i - 1][0]
+    )
+    back_at = recorded_step.states[index][0]
     assert 40 - 30 <= back_at <= 40 - 10, "newest snapshot with ten healthy steps after it"
-    then = next(s for s in tape.states[:index] if s[0] == back_at)
-    assert torch.equal(then[1], tape.states[index][1])
-    assert all(map(torch.equal, then[2], tape.states[index][2]))
+    then = next(s for s in recorded_step.states[:index] if s[0] == back_at)
+    assert torch.equal(then[1], recorded_step.states[index][1])
+    assert all(map(torch.equal, then[2], recorded_step.states[index][2]))
 
 
 def test_learning_rate_jump_is_held_at_what_the_run_has_borne(tmp_path):
@@ -78,8 +80,8 @@ def test_veto_in_manual_optimization_leaves_a_schedule_whose_rate_is_scaled_alon
 
     class Cut(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 20 and not rollback.throttle.active:
-                rollback.throttle.cut(0.5, 1.0)
+            if trainer.global_step == 20 and not rollback.backoff.active:
+                rollback.backoff.cut(0.5, 1.0)
                 rollback._apply(trainer)
 
     rollback = AutoRollback(relax_after=1000)
@@ -111,34 +113,34 @@ def test_settled_incident_is_left_to_whoever_settled_it(tmp_path):
             self.pages += 1
             for p in pl_module.parameters():
                 p.grad = None
-            incident.settle(SkipStep())
+            incident.resolve(SkipStep())
 
     pager, rollback = Pager(), AutoRollback()
     faults = FaultInjector([NanLoss(step=30, steps=2)])
     fit(tmp_path, [faults, GradientMonitor(), pager, rollback])
     assert pager.pages == 2
-    assert rollback.ladder.left["skips"] == Budget().skips
+    assert rollback.escalation.left["skips"] == Budget().skips
 
 
 def test_state_and_factors_survive_a_restart(tmp_path):
     """Monotone state: what was spent and what is in force comes back with the checkpoint."""
     first = skipping_suite()
     _, trainer = fit(tmp_path, [FaultInjector([NanLoss(step=30, steps=11)]), *first], max_steps=32)
-    assert first[-1].throttle.lr_factor == 0.5
+    assert first[-1].backoff.lr_factor == 0.5
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
 
     class Factor(Callback):
         seen = None
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.seen = self.seen or rollback.throttle.lr_factor
+            self.seen = self.seen or rollback.backoff.lr_factor
 
     second, factor = skipping_suite(), Factor()
     rollback = second[-1]
     resumed = make_trainer(tmp_path, [*second, factor], max_steps=34)
     resumed.fit(Regression(), regression_data(), ckpt_path=tmp_path / "saved.ckpt")
     assert factor.seen == 0.5
-    assert rollback.ladder.left == first[-1].ladder.left
+    assert rollback.escalation.left == first[-1].escalation.left
 
 
 def test_bad_batch_does_not_make_the_loss_scaler_back_off(tmp_path):

@@ -74,10 +74,10 @@ def curvatures(*values):
 
 
 def probed(root, module, data, every=1, **options):
-    tape, monitor = Tape(), GradientMonitor()
-    callbacks = [monitor, CurvatureProbe(every=every), tape]
+    recorded_step, monitor = Tape(), GradientMonitor()
+    callbacks = [monitor, CurvatureProbe(every=every), recorded_step]
     fit(root, callbacks, module, data=data, **{"max_steps": 12, **options})
-    return tape.ratios, monitor
+    return recorded_step.ratios, monitor
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -121,10 +121,10 @@ def test_ratio_follows_the_effective_learning_rate(tmp_path):
         def on_train_start(self, trainer, pl_module):
             trainer.optimizers[0].param_groups[0]["lr"] = 0.25
 
-    tape = Tape()
-    callbacks = [Halved(), GradientMonitor(), CurvatureProbe(every=1), tape]
+    recorded_step = Tape()
+    callbacks = [Halved(), GradientMonitor(), CurvatureProbe(every=1), recorded_step]
     fit(tmp_path, callbacks, Quadratic, data=curvatures(1.0), max_steps=1)
-    assert tape.ratios == pytest.approx({0: 0.125}, rel=1e-4)
+    assert recorded_step.ratios == pytest.approx({0: 0.125}, rel=1e-4)
 
 
 def test_ratio_above_1_has_the_next_steps_measured_and_is_told(tmp_path):
@@ -155,10 +155,10 @@ def test_what_cannot_be_measured_is_said_once_and_ends_no_run(module, why, tmp_p
 
 def test_probe_beside_the_suite_goes_through_an_incident(tmp_path):
     callbacks = [FaultInjector([NanLoss(step=10)]), *stability_callbacks(), CurvatureProbe(every=5)]
-    tape = Tape()
-    _, trainer = fit(tmp_path, [*callbacks, tape], Regression, max_steps=30)
+    recorded_step = Tape()
+    _, trainer = fit(tmp_path, [*callbacks, recorded_step], Regression, max_steps=30)
     assert trainer.global_step == 30
-    assert list(tape.ratios)[:2] == [0, 5]
+    assert list(recorded_step.ratios)[:2] == [0, 5]
 
 
 @pytest.mark.parametrize("twin", [False, True])

@@ -40,7 +40,7 @@ def test_poisoned_batch_is_named_in_incident_record_and_report(tmp_path):
     callbacks = suite()
     fit(tmp_path, callbacks, data=poisoned(30), max_steps=50)
     (incident,) = callbacks[0].incidents
-    best = incident.hypotheses[0]
+    best = incident.likely_causes[0]
     assert (incident.cause, best.certainty) == ("bad batch", "certain")
     assert "1 of 128 values are NaN or infinite (batch[0])" in best.evidence[0]
     assert incident.verdict == "deterministic"
@@ -97,7 +97,7 @@ def test_learning_rate_that_is_too_high_is_lowered_at_once_and_not_tried_again(t
     module, _ = fit(tmp_path, callbacks, TooFast, endless(), max_steps=250, max_epochs=-1)
     assert torch.isfinite(flat(module)).all()
     first = callbacks[0].incidents[0]
-    assert first.cause == "learning rate too high", [h.text() for h in first.hypotheses]
+    assert first.cause == "learning rate too high", [h.text() for h in first.likely_causes]
     assert first.responses[0].startswith("rolled back and replayed, learning rate x")
     assert not any("skipped" in i.done for i in callbacks[0].incidents)
 
@@ -124,19 +124,19 @@ class Finds:
         pass
 
 
-@pytest.mark.parametrize("observe_only", [False, True])
-def test_certain_architectural_cause_ends_the_fit_with_its_diagnosis(observe_only, tmp_path):
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_certain_architectural_cause_ends_the_fit_with_its_diagnosis(warn_only, tmp_path):
     """The right response is a named diagnosis and an early stop, not a loop of rollbacks."""
-    finds = Finds("attention collapse", 30, observe_only=observe_only)
+    finds = Finds("attention collapse", 30, warn_only=warn_only)
     callbacks = [GradientMonitor(detectors=[*default_detectors(), finds]), *suite()[1:]]
     with pytest.raises(TrainingStopped, match=r"attention-logit growth.*normalise queries") as stop:
         fit(tmp_path, callbacks, max_steps=50)
-    assert stop.value.incident.strikes == 1
+    assert stop.value.incident.occurrences == 1
     assert stop.value.incident.outcome == "stopped"
 
 
 def test_certain_architectural_cause_is_only_told_of_where_no_stop_is_wanted(tmp_path):
-    finds = Finds("attention collapse", 30, observe_only=True)
+    finds = Finds("attention collapse", 30, warn_only=True)
     callbacks = [GradientMonitor(detectors=[finds]), *suite(stop=False)[1:]]
     _, trainer = fit(tmp_path, callbacks, max_steps=50)
     assert trainer.global_step == 50
@@ -145,7 +145,7 @@ def test_certain_architectural_cause_is_only_told_of_where_no_stop_is_wanted(tmp
 
 
 def test_without_a_diagnosis_nothing_is_stopped_but_the_cause_is_named(tmp_path):
-    finds = Finds("attention collapse", 30, observe_only=True)
+    finds = Finds("attention collapse", 30, warn_only=True)
     callbacks = [GradientMonitor(detectors=[finds]), AutoRollback()]
     _, trainer = fit(tmp_path, callbacks, max_steps=50)
     assert trainer.global_step == 50
@@ -184,10 +184,10 @@ def test_phase_and_its_range_are_told(tmp_path):
     callbacks = [FaultInjector([ScaleGradients(step=130, factor=1e4)]), *suite()]
     fit(tmp_path, callbacks, max_steps=150, max_epochs=-1)
     (incident,) = callbacks[1].incidents
-    scene = incident.current_scene
-    assert scene.phase == "descent"
-    assert scene.phase_range.low < scene.phase_range.high < incident.first.value
-    assert scene.restorable is True
+    context = incident.current_context
+    assert context.phase == "descent"
+    assert context.phase_range.low < context.phase_range.high < incident.first.value
+    assert context.restorable is True
 
 
 def test_history_forgets_what_was_taken_back(tmp_path):
@@ -208,9 +208,9 @@ def test_closed_incident_keeps_its_causes_and_not_the_steps_they_come_from(tmp_p
     callbacks = suite()
     fit(tmp_path, callbacks, data=poisoned(30), max_steps=50)
     (incident,) = callbacks[0].incidents
-    assert incident.scene.history == ()
+    assert incident.context.history == ()
     (record,) = read_incidents(tmp_path)
-    assert [h.as_dict() for h in incident.hypotheses] == record["hypotheses"]
+    assert [h.as_dict() for h in incident.likely_causes] == record["hypotheses"]
     assert (incident.since, incident.checks) == (record["since"], record["checks"])
     assert len(incident.checks) == 4
 

@@ -155,7 +155,7 @@ def test_lightning_module_is_offered_the_incident_last(tmp_path):
         told = ()
 
         def on_incident(self, trainer, pl_module, incident):
-            self.told = (*self.told, (incident.first.kind, incident.settled))
+            self.told = (*self.told, (incident.first.kind, incident.resolved))
 
         def on_incident_closed(self, trainer, pl_module, incident):
             self.told = (*self.told, incident.outcome)

@@ -59,11 +59,11 @@ def test_hook_of_a_module_is_called_after_those_of_the_callbacks(tmp_path):
 
     class Module(Regression):
         def on_incident(self, trainer, pl_module, incident):
-            order.append(("module", incident.settled))
+            order.append(("module", incident.resolved))
 
     class Last(StabilityCallback):
         def on_incident(self, trainer, pl_module, incident):
-            order.append(("callback", incident.settled))
+            order.append(("callback", incident.resolved))
 
     callbacks = [FaultInjector([NanLoss(step=9)]), GradientMonitor(), AutoRollback(), Last()]
     fit(tmp_path, callbacks, Module, max_steps=20)

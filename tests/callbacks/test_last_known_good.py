@@ -69,7 +69,7 @@ class Rates(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         for callback in trainer.callbacks:
             if isinstance(callback, AutoRollback):
-                self.seen.append(callback.throttle.lr_factor)
+                self.seen.append(callback.backoff.lr_factor)
 
 
 def test_first_copy_is_of_step_0_and_the_newest_two_stay(tmp_path):

@@ -24,7 +24,7 @@ def test_infinite_loss_with_finite_gradients_is_named_and_after_three_of_them_ac
     _, trainer = train(tmp_path, callbacks, data(targets=2000.0), module=module, **fp16(1.0))
     (incident,) = callbacks[0].incidents
     assert incident.first.kind == "infinite loss"
-    assert incident.strikes == 3
+    assert incident.occurrences == 3
     assert trainer.precision == "bf16-mixed"
     assert "compute the loss in float32" in incident.remedy
 

@@ -63,7 +63,7 @@ def test_origin_is_named_on_the_console_in_the_record_and_in_the_report(tmp_path
     assert f"test_nonfinite_locator.py:{LINE}" in report
     assert incident.remedy == origin.advice
     assert incident.cause == "operation outside its domain"
-    assert incident.hypotheses[0].certainty == "certain"
+    assert incident.likely_causes[0].certainty == "certain"
 
 
 def test_search_leaves_no_trace_in_training_nor_in_what_the_module_counts(tmp_path):

@@ -18,7 +18,7 @@ from tests.precision import Net, data, fp16, suite, train
 def test_faster_precision_is_tried_again_and_stays_if_it_holds(tmp_path):
     loader = data()
     loader.dataset.tensors[0][: 30 * 16] *= 1e5
-    callbacks = suite(max_islands=0, try_again_after=40)
+    callbacks = suite(max_fp32_modules=0, try_again_after=40)
     module, trainer = train(tmp_path, callbacks, loader, **fp16())
     (incident,) = callbacks[0].incidents
     assert incident.done == "precision 16-mixed -> bf16-mixed, step taken again"
@@ -39,7 +39,7 @@ class Precisions(Callback):
 def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(tmp_path):
     """Invariant 4: tries are bounded; each costs one step, taken again."""
     seen = Precisions()
-    callbacks = [*suite(max_islands=0, try_again_after=20, failures=2), seen]
+    callbacks = [*suite(max_fp32_modules=0, try_again_after=20, failures=2), seen]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 200, **fp16())
     tries = [i for i, name in enumerate(seen.seen) if name == "16-mixed"]
     assert tries == [0, 21, 62]
@@ -81,7 +81,7 @@ def test_choice_survives_a_resume_bit_for_bit(module, loader, options, precision
 
 
 def test_next_fit_of_the_same_callbacks_begins_where_the_last_one_ended(tmp_path):
-    callbacks = suite(max_islands=0)
+    callbacks = suite(max_fp32_modules=0)
     for incidents in (1, 0):
         module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 30, **fp16())
         assert trainer.precision == "bf16-mixed"

@@ -101,7 +101,7 @@ def test_healthy_run_is_bit_identical_and_keeps_its_precision(name, tmp_path):
 
 def test_step_that_failed_is_taken_again_as_if_the_run_had_begun_in_the_new_precision(tmp_path):
     """Invariant 7: nothing of the fp16 attempt, nor of its proof, is left; dropout is on."""
-    fallen, _ = train(tmp_path, suite(max_islands=0), data(inputs=1e5), **fp16())
+    fallen, _ = train(tmp_path, suite(max_fp32_modules=0), data(inputs=1e5), **fp16())
     begun, _ = train(tmp_path, [], data(inputs=1e5), precision="bf16-mixed")
     assert torch.equal(flat(fallen), flat(begun))
 
@@ -170,7 +170,7 @@ def test_half_precision_weights_that_overflow_in_mid_run_become_float32_with_the
 
 
 def test_without_autorollback_the_failing_step_is_lost_and_training_goes_on(tmp_path):
-    callbacks = [GradientMonitor(), PrecisionFallback(max_islands=0)]
+    callbacks = [GradientMonitor(), PrecisionFallback(max_fp32_modules=0)]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
     (incident,) = callbacks[0].incidents
     assert incident.done == "precision 16-mixed -> bf16-mixed"
@@ -216,10 +216,10 @@ def test_precision_that_lightning_alone_converts_is_left_alone_with_the_reason(t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rungs": ["bf16"]}, "got 'bf16'"),
-        ({"rungs": ["16-true"]}, "got '16-true'"),
+        ({"precisions": ["bf16"]}, "got 'bf16'"),
+        ({"precisions": ["16-true"]}, "got '16-true'"),
         ({"try_again_after": 0}, "try_again_after must be at least 1, got 0"),
-        ({"max_islands": -1}, "max_islands must be at least 0, got -1"),
+        ({"max_fp32_modules": -1}, "max_fp32_modules must be at least 0, got -1"),
         ({"failures": -1}, "failures must be at least 0, got -1"),
         ({"infinite_losses": 0}, "infinite_losses must be at least 1, got 0"),
     ],

@@ -9,7 +9,7 @@ from lit_stability import (
     GradientMonitor,
     PrecisionFallback,
 )
-from lit_stability.training_state.fp32_modules import islands_of
+from lit_stability.training_state.fp32_modules import fp32_modules_of
 from tests.conftest import flat
 from tests.precision import Net, data, fp16, suite, train
 
@@ -23,7 +23,7 @@ def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_pat
     assert "linear made" in incident.evidence[1]
     assert "overflow of float16, finite in float32" in incident.evidence[1]
     assert trainer.precision == "16-mixed"
-    assert islands_of(module) == ["net.0"]
+    assert fp32_modules_of(module) == ["net.0"]
     assert torch.isfinite(flat(module)).all()
 
 
@@ -33,7 +33,7 @@ def test_islands_are_not_made_where_they_are_not_enough(tmp_path):
         tmp_path, suite(), data(targets=2000.0), module=lambda: Net(own_loss=True), **fp16()
     )
     assert trainer.precision == "bf16-mixed"
-    assert islands_of(module) == []
+    assert fp32_modules_of(module) == []
 
 
 def test_named_modules_compute_in_float32_while_the_rest_does_not(tmp_path):

@@ -104,7 +104,7 @@ def test_bad_batch_among_replayed_steps_has_its_own_trial_and_snapshots_go_on(tm
     assert {i["verdict"] for i in incidents} == {"transient"}
     replayed = [r for i in incidents for r in i["responses"]]
     assert "step skipped" not in replayed
-    assert rollback.throttle.lr_factor == 1.0
+    assert rollback.backoff.lr_factor == 1.0
 
 
 def test_step_that_is_clean_the_second_time_is_called_transient(tmp_path):
@@ -274,7 +274,7 @@ def test_ring_and_ledger_do_not_grow_with_the_run(tmp_path):
         seen, files = (), ()
 
         def on_train_batch_end(self, trainer, *args):
-            self.seen = (*self.seen, len(rollback._now.rewinder.ring.entries))
+            self.seen = (*self.seen, len(rollback._now.engine.ring.entries))
             self.files = (
                 *self.files,
                 len(list((tmp_path / "c").glob("*"))),

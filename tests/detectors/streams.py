@@ -19,7 +19,7 @@ def told(detector, rows, start=0):
         anomaly = detector.check(stats)
         if anomaly is not None:
             found.append(anomaly)
-        if anomaly is None or anomaly.observe_only:
+        if anomaly is None or anomaly.warn_only:
             detector.update(stats)
     return found
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lit_stability.detectors import AttentionLogits, default_detectors
-from lit_stability.detectors.detector_set import Panel
+from lit_stability.detectors.detector_set import DetectorSet
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
 
@@ -32,7 +32,7 @@ def run(stream, detector=None):
         anomaly = detector.check(stats)
         if anomaly is not None:
             said.append((anomaly.step, anomaly.kind, anomaly.layers[0][0]))
-        if anomaly is None or anomaly.observe_only:
+        if anomaly is None or anomaly.warn_only:
             detector.update(stats)
     return said
 
@@ -86,8 +86,8 @@ def test_collapse_is_bad_state_and_names_module_logit_and_entropy():
         detector.check(s) or detector.update(s) for s in steps([5.0] + [2000.0] * 20, STUCK, 0.01)
     ]
     (anomaly,) = filter(None, found)
-    assert anomaly.state_is_bad
-    assert not anomaly.observe_only
+    assert anomaly.state_corrupted
+    assert not anomaly.warn_only
     assert "blocks.0 has collapsed: logits of 2000, entropy 1.0% of the largest" in anomaly.message
 
 
@@ -106,7 +106,7 @@ def test_what_was_told_is_not_told_again_after_a_resume():
 
 
 def test_all_ranks_find_it_before_they_look_at_gradients():
-    panel = Panel([AttentionLogits(window=10)], [0], print)
+    panel = DetectorSet([AttentionLogits(window=10)], [0], print)
     said = []
     for stats in steps(GROWING, FALLING, 0.0):
         anomaly, shared = panel.verdict(stats, voting=True)

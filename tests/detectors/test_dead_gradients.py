@@ -81,7 +81,7 @@ def test_parameters_are_named_with_the_first_that_lives_behind_them():
     assert anomaly.signal == "grad_norm"
     assert "2 of 3 parameters, a to b, receive" in anomaly.message
     assert anomaly.message.endswith("the next that receives one is head")
-    assert anomaly.observe_only
+    assert anomaly.warn_only
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from torch.optim import lr_scheduler as s
 from lit_stability.detectors import (
     Anomaly,
     Detector,
+    DetectorSet,
     Divergence,
     LayerBounds,
     LearningRateJump,
     NonFinite,
     OptimizerState,
-    Panel,
     Spike,
     UpdateSpike,
     Window,
@@ -156,7 +156,7 @@ def test_update_spike_says_that_the_state_is_bad():
     detector = UpdateSpike()
     update_alarms([(4e-3, 0.1)] * 30, detector)
     found = detector.check(stats(30, update_ratio=0.2, update_learning_rate=0.1))
-    assert found.state_is_bad
+    assert found.state_corrupted
     assert (found.value, found.baseline) == (0.2, pytest.approx(4e-3))
     assert "50 times" in found.message
 
@@ -232,7 +232,7 @@ def test_learning_rate_jump_tells_what_brings_each_group_back():
         assert not flagged(detector, step)
     found = detector.check(stats(30, learning_rates=(0.3, 0.03)))
     assert found.hold == pytest.approx(((1e-3 + 29e-5) / 0.3, 1e-4 / 0.03))
-    assert not found.state_is_bad
+    assert not found.state_corrupted
     assert found.value == 0.3
     assert "300 times" in found.message
 
@@ -290,7 +290,7 @@ def test_jump_of_a_real_run_is_flagged_before_its_update():
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "state_is_bad"),
+    ("options", "kind", "state_corrupted"),
     [
         ({}, None, False),
         ({"loss": NAN}, "non-finite loss", False),
@@ -306,11 +306,11 @@ def test_jump_of_a_real_run_is_flagged_before_its_update():
         ({"loss_scale": 1024.0, "loss": NAN, "grad_norm": NAN}, "non-finite loss", False),
     ],
 )
-def test_non_finite_values_are_named(options, kind, state_is_bad):
+def test_non_finite_values_are_named(options, kind, state_corrupted):
     """N1, N3, S9."""
     found = NonFinite().check(stats(3, **options))
     assert (None if found is None else found.kind) == kind
-    assert found is None or found.state_is_bad is state_is_bad
+    assert found is None or found.state_corrupted is state_corrupted
 
 
 def test_non_finite_gradient_names_its_layers():
@@ -355,7 +355,7 @@ def test_layer_bounds_flag_the_layers_over_theirs(bounds, layers, flagged_names)
 def test_optimizer_state_is_flagged_below_what_decay_leaves(ratio, is_flagged):
     found = OptimizerState().check(stats(moment_ratio=ratio, moment_name="w"))
     assert (found is not None) is is_flagged
-    assert found is None or (found.state_is_bad and found.layers[0][0] == "w")
+    assert found is None or (found.state_corrupted and found.layers[0][0] == "w")
 
 
 RATES = {"update_learning_rate": 1e-3, "learning_rates": (1e-3,)}
@@ -667,7 +667,7 @@ def test_layer_bounds_of_a_stream_are_told(norms, expected):
         for i, norm in enumerate(norms)
     ]
     assert [i for i, anomaly in enumerate(told) if anomaly] == expected
-    assert all(a.observe_only == (a.value < 1) for a in told if a)
+    assert all(a.warn_only == (a.value < 1) for a in told if a)
 
 
 @pytest.mark.parametrize("bounds", [(5.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])
@@ -688,7 +688,7 @@ class TellsOnce:
     def check(self, seen):
         if not self._tells(seen.step):
             return None
-        options = {"value": 1.0, "signal": "x", "message": self.kind, "observe_only": True}
+        options = {"value": 1.0, "signal": "x", "message": self.kind, "warn_only": True}
         return Anomaly(kind=self.kind, step=seen.step, **options)
 
     def update(self, seen):
@@ -703,7 +703,7 @@ class TellsOnce:
 
 def test_two_that_tell_of_the_same_step_are_heard_one_after_the_other():
     """Invariant 8: what was seen is said once, and not lost because another spoke first."""
-    panel = Panel([TellsOnce("first", 3), TellsOnce("second", 3)], [0], print)
+    panel = DetectorSet([TellsOnce("first", 3), TellsOnce("second", 3)], [0], print)
     heard = []
     for step in range(8):
         anomaly, _ = panel.verdict(stats(step), voting=False)

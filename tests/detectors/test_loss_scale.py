@@ -28,8 +28,8 @@ def found(steps, detector=None):
     for stats in steps:
         anomaly = detector.check(stats)
         if anomaly is not None:
-            out.append((anomaly.kind, stats.step, anomaly.observe_only))
-        if anomaly is None or anomaly.observe_only:
+            out.append((anomaly.kind, stats.step, anomaly.warn_only))
+        if anomaly is None or anomaly.warn_only:
             detector.update(stats)
     return out
 
@@ -74,7 +74,7 @@ def test_fall_is_seen_between_steps_that_pass_too():
 def test_infinite_loss_with_finite_gradients_is_named_and_the_step_is_good():
     stats = StepStats(step=3, loss=INF, grad_norm=2.0, loss_scale=1.0)
     anomaly = LossScale().check(stats)
-    assert (anomaly.kind, anomaly.observe_only) == ("infinite loss", True)
+    assert (anomaly.kind, anomaly.warn_only) == ("infinite loss", True)
     assert "all gradients are finite" in anomaly.message
 
 

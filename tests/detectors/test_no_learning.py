@@ -80,7 +80,7 @@ def test_reason_is_told_by_the_signal(ratio, signal, words):
     (anomaly,) = told(NoLearning(), rows(FLAT, ratio=ratio))
     assert anomaly.signal == signal
     assert words in anomaly.message
-    assert anomaly.observe_only
+    assert anomaly.warn_only
 
 
 def test_nothing_is_said_of_steps_without_a_loss():

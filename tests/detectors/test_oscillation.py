@@ -51,8 +51,8 @@ def test_widening_swings_of_a_stream_are_told_of(losses, expected):
 
 def test_step_is_good_as_it_is():
     (anomaly,) = told(Oscillation(), rows(C))
-    assert anomaly.observe_only
-    assert not anomaly.state_is_bad
+    assert anomaly.warn_only
+    assert not anomaly.state_corrupted
     assert (anomaly.value, anomaly.baseline) == (pytest.approx(2.0), pytest.approx(0.2))
 
 

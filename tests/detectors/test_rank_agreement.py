@@ -6,8 +6,8 @@ import pytest
 
 from lit_stability.detectors import (
     Anomaly,
+    DetectorSet,
     NonFinite,
-    Panel,
     Replicas,
     Spike,
     Vote,
@@ -43,7 +43,7 @@ def test_votes_disagree_when_some_object_or_norms_differ(votes, message):
     assert (anomaly is None) == (message is None)
     if anomaly is not None:
         assert message in anomaly.message
-        assert (anomaly.kind, anomaly.step, anomaly.state_is_bad) == (KIND, 7, True)
+        assert (anomaly.kind, anomaly.step, anomaly.state_corrupted) == (KIND, 7, True)
         assert anomaly.layers[1][0] == "rank 1"
 
 
@@ -88,7 +88,7 @@ def test_weights_that_differ_make_any_anomaly_one_of_bad_state():
     replicas = Replicas(trust=0)
     assert replicas.explain(spike, step(rank_weights=(5.0, 5.0))) == spike
     worse = replicas.explain(spike, step(rank_weights=(5.0, 4.0)))
-    assert (worse.kind, worse.state_is_bad) == ("loss spike", True)
+    assert (worse.kind, worse.state_corrupted) == ("loss spike", True)
     assert worse.message.startswith("high; the ranks' weights")
 
 
@@ -128,7 +128,7 @@ class Mine:
 )
 def test_what_a_rank_alone_may_have_seen_is_never_called_shared(fields, kind, shared):
     """Invariant 5: a rank whose own gradients are bad as well finds the same shared anomaly."""
-    panel = Panel([Spike(min_history=3), NonFinite(), Mine()], [0], print)
+    panel = DetectorSet([Spike(min_history=3), NonFinite(), Mine()], [0], print)
     for i in range(5):
         panel.verdict(step(i, rank_weights=(1.0, 1.0)), voting=True)
         panel.learn(step(i))
@@ -137,7 +137,7 @@ def test_what_a_rank_alone_may_have_seen_is_never_called_shared(fields, kind, sh
 
 
 def test_detector_that_says_nothing_of_ranks_is_asked_once_and_not_before_the_shared_ones():
-    panel = Panel([Mine()], [0], print)
+    panel = DetectorSet([Mine()], [0], print)
     panel.verdict(step(), voting=True)
     panel.verdict(step(loss=NAN), voting=False)
     assert panel.state_dict() == {"0": [["Mine 0", {"asked": 2}]]}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lit_stability.detectors import StaleMoments
-from lit_stability.measurement.second_moment_ratio import Staleness
+from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats
 
 CALM = [1.0, 1.1, 0.9, 1.0, 1.05] * 5
@@ -24,7 +24,7 @@ def run(values, detector=None):
         )
         anomaly = detector.check(stats)
         if anomaly is not None:
-            assert anomaly.observe_only
+            assert anomaly.warn_only
             assert anomaly.layers == (("head.weight", rms),)
             out.append(step)
         detector.update(stats)
@@ -33,7 +33,7 @@ def run(values, detector=None):
 
 def ratios(norms, decay=0.999):
     """What the meter makes of gradient norms."""
-    kept = Staleness()
+    kept = SecondMomentRatio()
     found = (kept.measure({"w": norm}, {"w": decay}, taken=True) for norm in norms)
     return [each[0] if each else None for each in found]
 
@@ -58,7 +58,7 @@ def test_build_up_above_the_window_is_told_once(values, steps):
 
 @pytest.mark.parametrize(("sigma", "decay"), [(0.1, 0.95), (0.5, 0.99), (1.0, 0.999)])
 def test_100_000_steps_of_noise_are_silent(sigma, decay):
-    g, kept, detector = random.Random(7), Staleness(), StaleMoments()
+    g, kept, detector = random.Random(7), SecondMomentRatio(), StaleMoments()
     for step in range(100_000):
         norm = math.exp(sigma * g.gauss(0, 1))
         found = kept.measure({"w": norm}, {"w": decay}, taken=True) or (None, "")

@@ -118,7 +118,7 @@ def test_lowest_layers_are_named():
     (anomaly,) = told(small(), rows([FADED] * 200))
     assert anomaly.layers == (("a", 1e-3), ("b", 2e-3))
     assert anomaly.value == pytest.approx(1.5e-3 / 0.75)
-    assert anomaly.observe_only
+    assert anomaly.warn_only
 
 
 def test_warm_up_is_silent():

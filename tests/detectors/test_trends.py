@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from lit_stability.detectors.trends import LossCourse, RateCourse
+from lit_stability.detectors.trends import LearningRateTrend, LossTrend
 from tests.detectors.streams import step, through_a_checkpoint
 
 
-def settled(rates, **options):
+def stable(rates, **options):
     """Steps after which the rate counts as settled."""
-    course, out = RateCourse(**options), []
+    trend, out = LearningRateTrend(**options), []
     for i, rate in enumerate(rates):
-        course.update(step(i, learning_rates=(rate / 7,), nominal_learning_rates=(0.0, rate)))
-        if course.settled:
+        trend.update(step(i, learning_rates=(rate / 7,), nominal_learning_rates=(0.0, rate)))
+        if trend.stable:
             out.append(i)
     return out
 
@@ -31,21 +31,21 @@ def settled(rates, **options):
 )
 def test_rate_is_settled_neither_in_a_warm_up_nor_at_the_end_of_a_decay(rates, expected):
     """V1."""
-    assert settled(rates, settle=3) == expected
+    assert stable(rates, stable_after=3) == expected
 
 
 def test_rate_that_is_not_told_is_settled_in_time():
-    course = RateCourse(settle=2)
+    trend = LearningRateTrend(stable_after=2)
     for i in range(2):
-        course.update(step(i))
-    assert course.settled
+        trend.update(step(i))
+    assert trend.stable
 
 
 def course_of(losses, **options):
-    course = LossCourse(**options)
+    trend = LossTrend(**options)
     for loss in losses:
-        course.update(loss)
-    return course
+        trend.update(loss)
+    return trend
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def course_of(losses, **options):
     ],
 )
 def test_loss_has_learnt_where_it_fell_below_its_first_values(losses, learnt, stale):
-    course = course_of(losses, block=4)
-    assert (course.learnt, course.stale) == (learnt, stale)
+    trend = course_of(losses, block=4)
+    assert (trend.learnt, trend.stale) == (learnt, stale)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -79,35 +79,35 @@ def test_noise_alone_is_no_fall_and_more_than_a_sigma_is(seed):
 def test_loss_above_its_lowest_is_told_from_noise():
     noise = 0.1 * np.random.default_rng(0).standard_normal(400)
     level = np.repeat([3.0, 2.0, 2.05, 2.5], 100)
-    course = course_of((level + noise)[:300].tolist())
-    assert not course.above_lowest
+    trend = course_of((level + noise)[:300].tolist())
+    assert not trend.above_lowest
     for loss in (level + noise)[300:].tolist():
-        course.update(loss)
-    assert course.above_lowest
+        trend.update(loss)
+    assert trend.above_lowest
 
 
 def test_courses_survive_a_round_trip():
     losses, rates = [4.0, 3.0, 3.5, 2.0, 2.5], [0.1, 0.2, 0.2, 0.2]
-    first, second = course_of(losses, block=2), LossCourse(block=2)
+    first, second = course_of(losses, block=2), LossTrend(block=2)
     second.load_state_dict(through_a_checkpoint(first.state_dict()))
     first.update(1.0), second.update(1.0)
     assert first.state_dict() == second.state_dict()
     assert (second.first, second.recent) == (3.5, 1.75)
-    rate, other = RateCourse(settle=3), RateCourse(settle=3)
+    rate, other = LearningRateTrend(stable_after=3), LearningRateTrend(stable_after=3)
     for i, each in enumerate(rates):
         rate.update(step(i, learning_rates=(each,)))
     other.load_state_dict(through_a_checkpoint(rate.state_dict()))
     other.update(step(4, learning_rates=(0.2,)))
-    assert other.settled
+    assert other.stable
 
 
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (RateCourse, {"settle": 0}),
-        (RateCourse, {"share": 1.5}),
-        (LossCourse, {"block": 1}),
-        (LossCourse, {"fall": -0.1}),
+        (LearningRateTrend, {"stable_after": 0}),
+        (LearningRateTrend, {"share": 1.5}),
+        (LossTrend, {"block": 1}),
+        (LossTrend, {"fall": -0.1}),
     ],
 )
 def test_option_out_of_range_is_refused_and_repeated(make, options):

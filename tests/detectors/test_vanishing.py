@@ -68,8 +68,8 @@ def test_norm_that_is_still_tiny_after_the_warm_up_is_told_of():
     rates = [1e-3 * min(1.0, (i + 1) / 400) for i in range(1000)]
     (anomaly,) = told(Vanishing(), rows([5e-7] * 1000, [9.0] * 1000, rates))
     assert 400 < anomaly.step < 500
-    assert anomaly.observe_only
-    assert not anomaly.state_is_bad
+    assert anomaly.warn_only
+    assert not anomaly.state_corrupted
     assert "for 451 steps" in anomaly.message
 
 

@@ -86,8 +86,8 @@ def test_element_that_moved_far_beyond_all_others_is_told_of(moved, rate, adapti
 
 def test_state_is_bad_since_the_scan_before():
     (anomaly,) = told(WeightCorruption(), rows([*STEADY, 11.0]))
-    assert anomaly.state_is_bad
-    assert not anomaly.observe_only
+    assert anomaly.state_corrupted
+    assert not anomaly.warn_only
     assert (anomaly.since, anomaly.layers) == (80, (("w", 11.0),))
     assert (anomaly.baseline, anomaly.value) == (pytest.approx(10.08), 11.0)
 

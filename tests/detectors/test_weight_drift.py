@@ -51,7 +51,7 @@ def test_norm_that_multiplies_while_the_loss_stands_is_told_of(norms, losses, ex
 def test_what_has_grown_most_is_named():
     (anomaly,) = told(small(), rows(GROWING))
     assert anomaly.layers == (("a", pytest.approx(1.3**7)), ("b", 1.0))
-    assert anomaly.observe_only
+    assert anomaly.warn_only
     assert "from 16.9 to 62.75 in 5 scans" in anomaly.message
 
 

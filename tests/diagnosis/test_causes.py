@@ -9,7 +9,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import (
     CAUSES,
     Cause,
-    Scene,
+    DiagnosisContext,
     decision_tree,
     diagnose,
     register_cause,
@@ -30,14 +30,14 @@ def history(losses, start=5000, **options):
     return tuple(stats(start + i, loss, **options) for i, loss in enumerate(losses))
 
 
-def scene(kind, losses=(2.0, 2.05, 1.95) * 10, *, loss=2.0, grad_norm=1.0, **options):
+def context(kind, losses=(2.0, 2.05, 1.95) * 10, *, loss=2.0, grad_norm=1.0, **options):
     """A step of an anomaly after accepted ones."""
     before = options.pop("history", None) or history(losses)
     anomaly = {"value": 1.0, "message": f"it is a {kind}", "signal": "loss"}
     anomaly |= options.pop("anomaly", {})
     now = options.pop("now", {})
     step = before[-1].step + 1
-    return Scene(
+    return DiagnosisContext(
         anomaly=Anomaly(kind=kind, step=step, **anomaly),
         history=before,
         stats=stats(step, loss, grad_norm, **now),
@@ -55,39 +55,39 @@ OVERFLOW = SimpleNamespace(**(vars(OPERATION) | {"overflow": True}))
 SPOILED = SimpleNamespace(**(vars(OPERATION) | {"cause": "parameter", "tensor": "head.weight"}))
 
 CASES = {
-    "sequence A": (scene("loss spike", loss=87234.5), "bad batch"),
-    "sequence B": (scene("divergence", GROWN, loss=89.7), "learning rate too high"),
-    "sequence C": (scene("oscillation", SWUNG, loss=5.8), "learning rate too high"),
+    "sequence A": (context("loss spike", loss=87234.5), "bad batch"),
+    "sequence B": (context("divergence", GROWN, loss=89.7), "learning rate too high"),
+    "sequence C": (context("oscillation", SWUNG, loss=5.8), "learning rate too high"),
     "a batch with NaN in it": (
-        scene("non-finite loss", loss=NAN, batch=("3 of 8 values are NaN",)),
+        context("non-finite loss", loss=NAN, batch=("3 of 8 values are NaN",)),
         "bad batch",
     ),
     "an operation": (
-        scene("non-finite loss", loss=NAN, origin=OPERATION),
+        context("non-finite loss", loss=NAN, origin=OPERATION),
         "operation outside its domain",
     ),
     "an overflow": (
-        scene("non-finite loss", loss=NAN, origin=OVERFLOW, precision="16-mixed"),
+        context("non-finite loss", loss=NAN, origin=OVERFLOW, precision="16-mixed"),
         "numeric precision",
     ),
     "a weight": (
-        scene("non-finite loss", loss=NAN, origin=SPOILED),
+        context("non-finite loss", loss=NAN, origin=SPOILED),
         "weights damaged from outside",
     ),
     "gone when taken again": (
-        scene("non-finite gradient", grad_norm=NAN, verdict="transient"),
+        context("non-finite gradient", grad_norm=NAN, verdict="transient"),
         "glitch",
     ),
     "back when taken again": (
-        scene("gradient spike", grad_norm=900.0, verdict="deterministic"),
+        context("gradient spike", grad_norm=900.0, verdict="deterministic"),
         "bad batch",
     ),
     "back with five batches": (
-        scene("gradient spike", grad_norm=900.0, verdict="deterministic", strikes=9),
+        context("gradient spike", grad_norm=900.0, verdict="deterministic", occurrences=9),
         "learning rate too high",
     ),
     "a schedule that runs through": (
-        scene(
+        context(
             "oscillation",
             history=tuple(
                 stats(5000 + i, loss, nominal_learning_rates=(1e-3 * 1.2**i,))
@@ -98,52 +98,56 @@ CASES = {
         "schedule of the learning rate",
     ),
     "momentum": (
-        scene("divergence", (*CALM, 2.3, 2.8, 4.5), loss=12.0, momentum=0.99, verdict="transient"),
+        context(
+            "divergence", (*CALM, 2.3, 2.8, 4.5), loss=12.0, momentum=0.99, verdict="transient"
+        ),
         "glitch",
     ),
-    "a collapse of attention": (scene("attention collapse"), "attention-logit growth"),
+    "a collapse of attention": (context("attention collapse"), "attention-logit growth"),
     "a gain of zero": (
-        scene(
+        context(
             "dead gradients",
             anomaly={"signal": "weight_norm", "layers": (("norm.weight", 0.0), ("up.weight", 0.0))},
         ),
         "zeroed gain",
     ),
     "a gain of a dead part, which is not zero": (
-        scene("dead gradients", anomaly={"signal": "grad_norm", "layers": (("norm.weight", 0.0),)}),
+        context(
+            "dead gradients", anomaly={"signal": "grad_norm", "layers": (("norm.weight", 0.0),)}
+        ),
         "dead part of the model",
     ),
     "weights that do not move": (
-        scene("no learning", anomaly={"signal": "update_ratio"}),
+        context("no learning", anomaly={"signal": "update_ratio"}),
         "frozen by mistake",
     ),
     "weights that hardly move": (
-        scene("no learning", anomaly={"signal": "weight_path"}),
+        context("no learning", anomaly={"signal": "weight_path"}),
         "learning rate too low",
     ),
-    "weights that move for nothing": (scene("no learning"), "model that cannot learn"),
+    "weights that move for nothing": (context("no learning"), "model that cannot learn"),
     "post-norm": (
-        scene("stalled layers", history=history(CALM, start=100), rate_rose=False),
+        context("stalled layers", history=history(CALM, start=100), rate_rose=False),
         "no warm-up",
     ),
     "a jump of the learning rate": (
-        scene("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
+        context("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
         "learning rate jumped",
     ),
     "a weight that became NaN": (
-        scene("non-finite weight", loss=NAN),
+        context("non-finite weight", loss=NAN),
         "weights damaged from outside",
     ),
     "a weight that became NaN, and not when the steps were taken again": (
-        scene("non-finite weight", loss=NAN, verdict="transient"),
+        context("non-finite weight", loss=NAN, verdict="transient"),
         "weights damaged from outside",
     ),
     "an operation that did not do it again": (
-        scene("non-finite loss", loss=NAN, origin=OPERATION, verdict="transient"),
+        context("non-finite loss", loss=NAN, origin=OPERATION, verdict="transient"),
         "glitch",
     ),
-    "an optimizer's state": (scene("optimizer state"), "optimizer state damaged"),
-    "a rank": (scene("rank disagreement"), "rank out of step"),
+    "an optimizer's state": (context("optimizer state"), "optimizer state damaged"),
+    "a rank": (context("rank disagreement"), "rank out of step"),
 }
 
 
@@ -153,13 +157,13 @@ def test_cause_of_a_scene_is_named_first(name):
     given, expected = CASES[name]
     found = diagnose(given)
     assert found[0].cause == expected, [each.text() for each in found]
-    assert all(each.evidence and each.do and each.leave for each in found)
+    assert all(each.evidence and each.remedy and each.ignore_when for each in found)
 
 
 def test_causes_of_each_printed_pattern_are_among_those_named():
     """S2: A, an abnormal sample; B, the rate, accumulation or momentum; C, batches and schedule."""
-    growth = scene("divergence", GROWN, loss=89.7, accumulation=4, momentum=0.99)
-    swings = scene("oscillation", SWUNG, loss=5.8)
+    growth = context("divergence", GROWN, loss=89.7, accumulation=4, momentum=0.99)
+    swings = context("oscillation", SWUNG, loss=5.8)
     names = {each.cause for each in diagnose(growth, most=10)}
     assert names >= {
         "learning rate too high",
@@ -177,19 +181,19 @@ def test_causes_of_each_printed_pattern_are_among_those_named():
 @pytest.mark.parametrize(
     ("given", "certainty", "decides"),
     [
-        (scene("attention collapse"), "certain", "stop"),
-        (scene("attention-logit growth"), "likely", "usual"),
+        (context("attention collapse"), "certain", "stop"),
+        (context("attention-logit growth"), "likely", "usual"),
         # Grown logits that a probe has read are no collapse yet.
         (
-            scene(
+            context(
                 "attention-logit growth",
                 now={"readings": (ProbeReading("attention_logit", "blocks.0", 9000.0),)},
             ),
             "likely",
             "usual",
         ),
-        (scene("divergence", GROWN, loss=89.7), "likely", "lower"),
-        (scene("divergence", (2.0, 2.1) * 15, loss=2.1), "possible", "usual"),
+        (context("divergence", GROWN, loss=89.7), "likely", "lower"),
+        (context("divergence", (2.0, 2.1) * 15, loss=2.1), "possible", "usual"),
     ],
 )
 def test_stop_needs_certainty_and_a_cut_likelihood(given, certainty, decides):
@@ -199,7 +203,7 @@ def test_stop_needs_certainty_and_a_cut_likelihood(given, certainty, decides):
 
 def test_healthy_looking_spike_stops_nothing_and_lowers_nothing():
     for kind in ("gradient spike", "loss spike", "non-finite loss", "non-finite gradient"):
-        assert diagnose(scene(kind, grad_norm=900.0))[0].decides == "usual"
+        assert diagnose(context(kind, grad_norm=900.0))[0].decides == "usual"
 
 
 LAYERS = {
@@ -230,12 +234,12 @@ def test_kind_of_layer_that_shows_it_most_adds_a_cause(name):
     kind, norms, told, expected = LAYERS[name]
     names = tuple(norms)
     before = history(CALM, names=names, grad_norms=(1.0,) * len(names))
-    given = scene(
+    given = context(
         kind,
         history=before,
         grad_norm=900.0,
         now={"names": names, "grad_norms": tuple(norms.values())},
-        anomaly={"observe_only": told, "layers": tuple(norms.items())},
+        anomaly={"warn_only": told, "layers": tuple(norms.items())},
     )
     assert expected in {each.cause for each in diagnose(given, most=10)}
 
@@ -244,17 +248,19 @@ def test_language_model_that_swings_is_asked_for_its_padding():
     """S7."""
     names = ("lm.layers.0.mlp.weight",)
     before = history(SWUNG, names=names, grad_norms=(1.0,))
-    given = scene(
+    given = context(
         "oscillation", history=before, loss=5.8, now={"names": names, "grad_norms": (3.0,)}
     )
     causes = {each.cause: each for each in diagnose(given, most=10)}
-    assert "attention mask" in causes["sequence lengths or padding"].do
+    assert "attention mask" in causes["sequence lengths or padding"].remedy
 
 
 def test_layers_are_ranked_by_their_own_past_and_not_by_their_size():
     names = ("large", "small")
     before = history(CALM, names=names, grad_norms=(100.0, 0.1))
-    given = scene("gradient spike", history=before, now={"names": names, "grad_norms": (110.0, 9)})
+    given = context(
+        "gradient spike", history=before, now={"names": names, "grad_norms": (110.0, 9)}
+    )
     assert given.layers(1) == [("small", pytest.approx(90.0))]
 
 
@@ -264,9 +270,9 @@ def test_kinds_of_layers_and_their_causes_are_yours_to_extend(monkeypatch):
     register_layer_cause("retina", "explode", "too much light", "close the shutter")
     names = ("model.retina.weight",)
     before = history(CALM, names=names, grad_norms=(1.0,))
-    given = scene("gradient spike", history=before, now={"names": names, "grad_norms": (900.0,)})
+    given = context("gradient spike", history=before, now={"names": names, "grad_norms": (900.0,)})
     try:
-        causes = {each.cause: each.do for each in diagnose(given, most=10)}
+        causes = {each.cause: each.remedy for each in diagnose(given, most=10)}
     finally:
         del CAUSES["too much light"]
     assert causes["too much light"] == "close the shutter"
@@ -275,14 +281,14 @@ def test_kinds_of_layers_and_their_causes_are_yours_to_extend(monkeypatch):
 def test_cause_of_your_own_takes_part_and_may_stop_the_run():
     mine = Cause(
         name="tuesday",
-        clues=((9, lambda given: "it is tuesday" if given.anomaly.step > 5000 else None),),
-        do="wait",
-        leave="on any other day",
-        course="stop",
+        rules=((9, lambda given: "it is tuesday" if given.anomaly.step > 5000 else None),),
+        remedy="wait",
+        ignore_when="on any other day",
+        recommended_action="stop",
     )
     register_cause(mine)
     try:
-        best = diagnose(scene("gradient spike"))[0]
+        best = diagnose(context("gradient spike"))[0]
     finally:
         del CAUSES["tuesday"]
     assert (best.cause, best.decides, best.text()) == (
@@ -296,12 +302,12 @@ def test_cause_of_your_own_takes_part_and_may_stop_the_run():
     ("options", "problem"),
     [
         ({"name": ""}, "name of a cause must not be empty"),
-        ({"leave": ""}, "leave of a cause must not be empty"),
-        ({"clues": ()}, "has no clue"),
+        ({"ignore_when": ""}, "ignore_when of a cause must not be empty"),
+        ({"rules": ()}, "has no rule"),
     ],
 )
 def test_cause_that_could_say_nothing_is_refused(options, problem):
-    whole = {"name": "x", "clues": ((1, lambda _: None),), "do": "y", "leave": "z"}
+    whole = {"name": "x", "rules": ((1, lambda _: None),), "remedy": "y", "ignore_when": "z"}
     with pytest.raises(ValueError, match=problem):
         Cause(**(whole | options))
 
@@ -322,7 +328,7 @@ def test_cause_that_could_say_nothing_is_refused(options, problem):
 )
 def test_questions_are_answered_in_the_order_of_the_tree(options, expected):
     """S5."""
-    answers = [each.text() for each in decision_tree(scene("non-finite loss", **options))]
+    answers = [each.text() for each in decision_tree(context("non-finite loss", **options))]
     assert len(answers) == len(expected)
     for answer, part in zip(answers, expected, strict=True):
         assert part in answer
@@ -330,14 +336,14 @@ def test_questions_are_answered_in_the_order_of_the_tree(options, expected):
 
 def test_reading_of_a_probe_speaks_where_it_is_high():
     reading = (ProbeReading("attention_logit", "blocks.1", 9000.0),)
-    given = scene("divergence", now={"readings": reading})
+    given = context("divergence", now={"readings": reading})
     found = {each.cause: each for each in diagnose(given, most=10)}
     assert "attention logits of 9e+03 in blocks.1" in found["attention-logit growth"].evidence[0]
 
 
 def test_second_moment_that_lagged_is_among_the_causes_and_one_that_did_not_is_not():
     lagged, ordinary = (
-        diagnose(scene("divergence", history=history(CALM, moment_rms=rms), loss=9.0), most=10)
+        diagnose(context("divergence", history=history(CALM, moment_rms=rms), loss=9.0), most=10)
         for rms in (2.8, 1.2)
     )
     assert "stale second moment" in {each.cause for each in lagged}
@@ -346,12 +352,14 @@ def test_second_moment_that_lagged_is_among_the_causes_and_one_that_did_not_is_n
 
 def test_trouble_is_dated_to_where_the_loss_left_its_course():
     """Since when, not only that."""
-    given = scene("divergence", GROWN, loss=89.7)
+    given = context("divergence", GROWN, loss=89.7)
     assert given.since == given.anomaly.step - 5
 
 
 def test_scene_of_nothing_but_an_anomaly_is_enough():
-    alone = Scene(anomaly=Anomaly(kind="mine", step=3, value=1.0, message="m", signal="s"))
+    alone = DiagnosisContext(
+        anomaly=Anomaly(kind="mine", step=3, value=1.0, message="m", signal="s")
+    )
     assert diagnose(alone) == []
     assert alone.pattern is None
     assert alone.layers() == []

@@ -20,7 +20,7 @@ def feed(ranges, losses, rates, norms=None):
 
 
 def small():
-    return PhaseRanges(settle=5, block=10, patience=3)
+    return PhaseRanges(stable_after=5, block=10, patience=3)
 
 
 def falling(steps):
@@ -66,7 +66,7 @@ def test_ranges_are_the_quantiles_of_each_phase():
     """V3: nine in ten of the norms, to 2.5 %."""
     rng = random.Random(0)
     norms = [math.exp(rng.gauss(math.log(3.0 if i < 500 else 0.3), 0.2)) for i in range(1000)]
-    ranges = PhaseRanges(settle=1)
+    ranges = PhaseRanges(stable_after=1)
     rates = [float(i) if i < 500 else 499.0 for i in range(1000)]
     feed(ranges, falling(1000), rates, norms)
     first, second = ranges.ranges()
@@ -116,7 +116,7 @@ def test_memory_is_bounded_over_many_steps():
     assert sum(len(t["bins"]) for t in ranges.state_dict()["tallies"].values()) < 6000
 
 
-@pytest.mark.parametrize("option", ["settle", "block", "patience"])
+@pytest.mark.parametrize("option", ["stable_after", "block", "patience"])
 def test_option_below_one_is_refused(option):
     with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
         PhaseRanges(**{option: 0})

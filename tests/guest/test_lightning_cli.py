@@ -44,11 +44,11 @@ OPTIONS = {
         "after_crash": 1.0,
     },
     "PrecisionFallback": {
-        "rungs": ["bf16-mixed", "32-true"],
+        "precisions": ["bf16-mixed", "32-true"],
         "fp32_modules": ["net.0"],
         "try_again_after": 100,
         "failures": 1,
-        "max_islands": 0,
+        "max_fp32_modules": 0,
         "infinite_losses": 1,
     },
     "AutoRollback": {

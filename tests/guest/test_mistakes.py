@@ -16,7 +16,7 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.cli.main import main
-from lit_stability.detectors import Divergence, NonFinite, Panel, Spike
+from lit_stability.detectors import DetectorSet, Divergence, NonFinite, Spike
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import Regression, fit, make_trainer, regression_data
 
@@ -129,7 +129,7 @@ def test_resume_with_other_detectors_gives_each_its_own_window(tmp_path):
     """As many as before, in another order, one of another class."""
     path = checkpoint(tmp_path, [GradientMonitor(detectors=[Spike("loss"), Spike("grad_norm")])])
     saved = torch.load(path)["callbacks"]["GradientMonitor"]["detectors"]
-    panel = Panel([Spike("grad_norm"), Divergence()], [0], print)
+    panel = DetectorSet([Spike("grad_norm"), Divergence()], [0], print)
     panel.load_state_dict(saved)
     windows = dict(panel.state_dict()["0"])
     assert windows["Spike grad_norm 0"] == dict(saved["0"])["Spike grad_norm 0"]

@@ -28,22 +28,22 @@ def incident(number=1, **options):
 
 def test_settle_twice_is_an_error_that_names_the_first_response():
     trouble = incident()
-    assert not trouble.settled
-    trouble.settle(RollBack(0.5, 0.5))
-    assert trouble.settled
-    with pytest.raises(RuntimeError, match=r"incident 1 is settled already \(rolled back"):
-        trouble.settle(SkipStep())
+    assert not trouble.resolved
+    trouble.resolve(RollBack(0.5, 0.5))
+    assert trouble.resolved
+    with pytest.raises(RuntimeError, match=r"incident 1 is resolved already \(rolled back"):
+        trouble.resolve(SkipStep())
     assert trouble.responses == ["rolled back, learning rate x0.5, clip x0.5"]
 
 
 def test_strike_needs_a_response_of_its_own_and_keeps_the_first_anomaly():
     trouble = incident()
-    trouble.settle(SkipStep())
+    trouble.resolve(SkipStep())
     second = anomaly(kind="divergence", step=12433)
-    trouble.strike(second)
-    assert not trouble.settled
-    assert (trouble.strikes, trouble.anomaly, trouble.first.step) == (2, second, 12431)
-    trouble.settle(RollBack())
+    trouble.recur(second)
+    assert not trouble.resolved
+    assert (trouble.occurrences, trouble.anomaly, trouble.first.step) == (2, second, 12431)
+    trouble.resolve(RollBack())
     assert trouble.as_dict()["kind"] == "gradient spike"
     assert trouble.as_dict()["strikes"] == 2
 
@@ -65,8 +65,8 @@ def test_done_counts_runs_of_equal_responses(responses, done):
     trouble = incident()
     for i, response in enumerate(responses):
         if i:
-            trouble.strike(anomaly())
-        trouble.settle(response)
+            trouble.recur(anomaly())
+        trouble.resolve(response)
     assert trouble.done == done
 
 
@@ -77,7 +77,7 @@ def test_cause_that_was_shown_comes_before_all_that_speaks_for_another():
     trouble.note("numeric precision", "float32 bears it")
     trouble.note("numeric precision", "once more")
     assert trouble.cause == "numeric precision"
-    assert trouble.hypotheses[0].evidence[0] == "float32 bears it"
+    assert trouble.likely_causes[0].evidence[0] == "float32 bears it"
     assert trouble.evidence == ["float32 bears it", "once more"]
 
 
@@ -94,11 +94,11 @@ def test_lines_for_the_console_say_where_what_and_what_was_done():
         "incident 1 at step 12431 (epoch 3, batch 17): gradient spike: gradient norm 900 is 90 "
         "times its median 10 -> observed, nothing changed"
     )
-    trouble.settle(SkipStep())
+    trouble.resolve(SkipStep())
     trouble.path = "logs/incidents/00012431-1"
     assert trouble.opening_line().endswith("-> step skipped | scene in logs/incidents/00012431-1")
-    trouble.strike(anomaly())
-    trouble.settle(SkipStep())
+    trouble.recur(anomaly())
+    trouble.resolve(SkipStep())
     trouble.outcome, trouble.closed_step = "recovered", 12450
     closing = trouble.closing_line()
     for part in ("incident 1", "recovered", "after 2 strikes", "step skipped (2x)", "12450"):
@@ -107,8 +107,8 @@ def test_lines_for_the_console_say_where_what_and_what_was_done():
 
 def test_summary_of_a_stop_keeps_its_columns_narrow():
     short, long = incident(1), incident(2)
-    short.settle(SkipStep())
-    long.settle(Stop("no budget is left: " + 30 * "tried this and that; "))
+    short.resolve(SkipStep())
+    long.resolve(Stop("no budget is left: " + 30 * "tried this and that; "))
     head, first, second = summary_table([short, long])
     assert "step skipped" in first
     assert "stopped: no budget is left" in second
@@ -127,7 +127,7 @@ def test_markdown_of_text_with_line_ends_in_it_stays_one_item_for_each_thing_kno
 def test_markdown_of_a_closed_incident_tells_the_whole_story():
     """S17, V5."""
     trouble = incident(layers=(("head.weight", 880.0),))
-    trouble.settle(SkipStep())
+    trouble.resolve(SkipStep())
     trouble.outcome, trouble.closed_step = "recovered", 12450
     for part in ("`head.weight` 880", "step skipped", "recovered at step 12450", "not saved"):
         assert part in markdown(trouble)

@@ -54,7 +54,7 @@ def test_record_gives_the_last_word_on_each_incident_in_order(record):
     first, second = incident(1), incident(2, kind="divergence")
     record.append("open", first)
     record.append("open", second)
-    first.settle(SkipStep())
+    first.resolve(SkipStep())
     first.outcome, first.closed_step = "recovered", 12450
     record.append("close", first)
     rows = read_incidents(record.path)

@@ -10,7 +10,7 @@ from lit_stability.incidents.step_history import (
     FIELDS,
     MOST,
     PRECISIONS,
-    Attempts,
+    StepHistory,
     row_of,
 )
 from lit_stability.measurement.step_stats import StepStats
@@ -25,12 +25,12 @@ def take(attempts, step, *, taken=True):
     return span
 
 
-def column(episode, name):
-    return [row[FIELDS.index(name)] for row in episode.rows]
+def column(window, name):
+    return [row[FIELDS.index(name)] for row in window.rows]
 
 
 @pytest.mark.parametrize(
-    ("steps", "vetoed", "spans"),
+    ("steps", "skipped", "spans"),
     [
         ([0, 1, 2, 3], [], []),
         ([0, 1, 2, 2, 3], [2], []),
@@ -42,21 +42,21 @@ def column(episode, name):
     ],
     ids=["calm", "taken again", "rolled back", "after a veto", "vetoes", "twice", "further"],
 )
-def test_attempts_that_a_rollback_takes_back_are_known_by_their_steps(steps, vetoed, spans):
-    attempts = Attempts()
-    found = [take(attempts, s, taken=i not in vetoed) for i, s in enumerate(steps)]
+def test_attempts_that_a_rollback_takes_back_are_known_by_their_steps(steps, skipped, spans):
+    attempts = StepHistory()
+    found = [take(attempts, s, taken=i not in skipped) for i, s in enumerate(steps)]
     assert [span for span in found if span] == spans
 
 
 def test_rollback_further_than_the_memory_reaches_is_counted_on():
-    attempts = Attempts()
+    attempts = StepHistory()
     for step in range(MOST + 100):
         take(attempts, step)
     assert take(attempts, 20) == [21, MOST + 100]
 
 
 def test_rollback_belongs_to_the_incidents_that_are_open():
-    attempts = Attempts()
+    attempts = StepHistory()
     for step in range(10):
         take(attempts, step)
     closed, current = attempts.open(1, 9), attempts.open(2, 11)
@@ -67,35 +67,35 @@ def test_rollback_belongs_to_the_incidents_that_are_open():
 
 def test_window_holds_what_came_before_the_incident_and_what_came_after():
     """S1: the scene, attempt by attempt."""
-    attempts = Attempts()
+    attempts = StepHistory()
     for step in range(100):
         take(attempts, step)
-    episode = attempts.open(1, 101)
+    window = attempts.open(1, 101)
     for step in range(100, 130):
         take(attempts, step)
-    episode.closed_attempt = 131
+    window.closed_attempt = 131
     for step in range(130, 200):
-        assert episode.complete == (step > 131 + AFTER - 1)
+        assert window.complete == (step > 131 + AFTER - 1)
         take(attempts, step)
-    assert column(episode, "attempt") == list(range(101 - BEFORE, 131 + AFTER + 1))
+    assert column(window, "attempt") == list(range(101 - BEFORE, 131 + AFTER + 1))
 
 
 def test_window_of_an_endless_incident_is_bounded_and_has_its_end():
-    attempts = Attempts()
+    attempts = StepHistory()
     for step in range(5000):
         if step == 100:
-            episode = attempts.open(1, 101)
+            window = attempts.open(1, 101)
         if step == 4000:
-            episode.closed_attempt = 4000
+            window.closed_attempt = 4000
         take(attempts, step)
-    numbers = column(episode, "attempt")
+    numbers = column(window, "attempt")
     assert len(numbers) == MOST
     assert numbers[0] == 101 - BEFORE
     assert numbers[-AFTER:] == list(range(4001, 4001 + AFTER))
 
 
 def test_count_goes_on_in_another_fit_and_its_rows_do_not():
-    attempts = Attempts()
+    attempts = StepHistory()
     for step in range(5):
         take(attempts, step)
     attempts.start()

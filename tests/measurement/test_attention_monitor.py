@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lit_stability.measurement.attention_monitor import AttentionWatch, measure_attention
+from lit_stability.measurement.attention_monitor import AttentionMonitor, measure_attention
 from tests.probe_models import SelfAttention, by_hand, fused
 
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -169,7 +169,7 @@ def test_watch_changes_no_bit_and_leaves_no_hook():
         return grad, torch.get_rng_state()
 
     plain = run()
-    with AttentionWatch(net) as watch:
+    with AttentionMonitor(net) as watch:
         watched = run()
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
     assert watch.readings()
@@ -180,7 +180,7 @@ def test_watch_changes_no_bit_and_leaves_no_hook():
 
 def test_watch_that_was_stopped_sees_no_more_and_can_be_left():
     net, x = SelfAttention(), torch.randn(2, 9, 16)
-    with AttentionWatch(net) as watch:
+    with AttentionMonitor(net) as watch:
         net(x)
         watch.stop()
         assert _get_current_dispatch_mode() is None
@@ -189,7 +189,7 @@ def test_watch_that_was_stopped_sees_no_more_and_can_be_left():
 
 
 def test_what_cannot_be_measured_ends_no_step():
-    with AttentionWatch(nn.Identity()) as watch:
+    with AttentionMonitor(nn.Identity()) as watch:
         watch._paths = None  # stands for whatever a new version of torch may bring
         watch._fitting = None
         fused(*qkv())
@@ -206,7 +206,7 @@ def test_function_that_was_compiled_is_still_compiled_afterwards():
     net = nn.Linear(3, 3)
     compiled = torch.compile(lambda x: net(x).sin(), backend=backend)
     x = torch.randn(2, 3)
-    with AttentionWatch(net) as watch:  # compiles, and runs
+    with AttentionMonitor(net) as watch:  # compiles, and runs
         compiled(x)
     compiled(x)
     assert len(ran) == 2

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.measurement.second_moment_ratio import Staleness
+from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_meter import StepMeter
 
 
 def follow(norms, decay=0.9, taken=None):
-    kept = Staleness()
+    kept = SecondMomentRatio()
     flags = taken or [True] * len(norms)
     return [
         kept.measure({"w": n}, {"w": decay}, taken=f) for n, f in zip(norms, flags, strict=True)
@@ -45,7 +45,7 @@ def test_non_finite_norm_has_no_ratio_and_is_never_learnt(bad):
 
 
 def test_parameter_furthest_off_is_named_and_those_without_second_moment_have_no_say():
-    kept = Staleness()
+    kept = SecondMomentRatio()
     for last in (1.0, 1.0, 5.0):
         norms = {"a": 1.0, "b": last, "free": 10 * last, "unused": 0.0}
         found = kept.measure(norms, {"a": 0.9, "b": 0.9, "unused": 0.9}, taken=True)
@@ -53,7 +53,7 @@ def test_parameter_furthest_off_is_named_and_those_without_second_moment_have_no
 
 
 def test_what_was_kept_is_forgotten_after_a_rollback():
-    kept = Staleness()
+    kept = SecondMomentRatio()
     for norm in (1.0, 1.0):
         kept.measure({"w": norm}, {"w": 0.9}, taken=True)
     kept.forget()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_stability.measurement.norms import peaks_of
-from lit_stability.measurement.weight_sampling import Samples
+from lit_stability.measurement.weight_sampling import WeightSampler
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from lit_stability.measurement.weight_sampling import Samples
     ],
 )
 def test_extents_leave_the_largest_element_out(tensors, norms, first, second):
-    samples = Samples([torch.tensor(t) for t in tensors])
+    samples = WeightSampler([torch.tensor(t) for t in tensors])
     found = samples.extents(samples.gather()).tolist()
     count = len(tensors)
     # Of 4096 ones, 511 of the 512 that are sampled stand for all.
@@ -48,7 +48,7 @@ def test_peaks_are_the_largest_absolute_values_of_any_format():
 def test_sample_takes_evenly_spread_blocks_and_small_tensors_whole(blocks):
     """However the blocks are joined; the large tensors come first."""
     large, small = torch.arange(1000.0), torch.tensor([-1.0, -2.0])
-    samples = Samples([small, large], blocks)
+    samples = WeightSampler([small, large], blocks)
     starts = range(0, blocks * (1000 // blocks), 1000 // blocks)
     wanted = [float(i) for start in starts for i in range(start, start + 32)]
     assert samples.gather().tolist() == [*wanted, -1.0, -2.0]
@@ -68,13 +68,15 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_sample_of_many_tensors_is_that_of_each_with_the_largest_first(sizes, blocks):
     tensors = [torch.randn(n) + i for i, n in enumerate(sizes)]
-    samples = Samples(tensors, blocks)
-    parts = [Samples([t], blocks).gather() for t in tensors]
+    samples = WeightSampler(tensors, blocks)
+    parts = [WeightSampler([t], blocks).gather() for t in tensors]
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     gathered = samples.gather()
     assert torch.equal(gathered, torch.cat([parts[i] for i in order]))
     sums = [float(part.double().sum()) for part in parts]
     found = samples.sums(gathered).tolist()
     assert [found[i] for i in samples.places] == pytest.approx(sums, rel=1e-5, abs=1e-4)
-    apart = [Samples([t], blocks).extents(part) for t, part in zip(tensors, parts, strict=True)]
+    apart = [
+        WeightSampler([t], blocks).extents(part) for t, part in zip(tensors, parts, strict=True)
+    ]
     assert torch.allclose(samples.extents(gathered), torch.stack(apart, dim=1).reshape(-1))

@@ -9,7 +9,7 @@ import pytest
 
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels, risk_of
-from lit_stability.policies.crash_risk.lr_cap import Ceiling
+from lit_stability.policies.crash_risk.lr_cap import LearningRateCap
 from lit_stability.policies.crash_risk.model import CALIBRATION
 from lit_stability.policies.crash_risk.trends import FEATURES
 
@@ -204,10 +204,10 @@ def test_prevention_state_round_trip_goes_on_as_before():
 
 
 def test_ceiling_holds_a_schedule_that_climbs_and_lets_one_fall():
-    ceiling = Ceiling()
-    ceiling.lower({0: [1.0, 0.1]})
+    lr_cap = LearningRateCap()
+    lr_cap.lower({0: [1.0, 0.1]})
     for scheduled, expected in (([4.0, 0.4], [0.5, 0.05]), ([0.2, 0.02], [0.2, 0.02])):
-        factors = ceiling.factors({0: scheduled})[0]
+        factors = lr_cap.factors({0: scheduled})[0]
         effective = [r * f for r, f in zip(scheduled, factors, strict=True)]
         assert effective == pytest.approx(expected)
 

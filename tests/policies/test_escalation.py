@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from lit_stability.detectors import Anomaly
 from lit_stability.policies.actions import (
+    AcceptNewRegime,
     HoldLearningRate,
-    LearnAnew,
+    RetryStep,
     RollBack,
-    RunAgain,
     SkipStep,
     Stop,
     describe,
 )
-from lit_stability.policies.escalation import Budget, Ladder
+from lit_stability.policies.escalation import Budget, EscalationPolicy
 
 
-def anomaly(kind="gradient spike", state_is_bad=False, step=0, value=9.0):
+def anomaly(kind="gradient spike", state_corrupted=False, step=0, value=9.0):
     hold = (0.1, 0.2) if kind == "learning-rate jump" else ()
     return Anomaly(
         kind=kind,
@@ -30,28 +30,28 @@ def anomaly(kind="gradient spike", state_is_bad=False, step=0, value=9.0):
         value=value,
         message="9 against 1",
         signal="x",
-        state_is_bad=state_is_bad,
+        state_corrupted=state_corrupted,
         hold=hold,
     )
 
 
 BAD_BATCH, JUMP = anomaly(), anomaly("learning-rate jump")
-DAMAGE = anomaly("non-finite weight", state_is_bad=True)
-DIVERGENCE = anomaly("divergence", state_is_bad=True)
+DAMAGE = anomaly("non-finite weight", state_corrupted=True)
+DIVERGENCE = anomaly("divergence", state_corrupted=True)
 SKIP, HOLD = SkipStep(), HoldLearningRate((0.1, 0.2))
 PLAIN, CUT = RollBack(), RollBack(0.5, 0.5)
 STOP = "stop"
 
 
-def drive(ladder, events):
+def drive(escalation, events):
     """Respond to each anomaly; an int is so many healthy steps, a stop is given as STOP."""
     given = []
     for event in events:
         if isinstance(event, int):
             for _ in range(event):
-                ladder.healthy()
+                escalation.healthy()
         else:
-            response = ladder.respond(event)
+            response = escalation.respond(event)
             given.append(STOP if isinstance(response, Stop) else response)
     return given
 
@@ -84,17 +84,17 @@ def drive(ladder, events):
 )
 def test_ladder_of_a_stream_gives_the_smallest_response_in_budget(budget, events, responses):
     """K3."""
-    assert drive(Ladder(Budget(**budget)), events) == responses
+    assert drive(EscalationPolicy(Budget(**budget)), events) == responses
 
 
 def test_ladder_of_a_jump_on_damaged_weights_rolls_back():
-    ladder = Ladder()
-    assert ladder.respond(JUMP, state_is_bad=True) == PLAIN
-    assert ladder.respond(JUMP) == HOLD
+    escalation = EscalationPolicy()
+    assert escalation.respond(JUMP, state_corrupted=True) == PLAIN
+    assert escalation.respond(JUMP) == HOLD
 
 
 def test_ladder_of_a_bad_batch_on_damaged_weights_rolls_back():
-    assert Ladder().respond(BAD_BATCH, state_is_bad=True) == PLAIN
+    assert EscalationPolicy().respond(BAD_BATCH, state_corrupted=True) == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,16 @@ def test_ladder_of_a_bad_batch_on_damaged_weights_rolls_back():
 )
 def test_cut_is_sized_by_the_excess_and_never_to_nothing(excess, factor):
     """S12, S13."""
-    assert Ladder().respond(DIVERGENCE, excess=excess) == RollBack(pytest.approx(factor), 0.5)
+    assert EscalationPolicy().respond(DIVERGENCE, excess=excess) == RollBack(
+        pytest.approx(factor), 0.5
+    )
 
 
 def test_stop_repeats_the_anomaly_and_the_number_of_rollbacks():
     """S13: no endless recovery."""
-    ladder = Ladder(Budget(rollbacks=2))
-    drive(ladder, [DAMAGE, DAMAGE])
-    stop = ladder.respond(DAMAGE)
+    escalation = EscalationPolicy(Budget(rollbacks=2))
+    drive(escalation, [DAMAGE, DAMAGE])
+    stop = escalation.respond(DAMAGE)
     assert describe(stop) == (
         "stopped: non-finite weight came back after 2 rollbacks (9 against 1)"
     )
@@ -133,7 +135,7 @@ def test_stop_repeats_the_anomaly_and_the_number_of_rollbacks():
         (PLAIN, "rolled back"),
         (CUT, "rolled back, learning rate x0.5, clip x0.5"),
         (RollBack(1 / 300, 1.0), "rolled back, learning rate x0.00333"),
-        (LearnAnew(), "accepted as the new normal"),
+        (AcceptNewRegime(), "accepted as the new normal"),
     ],
 )
 def test_describe_says_what_is_done(response, words):
@@ -184,13 +186,13 @@ def full(budget):
 @given(BUDGETS, STREAMS)
 def test_responses_to_any_stream_are_bounded(budget, events):
     """The budget, and what healthy steps give back."""
-    ladder = Ladder(budget)
+    escalation = EscalationPolicy(budget)
     healthy = spent = 0
     for event in events:
         if isinstance(event, int):
-            drive(ladder, [event])
+            drive(escalation, [event])
             healthy += event
-        elif drive(ladder, [event]) == [STOP]:
+        elif drive(escalation, [event]) == [STOP]:
             healthy = spent = 0
             # A stop with something left of another sort is a stop all the same.
         else:
@@ -252,19 +254,19 @@ def test_responses_to_any_stream_are_bounded(budget, events):
 def test_ladder_with_replay_blames_only_what_returns(events, words):
     """S17: nothing is changed before the same steps have shown the trouble again."""
     kinds = {"bad": BAD_BATCH, "damage": DAMAGE, "divergence": DIVERGENCE}
-    ladder, given = Ladder(), []
+    escalation, given = EscalationPolicy(), []
     for event in events:
         if isinstance(event, int):
-            ladder.healthy(event)
+            escalation.healthy(event)
         else:
             found = replace(kinds[event[0]], step=event[1])
-            given.append(describe(ladder.respond(found, replay=True, older=True)))
+            given.append(describe(escalation.respond(found, replay=True, older=True)))
     assert given == words
 
 
 def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
-    ladder = Ladder()
-    responses = [ladder.respond(DAMAGE, replay=True, older=False) for _ in range(3)]
+    escalation = EscalationPolicy()
+    responses = [escalation.respond(DAMAGE, replay=True, older=False) for _ in range(3)]
     assert responses == [
         RollBack(replay=True),
         RollBack(replay=True, leave_out=True),
@@ -273,7 +275,7 @@ def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
 
 
 @pytest.mark.parametrize(
-    ("found", "course", "replay", "expected"),
+    ("found", "recommended_action", "replay", "expected"),
     [
         # A learning rate that is too high makes every batch look bad: nothing is tried twice.
         (BAD_BATCH, "lower", True, RollBack(0.5, 0.5, replay=True)),
@@ -285,51 +287,61 @@ def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
         (BAD_BATCH, "usual", False, SKIP),
     ],
 )
-def test_cause_chooses_the_course(found, course, replay, expected):
+def test_cause_chooses_the_course(found, recommended_action, replay, expected):
     """S17: an architectural cause ends in a diagnosis, not in a loop of rollbacks."""
-    ladder = Ladder()
-    response = ladder.respond(found, replay=replay, course=course, cause="zeroed gain")
+    escalation = EscalationPolicy()
+    response = escalation.respond(
+        found, replay=replay, recommended_action=recommended_action, cause="zeroed gain"
+    )
     assert response == expected
 
 
 def test_lowering_by_cause_is_sized_by_evidence_and_ends_with_the_budget():
-    ladder = Ladder(Budget(rollbacks=2))
-    cuts = [ladder.respond(DIVERGENCE, excess=20.0, course="lower") for _ in range(3)]
+    escalation = EscalationPolicy(Budget(rollbacks=2))
+    cuts = [
+        escalation.respond(DIVERGENCE, excess=20.0, recommended_action="lower") for _ in range(3)
+    ]
     assert cuts[:2] == [RollBack(0.05, 0.5), RollBack(0.05, 0.5)]
     assert isinstance(cuts[2], Stop)
 
 
 def test_learning_rate_is_lowered_no_further_where_that_has_led_to_the_same():
     """Half the rate and the same spike at the same step: the rate is not what makes it."""
-    ladder = Ladder()
+    escalation = EscalationPolicy()
     spike = anomaly("gradient spike", step=60, value=50.0)
-    assert ladder.respond(spike, replay=True, course="lower") == RollBack(0.5, 0.5, replay=True)
+    assert escalation.respond(spike, replay=True, recommended_action="lower") == RollBack(
+        0.5, 0.5, replay=True
+    )
     for step in range(40, 60):
-        ladder.healthy(step)
+        escalation.healthy(step)
     again = replace(spike, value=48.0)
-    assert ladder.respond(again, replay=True, course="lower") == RunAgain()
-    assert ladder.respond(again, replay=True, course="lower") == SkipStep()
+    assert escalation.respond(again, replay=True, recommended_action="lower") == RetryStep()
+    assert escalation.respond(again, replay=True, recommended_action="lower") == SkipStep()
 
 
 @pytest.mark.parametrize(("step", "value"), [(60, 20.0), (55, 50.0), (61, 50.0)])
 def test_learning_rate_is_lowered_further_where_that_has_made_a_difference(step, value):
-    ladder = Ladder()
+    escalation = EscalationPolicy()
     spike = anomaly("gradient spike", step=60, value=50.0)
-    ladder.respond(spike, replay=True, course="lower")
+    escalation.respond(spike, replay=True, recommended_action="lower")
     for taken in range(40, step):
-        ladder.healthy(taken)
+        escalation.healthy(taken)
     again = replace(spike, step=step, value=value)
-    assert ladder.respond(again, replay=True, course="lower") == RollBack(0.5, 0.5, replay=True)
+    assert escalation.respond(again, replay=True, recommended_action="lower") == RollBack(
+        0.5, 0.5, replay=True
+    )
 
 
 def test_what_was_tried_on_a_change_of_regime_is_forgotten_and_what_it_cost_is_not():
-    ladder = Ladder()
-    ladder.respond(anomaly("gradient spike", step=60, value=50.0), course="lower")
-    left = ladder.left
-    ladder.new_regime()
-    assert ladder.left == left == {**Ladder().left, "rollbacks": Budget().rollbacks - 1}
-    assert ladder.lowered is None
-    assert ladder.respond(DAMAGE) == RollBack()  # as the first, without a cut
+    escalation = EscalationPolicy()
+    escalation.respond(anomaly("gradient spike", step=60, value=50.0), recommended_action="lower")
+    left = escalation.left
+    escalation.regime_change()
+    assert (
+        escalation.left == left == {**EscalationPolicy().left, "rollbacks": Budget().rollbacks - 1}
+    )
+    assert escalation.lowered is None
+    assert escalation.respond(DAMAGE) == RollBack()  # as the first, without a cut
 
 
 COURSES = st.sampled_from(["usual", "usual", "lower"])
@@ -346,16 +358,18 @@ COURSES = st.sampled_from(["usual", "usual", "lower"])
     ),
 )
 def test_responses_to_any_stream_are_bounded_with_replay_too(budget, events):
-    ladder = Ladder(budget)
+    escalation = EscalationPolicy(budget)
     healthy = spent = 0
     for event in events:
         if isinstance(event, int):
-            ladder.healthy(event)
+            escalation.healthy(event)
             healthy += 1
             continue
-        found, step, replay, older, course = event
+        found, step, replay, older, recommended_action = event
         struck = replace(found, step=step)
-        response = ladder.respond(struck, replay=replay, older=older, course=course)
+        response = escalation.respond(
+            struck, replay=replay, older=older, recommended_action=recommended_action
+        )
         if isinstance(response, Stop):
             healthy = spent = 0
         else:
@@ -368,8 +382,8 @@ def test_responses_to_any_stream_are_bounded_with_replay_too(budget, events):
 @given(BUDGETS, st.lists(ANOMALIES, min_size=16, max_size=40))
 def test_anomalies_without_a_healthy_step_end_in_a_stop(budget, events):
     """Fifteen is the largest budget drawn; what follows the last response is a stop for ever."""
-    responses = drive(Ladder(budget), events)
-    damage = [r for r, e in zip(responses, events, strict=True) if e.state_is_bad]
+    responses = drive(EscalationPolicy(budget), events)
+    damage = [r for r, e in zip(responses, events, strict=True) if e.state_corrupted]
     assert sum(r != STOP for r in responses) <= full(budget)
     assert STOP in responses
     assert damage.count(STOP) == max(0, len(damage) - sum(isinstance(r, RollBack) for r in damage))
@@ -377,14 +391,14 @@ def test_anomalies_without_a_healthy_step_end_in_a_stop(budget, events):
 
 @given(BUDGETS, STREAMS, st.floats(allow_nan=True, allow_infinity=True))
 def test_rollback_within_probation_strictly_lowers_lr_and_clip(budget, events, excess):
-    ladder = Ladder(budget)
+    escalation = EscalationPolicy(budget)
     since = None
     for event in events:
         if isinstance(event, int):
-            drive(ladder, [event])
+            drive(escalation, [event])
             since = None if since is None else since + event
             continue
-        response = ladder.respond(event, excess=excess)
+        response = escalation.respond(event, excess=excess)
         if isinstance(response, RollBack):
             assert 0 < response.lr_factor <= 1
             assert 0 < response.clip_factor <= 1
@@ -396,41 +410,41 @@ def test_rollback_within_probation_strictly_lowers_lr_and_clip(budget, events, e
 
 @given(BUDGETS, STREAMS, STREAMS)
 def test_state_saved_in_the_middle_of_a_stream_goes_on_the_same(budget, before, after):
-    ladder = Ladder(budget)
-    drive(ladder, before)
-    twin = Ladder(budget)
-    twin.load_state_dict(ladder.state_dict())
-    assert twin.left == ladder.left
-    assert drive(twin, after) == drive(ladder, after)
-    assert twin.state_dict() == ladder.state_dict()
+    escalation = EscalationPolicy(budget)
+    drive(escalation, before)
+    twin = EscalationPolicy(budget)
+    twin.load_state_dict(escalation.state_dict())
+    assert twin.left == escalation.left
+    assert drive(twin, after) == drive(escalation, after)
+    assert twin.state_dict() == escalation.state_dict()
 
 
 @settings(max_examples=20)
 @given(BUDGETS, STREAMS)
 def test_state_goes_through_a_checkpoint(budget, events):
-    ladder = Ladder(budget)
-    drive(ladder, events)
+    escalation = EscalationPolicy(budget)
+    drive(escalation, events)
     file = io.BytesIO()
-    torch.save(ladder.state_dict(), file)
+    torch.save(escalation.state_dict(), file)
     file.seek(0)
-    assert torch.load(file, weights_only=True) == ladder.state_dict()
+    assert torch.load(file, weights_only=True) == escalation.state_dict()
 
 
 def test_state_of_a_larger_budget_is_cut_to_todays():
-    twin = Ladder(Budget(rollbacks=2, skips=3, holds=1))
-    twin.load_state_dict(Ladder().state_dict())
+    twin = EscalationPolicy(Budget(rollbacks=2, skips=3, holds=1))
+    twin.load_state_dict(EscalationPolicy().state_dict())
     assert twin.left == {"skips": 3, "rollbacks": 2, "holds": 1}
 
 
 def test_state_of_a_spent_ladder_stays_spent_under_a_larger_budget():
-    ladder = Ladder(Budget(rollbacks=1))
-    drive(ladder, [DAMAGE])
-    twin = Ladder(Budget(rollbacks=5))
-    twin.load_state_dict(ladder.state_dict())
+    escalation = EscalationPolicy(Budget(rollbacks=1))
+    drive(escalation, [DAMAGE])
+    twin = EscalationPolicy(Budget(rollbacks=5))
+    twin.load_state_dict(escalation.state_dict())
     assert drive(twin, [DAMAGE]) == [STOP]
 
 
 def test_left_is_a_copy():
-    ladder = Ladder()
-    ladder.left["skips"] = 0
-    assert drive(ladder, [BAD_BATCH]) == [SKIP]
+    escalation = EscalationPolicy()
+    escalation.left["skips"] = 0
+    assert drive(escalation, [BAD_BATCH]) == [SKIP]

@@ -4,15 +4,15 @@ import random
 
 import pytest
 
-from lit_stability.policies.precision import PrecisionLadder, rungs_below
+from lit_stability.policies.precision import PrecisionPolicy, lower_precisions
 
 
-def ladder(home="16-mixed", rungs=("bf16-mixed", "32-true"), wait=3, failures=2):
-    return PrecisionLadder(home, rungs, wait=wait, failures=failures)
+def escalation(home="16-mixed", levels=("bf16-mixed", "32-true"), wait=3, failures=2):
+    return PrecisionPolicy(home, levels, wait=wait, failures=failures)
 
 
 @pytest.mark.parametrize(
-    ("home", "rungs"),
+    ("home", "levels"),
     [
         ("16-mixed", ("bf16-mixed", "32-true")),
         ("bf16-mixed", ("32-true",)),
@@ -21,17 +21,17 @@ def ladder(home="16-mixed", rungs=("bf16-mixed", "32-true"), wait=3, failures=2)
         ("64-true", ()),
     ],
 )
-def test_default_rungs_hold_more_numbers_than_home(home, rungs):
-    assert rungs_below(home) == rungs
+def test_default_rungs_hold_more_numbers_than_home(home, levels):
+    assert lower_precisions(home) == levels
 
 
 def test_it_goes_down_a_rung_at_a_time_to_the_last():
-    it = ladder()
+    it = escalation()
     assert [it.down(), it.down(), it.next] == ["bf16-mixed", "32-true", None]
 
 
 def test_calm_brings_it_up_a_rung_at_a_time():
-    it = ladder()
+    it = escalation()
     it.down(), it.down()
     assert [it.healthy() for _ in range(7)] == [
         None, None, "bf16-mixed", None, None, "16-mixed", None,
@@ -39,7 +39,7 @@ def test_calm_brings_it_up_a_rung_at_a_time():
 
 
 def test_failed_try_doubles_the_wait_and_the_last_is_the_end():
-    it, tries = ladder(), []
+    it, tries = escalation(), []
     it.down()
     for step in range(60):
         if it.healthy() is not None:
@@ -49,7 +49,7 @@ def test_failed_try_doubles_the_wait_and_the_last_is_the_end():
 
 
 def test_overflow_long_after_a_try_is_no_failure_of_it():
-    it = ladder(failures=1)
+    it = escalation(failures=1)
     it.down()
     assert [it.healthy() for _ in range(3)][-1] == "16-mixed"
     for _ in range(4):
@@ -59,7 +59,7 @@ def test_overflow_long_after_a_try_is_no_failure_of_it():
 
 
 def test_trouble_begins_the_calm_anew():
-    it = ladder()
+    it = escalation()
     it.down()
     it.healthy(), it.healthy()
     it.disturbed()
@@ -68,7 +68,7 @@ def test_trouble_begins_the_calm_anew():
 
 @pytest.mark.parametrize("home", ["16-true", "bf16-true"])
 def test_it_never_goes_back_to_half_precision_weights(home):
-    it = ladder(home)
+    it = escalation(home)
     it.down(), it.down()
     seen = {it.healthy() for _ in range(50)} - {None}
     assert seen == {"bf16-mixed"}
@@ -78,7 +78,7 @@ def test_it_never_goes_back_to_half_precision_weights(home):
 def test_however_the_run_behaves_the_ways_down_are_bounded(seed):
     """Invariant 4."""
     choose = random.Random(seed)
-    it, down, tries = ladder(wait=choose.randint(1, 5)), 0, 0
+    it, down, tries = escalation(wait=choose.randint(1, 5)), 0, 0
     for _ in range(3000):
         if choose.random() < 0.3:
             it.disturbed()
@@ -91,9 +91,9 @@ def test_however_the_run_behaves_the_ways_down_are_bounded(seed):
 
 
 def test_state_survives_a_round_trip_and_that_of_another_run_is_refused():
-    it, other = ladder(), ladder()
+    it, other = escalation(), escalation()
     it.down()
     it.healthy(), it.healthy()
     assert other.load_state_dict(it.state_dict())
     assert other.healthy() == "16-mixed"
-    assert not ladder("bf16-true").load_state_dict(it.state_dict())
+    assert not escalation("bf16-true").load_state_dict(it.state_dict())

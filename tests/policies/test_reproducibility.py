@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_stability.policies.reproducibility import Trial
+from lit_stability.policies.reproducibility import ReproducibilityCheck
 
 
 @pytest.mark.parametrize(
@@ -18,28 +18,28 @@ from lit_stability.policies.reproducibility import Trial
     ],
 )
 def test_trial_tells_what_returns_from_what_does_not(events, verdicts):
-    trial, given = Trial(slack=0), []
+    reproducibility, given = ReproducibilityCheck(slack=0), []
     for event in events:
         if isinstance(event, int):
-            given.append(trial.passed(event))
+            given.append(reproducibility.passed(event))
         else:
-            trial.begin(int(event[1:]))
+            reproducibility.begin(int(event[1:]))
     assert given == verdicts
 
 
 def test_trial_waits_for_damage_that_shows_late():
-    trial = Trial(slack=3)
-    trial.begin(10)
-    assert trial.returns(13)
-    assert not trial.returns(14)
-    assert trial.passed(12) is None
-    assert trial.passed(13) == "transient"
-    assert not trial.returns(10)
+    reproducibility = ReproducibilityCheck(slack=3)
+    reproducibility.begin(10)
+    assert reproducibility.returns(13)
+    assert not reproducibility.returns(14)
+    assert reproducibility.passed(12) is None
+    assert reproducibility.passed(13) == "transient"
+    assert not reproducibility.returns(10)
 
 
 def test_trial_ends_when_another_batch_takes_the_place():
-    trial = Trial(slack=0)
-    trial.begin(10)
-    trial.end()
-    assert not trial.returns(10)
-    assert trial.passed(10) is None
+    reproducibility = ReproducibilityCheck(slack=0)
+    reproducibility.begin(10)
+    reproducibility.end()
+    assert not reproducibility.returns(10)
+    assert reproducibility.passed(10) is None

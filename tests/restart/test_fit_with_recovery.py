@@ -35,10 +35,10 @@ EPOCH = SAMPLES // SIZE
 class Net(LightningModule):
     """Linear regression in double precision; notes the samples of every optimizer step."""
 
-    def __init__(self, optimizer=torch.optim.AdamW, limit=None, strike=None, every=2):
+    def __init__(self, optimizer=torch.optim.AdamW, limit=None, recur=None, every=2):
         super().__init__()
         self.layer = nn.Linear(4, 1).double()
-        self.optimizer, self.limit, self.strike = optimizer, limit, strike
+        self.optimizer, self.limit, self.recur = optimizer, limit, recur
         self.every = every
         self.seen, self.rates, self.modes, self.starts = [], [], [], []
 
@@ -52,8 +52,8 @@ class Net(LightningModule):
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.limit is not None and len(x) > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        if self.strike is not None:
-            self.strike(self)
+        if self.recur is not None:
+            self.recur(self)
         return nn.functional.mse_loss(self.layer(x).squeeze(-1), y)
 
     def validation_step(self, batch, batch_idx):
@@ -288,7 +288,7 @@ def test_out_of_memory_from_mid_epoch_goes_on_at_the_same_sample(twice, tmp_path
 def test_checkpoint_of_halved_batches_is_gone_on_from_with_batches_as_small(tmp_path):
     kill = Strike(13, lambda: KeyboardInterrupt())
     with pytest.raises(SystemExit):
-        recovered(tmp_path, lambda: Net(limit=4, strike=kill))
+        recovered(tmp_path, lambda: Net(limit=4, recur=kill))
     net, data = Net(limit=4), Data()
     result = fit_with_recovery(maker(tmp_path), net, data, ckpt_path=newest(tmp_path), find=newest)
     assert result.crashes == ()
@@ -395,7 +395,7 @@ def test_memory_of_a_failed_fit_is_free_before_the_next(tmp_path):
     error = lambda: torch.OutOfMemoryError("out of memory")  # noqa: E731
     gc.disable()
     try:
-        net = Hungry(strike=Strike(3, error))
+        net = Hungry(recur=Strike(3, error))
         fit_with_recovery(make, net, Data(), find=newest)
         assert all(p.grad is None or p.grad.numel() for p in net.parameters())
     finally:
@@ -509,7 +509,7 @@ def test_instability_halves_the_learning_rate_then_forgets_moments_then_leaves_b
 
     module, result = recovered(
         tmp_path,
-        lambda: Net(strike=nan_at(EPOCH + 2, 3)),
+        lambda: Net(recur=nan_at(EPOCH + 2, 3)),
         callbacks=lambda: [Watch()],
         made=made,
         precision="bf16-mixed",
@@ -537,17 +537,17 @@ def test_instability_cuts_by_way_of_the_suite_where_it_is_attached(tmp_path):
         suites.append([GradientMonitor(), AutoRollback(relax_after=1000)])
         return suites[-1]
 
-    _, result = recovered(tmp_path, lambda: Net(strike=nan_at(12, 1)), callbacks=callbacks)
+    _, result = recovered(tmp_path, lambda: Net(recur=nan_at(12, 1)), callbacks=callbacks)
     assert result.remedies == ("learning rate x0.5, clip x0.5",)
-    throttle = suites[-1][1].throttle
-    assert (throttle.lr_factor, throttle.clip_factor) == (0.5, 0.5)
+    backoff = suites[-1][1].backoff
+    assert (backoff.lr_factor, backoff.clip_factor) == (0.5, 0.5)
 
 
 # --- everything else
 
 
 def test_transient_error_is_restarted_and_the_result_is_that_of_a_clean_run(tmp_path):
-    module, result = recovered(tmp_path / "a", lambda: Net(strike=Strike(13)))
+    module, result = recovered(tmp_path / "a", lambda: Net(recur=Strike(13)))
     assert torch.equal(flat(module), flat(plain(tmp_path / "b")))
     assert result.attempts == 2
     assert result.remedies == ("plain restart",)
@@ -556,7 +556,7 @@ def test_transient_error_is_restarted_and_the_result_is_that_of_a_clean_run(tmp_
 
 def test_crash_before_any_checkpoint_begins_from_the_initial_state(tmp_path):
     data = Data(shuffle=True)
-    module, result = recovered(tmp_path / "a", lambda: Net(strike=Strike(5)), data)
+    module, result = recovered(tmp_path / "a", lambda: Net(recur=Strike(5)), data)
     assert torch.equal(flat(module), flat(plain(tmp_path / "b", data=Data(shuffle=True))))
     assert record(tmp_path / "a")[0]["checkpoint"] is None
     assert result.crashes[0].step == 5
@@ -564,13 +564,13 @@ def test_crash_before_any_checkpoint_begins_from_the_initial_state(tmp_path):
 
 def test_checkpoint_of_an_earlier_run_is_not_gone_on_from(tmp_path):
     plain(tmp_path)
-    module, _ = recovered(tmp_path, lambda: Net(strike=Strike(5)))
+    module, _ = recovered(tmp_path, lambda: Net(recur=Strike(5)))
     assert [step for step, _ in module.seen] == [*range(6), *range(3 * EPOCH)]
 
 
 def test_given_checkpoint_is_gone_on_from_until_there_is_a_better(tmp_path):
     plain(tmp_path, max_epochs=1)
-    net = Net(strike=Strike(10))
+    net = Net(recur=Strike(10))
     fit_with_recovery(maker(tmp_path), net, Data(), ckpt_path=newest(tmp_path), find=newest)
     assert [step for step, _ in net.seen] == [8, 9, 10, *range(EPOCH, 3 * EPOCH)]
 
@@ -578,7 +578,7 @@ def test_given_checkpoint_is_gone_on_from_until_there_is_a_better(tmp_path):
 def test_deterministic_error_is_raised_as_it_came_with_what_was_tried(tmp_path):
     error = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug") as caught:
-        recovered(tmp_path, lambda: Net(strike=Strike(5, lambda: error, times=9)))
+        recovered(tmp_path, lambda: Net(recur=Strike(5, lambda: error, times=9)))
     assert caught.value is error
     assert any(entry.name == "__call__" for entry in caught.traceback)
     (note,) = error.__notes__
@@ -596,7 +596,7 @@ def test_deterministic_error_is_raised_as_it_came_with_what_was_tried(tmp_path):
 )
 def test_error_that_nothing_can_be_done_about_is_raised_at_once(error, limit, reason, tmp_path):
     with pytest.raises(RuntimeError) as caught:
-        recovered(tmp_path, lambda: Net(strike=Strike(5, lambda: error)), max_crashes=limit)
+        recovered(tmp_path, lambda: Net(recur=Strike(5, lambda: error)), max_crashes=limit)
     assert caught.value is error
     assert reason in error.__notes__[0]
     assert [line["event"] for line in record(tmp_path)] == ["give up"]
@@ -608,12 +608,12 @@ def test_several_devices_are_refused_before_the_first_fit(tmp_path):
 
 
 def test_crashes_in_a_row_are_limited(tmp_path):
-    def strike(module):
+    def recur(module):
         if len(module.seen) in (3, 8, 14, 21):
             raise RuntimeError(f"number {len(module.seen)}")
 
     with pytest.raises(RuntimeError, match="number 14") as caught:
-        recovered(tmp_path, lambda: Net(strike=strike), max_crashes=2)
+        recovered(tmp_path, lambda: Net(recur=recur), max_crashes=2)
     assert "3 crashes in a row, max_crashes=2" in caught.value.__notes__[0]
 
 
@@ -621,23 +621,23 @@ def test_crashes_in_a_row_are_limited(tmp_path):
 def test_progress_beyond_the_furthest_crash_counts_anew(progress, in_a_row, tmp_path):
     at = [EPOCH + 1, EPOCH + 5, EPOCH + 9]
 
-    def strike(module):
+    def recur(module):
         if at and module.global_step == at[0]:
             raise RuntimeError(f"struck at {at.pop(0)}")
 
-    _, result = recovered(tmp_path, lambda: Net(strike=strike), progress_steps=progress)
+    _, result = recovered(tmp_path, lambda: Net(recur=recur), progress_steps=progress)
     assert [crash.in_a_row for crash in result.crashes] == in_a_row
 
 
 def test_crash_in_validation_leaves_no_module_in_eval_mode(tmp_path):
     class Fragile(Net):
         def validation_step(self, batch, batch_idx):
-            if self.global_step == 2 * EPOCH and self.strike.times:
-                self.strike.times = 0
+            if self.global_step == 2 * EPOCH and self.recur.times:
+                self.recur.times = 0
                 raise RuntimeError("struck")
             super().validation_step(batch, batch_idx)
 
-    module, result = recovered(tmp_path / "a", lambda: Fragile(strike=Strike(-1)))
+    module, result = recovered(tmp_path / "a", lambda: Fragile(recur=Strike(-1)))
     assert result.attempts == 2
     assert all(module.modes)
     assert torch.equal(flat(module), flat(plain(tmp_path / "b")))
@@ -652,8 +652,8 @@ def test_nothing_good_on_disk_is_modified(tmp_path):
 
     saved = tmp_path / "saved"
     errors = [RuntimeError("out of memory"), RuntimeError("nan"), RuntimeError("returned nan")]
-    strike = Strike(EPOCH + 3, lambda: errors.pop(), times=3)
-    result = fit_with_recovery(make, Net(strike=strike), Data(), find=newest)
+    recur = Strike(EPOCH + 3, lambda: errors.pop(), times=3)
+    result = fit_with_recovery(make, Net(recur=recur), Data(), find=newest)
     assert result.attempts == 4
     last = {p.name: hashlib.sha256(p.read_bytes()).digest() for p in saved.glob("*")}
     assert all(last[name] == value for each in hashes for name, value in each.items())
@@ -663,7 +663,7 @@ def test_nothing_good_on_disk_is_modified(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_interruption_passes_through(error, tmp_path):
     with pytest.raises(SystemExit):
-        recovered(tmp_path, lambda: Net(strike=Strike(5, error)))
+        recovered(tmp_path, lambda: Net(recur=Strike(5, error)))
     assert not (tmp_path / "recoveries.jsonl").exists()
 
 
@@ -674,7 +674,7 @@ def test_failing_callback_does_not_hide_what_it_failed_over(tmp_path):
 
     _, result = recovered(
         tmp_path,
-        lambda: Net(strike=Strike(5, lambda: torch.OutOfMemoryError("out of memory"))),
+        lambda: Net(recur=Strike(5, lambda: torch.OutOfMemoryError("out of memory"))),
         callbacks=lambda: [Fails()],
     )
     assert [crash.kind for crash in result.crashes] == ["out of memory"]

@@ -40,7 +40,7 @@ def nan_batch(rows):
         message="loss is nan; 26 parameters have a non-finite gradient",
         origin=ORIGIN,
         layers=[["network.decoder.layers.0.self_attention.query.weight", "nan"]],
-        hypotheses=[
+        likely_causes=[
             hypothesis(
                 "operation outside its domain",
                 "certain",
@@ -51,7 +51,7 @@ def nan_batch(rows):
             hypothesis("bad batch", "possible", "the loss alone is out of the ordinary"),
         ],
         responses=["step taken again", "step skipped"],
-        strikes=2,
+        occurrences=2,
         verdict="deterministic",
         path="runs/translation/incidents/00000150-1",
     )
@@ -65,7 +65,7 @@ def damaged_weight(rows):
         rows,
         message="loss is nan; 1 parameter is non-finite, first encoder.layers.2.norm.weight",
         layers=[["network.encoder.layers.2.norm.weight", "nan"]],
-        hypotheses=[
+        likely_causes=[
             hypothesis(
                 "weights damaged from outside",
                 "likely",
@@ -92,7 +92,7 @@ def rate_jump(rows):
         message="learning rate 0.297 is 99 times the largest the run has borne; "
         "the update would move the weights by 0.4 of their norm",
         layers=[["network.decoder.layers.1.norm.weight", 81.0]],
-        hypotheses=[
+        likely_causes=[
             hypothesis("learning rate jumped", "certain", "0.003 became 0.297 in one step")
         ],
         responses=["learning rate held, x0.0101", "stopped: the learning rate stays where it is"],

@@ -74,7 +74,7 @@ def layer_names(blocks=4):
     return ["network.embedding.weight", *inner, "network.head.weight", "network.head.bias"]
 
 
-def run_layers(rows, seed=1, markup=False, every=1, vetoed=False):
+def run_layers(rows, seed=1, markup=False, every=1, skipped=False):
     names = layer_names()
     if markup:
         names[3] = MARKUP
@@ -88,7 +88,7 @@ def run_layers(rows, seed=1, markup=False, every=1, vetoed=False):
             values[i, 20:26] *= 10 ** (2.2 * (1 - (row[0] - RATE_AT) / 30))
     values[60:120, 12] = 0.0
     values[:90, -8:] *= np.linspace(0.004, 1, 90)[:, None]
-    kept = [i for i, row in enumerate(rows) if i % every == 0 or (vetoed and not row[-1])]
+    kept = [i for i, row in enumerate(rows) if i % every == 0 or (skipped and not row[-1])]
     where = [[rows[i][field] for i in kept] for field in (0, 1)]
     return layers_of(names, *where, values[kept])
 

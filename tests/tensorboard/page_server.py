@@ -82,7 +82,7 @@ def sampled():
     """The run of `normal` with one step in ten kept, and of layers the vetoed ones too."""
     rows = run_rows()
     kept = [row for row in rows if row[0] % 10 == 9]
-    layers = run_layers(rows, every=10, vetoed=True)
+    layers = run_layers(rows, every=10, skipped=True)
     data = {"translation": (steps_of(kept), layers, three_incidents(rows))}
     return [info("translation", kept, 35, 3)], data
 

@@ -18,7 +18,7 @@ from werkzeug.test import Client
 
 import lit_stability
 from lit_stability.incidents.log import to_json
-from lit_stability.incidents.step_history import Attempts, row_of
+from lit_stability.incidents.step_history import StepHistory, row_of
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.loader import StabilityLoader
 from lit_stability.tensorboard.plugin import MIMETYPES, StabilityPlugin
@@ -34,7 +34,7 @@ class Logger:
 def write(folder, steps, *, names=("a", "b"), first=1, norms=None, incidents=(), optimizer=0):
     """A run of these steps, one attempt each from `first` on, with incidents at some attempts."""
     logger = Logger(folder)
-    tab, attempts = StabilityTab([logger]), Attempts()
+    tab, attempts = StabilityTab([logger]), StepHistory()
     attempts.count = first - 1
     for index, step in enumerate(steps):
         number = attempts.begin()
@@ -43,11 +43,11 @@ def write(folder, steps, *, names=("a", "b"), first=1, norms=None, incidents=(),
         stats = StepStats(step=step, loss=float(number), grad_norm=1.0, **told)
         row = row_of(number, stats, clip_threshold=None, precision="32-true", taken=True)
         attempts.add(row)
-        tab.write_attempt(row, stats, None)
+        tab.write_step_attempt(row, stats, None)
         if number in incidents:
-            episode = attempts.open(number, number)
+            window = attempts.open(number, number)
             told = {"id": number, "time": float(number), "message": "loss is nan"}
-            told |= episode.as_dict()
+            told |= window.as_dict()
             tab.write_incident(number, float(number), number, functools.partial(to_json, told))
     logger.experiment.close()
 

@@ -47,7 +47,7 @@ def attempt(tab, number, names=("a", "b"), norms=(1.0, 2.0), scan=None, **option
     options = {"step": number - 1, "loss": 0.5, "grad_norm": 2.5} | options
     stats = StepStats(names=names, grad_norms=norms, **options)
     row = row_of(number, stats, clip_threshold=1.0, precision="bf16-mixed", taken=True)
-    tab.write_attempt(row, stats, scan)
+    tab.write_step_attempt(row, stats, scan)
     return row
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_internals import Entry, ReplayRing
+from lit_stability.trainer_internals import RecordedBatch, ReplayRing
 
 
 def ring_of(count, max_bytes=10**6):
     ring = ReplayRing(max_bytes, clone=False)
-    entries = [Entry(i, 0, i, {"after": i}, 8, ()) for i in range(count)]
+    entries = [RecordedBatch(i, 0, i, {"after": i}, 8, ()) for i in range(count)]
     for entry in entries:
         ring.add(entry)
     return ring, entries
@@ -74,12 +74,12 @@ def test_prune_gives_up_what_lies_before_a_position():
 def test_batch_written_into_is_noted_and_only_its_own_absence_heals_it():
     ring = ReplayRing(10**6, clone=False)
     batch = {"x": torch.zeros(3), "y": [torch.zeros(2)]}
-    entry = Entry(batch, 0, 0, None, size_of(batch), (0, 0))
+    entry = RecordedBatch(batch, 0, 0, None, size_of(batch), (0, 0))
     ring.add(entry)
-    ring.check_spoilt()
+    ring.check_modified()
     assert ring.replayable(0)
     batch["y"][0].add_(1)
-    ring.check_spoilt()
+    ring.check_modified()
     assert not ring.replayable(0)
     assert ring.replayable(0, leave_out=[entry])
 

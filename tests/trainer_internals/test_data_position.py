@@ -238,20 +238,26 @@ def validation():
 def run(root, loader, *, ckpt=None, seed=0, callbacks=(), module=Net, good=True, **options):
     """A fit in which every state between two batches is kept; returns all that can differ."""
     seed_everything(seed, verbose=False)
-    net, tape = module(), Tape()
+    net, recorded_step = module(), Tape()
     if "reload_dataloaders_every_n_epochs" in options:
         net.train_dataloader = loader
         data = None
     else:
         data = loader()
-    keeper = LastKnownGood(every_n_steps=1, confirm_after=1, keep=10**6)
-    suite = [GradientMonitor(), keeper, tape] if good else [tape]
+    manager = LastKnownGood(every_n_steps=1, confirm_after=1, keep=10**6)
+    suite = [GradientMonitor(), manager, recorded_step] if good else [recorded_step]
     trainer = make_trainer(
         root, [*suite, *callbacks], **({"max_steps": -1, "max_epochs": 4} | options)
     )
     trainer.fit(net, data, validation(), ckpt_path=ckpt)
     assert not vars(trainer.fit_loop).keys() & {"setup_data", "_load_combined_loader_states"}
-    return flat(net), optimizer_state(trainer), torch.get_rng_state(), random.getstate(), tape.seen
+    return (
+        flat(net),
+        optimizer_state(trainer),
+        torch.get_rng_state(),
+        random.getstate(),
+        recorded_step.seen,
+    )
 
 
 def assert_same_end(whole, resumed, logged=True):

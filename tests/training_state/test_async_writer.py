@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_stability.training_state import async_writer
-from lit_stability.training_state.async_writer import CheckpointWriter, write_whole
+from lit_stability.training_state.async_writer import AsyncCheckpointWriter, write_whole
 from lit_stability.training_state.good_checkpoints import good_files, step_of
 
 
@@ -21,7 +21,7 @@ def names(folder):
 
 
 def test_newest_files_stay_and_later_ones_are_left_alone(tmp_path):
-    writer = CheckpointWriter(tmp_path / "good", keep=2)
+    writer = AsyncCheckpointWriter(tmp_path / "good", keep=2)
     for step in (50, 10, 20, 30):
         write(writer, {"step": step}, step)
     assert [step_of(f) for f in good_files(tmp_path / "good")] == [20, 30, 50]
@@ -32,7 +32,7 @@ def test_writing_goes_on_beside_and_the_thread_ends_with_it(tmp_path, monkeypatc
     gate = threading.Event()
     save = torch.save
     monkeypatch.setattr(async_writer.torch, "save", lambda *args: gate.wait(10) and save(*args))
-    writer = CheckpointWriter(tmp_path, keep=2)
+    writer = AsyncCheckpointWriter(tmp_path, keep=2)
     writer.write({"a": 1}, 1)
     assert writer.busy
     assert good_files(tmp_path) == []
@@ -45,7 +45,7 @@ def test_writing_goes_on_beside_and_the_thread_ends_with_it(tmp_path, monkeypatc
 @pytest.mark.parametrize("place", ["save", "fsync", "replace"])
 def test_failure_leaves_what_was_there_and_nothing_else(place, tmp_path, monkeypatch, caplog):
     """Invariant 10."""
-    writer = CheckpointWriter(tmp_path, keep=1)
+    writer = AsyncCheckpointWriter(tmp_path, keep=1)
     write(writer, {"step": 1}, 1)
 
     def full(*args):
@@ -63,7 +63,7 @@ def test_failure_leaves_what_was_there_and_nothing_else(place, tmp_path, monkeyp
 
 
 def test_non_finite_state_is_refused_and_named(tmp_path, caplog):
-    writer = CheckpointWriter(tmp_path, keep=1)
+    writer = AsyncCheckpointWriter(tmp_path, keep=1)
     state = {"state_dict": {"w": torch.tensor([float("nan")])}}
     write(writer, state, 5)
     assert names(tmp_path) == []

@@ -9,11 +9,11 @@ from torch import nn
 
 from lit_stability.measurement.half_precision import cast
 from lit_stability.training_state.fp32_modules import (
-    is_island,
-    islands_of,
-    make_island,
+    fp32_modules_of,
+    is_kept_in_fp32,
+    keep_in_fp32,
     matching,
-    release_island,
+    release_from_fp32,
 )
 
 
@@ -73,7 +73,7 @@ def test_island_overflows_no_more_and_the_rest_stays_in_16_bits():
     nn.init.constant_(linear.weight, 300.0)
     x = torch.full((1, 4), 300.0)
     assert not torch.isfinite(autocast(linear, x)).all()
-    make_island(linear)
+    keep_in_fp32(linear)
     out = autocast(linear, x)
     assert out.dtype == torch.float32
     assert torch.equal(out, linear(x))
@@ -81,7 +81,7 @@ def test_island_overflows_no_more_and_the_rest_stays_in_16_bits():
 
 def test_island_in_a_half_precision_model_converts_its_own_weights_and_gives_halves_back():
     model = Model().bfloat16()
-    make_island(model.final_norm)
+    keep_in_fp32(model.final_norm)
     assert model.final_norm.weight.dtype == torch.float32
     assert model.head.weight.dtype == torch.bfloat16
     assert model(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_island_in_a_half_precision_model_converts_its_own_weights_and_gives_hal
 def test_island_leaves_names_values_and_hooks_as_they_were():
     model, reference = Model(), Model()
     reference.load_state_dict(model.state_dict())
-    make_island(model.blocks[0])
+    keep_in_fp32(model.blocks[0])
     assert list(model.state_dict()) == list(reference.state_dict())
     assert not model.blocks[0]._forward_hooks
     assert not model.blocks[0]._forward_pre_hooks
@@ -101,9 +101,9 @@ def test_island_leaves_names_values_and_hooks_as_they_were():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copy_of_an_island_is_one_and_computes_with_its_own_weights(duplicate):
     model = Model()
-    make_island(model.head)
+    keep_in_fp32(model.head)
     other = duplicate(model)
-    assert islands_of(other) == ["head"]
+    assert fp32_modules_of(other) == ["head"]
     with torch.no_grad():
         other.head.weight.zero_()
         other.head.bias.fill_(1.0)
@@ -114,19 +114,19 @@ def test_copy_of_an_island_is_one_and_computes_with_its_own_weights(duplicate):
 def test_released_module_computes_as_before_even_if_its_forward_was_replaced_before():
     linear = nn.Linear(4, 4)
     linear.forward = lambda x: x * 2
-    make_island(linear)
-    make_island(linear)
+    keep_in_fp32(linear)
+    keep_in_fp32(linear)
     x = torch.randn(2, 4, dtype=torch.float16)
     assert linear(x).dtype == torch.float32
-    release_island(linear)
-    release_island(linear)
-    assert not is_island(linear)
+    release_from_fp32(linear)
+    release_from_fp32(linear)
+    assert not is_kept_in_fp32(linear)
     assert torch.equal(linear(x), x * 2)
 
 
 def test_island_compiles_without_a_graph_break():
     model = Model()
-    make_island(model.final_norm)
+    keep_in_fp32(model.final_norm)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.randn(2, 8)
     assert torch.equal(autocast(compiled, x), autocast(model, x))

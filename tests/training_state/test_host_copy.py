@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.training_state.host_copy import CheckpointCopy, first_nonfinite, is_finite
+from lit_stability.training_state.host_copy import HostCopy, first_nonfinite, is_finite
 from lit_stability.training_state.rng import (
     capture_rng,
     pack_rng,
@@ -32,7 +32,7 @@ def checkpoint():
 def test_copy_is_equal_and_does_not_follow_the_original():
     net, state = checkpoint()
     before = copy.deepcopy(state)
-    held = CheckpointCopy()
+    held = HostCopy()
     held.capture(state)
     with torch.no_grad():
         for tensor in net.state_dict().values():
@@ -49,7 +49,7 @@ def test_copy_is_equal_and_does_not_follow_the_original():
 
 def test_buffers_are_reused_by_their_place_though_others_come_and_go():
     _, state = checkpoint()
-    held = CheckpointCopy()
+    held = HostCopy()
     held.capture(state)
     first = held.state["state_dict"]["0.weight"].data_ptr()
     held.capture({"new": torch.ones(1), **state})
@@ -59,7 +59,7 @@ def test_buffers_are_reused_by_their_place_though_others_come_and_go():
 
 def test_tied_weights_stay_tied_and_are_held_once():
     weight = torch.randn(5, 4)
-    held = CheckpointCopy()
+    held = HostCopy()
     held.capture({"state_dict": {"embedding": weight.detach(), "head": weight.detach()}})
     copies = held.state["state_dict"]
     assert copies["embedding"].data_ptr() == copies["head"].data_ptr() != weight.data_ptr()

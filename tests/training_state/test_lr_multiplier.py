@@ -11,7 +11,10 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as s
 
-from lit_stability.training_state.lr_multiplier import LearningRateScale, learning_rate_scale
+from lit_stability.training_state.lr_multiplier import (
+    LearningRateMultiplier,
+    learning_rate_multiplier,
+)
 
 STEPS = 12
 SCHEDULERS = {
@@ -79,7 +82,7 @@ def test_scale_under_any_scheduler_is_exact_and_leaves_the_schedule_alone(name, 
 
     scaled, optimizer = make(lr=[nominal_lr(), nominal_lr()], momentum=0.9)
     schedule = SCHEDULERS[name](optimizer)
-    learning_rate_scale(optimizer).set([factor] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([factor] * len(optimizer.param_groups))
     seen = []
     for i in range(STEPS):
         seen.append(rates(optimizer))
@@ -99,7 +102,7 @@ def test_scale_under_any_scheduler_is_exact_and_leaves_the_schedule_alone(name, 
 def update(lr, scale, lr_type=float):
     """How far one SGD step with gradients of 1 moves each group."""
     weights, optimizer = make(lr=[lr_type(r) for r in lr])
-    scale(learning_rate_scale(optimizer))
+    scale(learning_rate_multiplier(optimizer))
     for w in weights:
         w.data.zero_()
         w.grad = torch.ones(4)
@@ -125,7 +128,7 @@ def test_set_scales_each_group(lr, factors, effective, lr_type):
 
 def test_effective_and_nominal_tell_what_the_next_update_uses():
     _, optimizer = make(lr=[0.5, 0.25])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5, 0.25])
     assert scale.nominal() == [0.5, 0.25]
     assert scale.effective() == [0.25, 0.0625]
@@ -143,7 +146,7 @@ def test_effective_and_nominal_tell_what_the_next_update_uses():
 )
 def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factors, message):
     _, optimizer = make(lr=[0.5, 0.25])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5] * len(optimizer.param_groups))
     with pytest.raises(ValueError, match=message):
         scale.set(factors)
@@ -163,7 +166,7 @@ def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factors, message):
 @pytest.mark.parametrize("lr_type", [float, torch.tensor])
 def test_set_inside_the_closure_is_obeyed_by_that_very_update(before, inside, used, lr_type):
     weights, optimizer = make(lr=[lr_type(0.5), lr_type(0.5)])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([before] * len(optimizer.param_groups))
 
     def closure():
@@ -187,7 +190,7 @@ def fail():
 def test_exception_inside_a_step_leaves_the_next_step_at_the_nominal_rate(change):
     """S13."""
     weights, optimizer = make(lr=[0.5, 0.5])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5] * len(optimizer.param_groups))
     for _ in range(3):
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -205,7 +208,7 @@ def test_exception_inside_a_step_leaves_the_next_step_at_the_nominal_rate(change
 
 def test_exception_inside_a_step_then_a_rate_of_someone_elses_is_kept():
     _, optimizer = make(lr=[0.5, 0.5])
-    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
     with pytest.raises(RuntimeError):
         optimizer.step(fail)
     for group in optimizer.param_groups:
@@ -217,7 +220,7 @@ def test_exception_inside_a_step_then_a_rate_of_someone_elses_is_kept():
 @pytest.mark.parametrize("raised", [False, True])
 def test_detach_leaves_the_optimizer_at_its_nominal_rate(raised):
     weights, optimizer = make(lr=[0.5, 0.5])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5] * len(optimizer.param_groups))
     if raised:
         with pytest.raises(RuntimeError):
@@ -229,19 +232,19 @@ def test_detach_leaves_the_optimizer_at_its_nominal_rate(raised):
         w.grad = torch.ones(4)
     optimizer.step()
     assert -float(weights[0][0].detach()) == 0.5
-    assert learning_rate_scale(optimizer) is not scale
+    assert learning_rate_multiplier(optimizer) is not scale
 
 
 def test_scale_of_an_optimizer_is_the_same_for_everybody():
     (_, one), (_, other) = make(), make()
-    assert learning_rate_scale(one) is learning_rate_scale(one)
-    assert learning_rate_scale(one) is not learning_rate_scale(other)
-    assert isinstance(learning_rate_scale(one), LearningRateScale)
+    assert learning_rate_multiplier(one) is learning_rate_multiplier(one)
+    assert learning_rate_multiplier(one) is not learning_rate_multiplier(other)
+    assert isinstance(learning_rate_multiplier(one), LearningRateMultiplier)
 
 
 def test_scale_does_not_keep_its_optimizer_alive():
     _, optimizer = make()
-    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()
@@ -251,7 +254,7 @@ def test_scale_does_not_keep_its_optimizer_alive():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copy_of_a_scaled_optimizer_steps_at_its_nominal_rate(copied):
     weights, optimizer = make(lr=[0.5, 0.5])
-    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
     step(weights, optimizer, 0)
     twin = copied(optimizer)
     assert rates(twin) == [0.5, 0.5]
@@ -264,7 +267,7 @@ def test_copy_of_a_scaled_optimizer_steps_at_its_nominal_rate(copied):
 
 def test_state_dict_of_a_scaled_optimizer_holds_the_nominal_rate():
     weights, optimizer = make(AdamW, lr=[0.5, 0.25])
-    learning_rate_scale(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
     step(weights, optimizer, 0)
     assert [g["lr"] for g in optimizer.state_dict()["param_groups"]] == [0.5, 0.25]
 
@@ -272,7 +275,7 @@ def test_state_dict_of_a_scaled_optimizer_holds_the_nominal_rate():
 def test_owners_hold_factors_at_once_and_neither_undoes_the_other():
     """K3, N2: factors multiply; who relaxes its own leaves the other's in force."""
     _, optimizer = make(lr=[1.0, 1.0])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5, 0.25])
     scale.set([0.5, 1.0], "clipping")
     assert scale.effective() == [0.25, 0.25]
@@ -287,7 +290,7 @@ def test_owners_hold_factors_at_once_and_neither_undoes_the_other():
 
 def test_group_added_since_is_scaled_by_those_owners_who_know_it():
     _, optimizer = make(lr=[1.0, 1.0])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5, 0.5])
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
     assert scale.effective() == [0.5, 0.5, 1.0]
@@ -299,7 +302,7 @@ def test_owner_that_cuts_inside_a_step_scales_this_update_on_top_of_the_other():
     used, left = update([1.0, 1.0], lambda scale: scale.set([0.5, 0.5]))
     assert used == [0.5, 0.5]
     weights, optimizer = make(lr=[1.0, 1.0])
-    scale = learning_rate_scale(optimizer)
+    scale = learning_rate_multiplier(optimizer)
     scale.set([0.5, 0.5])
 
     def closure():

@@ -16,7 +16,7 @@ from lit_stability.training_state.snapshot import (
     OptimizerSnapshot,
     TensorBank,
 )
-from lit_stability.training_state.snapshot_rotation import Generations
+from lit_stability.training_state.snapshot_rotation import SnapshotRotation
 
 O = torch.optim  # noqa: E741
 OPTIMIZERS = {
@@ -368,7 +368,7 @@ def test_generators_put_back_draw_the_same_numbers():
 
 def run_generations(events, confirm_after=3):
     """Feed 's'napshot, 'h'ealthy, 'd'iscard, 'c'onfirm; the confirmed one after each event."""
-    generations = Generations(make=dict, confirm_after=confirm_after)
+    generations = SnapshotRotation(make=dict, confirm_after=confirm_after)
     seen = []
     for i, event in enumerate(events):
         if event == "s":
@@ -404,7 +404,7 @@ def test_generations_trust_a_candidate_after_enough_healthy_steps(events, confir
 
 def test_generations_make_two_snapshots_and_no_more():
     made = []
-    generations = Generations(make=lambda: made.append(0) or {}, confirm_after=1)
+    generations = SnapshotRotation(make=lambda: made.append(0) or {}, confirm_after=1)
     for i in range(20):
         generations.begin()["at"] = i
         if i % 5 == 3:
@@ -414,7 +414,7 @@ def test_generations_make_two_snapshots_and_no_more():
 
 
 def test_generations_never_write_into_the_confirmed_one():
-    generations = Generations(make=dict, confirm_after=2)
+    generations = SnapshotRotation(make=dict, confirm_after=2)
     for i in range(30):
         confirmed = generations.confirmed
         begun = generations.begin()

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.auto_rollback.executor import Treatment
-from lit_stability.callbacks.auto_rollback.rollback_engine import Rewinder
+from lit_stability.callbacks.auto_rollback.executor import ResponseExecutor
+from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
     require_monitor,
-    require_tried_strategy,
+    require_supported_strategy,
     require_whole_optimizers,
 )
 from lit_stability.detectors import Anomaly
@@ -21,11 +21,11 @@ from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import HoldLearningRate
-from lit_stability.policies.backoff import Baseline, Throttle
-from lit_stability.policies.escalation import Budget, Ladder
+from lit_stability.policies.backoff import Backoff, Baseline
+from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.trainer_internals import Stateful
 from lit_stability.training_state.gradient_clipping import clip_step
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -98,10 +98,10 @@ class AutoRollback(StabilityCallback):
         self.confirm_after = confirm_after
         self.max_ring_bytes = max_ring_bytes
         self.clone_batches = clone_batches
-        self.throttle = Throttle(relax_after)
-        self.ladder = Ladder(budget)
+        self.backoff = Backoff(relax_after)
+        self.escalation = EscalationPolicy(budget)
         self._registered: list[Stateful] = []
-        self._fit: Treatment | None = None
+        self._fit: ResponseExecutor | None = None
 
     def register(self, *objects: Stateful) -> None:
         """Let a rollback take back the state of further objects, such as an average of weights.
@@ -125,7 +125,7 @@ class AutoRollback(StabilityCallback):
     @property
     def can_roll_back(self) -> bool:
         """Whether there is a snapshot to go back to."""
-        return self._fit is not None and self._fit.rewinder.snapshots.confirmed is not None
+        return self._fit is not None and self._fit.engine.snapshots.confirmed is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work.
@@ -136,12 +136,12 @@ class AutoRollback(StabilityCallback):
         """
         if stage == "fit":
             require_monitor(trainer, self)
-            require_tried_strategy(trainer, self)
+            require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the data, and put restored factors in force."""
         require_whole_optimizers(trainer, self)
-        rewinder = Rewinder(
+        engine = RollbackEngine(
             trainer,
             pl_module,
             confirm_after=self.confirm_after,
@@ -151,48 +151,48 @@ class AutoRollback(StabilityCallback):
             clone=self.clone_batches,
             registered=self._registered,
         )
-        self._fit = Treatment(rewinder, self.ladder, self.throttle, len(trainer.optimizers))
+        self._fit = ResponseExecutor(engine, self.escalation, self.backoff, len(trainer.optimizers))
         groups = {i: len(o.param_groups) for i, o in enumerate(trainer.optimizers)}
-        for index, factors in [*self.throttle.holds.items()]:
+        for index, factors in [*self.backoff.holds.items()]:
             if groups.get(index) != len(factors):
-                del self.throttle.holds[index]
+                del self.backoff.holds[index]
                 log.info("the learning rates held before belong to other groups: let go")
         self._apply(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take hold of the data where the loader is a new one."""
-        self._now.rewinder.recorder.attach()
+        self._now.engine.recorder.attach()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note to which step the batch belongs."""
-        self._now.rewinder.batch_started()
+        self._now.engine.batch_started()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """While an accumulation window is taken again, see which of its batches is the bad one."""
-        if self._now.inspection.active:
-            self._now.inspection.look(trainer)
+        if self._now.finder.active:
+            self._now.finder.look(trainer)
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Count the step, clip where the clip is tightened, relax what was tightened."""
         now = self._now
-        if now.due is not None and now.rewinder.replay:
+        if now.due is not None and now.engine.replay:
             # Another optimizer of this batch was vetoed: the whole batch is to be taken back.
-            now.rewinder.veto(trainer.optimizers[stats.optimizer])
+            now.engine.skip_step(trainer.optimizers[stats.optimizer])
             return
-        now.rewinder.healthy()
+        now.engine.healthy()
         now.reached(stats.step)
         baseline = now.baselines[stats.optimizer]
-        threshold = baseline.clip_threshold(self.throttle.clip_factor)
+        threshold = baseline.clip_threshold(self.backoff.clip_factor)
         if threshold is not None and stats.finite_gradients:
             clip_step(trainer.optimizers[stats.optimizer], stats, threshold)
         baseline.add(stats.grad_norm, stats.update_ratio)
         if stats.step < now.trouble:
             return
-        relaxed = self.throttle.calm(stats.optimizer, stats.nominal_learning_rates)
+        relaxed = self.backoff.calm(stats.optimizer, stats.nominal_learning_rates)
         if relaxed is not None:
             self._apply(trainer)
             log.info("step %d: %s", stats.step, relaxed)
@@ -202,10 +202,10 @@ class AutoRollback(StabilityCallback):
     ) -> None:
         """Undo what was lowered for the incident that turns out to be none."""
         now = self._now
-        self.ladder.new_regime()
-        now.rewinder.on_trial, now.trouble = False, 0
+        self.escalation.regime_change()
+        now.engine.snapshots_paused, now.trouble = False, 0
         now.baselines[stats.optimizer] = Baseline()
-        if self.throttle.put_back():
+        if self.backoff.put_back():
             self._apply(trainer)
             log.info("step %d: learning rate and clip are what they were before", stats.step)
 
@@ -213,30 +213,32 @@ class AutoRollback(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
         """Take no step that one rank objects to, until all have voted; choose nothing yet."""
-        self._now.rewinder.veto(trainer.optimizers[anomaly.optimizer])
+        self._now.engine.skip_step(trainer.optimizers[anomaly.optimizer])
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Choose the response, and do the part of it that must come before the update."""
-        if incident.strikes == 1:
-            self.throttle.remember()
-        if incident.settled or (incident.anomaly.observe_only and incident.course != "stop"):
+        if incident.occurrences == 1:
+            self.backoff.remember()
+        if incident.resolved or (
+            incident.anomaly.warn_only and incident.recommended_action != "stop"
+        ):
             return
         now, optimizer = self._now, trainer.optimizers[incident.anomaly.optimizer]
-        self.throttle.disturbed()
+        self.backoff.disturbed()
         if now.due is not None:
             # Another optimizer of this batch has struck already.
-            incident.settle(now.due[0])
-            now.rewinder.veto(optimizer)
+            incident.resolve(now.due[0])
+            now.engine.skip_step(optimizer)
             return
         response = now.choose(incident)
-        incident.settle(response)
+        incident.resolve(response)
         if isinstance(response, HoldLearningRate):
-            self.throttle.hold(incident.anomaly.optimizer, response.factors)
+            self.backoff.hold(incident.anomaly.optimizer, response.factors)
             self._apply(trainer)
-            now.rewinder.stepped = True
+            now.engine.stepped = True
             return
         now.due = (response, incident)
-        now.rewinder.veto(optimizer)
+        now.engine.skip_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -250,53 +252,57 @@ class AutoRollback(StabilityCallback):
         if now.due is not None:
             now.carry_out(trainer, pl_module)
             self._apply(trainer)
-        elif now.rewinder.stepped:
-            now.inspection.end()
-        now.rewinder.batch_ended()
+        elif now.engine.stepped:
+            now.finder.end()
+        now.engine.batch_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of what was held for the rest of a rejected batch."""
-        self._now.rewinder.epoch_ended()
+        self._now.engine.epoch_ended()
 
     @property
-    def _now(self) -> Treatment:
+    def _now(self) -> ResponseExecutor:
         assert self._fit is not None, "between on_train_start and teardown only"
         return self._fit
 
     def _apply(self, trainer: Trainer) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
-            factors = self.throttle.factors(index, len(optimizer.param_groups))
-            learning_rate_scale(optimizer).set(factors)
+            factors = self.backoff.factors(index, len(optimizer.param_groups))
+            learning_rate_multiplier(optimizer).set(factors)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
         if self._fit is not None:
-            self._fit.rewinder.close()
+            self._fit.engine.close()
         for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer).recover()
+            learning_rate_multiplier(optimizer).recover()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave optimizers and memory as they were found."""
         if stage == "fit":
             for optimizer in trainer.optimizers:
-                learning_rate_scale(optimizer).detach()
+                learning_rate_multiplier(optimizer).detach()
             if self._fit is not None:
-                self._fit.rewinder.close()
+                self._fit.engine.close()
             self._fit = None
 
     def lower_learning_rate(self, factor: float) -> bool:
         """Multiply learning rate and clip by a factor; calm steps raise both again."""
-        self.throttle.cut(factor, factor)
+        self.backoff.cut(factor, factor)
         return True
 
     def consensus_state(self) -> dict[str, Any]:
         """What was spent, what is in force and what is healthy, for ranks that disagree."""
         return {
             **self.state_dict(),
-            "trials": (self.ladder.trial, self.ladder.retake, self.ladder.lowered),
-            "before": self.throttle.before,
+            "trials": (
+                self.escalation.reproducibility,
+                self.escalation.retried,
+                self.escalation.lowered,
+            ),
+            "before": self.backoff.before,
             "baselines": [baseline.state_dict() for baseline in self._now.baselines],
         }
 
@@ -304,18 +310,20 @@ class AutoRollback(StabilityCallback):
         """Go on from what another rank has spent and has in force."""
         now = self._now
         self.load_state_dict(state)
-        self.ladder.trial, self.ladder.retake, self.ladder.lowered = state["trials"]
-        self.throttle.before = state["before"]
+        self.escalation.reproducibility, self.escalation.retried, self.escalation.lowered = state[
+            "trials"
+        ]
+        self.backoff.before = state["before"]
         for baseline, saved in zip(now.baselines, state["baselines"], strict=True):
             baseline.load_state_dict(saved)
-        now.rewinder.on_trial, now.on_trial = self.ladder.trial.active, None
-        now.inspection.end()
+        now.engine.snapshots_paused, now.checked = self.escalation.reproducibility.active, None
+        now.finder.end()
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent and what is in force; the options come from the constructor."""
-        return {"ladder": self.ladder.state_dict(), "throttle": self.throttle.state_dict()}
+        return {"ladder": self.escalation.state_dict(), "throttle": self.backoff.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put such a state back; it is in force from the start of training."""
-        self.ladder.load_state_dict(state_dict["ladder"])
-        self.throttle.load_state_dict(state_dict["throttle"])
+        self.escalation.load_state_dict(state_dict["ladder"])
+        self.backoff.load_state_dict(state_dict["throttle"])

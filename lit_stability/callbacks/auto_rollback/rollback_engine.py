@@ -10,20 +10,20 @@ from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
 from lit_stability.trainer_internals import (
+    BatchRecorder,
     CheckpointLedger,
-    Entry,
-    Recorder,
+    RecordedBatch,
     ReplayRing,
     SchedulerPause,
     Stateful,
+    StepSkipper,
     StepStart,
     TrainingSnapshot,
-    Veto,
     callbacks_of,
-    make_up_for,
+    count_skipped_batches,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
-from lit_stability.training_state.snapshot_rotation import Generations
+from lit_stability.training_state.snapshot_rotation import SnapshotRotation
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -33,7 +33,7 @@ _WRITTEN_INTO = (
 )
 
 
-class Rewinder:
+class RollbackEngine:
     """What lives as long as one fit: snapshots, batches kept, and what a rejected step spoils.
 
     Args:
@@ -63,7 +63,7 @@ class Rewinder:
         self._every = snapshot_every
         self._since = 0
         self.ring = ReplayRing(max_ring_bytes, clone)
-        self.recorder = Recorder(trainer, self.ring, self._before_fetch)
+        self.recorder = BatchRecorder(trainer, self.ring, self._before_fetch)
         self.recorder.attach()
         self.replay = replay and self.recorder.can_replay
         if replay and not self.replay:
@@ -71,17 +71,17 @@ class Rewinder:
                 "training_step draws from dataloader_iter: data are not replayed, only skipped"
             )
         self._frozen = FrozenWeights()
-        self.snapshots = Generations(
+        self.snapshots = SnapshotRotation(
             lambda: TrainingSnapshot(pl_module, self._frozen), confirm_after
         )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
         self._start = StepStart(pl_module)
         self._pause = SchedulerPause()
-        self._veto = Veto(trainer, self._pause)
+        self._skipper = StepSkipper(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
         self._told: set[str] = set()
-        self.on_trial = False
+        self.snapshots_paused = False
         """Whether no new snapshot is to be taken for now."""
         self._has_extra = bool(registered) or any(
             implements(owner, "rewindable_state")
@@ -95,7 +95,7 @@ class Rewinder:
         self._window_is_new = True
         self.stepped = False
         self._accepted = 0
-        self._veto.forget()
+        self._skipper.forget()
 
     def close(self) -> None:
         """Leave the trainer as it was found."""
@@ -108,7 +108,7 @@ class Rewinder:
         if self._finish is not None:
             # Hooks of the rejected batch that came after the rewind have moved these again.
             if isinstance(self._finish, TrainingSnapshot):
-                self._finish.restore_companions()
+                self._finish.restore_callback_state()
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
         if not self._window_is_new:
@@ -116,7 +116,7 @@ class Rewinder:
         self._window_is_new = False
         position = self.ring.position
         first = self.snapshots.confirmed is None
-        due = self._since >= self._every and self.snapshots.ready and not self.on_trial
+        due = self._since >= self._every and self.snapshots.ready and not self.snapshots_paused
         if first or due:
             self._take_snapshot(position)
         if first:
@@ -128,7 +128,7 @@ class Rewinder:
         oldest = self.snapshots.oldest
         if oldest is not None:
             self.ring.prune(oldest.position)
-            self._ledger.settle(oldest.mark)
+            self._ledger.commit(oldest.mark)
         snapshot.capture(
             self._trainer,
             self._module,
@@ -160,20 +160,20 @@ class Rewinder:
         self.stepped = True
         self._accepted += 1
 
-    def veto(self, optimizer: Optimizer) -> None:
+    def skip_step(self, optimizer: Optimizer) -> None:
         """Keep an optimizer from the step it is about to take."""
-        self._veto.take(optimizer, epoch=self.replay)
+        self._skipper.take(optimizer, epoch=self.replay)
 
     @property
-    def window(self) -> list[Entry]:
+    def window(self) -> list[RecordedBatch]:
         """The batches of the step being taken."""
         return self.ring.since(self._start.position) if self.replay else []
 
-    def can_take_again(self, leave_out: Collection[Entry] = ()) -> bool:
+    def can_retry(self, leave_out: Collection[RecordedBatch] = ()) -> bool:
         """Whether the step being taken can be taken again, without some of its batches."""
         if not self.replay:
             return False
-        self.ring.check_spoilt()
+        self.ring.check_modified()
         position = self._start.position
         if self._must_go_further:
             assert self.snapshots.confirmed is not None
@@ -184,10 +184,10 @@ class Rewinder:
         """Whether everything since a snapshot can be trained on again."""
         if not self.replay:
             return False
-        self.ring.check_spoilt()
+        self.ring.check_modified()
         return self._replayable(snapshot.position)
 
-    def _replayable(self, position: int, leave_out: Collection[Entry] = ()) -> bool:
+    def _replayable(self, position: int, leave_out: Collection[RecordedBatch] = ()) -> bool:
         found = self.ring.replayable(position, leave_out)
         if not found and position < self.ring.first:
             self._tell_once(
@@ -210,7 +210,7 @@ class Rewinder:
         before = self.snapshots.older
         return before if before is not None and (older or found.step > step) else found
 
-    def to_step_start(self, leave_out: Collection[Entry]) -> None:
+    def to_step_start(self, leave_out: Collection[RecordedBatch]) -> None:
         """Take the step back, and serve its batches again, but for those left out."""
         if self._must_go_further:
             assert self.snapshots.confirmed is not None
@@ -219,17 +219,17 @@ class Rewinder:
         start = self._start
         self._pause.undo()
         start.restore(self._trainer)
-        self._veto.restore()
+        self._skipper.restore()
         self._rewind(start, leave_out, same_step=True)
 
-    def forget_step(self) -> None:
+    def drop_step(self) -> None:
         """Take the step back, and go on with the next batch."""
         self._pause.undo()
         self._start.restore(self._trainer)
-        self._veto.restore()
+        self._skipper.restore()
         self._pause.hide(self._trainer, same_step=True)
 
-    def to_snapshot(self, snapshot: TrainingSnapshot, leave_out: Collection[Entry]) -> None:
+    def to_snapshot(self, snapshot: TrainingSnapshot, leave_out: Collection[RecordedBatch]) -> None:
         """Put a snapshot back, and serve the batches since then, but for those left out."""
         self._restore(snapshot, replay=True)
         self._rewind(snapshot, leave_out, same_step=False)
@@ -253,7 +253,11 @@ class Rewinder:
         snapshot.restore(self._trainer, replay=replay)
 
     def _rewind(
-        self, to: StepStart | TrainingSnapshot, leave_out: Collection[Entry], *, same_step: bool
+        self,
+        to: StepStart | TrainingSnapshot,
+        leave_out: Collection[RecordedBatch],
+        *,
+        same_step: bool,
     ) -> None:
         epoch = to.loops.epoch
         self.recorder.rewind(to.position, epoch, leave_out)
@@ -265,19 +269,19 @@ class Rewinder:
             self._pause.release_epoch()
             loop = self._trainer.fit_loop.epoch_loop
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-            make_up_for(self._trainer, self.ring.left_out[epoch])
+            count_skipped_batches(self._trainer, self.ring.left_out[epoch])
 
     def batch_ended(self) -> None:
         """After an accepted batch, or after whatever was done about a rejected one."""
-        self.ring.check_spoilt()
-        if self.replay and self.ring.position == 1 and self.ring.entries[0].spoilt:
+        self.ring.check_modified()
+        if self.replay and self.ring.position == 1 and self.ring.entries[0].modified:
             self._tell_once(_WRITTEN_INTO)
-        if not self._veto.active:
-            make_up_for(self._trainer, self.ring.left_out[self._trainer.current_epoch])
+        if not self._skipper.active:
+            count_skipped_batches(self._trainer, self.ring.left_out[self._trainer.current_epoch])
             self._since += self._accepted
             for _ in range(self._accepted):
                 self.snapshots.healthy()
-        if self._veto.active or self.stepped:
+        if self._skipper.active or self.stepped:
             self._begin_window()
 
     def epoch_ended(self) -> None:

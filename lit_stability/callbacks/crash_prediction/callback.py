@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.crash_prediction.preventive_actions import Precaution, stopped
+from lit_stability.callbacks.crash_prediction.preventive_actions import PreventiveActions, stopped
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_tried_strategy
+from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require, require_instance
 from lit_stability.incidents import Incident
@@ -22,7 +22,7 @@ from lit_stability.policies.backoff import Baseline
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
 from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -80,30 +80,30 @@ class CrashPrediction(StabilityCallback):
         self._baselines: dict[int, Baseline] = {}
         self._restored: Mapping[str, Any] = {}
         self._pending: list[StepStats] = []
-        self._struck = False
+        self._rejected = False
         """Whether somebody objected to a step of the batch at hand."""
-        self._precaution: Precaution | None = None
+        self._actions: PreventiveActions | None = None
         self._peak, self._count, self._saved = 0.0, 0, ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
         if stage == "fit":
             require_monitor(trainer, self)
-            require_tried_strategy(trainer, self)
+            require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with what was learnt, and what was in force, before a restart."""
         self._risks = {i: CrashRisk() for i, _ in enumerate(trainer.optimizers)}
         self._baselines = {i: Baseline() for i, _ in enumerate(trainer.optimizers)}
         self.load_rewindable_state(self._restored.get("learnt", {}))
-        self._precaution = Precaution(trainer, self.keep)
-        self._precaution.load_scalers(self._restored.get("scalers", {}))
+        self._actions = PreventiveActions(trainer, self.keep)
+        self._actions.load_scalers(self._restored.get("scalers", {}))
         self._restored = {}
-        self._pending, self._struck = [], False
+        self._pending, self._rejected = [], False
         self._peak, self._count, self._saved = 0.0, 0, ""
         self._scale(trainer)
         if "precision" in self.prevention.given:
-            self._precaution.widen(pl_module)
+            self._actions.widen(pl_module)
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
@@ -119,11 +119,11 @@ class CrashPrediction(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
         """Learn nothing from a step that is objected to."""
-        self._struck = True
+        self._rejected = True
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Learn nothing from a step that is objected to."""
-        self._struck = self._struck or not incident.anomaly.observe_only
+        self._rejected = self._rejected or not incident.anomaly.warn_only
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,8 +134,8 @@ class CrashPrediction(StabilityCallback):
             TrainingStopped: where the risk reaches the level for that.
         """
         pending, self._pending = self._pending, []
-        struck, self._struck = self._struck, False
-        if struck or not pending:
+        rejected, self._rejected = self._rejected, False
+        if rejected or not pending:
             return
         for stats in pending:
             self._risks[stats.optimizer].update(stats)
@@ -150,23 +150,23 @@ class CrashPrediction(StabilityCallback):
 
     def _respond(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         decision = self.prevention.step(self.risk, _scheduled(trainer))
-        factor, precaution = self._scale(trainer), self._precaution
-        assert precaution is not None
+        factor, actions = self._scale(trainer), self._actions
+        assert actions is not None
         bounds = f"learning rate x{factor:.3g}, clip x{self.prevention.clip_factor:.3g}"
         done: list[str] = []
         if "save" in decision.due:
-            self._saved = precaution.save()
+            self._saved = actions.save()
             done.append(self._saved)
         if "slow" in decision.due:
             done.append(bounds)
         if "precision" in decision.due:
-            done.append(precaution.widen(pl_module))
+            done.append(actions.widen(pl_module))
         worst = max(self._risks.values(), key=lambda risk: risk.value)
         if done:
             self._say(trainer, f"step {step}: {worst.in_words()}", done)
         if "stop" in decision.due:
             raise stopped(trainer, worst, step, self._saved)
-        back = precaution.narrow(pl_module) if decision.over else ""
+        back = actions.narrow(pl_module) if decision.over else ""
         self._say(trainer, f"step {step}: calm", [bounds if decision.raised else "", back])
 
     @staticmethod
@@ -179,7 +179,7 @@ class CrashPrediction(StabilityCallback):
         """Put the factors in force for the next step; returns the smallest."""
         factors = self.prevention.factors(_scheduled(trainer))
         for index, each in factors.items():
-            learning_rate_scale(trainer.optimizers[index]).set(each, _OWNER)
+            learning_rate_multiplier(trainer.optimizers[index]).set(each, _OWNER)
         return min(factor for each in factors.values() for factor in each)
 
     def _record(self, trainer: Trainer) -> None:
@@ -196,17 +196,17 @@ class CrashPrediction(StabilityCallback):
     ) -> None:
         """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
         for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer).recover()
+            learning_rate_multiplier(optimizer).recover()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave optimizers and precision as they were found."""
         if stage != "fit":
             return
         for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer).detach()
-        if self._precaution is not None:
-            self._precaution.leave()
-        self._precaution = None
+            learning_rate_multiplier(optimizer).detach()
+        if self._actions is not None:
+            self._actions.leave()
+        self._actions = None
 
     def rewindable_state(self) -> dict[str, Any]:
         """What was learnt of each optimizer's steps."""
@@ -234,7 +234,7 @@ class CrashPrediction(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         """What was learnt, and the responses in force; the options come from the constructor."""
         learnt = self.rewindable_state() or self._restored.get("learnt", {})
-        scalers = {} if self._precaution is None else self._precaution.scalers()
+        scalers = {} if self._actions is None else self._actions.scalers()
         return {"learnt": learnt, "prevention": self.prevention.state_dict(), "scalers": scalers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,4 +244,4 @@ class CrashPrediction(StabilityCallback):
 
 
 def _scheduled(trainer: Trainer) -> dict[int, list[float]]:
-    return {i: learning_rate_scale(o).nominal() for i, o in enumerate(trainer.optimizers)}
+    return {i: learning_rate_multiplier(o).nominal() for i, o in enumerate(trainer.optimizers)}

@@ -33,7 +33,7 @@ FOLDER = "risk"
 _WIDE = "32-true"
 
 
-class Precaution:
+class PreventiveActions:
     """Carries out, on one trainer, what a risk asks for; after a batch that an update came with.
 
     Args:

@@ -126,7 +126,7 @@ class GradientFlow(StabilityCallback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Draw the gradients of the step that opened it."""
-        if incident.strikes > 1 or not trainer.is_global_zero:
+        if incident.occurrences > 1 or not trainer.is_global_zero:
             return
         details = _measured(pl_module) or self._suspected
         if not details:

@@ -11,25 +11,28 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_stability.callbacks.gradient_monitor.incident_tracker import IncidentDesk, Voted
-from lit_stability.callbacks.gradient_monitor.rank_consensus import Council
+from lit_stability.callbacks.gradient_monitor.incident_tracker import (
+    IncidentTracker,
+    PendingVerdict,
+)
+from lit_stability.callbacks.gradient_monitor.rank_consensus import RankConsensus
 from lit_stability.callbacks.gradient_monitor.reporter import Reporter, log
-from lit_stability.callbacks.gradient_monitor.step_measurer import Measuring
+from lit_stability.callbacks.gradient_monitor.step_measurer import StepMeasurer
 from lit_stability.callbacks.gradient_monitor.validation import (
     asked_detectors,
     require_package,
     require_watchable,
 )
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
-from lit_stability.detectors import Anomaly, Detector, Panel, disagreement, with_damage
+from lit_stability.detectors import Anomaly, Detector, DetectorSet, disagreement, with_damage
 from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.incidents.step_history import Attempts
+from lit_stability.incidents.step_history import StepHistory
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.policies.actions import LearnAnew
+from lit_stability.policies.actions import AcceptNewRegime
 from lit_stability.trainer_internals import callbacks_of, log_every, ranks_of, reshard, sharing
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 
 class GradientMonitor(StabilityCallback):
@@ -107,22 +110,22 @@ class GradientMonitor(StabilityCallback):
         """The last measurements that carry details."""
         self.allow_strategies = tuple(allow_strategies)
         self._restored: Mapping[str, Any] = {}
-        self._panel = Panel([], [], log.info)
-        self._measuring: Measuring | None = None
-        self._council = Council(None)
-        self._desk = IncidentDesk(None, close_after, 0)
-        self._attempts = Attempts()
-        self._voted: Voted | None = None
+        self._detector_set = DetectorSet([], [], log.info)
+        self._measuring: StepMeasurer | None = None
+        self._consensus = RankConsensus(None)
+        self._tracker = IncidentTracker(None, close_after, 0)
+        self._history = StepHistory()
+        self._voted: PendingVerdict | None = None
 
     @property
     def incidents(self) -> list[Incident]:
         """Incidents of this fit, or of the last one."""
-        return self._desk.incidents
+        return self._tracker.incidents
 
     @property
     def current(self) -> Incident | None:
         """The incident that is open, if one is."""
-        return self._desk.current
+        return self._tracker.current
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer of another package; report hooks whose name is misspelt."""
@@ -136,14 +139,14 @@ class GradientMonitor(StabilityCallback):
         if sharing(trainer) == "shards":
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)
-        self._council = Council(ranks)
+        self._consensus = RankConsensus(ranks)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
-        self._measuring = Measuring(trainer, pl_module, ranks, **every)
-        self._reporter = Reporter(trainer, self._attempts)
-        self._panel = Panel(self.detectors, self._measuring.meters, self._reporter.say)
-        self._panel.load_state_dict(self._restored)
+        self._measuring = StepMeasurer(trainer, pl_module, ranks, **every)
+        self._reporter = Reporter(trainer, self._history)
+        self._detector_set = DetectorSet(self.detectors, self._measuring.meters, self._reporter.say)
+        self._detector_set.load_state_dict(self._restored)
         self._restored = {}
-        self._desk = IncidentDesk(self._reporter, self.close_after, self._desk.count)
+        self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
         self._voted = None
 
     def on_train_batch_start(
@@ -171,45 +174,45 @@ class GradientMonitor(StabilityCallback):
         call_hook("on_step_measured", trainer, pl_module, stats)
         if stats.details:
             self.details.append(stats)
-        anomaly, shared = self._panel.verdict(stats, voting=self._council.votes)
-        if self._panel.new_regime:
+        anomaly, shared = self._detector_set.verdict(stats, voting=self._consensus.votes)
+        if self._detector_set.regime_change:
             stats = self._accept_regime(trainer, pl_module, stats)
         decide = self._judge if shared else self._suspect
-        decide(trainer, pl_module, Voted(stats, anomaly))
-        self._reporter.attempts.judged(stats, optimizer)
+        decide(trainer, pl_module, PendingVerdict(stats, anomaly))
+        self._reporter.history.judged(stats, optimizer)
 
-    def _judge(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, voted: PendingVerdict) -> None:
         anomaly, stats = voted.anomaly, voted.stats
         if anomaly is not None:
             anomaly = self._raise(trainer, pl_module, anomaly, stats)
-        if anomaly is None or anomaly.observe_only:
+        if anomaly is None or anomaly.warn_only:
             self._accept(trainer, pl_module, stats)
-            self._settle(trainer, pl_module, stats)
+            self._learn(trainer, pl_module, stats)
 
     def _accept_regime(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> StepStats:
         if self.current is not None:
-            first, strikes = self.current.first.step, self.current.strikes
+            first, occurrences = self.current.first.step, self.current.occurrences
             self.current.note(
-                "change of regime", f"it stays: {strikes} strikes in a row from step {first} on"
+                "change of regime", f"it stays: {occurrences} strikes in a row from step {first} on"
             )
             if self.current.responses:
-                self.current.adjust(LearnAnew())
+                self.current.adjust(AcceptNewRegime())
         call_hook("on_regime_change", trainer, pl_module, stats)
         # Learning rates may have been put back: it is these that the coming update is held against.
-        rates = learning_rate_scale(trainer.optimizers[stats.optimizer]).effective()
+        rates = learning_rate_multiplier(trainer.optimizers[stats.optimizer]).effective()
         self._meters[stats.optimizer].expect(rates)
         return replace(stats, learning_rates=tuple(rates))
 
-    def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
+    def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: PendingVerdict) -> None:
         """Veto or accept a step for this rank alone, until all have voted on it."""
         self._voted = voted
         if voted.vote.objected:
             call_hook("on_local_anomaly", trainer, pl_module, voted.anomaly)
         else:
             self._accept(trainer, pl_module, voted.stats)
-        self._council.vote(voted.vote)
+        self._consensus.vote(voted.vote)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -219,44 +222,44 @@ class GradientMonitor(StabilityCallback):
         voted, self._voted = self._voted, None
         if voted is not None:
             self._count(trainer, pl_module, voted)
-        self._reporter.attempts.batch_ended()
+        self._reporter.history.batch_ended()
         self._measuring.batch_ended(trainer)
 
-    def _count(self, trainer: Trainer, pl_module: LightningModule, voted: Voted) -> None:
-        votes, stats, anomaly = self._council.count(), voted.stats, voted.anomaly
+    def _count(self, trainer: Trainer, pl_module: LightningModule, voted: PendingVerdict) -> None:
+        votes, stats, anomaly = self._consensus.count(), voted.stats, voted.anomaly
         apart = disagreement(stats, votes)
         if apart is not None:
-            self._council.sync_from_rank_0(callbacks_of(trainer))
+            self._consensus.sync_from_rank_0(callbacks_of(trainer))
             self._raise(trainer, pl_module, apart, stats)
             return
         if anomaly is not None and all(vote.objected or vote.told for vote in votes):
             anomaly = self._raise(trainer, pl_module, anomaly, stats)
-        if not voted.vote.objected and (anomaly is None or anomaly.observe_only):
-            self._settle(trainer, pl_module, stats)
+        if not voted.vote.objected and (anomaly is None or anomaly.warn_only):
+            self._learn(trainer, pl_module, stats)
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         self._reporter.accepted(stats)
         if self._meters[stats.optimizer].count % log_every(trainer) == 0:
-            self._reporter.step(stats, self._desk.count)
+            self._reporter.step(stats, self._tracker.count)
         call_hook("on_healthy_step", trainer, pl_module, stats)
 
-    def _settle(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
+    def _learn(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         """Learn from a step that all ranks have accepted."""
-        self._panel.learn(stats)
-        self._desk.healthy(trainer, pl_module, stats.step)
+        self._detector_set.learn(stats)
+        self._tracker.healthy(trainer, pl_module, stats.step)
 
     def _raise(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
     ) -> Anomaly:
         """Open an incident, or strike again; on all ranks or none."""
         meter = self._meters[stats.optimizer]
-        anomaly = with_damage(anomaly, *self._council.audit(*meter.audit()))
+        anomaly = with_damage(anomaly, *self._consensus.audit(*meter.audit()))
         opening = self.current is None
-        incident = self._desk.strike(trainer, anomaly)
-        incident.stats, incident.gather = stats, self._council.gather
-        incident.tape = None if self._measuring is None else self._measuring.tape
+        incident = self._tracker.recur(trainer, anomaly)
+        incident.stats, incident.gather = stats, self._consensus.gather
+        incident.recorded_step = None if self._measuring is None else self._measuring.recorded_step
         call_hook("on_incident", trainer, pl_module, incident)
-        scale = learning_rate_scale(trainer.optimizers[stats.optimizer])
+        scale = learning_rate_multiplier(trainer.optimizers[stats.optimizer])
         meter.expect(scale.effective())
         if opening:
             self._reporter.opened(incident)
@@ -268,7 +271,7 @@ class GradientMonitor(StabilityCallback):
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights were put back: the next update cannot be measured against the last."""
-        self._reporter.attempts.went_back()
+        self._reporter.history.went_back()
         for meter in self._meters.values():
             meter.forget()
 
@@ -279,8 +282,8 @@ class GradientMonitor(StabilityCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open, say so if the weights are damaged, and print the summary."""
-        self._reporter.ends_with(self._council.bad_weights(self._meters.values()))
-        self._desk.close(trainer, pl_module, "unresolved")
+        self._reporter.ends_with(self._consensus.bad_weights(self._meters.values()))
+        self._tracker.close(trainer, pl_module, "unresolved")
         self._reporter.end(self.incidents)
 
     def on_exception(
@@ -290,7 +293,7 @@ class GradientMonitor(StabilityCallback):
         if self._measuring is None:
             return
         stopped = isinstance(exception, TrainingStopped)
-        self._desk.close(trainer, pl_module, "stopped" if stopped else "unresolved")
+        self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
         self._reporter.end(self.incidents)
 
     def on_save_checkpoint(
@@ -298,28 +301,28 @@ class GradientMonitor(StabilityCallback):
     ) -> None:
         """Say so when somebody saves weights that are non-finite, outside of an incident."""
         if self.current is None:
-            self._reporter.saved_with(self._council.bad_weights(self._meters.values()))
+            self._reporter.saved_with(self._consensus.bad_weights(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the parameters and the other ranks."""
         self._measuring = None
-        self._council.close()
+        self._consensus.close()
 
     def rewindable_state(self) -> dict[str, Any]:
         """The detectors' windows."""
-        return self._panel.state_dict()
+        return self._detector_set.state_dict()
 
     def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
         """Put the detectors' windows back."""
-        self._panel.load_state_dict(state)
+        self._detector_set.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Incidents and attempts so far, and the detectors' windows."""
-        counts = {"incidents": self._desk.count, "attempts": self._attempts.count}
+        counts = {"incidents": self._tracker.count, "attempts": self._history.count}
         return {**counts, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put them back; the windows once the detectors exist."""
-        self._desk.count = int(state_dict["incidents"])
-        self._attempts.count = int(state_dict.get("attempts", 0))
+        self._tracker.count = int(state_dict["incidents"])
+        self._history.count = int(state_dict.get("attempts", 0))
         self._restored = state_dict["detectors"]

@@ -13,7 +13,7 @@ from lit_stability.incidents import Incident, Outcome
 from lit_stability.measurement.step_stats import StepStats
 
 
-class IncidentDesk:
+class IncidentTracker:
     """The incidents of a fit, of which one at most is open.
 
     Args:
@@ -28,11 +28,11 @@ class IncidentDesk:
         self.current: Incident | None = None
         self._healthy = 0
 
-    def strike(self, trainer: Trainer, anomaly: Anomaly) -> Incident:
+    def recur(self, trainer: Trainer, anomaly: Anomaly) -> Incident:
         """Open an incident, or take the anomaly up in the open one."""
         self._healthy = 0
         if self.current is not None:
-            self.current.strike(anomaly)
+            self.current.recur(anomaly)
             return self.current
         self.count += 1
         self.current = Incident(
@@ -68,7 +68,7 @@ class IncidentDesk:
 
 
 @dataclass(frozen=True)
-class Voted:
+class PendingVerdict:
     """A step whose votes are on their way."""
 
     stats: StepStats
@@ -78,5 +78,5 @@ class Voted:
     @property
     def vote(self) -> Vote:
         """In numbers."""
-        told = self.anomaly is not None and self.anomaly.observe_only
+        told = self.anomaly is not None and self.anomaly.warn_only
         return Vote(self.anomaly is not None and not told, self.stats.grad_norm, told)

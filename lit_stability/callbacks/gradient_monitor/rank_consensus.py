@@ -14,7 +14,7 @@ from lit_stability.distributed.collectives import Ranks, Summed
 from lit_stability.measurement.step_meter import StepMeter
 
 
-class Council:
+class RankConsensus:
     """Findings, votes and state of several ranks; on one rank, its own.
 
     Args:

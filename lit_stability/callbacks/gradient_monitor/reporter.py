@@ -8,11 +8,11 @@ from typing import Literal
 
 from lightning.pytorch import Trainer
 
-from lit_stability.callbacks.gradient_monitor.step_history_writer import AttemptLog
+from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.incidents.report import summary_table
-from lit_stability.incidents.step_history import Attempts
+from lit_stability.incidents.step_history import StepHistory
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.scalar_writer import StabilityWriter
 from lit_stability.trainer_internals import logger_step, run_directory
@@ -33,9 +33,9 @@ class Reporter:
         attempts: what counts the attempts at steps.
     """
 
-    def __init__(self, trainer: Trainer, attempts: Attempts) -> None:
+    def __init__(self, trainer: Trainer, history: StepHistory) -> None:
         self._trainer = trainer
-        self.attempts = AttemptLog(trainer, attempts)
+        self.history = StepHistoryWriter(trainer, history)
         if not trainer.is_global_zero:
             log.addFilter(only_warnings)
         self._writer = StabilityWriter(trainer.loggers)
@@ -54,7 +54,7 @@ class Reporter:
         """Write an accepted step's scalars to the loggers."""
         overflows = None if stats.loss_scale is None else self._overflows
         self._writer.write_stats(stats, incidents, logger_step(self._trainer), overflows)
-        self.attempts.due()
+        self.history.due()
 
     def accepted(self, stats: StepStats) -> None:
         """Write what probes have measured on an accepted step, and follow the loss scaler."""
@@ -84,13 +84,13 @@ class Reporter:
         """Tell that an incident has opened, and what is done about it."""
         self.say(incident.opening_line())
         self._write("open", incident)
-        self.attempts.told(incident)
+        self.history.told(incident)
 
     def closed(self, incident: Incident) -> None:
         """Tell how it ended."""
         self.say(incident.closing_line())
         self._write("close", incident)
-        self.attempts.told(incident)
+        self.history.told(incident)
 
     def ends_with(self, bad: Sequence[str]) -> None:
         """Tell of weights that are non-finite at the end, if there are any."""
@@ -107,7 +107,7 @@ class Reporter:
 
     def end(self, incidents: Sequence[Incident]) -> None:
         """Tell of all incidents of a fit, if there were any; nothing comes after it."""
-        self.attempts.end()
+        self.history.end()
         if incidents:
             self.say("\n".join(["stability summary", *summary_table(incidents)]))
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
-from lit_stability.incidents.step_history import Attempts, row_of
+from lit_stability.incidents.step_history import StepHistory, row_of
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.trainer_internals import parameters_of
@@ -21,7 +21,7 @@ from lit_stability.training_state.gradient_clipping import clip_threshold
 
 
 @dataclass(frozen=True)
-class Judged:
+class PendingAttempt:
     """An attempt whose batch is not over."""
 
     attempt: int
@@ -32,7 +32,7 @@ class Judged:
     """Whether it is to be written."""
 
 
-class AttemptLog:
+class StepHistoryWriter:
     """Counts the attempts, on all ranks alike, and on the first writes what became of them.
 
     Written are the steps that other metrics are written for, every attempt that was vetoed, and
@@ -45,11 +45,11 @@ class AttemptLog:
         attempts: the count, which outlives the fit.
     """
 
-    def __init__(self, trainer: Trainer, attempts: Attempts) -> None:
-        self._trainer, self._attempts = trainer, attempts
-        attempts.start()
+    def __init__(self, trainer: Trainer, history: StepHistory) -> None:
+        self._trainer, self._history = trainer, history
+        history.start()
         self._tab = StabilityTab(trainer.loggers if trainer.is_global_zero else [])
-        self._judged: list[Judged] = []
+        self._judged: list[PendingAttempt] = []
         self._due = False
         self._told: list[Incident] = []
         """Opened or closed in the batch at hand."""
@@ -69,8 +69,8 @@ class AttemptLog:
             stats: its measurement.
             optimizer: whose step it is.
         """
-        self._attempts.went_back(stats.step)
-        attempt, due = self._attempts.begin(), self._due
+        self._history.went_back(stats.step)
+        attempt, due = self._history.begin(), self._due
         self._due = False
         if not self._tab:
             return
@@ -79,7 +79,7 @@ class AttemptLog:
         taken = any(p.grad is not None for p in parameters_of(optimizer))
         due = due or not taken or any(i.outcome == "open" for i in self._told)
         self._note_told(attempt)
-        self._judged.append(Judged(attempt, stats, optimizer, taken, due))
+        self._judged.append(PendingAttempt(attempt, stats, optimizer, taken, due))
 
     def told(self, incident: Incident) -> None:
         """An incident has opened or closed."""
@@ -89,7 +89,7 @@ class AttemptLog:
 
     def went_back(self) -> None:
         """A snapshot was put back."""
-        self._attempts.went_back(self._trainer.global_step)
+        self._history.went_back(self._trainer.global_step)
 
     def batch_ended(self) -> None:
         """Write what is due, now that rows are complete."""
@@ -98,7 +98,7 @@ class AttemptLog:
             return
         for each in judged:
             self._take_up(each)
-        self._note_told(self._attempts.count)
+        self._note_told(self._history.count)
         told, self._told = self._told, []
         for incident in told:
             self._write(incident)
@@ -109,7 +109,7 @@ class AttemptLog:
         self.batch_ended()
         self._finish_episodes(everything=True)
 
-    def _take_up(self, judged: Judged) -> None:
+    def _take_up(self, judged: PendingAttempt) -> None:
         stats = judged.stats
         row = row_of(
             judged.attempt,
@@ -118,11 +118,11 @@ class AttemptLog:
             precision=str(self._trainer.precision),
             taken=judged.taken,
         )
-        self._attempts.add(row)
+        self._history.add(row)
         if judged.due:
-            self._tab.write_attempt(row, stats, self._scans.pop(stats.optimizer, None))
+            self._tab.write_step_attempt(row, stats, self._scans.pop(stats.optimizer, None))
 
-    def _threshold(self, judged: Judged) -> float | None:
+    def _threshold(self, judged: PendingAttempt) -> float | None:
         """What callbacks have clipped to and what the Trainer has; None where nobody clips."""
         own = clip_threshold(judged.optimizer, judged.stats)
         value, algorithm = self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
@@ -133,24 +133,24 @@ class AttemptLog:
     def _note_told(self, attempt: int) -> None:
         """Note at which attempt an incident has opened or closed."""
         for incident in self._told:
-            episode = self._attempts.episodes.get(incident.id)
-            if episode is None:
-                episode = self._attempts.open(incident.id, attempt)
-            if incident.outcome != "open" and episode.closed_attempt is None:
-                episode.closed_attempt = attempt
+            window = self._history.windows.get(incident.id)
+            if window is None:
+                window = self._history.open(incident.id, attempt)
+            if incident.outcome != "open" and window.closed_attempt is None:
+                window.closed_attempt = attempt
 
     def _write(self, incident: Incident) -> None:
-        episode, attempt = self._attempts.episodes[incident.id], self._attempts.count
+        window, attempt = self._history.windows[incident.id], self._history.count
         self._tab.write_incident(
             incident.id,
             incident.started,
             attempt,
-            lambda: to_json({**incident.as_dict(), **episode.as_dict()}),
+            lambda: to_json({**incident.as_dict(), **window.as_dict()}),
         )
 
     def _finish_episodes(self, *, everything: bool) -> None:
         """Write for the last time the incidents that enough attempts have followed."""
-        for key, episode in [*self._attempts.episodes.items()]:
-            if episode.complete or everything:
+        for key, window in [*self._history.windows.items()]:
+            if window.complete or everything:
                 self._write(self._incidents.pop(key))
-                del self._attempts.episodes[key]
+                del self._history.windows[key]

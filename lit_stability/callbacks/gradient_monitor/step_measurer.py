@@ -12,24 +12,24 @@ from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.hooks import implements
 from lit_stability.distributed.collectives import Ranks
-from lit_stability.measurement.distributed_step_meter import RankMeter
-from lit_stability.measurement.norms import Unread
+from lit_stability.measurement.distributed_step_meter import DistributedStepMeter
+from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_readings
 from lit_stability.trainer_internals import (
-    StepTape,
+    RecordedStep,
     callbacks_of,
     ends_window,
     loss_scaler,
     unscale,
 )
-from lit_stability.training_state.lr_multiplier import learning_rate_scale
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
-Taken: TypeAlias = list[ProbeReading] | Unread | None
+Taken: TypeAlias = list[ProbeReading] | DeviceReadings | None
 """What a probe answers: None where it is not its turn."""
 
 
-class Measuring:
+class StepMeasurer:
     """One meter per optimizer, and the loss of the accumulation window.
 
     Args:
@@ -53,11 +53,11 @@ class Measuring:
         self._scan_every, self._details_every = scan_weights_every, details_every
         self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}
         for optimizer in trainer.optimizers:
-            learning_rate_scale(optimizer)
+            learning_rate_multiplier(optimizer)
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
         wanted = any(getattr(c, "needs_recorded_step", False) for c in callbacks_of(trainer))
-        self.tape = StepTape() if wanted else None
+        self.recorded_step = RecordedStep() if wanted else None
         """The step at hand, where a callback may want to take it again."""
 
     def renew(self, trainer: Trainer) -> None:
@@ -71,13 +71,13 @@ class Measuring:
     def batch_started(self, batch: Any, batch_idx: int) -> None:
         """Another batch, another measurement."""
         self._measured.clear()
-        if self.tape is not None:
-            self.tape.batch_started(batch, batch_idx)
+        if self.recorded_step is not None:
+            self.recorded_step.batch_started(batch, batch_idx)
 
     def batch_ended(self, trainer: Trainer) -> None:
         """Let go of the batches, if an optimizer step came with this one."""
-        if self.tape is not None and ends_window(trainer):
-            self.tape.forget()
+        if self.recorded_step is not None and ends_window(trainer):
+            self.recorded_step.forget()
 
     def take_loss(self, trainer: Trainer, loss: Tensor, *, scan: bool) -> None:
         """Add up the loss; with the last of the window the ranks begin to measure.
@@ -93,12 +93,12 @@ class Measuring:
         if self._ranks is None or not self._ranks.overlapped or not ends_window(trainer):
             return
         meter = self._meter(0, trainer.optimizers[0])
-        assert isinstance(meter, RankMeter)
+        assert isinstance(meter, DistributedStepMeter)
         scaler = loss_scaler(trainer)
         meter.begin(
             self._loss,
             loss_scale=None if scaler is None else scaler._scale,
-            learning_rates=learning_rate_scale(trainer.optimizers[0]).effective(),
+            learning_rates=learning_rate_multiplier(trainer.optimizers[0]).effective(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
         )
 
@@ -119,7 +119,7 @@ class Measuring:
         scaler = loss_scaler(trainer)
         if scaler is not None:
             unscale(scaler, optimizer)
-        scale = learning_rate_scale(optimizer)
+        scale = learning_rate_multiplier(optimizer)
         meter = self._meter(index, optimizer)
         loss, self._loss = self._loss, None
         probes = [c for c in callbacks_of(trainer) if implements(c, "probe_readings")]
@@ -132,7 +132,7 @@ class Measuring:
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
-            also=[each.numbers for each in taken if isinstance(each, Unread)],
+            also=[each.numbers for each in taken if isinstance(each, DeviceReadings)],
         )
         readings = self._readings(taken, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
@@ -143,7 +143,7 @@ class Measuring:
             return []
         own: list[ProbeReading] = []
         for each in taken:
-            if isinstance(each, Unread):
+            if isinstance(each, DeviceReadings):
                 count = each.numbers.numel()
                 own, also = [*own, *each.read(also[:count])], also[count:]
             else:
@@ -159,7 +159,7 @@ class Measuring:
         named = self._module.named_parameters()
         if self._ranks is None:
             return StepMeter(named, optimizer, index)
-        return RankMeter(named, optimizer, index, self._ranks)
+        return DistributedStepMeter(named, optimizer, index, self._ranks)
 
     @staticmethod
     def _is_due(meter: StepMeter, every: int) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.last_known_good.checkpoint_manager import GoodKeeper
-from lit_stability.callbacks.last_known_good.resume_check import RunBehind, Verification
+from lit_stability.callbacks.last_known_good.checkpoint_manager import CheckpointManager
+from lit_stability.callbacks.last_known_good.resume_check import PreviousRun, ResumeVerification
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
@@ -21,7 +21,7 @@ from lit_stability.trainer_internals import (
     full_checkpoint,
     run_directory,
 )
-from lit_stability.training_state.async_writer import CheckpointWriter
+from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.good_checkpoints import FOLDER, State
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -101,7 +101,7 @@ class LastKnownGood(StabilityCallback):
         self._fit: _Fit | None = None
         self._restored: Mapping[str, Any] = {}
         self._capturing = False
-        self._careful = True
+        self._lowers_after_crash = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; follow the data from their first iteration on.
@@ -122,13 +122,15 @@ class LastKnownGood(StabilityCallback):
 
     def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave it to the remedy how careful this fit is: it knows the crash, this does not."""
-        self._careful = False
+        self._lowers_after_crash = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look how the run behind the checkpoint ended, and be careful if it failed."""
         if self._fit is not None:
-            self._fit.behind = RunBehind(trainer)
-            self._fit.behind.be_careful(self.after_crash if self._careful else 1.0)
+            self._fit.previous = PreviousRun(trainer)
+            self._fit.previous.lower_after_crash(
+                self.after_crash if self._lowers_after_crash else 1.0
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arrange that a resumed fit goes on where its checkpoint was taken."""
@@ -140,20 +142,20 @@ class LastKnownGood(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Count towards the copy's confirmation."""
-        if self._fit is not None and self._fit.keeper is not None:
-            self._fit.keeper.healthy(self.state_key)
+        if self._fit is not None and self._fit.manager is not None:
+            self._fit.manager.healthy(self.state_key)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Trust no copy that is not confirmed."""
-        if incident.anomaly.observe_only:
+        if incident.anomaly.warn_only:
             return
-        if self._fit is not None and self._fit.keeper is not None:
-            self._fit.keeper.discard()
+        if self._fit is not None and self._fit.manager is not None:
+            self._fit.manager.discard()
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trust no copy that is not confirmed; count from the step that was gone back to."""
-        if self._fit is not None and self._fit.keeper is not None:
-            self._fit.keeper.rolled_back()
+        if self._fit is not None and self._fit.manager is not None:
+            self._fit.manager.rolled_back()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -243,50 +245,54 @@ class _Fit:
         self.position = DataPosition(self._between_batches)
         self.position.attach(trainer)
         self.epoch = EpochMetrics()
-        self.verification = Verification(None, owner.on_mismatch)
-        self.behind: RunBehind | None = None
-        self.keeper: GoodKeeper | None = None
+        self.verification = ResumeVerification(None, owner.on_mismatch)
+        self.previous: PreviousRun | None = None
+        self.manager: CheckpointManager | None = None
         self._begun = False
 
     def start(self, restored: Mapping[str, Any]) -> None:
         """Prepare to write, and to take up the position."""
         directory, owner = run_directory(self.trainer), self.owner
         if directory is not None:
-            self.keeper = GoodKeeper(
+            self.manager = CheckpointManager(
                 self.trainer,
                 self.module,
-                CheckpointWriter(directory / FOLDER, owner.keep),
+                AsyncCheckpointWriter(directory / FOLDER, owner.keep),
                 every_n_steps=owner.every_n_steps,
                 confirm_after=owner.confirm_after,
                 max_batch_bytes=owner.max_batch_bytes,
             )
-        if self.keeper is not None and self.behind is not None and self.behind.source is not None:
-            self.keeper.last = self.trainer.global_step
+        if (
+            self.manager is not None
+            and self.previous is not None
+            and self.previous.source is not None
+        ):
+            self.manager.last = self.trainer.global_step
         if self.position.obstacle is not None:
             log.warning("a resume cannot position the data: %s", self.position.obstacle)
         if restored:
             self.position.resume(restored["position"], between_batches=restored["between_batches"])
-            self.verification = Verification(restored.get("kept"), owner.on_mismatch)
+            self.verification = ResumeVerification(restored.get("kept"), owner.on_mismatch)
             self.epoch.resume(self.trainer, restored["epoch"])
 
     def _between_batches(self) -> None:
         if not self._begun:
             self.verification.before_first_batch(self.trainer, self.module)
-            if self.keeper is not None and self.behind is not None:
-                self.behind.clear(self.keeper.writer.folder)
+            if self.manager is not None and self.previous is not None:
+                self.previous.clear(self.manager.writer.folder)
             self._begun = True
             self._note("running")
-        if self.keeper is not None:
-            self.keeper.between_batches(lambda: self.owner.checkpoint(self.trainer))
+        if self.manager is not None:
+            self.manager.between_batches(lambda: self.owner.checkpoint(self.trainer))
 
     def end(self, state: State, reason: str = "") -> None:
         """Finish writing; note how the fit ended, if it had begun."""
-        if self.keeper is not None:
-            self.keeper.close()
+        if self.manager is not None:
+            self.manager.close()
         if self._begun:
             self._note(state, reason)
 
     def _note(self, state: State, reason: str = "") -> None:
-        if self.keeper is not None and self.behind is not None:
-            writer = self.keeper.writer
-            self.behind.note(writer.folder, writer.newest, state, reason)
+        if self.manager is not None and self.previous is not None:
+            writer = self.manager.writer
+            self.previous.note(writer.folder, writer.newest, state, reason)

@@ -8,14 +8,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.trainer_internals import StepWitness, ends_window
-from lit_stability.training_state.async_writer import CheckpointWriter
-from lit_stability.training_state.host_copy import CheckpointCopy, is_finite
+from lit_stability.trainer_internals import ReferenceStep, ends_window
+from lit_stability.training_state.async_writer import AsyncCheckpointWriter
+from lit_stability.training_state.host_copy import HostCopy, is_finite
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
-class GoodKeeper:
+class CheckpointManager:
     """One copy of the state at a time: due, taken, on probation, being written.
 
     Args:
@@ -31,7 +31,7 @@ class GoodKeeper:
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        writer: CheckpointWriter,
+        writer: AsyncCheckpointWriter,
         *,
         every_n_steps: int,
         confirm_after: int,
@@ -43,8 +43,8 @@ class GoodKeeper:
         self._trainer, self._module = trainer, pl_module
         self._every_n_steps, self._confirm_after = every_n_steps, confirm_after
         self._constants = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
-        self._copy = CheckpointCopy()
-        self._witness = StepWitness(max_batch_bytes)
+        self._copy = HostCopy()
+        self._reference = ReferenceStep(max_batch_bytes)
         self._calm = True
         self._age: int | None = None
         self._step = 0
@@ -69,7 +69,7 @@ class GoodKeeper:
             mib = self._copy.nbytes / 2**20
             log.info("LastKnownGood holds one copy of the checkpoint in memory, %.1f MiB now", mib)
         self._age, self._step = 0, self._trainer.global_step
-        self._witness.begin(self._trainer, self._module)
+        self._reference.begin(self._trainer, self._module)
 
     def _due(self) -> bool:
         waited = self.last is None or self._trainer.global_step - self.last >= self._every_n_steps
@@ -94,10 +94,12 @@ class GoodKeeper:
         if self._age < self._confirm_after:
             return
         self._age, self.last = None, self._step
-        self._witness.cancel()
-        kept = self._witness.kept
+        self._reference.cancel()
+        kept = self._reference.kept
         if kept is None:
-            self._tell("a resume cannot verify the state", self._witness.obstacle or "no step came")
+            self._tell(
+                "a resume cannot verify the state", self._reference.obstacle or "no step came"
+            )
         else:
             kept |= {"loss": kept["loss"].cpu(), "step": self._step}
             self._copy.state["callbacks"][state_key]["kept"] = kept
@@ -106,7 +108,7 @@ class GoodKeeper:
     def discard(self) -> None:
         """Give up a copy that is not confirmed, and take none before a healthy step."""
         self._calm, self._age = False, None
-        self._witness.cancel()
+        self._reference.cancel()
 
     def rolled_back(self) -> None:
         """Discard, and count from the step that was gone back to."""
@@ -116,7 +118,7 @@ class GoodKeeper:
 
     def close(self) -> None:
         """Wait for the writer, and leave the module as it was found."""
-        self._witness.cancel()
+        self._reference.cancel()
         self.writer.join()
 
     def _tell(self, what: str, why: str) -> None:

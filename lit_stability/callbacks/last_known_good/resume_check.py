@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import lower_learning_rate
 from lit_stability.trainer_internals import (
-    StepWitness,
+    ReferenceStep,
     incomparable,
     replay_loss,
     same_batch,
@@ -29,7 +29,7 @@ class RestoredStateDiffers(RuntimeError):
     """Raised before the first step when a restored state gives another loss than the saved one."""
 
 
-class RunBehind:
+class PreviousRun:
     """What a fit resumes from, if it does, and the note it leaves for the next one.
 
     Args:
@@ -45,7 +45,7 @@ class RunBehind:
         self._failures = 0 if end is None or path is None else end.failures_behind(path)
         self._told = False
 
-    def be_careful(self, after_crash: float) -> None:
+    def lower_after_crash(self, after_crash: float) -> None:
         """Lower learning rate and clip if the run behind failed, and say so."""
         if not self._failures or after_crash == 1:
             return
@@ -64,14 +64,17 @@ class RunBehind:
         try:
             for part in folder.glob(".part-*"):
                 part.unlink(missing_ok=True)
-            aside = put_aside(folder) if self._trainer.ckpt_path is None else None
-            if aside is not None:
-                log.info("the good checkpoints of another run in this folder are in %s now", aside)
+            isolated_step = put_aside(folder) if self._trainer.ckpt_path is None else None
+            if isolated_step is not None:
+                log.info(
+                    "the good checkpoints of another run in this folder are in %s now",
+                    isolated_step,
+                )
         except OSError as error:
             self._tell(folder, error)
 
     def note(self, folder: Path, newest: Path | None, state: State, reason: str = "") -> None:
-        """Write down how the fit stands, for the next one to `be_careful`.
+        """Write down how the fit stands, for the next one to `lower_after_crash`.
 
         Args:
             folder: of this fit's good checkpoints.
@@ -79,18 +82,18 @@ class RunBehind:
             state: running, or how it ended.
             reason: the exception, where there was one.
         """
-        behind = newest or self.source
+        previous = newest or self.source
         end = RunEnd(
             state=state,
             step=self._trainer.global_step,
             reason=reason,
-            checkpoint=None if behind is None else behind.name,
+            checkpoint=None if previous is None else previous.name,
             failures=(self._failures if newest is None else 0) + (state == "failed"),
         )
         self._write(end, folder)
-        if behind is not None and behind == self.source and folder != behind.parent:
+        if previous is not None and previous == self.source and folder != previous.parent:
             # As long as nothing is written here, the next resume looks where this one did.
-            self._write(end, behind.parent)
+            self._write(end, previous.parent)
 
     def _write(self, end: RunEnd, folder: Path) -> None:
         try:
@@ -104,7 +107,7 @@ class RunBehind:
         self._told = True
 
 
-class Verification:
+class ResumeVerification:
     """Shows that a resumed fit is the one that was saved: first its state, then its data.
 
     Args:
@@ -117,7 +120,7 @@ class Verification:
     ) -> None:
         self._kept = kept
         self._on_mismatch = on_mismatch
-        self._first = StepWitness(max_bytes=2**63)
+        self._first = ReferenceStep(max_bytes=2**63)
         self._checked: float | None = None
 
     def before_first_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,13 +12,13 @@ from lit_stability.detectors import Spike
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.trainer_internals import Outcome, put_islands
-from lit_stability.training_state.fp32_modules import release_island
+from lit_stability.trainer_internals import Outcome, apply_fp32_modules
+from lit_stability.training_state.fp32_modules import release_from_fp32
 
 Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "unknown"]
 
 
-class PrecisionProof:
+class Float32Rerun:
     """Takes failing steps again beside training, and judges by what float32 makes of them.
 
     Precision is to blame if the step fails again in its own precision, is finite in float32, and
@@ -36,12 +36,12 @@ class PrecisionProof:
 
     def find(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Finding:
         """Judge the step of an incident, on all ranks alike; its evidence goes to the incident."""
-        tape = incident.tape
-        if tape.obstacle(trainer) is not None:
+        recorded_step = incident.recorded_step
+        if recorded_step.obstacle(trainer) is not None:
             return "unknown"
         try:
-            own = tape.take_again(trainer, pl_module, float32=False)
-            wide = tape.take_again(trainer, pl_module, float32=True)
+            own = recorded_step.rerun(trainer, pl_module, float32=False)
+            wide = recorded_step.rerun(trainer, pl_module, float32=True)
             finding, words = self._judge(str(trainer.precision), own, wide, incident)
         except Exception as error:
             # A training_step that cannot be run twice must not be what ends the run.
@@ -55,7 +55,7 @@ class PrecisionProof:
                 return worst
         return finding
 
-    def islands(
+    def modules_to_keep_in_fp32(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, most: int
     ) -> list[str]:
         """Make islands of the modules that overflow, until the step is finite, on all ranks alike.
@@ -70,11 +70,11 @@ class PrecisionProof:
             Their names; nothing, and no island made, where that many are not enough.
         """
         made: list[str] = []
-        tape = incident.tape
-        if tape.obstacle(trainer) is not None:
+        recorded_step = incident.recorded_step
+        if recorded_step.obstacle(trainer) is not None:
             return made
         while len(made) < most:
-            origin = tape.locate(trainer, pl_module, incident.gather)
+            origin = recorded_step.locate(trainer, pl_module, incident.gather)
             blamed = _module_of(origin)
             names = sorted({n for n in incident.gather(blamed) if n and n not in made})
             if not names:
@@ -83,12 +83,12 @@ class PrecisionProof:
                 incident.evidence.append(origin.describe().splitlines()[0])
             incident.agree(True)
             made += names
-            put_islands(trainer, names)
-            own = tape.take_again(trainer, pl_module, float32=False)
+            apply_fp32_modules(trainer, names)
+            own = recorded_step.rerun(trainer, pl_module, float32=False)
             if all(incident.gather(own.finite or _is_for_the_scaler(own, incident))):
                 return made
         for name in made:
-            release_island(pl_module.get_submodule(name))
+            release_from_fp32(pl_module.get_submodule(name))
         return []
 
     def _judge(

@@ -11,89 +11,89 @@ from lit_stability.diagnosis.cause import Cause
 MODEL = (
     Cause(
         name="attention-logit growth",
-        clues=(
+        rules=(
             (10, c.kind("attention collapse")),
             (4, c.kind("attention-logit growth")),
             (2, c.reading("attention_logit", 1000.0, "attention logits of {value:.3g} in {where}")),
         ),
-        do="normalise queries and keys (qk-norm), or lower the learning rate of their projections; "
-        "clipping gradients does not help",
-        leave="while entropy stays well above 0 and the logits no longer grow",
-        course="stop",
+        remedy="normalise queries and keys (qk-norm), or lower the learning rate of their "
+        "projections; clipping gradients does not help",
+        ignore_when="while entropy stays well above 0 and the logits no longer grow",
+        recommended_action="stop",
     ),
     Cause(
         name="zeroed gain",
-        clues=((8, c.zero_gain),),
-        do="initialise the gain with 1 and let it train; nothing before it gets a gradient as it "
-        "is",
-        leave="if a schedule is to open it later: `Diagnosis(stop=False)`",
-        course="stop",
+        rules=((8, c.zero_gain),),
+        remedy="initialise the gain with 1 and let it train; nothing before it gets a gradient as "
+        "it is",
+        ignore_when="if a schedule is to open it later: `Diagnosis(stop=False)`",
+        recommended_action="stop",
     ),
     Cause(
         name="dead part of the model",
-        clues=((4, c.kind("dead gradients")),),
-        do="look for a weight that is all 0, units that never fire, a branch that is not used, a "
-        "detach() or a mask that is all zero, behind the layers named",
-        leave="if that part is meant to rest, such as the head of a task that comes later",
+        rules=((4, c.kind("dead gradients")),),
+        remedy="look for a weight that is all 0, units that never fire, a branch that is not used, "
+        "a detach() or a mask that is all zero, behind the layers named",
+        ignore_when="if that part is meant to rest, such as the head of a task that comes later",
     ),
     Cause(
         name="frozen by mistake",
-        clues=((8, c.both(c.kind("no learning"), c.signal("update_ratio"))),),
-        do="look at requires_grad, at what the optimizer was given, and at the learning rate; "
+        rules=((8, c.both(c.kind("no learning"), c.signal("update_ratio"))),),
+        remedy="look at requires_grad, at what the optimizer was given, and at the learning rate; "
         "`lit-stability check` lists them",
-        leave="while a schedule keeps the learning rate at zero",
+        ignore_when="while a schedule keeps the learning rate at zero",
     ),
     Cause(
         name="model that cannot learn",
-        clues=((4, c.kind("no learning")), (-4, c.signal("update_ratio", "weight_path"))),
-        do="run `lit-stability check`: masks, dead branches, labels, the first loss against that "
-        "of a guess; have 20 samples learnt by heart",
-        leave="if the task is as hard as the loss says",
+        rules=((4, c.kind("no learning")), (-4, c.signal("update_ratio", "weight_path"))),
+        remedy="run `lit-stability check`: masks, dead branches, labels, the first loss against "
+        "that of a guess; have 20 samples learnt by heart",
+        ignore_when="if the task is as hard as the loss says",
     ),
     Cause(
         name="vanishing gradient",
-        clues=((6, c.kind("vanishing gradient")),),
-        do="look at the gradient flow layer by layer; norms before the sublayers, residual "
+        rules=((6, c.kind("vanishing gradient")),),
+        remedy="look at the gradient flow layer by layer; norms before the sublayers, residual "
         "connections and a larger initialisation keep it alive; in fp16 raise the loss scale",
-        leave="during warm-up, and when the loss has converged: small gradients are due then; lower"
-        " `Vanishing(bound=...)`",
+        ignore_when="during warm-up, and when the loss has converged: small gradients are due "
+        "then; lower `Vanishing(bound=...)`",
     ),
     Cause(
         name="initialisation",
-        clues=(
+        rules=(
             (1, c.both(c.BROKEN, c.early)),
             (1, c.both(c.SPIKES, c.early)),
             (1, c.no_warmup),
             (-2, c.JUMPS),
             (-8, c.transient),
         ),
-        do="run `lit-stability check`; initialise so that the first loss is that of a guess, and "
-        "warm up",
-        leave="if the loss falls as it should",
+        remedy="run `lit-stability check`; initialise so that the first loss is that of a guess, "
+        "and warm up",
+        ignore_when="if the loss falls as it should",
     ),
     Cause(
         name="exploding gradient",
-        clues=(
+        rules=(
             (2, c.SPIKES),
             (1, c.large_gradient),
             (1, c.unclipped),
             (1, c.other_batches),
             (-2, c.transient),
         ),
-        do="set gradient_clip_val, or add AdaptiveGradientClipping; lower the learning rate if it "
-        "returns",
-        leave="if it was one step: it was not taken",
+        remedy="set gradient_clip_val, or add AdaptiveGradientClipping; lower the learning rate if "
+        "it returns",
+        ignore_when="if it was one step: it was not taken",
     ),
     Cause(
         name="weights drift",
-        clues=((6, c.kind("weight drift")),),
-        do="add weight decay, lower the learning rate, or normalise what grows",
-        leave="if weights grow slowly and the loss falls",
+        rules=((6, c.kind("weight drift")),),
+        remedy="add weight decay, lower the learning rate, or normalise what grows",
+        ignore_when="if weights grow slowly and the loss falls",
     ),
     Cause(
         name="layer out of its bounds",
-        clues=((6, c.kind("layer bound")),),
-        do="clip gradients, or raise the bound if the run is healthy",
-        leave="if the bound was a guess and the loss falls",
+        rules=((6, c.kind("layer bound")),),
+        remedy="clip gradients, or raise the bound if the run is healthy",
+        ignore_when="if the bound was a guess and the loss falls",
     ),
 )

@@ -15,15 +15,15 @@ _LEAST = 1 / 64
 """No rate is bound to less than this share of its schedule."""
 
 
-class Ceiling:
+class LearningRateCap:
     """Keeps learning rates at or below what they were bound to.
 
     A factor would follow a schedule that climbs, or jumps, to where the run cannot live; a bound
     does not, and lets a schedule that falls below it have its way. There is none at first.
 
-    >>> ceiling = Ceiling()
-    >>> ceiling.lower({0: [0.8]})
-    >>> ceiling.factors({0: [1.6]}), ceiling.factors({0: [0.1]})
+    >>> lr_cap = LearningRateCap()
+    >>> lr_cap.lower({0: [0.8]})
+    >>> lr_cap.factors({0: [1.6]}), lr_cap.factors({0: [0.1]})
     ({0: (0.25,)}, {0: (1.0,)})
     """
 

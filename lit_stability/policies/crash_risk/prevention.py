@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lit_stability.detectors.anomaly import require
-from lit_stability.policies.crash_risk.lr_cap import Ceiling, Rates
+from lit_stability.policies.crash_risk.lr_cap import LearningRateCap, Rates
 
 Response = Literal["save", "slow", "precision", "stop"]
 RESPONSES: tuple[Response, ...] = get_args(Response)
@@ -108,7 +108,7 @@ class Prevention:
         """Responses of the episode at hand; empty outside of one."""
         self.clip_factor = 1.0
         """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
-        self._ceiling = Ceiling()
+        self._lr_cap = LearningRateCap()
         self._wait = relax_after
         self._calm = 0
         """Steps below all levels in a row."""
@@ -118,7 +118,7 @@ class Prevention:
 
     def factors(self, scheduled: Rates) -> dict[int, tuple[float, ...]]:
         """What to multiply the learning rates that the schedules give by, in (0, 1]."""
-        return self._ceiling.factors(scheduled)
+        return self._lr_cap.factors(scheduled)
 
     def step(self, risk: float, scheduled: Rates) -> Decision:
         """Take up the risk of a step.
@@ -142,21 +142,21 @@ class Prevention:
         if response != "slow":
             return response not in self.given
         again = response not in self.given or self._since_cut >= self.horizon
-        return again and self._ceiling.can_lower(scheduled)
+        return again and self._lr_cap.can_lower(scheduled)
 
     def _cut(self, scheduled: Rates) -> None:
         if self._raised:
             self._wait = min(2 * self._wait, _LONGEST * self.relax_after)
-        self._ceiling.lower(scheduled)
+        self._lr_cap.lower(scheduled)
         self.clip_factor /= 2
         self._since_cut, self._raised = 0, False
 
     def _below(self, scheduled: Rates) -> Decision:
         self._calm += 1
-        bound = self._ceiling.active or self.clip_factor < 1
+        bound = self._lr_cap.active or self.clip_factor < 1
         raised = bound and self._calm % self._wait == 0
         if raised:
-            self._ceiling.raise_(scheduled)
+            self._lr_cap.raise_(scheduled)
             self.clip_factor = min(1.0, 1.5 * self.clip_factor)
             self._raised = True
         elif not bound and self._calm >= 10 * self._wait:
@@ -171,7 +171,7 @@ class Prevention:
         return {
             "given": list(self.given),
             "clip_factor": self.clip_factor,
-            "ceiling": self._ceiling.state_dict(),
+            "ceiling": self._lr_cap.state_dict(),
             "wait": self._wait,
             "calm": self._calm,
             "since_cut": self._since_cut,
@@ -182,7 +182,7 @@ class Prevention:
         """Put such a state back."""
         self.given = tuple(r for r in RESPONSES if r in state["given"])
         self.clip_factor = float(state["clip_factor"])
-        self._ceiling.load_state_dict(state["ceiling"])
+        self._lr_cap.load_state_dict(state["ceiling"])
         self._wait = max(int(state["wait"]), self.relax_after)
         self._calm, self._since_cut = int(state["calm"]), int(state["since_cut"])
         self._raised = bool(state["raised"])

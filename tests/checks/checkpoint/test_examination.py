@@ -89,7 +89,7 @@ def spend(checkpoint):
     checkpoint["callbacks"]["AutoRollback"]["ladder"]["left"]["rollbacks"] = 0
 
 
-def strike(checkpoint):
+def recur(checkpoint):
     history = checkpoint["callbacks"]["AnomalyCheckpoint"]["history"]
     history[-1] = [history[-1][0], 3.0, 5e4]
 
@@ -160,7 +160,7 @@ FAULTS = {
     "zero rate": (set_rate(0.0), ("note", "learning rate of zero", "optimizer 0, group 0")),
     "collapsed scale": (add_scaler(2.0**-12), ("error", "loss-scale collapse", "loss scaler")),
     "spent budget": (spend, ("warning", "budget spent", "rollbacks")),
-    "large gradient": (strike, ("warning", "large gradient", "step 39")),
+    "large gradient": (recur, ("warning", "large gradient", "step 39")),
     "vanished epsilon": (halve_epsilon, ("warning", "vanished epsilon", "embedding.weight")),
 }
 
