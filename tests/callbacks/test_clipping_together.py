@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit_stability import (
     AdaptiveGradientClipping,
     AutoRollback,
+    CrashPrediction,
     GradientMonitor,
     PrecisionFallback,
     read_incidents,
@@ -48,6 +49,32 @@ def test_clip_that_a_rollback_tightened_holds_too_and_the_smaller_wins(norm, ord
     for step in range(40):
         largest = min(norm, seen[step]) if step >= 20 else norm
         assert norms.clipped[step] == pytest.approx(min(norms.measured[step], largest), rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", [0.05, 5.0])
+def test_clip_of_a_step_that_changes_the_regime_is_the_smaller_too(norm, tmp_path):
+    """The monitor replaces the measurement of that step between the two callbacks."""
+    prediction, norms, accepted, thresholds = CrashPrediction(), Norms(), [], {}
+
+    class Tighten(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            prediction.prevention.clip_factor = 0.25
+
+        def on_regime_change(self, trainer, pl_module, stats):
+            accepted.append(len(norms.measured) - 1)
+
+        def on_step_measured(self, trainer, pl_module, stats):
+            baseline = prediction._baselines[0]
+            thresholds[len(norms.measured)] = baseline.clip_threshold(0.25)
+
+    louder = FaultInjector([ScaleLoss(step=30, steps=1000, factor=200.0)])
+    clipping = AdaptiveGradientClipping(rule=FixedClip(norm=norm))
+    suite = [GradientMonitor(), prediction, clipping, AutoRollback()]
+    fit(tmp_path, [louder, Tighten(), *suite, norms], max_steps=80, max_epochs=-1)
+    (index,) = accepted
+    smallest = min(norm, thresholds[index])
+    assert norms.measured[index] > smallest
+    assert norms.clipped[index] == pytest.approx(smallest, rel=1e-5)
 
 
 def test_learning_rate_cuts_of_both_multiply_and_neither_undoes_the_other(tmp_path):

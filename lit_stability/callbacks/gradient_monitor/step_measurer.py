@@ -23,6 +23,7 @@ from lit_stability.trainer_internals import (
     loss_scaler,
     unscale,
 )
+from lit_stability.training_state.gradient_clipping import gradients_are_new
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 Taken: TypeAlias = list[ProbeReading] | DeviceReadings | None
@@ -116,6 +117,7 @@ class StepMeasurer:
             self._loss = None
             return None
         self._measured.add(index)
+        gradients_are_new(optimizer)
         scaler = loss_scaler(trainer)
         if scaler is not None:
             unscale(scaler, optimizer)
