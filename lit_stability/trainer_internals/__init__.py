@@ -10,7 +10,11 @@ from lit_stability.trainer_internals.checkpoint_ledger import CheckpointLedger
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
 from lit_stability.trainer_internals.incident_checkpoint import save_incident_checkpoint
-from lit_stability.trainer_internals.loop_counters import LoopState, count_skipped_batches
+from lit_stability.trainer_internals.loop_counters import (
+    LoopState,
+    count_skipped_batches,
+    end_epoch_schedulers,
+)
 from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
 from lit_stability.trainer_internals.precision import (
@@ -106,6 +110,7 @@ __all__ = [
     "apply_fp32_modules",
     "callbacks_of",
     "count_skipped_batches",
+    "end_epoch_schedulers",
     "ends_window",
     "full_checkpoint",
     "incomparable",

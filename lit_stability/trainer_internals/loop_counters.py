@@ -94,6 +94,12 @@ def count_skipped_batches(trainer: Trainer, left_out: int) -> None:
             setattr(current, name, getattr(current, name) + left_out)
 
 
+def end_epoch_schedulers(trainer: Trainer) -> None:
+    """Steps the schedulers of interval "epoch": the last batch of the epoch was skipped."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+
+
 @dataclass(frozen=True)
 class Steps:
     """Optimizer steps counted in automatic and manual mode, and scheduler steps."""

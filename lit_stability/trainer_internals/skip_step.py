@@ -36,7 +36,7 @@ class StepSkipper:
         """Whether an optimizer was kept from its step."""
         return bool(self._counts)
 
-    def take(self, optimizer: Optimizer, *, epoch: bool) -> None:
+    def skip(self, optimizer: Optimizer, *, epoch: bool) -> None:
         """Keep an optimizer from moving anything at the step it is about to take.
 
         Without gradients no optimizer touches weights, moments, decay or step counts; with

@@ -39,7 +39,7 @@ def test_clip_that_a_rollback_tightened_holds_too_and_the_smaller_wins(norm, ord
     class Tighten(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             rollback.backoff.clip_factor = 0.25 if trainer.global_step >= 20 else 1.0
-            self.threshold = rollback._now.baselines[0].clip_threshold(0.25)
+            self.threshold = rollback._executor.baselines[0].clip_threshold(0.25)
             seen.append(self.threshold)
 
     seen, norms, rollback = [], Norms(), AutoRollback(relax_after=1000)
@@ -86,7 +86,7 @@ def test_learning_rate_cuts_of_both_multiply_and_neither_undoes_the_other(tmp_pa
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 16 and not rollback.backoff.active:
                 rollback.backoff.cut(0.5, 1.0)
-                rollback._apply(trainer)
+                rollback._executor.apply_learning_rates()
 
     faults = FaultInjector([ScaleGradients(step=20, factor=10.0)])
     fit(tmp_path, [faults, Cut(), *suite(rule, rollback, norms)], max_steps=40)
