@@ -17,7 +17,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
-from lit_stability.trainer_internals import log_every, logger_step, parameters_of
+from lit_stability.trainer_internals import is_skipped, log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
@@ -127,8 +127,7 @@ class AdaptiveGradientClipping(StabilityCallback):
         """Clip, and learn: whoever had something against the step has vetoed it by now."""
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
         stats = self._measured.pop(index, None)
-        skipped = all(p.grad is None for p in parameters_of(optimizer))
-        if stats is None or skipped or not stats.finite_gradients:
+        if stats is None or is_skipped(optimizer) or not stats.finite_gradients:
             return
         rule = self._rules[index]
         threshold = rule.threshold(stats.grad_norm)

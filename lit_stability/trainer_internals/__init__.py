@@ -30,7 +30,13 @@ from lit_stability.trainer_internals.reference_step import (
     same_batch,
     same_loss,
 )
-from lit_stability.trainer_internals.skip_step import SchedulerPause, StepSkipper, parameters_of
+from lit_stability.trainer_internals.skip_step import (
+    SchedulerPause,
+    StepSkipper,
+    is_skipped,
+    parameters_of,
+    remove_gradients,
+)
 from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
 from lit_stability.trainer_internals.strategies import (
     ranks_of,
@@ -114,6 +120,7 @@ __all__ = [
     "ends_window",
     "full_checkpoint",
     "incomparable",
+    "is_skipped",
     "is_supported",
     "loaders",
     "log_every",
@@ -121,6 +128,7 @@ __all__ = [
     "loss_scaler",
     "parameters_of",
     "ranks_of",
+    "remove_gradients",
     "replay_loss",
     "reshard",
     "run_directory",

@@ -39,15 +39,11 @@ class StepSkipper:
     def skip(self, optimizer: Optimizer, *, epoch: bool) -> None:
         """Keep an optimizer from moving anything at the step it is about to take.
 
-        Without gradients no optimizer touches weights, moments, decay or step counts; with
-        gradients of zero they do.
-
         Args:
             optimizer: in ``on_before_optimizer_step``.
             epoch: hold the schedulers of interval "epoch" too.
         """
-        for parameter in parameters_of(optimizer):
-            parameter.grad = None
+        remove_gradients(optimizer)
         if any(skipped is optimizer for skipped, _ in self._counts):
             return
         if not self.active:
@@ -73,6 +69,23 @@ class StepSkipper:
 def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
     """All parameters of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def remove_gradients(optimizer: Optimizer) -> None:
+    """Skips the step that an optimizer is about to take: it changes nothing without gradients.
+
+    With gradients of zero it would: AdamW decays weights, and moments change.
+    """
+    for parameter in parameters_of(optimizer):
+        parameter.grad = None
+
+
+def is_skipped(optimizer: Optimizer) -> bool:
+    """Returns whether the step that an optimizer is about to take was skipped.
+
+    To be asked in ``on_before_optimizer_step``, after the callbacks that may skip it.
+    """
+    return all(parameter.grad is None for parameter in parameters_of(optimizer))
 
 
 def _counts(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:

@@ -16,7 +16,7 @@ from lit_stability.incidents.log import to_json
 from lit_stability.incidents.step_history import StepHistory, row_of
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.tab_writer import StabilityTab
-from lit_stability.trainer_internals import parameters_of
+from lit_stability.trainer_internals import is_skipped
 from lit_stability.training_state.gradient_clipping import clip_threshold
 
 
@@ -76,7 +76,7 @@ class StepHistoryWriter:
             return
         if stats.weight_moves is not None:
             self._scans[stats.optimizer] = stats
-        taken = any(p.grad is not None for p in parameters_of(optimizer))
+        taken = not is_skipped(optimizer)
         due = due or not taken or any(i.outcome == "open" for i in self._told)
         self._note_told(attempt)
         self._judged.append(PendingAttempt(attempt, stats, optimizer, taken, due))

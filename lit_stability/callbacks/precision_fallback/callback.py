@@ -23,6 +23,7 @@ from lit_stability.trainer_internals import (
     apply_fp32_modules,
     ends_window,
     is_supported,
+    remove_gradients,
     why_fixed,
 )
 from lit_stability.training_state.fp32_modules import matching
@@ -195,7 +196,7 @@ class PrecisionFallback(StabilityCallback):
     ) -> None:
         """Take no step that is not finite, until all ranks have voted."""
         if self._active_policy.next is not None and anomaly.kind in _FAILED:
-            trainer.optimizers[anomaly.optimizer].zero_grad(set_to_none=True)
+            remove_gradients(trainer.optimizers[anomaly.optimizer])
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Go down a rung if precision is the cause; the step is for others to take again."""
@@ -212,7 +213,7 @@ class PrecisionFallback(StabilityCallback):
             self._due = self._active_policy.down()
             incident.adjust(LowerPrecision(was, self._due))
         if not incident.anomaly.warn_only:
-            trainer.optimizers[incident.anomaly.optimizer].zero_grad(set_to_none=True)
+            remove_gradients(trainer.optimizers[incident.anomaly.optimizer])
 
     def _is_cause(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> bool:
         kind = incident.anomaly.kind
