@@ -14,9 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
 from lit_stability.measurement.tensor_tree import size_of, tensors_in
+from lit_stability.trainer_internals.data_fetcher import (
+    FetcherObserver,
+    current_fetcher,
+    draws_its_batches,
+    observe,
+    stop_observing,
+)
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
@@ -122,7 +128,7 @@ class ReplayRing:
             entry.modified = entry.modified or _versions(entry.item) != entry.versions
 
 
-class BatchRecorder:
+class BatchRecorder(FetcherObserver):
     """Makes the fit loop's fetcher keep what it serves, and serve what is queued.
 
     Args:
@@ -143,23 +149,23 @@ class BatchRecorder:
     @property
     def can_replay(self) -> bool:
         """False for modules that draw their batches themselves, from ``dataloader_iter``."""
-        return not isinstance(self._fetcher, _DataLoaderIterDataFetcher)
+        return not draws_its_batches(self._fetcher)
 
     def attach(self) -> None:
         """Take hold of the fetcher, at the start of the fit and wherever it may be a new one."""
-        fetcher = self._trainer.fit_loop._data_fetcher
+        fetcher = current_fetcher(self._trainer)
         if fetcher is None or fetcher is self._fetcher:
             return
         self.detach()
         self._fetcher = fetcher
-        fetcher.__class__ = _recorded(type(fetcher), self)
+        observe(fetcher, self)
         self._live_epoch = self._trainer.current_epoch
         self._live_done = fetcher.done
 
     def detach(self) -> None:
         """Leave the fetcher as it was found."""
         if self._fetcher is not None:
-            self._fetcher.__class__ = type(self._fetcher).__mro__[1]
+            stop_observing(self._fetcher, self)
             self._fetcher = None
 
     def rewind(self, position: int, epoch: int, leave_out: Collection[RecordedBatch] = ()) -> None:
@@ -174,7 +180,7 @@ class BatchRecorder:
         return epoch == self._live_epoch and not self._live_done
 
     @property
-    def behind(self) -> int | None:
+    def replayed_index(self) -> int | None:
         """Index of the next batch, if the loader is beyond it; -1 if in another epoch."""
         if not self.ring.queue:
             return None
@@ -214,20 +220,6 @@ class BatchRecorder:
         restart()
         self._live_epoch, self._live_done = epoch, fetcher.done
         return fetcher
-
-
-def _recorded(base: type, recorder: BatchRecorder) -> type:
-    """A subclass of a fetcher's class that asks the recorder first."""
-
-    def __iter__(self: Any) -> Any:
-        return recorder.iterate(self, lambda: base.__iter__(self))  # type: ignore[attr-defined]
-
-    def __next__(self: Any) -> Any:
-        return recorder.next(self, lambda: base.__next__(self))  # type: ignore[attr-defined]
-
-    # A mixin would change the layout, which the assignment to an instance's class refuses.
-    body = {"__iter__": __iter__, "__next__": __next__, "recorder": recorder}
-    return type(base.__name__, (base,), body)
 
 
 def _versions(item: Any) -> tuple[int, ...]:

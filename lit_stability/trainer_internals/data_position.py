@@ -14,9 +14,23 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
-from lit_stability.trainer_internals.dataloaders import generators, is_plain, iterators, loaders
+from lit_stability.trainer_internals.data_fetcher import (
+    FetcherObserver,
+    current_fetcher,
+    draws_its_batches,
+    observe,
+    observers,
+    original_class,
+    stop_observing,
+)
+from lit_stability.trainer_internals.dataloaders import (
+    before_first_iteration,
+    generators,
+    is_plain,
+    iterators,
+    loaders,
+)
 from lit_stability.training_state.rng import (
     capture_rng,
     pack_rng,
@@ -31,7 +45,7 @@ MOST_STATES = 500
 """Generator states kept per epoch for data sets that draw while they are read, 10 kB each."""
 
 
-class DataPosition:
+class DataPosition(FetcherObserver):
     """Follows the data of a fit; draws no random number and fetches no batch in a healthy run.
 
     What is followed: shuffling by samplers, with the global generators or with their own; workers;
@@ -57,32 +71,30 @@ class DataPosition:
         self._last: tuple[int, dict[str, Any]] | None = None
         self._states: dict[int, dict[str, Any]] = {}
         self._told = False
+        self._undo: Callable[[], None] = lambda: None
 
     def attach(self, trainer: Trainer) -> None:
         """Follow the loaders from the moment they exist; before the fit's data are set up."""
         self._trainer = trainer
         loop = trainer.fit_loop
-        set_up, load_states = loop.setup_data, loop._load_combined_loader_states
+        set_up = loop.setup_data
 
         def setup_data() -> None:
             set_up()
-            self._watch(loop._data_fetcher)
-
-        def load_combined_loader_states() -> None:
-            # The last thing that happens before the loaders are iterated for the first time.
-            load_states()
-            self._before_iter()
+            self._watch(current_fetcher(trainer))
 
         vars(loop)["setup_data"] = setup_data
-        vars(loop)["_load_combined_loader_states"] = load_combined_loader_states
+        self._undo = before_first_iteration(trainer, self._before_iter)
 
     def detach(self) -> None:
         """Leave the trainer as it was found."""
         if self._trainer is None:
             return
         loop = self._trainer.fit_loop
-        for name in ("setup_data", "_load_combined_loader_states"):
-            vars(loop).pop(name, None)
+        vars(loop).pop("setup_data", None)
+        self._undo()
+        if (fetcher := current_fetcher(self._trainer)) is not None:
+            stop_observing(fetcher, self)
         loop.epoch_loop.__dict__.pop("_should_check_val_fx", None)
         self._trainer = self._pending = None
 
@@ -90,8 +102,7 @@ class DataPosition:
     def obstacle(self) -> str | None:
         """Why the position of these data cannot be restored, or None."""
         assert self._trainer is not None
-        loop = self._trainer.fit_loop
-        if isinstance(loop._data_fetcher, _DataLoaderIterDataFetcher):
+        if draws_its_batches(current_fetcher(self._trainer)):
             return "training_step takes `dataloader_iter` and reads ahead on its own"
         return None
 
@@ -106,10 +117,11 @@ class DataPosition:
         if self._trainer is None or not self._start:
             return {}
         loop = self._trainer.fit_loop
-        ahead = len(getattr(loop._data_fetcher, "batches", ()))
-        recorder = getattr(loop._data_fetcher, "recorder", None)
-        behind = None if recorder is None else recorder.behind
-        if behind == -1:
+        fetcher = current_fetcher(self._trainer)
+        ahead = len(getattr(fetcher, "batches", ()))
+        replayed = [each.replayed_index for each in observers(fetcher)]
+        index = next((each for each in replayed if each is not None), None)
+        if index == -1:
             # Batches of an epoch that the loader has left are being trained on again.
             return {}
         states = dict(self._states)
@@ -118,7 +130,7 @@ class DataPosition:
         if self._first is not None:
             states[0] = self._first
         return {
-            "batches": self._fetches - ahead if behind is None else behind,
+            "batches": self._fetches - ahead if index is None else index,
             "epoch_over": bool(loop.epoch_loop._num_ready_batches_reached()),
             "reloaded": self._reloaded,
             "start": pack_rng(self._start["rng"]),
@@ -154,27 +166,23 @@ class DataPosition:
         return int(epoch) if epoch != float("-inf") else None
 
     def _watch(self, fetcher: Any) -> None:
-        """Give the fetcher a subclass of its own class that tells of each fetch."""
-        if fetcher is None or getattr(fetcher, "_position", None) is self:
-            return
-        base = type(fetcher)
-        position = self
+        if fetcher is not None and self not in observers(fetcher):
+            observe(fetcher, self)
+            self._fetches = fetcher.fetched
 
-        def __iter__(fetcher: Any) -> Any:
-            position._before_iter()
-            base.__iter__(fetcher)
-            position._fetches = fetcher.fetched
-            return fetcher
-
-        def __next__(fetcher: Any) -> Any:
-            if position._pending is not None:
-                position._take_up(fetcher, base)
-            position._between()
-            return position._fetch(fetcher, base)
-
-        body = {"__iter__": __iter__, "__next__": __next__, "_position": position}
-        fetcher.__class__ = type(base.__name__, (base,), body)
+    def iterate(self, fetcher: Any, restart: Callable[[], Any]) -> Any:
+        """Records the generators before the loaders are iterated."""
+        self._before_iter()
+        restart()
         self._fetches = fetcher.fetched
+        return fetcher
+
+    def next(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
+        """Restores a saved position before the first fetch; records what a fetch draws."""
+        if self._pending is not None:
+            self._take_up(fetcher)
+        self._between()
+        return self._fetch(fetcher, fetch)
 
     def _before_iter(self) -> None:
         assert self._trainer is not None
@@ -186,7 +194,7 @@ class DataPosition:
         }
         self._fetches, self._first, self._last, self._states = 0, None, None, {}
 
-    def _fetch(self, fetcher: Any, base: type) -> Any:
+    def _fetch(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
         """Fetch, and keep the generators' states if the fetch cannot be repeated without them."""
         assert self._trainer is not None
         index, count = self._fetches, fetcher.fetched
@@ -194,7 +202,7 @@ class DataPosition:
         plain = all(map(is_plain, found))
         before = capture_rng() if index == 0 or not plain or len(found) > 1 else None
         begun = iterators(fetcher)
-        item = base.__next__(fetcher)  # type: ignore[attr-defined]
+        item = fetch()
         self._fetches += fetcher.fetched - count
         if before is None or self._fetches == index:
             return item
@@ -217,7 +225,7 @@ class DataPosition:
                 MOST_STATES,
             )
 
-    def _take_up(self, fetcher: Any, base: type) -> None:
+    def _take_up(self, fetcher: Any) -> None:
         assert self._trainer is not None
         state, self._pending = self._pending, None
         assert state is not None
@@ -227,12 +235,13 @@ class DataPosition:
                 self._set_generators(state["generators_now"])
                 fetcher.__iter__()
                 return
-            self._repeat(fetcher, base, state)
+            self._repeat(fetcher, state)
         restore_rng(unpack_rng(state["now"]))
 
-    def _repeat(self, fetcher: Any, base: type, state: Mapping[str, Any]) -> None:
+    def _repeat(self, fetcher: Any, state: Mapping[str, Any]) -> None:
         """Iterate the loaders as the epoch began, and drop what was trained on."""
         assert self._trainer is not None
+        base = original_class(fetcher)
         fetcher.combined_loader.reset()
         for loader, again in zip(loaders(self._trainer), state["again"], strict=False):
             if again:
@@ -240,7 +249,7 @@ class DataPosition:
         self._set_generators(state["generators"])
         restore_rng(unpack_rng(state["start"]))
         self._before_iter()
-        base.__iter__(fetcher)  # type: ignore[attr-defined]
+        base.__iter__(fetcher)
         self._states = {i: unpack_rng(s) for i, s in state["states"].items()}
         self._first = self._states.pop(0, None)
         if state["batches"] >= 1000:
@@ -251,7 +260,7 @@ class DataPosition:
             elif fetcher.fetched == 0 and self._first is not None:
                 restore_rng(self._first)
             try:
-                base.__next__(fetcher)  # type: ignore[attr-defined]
+                base.__next__(fetcher)
             except StopIteration:
                 raise RuntimeError(
                     f"the training data end after {done} batches, the checkpoint was taken after "

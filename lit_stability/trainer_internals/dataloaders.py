@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,3 +62,47 @@ def generators(trainer: Trainer) -> Iterator[torch.Generator]:
             if isinstance(generator, torch.Generator) and id(generator) not in seen:
                 seen.add(id(generator))
                 yield generator
+
+
+def before_first_iteration(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Has a function called right before the training loaders are iterated for the first time.
+
+    Functions are called in the order in which they were given.
+
+    Args:
+        trainer: before its fit sets its data up.
+        call: takes nothing.
+
+    Returns:
+        What undoes it.
+    """
+    own = vars(trainer.fit_loop)
+    patch = own.get(_LAST_BEFORE)
+    if not isinstance(patch, _LoadStates):
+        patch = own[_LAST_BEFORE] = _LoadStates(getattr(trainer.fit_loop, _LAST_BEFORE))
+    patch.calls.append(call)
+
+    def undo() -> None:
+        if call in patch.calls:
+            patch.calls.remove(call)
+        if not patch.calls and own.get(_LAST_BEFORE) is patch:
+            del own[_LAST_BEFORE]
+
+    return undo
+
+
+_LAST_BEFORE = "_load_combined_loader_states"
+"""What the fit loop does last before it iterates the loaders for the first time."""
+
+
+class _LoadStates:
+    """Does what the fit loop does there, and then calls further functions."""
+
+    def __init__(self, original: Callable[[], None]) -> None:
+        self._original = original
+        self.calls: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        self._original()
+        for call in list(self.calls):
+            call()

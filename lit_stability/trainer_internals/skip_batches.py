@@ -13,7 +13,9 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_stability.trainer_internals import count_skipped_batches, loaders
+from lit_stability.trainer_internals.data_fetcher import current_fetcher
+from lit_stability.trainer_internals.dataloaders import before_first_iteration, loaders
+from lit_stability.trainer_internals.loop_counters import count_skipped_batches
 
 Samples = frozenset[Any]
 
@@ -117,15 +119,7 @@ class TrainingData:
         self._trainer, self._unwanted = trainer, unwanted
         self._sampler: SkippingLoader | None = None
         self._undo: Callable[[], None] = lambda: None
-        loop = trainer.fit_loop
-        load_states = loop._load_combined_loader_states
-
-        def load_combined_loader_states() -> None:
-            # The last thing that happens before the loaders are iterated for the first time.
-            load_states()
-            self._attach()
-
-        vars(loop)["_load_combined_loader_states"] = load_combined_loader_states
+        self._stop = before_first_iteration(trainer, self._attach)
 
     def _attach(self) -> None:
         loader = self._loader
@@ -163,14 +157,14 @@ class TrainingData:
             self._measure()
 
     def _measure(self) -> None:
-        fetcher = self._trainer.fit_loop._data_fetcher
+        fetcher = current_fetcher(self._trainer)
         counted = self._sampler is not None and self._sampler.counted
         if counted and fetcher is not None and fetcher.length is not None:
             fetcher.length = sized_len(fetcher.combined_loader)
 
     def batch_ended(self) -> None:
         """Have the validation at the end of an epoch take place although batches are missing."""
-        fetcher, batches = self._trainer.fit_loop._data_fetcher, self._trainer.num_training_batches
+        fetcher, batches = current_fetcher(self._trainer), self._trainer.num_training_batches
         if self._sampler is None or not self._sampler.missing or fetcher is None:
             return
         if fetcher.length is not None and batches > fetcher.length:
@@ -188,6 +182,6 @@ class TrainingData:
 
     def close(self) -> None:
         """Leave trainer and loader as they were found."""
-        vars(self._trainer.fit_loop).pop("_load_combined_loader_states", None)
+        self._stop()
         self._undo()
         self._undo = lambda: None
