@@ -16,7 +16,7 @@ from lit_stability.measurement.attention_monitor import LOGIT, AttentionMonitor,
 from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
-from lit_stability.trainer_internals import AroundNextStep, callbacks_of, sharing
+from lit_stability.trainer_internals import AroundNextStep, callbacks_of, is_compiled, sharing
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -85,7 +85,7 @@ class AttentionProbe(StabilityCallback):
         self._told, self._due, self._asked = self.quiet, False, False
         self._step = trainer.global_step
         self._empty, self._off = 0, self.quiet and _is_left_to_others(trainer)
-        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        compiled = is_compiled(pl_module)
         self._blind = compiled or has_compiled_parts(pl_module)
         if self._blind:
             self._say("measures nothing: the model has compiled parts, which cannot be seen into")

@@ -14,7 +14,7 @@ from lit_stability.restart.checkpoint_edits import count_in_parts, forget_moment
 from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes
 from lit_stability.restart.remedies import Plan
-from lit_stability.trainer_internals import callbacks_of
+from lit_stability.trainer_internals import batches_begun, callbacks_of
 from lit_stability.trainer_internals.skip_batches import TrainingData
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
@@ -151,12 +151,11 @@ class RestartCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Note where the fit ended, while its loops still know."""
-        loop = trainer.fit_loop.epoch_loop
         self.error = exception
         self.position = (
             trainer.global_step,
             trainer.current_epoch,
-            loop.batch_progress.current.ready,
+            batches_begun(trainer),
         )
         self.not_fetched = None if self._data is None else self._data.not_fetched()
 

@@ -28,7 +28,7 @@ from lit_stability.restart.record import RecoveryRecord
 from lit_stability.restart.remedies import GiveUp, Plan
 from lit_stability.restart.resume_source import ResumeSource
 from lit_stability.restart.trainers import Trainers, own_callbacks
-from lit_stability.trainer_internals import callbacks_of, run_directory
+from lit_stability.trainer_internals import callbacks_of, run_directory, tear_down
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -192,7 +192,7 @@ class Recovery:
                 return error
             # A callback that failed over the first one kept the trainer from cleaning up.
             with contextlib.suppress(Exception):
-                trainer._teardown()
+                tear_down(trainer)
             return noted
         return None
 

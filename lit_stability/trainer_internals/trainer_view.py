@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -18,6 +19,26 @@ def logger_step(trainer: Trainer) -> int:
 def ends_window(trainer: Trainer) -> bool:
     """Whether an optimizer step comes with the batch at hand, or came with the one just over."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def batch_index(trainer: Trainer) -> int:
+    """Returns the index of the current batch in its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_idx
+
+
+def batches_begun(trainer: Trainer) -> int:
+    """Returns how many batches of this epoch were begun."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Returns whether the module itself was compiled, by ``torch.compile(module)``."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
+def tear_down(trainer: Trainer) -> None:
+    """Releases what a failed fit holds, if a callback that raised kept the trainer from it."""
+    trainer._teardown()
 
 
 def log_every(trainer: Trainer) -> int:
@@ -47,6 +68,11 @@ def loss_scaler(trainer: Trainer) -> GradScaler | None:
     """The scaler of fp16 training, or None."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
+
+
+def loss_scale_on_device(scaler: GradScaler | None) -> Tensor | None:
+    """Returns the scale without a copy to the host; None without a scaler, or before its start."""
+    return None if scaler is None else scaler._scale
 
 
 def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:

@@ -11,6 +11,7 @@ from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.trainer_internals import batch_index
 
 
 class IncidentTracker:
@@ -39,7 +40,7 @@ class IncidentTracker:
             self.count,
             anomaly,
             epoch=trainer.current_epoch,
-            batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+            batch_idx=batch_index(trainer),
             record=None if self.reporter is None else self.reporter.record_path,
         )
         self.incidents.append(self.current)

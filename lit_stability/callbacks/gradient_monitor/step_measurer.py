@@ -20,6 +20,7 @@ from lit_stability.trainer_internals import (
     RecordedStep,
     callbacks_of,
     ends_window,
+    loss_scale_on_device,
     loss_scaler,
     unscale,
 )
@@ -98,7 +99,7 @@ class StepMeasurer:
         scaler = loss_scaler(trainer)
         meter.begin(
             self._loss,
-            loss_scale=None if scaler is None else scaler._scale,
+            loss_scale=loss_scale_on_device(scaler),
             learning_rates=learning_rate_multiplier(trainer.optimizers[0]).effective(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
         )
@@ -129,7 +130,7 @@ class StepMeasurer:
         stats = meter.measure(
             trainer.global_step,
             loss,
-            loss_scale=None if scaler is None else scaler._scale,
+            loss_scale=loss_scale_on_device(scaler),
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
