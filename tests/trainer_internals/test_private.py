@@ -65,9 +65,10 @@ def reached(tree):
             for alias in node.names:
                 if private or alias.name.startswith("_"):
                     yield f"{node.module}:{alias.name}"
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"_[a-z]\w*", str(node.value)):
-            if node.value not in OURS | own:
-                yield node.value
+        elif isinstance(node, ast.Constant):
+            text = str(node.value)
+            if re.fullmatch(r"_[a-z]\w*", text) and text not in OURS | own:
+                yield text
 
 
 def test_every_private_name_in_the_source_is_in_the_list_with_its_room():
