@@ -25,6 +25,7 @@ from 8 certain; a clue that speaks against it has points below zero.
 >>> del CAUSES["target among the inputs"]
 """
 
+from lit_stability.diagnosis.assessment import Assessment, assess
 from lit_stability.diagnosis.catalogue import register_catalogue
 from lit_stability.diagnosis.cause import (
     CAUSES,
@@ -43,12 +44,14 @@ from lit_stability.diagnosis.loss_pattern import LossPattern, loss_pattern
 __all__ = [
     "CAUSES",
     "Answer",
+    "Assessment",
     "Cause",
     "DiagnosisContext",
     "EvidenceRule",
     "LikelyCause",
     "LossPattern",
     "RecommendedAction",
+    "assess",
     "decision_tree",
     "diagnose",
     "loss_pattern",

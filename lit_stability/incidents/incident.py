@@ -13,11 +13,11 @@ from typing import Any, Literal
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import (
     CAUSES,
+    Assessment,
     DiagnosisContext,
     LikelyCause,
     RecommendedAction,
-    decision_tree,
-    diagnose,
+    assess,
 )
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Response, describe
@@ -42,15 +42,6 @@ class TrainingStopped(RuntimeError):
     def __init__(self, message: str, incident: Incident) -> None:
         super().__init__(message)
         self.incident = incident
-
-
-@dataclass(frozen=True)
-class _Sealed:
-    """What was judged of an incident when it was closed."""
-
-    likely_causes: list[LikelyCause]
-    since: int
-    checks: list[str]
 
 
 @dataclass
@@ -100,7 +91,8 @@ class Incident:
     training and say so by ``needs_recorded_step = True``; else None."""
     origin: Any = None
     """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
-    _sealed: _Sealed | None = field(default=None, repr=False)
+    _assessment: Assessment | None = field(default=None, repr=False, compare=False)
+    _sealed: bool = field(default=False, repr=False, compare=False)
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
@@ -168,29 +160,39 @@ class Incident:
             self.evidence.append(evidence)
 
     @property
+    def assessment(self) -> Assessment:
+        """The diagnosis: computed again only when what it depends on has changed, until `seal`."""
+        known = self._assessment
+        if known is None or (not self._sealed and known.context != self.current_context):
+            known = self._assessment = assess(self.current_context)
+        return known
+
+    @property
     def likely_causes(self) -> list[LikelyCause]:
-        """The causes that something speaks for, the best supported first; see `causes.diagnose`."""
-        return (
-            diagnose(self.current_context) if self._sealed is None else self._sealed.likely_causes
-        )
+        """Causes with evidence for them, the best supported first; see `diagnosis.diagnose`."""
+        return list(self.assessment.likely_causes)
 
     @property
     def since(self) -> int:
-        """Step at which the trouble began, as far as the losses tell."""
-        return self.current_context.since if self._sealed is None else self._sealed.since
+        """Optimizer step at which the trouble began, as far as the losses show it."""
+        return self.assessment.since
 
     @property
     def checks(self) -> list[str]:
-        """The questions asked first of a run that breaks, with their answers."""
-        if self._sealed is not None:
-            return self._sealed.checks
-        return [answer.text() for answer in decision_tree(self.current_context)]
+        """The questions of the decision tree with their answers."""
+        return list(self.assessment.checks)
+
+    def close(self, outcome: Outcome, step: int) -> None:
+        """Sets the outcome and the optimizer step at which the incident ended."""
+        self.outcome, self.closed_step = outcome, step
 
     def seal(self) -> None:
-        """Weigh the causes for the last time, and let go of the steps that they were weighed by."""
-        self._sealed = _Sealed(self.likely_causes, self.since, self.checks)
+        """Makes the diagnosis final and releases the steps that it was computed from."""
+        final = self.assessment
+        context = replace(self.current_context, history=(), stats=None)
+        self._assessment, self._sealed = replace(final, context=context), True
         if self.context is not None:
-            self.context = replace(self.current_context, history=(), stats=None)
+            self.context = context
 
     @property
     def cause(self) -> str:
@@ -277,7 +279,7 @@ class Incident:
             "strikes": self.occurrences,
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
-            "hypotheses": [each.as_dict() for each in self.likely_causes],
+            "hypotheses": [cause.as_dict() for cause in self.likely_causes],
             "since": self.since,
             "phase": self.current_context.phase,
             "checks": self.checks,

@@ -6,6 +6,7 @@ import pytest
 
 from lit_stability import detectors
 from lit_stability.detectors import Anomaly
+from lit_stability.diagnosis import CAUSES, Cause, DiagnosisContext, register_cause
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.report import markdown, summary_table
 from lit_stability.policies.actions import HoldLearningRate, RollBack, SkipStep, Stop
@@ -87,6 +88,46 @@ def test_cause_that_was_shown_and_is_in_no_registry_is_told_all_the_same():
     assert trouble.cause == "cosmic ray"
 
 
+@pytest.fixture
+def weighed():
+    """Contexts for which a registered cause was weighed."""
+    seen = []
+    rule = (1, lambda context: seen.append(context))
+    register_cause(Cause(name="counts", rules=(rule,), remedy="none", ignore_when="always"))
+    yield seen
+    del CAUSES["counts"]
+
+
+def test_causes_are_weighed_once_for_each_change(weighed):
+    trouble = incident()
+    for read in (trouble.as_dict, trouble.as_dict, lambda: trouble.recommended_action):
+        read()
+    assert len(weighed) == 1
+    trouble.resolve(SkipStep())
+    trouble.evidence.append("no cause depends on this")
+    assert (trouble.cause, len(weighed)) == ("exploding gradient", 1)
+    trouble.verdict = "transient"
+    assert (trouble.cause, len(weighed)) == ("glitch", 2)
+    trouble.note("numeric precision", "finite in float32")
+    assert (trouble.cause, len(weighed)) == ("numeric precision", 3)
+    trouble.recur(anomaly())
+    trouble.context = DiagnosisContext(anomaly=trouble.first, precision="16-mixed")
+    assert "mixed precision? yes" in trouble.checks[1]
+    assert len(weighed) == 4
+    trouble.verdict = ""
+    assert trouble.likely_causes
+    assert len(weighed) == 5
+
+
+def test_diagnosis_is_final_once_sealed(weighed):
+    trouble = incident()
+    trouble.close("recovered", 12450)
+    trouble.seal()
+    trouble.verdict = "transient"
+    assert (trouble.cause, trouble.as_dict()["verdict"]) == ("exploding gradient", "transient")
+    assert len(weighed) == 1
+
+
 def test_lines_for_the_console_say_where_what_and_what_was_done():
     """S15, V5."""
     trouble = incident()
@@ -99,7 +140,7 @@ def test_lines_for_the_console_say_where_what_and_what_was_done():
     assert trouble.opening_line().endswith("-> step skipped | scene in logs/incidents/00012431-1")
     trouble.recur(anomaly())
     trouble.resolve(SkipStep())
-    trouble.outcome, trouble.closed_step = "recovered", 12450
+    trouble.close("recovered", 12450)
     closing = trouble.closing_line()
     for part in ("incident 1", "recovered", "after 2 strikes", "step skipped (2x)", "12450"):
         assert part in closing
@@ -128,7 +169,7 @@ def test_markdown_of_a_closed_incident_tells_the_whole_story():
     """S17, V5."""
     trouble = incident(layers=(("head.weight", 880.0),))
     trouble.resolve(SkipStep())
-    trouble.outcome, trouble.closed_step = "recovered", 12450
+    trouble.close("recovered", 12450)
     for part in ("`head.weight` 880", "step skipped", "recovered at step 12450", "not saved"):
         assert part in markdown(trouble)
     assert trouble.remedy in markdown(trouble)

@@ -61,7 +61,7 @@ class IncidentTracker:
         incident, self.current = self.current, None
         if incident is None:
             return
-        incident.outcome, incident.closed_step = outcome, trainer.global_step
+        incident.close(outcome, trainer.global_step)
         if self.reporter is not None:
             self.reporter.closed(incident)
         call_hook("on_incident_closed", trainer, pl_module, incident)
