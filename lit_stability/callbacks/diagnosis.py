@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor
+from lit_stability.callbacks.requirements import gather_of, require_monitor
 from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.inputs import check_batch
 from lit_stability.diagnosis import DiagnosisContext
@@ -95,7 +95,7 @@ class Diagnosis(StabilityCallback):
     def _context(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> DiagnosisContext:
-        batch = incident.context.batch if incident.context else self._look_at_batch(incident)
+        batch = incident.context.batch if incident.context else self._look_at_batch(trainer)
         index = incident.anomaly.optimizer
         group = trainer.optimizers[index].param_groups[0]
         return DiagnosisContext(
@@ -114,13 +114,13 @@ class Diagnosis(StabilityCallback):
             restorable=_restorable(trainer),
         )
 
-    def _look_at_batch(self, incident: Incident) -> tuple[str, ...]:
+    def _look_at_batch(self, trainer: Trainer) -> tuple[str, ...]:
         """What is wrong with the batches of all ranks."""
         try:
             found = [f for f in check_batch(self._batch) if f.severity == "error"]
         except NotApplicableError:
             found = []
-        said = incident.gather([f"{f.what} ({', '.join(f.where)})" for f in found])
+        said = gather_of(trainer)([f"{f.what} ({', '.join(f.where)})" for f in found])
         return tuple(dict.fromkeys(line for lines in said for line in lines))
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:

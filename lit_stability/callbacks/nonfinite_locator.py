@@ -7,7 +7,11 @@ import logging
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
+from lit_stability.callbacks.requirements import (
+    gather_of,
+    require_monitor,
+    require_supported_strategy,
+)
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
 
@@ -51,7 +55,7 @@ class NonFiniteLocator(StabilityCallback):
         sought = incident.occurrences == 1 and incident.anomaly.kind in _SOUGHT
         if not sought or incident.recorded_step.obstacle(trainer) is not None:
             return
-        found: list[NonFiniteOrigin | None] = incident.gather(
+        found: list[NonFiniteOrigin | None] = gather_of(trainer)(
             self._locate(trainer, pl_module, incident)
         )
         incident.origin = next((each for each in found if each is not None), None)
@@ -64,7 +68,7 @@ class NonFiniteLocator(StabilityCallback):
     ) -> NonFiniteOrigin | None:
         try:
             origin: NonFiniteOrigin | None = incident.recorded_step.locate(
-                trainer, pl_module, incident.gather
+                trainer, pl_module, gather_of(trainer)
             )
         except Exception as error:
             # A training_step that cannot be run twice must not be what ends the run.

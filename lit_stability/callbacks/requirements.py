@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from lightning.pytorch import Callback, Trainer
 
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
@@ -32,6 +35,15 @@ def require_monitor(trainer: Trainer, callback: Callback) -> None:
             f"the trainer has {type(callback).__name__} twice, found "
             f"{[type(c).__name__ for c in callbacks]}; leave one of them out"
         )
+
+
+def gather_of(trainer: Trainer) -> Callable[[Any], list[Any]]:
+    """Returns `GradientMonitor.gather` of the trainer's monitor, which `require_monitor` ensures.
+
+    Args:
+        trainer: in its fit.
+    """
+    return next(c.gather for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
 
 
 def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:

@@ -25,10 +25,6 @@ from lit_stability.policies.actions import Response, describe
 Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
 
 
-def _alone(said: Any) -> list[Any]:
-    return [said]
-
-
 class TrainingStopped(RuntimeError):
     """Raised out of ``Trainer.fit`` when no response in budget is left.
 
@@ -83,9 +79,6 @@ class Incident:
     """The measurement of the latest strike."""
     verdict: str = ""
     """"transient" if it did not return when the steps were taken again, else "deterministic"."""
-    gather: Callable[[Any], list[Any]] = field(default=_alone, repr=False, compare=False)
-    """What each rank says, in their order, given what this one says; to be called by all of them or
-    none. An incident is offered to all ranks alike."""
     recorded_step: Any = field(default=None, repr=False, compare=False)
     """The step of the latest strike, a `RecordedStep`, for callbacks that take it again beside
     training and say so by ``needs_recorded_step = True``; else None."""
@@ -130,23 +123,28 @@ class Incident:
         self.occurrences += 1
         self.response, self.adjusted = None, False
 
-    def agree(self, found: bool) -> bool:
-        """Whether any rank has found it; evidence and causes become those of all ranks together.
+    def agree(self, found: bool, gather: Callable[[Any], list[Any]]) -> bool:
+        """Returns whether any rank has found something; merges evidence and shown causes of all.
 
-        To be called on every rank or on none. On one rank it is what was found.
+        Args:
+            found: whether this rank has found it.
+            gather: collects a value from every rank, in their order. Every rank must call it, or
+                none, and so this method.
         """
-        said = self.gather((found, dict(self.shown), list(self.evidence)))
-        everywhere = set.intersection(*(set(evidence) for _, _, evidence in said))
+        answers = gather((found, dict(self.shown), list(self.evidence)))
+        everywhere = set.intersection(*(set(evidence) for _, _, evidence in answers))
         # In the order of the ranks, so that the record is the same whoever writes it.
         self.evidence = list(
             dict.fromkeys(
                 line if line in everywhere else f"rank {rank}: {line}"
-                for rank, (_, _, evidence) in enumerate(said)
+                for rank, (_, _, evidence) in enumerate(answers)
                 for line in evidence
             )
         )
-        self.shown = {cause: how for _, shown, _ in reversed(said) for cause, how in shown.items()}
-        return any(each for each, _, _ in said)
+        self.shown = {
+            cause: how for _, shown, _ in reversed(answers) for cause, how in shown.items()
+        }
+        return any(each for each, _, _ in answers)
 
     def note(self, cause: str, evidence: str) -> None:
         """Record a cause that was shown by trial, and how.

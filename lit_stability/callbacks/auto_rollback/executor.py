@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import call_hook
+from lit_stability.callbacks.requirements import gather_of
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.step_stats import StepStats
@@ -59,6 +60,7 @@ class ResponseExecutor:
     ) -> None:
         self._trainer, self._module, self._engine = trainer, pl_module, engine
         self._escalation, self._backoff = escalation, backoff
+        self._gather = gather_of(trainer)
         self.baselines = [Baseline() for _ in trainer.optimizers]
         """Of each optimizer's healthy steps."""
         self._finder = BadMicroBatchFinder()
@@ -183,12 +185,12 @@ class ResponseExecutor:
         """Ask the escalation policy, with what is known of the damage and of the data."""
         anomaly, engine = incident.anomaly, self._engine
         ratio = None if incident.stats is None else incident.stats.update_ratio
-        corrupted = incident.agree(self._is_corrupted(incident))
+        corrupted = incident.agree(self._is_corrupted(incident), self._gather)
         if corrupted or anomaly.state_corrupted:
             replay = engine.can_replay(engine.snapshot_for(anomaly.suspect, older=False))
         else:
             replay = engine.can_retry()
-        replay = not incident.agree(not replay)
+        replay = not incident.agree(not replay, self._gather)
         if self._escalation.returns(anomaly, state_corrupted=corrupted):
             incident.verdict = "deterministic"
         self._checked = incident
@@ -246,10 +248,10 @@ class ResponseExecutor:
                 self._stop(response, incident)
 
     def _skip_batch(self, incident: Incident) -> None:
-        bad = self._finder.bad_batches(self._engine.window, incident)
+        bad = self._finder.bad_batches(self._engine.window, self._gather)
         self._finder.end()
         possible = bool(bad) and self._engine.can_retry(bad)
-        if incident.agree(not possible):
+        if incident.agree(not possible, self._gather):
             self._engine.drop_step()
         else:
             self._engine.to_step_start(bad)
@@ -323,13 +325,15 @@ class BadMicroBatchFinder:
         norms = to_host({"norms": norms_of([dense(grad) for grad in found])})
         self._norms.append(total(norms["norms"]))
 
-    def bad_batches(self, window: list[RecordedBatch], incident: Incident) -> list[RecordedBatch]:
+    def bad_batches(
+        self, window: list[RecordedBatch], gather: Callable[[Any], list[Any]]
+    ) -> list[RecordedBatch]:
         """Returns the batch that made a step bad, on any rank, or the whole window.
 
         The first batch with non-finite gradients, or else the one that changed the norm of the
         accumulated gradients most.
         """
-        ranks = incident.gather(self._norms if len(window) == len(self._norms) else [])
+        ranks = gather(self._norms if len(window) == len(self._norms) else [])
         if not all(ranks):
             return window
         steps = [[b - a for a, b in zip([0.0, *n], n, strict=False)] for n in ranks]

@@ -127,6 +127,17 @@ class GradientMonitor(StabilityCallback):
         """The incident that is open, if one is."""
         return self._tracker.current
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns a value of every rank, in their order; on one rank, a list of its own.
+
+        Every rank must call it, or none: in `on_incident` for one, which all ranks run for the
+        same step.
+
+        Args:
+            value: of this rank, picklable.
+        """
+        return self._consensus.gather(value)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer of another package; report hooks whose name is misspelt."""
         require_package(trainer, self)
@@ -256,7 +267,7 @@ class GradientMonitor(StabilityCallback):
         anomaly = with_damage(anomaly, *self._consensus.audit(*meter.audit()))
         opening = self.current is None
         incident = self._tracker.recur(trainer, anomaly)
-        incident.stats, incident.gather = stats, self._consensus.gather
+        incident.stats = stats
         incident.recorded_step = None if self._measuring is None else self._measuring.recorded_step
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_multiplier(trainer.optimizers[stats.optimizer])

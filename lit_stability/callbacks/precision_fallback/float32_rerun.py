@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.requirements import gather_of
 from lit_stability.detectors import Spike
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
@@ -36,7 +37,7 @@ class Float32Rerun:
 
     def find(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Finding:
         """Judge the step of an incident, on all ranks alike; its evidence goes to the incident."""
-        recorded_step = incident.recorded_step
+        recorded_step, gather = incident.recorded_step, gather_of(trainer)
         if recorded_step.obstacle(trainer) is not None:
             return "unknown"
         try:
@@ -48,8 +49,8 @@ class Float32Rerun:
             finding, words = "unknown", f"the step cannot be taken again: {error!r}"
         if words not in incident.evidence:
             incident.evidence.append(words)
-        found: list[Finding] = incident.gather(finding)
-        incident.agree(True)
+        found: list[Finding] = gather(finding)
+        incident.agree(True, gather)
         for worst in ("not precision", "precision"):
             if worst in found:
                 return worst
@@ -70,22 +71,22 @@ class Float32Rerun:
             Their names; nothing, and no island made, where that many are not enough.
         """
         made: list[str] = []
-        recorded_step = incident.recorded_step
+        recorded_step, gather = incident.recorded_step, gather_of(trainer)
         if recorded_step.obstacle(trainer) is not None:
             return made
         while len(made) < most:
-            origin = recorded_step.locate(trainer, pl_module, incident.gather)
+            origin = recorded_step.locate(trainer, pl_module, gather)
             blamed = _module_of(origin)
-            names = sorted({n for n in incident.gather(blamed) if n and n not in made})
+            names = sorted({n for n in gather(blamed) if n and n not in made})
             if not names:
                 break
             if origin is not None and blamed in names:
                 incident.evidence.append(origin.describe().splitlines()[0])
-            incident.agree(True)
+            incident.agree(True, gather)
             made += names
             apply_fp32_modules(trainer, names)
             own = recorded_step.rerun(trainer, pl_module, float32=False)
-            if all(incident.gather(own.finite or _is_for_the_scaler(own, incident))):
+            if all(gather(own.finite or _is_for_the_scaler(own, incident))):
                 return made
         for name in made:
             release_from_fp32(pl_module.get_submodule(name))
