@@ -12,6 +12,7 @@ from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.detectors import DetectorSet, Divergence, Spike, flagged
 from lit_stability.faults import FaultInjector, ScaleLoss
+from lit_stability.incidents.report import responses_text
 from lit_stability.measurement.step_stats import StepStats
 from tests.conftest import fit, skipping_suite
 from tests.distributed import run_ranks
@@ -41,7 +42,7 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     assert incident.outcome == "recovered"
     assert incident.occurrences <= 31
     assert incident.cause == "change of regime"
-    assert "accepted as the new normal" in incident.done
+    assert "accepted as the new normal" in responses_text(incident)
     assert "what changes there" in incident.remedy
     assert "accepts the values of late as the new normal" in caplog.text
     rollback = next(c for c in suite if isinstance(c, AutoRollback))
@@ -83,7 +84,7 @@ def test_monitor_alone_tells_of_a_change_and_changes_nothing(tmp_path):
     monitor = GradientMonitor()
     module = staged(tmp_path, "100 loss", [monitor])
     (incident,) = monitor.incidents
-    assert (incident.outcome, incident.done) == ("observed", "")
+    assert (incident.outcome, responses_text(incident)) == ("observed", "")
     assert incident.cause == "change of regime"
     assert module.losses == staged(tmp_path / "bare", "100 loss", []).losses
 

@@ -33,6 +33,7 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.detectors import StaleMoments, default_detectors
+from lit_stability.incidents.report import responses_text
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Result:
             return "-", "-", "-"
         incident = next((i for i in self.incidents if i.responses), self.incidents[0])
         seen = f"{incident.first.step}: {incident.first.kind}"
-        return seen, incident.cause or "-", incident.done or "told"
+        return seen, incident.cause or "-", responses_text(incident) or "told"
 
 
 def with_probes() -> list[Callback]:

@@ -23,6 +23,7 @@ from benchmarks.alternatives.shipped import Suite
 from benchmarks.rescue.scenario import Scenario
 from benchmarks.trainers import quiet_trainer
 from lit_stability import Incident
+from lit_stability.incidents.report import responses_text
 
 Ending = Literal["finished", "stopped", "NaN", "failed", "hung"]
 """``stopped``: by the protection, on purpose. ``NaN``: finished with a loss that is none.
@@ -179,5 +180,5 @@ def _told(protection: Protection, step: int) -> dict[str, Any]:
 
 def _line(incident: Incident) -> str:
     noticed = f"step {incident.first.step}: {incident.first.kind}"
-    cause, done = incident.cause or "no cause", incident.done or "told"
+    cause, done = incident.cause or "no cause", responses_text(incident) or "told"
     return f"{noticed}; {cause} -> {done}; {incident.outcome}"

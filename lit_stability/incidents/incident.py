@@ -223,42 +223,10 @@ class Incident:
         )
 
     @property
-    def done(self) -> str:
-        """The responses in order, in words; empty when nothing was done."""
-        runs: list[list[Any]] = []
-        for response in self.responses:
-            if runs and runs[-1][0] == response:
-                runs[-1][1] += 1
-            else:
-                runs.append([response, 1])
-        return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in runs)
-
-    @property
     def remedy(self) -> str:
         """What a person can do about it."""
         found = self.likely_causes
         return found[0].remedy if found else "look at the scene in the incident's folder"
-
-    def opening_line(self) -> str:
-        """One line for the console when it opens."""
-        done = self.done or "observed, nothing changed"
-        born = f"; {self.origin.describe().splitlines()[0]}" if self.origin else ""
-        where = f" | scene in {self.path}" if self.path else ""
-        best = next(iter(self.likely_causes), None)
-        if best is not None and best.certainty != "possible" and not born:
-            born = f"; {best.certainty} cause: {best.cause}"
-        return (
-            f"incident {self.id} at step {self.first.step} (epoch {self.epoch}, batch "
-            f"{self.batch_idx}): {self.first.kind}: {self.first.message}{born} -> {done}{where}"
-        )
-
-    def closing_line(self) -> str:
-        """One line for the console when it closes."""
-        occurrences = "" if self.occurrences == 1 else f" after {self.occurrences} strikes"
-        return (
-            f"incident {self.id} ({self.first.kind}) {self.outcome}{occurrences}: "
-            f"{self.done or 'nothing changed'}; step {self.closed_step} now"
-        )
 
     def as_dict(self) -> dict[str, Any]:
         """The incident as JSON types."""

@@ -7,12 +7,55 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.incidents.incident import Incident
 
 _WIDEST = 80
 """Characters of a response on the console."""
+
+
+def opening_line(incident: Incident) -> str:
+    """Returns the console line for an incident that opens.
+
+    Args:
+        incident: to describe.
+    """
+    response = responses_text(incident) or "observed, nothing changed"
+    cause = f"; {incident.origin.describe().splitlines()[0]}" if incident.origin else ""
+    where = f" | scene in {incident.path}" if incident.path else ""
+    best = next(iter(incident.likely_causes), None)
+    if best is not None and best.certainty != "possible" and not cause:
+        cause = f"; {best.certainty} cause: {best.cause}"
+    first = incident.first
+    return (
+        f"incident {incident.id} at step {first.step} (epoch {incident.epoch}, batch "
+        f"{incident.batch_idx}): {first.kind}: {first.message}{cause} -> {response}{where}"
+    )
+
+
+def closing_line(incident: Incident) -> str:
+    """Returns the console line for an incident that closes.
+
+    Args:
+        incident: to describe.
+    """
+    occurrences = "" if incident.occurrences == 1 else f" after {incident.occurrences} strikes"
+    return (
+        f"incident {incident.id} ({incident.first.kind}) {incident.outcome}{occurrences}: "
+        f"{responses_text(incident) or 'nothing changed'}; step {incident.closed_step} now"
+    )
+
+
+def responses_text(incident: Incident) -> str:
+    """Returns the responses in order, repeated ones counted; empty when nothing was done.
+
+    Args:
+        incident: whose responses to list.
+    """
+    runs = [(response, len([*run])) for response, run in groupby(incident.responses)]
+    return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in runs)
 
 
 def markdown(incident: Incident) -> str:
@@ -29,7 +72,7 @@ def markdown(incident: Incident) -> str:
         ("cause", incident.cause or "unknown"),
         ("since", f"step {incident.since}" + _phase(context)),
         ("evidence", "; ".join(incident.evidence) or "-"),
-        ("done", incident.done or "nothing changed"),
+        ("done", responses_text(incident) or "nothing changed"),
         ("taken again", incident.verdict or "no"),
         (
             "outcome",
@@ -66,7 +109,10 @@ def summary_table(incidents: Sequence[Incident]) -> list[str]:
     """Incidents as aligned lines for the console; of a long response its beginning."""
     head = ("id", "step", "kind", "strikes", "response", "outcome")
     rows = [
-        (str(i.id), str(i.first.step), i.first.kind, str(i.occurrences), _cut(i.done), i.outcome)
+        (
+            *(str(i.id), str(i.first.step), i.first.kind, str(i.occurrences)),
+            *(_cut(responses_text(i)), i.outcome),
+        )
         for i in incidents
     ]
     widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
@@ -76,8 +122,8 @@ def summary_table(incidents: Sequence[Incident]) -> list[str]:
     ]
 
 
-def _cut(done: str) -> str:
-    return textwrap.shorten(done, _WIDEST, placeholder=" ...") or "-"
+def _cut(text: str) -> str:
+    return textwrap.shorten(text, _WIDEST, placeholder=" ...") or "-"
 
 
 def _line(text: str) -> str:

@@ -9,6 +9,7 @@ from lit_stability import (
     GradientMonitor,
     PrecisionFallback,
 )
+from lit_stability.incidents.report import responses_text
 from lit_stability.training_state.fp32_modules import fp32_modules_of
 from tests.conftest import flat
 from tests.precision import Net, data, fp16, suite, train
@@ -19,7 +20,7 @@ def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_pat
     callbacks = suite()
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
     (incident,) = callbacks[0].incidents
-    assert incident.done == "fp32 island net.0, step taken again"
+    assert responses_text(incident) == "fp32 island net.0, step taken again"
     assert "linear made" in incident.evidence[1]
     assert "overflow of float16, finite in float32" in incident.evidence[1]
     assert trainer.precision == "16-mixed"

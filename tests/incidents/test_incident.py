@@ -8,7 +8,13 @@ from lit_stability import detectors
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import CAUSES, Cause, DiagnosisContext, register_cause
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.incidents.report import markdown, summary_table
+from lit_stability.incidents.report import (
+    closing_line,
+    markdown,
+    opening_line,
+    responses_text,
+    summary_table,
+)
 from lit_stability.policies.actions import HoldLearningRate, RollBack, SkipStep, Stop
 
 
@@ -68,7 +74,7 @@ def test_done_counts_runs_of_equal_responses(responses, done):
         if i:
             trouble.recur(anomaly())
         trouble.resolve(response)
-    assert trouble.done == done
+    assert responses_text(trouble) == done
 
 
 def test_cause_that_was_shown_comes_before_all_that_speaks_for_another():
@@ -131,17 +137,17 @@ def test_diagnosis_is_final_once_sealed(weighed):
 def test_lines_for_the_console_say_where_what_and_what_was_done():
     """S15, V5."""
     trouble = incident()
-    assert trouble.opening_line() == (
+    assert opening_line(trouble) == (
         "incident 1 at step 12431 (epoch 3, batch 17): gradient spike: gradient norm 900 is 90 "
         "times its median 10 -> observed, nothing changed"
     )
     trouble.resolve(SkipStep())
     trouble.path = "logs/incidents/00012431-1"
-    assert trouble.opening_line().endswith("-> step skipped | scene in logs/incidents/00012431-1")
+    assert opening_line(trouble).endswith("-> step skipped | scene in logs/incidents/00012431-1")
     trouble.recur(anomaly())
     trouble.resolve(SkipStep())
     trouble.close("recovered", 12450)
-    closing = trouble.closing_line()
+    closing = closing_line(trouble)
     for part in ("incident 1", "recovered", "after 2 strikes", "step skipped (2x)", "12450"):
         assert part in closing
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
-from lit_stability.incidents.report import summary_table
+from lit_stability.incidents.report import closing_line, opening_line, summary_table
 from lit_stability.incidents.step_history import StepHistory
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.scalar_writer import StabilityWriter
@@ -82,13 +82,13 @@ class Reporter:
 
     def opened(self, incident: Incident) -> None:
         """Tell that an incident has opened, and what is done about it."""
-        self.say(incident.opening_line())
+        self.say(opening_line(incident))
         self._write("open", incident)
         self.history.told(incident)
 
     def closed(self, incident: Incident) -> None:
         """Tell how it ended."""
-        self.say(incident.closing_line())
+        self.say(closing_line(incident))
         self._write("close", incident)
         self.history.told(incident)
 
