@@ -147,11 +147,12 @@ class RecordedStep:
 @contextmanager
 def _beside(trainer: Trainer, pl_module: LightningModule, float32: bool) -> Iterator[None]:
     """Let nothing that is computed here reach the training."""
-    sharded = sharing(trainer) == "shards"
     with ExitStack() as stack:
         stack.enter_context(isolated_step(trainer, pl_module))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_own_gradients(pl_module) if sharded else _copies(pl_module, float32))
+        # Sharded parameters cannot be replaced; without gradients of their own they need not be.
+        if sharing(trainer) != "shards":
+            stack.enter_context(_copies(pl_module, float32))
         stack.enter_context(torch.enable_grad())
         yield
 
@@ -216,16 +217,3 @@ def _copy(value: Tensor, float32: bool) -> Tensor:
     if isinstance(value, nn.Parameter):
         return nn.Parameter(data, requires_grad=value.requires_grad)
     return data.clone()
-
-
-@contextmanager
-def _own_gradients(pl_module: LightningModule) -> Iterator[None]:
-    """Sharded parameters cannot be replaced: their gradients are set aside instead."""
-    grads = [(p, p.grad) for p in pl_module.parameters()]
-    try:
-        for p, _ in grads:
-            p.grad = None
-        yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad

@@ -18,10 +18,10 @@ from torch.autograd.graph import _engine_run_backward
 from lit_stability.diagnosis.nonfinite.call_sites import CallSites
 from lit_stability.diagnosis.nonfinite.kernel_call import Operand
 from lit_stability.diagnosis.nonfinite.origin import NonFiniteOrigin
-from lit_stability.diagnosis.nonfinite.step_state import StepState
 from lit_stability.diagnosis.nonfinite.values import is_nonfinite, storage_of
 from lit_stability.diagnosis.nonfinite.watch import Birth, Watch
 from lit_stability.measurement.compiled import has_compiled_parts
+from lit_stability.training_state.isolated_model import IsolatedModel
 
 
 def locate_nonfinite(
@@ -52,7 +52,7 @@ def locate_nonfinite(
     Raises:
         ValueError: where the step returns no scalar loss.
     """
-    state = StepState(model)
+    state = IsolatedModel(model)
     try:
         with torch.inference_mode(False), torch.enable_grad(), _eager():
             torch.clear_autocast_cache()  # what was cast before was not watched
@@ -62,8 +62,8 @@ def locate_nonfinite(
         state.restore()
 
 
-def _run(model: nn.Module, step: Callable[[], Any], state: StepState) -> NonFiniteOrigin | None:
-    with CallSites(model, state.set_aside) as calls, Watch(model, calls, state) as watch:
+def _run(model: nn.Module, step: Callable[[], Any], state: IsolatedModel) -> NonFiniteOrigin | None:
+    with CallSites(model, state.remove_gradient) as calls, Watch(model, calls, state) as watch:
         loss = _scalar(step())
         if is_nonfinite(loss):
             return _finished(model, _birth(watch, loss).origin)

@@ -25,7 +25,6 @@ from lit_stability.diagnosis.nonfinite.advice import Kind, kind_of
 from lit_stability.diagnosis.nonfinite.call_sites import CallSites, Site, kernel_name
 from lit_stability.diagnosis.nonfinite.kernel_call import KernelCall, Operand, traits_of
 from lit_stability.diagnosis.nonfinite.origin import Cause, NonFiniteOrigin, TensorRange
-from lit_stability.diagnosis.nonfinite.step_state import StepState
 from lit_stability.diagnosis.nonfinite.values import (
     has_nan,
     has_zero,
@@ -38,6 +37,7 @@ from lit_stability.diagnosis.nonfinite.values import (
 )
 from lit_stability.diagnosis.nonfinite.variables import variable_of
 from lit_stability.measurement.half_precision import HALF
+from lit_stability.training_state.isolated_model import IsolatedModel
 
 _KINDS: dict[Cause, Kind] = {
     "input": "non-finite input",
@@ -66,7 +66,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, calls: CallSites, state: StepState) -> None:
+    def __init__(self, model: nn.Module, calls: CallSites, state: IsolatedModel) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls, self._state = calls, state
         self._types = {path: type(m).__name__ for path, m in model.named_modules()}
@@ -91,7 +91,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = KernelCall(func, args, kwargs)
         for tensor in call.written():
             if storage_of(tensor)._cdata not in self._made:
-                self._state.keep(tensor)
+                self._state.copy_memory(tensor)
         out, made = call.run()
         if not traits.is_blank:
             self._judge(call, made)
