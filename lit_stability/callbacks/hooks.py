@@ -130,8 +130,8 @@ class StabilityCallback(Callback):
     ) -> None:
         """Called when values that were rejected for long are accepted as the new normal.
 
-        Called on every rank, before the first accepted step. What was lowered for the rejected
-        steps is to be restored here, and windows of older values are to be cleared.
+        Called on every rank, before the first accepted step. A callback restores here what it
+        lowered for the rejected steps, and clears windows of older values.
         """
 
     def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
