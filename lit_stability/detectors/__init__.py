@@ -46,18 +46,14 @@ from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.layer_bounds import LayerBounds
 from lit_stability.detectors.loss_scale import LossScale
 from lit_stability.detectors.lost_updates import LostUpdates
-from lit_stability.detectors.no_learning import NoLearning
 from lit_stability.detectors.nonfinite import NonFinite
-from lit_stability.detectors.oscillation import Oscillation
 from lit_stability.detectors.rank_agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.rolling_window import Window
 from lit_stability.detectors.spike import Spike
-from lit_stability.detectors.stale_moments import StaleMoments
 from lit_stability.detectors.stalled_layers import Stall
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.vanishing import Vanishing
 from lit_stability.detectors.weight_corruption import WeightCorruption
-from lit_stability.detectors.weight_drift import WeightDrift
 
 __all__ = [
     "Anomaly",
@@ -72,19 +68,15 @@ __all__ = [
     "LearningRateJump",
     "LossScale",
     "LostUpdates",
-    "NoLearning",
     "NonFinite",
     "OptimizerState",
-    "Oscillation",
     "Replicas",
     "Spike",
-    "StaleMoments",
     "Stall",
     "UpdateSpike",
     "Vanishing",
     "Vote",
     "WeightCorruption",
-    "WeightDrift",
     "Window",
     "default_detectors",
     "disagreement",

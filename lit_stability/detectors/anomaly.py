@@ -28,14 +28,10 @@ Kind = Literal[
     "vanishing gradient",
     "dead gradients",
     "stalled layers",
-    "no learning",
-    "oscillation",
-    "weight drift",
     "weight corruption",
     "attention-logit growth",
     "attention collapse",
     "curvature beyond the edge",
-    "stale second moment",
 ]
 
 

@@ -6,8 +6,8 @@ Shared by the detectors of silent trouble. Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from collections.abc import Mapping
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -153,18 +153,11 @@ class LossTrend:
         """Whether the loss has ever fallen below its first values."""
         self._margin = 0.0
         self._losses: list[float] = []
-        self._medians: list[float] = []
-        self._trend = 0.0
 
     @property
     def above_lowest(self) -> bool:
         """Whether the last block is above the lowest by more than noise."""
         return self.recent > self.lowest + self._margin
-
-    @property
-    def falling(self) -> bool:
-        """Whether the medians of up to 64 blocks trend down (Mann 1945, Kendall 1975: z < -2.5)."""
-        return self._trend < -2.5
 
     def update(self, loss: float) -> None:
         """Take a loss; one that is not finite is left out."""
@@ -179,8 +172,6 @@ class LossTrend:
 
     def _close(self) -> None:
         self.recent = median(self._losses)
-        self._medians = [*self._medians[-63:], self.recent]
-        self._trend = _trend_of(self._medians)
         steps = [abs(b - a) for a, b in pairwise(self._losses)]
         sigma = 1.4826 * median(steps) / math.sqrt(2)
         few = min(5, self.block)
@@ -209,7 +200,6 @@ class LossTrend:
             "learnt": self.learnt,
             "margin": self._margin,
             "losses": list(self._losses),
-            "medians": list(self._medians),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,18 +208,3 @@ class LossTrend:
         self.recent, self.stale = float(state["recent"]), int(state["stale"])
         self.learnt, self._margin = bool(state["learnt"]), float(state["margin"])
         self._losses = [float(x) for x in state["losses"]]
-        self._medians = [float(x) for x in state["medians"]]
-        self._trend = _trend_of(self._medians)
-
-
-def _trend_of(values: Sequence[float]) -> float:
-    """Mann-Kendall statistic in its standard deviations; for a trend up it is above 0.
-
-    >>> round(_trend_of([5, 4, 3, 2, 1, 0]), 2)
-    -2.82
-    """
-    n = len(values)
-    if n < 2:
-        return 0.0
-    signs = sum((b > a) - (b < a) for a, b in combinations(values, 2))
-    return signs / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
