@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from lit_stability.distributed.collectives import Ranks, Summed
 from lit_stability.distributed.dtensor import share
-from lit_stability.measurement.batched_norms import Gradients
-from lit_stability.measurement.norms import to_host
+from lit_stability.measurement.norms import Gradients, to_host
 from lit_stability.measurement.step_meter import Reading, StepMeter
 
 

@@ -15,10 +15,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
-from lit_stability.measurement.batched_norms import BatchedNorms, Gradients, gradients_of
 from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
 from lit_stability.measurement.lost_updates import Rounding
-from lit_stability.measurement.norms import non_finite, norms_of, to_host, total
+from lit_stability.measurement.norms import (
+    BatchedNorms,
+    Gradients,
+    gradients_of,
+    non_finite,
+    norms_of,
+    to_host,
+    total,
+)
 from lit_stability.measurement.optimizer_moments import MomentStats, OptimizerMoments
 from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
