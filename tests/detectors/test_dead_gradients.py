@@ -79,8 +79,8 @@ def test_parameters_are_named_with_the_first_that_lives_behind_them():
     assert anomaly.layers == (("a", 0.0), ("b", 0.0))
     assert anomaly.value == pytest.approx(2 / 3)
     assert anomaly.signal == "grad_norm"
-    assert "2 of 3 parameters, a to b, receive" in anomaly.message
-    assert anomaly.message.endswith("the next that receives one is head")
+    assert "2 of 3 parameters, a to b, have" in anomaly.message
+    assert anomaly.message.endswith("the next with a gradient is head")
     assert anomaly.warn_only
 
 

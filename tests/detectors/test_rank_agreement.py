@@ -32,8 +32,8 @@ def step(i=7, **fields):
         ([(True, NAN), (True, INF)], None),
         ([(False, INF), (False, INF)], None),
         ([(True, 900.0), (True, 900.0)], None),
-        ([(True, 900.0), (False, 1.0)], "rank 0 objects to its gradients"),
-        ([(False, 1.0), (True, NAN), (True, NAN)], "ranks 1, 2 object to their gradients"),
+        ([(True, 900.0), (False, 1.0)], "rank 0 rejects its gradients"),
+        ([(False, 1.0), (True, NAN), (True, NAN)], "ranks 1, 2 reject their gradients"),
         ([(False, 1.0), (False, 1.002)], "the ranks' averaged gradients differ"),
         ([(False, 1.0), (False, NAN)], "norms by rank: 1, nan"),
     ],
@@ -78,7 +78,7 @@ def test_weights_that_were_equal_and_differ_are_flagged(checksums, flags, given_
 def test_rank_outside_the_majority_is_named():
     replicas = Replicas(trust=0)
     anomaly = replicas.check(step(rank_weights=(5.0, 5.0, 4.0)))
-    assert "the weights of rank 2 are no longer those of the others" in anomaly.message
+    assert "the weights of rank 2 differ from those of the others" in anomaly.message
     anomaly = replicas.check(step(rank_weights=(5.0, 4.0)))
     assert "the ranks' weights are no longer the same" in anomaly.message
 
