@@ -58,8 +58,8 @@ class LayerBounds:
         for pattern in self.bounds:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"bounds has the pattern {pattern!r}, which matches none of the {len(names)} "
-                    f"parameters, such as {', '.join(names[:3])}"
+                    f"no parameter matches {pattern!r}, for which a bound is given; there are "
+                    f"{len(names)}, such as {', '.join(names[:3])}"
                 )
 
     def check(self, stats: StepStats) -> Anomaly | None:
