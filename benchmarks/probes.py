@@ -31,8 +31,7 @@ from benchmarks.overhead.turns import Setting, take_turns
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
-from lit_stability.detectors import StaleMoments, default_detectors
-from lit_stability.measurement.second_moment_ratio import Staleness
+from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 
 PROBES: dict[str, Any] = {
     "AttentionProbe": lambda: [GradientMonitor(), AttentionProbe(every=1)],
@@ -68,8 +67,8 @@ def cost(steps: int, config: ByteGPTConfig) -> tuple[dict[str, Any], list[Table]
 
 
 def staleness(tensors: int = 66, steps: int = 2000) -> float:
-    """Median seconds per step of `Staleness`, which is all that ``moment_rms`` costs."""
-    kept, seconds = Staleness(), []
+    """Median seconds per step of `SecondMomentRatio`, which is all that ``moment_rms`` costs."""
+    kept, seconds = SecondMomentRatio(), []
     decays = {f"blocks.{i}.weight": 0.95 for i in range(tensors)}
     for step in range(steps):
         norms = {name: 1.0 + (step * i) % 7 for i, name in enumerate(decays)}
@@ -83,7 +82,7 @@ def run_case(case: Case, seed: int, probes: list[Any]) -> tuple[list[tuple[str, 
     """What was told, with its step, and the losses."""
     seed_everything(seed, verbose=False)
     module = case.module()
-    monitor = GradientMonitor(detectors=[*default_detectors(), StaleMoments()])
+    monitor = GradientMonitor()
     trainer = quiet_trainer(
         max_steps=case.steps,
         callbacks=[monitor, *probes],

@@ -24,7 +24,7 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_internals import Entry, ReplayRing, StepStart, TrainingSnapshot
+from lit_stability.trainer_internals import RecordedBatch, ReplayRing, StepStart, TrainingSnapshot
 from lit_stability.training_state.frozen_weights import FrozenWeights
 
 
@@ -125,7 +125,7 @@ def _ring(shape: ByteGPTConfig) -> ReplayRing:
     """As full as it gets: two snapshots' distance of 20 steps, and ten of probation."""
     ring = ReplayRing(2**30, clone=False)
     for index, batch in zip(range(50), loader(8, shape.length), strict=False):
-        ring.add(Entry(batch, 0, index, None, size_of(batch), ()))
+        ring.add(RecordedBatch(batch, 0, index, None, size_of(batch), ()))
     return ring
 
 

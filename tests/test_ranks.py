@@ -176,11 +176,11 @@ def test_healthy_step_under_fsdp2_asks_for_one_collective(fsdp2):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("scaled gradients", "rank 1 objects to its gradients, the others do not"),
-        ("NaN gradient", "rank 1 objects to its gradients, the others do not"),
-        ("scaled on rank 0", "rank 0 objects to its gradients, the others do not"),
+        ("scaled gradients", "rank 1 rejects its gradients, the others do not"),
+        ("NaN gradient", "rank 1 rejects its gradients, the others do not"),
+        ("scaled on rank 0", "rank 0 rejects its gradients, the others do not"),
         ("one element", "the ranks' averaged gradients differ"),
-        ("checkpoints", "rank 1 objects to its gradients"),
+        ("checkpoints", "rank 1 rejects its gradients"),
     ],
 )
 def test_gradient_damaged_after_averaging_is_a_disagreement_that_all_roll_back(case, message, ddp):

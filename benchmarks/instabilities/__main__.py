@@ -32,7 +32,6 @@ from lit_stability import (
     TrainingStopped,
     stability_callbacks,
 )
-from lit_stability.detectors import StaleMoments, default_detectors
 from lit_stability.incidents.report import responses_text
 
 
@@ -55,9 +54,8 @@ class Result:
 
 
 def with_probes() -> list[Callback]:
-    """The default suite with the opt-in probes, and the detector of stale second moments."""
-    monitor = GradientMonitor(detectors=[*default_detectors(), StaleMoments()])
-    _, *others = stability_callbacks()
+    """The default suite with the opt-in probes."""
+    monitor, *others = stability_callbacks()
     return [monitor, AttentionProbe(every=20), CurvatureProbe(every=20), *others]
 
 

@@ -21,15 +21,6 @@ def kind(*kinds: str) -> EvidenceRule:
     return rule
 
 
-def signal(*signals: str) -> EvidenceRule:
-    """The anomaly is of one of these signals."""
-
-    def rule(context: DiagnosisContext) -> str | None:
-        return context.anomaly.message if context.anomaly.signal in signals else None
-
-    return rule
-
-
 def pattern(*names: str) -> EvidenceRule:
     """The loss went wrong in one of these patterns."""
 
@@ -207,5 +198,5 @@ SWINGS = pattern("oscillating divergence")
 JUMPS = pattern("sudden jump")
 BROKEN = kind("non-finite loss", "non-finite gradient", "non-finite weight")
 DAMAGE = kind("non-finite weight", "weight corruption")
-DIVERGES = kind("divergence", "oscillation")
+DIVERGES = kind("divergence")
 SPIKES = kind("gradient spike", "loss spike")

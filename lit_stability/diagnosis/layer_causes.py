@@ -25,8 +25,6 @@ def symptom(context: DiagnosisContext) -> Symptom | None:
         return "vanish"
     if found is not None and found.name == "oscillating divergence":
         return "oscillate"
-    if anomaly.kind == "oscillation":
-        return "oscillate"
     return "explode" if anomaly.kind in _EXPLODE else None
 
 

@@ -136,7 +136,7 @@ def test_model_without_attention_is_said_once(tmp_path, caplog):
 
 def test_glob_that_fits_no_module_is_refused_at_the_start(tmp_path):
     with pytest.raises(
-        ValueError, match=r"modules='decoder\.\*' fits no module; there are 'embed'"
+        ValueError, match=r"modules='decoder\.\*' matches no module; there are 'embed'"
     ):
         probed(tmp_path, probe=AttentionProbe("decoder.*"))
 

@@ -30,8 +30,8 @@ def asked_detectors(
         if isinstance(each, type) or not isinstance(each, Detector):
             raise ValueError(
                 f"detectors must be objects with check, update, state_dict and load_state_dict, "
-                f"got {each!r}; write detectors=[*default_detectors(), WeightDrift()], all of "
-                "lit_stability.detectors"
+                f"got {each!r}; write detectors=[*default_detectors(), LayerBounds({{...}})], all "
+                "of lit_stability.detectors"
             )
     return [*asked, LayerBounds(bounds)] if bounds else asked
 

@@ -37,20 +37,6 @@ MODEL = (
         ignore_when="if that part is meant to rest, such as the head of a task that comes later",
     ),
     Cause(
-        name="frozen by mistake",
-        rules=((8, c.both(c.kind("no learning"), c.signal("update_ratio"))),),
-        remedy="look at requires_grad, at what the optimizer was given, and at the learning rate; "
-        "`lit-stability check` lists them",
-        ignore_when="while a schedule keeps the learning rate at zero",
-    ),
-    Cause(
-        name="model that cannot learn",
-        rules=((4, c.kind("no learning")), (-4, c.signal("update_ratio", "weight_path"))),
-        remedy="run `lit-stability check`: masks, dead branches, labels, the first loss against "
-        "that of a guess; have 20 samples learnt by heart",
-        ignore_when="if the task is as hard as the loss says",
-    ),
-    Cause(
         name="vanishing gradient",
         rules=((6, c.kind("vanishing gradient")),),
         remedy="look at the gradient flow layer by layer; norms before the sublayers, residual "
@@ -83,12 +69,6 @@ MODEL = (
         remedy="set gradient_clip_val, or add AdaptiveGradientClipping; lower the learning rate if "
         "it returns",
         ignore_when="if it was one step: it was not taken",
-    ),
-    Cause(
-        name="weights drift",
-        rules=((6, c.kind("weight drift")),),
-        remedy="add weight decay, lower the learning rate, or normalise what grows",
-        ignore_when="if weights grow slowly and the loss falls",
     ),
     Cause(
         name="layer out of its bounds",

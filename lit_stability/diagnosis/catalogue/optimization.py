@@ -64,13 +64,6 @@ LEARNING_RATE = (
         "without), or put the norms first",
         ignore_when="if the loss falls as it should",
     ),
-    Cause(
-        name="learning rate too low",
-        rules=((8, c.both(c.kind("no learning"), c.signal("weight_path"))),),
-        remedy="raise the learning rate tenfold; look whether it is meant to be divided twice, by "
-        "a scheduler and by hand",
-        ignore_when="while the learning rate warms up",
-    ),
 )
 
 OPTIMIZER = (
@@ -83,7 +76,7 @@ OPTIMIZER = (
     ),
     Cause(
         name="stale second moment",
-        rules=((6, c.kind("stale second moment")), (3, c.stale_moments), (1, c.large_update)),
+        rules=((3, c.stale_moments), (1, c.large_update)),
         remedy="lower Adam's beta2 (0.95 is usual for language models, 0.9 on a full batch), raise "
         "its epsilon, or clip updates",
         ignore_when="if the data or the scale of the loss changed once, and it passes within "
