@@ -50,7 +50,7 @@ def test_damaged_checkpoint_exits_with_1_and_says_what_to_do(damaged, capsys):
     """S3, V4."""
     assert doctor(damaged) == 1
     printed = capsys.readouterr().out
-    assert "error: non-finite weight: net.0.weight" in printed
+    assert "error: non-finite weight\n  where: net.0.weight\n" in printed
     assert "lit-stability resume RUN" in printed
     assert "found: 1 error" in printed
 
@@ -104,7 +104,7 @@ def test_scene_of_an_incident_shows_its_gradients(tmp_path, capsys):
     plot = tmp_path / "flow.png"
     assert doctor(scene, "--plot", plot) == 1
     printed = capsys.readouterr().out
-    assert "error: non-finite gradient: net.0.weight, net.0.bias" in printed
+    assert "error: non-finite gradient\n  where: net.0.weight, net.0.bias" in printed
     assert "6 of 6 gradients of the offending step are NaN or Inf" in printed
     assert plot.stat().st_size > 10_000
 

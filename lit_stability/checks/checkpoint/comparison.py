@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lit_stability.checks.checkpoint.table import aligned, few, number
+from lit_stability.checks.text_table import align, format_number, join_names, more_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,8 @@ def format_comparison(comparison: Comparison, limit: int | None = 20) -> str:
     lines = [_heading(comparison), *_lists(comparison, limit)]
     if moved:
         head = ("tensor", "change", "cosine", "largest", "norm before", "norm after", "NaN/Inf")
-        lines += ["", *aligned([head, *(_cells(each) for each in moved[:limit])], left=1)]
-        if len(moved) > len(moved[:limit]):
-            lines.append(f"{len(moved) - len(moved[:limit])} more tensors; --all shows them")
+        lines += ["", *align([head, *(_cells(each) for each in moved[:limit])], left=1)]
+        lines += more_rows(len(moved) - len(moved[:limit]), "tensors")
     return "\n".join(lines)
 
 
@@ -128,17 +127,17 @@ def _lists(comparison: Comparison, limit: int | None) -> list[str]:
         ("of another shape, not compared", reshaped),
         ("of another dtype", retyped),
     )
-    return [f"{what}: {few(names, limit)}" for what, names in told if names]
+    return [f"{what}: {join_names(names, limit)}" for what, names in told if names]
 
 
 def _cells(change: Change) -> tuple[str, ...]:
     bad = change.non_finite_before, change.non_finite_after
     return (
         change.name,
-        number(change.relative),
+        format_number(change.relative),
         "-" if change.cosine is None else f"{change.cosine:.4f}",
-        number(change.largest),
-        number(change.norm_before),
-        number(change.norm_after),
+        format_number(change.largest),
+        format_number(change.norm_before),
+        format_number(change.norm_after),
         f"{bad[0]} -> {bad[1]}" if any(bad) else ".",
     )

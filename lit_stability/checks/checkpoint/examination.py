@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lit_stability.checks.checkpoint.measure import measure_tensors
 from lit_stability.checks.checkpoint.optimizer_state import measure_moments
-from lit_stability.checks.checkpoint.report import SEVERITIES, HealthReport, RunHealth
+from lit_stability.checks.checkpoint.report import HealthReport, RunHealth
 from lit_stability.checks.checkpoint.run_findings import moment_findings, run_findings
 from lit_stability.checks.checkpoint.tensor_findings import gradient_findings, tensor_findings
+from lit_stability.checks.finding import worst_first
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.measurement.step_stats import GradientDetail
 
@@ -45,8 +46,7 @@ def examine(
         *run_findings(run, moments),
     ]
     report = HealthReport(run=run, tensors=tensors, moments=moments, gradients=tuple(gradients))
-    rank = SEVERITIES.index
-    return replace(report, findings=tuple(sorted(findings, key=lambda f: rank(f.severity))))
+    return replace(report, findings=tuple(worst_first(findings)))
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_stability.checks.checkpoint.comparison import Comparison
 from lit_stability.checks.checkpoint.report import HealthReport, MomentHealth, TensorHealth
+from lit_stability.checks.finding import count_by_severity
 from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def draw_health(report: HealthReport, *, title: str = "", layers: int = 40) -> F
         text.set_color(colors.get(each.name, INK))
     all_ = [each for each in report.tensors if _drawable(each)]
     of = f", {len(shown)} of {len(all_)} tensors" if len(shown) < len(all_) else ""
-    told = [f"{len(report.of(s))} {s}s" for s in ("error", "warning") if report.of(s)]
-    _title(figure, title, (", ".join(told) or "nothing found") + of)
+    counts = count_by_severity([*report.of("error"), *report.of("warning")])
+    _title(figure, title, (counts or "nothing found") + of)
     return figure
 
 

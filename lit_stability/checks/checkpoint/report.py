@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from lit_stability.checks.finding import Finding, Severity
 from lit_stability.measurement.step_stats import GradientDetail
-
-Severity = Literal["error", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-"""From the worst on. An error is what no healthy run has; a warning, what few have on purpose."""
 
 Kind = Literal["parameter", "buffer", "integer"]
 
@@ -144,23 +141,6 @@ class RunHealth:
         return (self.global_step or 0) >= 10
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One problem that the doctor names in a checkpoint or in its run."""
-
-    severity: Severity
-    what: str
-    where: tuple[str, ...]
-    """Names of tensors or parameters, the worst first, or of a part of the run."""
-    why: str
-    """What was seen, and why it matters."""
-    remedy: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
 @dataclass(frozen=True, kw_only=True)
 class HealthReport:
     """A checkpoint, measured, with what was found.
@@ -192,9 +172,15 @@ class HealthReport:
         return {
             "schema": 1,
             "healthy": self.healthy,
-            "findings": [each.as_dict() for each in self.findings],
+            "findings": [_finding_as_dict(finding) for finding in self.findings],
             "run": asdict(self.run),
             "tensors": [each.as_dict() for each in self.tensors],
             "moments": [each.as_dict() for each in self.moments],
             "gradients": [asdict(each) for each in self.gradients],
         }
+
+
+def _finding_as_dict(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    del values["check"]  # findings of a checkpoint name no check
+    return values

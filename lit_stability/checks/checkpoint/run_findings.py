@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
-from lit_stability.checks.checkpoint.report import Finding, MomentHealth, RunHealth
+from lit_stability.checks.checkpoint.report import MomentHealth, RunHealth
 from lit_stability.checks.checkpoint.tensor_findings import LARGE_GRADIENT
+from lit_stability.checks.finding import Finding
 from lit_stability.measurement.float_formats import FORMATS
 
 RATIO_SLACK = 10.0
@@ -42,20 +43,20 @@ def _damaged(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
     if bad:
         keys = ", ".join(dict.fromkeys(key for each in bad for key in each.non_finite))
         yield Finding(
-            "error",
-            "non-finite moment",
-            tuple(each.name for each in bad),
-            f"NaN or Inf in {keys}: the next update carries it into the weights",
-            "go on from an earlier checkpoint, or with a new optimizer state",
+            severity="error",
+            what="non-finite moment",
+            where=tuple(each.name for each in bad),
+            why=f"NaN or Inf in {keys}: the next update carries it into the weights",
+            remedy="go on from an earlier checkpoint, or with a new optimizer state",
         )
     negative = [each for each in moments if each.negative]
     if negative:
         yield Finding(
-            "error",
-            "negative second moment",
-            tuple(each.name for each in negative),
-            "a mean of squares cannot be below zero; its root in the next update is NaN",
-            "go on from an earlier checkpoint, or with a new optimizer state",
+            severity="error",
+            what="negative second moment",
+            where=tuple(each.name for each in negative),
+            why="a mean of squares cannot be below zero; its root in the next update is NaN",
+            remedy="go on from an earlier checkpoint, or with a new optimizer state",
         )
 
 
@@ -71,13 +72,14 @@ def _impossible(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
         over.sort(key=lambda pair: -pair[0])
         ratio, bound = over[0][1].ratio, over[0][1].ratio_bound
         yield Finding(
-            "error",
-            "damaged second moment",
-            tuple(each.name for _, each in over),
-            f"|exp_avg| / sqrt(exp_avg_sq) is up to {ratio:.3g}, and no gradients whatever take "
+            severity="error",
+            what="damaged second moment",
+            where=tuple(each.name for _, each in over),
+            why=f"|exp_avg| / sqrt(exp_avg_sq) is up to {ratio:.3g}, and no gradients whatever "
+            "take "
             f"it beyond {bound:.3g}: the second moment was zeroed or overwritten, and the next "
             "update would be that much too large",
-            "go on from an earlier checkpoint, or with a new optimizer state and a warm-up",
+            remedy="go on from an earlier checkpoint, or with a new optimizer state and a warm-up",
         )
 
 
@@ -89,12 +91,14 @@ def _idle(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
     ]
     if idle:
         yield Finding(
-            "warning",
-            "no gradient",
-            tuple(each.name for each in idle),
-            "all moments are exactly 0: in every step that the optimizer took for it the gradient "
+            severity="warning",
+            what="no gradient",
+            where=tuple(each.name for each in idle),
+            why="all moments are exactly 0: in every step that the optimizer took for it the "
+            "gradient "
             "was",
-            "see whether its output reaches the loss; requires_grad_(False) if it is not meant to",
+            remedy="see whether its output reaches the loss; requires_grad_(False) if it is not "
+            "meant to",
         )
     for optimizer in sorted({each.optimizer for each in moments}):
         counted = [each for each in moments if each.optimizer == optimizer and each.step]
@@ -103,11 +107,11 @@ def _idle(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
         if fewer:
             least = min(each.step or 0.0 for each in fewer)
             yield Finding(
-                "note",
-                "fewer updates",
-                tuple(each.name for each in fewer),
-                f"from {least:g} of {most:g}: in the other steps there was no gradient",
-                "nothing, if they were frozen or unused for a while",
+                severity="note",
+                what="fewer updates",
+                where=tuple(each.name for each in fewer),
+                why=f"from {least:g} of {most:g}: in the other steps there was no gradient",
+                remedy="nothing, if they were frozen or unused for a while",
             )
 
 
@@ -115,12 +119,13 @@ def _unnamed(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
     unnamed = tuple(each.name for each in moments if each.name.startswith("unnamed "))
     if unnamed:
         yield Finding(
-            "note",
-            "unnamed moments",
-            unnamed,
-            "a checkpoint counts the optimizer's parameters without naming them, and more than one "
+            severity="note",
+            what="unnamed moments",
+            where=unnamed,
+            why="a checkpoint counts the optimizer's parameters without naming them, and more "
+            "than one "
             "order fits these shapes",
-            "give the optimizer named_parameters(): it stores the names then",
+            remedy="give the optimizer named_parameters(): it stores the names then",
         )
 
 
@@ -130,19 +135,20 @@ def _rates(run: RunHealth) -> Iterable[Finding]:
     bad = [(where, rate) for where, rate in told if not isfinite(rate) or rate < 0]
     if bad:
         yield Finding(
-            "error",
-            "impossible learning rate",
-            tuple(where for where, _ in bad),
-            f"the learning rate is {bad[0][1]}",
-            "look at the scheduler; set the learning rate anew when going on",
+            severity="error",
+            what="impossible learning rate",
+            where=tuple(where for where, _ in bad),
+            why=f"the learning rate is {bad[0][1]}",
+            remedy="look at the scheduler; set the learning rate anew when going on",
         )
     if told and not any(rate for _, rate in told):
         yield Finding(
-            "note",
-            "learning rate of zero",
-            tuple(where for where, _ in told),
-            "a step from here moves nothing: usual at the end of a schedule, or before its start",
-            "to go on, give the scheduler more steps",
+            severity="note",
+            what="learning rate of zero",
+            where=tuple(where for where, _ in told),
+            why="a step from here moves nothing: usual at the end of a schedule, or before its "
+            "start",
+            remedy="to go on, give the scheduler more steps",
         )
 
 
@@ -163,12 +169,13 @@ def _epsilon(run: RunHealth, moments: Sequence[MomentHealth]) -> Iterable[Findin
             lost.append((each.name, f"eps={eps:g} is 0 in {kept.name}"))
     if lost:
         yield Finding(
-            "warning",
-            "vanished epsilon",
-            tuple(name for name, _ in lost),
-            f"{lost[0][1]}, in which the optimizer computes: where a second moment is 0 too, the "
+            severity="warning",
+            what="vanished epsilon",
+            where=tuple(name for name, _ in lost),
+            why=f"{lost[0][1]}, in which the optimizer computes: where a second moment is 0 too, "
+            "the "
             "update is 0 / 0 or x / 0",
-            "train in 16-mixed, with weights in float32, or set eps=1e-4",
+            remedy="train in 16-mixed, with weights in float32, or set eps=1e-4",
         )
 
 
@@ -176,12 +183,13 @@ def _scaler(run: RunHealth) -> Iterable[Finding]:
     scale = run.scaler.get("scale")
     if scale is not None and not LOWEST_SCALE <= scale < float("inf"):
         yield Finding(
-            "error",
-            "loss-scale collapse",
-            ("loss scaler",),
-            f"the loss scale is {scale:g}: it was halved at overflow after overflow, and under "
+            severity="error",
+            what="loss-scale collapse",
+            where=("loss scaler",),
+            why=f"the loss scale is {scale:g}: it was halved at overflow after overflow, and under "
             f"{LOWEST_SCALE:g} every step is left out or its gradients are 0",
-            "go on in bf16-mixed or 32-true from before, and look for NaN, which no scale cures",
+            remedy="go on in bf16-mixed or 32-true from before, and look for NaN, which no scale "
+            "cures",
         )
 
 
@@ -194,16 +202,16 @@ def _past(run: RunHealth) -> Iterable[Finding]:
     ):
         if steps:
             yield Finding(
-                severity,  # type: ignore[arg-type]
-                what,
-                tuple(f"step {step}" for step in steps),
-                f"{len(steps)} of the last {len(run.history)} steps had "
+                severity=severity,  # type: ignore[arg-type]
+                what=what,
+                where=tuple(f"step {step}" for step in steps),
+                why=f"{len(steps)} of the last {len(run.history)} steps had "
                 + (
                     "a loss or gradient norm that is NaN or Inf"
                     if what == "non-finite step"
                     else f"a gradient norm above {LARGE_GRADIENT:g}, before clipping"
                 ),
-                "read incidents.jsonl of the run: what was found, and what was done",
+                remedy="read incidents.jsonl of the run: what was found, and what was done",
             )
 
 
@@ -212,12 +220,13 @@ def _budget(run: RunHealth) -> Iterable[Finding]:
     spent = [sort for sort, left in state.get("budget left", {}).items() if left <= 0]
     if spent:
         yield Finding(
-            "warning",
-            "budget spent",
-            tuple(spent),
-            "AutoRollback has none of these responses left, and the next anomaly that needs one "
+            severity="warning",
+            what="budget spent",
+            where=tuple(spent),
+            why="AutoRollback has none of these responses left, and the next anomaly that needs "
+            "one "
             "stops the run",
-            "find the cause in incidents.jsonl before going on",
+            remedy="find the cause in incidents.jsonl before going on",
         )
     changed = [
         f"{name} is {state[name]:g}"
@@ -230,9 +239,9 @@ def _budget(run: RunHealth) -> Iterable[Finding]:
         changed.append("modules compute in float32: " + ", ".join(state["float32 islands"]))
     if changed or state.get("incidents"):
         yield Finding(
-            "note",
-            "incidents",
-            ("run",),
-            "; ".join([f"{state.get('incidents', 0)} so far", *changed]),
-            "nothing: what is in force is restored on resume",
+            severity="note",
+            what="incidents",
+            where=("run",),
+            why="; ".join([f"{state.get('incidents', 0)} so far", *changed]),
+            remedy="nothing: what is in force is restored on resume",
         )

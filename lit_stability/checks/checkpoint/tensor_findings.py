@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
-from lit_stability.checks.checkpoint.report import Finding, Severity, TensorHealth
+from lit_stability.checks.checkpoint.report import TensorHealth
+from lit_stability.checks.finding import Finding, Severity
 from lit_stability.diagnosis.layer_types import is_norm_gain
 from lit_stability.measurement.step_stats import GradientDetail
 
@@ -66,21 +67,22 @@ def gradient_findings(gradients: Sequence[GradientDetail]) -> list[Finding]:
     if bad:
         found.append(
             Finding(
-                "error",
-                "non-finite gradient",
-                tuple(bad),
-                f"{len(bad)} of {len(gradients)} gradients of the offending step are NaN or Inf",
-                "take that step again under NonFiniteLocator: it names the operation",
+                severity="error",
+                what="non-finite gradient",
+                where=tuple(bad),
+                why=f"{len(bad)} of {len(gradients)} gradients of the offending step are NaN or "
+                "Inf",
+                remedy="take that step again under NonFiniteLocator: it names the operation",
             )
         )
     if large:
         found.append(
             Finding(
-                "warning",
-                "large gradient",
-                tuple(each.name for each in large),
-                f"a norm of up to {large[0].norm:.3g}, above {LARGE_GRADIENT:g}",
-                "clip the gradient norm, and look at the loss of that batch",
+                severity="warning",
+                what="large gradient",
+                where=tuple(each.name for each in large),
+                why=f"a norm of up to {large[0].norm:.3g}, above {LARGE_GRADIENT:g}",
+                remedy="clip the gradient norm, and look at the loss of that batch",
             )
         )
     return found
@@ -91,12 +93,13 @@ def _non_finite(tensors: Sequence[TensorHealth]) -> Iterable[Finding]:
     if bad:
         count = sum(t.damaged for t in bad)
         yield Finding(
-            "error",
-            "non-finite weight" if bad[0].kind == "parameter" else "non-finite buffer",
-            tuple(t.name for t in bad),
-            f"{count} element{'s are' if count > 1 else ' is'} NaN or Inf: whatever they are "
+            severity="error",
+            what="non-finite weight" if bad[0].kind == "parameter" else "non-finite buffer",
+            where=tuple(t.name for t in bad),
+            why=f"{count} element{'s are' if count > 1 else ' is'} NaN or Inf: whatever they are "
             "multiplied with is too, and no later step heals them",
-            "go on from an earlier checkpoint; `lit-stability resume RUN` finds the last good one",
+            remedy="go on from an earlier checkpoint; `lit-stability resume RUN` finds the last "
+            "good one",
         )
 
 
@@ -106,21 +109,22 @@ def _variances(tensors: Sequence[TensorHealth]) -> Iterable[Finding]:
     zero = [t.name for t in kept if t.minimum == 0 and t.finite]
     if negative:
         yield Finding(
-            "error",
-            "negative running variance",
-            tuple(negative),
-            "a variance cannot be below zero; BatchNorm takes its root in evaluation, which is NaN",
-            "go on from an earlier checkpoint, or count the statistics anew: "
+            severity="error",
+            what="negative running variance",
+            where=tuple(negative),
+            why="a variance cannot be below zero; BatchNorm takes its root in evaluation, which "
+            "is NaN",
+            remedy="go on from an earlier checkpoint, or count the statistics anew: "
             "reset_running_stats(), then training batches in train() without an update",
         )
     if zero:
         yield Finding(
-            "warning",
-            "zero running variance",
-            tuple(zero),
-            "some channels have not varied for hundreds of batches; in evaluation BatchNorm "
+            severity="warning",
+            what="zero running variance",
+            where=tuple(zero),
+            why="some channels have not varied for hundreds of batches; in evaluation BatchNorm "
             "multiplies them by 1/sqrt(eps), 316 with torch's default, should they ever vary",
-            "look for dead units before that layer",
+            remedy="look for dead units before that layer",
         )
 
 
@@ -134,13 +138,14 @@ def _torn(weights: Sequence[TensorHealth]) -> Iterable[Finding]:
         if of_level:
             worst = max(of_level, key=lambda t: t.torn_ratio)
             yield Finding(
-                severity,
-                "torn element",
-                tuple(t.name for t in sorted(of_level, key=lambda t: -t.torn_ratio)),
-                f"{worst.torn} of {worst.elements} elements up to {worst.largest:.3g}, "
+                severity=severity,
+                what="torn element",
+                where=tuple(t.name for t in sorted(of_level, key=lambda t: -t.torn_ratio)),
+                why=f"{worst.torn} of {worst.elements} elements up to {worst.largest:.3g}, "
                 f"{worst.torn_ratio:.2g} times the next largest: training moves elements "
                 "together, a flipped bit or a bad write moves one",
-                "go on from an earlier checkpoint; if it comes back, test the memory of the device",
+                remedy="go on from an earlier checkpoint; if it comes back, test the memory of "
+                "the device",
             )
 
 
@@ -154,12 +159,14 @@ def _large(weights: Sequence[TensorHealth]) -> Iterable[Finding]:
     if large:
         large.sort(key=lambda t: -t.rms)
         yield Finding(
-            "warning",
-            "large weights",
-            tuple(t.name for t in large),
-            f"root mean square up to {large[0].rms:.3g}, above {LARGE_RMS:g}: fp16 overflows at "
+            severity="warning",
+            what="large weights",
+            where=tuple(t.name for t in large),
+            why=f"root mean square up to {large[0].rms:.3g}, above {LARGE_RMS:g}: fp16 overflows "
+            "at "
             "65504, and learning rates meant for weights near 1 hardly move these",
-            "compare with an earlier checkpoint; lower the learning rate, add weight decay, or "
+            remedy="compare with an earlier checkpoint; lower the learning rate, add weight "
+            "decay, or "
             "scale inputs and targets",
         )
 
@@ -170,17 +177,17 @@ def _gains(
     zero = tuple(t.name for t in weights if _is_gain(t, named) and t.zeros == t.elements)
     if zero:
         yield Finding(
-            "error" if trained else "note",
-            "zeroed gain",
-            zero,
-            "a norm layer with a gain of zero lets nothing through"
+            severity="error" if trained else "note",
+            what="zeroed gain",
+            where=zero,
+            why="a norm layer with a gain of zero lets nothing through"
             + (
                 ", and a step that reaches it would have moved it: it was overwritten, or frozen"
                 if trained
                 else "; on purpose where a residual branch is to begin as nothing, or where the "
                 "layer adds 1 to it"
             ),
-            "initialise the gains with 1, or see that they get a gradient",
+            remedy="initialise the gains with 1, or see that they get a gradient",
         )
 
 
@@ -201,23 +208,24 @@ def _empty(
         zero = tuple(t.name for t in matrices if t.zeros == t.elements)
         if zero:
             yield Finding(
-                "warning",
-                "zero matrix",
-                zero,
-                "every element is still, or again, exactly 0 after training: the layer says the "
+                severity="warning",
+                what="zero matrix",
+                where=zero,
+                why="every element is still, or again, exactly 0 after training: the layer says "
+                "the "
                 "same whatever comes in",
-                "see whether it gets a gradient, and whether it is used at all",
+                remedy="see whether it gets a gradient, and whether it is used at all",
             )
     rows = [t for t in matrices if t.zeros < t.elements and _dead_rows(t, named)]
     if rows:
         rows.sort(key=lambda t: -t.zero_rows)
         yield Finding(
-            "warning",
-            "dead rows",
-            tuple(t.name for t in rows),
-            f"{rows[0].zero_rows} of {rows[0].shape[0]} rows are exactly 0, which neither "
+            severity="warning",
+            what="dead rows",
+            where=tuple(t.name for t in rows),
+            why=f"{rows[0].zero_rows} of {rows[0].shape[0]} rows are exactly 0, which neither "
             "initialisation nor decay leaves: these units say the same whatever comes in",
-            "nothing, if the model was pruned; otherwise compare with an earlier checkpoint",
+            remedy="nothing, if the model was pruned; otherwise compare with an earlier checkpoint",
         )
 
 
@@ -232,14 +240,15 @@ def _twins(weights: Sequence[TensorHealth], trained: bool) -> Iterable[Finding]:
     twins = [t for t in weights if t.same_values]
     if twins:
         yield Finding(
-            "warning" if trained else "note",
-            "equal tensors",
-            tuple(f"{t.name} = {t.same_values}" for t in twins),
-            "equal to the last bit, in memory of their own"
+            severity="warning" if trained else "note",
+            what="equal tensors",
+            where=tuple(f"{t.name} = {t.same_values}" for t in twins),
+            why="equal to the last bit, in memory of their own"
             + (
                 ": training, which moves them apart, has not touched them, or a tie was lost"
                 if trained
                 else "; layers copied from one another begin alike"
             ),
-            "nothing, if they are frozen, or a copy on purpose such as an average of weights",
+            remedy="nothing, if they are frozen, or a copy on purpose such as an average of "
+            "weights",
         )

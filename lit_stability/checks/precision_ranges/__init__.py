@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "LossScale": "findings",
+    "LossScale": "limits",
     "RangeReport": "report",
     "RangeRow": "report",
     "Verdict": "verdict",

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from math import log2
 from typing import TYPE_CHECKING, Any
 
-from lit_stability.checks.precision_ranges.findings import TOLERATED
+from lit_stability.checks.precision_ranges.limits import TOLERATED
 from lit_stability.checks.precision_ranges.report import KINDS, Kind, RangeReport, RangeRow
-from lit_stability.checks.precision_ranges.table import in_percent, worst_first
+from lit_stability.checks.precision_ranges.table import worst_first
 from lit_stability.checks.precision_ranges.verdict import Verdict, judge
+from lit_stability.checks.text_table import format_share
 from lit_stability.figures import (
     BLUE,
     INK,
@@ -157,11 +158,11 @@ def _write_shares(axis: Axes, y: int, row: RangeRow, limits: tuple[int, int]) ->
     """What fp16 would lose of a layer, at the end of the axis where it is lost."""
     style: dict[str, Any] = {"va": "center", "fontsize": 6.5, "fontweight": "bold"}
     if row.overflowing(FLOAT16):
-        share = in_percent(row.overflowing(FLOAT16) / row.elements)
+        share = format_share(row.overflowing(FLOAT16) / row.elements)
         axis.text(limits[1] - 0.7, y, share, ha="right", color=_OVERFLOW, **style)
     lost = row.vanishing(FLOAT16) / max(1, row.nonzero)
     if lost > TOLERATED and "gradients" in row.kind:
-        axis.text(limits[0] + 0.7, y, in_percent(lost), ha="left", color=_LOST, **style)
+        axis.text(limits[0] + 0.7, y, format_share(lost), ha="left", color=_LOST, **style)
 
 
 def _draw_legend(figure: Figure, axes: Any, mesh: Any) -> None:

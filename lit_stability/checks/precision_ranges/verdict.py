@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lit_stability.checks.precision_ranges.bins import JUDGED
-from lit_stability.checks.precision_ranges.findings import (
+from lit_stability.checks.precision_ranges.limits import (
     STARVED,
     TOLERATED,
     LossScale,
@@ -38,6 +38,7 @@ from lit_stability.checks.precision_ranges.report import (
     RangeRow,
     pooled,
 )
+from lit_stability.checks.text_table import join_names
 from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, FloatFormat
 
 Status = Literal["fits", "fits with a loss scale", "overflows", "no loss scale", "not finite"]
@@ -143,7 +144,7 @@ def _on_scale(
             f"no loss scale keeps {1 - TOLERATED:.1%} of the gradients' elements above zero and "
             f"none from overflowing ({row.smallest:.2g} to {row.largest:.2g}); "
             "use bfloat16. Too small beside the largest: "
-            f"{_some(starved) or 'parts of many layers'}"
+            f"{join_names(starved, 5) or 'parts of many layers'}"
         ]
     advice = []
     if 0 not in scale or each == FLOAT16:
@@ -152,14 +153,10 @@ def _on_scale(
         )
     if starved:
         advice.append(
-            f"even so more than {STARVED:.0%} of the gradient becomes zero in {_some(starved)}"
+            f"even so more than {STARVED:.0%} of the gradient becomes zero in "
+            f"{join_names(starved, 5)}"
         )
     return advice
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _on_scaler(scale: LossScale) -> str:

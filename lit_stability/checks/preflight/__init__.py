@@ -7,18 +7,17 @@ Each check is in the file of its family, with the reason of each threshold besid
 healthy twin in the tests on which it is silent. May import torch; knows no Lightning.
 """
 
+from lit_stability.checks.finding import Finding, Severity
 from lit_stability.checks.preflight.checklist import Expectations, preflight
-from lit_stability.checks.preflight.finding import (
-    DeclarationError,
-    Finding,
-    NotApplicableError,
-    PreflightError,
-    Report,
-    Severity,
-)
 from lit_stability.checks.preflight.masks import MaskProbe, nudged
 from lit_stability.checks.preflight.memorise import Memorise
 from lit_stability.checks.preflight.positions import PositionProbe
+from lit_stability.checks.preflight.report import (
+    DeclarationError,
+    NotApplicableError,
+    PreflightError,
+    Report,
+)
 from lit_stability.checks.preflight.subject import StepError, Subject, rehearsing
 
 __all__ = [

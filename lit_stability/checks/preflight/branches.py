@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import NotApplicableError
 
 DEAD = 0.99
 """Share of zeros in a ReLU's output. Half is usual, 0.9 happens with a negative bias; at 0.99 the
@@ -48,7 +49,7 @@ def check_gains(first: Observation, second: Observation, model: nn.Module) -> li
                 what=f"the gains of {len(zero)} of {len(norms)} norm layers are 0",
                 where=tuple(zero),
                 why="their branches start as constants; they get a gradient and can leave it",
-                do="nothing, if the initialisation means it so",
+                remedy="nothing, if the initialisation means it so",
             )
         ]
     return [
@@ -59,7 +60,7 @@ def check_gains(first: Observation, second: Observation, model: nn.Module) -> li
             + (f", {len(shut)} of them without a gradient" if shut else ""),
             where=tuple(shut or zero),
             why="the input is multiplied by 0: nothing is NaN, and the loss stalls",
-            do="initialise the gains at 1; an initialisation that goes by the number of "
+            remedy="initialise the gains at 1; an initialisation that goes by the number of "
             "dimensions, or by 'weight' in the name, must leave norms out",
         )
     ]
@@ -92,7 +93,7 @@ def check_weights(first: Observation, second: Observation, model: nn.Module) -> 
             "no gradient comes to them",
             where=tuple(dead),
             why="what passes through them is zero for good; layers before them learn nothing",
-            do="start at most the last matrix of a branch at 0, not two in a row",
+            remedy="start at most the last matrix of a branch at 0, not two in a row",
         )
     ]
 
@@ -111,7 +112,7 @@ def check_relus(seen: Observation) -> list[Finding]:
             f"{100 * share:.4g} % of its elements",
             where=tuple(name or "training_step" for name in worst),
             why="no gradient passes where a ReLU is zero",
-            do="look for a large negative bias, or unnormalised inputs, in the layer before it",
+            remedy="look for a large negative bias, or unnormalised inputs, in the layer before it",
         )
     ]
 
@@ -132,7 +133,7 @@ def check_constant(second: Observation) -> list[Finding]:
             what=f"all {call.targets} targets get the very same logits, after small steps too",
             where=(call.module,) if call.module else (),
             why="the output does not depend on the input: at best the frequencies are learnt",
-            do="look for the first module whose output is constant: a zero gain, a saturated "
+            remedy="look for the first module whose output is constant: a zero gain, a saturated "
             "activation, an input that is not used",
         )
         for call in calls

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight import (
     branches,
     inputs,
@@ -22,14 +23,9 @@ from lit_stability.checks.preflight import (
     sharing,
     trainable,
 )
-from lit_stability.checks.preflight.finding import (
-    DeclarationError,
-    Finding,
-    NotApplicableError,
-    Report,
-)
 from lit_stability.checks.preflight.memorise import Memorise, check_memory
 from lit_stability.checks.preflight.observation import Observation, observe
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError, Report
 from lit_stability.checks.preflight.subject import StepError, Subject, rehearsing
 
 Check = Callable[[], list[Finding]]

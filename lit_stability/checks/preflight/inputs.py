@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import NotApplicableError
 
 HUGE = 1e4
 """Beyond 1e4 a product of two elements overflows fp16 (65504)."""
@@ -49,7 +50,7 @@ def _values(name: str, tensor: Tensor) -> list[Finding]:
                 what=f"{bad} of {tensor.numel()} values are NaN or infinite",
                 where=(name,),
                 why="they make the loss and every gradient NaN; clipping does not help",
-                do="clean the data, or drop such samples in the dataset",
+                remedy="clean the data, or drop such samples in the dataset",
             )
         ]
     values = tensor[tensor.isfinite()].abs().float()
@@ -65,7 +66,7 @@ def _values(name: str, tensor: Tensor) -> list[Finding]:
             what=f"values of up to {largest:.4g}, rms {rms:.4g}: not normalised",
             where=(name,),
             why="the first layer's outputs and gradients scale with them, and fp16 ends at 65504",
-            do="scale the data to variance 1, or to [0, 1]; look for outliers and units",
+            remedy="scale the data to variance 1, or to [0, 1]; look for outliers and units",
         )
     ]
 
@@ -87,7 +88,7 @@ def _mask(name: str, mask: Tensor) -> list[Finding]:
             what=f"{int(shut.sum())} of {shut.numel()} rows of the mask leave nothing to attend to",
             where=(name,),
             why="a softmax over nothing is NaN, a mean over nothing too",
-            do="drop empty samples; if the mask means the opposite (True = left out), name it "
+            remedy="drop empty samples; if the mask means the opposite (True = left out), name it "
             "padding_mask, and hand it on as such",
         )
     ]
@@ -108,7 +109,7 @@ def check_targets(seen: Observation) -> list[Finding]:
             what=f"every target of a {call.kind} is ignored",
             where=(call.module,) if call.module else (),
             why="its mean is 0/0, NaN, and if it is not, nothing is learnt from the batch",
-            do="look at ignore_index, at the labels' padding, and at what truncation leaves",
+            remedy="look at ignore_index, at the labels' padding, and at what truncation leaves",
         )
         for call in seen.watch.losses
         if call.targets == 0

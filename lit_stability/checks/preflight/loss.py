@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import NotApplicableError
 
 HIGH_FACTOR, HIGH_NATS = 1.5, 1.0
 """Above 1.5 times the guess and 1 nat more, the logits spread by more than sqrt(2), as no common
@@ -38,7 +39,8 @@ def check_finite(seen: Observation) -> list[Finding]:
                 what=f"the first loss is {seen.loss}",
                 where=tuple(name for name, out in seen.outputs.items() if not out.finite)[:1],
                 why="every gradient is NaN with it, and no clipping mends a NaN",
-                do="look at the module named (the first whose output is not finite) and the batch",
+                remedy="look at the module named (the first whose output is not finite) and the "
+                "batch",
             )
         )
     bad = tuple(n for n, g in seen.gradients.items() if g is not None and not math.isfinite(g))
@@ -50,7 +52,7 @@ def check_finite(seen: Observation) -> list[Finding]:
                 what=f"the loss is finite, the gradients of {len(bad)} parameters are not",
                 where=bad,
                 why="one step writes NaN into these weights; no clipping mends a NaN",
-                do="look for sqrt, log, norm or a division at 0, also behind a torch.where",
+                remedy="look for sqrt, log, norm or a division at 0, also behind a torch.where",
             )
         )
     return findings
@@ -63,7 +65,7 @@ def check_operations(seen: Observation) -> list[Finding]:
     )
     findings: dict[tuple[str, str], Finding] = {}
     for fault in seen.watch.faults:
-        why, do, severe = _OPERATIONS[fault.operation]
+        why, remedy, severe = _OPERATIONS[fault.operation]
         what = f"{fault.operation}, {fault.elements} of {fault.total}"
         findings[fault.operation, fault.module] = Finding(
             check="operations",
@@ -71,7 +73,7 @@ def check_operations(seen: Observation) -> list[Finding]:
             what=what,
             where=(fault.module or "training_step",),
             why=why,
-            do=do,
+            remedy=remedy,
         )
     return list(findings.values())
 
@@ -157,7 +159,7 @@ def _no_explosion(loss: float, terms: int, expected: float) -> Finding:
         severity="note",
         what=_beside_a_guess("the loss", loss, f"{terms} ln 2", expected),
         why="it is a sum of that many terms, and what knowing nothing costs; no gradient explodes",
-        do="nothing; divide by the number of terms to compare it with other losses",
+        remedy="nothing; divide by the number of terms to compare it with other losses",
     )
 
 
@@ -189,7 +191,8 @@ def _judge(
                 where=places,
                 why="worse than a guess: the head gives large and confident answers that are "
                 "wrong, and the first steps are spent, or lost, on taking them back",
-                do="initialise the head small (Xavier with gain 0.1), look at the scale of what "
+                remedy="initialise the head small (Xavier with gain 0.1), look at the scale of "
+                "what "
                 "it is fed, and at the labels",
             )
         ]
@@ -202,7 +205,7 @@ def _judge(
                 where=places,
                 why="better than a guess: the target can be seen (a causal mask missing, labels "
                 "not shifted, a label among the inputs), or the labels are of one class",
-                do="declare mask probes; if the weights are trained already, say so with "
+                remedy="declare mask probes; if the weights are trained already, say so with "
                 "Preflight(pretrained=True)",
             )
         ]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_stability.checks.preflight.finding import DeclarationError, Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import take_small_steps
 from lit_stability.checks.preflight.operations import WithoutDropout
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.subject import StepError, Subject
 
 TOLERANCE = 1e-3
@@ -195,7 +196,7 @@ def _finding(probe: MaskProbe, change: _Change, *, inverted: bool) -> Finding:
         what=f"{probe.name}: {fault[0]}; {', '.join(numbers)}",
         where=(probe.where,) if probe.where else (),
         why=fault[1],
-        do=fault[2],
+        remedy=fault[2],
     )
 
 

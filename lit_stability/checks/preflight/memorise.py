@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.inputs import named_tensors
 from lit_stability.checks.preflight.operations import WithoutDropout, quiet_dropout
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.checks.preflight.subject import Subject
 
 
@@ -82,7 +83,7 @@ def check_memory(subject: Subject, plan: Memorise | None) -> list[Finding]:
             what=f"{plan.samples} samples are not learnt by heart: the loss goes from {first:.4g} "
             f"to {last:.4g} in {plan.steps} steps, not below {100 * plan.fraction:.3g} %",
             why="a model that cannot overfit a handful of samples will not fit more",
-            do="look at the other findings first; then at the labels (do equal inputs have "
+            remedy="look at the other findings first; then at the labels (do equal inputs have "
             "different ones?), the masks and what is frozen; try more steps, or another lr",
         )
     ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lit_stability.checks.preflight.finding import Finding
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.operations import WithoutDropout, quiet_dropout
 from lit_stability.checks.preflight.subject import Subject, first_tensor
 
@@ -60,7 +60,7 @@ def _finding(module: str, what: str) -> Finding:
         what=f"train() and eval() differ without dropout: {what}",
         where=(module or "training_step",),
         why="what is validated and used is not what is trained",
-        do="look for self.training in the module; a difference that is meant needs no change",
+        remedy="look for self.training in the module; a difference that is meant needs no change",
     )
 
 
@@ -72,7 +72,7 @@ def _random(module: str) -> Finding:
         "compared with eval mode",
         where=(module or "training_step",),
         why="it may be meant, as noise or stochastic depth are",
-        do="nothing, if it is meant",
+        remedy="nothing, if it is meant",
     )
 
 

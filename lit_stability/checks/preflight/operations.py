@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_stability.checks.preflight.finding import Finding
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.subject import StepError
 
 _LOGS = {torch.log, torch.log2, torch.log10, Tensor.log, Tensor.log2, Tensor.log10, Tensor.log_}
@@ -199,7 +199,7 @@ def _require_range(indices: Tensor, size: int, what: str, module: str) -> None:
             what=f"{what} of {size} rows or classes is given the index {bad}",
             where=(module,),
             why="a CPU raises an error for it; a GPU ends the process, or reads foreign memory",
-            do="compare the vocabulary or the label map of the data with the size of the model",
+            remedy="compare the vocabulary or the label map of the data with the size of the model",
         )
     )
 

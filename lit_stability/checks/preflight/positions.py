@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 
 LOW, HIGH = 0.2, 5.0
 """Within a factor of five both can be read from the sum. Embeddings drawn with 1/sqrt(width) and
@@ -64,7 +65,8 @@ def check_positions(model: nn.Module, probes: Sequence[PositionProbe] = ()) -> l
                 f"{drowned} are drowned by a factor of {max(a, b) / max(min(a, b), 1e-30):.3g}",
                 where=(name,),
                 why=f"after the first norm the {drowned} are noise beside the {by}",
-                do="scale the embeddings by sqrt(width) where they are drawn with 1/sqrt(width), "
+                remedy="scale the embeddings by sqrt(width) where they are drawn with "
+                "1/sqrt(width), "
                 "and not where they are drawn with 1; see that the factor is applied once",
             )
         )

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.checks.preflight.subject import Subject
 
 TORN = 1.0
@@ -87,7 +88,7 @@ def _still(done: Update, rate: float, steps: float) -> Finding:
         what=f"at {rate:.3g}, the highest learning rate, an update is {done.ratio:.2g} of the "
         f"weights; all {steps:.0f} planned steps together come to {done.ratio * steps:.2g} at most",
         why="the model is as good as dead: the run ends where it began",
-        do="raise the learning rate, or plan more steps",
+        remedy="raise the learning rate, or plan more steps",
     )
 
 
@@ -103,7 +104,7 @@ def _judge(done: Update, rate: float) -> list[Finding]:
             what=f"the first update, at a learning rate of {rate:.3g}, is {done.ratio:.3g} of the "
             f"weights; on the same batch the loss goes from {done.before:.4g} to {done.after:.4g}",
             why="steps of that size leave the region in which the gradient means anything",
-            do="lower the learning rate, or warm it up",
+            remedy="lower the learning rate, or warm it up",
         )
     ]
 
@@ -118,7 +119,7 @@ def _judge_peak(done: Update, rate: float) -> list[Finding]:
             what=f"at {rate:.3g}, the highest learning rate of the first {_AHEAD} steps, an update "
             f"would be {done.ratio:.3g} of the weights now",
             why="a warm-up ends there, and gradients seldom shrink enough meanwhile",
-            do="lower the highest learning rate of the schedule",
+            remedy="lower the highest learning rate of the schedule",
         )
     ]
 
@@ -129,7 +130,8 @@ def _dead(what: str) -> Finding:
         severity="error",
         what=what,
         why="the model is dead: nothing will be learnt, whatever the loss shows",
-        do="raise the learning rate; look for a schedule that multiplies it by 0, and for weights "
+        remedy="raise the learning rate; look for a schedule that multiplies it by 0, and for "
+        "weights "
         "in half precision, which small updates round away",
     )
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation, parts
+from lit_stability.checks.preflight.report import NotApplicableError
 
 FAR = 100.0
 """Two orders of magnitude. Outputs of modules beside each other differ by a factor of 10 in common
@@ -52,7 +53,7 @@ def check_scales(seen: Observation, model: nn.Module) -> list[Finding]:
                 where=(name,),
                 why="at such a junction one side drowns the other: the loss starts absurdly high "
                 "and clipping cuts the wrong gradients",
-                do="initialise it small (Xavier with gain 0.1), or put a norm before it",
+                remedy="initialise it small (Xavier with gain 0.1), or put a norm before it",
             )
         )
     for name, (value, usual) in _outliers(gradients, FAR_GRADIENT).items():
@@ -64,7 +65,8 @@ def check_scales(seen: Observation, model: nn.Module) -> list[Finding]:
                 f"{usual:.3g}",
                 where=(name,),
                 why="a clip by the global norm leaves the others next to nothing",
-                do="mend the initialisation of the module, or give it a learning rate of its own",
+                remedy="mend the initialisation of the module, or give it a learning rate of its "
+                "own",
             )
         )
     return findings
@@ -123,7 +125,7 @@ def check_initialisation(model: nn.Module) -> list[Finding]:
             where=tuple(left),
             why="a layer that the initialisation passed over starts at a scale that the others are "
             "not meant for",
-            do="initialise these layers as the others, or on purpose as a head, such as Xavier "
+            remedy="initialise these layers as the others, or on purpose as a head, such as Xavier "
             "with gain 0.1",
         )
     ]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 
 
 def check_duplicates(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Finding]:
@@ -50,7 +51,7 @@ def _moved_twice(how: str, where: tuple[str, ...]) -> Finding:
         what=f"{len(where)} parameter{'s' if len(where) > 1 else ''} {how}",
         where=where,
         why="each step moves and decays them twice, and their moments are at odds",
-        do="build the groups from named_parameters(), which gives each parameter once",
+        remedy="build the groups from named_parameters(), which gives each parameter once",
     )
 
 
@@ -71,7 +72,7 @@ def check_copies(model: nn.Module) -> list[Finding]:
                 what="parameters share memory without being one parameter",
                 where=tuple(" = ".join(names) for names in overlapping),
                 why="an optimizer moves the same memory once for each of them",
-                do="tie them by assigning the parameter itself: b.weight = a.weight",
+                remedy="tie them by assigning the parameter itself: b.weight = a.weight",
             )
         )
     if equal := _equal_matrices(model, [n for names in overlapping for n in names]):
@@ -83,7 +84,8 @@ def check_copies(model: nn.Module) -> list[Finding]:
                 where=tuple(" = ".join(names) for names in equal),
                 why="tied weights that were copied drift apart from the first step; layers made by "
                 "copying one (as nn.TransformerEncoder does) begin alike",
-                do="tie them by assigning the parameter itself, or initialise each; nothing, if "
+                remedy="tie them by assigning the parameter itself, or initialise each; nothing, "
+                "if "
                 "copies are meant",
             )
         )

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 Step = Callable[[nn.Module, Any], Tensor]
@@ -167,7 +168,7 @@ def _raised(error: Exception) -> Finding:
         severity="error",
         what=f"the step raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
         why="training will raise it too",
-        do="run the step on one batch by hand, and mend it",
+        remedy="run the step on one batch by hand, and mend it",
     )
 
 
@@ -178,7 +179,7 @@ def _no_loss(loss: Any) -> Finding:
         severity="error",
         what=f"the step returns no scalar loss, got {got}",
         why="there is nothing to minimise",
-        do="return a tensor of one element, or a dict that has it under 'loss'",
+        remedy="return a tensor of one element, or a dict that has it under 'loss'",
     )
 
 
@@ -188,5 +189,6 @@ def _detached() -> Finding:
         severity="error",
         what="the loss depends on no trainable parameter",
         why="its backward pass raises, or moves nothing",
-        do="look for detach(), .item(), no_grad() on the way to the loss, and for frozen modules",
+        remedy="look for detach(), .item(), no_grad() on the way to the loss, and for frozen "
+        "modules",
     )

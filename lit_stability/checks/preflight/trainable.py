@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from lit_stability.checks.preflight.finding import DeclarationError, Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 
 
 def check_gradients(first: Observation, second: Observation, model: nn.Module) -> list[Finding]:
@@ -37,7 +38,7 @@ def check_gradients(first: Observation, second: Observation, model: nn.Module) -
                 what=f"{_count(unreached, 'trainable parameter')} had no part in the loss",
                 where=tuple(unreached),
                 why="they will not train: they are unused, detached, or run under no_grad()",
-                do="use them, or freeze them with requires_grad_(False)",
+                remedy="use them, or freeze them with requires_grad_(False)",
             )
         )
     if still:
@@ -49,7 +50,7 @@ def check_gradients(first: Observation, second: Observation, model: nn.Module) -
                 "after small steps on all others",
                 where=tuple(still),
                 why="they will not train: what follows them is zero, saturated or masked out",
-                do="look at the first module after them whose output is zero or constant",
+                remedy="look at the first module after them whose output is zero or constant",
             )
         )
     return findings
@@ -80,7 +81,7 @@ def check_frozen(model: nn.Module, patterns: Sequence[str] = ()) -> list[Finding
             severity="note",
             what=f"{trainable:,} of {total:,} weights train, {100 * trainable / total:.3g} %",
             why="a backbone that was to be frozen, or was not, shows here first",
-            do="compare it with what you meant",
+            remedy="compare it with what you meant",
         )
     )
     return findings + _restless(model)
@@ -104,7 +105,7 @@ def _meant_to_be_frozen(model: nn.Module, patterns: Sequence[str]) -> list[Findi
             what=f"{_count(loose, 'parameter')} meant to be frozen would train",
             where=tuple(loose),
             why="new heads send large gradients at first, which destroy what the backbone learnt",
-            do="call requires_grad_(False) on them before the optimizer is built",
+            remedy="call requires_grad_(False) on them before the optimizer is built",
         )
     ]
 
@@ -124,7 +125,7 @@ def _restless(model: nn.Module) -> list[Finding]:
             what=f"a frozen module is in train mode: {effect}",
             where=tuple(names),
             why="it does not give what it gave when it was trained, nor the same twice",
-            do="call eval() on the frozen module at the start of every epoch (Lightning calls "
+            remedy="call eval() on the frozen module at the start of every epoch (Lightning calls "
             "train() on the whole), or override train()",
         )
         for effect, names in found.items()
@@ -175,7 +176,7 @@ def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[F
                 what=f"no optimizer has {_count(missing, 'trainable parameter')}",
                 where=tuple(missing),
                 why="they get gradients and are never moved",
-                do="hand them to the optimizer, built after the model, or freeze them",
+                remedy="hand them to the optimizer, built after the model, or freeze them",
             )
         )
     if foreign:
@@ -185,7 +186,7 @@ def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[F
                 severity="error" if foreign == len(held) else "warning",
                 what=f"the optimizer has {foreign} parameters that the model has not",
                 why="it moves weights that are not used: the model was replaced after it was built",
-                do="build the optimizer in configure_optimizers, from self.parameters()",
+                remedy="build the optimizer in configure_optimizers, from self.parameters()",
             )
         )
     if frozen:
@@ -196,7 +197,7 @@ def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[F
                 what=f"the optimizer has {_count(frozen, 'frozen parameter')}",
                 where=tuple(frozen),
                 why="they stand still, unless something unfreezes them",
-                do="leave them out, if nothing is to unfreeze them",
+                remedy="leave them out, if nothing is to unfreeze them",
             )
         )
     return findings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_stability.checks.precision_ranges.findings import LossScale, loss_scale
+from lit_stability.checks.precision_ranges.limits import LossScale, loss_scale
 from lit_stability.checks.precision_ranges.verdict import GRAD_SCALER_START, judge
 from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, TF32
 from tests.checks.precision_ranges.examples import report_of, row_of

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lit_stability.checks.preflight import MaskProbe, nudged
-from lit_stability.checks.preflight.finding import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.masks import check_masks
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 from tests.checks.preflight.nets import CLASSES, Attender, seeded, subject
 
 IDS = torch.randint(1, CLASSES, (3, 8), generator=torch.Generator().manual_seed(0))

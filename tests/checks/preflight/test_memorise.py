@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_stability.checks.preflight import Memorise
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.memorise import check_memory, take
+from lit_stability.checks.preflight.report import NotApplicableError
 from models.translation.batches import Batch
 from tests.checks.preflight.nets import Classifier, labelled, seeded, subject
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lit_stability.checks.preflight import Subject
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.rates import check_rates, peak_rates, update
+from lit_stability.checks.preflight.report import NotApplicableError
 
 
 def line(lr, schedule=None, clip=None, weight=2.0):

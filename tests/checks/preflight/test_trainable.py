@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.checks.preflight.finding import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.trainable import (
     check_frozen,
     check_gradients,
