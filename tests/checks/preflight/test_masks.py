@@ -105,7 +105,7 @@ def test_masks_without_a_probe_say_how_to_declare_one():
 
 
 def test_probe_that_asks_nothing_is_refused():
-    with pytest.raises(ValueError, match="'idle' asks nothing"):
+    with pytest.raises(ValueError, match="'idle' tests nothing"):
         MaskProbe(name="idle", plain=lambda m: IDS, changed=lambda m: IDS)
 
 

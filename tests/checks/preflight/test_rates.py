@@ -99,7 +99,7 @@ def test_peak_rate_is_the_highest_of_the_next_steps_and_leaves_the_schedule(sche
 def test_rates_of_a_schedule_that_stays_at_zero_are_dead():
     """C5."""
     (found,) = check_rates(line(0.5, lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.0)))
-    assert "is 0, and stays so" in found.what
+    assert "is 0, and stays 0" in found.what
 
 
 def test_rates_of_a_warm_up_to_a_rate_that_tears_the_weights_are_named():
