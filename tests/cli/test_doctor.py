@@ -61,7 +61,7 @@ def test_two_checkpoints_are_compared_and_the_worse_one_counts(run, damaged, cap
     assert "9 tensors compared, step 40 to step 40" in printed
     assert "0 -> 1" in printed
     assert doctor(run / "saved.ckpt", run / "saved.ckpt") == 0
-    assert "9 of them not at all" in capsys.readouterr().out
+    assert "9 of them are unchanged" in capsys.readouterr().out
 
 
 def test_folder_of_a_run_means_its_last_known_good(run, capsys):
@@ -134,14 +134,20 @@ REFUSED = {
     "nothing": (lambda path: None, "no such file; give a checkpoint, or the folder of a run"),
     "folder": (
         lambda path: path.mkdir(),
-        "no good checkpoint there; `lit_stability.LastKnownGood`",
+        "contains no known good checkpoint; give the path of a checkpoint file",
     ),
-    "shards": (write_shards, "a checkpoint in shards"),
-    "cut": (write_cut, "not a checkpoint, or cut short"),
-    "text": (lambda path: path.write_text("hello"), "not a checkpoint, or cut short"),
-    "object": (write_object, "may run code that the file carries, and is not done here"),
-    "number": (lambda path: torch.save(3, path), "holds a int, and no dict of a checkpoint"),
-    "no tensor": (lambda path: torch.save({"epoch": 3}, path), "no tensor among ['epoch']"),
+    "shards": (write_shards, "is a sharded checkpoint"),
+    "cut": (write_cut, "is no checkpoint, or is truncated"),
+    "text": (lambda path: path.write_text("hello"), "is no checkpoint, or is truncated"),
+    "object": (write_object, "other objects are not loaded, because they may run code"),
+    "number": (
+        lambda path: torch.save(3, path),
+        "contains the type int; expected the dict of a checkpoint",
+    ),
+    "no tensor": (
+        lambda path: torch.save({"epoch": 3}, path),
+        "no tensor among the keys ['epoch']",
+    ),
 }
 
 

@@ -37,9 +37,9 @@ def test_what_is_on_one_side_and_what_has_another_shape_or_type():
     for line in (
         "only before: a",
         "only after: d",
-        "of another shape, not compared: b (2, 3) -> (3, 2)",
-        "of another dtype: c float32 -> float16",
-        "unchanged to the last bit: *",
+        "different shape, not compared: b (2, 3) -> (3, 2)",
+        "different dtype: c float32 -> float16",
+        "bitwise unchanged: *",
     ):
         assert line in told
 
@@ -53,7 +53,7 @@ def test_frozen_parameters_are_named_in_groups():
         model["head"].weight += 1
     comparison = compare(before, model.state_dict())
     assert comparison.frozen == ("body.*", "head.bias")
-    assert "unchanged to the last bit: body.*, head.bias" in format_comparison(comparison)
+    assert "bitwise unchanged: body.*, head.bias" in format_comparison(comparison)
 
 
 def test_non_finite_elements_come_first_and_are_left_out_of_the_numbers():

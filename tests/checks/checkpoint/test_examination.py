@@ -331,5 +331,5 @@ def test_state_of_the_suite_is_told(healthy):
 
 
 def test_mapping_without_a_tensor_is_refused():
-    with pytest.raises(ValueError, match=r"no tensor among \['epoch'\]; give a checkpoint"):
+    with pytest.raises(ValueError, match=r"no tensor among the keys \['epoch'\]; give a Lightning"):
         examine({"epoch": 3})
