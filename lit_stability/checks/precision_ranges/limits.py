@@ -1,7 +1,7 @@
-"""What a format could not hold of a model: overflows, gradients that vanish, the loss scales left.
+"""Compares magnitudes with the limits of a format: overflows, vanishing gradients, loss scales.
 
-A loss scale is a power of two that multiplies the loss and so every gradient (Micikevicius et al.
-2018, section 3.2). Imports neither torch nor Lightning.
+A loss scale is a power of two that multiplies the loss, and therefore all gradients (Micikevicius
+et al. 2018, section 3.2). Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from lit_stability.checks.precision_ranges.report import LOSS, RangeReport, Rang
 from lit_stability.measurement.float_formats import FloatFormat
 
 TOLERATED = 1e-3
-"""Share of the gradients' elements above zero that may become zero, over the whole model."""
+"""Tolerated share of nonzero gradient elements that become zero, over the whole model."""
 STARVED = 0.1
-"""Share from which on a layer that loses it is named."""
+"""Share of nonzero gradient elements that become zero above which a layer is reported."""
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """The powers of two that a loss can be multiplied by, as exponents, both ends included.
+    """The usable loss scales, as a range of exponents of two, both ends included.
 
-    The loss itself is taken to be computed in float32, as 16-mixed does with the losses of torch.
+    The loss itself is assumed to be computed in float32, as 16-mixed does with torch's losses.
     """
 
     lowest: int
-    """Below it too many elements become zero."""
+    """Below this exponent too many elements become zero."""
     highest: int
-    """Above it the largest element overflows. Of a weight used in several places the gradient was
-    measured as a sum, of which a part may overflow a power of two earlier."""
+    """Above this exponent the largest element overflows. The gradient of a weight that is used in
+    several places is a sum; one of its terms may overflow a power of two earlier."""
 
     def __contains__(self, exponent: object) -> bool:
         return isinstance(exponent, int) and self.lowest <= exponent <= self.highest
@@ -39,56 +39,59 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Overflow:
-    """One layer that a format cannot hold."""
+    """A layer with magnitudes that overflow in a format."""
 
     kind: str
     layer: str
     share: float
-    """Of all elements, those that overflow."""
+    """Share of its elements that overflow."""
     largest: float
+    """Its largest finite magnitude."""
 
 
-def overflows(rows: Iterable[RangeRow], each: FloatFormat) -> tuple[Overflow, ...]:
-    """The layers that a format cannot hold, the largest share first."""
-    found = [
-        Overflow(row.kind, row.layer, row.overflowing(each) / row.elements, row.largest)
+def overflows(rows: Iterable[RangeRow], number_format: FloatFormat) -> tuple[Overflow, ...]:
+    """Returns the layers that overflow in a format, the largest share first."""
+    overflowing = [
+        Overflow(row.kind, row.layer, row.overflowing(number_format) / row.elements, row.largest)
         for row in rows
-        if row.overflowing(each)
+        if row.overflowing(number_format)
     ]
-    return tuple(sorted(found, key=lambda one: (-one.share, -one.largest)))
+    return tuple(sorted(overflowing, key=lambda overflow: (-overflow.share, -overflow.largest)))
 
 
-def loss_scale(row: RangeRow, each: FloatFormat, tolerated: float = TOLERATED) -> LossScale | None:
-    """The loss scales under which a format holds gradients; None where there is none.
+def loss_scale(
+    row: RangeRow, number_format: FloatFormat, tolerated: float = TOLERATED
+) -> LossScale | None:
+    """Returns the loss scales with which a format can represent gradients, or None.
 
     Args:
-        row: unscaled gradients, pooled.
-        each: the format.
-        tolerated: share of the elements above zero that may become zero.
+        row: Unscaled gradients, pooled.
+        number_format: The format.
+        tolerated: Tolerated share of nonzero elements that become zero.
     """
     if not row.nonzero:
         return None
-    lowest = highest = highest_scale(row, each)
-    while row.vanishing(each, lowest) <= tolerated * row.nonzero:
+    lowest = highest = highest_scale(row, number_format)
+    while row.vanishing(number_format, lowest) <= tolerated * row.nonzero:
         lowest -= 1
     return LossScale(lowest + 1, highest) if lowest < highest else None
 
 
-def highest_scale(row: RangeRow, each: FloatFormat) -> int:
-    """Exponent of the largest power of two under which no element overflows.
+def highest_scale(row: RangeRow, number_format: FloatFormat) -> int:
+    """Returns the exponent of the largest power of two with which no element overflows.
 
     Args:
-        row: unscaled gradients, not all of them zero.
-        each: the format.
+        row: Unscaled gradients, not all zero.
+        number_format: The format.
     """
-    exponent = math.frexp(finite_edge(each) / row.largest)[1]
-    while math.ldexp(row.largest, exponent) > finite_edge(each):
+    exponent = math.frexp(finite_edge(number_format) / row.largest)[1]
+    while math.ldexp(row.largest, exponent) > finite_edge(number_format):
         exponent -= 1
     return exponent
 
 
 def outermost(layers: Iterable[str]) -> tuple[str, ...]:
-    """Names of submodules, without those that lie inside another one named.
+    """Returns names of submodules, without those that are inside another one of them.
 
     >>> outermost(["(input)", "encoder.0.norm", "encoder.0", "head", "head"])
     ('encoder.0', 'head')
@@ -97,18 +100,20 @@ def outermost(layers: Iterable[str]) -> tuple[str, ...]:
     return tuple(n for n in names if not any(n.startswith(f"{other}.") for other in names))
 
 
-def starved_layers(rows: Sequence[RangeRow], each: FloatFormat) -> tuple[str, ...]:
-    """Layers that lose more than `STARVED` of a gradient even at the highest loss scale."""
+def starved_layers(rows: Sequence[RangeRow], number_format: FloatFormat) -> tuple[str, ...]:
+    """Returns layers that lose more than `STARVED` of a gradient at the highest loss scale."""
     everything = pooled(rows)
     if everything is None or not everything.nonzero:
         return ()
-    at = highest_scale(everything, each)
-    found = [row.layer for row in rows if row.vanishing(each, at) > STARVED * row.nonzero]
-    return tuple(dict.fromkeys(found))
+    scale = highest_scale(everything, number_format)
+    starved = [
+        row.layer for row in rows if row.vanishing(number_format, scale) > STARVED * row.nonzero
+    ]
+    return tuple(dict.fromkeys(starved))
 
 
 def not_finite(report: RangeReport) -> list[RangeRow]:
-    """Rows with Inf or NaN where no mask can have put it, as it may have among activations."""
+    """Returns rows with Inf or NaN, except for activations, where a mask may be the cause."""
     return [
         row
         for row in report.rows

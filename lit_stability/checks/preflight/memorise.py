@@ -80,7 +80,7 @@ def check_memory(subject: Subject, plan: Memorise | None) -> list[Finding]:
         Finding(
             check="memorise",
             severity="error",
-            what=f"{plan.samples} samples are not learnt by heart: the loss goes from {first:.4g} "
+            what=f"{plan.samples} samples are not memorised: the loss goes from {first:.4g} "
             f"to {last:.4g} in {plan.steps} steps, not below {100 * plan.fraction:.3g} %",
             why="a model that cannot overfit a few samples cannot fit more",
             remedy="fix the other findings first; then check the labels (do equal inputs have "

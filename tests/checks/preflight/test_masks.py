@@ -42,7 +42,7 @@ def made(**options):
         ({"invert": True}, "the mask is inverted"),
     ],
 )
-def test_masks_of_a_causal_layer_are_told_right_missing_and_inverted(options, fault):
+def test_masks_of_a_causal_layer_are_found_right_missing_and_inverted(options, fault):
     """T3."""
     found = check_masks(made(**options), [causal_probe()])
     assert [f.what.split(";")[0] for f in found] == ([f"the future: {fault}"] if fault else [])
@@ -62,7 +62,7 @@ def test_masks_that_hide_what_must_be_seen_are_called_so():
 
 
 @pytest.mark.parametrize(("learns", "faults"), [(True, 0), (False, 1)])
-def test_masks_of_a_branch_that_starts_shut_are_told_only_if_it_stays_shut(learns, faults):
+def test_masks_of_a_branch_that_starts_shut_are_reported_only_if_it_stays_shut(learns, faults):
     """T2, T3: a gain of zero that trains is no mask that covers too much."""
 
     class Gated(nn.Module):

@@ -41,10 +41,10 @@ def test_update_is_clipped_as_training_will_clip_it():
         (1e-6, 100, "warning"),
         (1e-6, 1e4, None),
         (1e-6, float("inf"), None),
-        (1e-6, 10, None),  # a trial
+        (1e-6, 10, None),  # a test run
     ],
 )
-def test_steps_that_come_to_nothing_together_are_told_of(lr, steps, severity):
+def test_steps_that_come_to_nothing_together_are_reported(lr, steps, severity):
     """C5: a learning rate so low that the model is dead."""
     subject = line(lr)
     subject.steps = steps
