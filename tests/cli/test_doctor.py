@@ -34,7 +34,7 @@ def doctor(*arguments):
     return main(["doctor", *map(str, arguments)])
 
 
-def test_healthy_checkpoint_exits_with_0_and_is_told(run, capsys):
+def test_healthy_checkpoint_exits_with_0_and_is_printed(run, capsys):
     """V4."""
     assert doctor(run / "saved.ckpt") == 0
     printed = capsys.readouterr().out
@@ -96,13 +96,13 @@ def test_all_prints_every_row(tmp_path, capsys):
     assert "w39 " in printed
 
 
-def test_scene_of_an_incident_shows_its_gradients(tmp_path, capsys):
+def test_folder_of_an_incident_shows_its_gradients(tmp_path, capsys):
     """S3: NaN gradients, by name, of the step that went wrong."""
     pytest.importorskip("matplotlib")
     checkpoint_of(tmp_path, Regression, fault=NanLoss(step=20))
-    (scene,) = (tmp_path / "incidents").iterdir()
+    (folder,) = (tmp_path / "incidents").iterdir()
     plot = tmp_path / "flow.png"
-    assert doctor(scene, "--plot", plot) == 1
+    assert doctor(folder, "--plot", plot) == 1
     printed = capsys.readouterr().out
     assert "error: non-finite gradient\n  where: net.0.weight, net.0.bias" in printed
     assert "6 of 6 gradients of the offending step are NaN or Inf" in printed
@@ -113,7 +113,7 @@ class Attached:
     """What a checkpoint may carry, and runs when it is unpickled."""
 
     def __reduce__(self):
-        return (print, ("struck",))
+        return (print, ("was run",))
 
 
 def write_object(path):
@@ -160,7 +160,7 @@ def test_what_cannot_be_examined_is_a_message_and_code_2(what, tmp_path, capsys)
     printed = capsys.readouterr()
     assert f"lit-stability: {tmp_path / 'given'}: " in printed.err
     assert message in printed.err
-    assert "struck" not in printed.out
+    assert "was run" not in printed.out
     assert "Traceback" not in printed.err
 
 
