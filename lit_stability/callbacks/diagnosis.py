@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import gather_of, require_monitor
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.inputs import check_batch
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.incidents import Incident

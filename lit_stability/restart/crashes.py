@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from lit_stability.checks.preflight.finding import PreflightError
+from lit_stability.checks.preflight.report import PreflightError
 from lit_stability.incidents import TrainingStopped
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
