@@ -5,9 +5,7 @@ May import torch; knows no Lightning.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lit_stability.training_state.atomic_write import write_atomically
 from lit_stability.training_state.good_checkpoints import free_path, good_files, step_of
 from lit_stability.training_state.host_copy import first_nonfinite
 
@@ -105,25 +104,14 @@ class AsyncCheckpointWriter:
 
 
 def write_whole(state: Mapping[str, Any], path: Path) -> None:
-    """Save under a temporary name, bring it to the disk, then give it its name.
+    """Saves a checkpoint completely or not at all, and flushes it to disk.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind under ``path``.
+        OSError: if it cannot be written; ``path`` is then unchanged.
     """
-    part = path.with_name(f".part-{path.name}")
-    try:
-        # A Python file: its writes let go of the interpreter lock more often than torch's own.
-        with part.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(
+        path,
+        lambda file: torch.save(dict(state), file),
+        partial=f".part-{path.name}",
+        fsync=True,
+    )

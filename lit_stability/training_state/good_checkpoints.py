@@ -6,12 +6,13 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from lit_stability.training_state.atomic_write import write_atomically
 
 FOLDER = "good"
 """Name of the folder, in the run's own, that good checkpoints lie in."""
@@ -112,9 +113,8 @@ class RunEnd:
             OSError: if it cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / ".part-run.json"
-        part.write_text(json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n", encoding="utf8")
-        os.replace(part, folder / "run.json")
+        content = json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n"
+        write_atomically(folder / "run.json", content.encode(), partial=".part-run.json")
 
     @classmethod
     def read(cls, folder: Path) -> RunEnd | None:
