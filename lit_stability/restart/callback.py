@@ -20,6 +20,8 @@ from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 _KEY = "lit_stability.restart"
 _PARTS = "accumulate_grad_batches"
+_OWNER = "restart"
+"""Owner of this callback's factors on the learning rate."""
 
 
 class RemedyFailedError(RuntimeError):
@@ -111,7 +113,7 @@ class RestartCallback(Callback):
         if self._plan.cut < 1 and not self._lowered:
             for optimizer in trainer.optimizers:
                 factors = [self._plan.cut] * len(optimizer.param_groups)
-                learning_rate_multiplier(optimizer).set(factors)
+                learning_rate_multiplier(optimizer).set(factors, _OWNER)
         for config in trainer.lr_scheduler_configs if self._plan.parts > 1 else []:
             if config.interval == "step":
                 # Lightning counts it in batches, not in steps.

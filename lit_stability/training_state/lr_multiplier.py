@@ -50,14 +50,15 @@ class LearningRateMultiplier:
         """The factors of an owner, one for each group, or none."""
         return self._held.get(owner, ())
 
-    def set(self, factors: Sequence[float], owner: str = "throttle") -> None:
+    def set(self, factors: Sequence[float], owner: str) -> None:
         """Scale each group by its factor, from this step on, on top of what other owners hold.
 
         Callable inside a step's closure too: the update that follows already obeys.
 
         Args:
             factors: one for each parameter group, in (0, 1].
-            owner: whose factors these are; they take the place of those it held before.
+            owner: name of the caller, such as "rollback". Its earlier factors are replaced, those
+                of other owners are unchanged.
 
         Raises:
             ValueError: if a factor is out of its range, or they do not fit the groups.

@@ -26,6 +26,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.incidents import Incident
 from lit_stability.restart.crashes import kind_of
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.conftest import flat, make_trainer
 
 SAMPLES, SIZE = 64, 8
@@ -541,6 +542,19 @@ def test_instability_cuts_by_way_of_the_suite_where_it_is_attached(tmp_path):
     assert result.remedies == ("learning rate x0.5, clip x0.5",)
     backoff = suites[-1][1].backoff
     assert (backoff.lr_factor, backoff.clip_factor) == (0.5, 0.5)
+
+
+def test_cut_of_a_restart_multiplies_with_the_factor_of_a_rollback(tmp_path):
+    held = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            scale = learning_rate_multiplier(trainer.optimizers[0])
+            scale.set([0.25], "rollback")
+            held.append((scale.held_by("restart"), scale.held_by("rollback"), scale.factors))
+
+    recovered(tmp_path, lambda: Net(recur=nan_at(12, 1)), callbacks=lambda: [Watch()])
+    assert held == [((), (0.25,), (0.25,)), ((0.5,), (0.25,), (0.125,))]
 
 
 # --- everything else

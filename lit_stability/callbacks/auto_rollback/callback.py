@@ -29,6 +29,9 @@ from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
+_OWNER = "rollback"
+"""Owner of this callback's factors on the learning rate."""
+
 
 class AutoRollback(StabilityCallback):
     """Takes bad steps back, holds a jumping learning rate, rolls back damage, knows its limits.
@@ -268,7 +271,7 @@ class AutoRollback(StabilityCallback):
     def _apply(self, trainer: Trainer) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
             factors = self.backoff.factors(index, len(optimizer.param_groups))
-            learning_rate_multiplier(optimizer).set(factors)
+            learning_rate_multiplier(optimizer).set(factors, _OWNER)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
