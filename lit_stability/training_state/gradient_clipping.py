@@ -1,4 +1,4 @@
-"""Clipping from the norm that was already measured. May import torch."""
+"""Gradient clipping that reuses the norm already measured. May import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """What to multiply gradients of this norm by, so that it is at most ``max_norm``.
+    """Returns the factor that scales gradients of this norm to at most ``max_norm``.
 
     ``min(1, max_norm / norm)`` (Pascanu et al. 2013, Algorithm 1).
 
@@ -26,12 +26,15 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
         ValueError: if the norm is not finite, or ``max_norm`` not positive.
     """
     if not math.isfinite(norm) or not max_norm > 0:
-        raise ValueError(f"cannot clip a gradient norm of {norm!r} to {max_norm!r}")
+        raise ValueError(
+            f"cannot clip norm={norm!r} to max_norm={max_norm!r}; norm must be finite and max_norm "
+            "positive"
+        )
     return 1.0 if norm <= max_norm else max_norm / norm
 
 
 def scale_gradients(parameters: Iterable[Tensor], coefficient: float) -> None:
-    """Multiply every gradient in place."""
+    """Multiplies every gradient by a coefficient, in place."""
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     if coefficient != 1.0 and grads:
         torch._foreach_mul_(grads, coefficient)
@@ -81,8 +84,8 @@ def clip_threshold(optimizer: Optimizer, stats: StepStats) -> float | None:
     """Returns the smallest norm that a step was clipped to; None if nothing clipped it.
 
     Args:
-        optimizer: whose gradients.
-        stats: of the step.
+        optimizer: the optimizer that takes the step.
+        stats: the measurement of the step.
     """
     step, _, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
     return smallest if step == stats.step else None

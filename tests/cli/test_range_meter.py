@@ -112,7 +112,7 @@ def test_module_in_16_bits_is_widened_before_its_weights_are_loaded(checkpoint, 
     [
         (b"not a checkpoint", "cannot be read"),
         ([1, 2], "expected a checkpoint or state dict, got a list"),
-        ({"state_dict": {"net.0.weight": torch.ones(2, 2)}}, "does not fit Regression.*Missing"),
+        ({"state_dict": {"net.0.weight": torch.ones(2, 2)}}, "does not match Regression.*Missing"),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_reported_with_its_path(content, message, tmp_path):

@@ -98,7 +98,7 @@ def test_checkpoint_of_another_shape_is_a_message_and_code_2(ranges, tmp_path, c
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {"network.projection.weight": torch.ones(2, 2)}}, path)
     assert ranges("--checkpoint", path) == 2
-    assert f"checkpoint={path}: does not fit TranslationModule" in capsys.readouterr().err
+    assert f"checkpoint={path}: does not match TranslationModule" in capsys.readouterr().err
     assert files_in(tmp_path) == ["other.ckpt"]
 
 

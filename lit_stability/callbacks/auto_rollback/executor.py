@@ -34,6 +34,9 @@ from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
+_OWNER = "rollback"
+"""Of its factor on the learning rate."""
+
 
 class ResponseExecutor:
     """Everything that `AutoRollback` does in one fit.
@@ -89,7 +92,7 @@ class ResponseExecutor:
         """Puts the factors on the learning rates in force."""
         for index, optimizer in enumerate(self._trainer.optimizers):
             factors = self._backoff.factors(index, len(optimizer.param_groups))
-            learning_rate_multiplier(optimizer).set(factors)
+            learning_rate_multiplier(optimizer).set(factors, _OWNER)
 
     @property
     def can_roll_back(self) -> bool:
