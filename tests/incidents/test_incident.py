@@ -182,11 +182,11 @@ def test_markdown_of_a_closed_incident_has_outcome_and_remedy():
 
 
 @pytest.mark.parametrize("kind", get_args(detectors.Kind))
-def test_remedy_of_what_did_not_return_blames_neither_data_nor_model(kind):
+def test_remedy_of_what_did_not_recur_blames_neither_data_nor_model(kind):
     trouble = incident(kind=kind)
     trouble.verdict = "transient"
     damaged = kind in ("non-finite weight", "weight corruption")
-    remedy = "go on from a state before it" if damaged else "nothing in data or model"
+    remedy = "continue from an earlier state" if damaged else "nothing in data or model"
     assert trouble.remedy.startswith(remedy)
 
 
