@@ -287,7 +287,7 @@ def test_incident_is_told_once_when_it_opens_and_once_when_it_closes(tmp_path, c
     assert len(lines) == 2
     assert "gradient spike" in lines[0]
     assert "step skipped" in lines[0]
-    assert "recovered after 5 strikes: step skipped (5x)" in lines[1]
+    assert "recovered after 5 occurrences: step skipped (5x)" in lines[1]
 
 
 def test_monitor_alone_changes_nothing_but_reports(tmp_path):

@@ -1,4 +1,4 @@
-"""An incident: one episode of trouble, what is known of it, what was done, how it ended.
+"""An incident: one anomaly or a burst of them, its diagnosis, the responses and the outcome.
 
 Imports neither torch nor Lightning.
 """
@@ -26,13 +26,13 @@ Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
 
 
 class TrainingStopped(RuntimeError):
-    """Raised out of ``Trainer.fit`` when no response in budget is left.
+    """Raised out of ``Trainer.fit`` when the escalation policy stops the training.
 
-    Weights and optimizer are back at the last confirmed snapshot when it is raised.
+    Weights and optimizer state are those of the last confirmed snapshot when it is raised.
 
     Args:
-        message: the reason, the remedy and where the record is.
-        incident: that could not be cured, kept as an attribute of that name.
+        message: the reason, what to try and the path of the record.
+        incident: the incident that led to the stop; kept as an attribute.
     """
 
     def __init__(self, message: str, incident: Incident) -> None:
@@ -42,83 +42,86 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class Incident:
-    """One episode of trouble; it travels ``trainer.callbacks`` in order at each strike.
+    """One or more anomalies of the same episode: what is known of them and what was done.
 
     A burst of bad steps is one incident: it stays open until enough healthy steps have passed.
-    A callback with ``on_incident(trainer, pl_module, incident)`` is handed it before the update of
-    the step in question; the first to call `resolve` decides what is done.
+    Callbacks with ``on_incident(trainer, pl_module, incident)`` receive it before the update of
+    each bad step, in the order of ``trainer.callbacks``; the first that calls `resolve` chooses
+    the response.
     """
 
     id: int
     anomaly: Anomaly
-    """The anomaly of the latest strike."""
+    """The latest anomaly."""
     epoch: int = 0
     batch_idx: int = 0
     occurrences: int = 1
+    """Number of anomalies so far."""
     first: Anomaly = field(init=False)
-    """The anomaly that opened it."""
+    """The anomaly that opened the incident."""
     shown: dict[str, str] = field(default_factory=dict)
-    """Causes that were shown by trial, each with how; see `note`."""
+    """Causes confirmed by an experiment -> how they were confirmed; see `note`."""
     evidence: list[str] = field(default_factory=list)
-    """What was found out about it, a sentence each."""
+    """Findings, one sentence each."""
     context: DiagnosisContext | None = field(default=None, repr=False)
-    """What causes are judged by, from a `Diagnosis`; without one, the anomaly alone."""
+    """Input of the diagnosis, set by `Diagnosis`; None diagnoses from the first anomaly alone."""
     may_stop: bool = True
-    """Whether a cause that is certain may end the fit."""
+    """Whether a certain cause may end the fit."""
     response: Response | None = None
-    """What was decided at the latest strike; None while nobody has decided."""
+    """Response to the latest anomaly; None while no callback has chosen one."""
     responses: list[str] = field(default_factory=list)
-    """Every response given, in words."""
+    """Description of every response so far."""
     adjusted: bool = False
-    """Whether something was changed for the latest strike that may cure it."""
+    """Whether a setting was changed for the latest anomaly that may remove its cause."""
     path: str | None = None
-    """Folder in which the scene was saved."""
+    """Folder of the incident checkpoint."""
     record: str | None = None
-    """The file in which the incident is recorded."""
+    """File in which the incident is recorded."""
     stats: StepStats | None = field(default=None, repr=False)
-    """The measurement of the latest strike."""
+    """Measurement of the latest bad step."""
     verdict: str = ""
-    """"transient" if it did not return when the steps were taken again, else "deterministic"."""
+    """Empty until the steps were run again; then "transient" if the anomaly did not recur, or
+    "deterministic" if it did."""
     recorded_step: Any = field(default=None, repr=False, compare=False)
-    """The step of the latest strike, a `RecordedStep`, for callbacks that take it again beside
-    training and say so by ``needs_recorded_step = True``; else None."""
+    """The latest bad step as a `RecordedStep`, which can be run again in isolation; None unless a
+    callback has ``needs_recorded_step = True``."""
     origin: Any = None
-    """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
-    _assessment: Assessment | None = field(default=None, repr=False, compare=False)
-    _sealed: bool = field(default=False, repr=False, compare=False)
+    """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
+    _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
+    _sealed: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.first = self.anomaly
 
     @property
     def resolved(self) -> bool:
-        """Whether a response was chosen for the latest strike."""
+        """Whether a response to the latest anomaly was chosen."""
         return self.response is not None
 
     def resolve(self, response: Response) -> None:
-        """Choose the response to the latest strike.
+        """Chooses the response to the latest anomaly.
 
         Raises:
-            RuntimeError: if another callback has chosen already.
+            RuntimeError: if another callback has already chosen one.
         """
         if self.response is not None:
             raise RuntimeError(
-                f"incident {self.id} is resolved already ({describe(self.response)}); "
-                "ask `incident.resolved` first"
+                f"incident {self.id} is already resolved ({describe(self.response)}); "
+                "check `incident.resolved` first"
             )
         self.response = response
         self.responses.append(describe(response))
 
     def adjust(self, response: Response) -> None:
-        """Record a change that may cure it, and leave to others what becomes of the step."""
+        """Records a change that may remove the cause; another callback still resolves the step."""
         self.adjusted = True
         self.responses.append(describe(response))
 
     def recur(self, anomaly: Anomaly) -> None:
-        """Take up another anomaly of the same episode, which needs a response of its own."""
+        """Adds another anomaly of the same episode, which needs its own response."""
         self.anomaly = anomaly
         self.occurrences += 1
         self.response, self.adjusted = None, False
@@ -128,12 +131,12 @@ class Incident:
 
         Args:
             found: whether this rank has found it.
-            gather: collects a value from every rank, in their order. Every rank must call it, or
-                none, and so this method.
+            gather: collects a value from every rank, in their order. Since every rank must call
+                it, or none, the same holds for this method.
         """
         answers = gather((found, dict(self.shown), list(self.evidence)))
         everywhere = set.intersection(*(set(evidence) for _, _, evidence in answers))
-        # In the order of the ranks, so that the record is the same whoever writes it.
+        # In the order of the ranks, so that the record is the same whichever rank writes it.
         self.evidence = list(
             dict.fromkeys(
                 line if line in everywhere else f"rank {rank}: {line}"
@@ -144,14 +147,14 @@ class Incident:
         self.shown = {
             cause: how for _, shown, _ in reversed(answers) for cause, how in shown.items()
         }
-        return any(each for each, _, _ in answers)
+        return any(found_there for found_there, _, _ in answers)
 
     def note(self, cause: str, evidence: str) -> None:
-        """Record a cause that was shown by trial, and how.
+        """Records a cause that an experiment has confirmed.
 
         Args:
             cause: a name of the registry `lit_stability.diagnosis.CAUSES`, or another.
-            evidence: one sentence.
+            evidence: how it was confirmed, in one sentence.
         """
         self.shown.setdefault(cause, evidence)
         if evidence not in self.evidence:
@@ -159,7 +162,7 @@ class Incident:
 
     @property
     def assessment(self) -> Assessment:
-        """The diagnosis: computed again only when what it depends on has changed, until `seal`."""
+        """The diagnosis; computed again only when its input has changed, and final after `seal`."""
         known = self._assessment
         if known is None or (not self._sealed and known.context != self.current_context):
             known = self._assessment = assess(self.current_context)
@@ -177,7 +180,7 @@ class Incident:
 
     @property
     def checks(self) -> list[str]:
-        """The questions of the decision tree with their answers."""
+        """Questions of the decision tree with their answers, one line each."""
         return list(self.assessment.checks)
 
     def close(self, outcome: Outcome, step: int) -> None:
@@ -194,25 +197,25 @@ class Incident:
 
     @property
     def cause(self) -> str:
-        """The best supported cause, "" where nothing speaks for any."""
-        unknown = (cause for cause in self.shown if cause not in CAUSES)
-        return next(unknown, "") or next((h.cause for h in self.likely_causes), "")
+        """The best supported cause; "" if no cause has evidence."""
+        unregistered = (cause for cause in self.shown if cause not in CAUSES)
+        return next(unregistered, "") or next((h.cause for h in self.likely_causes), "")
 
     @property
     def recommended_action(self) -> RecommendedAction:
-        """What the best supported cause asks of the ladder; only a `Diagnosis` asks anything."""
-        found = self.likely_causes
+        """What the best supported cause recommends; "usual" if no `Diagnosis` set the context."""
+        causes = self.likely_causes
         if (
             self.context is None
-            or not found
-            or (found[0].recommended_action == "stop" and not self.may_stop)
+            or not causes
+            or (causes[0].recommended_action == "stop" and not self.may_stop)
         ):
             return "usual"
-        return found[0].decides
+        return causes[0].decides
 
     @property
     def current_context(self) -> DiagnosisContext:
-        """The scene, with what was found out since."""
+        """The context together with what was found since it was set."""
         context = self.context or DiagnosisContext(anomaly=self.first)
         return replace(
             context,
@@ -224,12 +227,12 @@ class Incident:
 
     @property
     def remedy(self) -> str:
-        """What a person can do about it."""
-        found = self.likely_causes
-        return found[0].remedy if found else "look at the scene in the incident's folder"
+        """What to try, in one sentence."""
+        causes = self.likely_causes
+        return causes[0].remedy if causes else "inspect the files in the incident folder"
 
     def as_dict(self) -> dict[str, Any]:
-        """The incident as JSON types."""
+        """Returns the incident as JSON types."""
         return {
             "id": self.id,
             "kind": self.first.kind,

@@ -169,7 +169,7 @@ def test_infinite_learning_rate_ends_in_a_stop_with_finite_weights(tmp_path):
                 trainer.optimizers[0].param_groups[0]["lr"] = float("inf")
 
     modules = []
-    with pytest.raises(TrainingStopped, match="mend the scheduler"):
+    with pytest.raises(TrainingStopped, match="fix the scheduler"):
         fit(
             tmp_path,
             [Infinite(), *stability_callbacks()],

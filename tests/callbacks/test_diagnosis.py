@@ -52,7 +52,7 @@ def test_poisoned_batch_is_named_in_incident_record_and_report(tmp_path):
     assert record["since"] == 30
     json.dumps(record["hypotheses"])
     report = next((tmp_path / "incidents").glob("*/report.md")).read_text(encoding="utf8")
-    for part in ("1. **bad batch** (certain)", "to try: look at the batch", "leave it alone? if"):
+    for part in ("1. **bad batch** (certain)", "to try: look at the batch", "when to ignore: if"):
         assert part in report
 
 

@@ -327,7 +327,7 @@ def test_damage_that_always_returns_ends_in_a_stop(tmp_path):
         seen.append(Net())
         return seen[-1]
 
-    with pytest.raises(TrainingStopped, match="came back after 8 rollbacks"):
+    with pytest.raises(TrainingStopped, match="recurred after 8 rollbacks"):
         run(tmp_path, make, marked(), suite, max_epochs=10)
     assert torch.isfinite(flat(seen[0])).all()
     (incident,) = read_incidents(tmp_path)

@@ -186,7 +186,7 @@ def test_those_without_the_plugin_find_incidents_as_text_and_the_layout_of_scala
     tab.page.goto(f"{tab.url}/#text")
     tab.page.locator("h2:text-is('Incident 1')").first.wait_for()
     items = tab.page.locator("td ul > li strong").all_inner_texts()
-    assert {"what", "born in", "outcome"} <= {*items}
+    assert {"what", "origin", "outcome"} <= {*items}
     cause = tab.page.locator("td ol > li", has=tab.page.locator("strong")).first
     assert cause.locator("ul > li").count() == 2
     tab.page.goto(f"{tab.url}/#custom_scalars")
