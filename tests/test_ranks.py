@@ -305,7 +305,7 @@ def test_strategy_never_run_is_refused_unless_it_is_allowed_by_name(name, callba
     trainer = make_trainer(tmp_path, [GradientMonitor(), callback()], devices=2, strategy="ddp")
     # Lightning itself lets no FSDP1 near a CPU.
     trainer._accelerator_connector.strategy = make()
-    with pytest.raises(RuntimeError, match=f"{callback.__name__} was not run under .*{message}"):
+    with pytest.raises(RuntimeError, match=f"{callback.__name__} does not support .*{message}"):
         trainer.callbacks[1].setup(trainer, Regression(), "fit")
     kind = type(trainer.strategy).__name__
     trainer.callbacks[0].allow_strategies = (kind,)

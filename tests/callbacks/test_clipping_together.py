@@ -126,8 +126,8 @@ def test_recovered_run_that_clips_equals_one_that_never_met_the_fault(case, rule
     assert read_incidents(tmp_path / "faulty")
 
 
-def test_vetoed_step_is_taken_again_by_itself_and_not_by_way_of_a_snapshot(tmp_path):
-    """The smallest remedy: a rule that never learns from a vetoed step has nothing to take back."""
+def test_skipped_step_is_retried_without_restoring_a_snapshot(tmp_path):
+    """The smallest remedy: a rule that never learns from a skipped step has nothing to restore."""
     norms = Norms()
     faults = FaultInjector([NanLoss(step=35)])
     fit(

@@ -136,7 +136,7 @@ def test_certain_architectural_cause_ends_the_fit_with_its_diagnosis(warn_only, 
     assert stop.value.incident.outcome == "stopped"
 
 
-def test_certain_architectural_cause_is_only_told_of_where_no_stop_is_wanted(tmp_path):
+def test_certain_architectural_cause_is_only_reported_where_no_stop_is_wanted(tmp_path):
     finds = Finds("attention collapse", 30, warn_only=True)
     callbacks = [GradientMonitor(detectors=[finds]), *suite(stop=False)[1:]]
     _, trainer = fit(tmp_path, callbacks, max_steps=50)
@@ -180,7 +180,7 @@ def test_readings_reach_the_loggers_whatever_steps_they_log(tmp_path):
     assert [float(x) for x in seen if x] == [0.0, 10.0, 20.0, 30.0]
 
 
-def test_phase_and_its_range_are_told(tmp_path):
+def test_phase_and_its_range_are_reported(tmp_path):
     """V3."""
     callbacks = [FaultInjector([ScaleGradients(step=130, factor=1e4)]), *suite()]
     fit(tmp_path, callbacks, max_steps=150, max_epochs=-1)

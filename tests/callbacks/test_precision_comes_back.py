@@ -38,7 +38,7 @@ class Precisions(Callback):
 
 
 def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(tmp_path):
-    """Invariant 4: tries are bounded; each costs one step, taken again."""
+    """Invariant 4: tries are bounded; each costs one step, retried."""
     seen = Precisions()
     callbacks = [*suite(max_fp32_modules=0, try_again_after=20, failures=2), seen]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 200, **fp16())
@@ -58,7 +58,7 @@ def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(
         (lambda: Net(lr=1e-4), data, lambda: {"precision": "bf16-true"}, "bf16-mixed"),
         (Net, data, lambda: {"precision": "16-true"}, "bf16-mixed"),
     ],
-    ids=["an island in fp16", "fp16", "bf16 weights", "fp16 weights"],
+    ids=["a module kept in fp32", "fp16", "bf16 weights", "fp16 weights"],
 )
 def test_choice_survives_a_resume_bit_for_bit(module, loader, options, precision, tmp_path):
     """With dropout and in mid-epoch, by way of `LastKnownGood`'s data position."""
@@ -90,7 +90,7 @@ def test_next_fit_of_the_same_callbacks_begins_where_the_last_one_ended(tmp_path
         assert all(x == x for x in module.losses[-29:])
 
 
-def test_run_resumed_on_the_last_rung_can_fall_back_again_after_it_has_come_up(tmp_path):
+def test_run_resumed_on_the_last_level_can_fall_back_again_after_it_has_come_up(tmp_path):
     """bf16 rounds 0.999 to 1, and the logarithm of its rest is infinite."""
     options = {"precision": "bf16-mixed", "module": Rounded}
     callbacks = [GradientMonitor(), PrecisionFallback(try_again_after=20), AutoRollback()]

@@ -112,7 +112,7 @@ def test_step_that_failed_is_taken_again_as_if_the_run_had_begun_in_the_new_prec
     [
         (lambda: data(poison=(40, float("nan"))), [], fp16(), "in float32 too"),
         (lambda: data(poison=(40, 1e6)), [], fp16(), "times its median"),
-        (data, [CorruptGradient(step=40)], {"precision": "bf16-mixed"}, "it is finite"),
+        (data, [CorruptGradient(step=40)], {"precision": "bf16-mixed"}, "the step is finite"),
     ],
     ids=["a NaN in the batch", "a batch out of range", "a fault from outside"],
 )
@@ -201,7 +201,7 @@ def test_step_that_cannot_be_run_twice_is_no_proof_and_does_not_end_the_run(tmp_
     _, trainer = train(tmp_path, callbacks, loader, 90, module=Fragile, **fp16())
     (incident,) = callbacks[0].incidents
     assert (trainer.precision, incident.outcome) == ("16-mixed", "recovered")
-    assert any("cannot be taken again: RuntimeError('seen" in line for line in incident.evidence)
+    assert any("cannot be run again: RuntimeError('seen" in line for line in incident.evidence)
 
 
 def test_precision_that_lightning_alone_converts_is_left_alone_with_the_reason(tmp_path, caplog):

@@ -15,7 +15,7 @@ from tests.conftest import flat
 from tests.precision import Net, data, fp16, suite, train
 
 
-def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_path):
+def test_module_that_overflows_is_kept_in_fp32_and_the_rest_stays_fast(tmp_path):
     """S9: found by running the step again, with the line that overflowed as evidence."""
     callbacks = suite()
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
@@ -28,7 +28,7 @@ def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_pat
     assert torch.isfinite(flat(module)).all()
 
 
-def test_islands_are_not_made_where_they_are_not_enough(tmp_path):
+def test_modules_are_not_kept_in_fp32_where_that_is_not_enough(tmp_path):
     """The loss overflows in the module's own code."""
     module, trainer = train(
         tmp_path, suite(), data(targets=2000.0), module=lambda: Net(own_loss=True), **fp16()

@@ -281,7 +281,7 @@ def check_resumes(tmp_path, caplog, loader, **options):
         root = tmp_path / f"from {step_of(files[i])}"
         resumed = run(root, loader, ckpt=files[i], seed=9, **options)
         assert_same_end(whole, resumed)
-        assert "the data go on with the batch that came next" in caplog.text
+        assert "the data continue with the next batch" in caplog.text
 
 
 @pytest.mark.parametrize("name", LOADERS)
