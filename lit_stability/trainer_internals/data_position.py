@@ -202,7 +202,7 @@ class DataPosition(FetcherObserver):
         all_loaders = loaders(self._trainer)
         plain = all(map(is_plain, all_loaders))
         before = capture_rng() if index == 0 or not plain or len(all_loaders) > 1 else None
-        iterators_before = iterators(fetcher)
+        started = iterators(fetcher)
         item = fetch()
         self._fetches += fetcher.fetched - count
         if before is None or self._fetches == index:
@@ -210,9 +210,7 @@ class DataPosition(FetcherObserver):
         self._last = (index, before)
         if index == 0:
             self._first = before
-        elif iterators_before != iterators(fetcher) or not (
-            plain or same_rng(before, capture_rng())
-        ):
+        elif started != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
             self._store_state(index, before)
         return item
 
