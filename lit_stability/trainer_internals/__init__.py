@@ -1,7 +1,7 @@
-"""Everything that reaches inside Lightning's Trainer, in one room.
+"""All code that uses Lightning's private API.
 
-Each private name relied on is listed in `private.py`, with what would replace it; tests compare
-the list with the source, and fail when a release of Lightning moves one of them.
+`private.py` lists each private name with a replacement for it. Tests compare the list with the
+source, and fail when a release of Lightning moves or renames one of them.
 """
 
 from lit_stability.trainer_internals.batch_replay import BatchRecorder, RecordedBatch, ReplayRing

@@ -1,8 +1,9 @@
-"""Where in its data a run stands, and how another process comes to stand there.
+"""Saves the position of a run in its training data, and restores it in another process.
 
-A data loader has no position that could be saved, but it has a past: the states of the random
-generators just before it was iterated, and the number of batches it gave. Iterated anew from the
-same states and drained of that many batches, it goes on with the very batch that came next.
+A data loader has no position that could be saved. Saved instead are the states of the random
+generators right before it was iterated, and the number of batches that it has returned. To resume,
+the loader is iterated again from the same states and that many batches are dropped: the next batch
+is the one that the interrupted run would have trained on.
 """
 
 from __future__ import annotations
@@ -41,28 +42,28 @@ from lit_stability.training_state.rng import (
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
-MOST_STATES = 500
-"""Generator states kept per epoch for data sets that draw while they are read, 10 kB each."""
+MAX_STATES = 500
+"""Generator states saved per epoch if reading the data draws random numbers; 10 kB each."""
 
 
 class DataPosition(FetcherObserver):
-    """Follows the data of a fit; draws no random number and fetches no batch in a healthy run.
+    """Tracks the position in the training data; draws no random number and fetches no extra batch.
 
-    What is followed: shuffling by samplers, with the global generators or with their own; workers;
-    iterable data sets; augmentation in this process; loaders combined, reloaded, limited.
+    Supported: shuffling by samplers, with the global generators or with their own; workers;
+    iterable data sets; augmentation in the main process; combined, reloaded and limited loaders.
 
-    What cannot be: a module that takes ``dataloader_iter``; loaders with a state of their own,
-    which Lightning saves itself; what a data set or data module counts in its own attributes;
-    workers that persist across epochs and draw; a training loader that is built otherwise in a
-    later epoch than the one in which a ``reload_dataloaders_every_n_epochs`` was due.
+    Not supported: a module that takes ``dataloader_iter``; loaders with their own ``state_dict``,
+    which Lightning saves itself; counters in attributes of a data set or data module; random
+    numbers drawn in persistent workers; with ``reload_dataloaders_every_n_epochs``, a training
+    loader that is built differently in a later epoch than the one in which the reload was due.
 
     Args:
-        between: called before each fetch of a batch, when everything that belongs to the batch
-            before it is over: hooks, validation, schedulers, counters.
+        before_fetch: called before each fetch, when the previous batch is completely processed:
+            hooks, validation, schedulers and counters.
     """
 
-    def __init__(self, between: Callable[[], None]) -> None:
-        self._between = between
+    def __init__(self, before_fetch: Callable[[], None]) -> None:
+        self._before_fetch = before_fetch
         self._trainer: Trainer | None = None
         self._pending: Mapping[str, Any] | None = None
         self._fetches = 0
@@ -70,11 +71,11 @@ class DataPosition(FetcherObserver):
         self._first: dict[str, Any] | None = None
         self._last: tuple[int, dict[str, Any]] | None = None
         self._states: dict[int, dict[str, Any]] = {}
-        self._told = False
+        self._limit_logged = False
         self._undo: Callable[[], None] = lambda: None
 
     def attach(self, trainer: Trainer) -> None:
-        """Follow the loaders from the moment they exist; before the fit's data are set up."""
+        """Starts tracking; called before the fit sets up its data."""
         self._trainer = trainer
         loop = trainer.fit_loop
         set_up = loop.setup_data
@@ -87,7 +88,7 @@ class DataPosition(FetcherObserver):
         self._undo = before_first_iteration(trainer, self._before_iter)
 
     def detach(self) -> None:
-        """Leave the trainer as it was found."""
+        """Stops tracking and removes all patches from the trainer."""
         if self._trainer is None:
             return
         loop = self._trainer.fit_loop
@@ -100,29 +101,29 @@ class DataPosition(FetcherObserver):
 
     @property
     def obstacle(self) -> str | None:
-        """Why the position of these data cannot be restored, or None."""
+        """The reason why the position in these data cannot be restored, or None."""
         assert self._trainer is not None
         if draws_its_batches(current_fetcher(self._trainer)):
-            return "training_step takes `dataloader_iter` and reads ahead on its own"
+            return "training_step takes `dataloader_iter` and fetches its batches itself"
         return None
 
     @property
     def _stateful(self) -> bool:
-        """Whether the loaders have a state of their own, which Lightning saves and restores."""
+        """Whether a loader has its own ``state_dict``, which Lightning saves and restores."""
         assert self._trainer is not None
         return any(isinstance(dl, _Stateful) for dl in loaders(self._trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position now, in what ``torch.load(weights_only=True)`` accepts; {} outside a fit."""
+        """Returns the position, loadable with ``weights_only=True``; {} outside a fit."""
         if self._trainer is None or not self._start:
             return {}
         loop = self._trainer.fit_loop
         fetcher = current_fetcher(self._trainer)
         ahead = len(getattr(fetcher, "batches", ()))
-        replayed = [each.replayed_index for each in observers(fetcher)]
-        index = next((each for each in replayed if each is not None), None)
+        replayed = [observer.replayed_index for observer in observers(fetcher)]
+        index = next((i for i in replayed if i is not None), None)
         if index == -1:
-            # Batches of an epoch that the loader has left are being trained on again.
+            # A rollback replays batches of an epoch that the loader has already left.
             return {}
         states = dict(self._states)
         if ahead and self._last is not None:
@@ -142,19 +143,19 @@ class DataPosition(FetcherObserver):
         }
 
     def resume(self, state: Mapping[str, Any], *, between_batches: bool) -> None:
-        """Arrange that the first fetch of this fit takes up a saved position; at its start.
+        """Restores a saved position at the first fetch; called at the start of the fit.
 
         Args:
-            state: what `state_dict` returned.
-            between_batches: whether it was saved when everything that belongs to the batch before
-                was over, as ``between`` is called; validation after that batch is over too then.
+            state: return value of `state_dict`.
+            between_batches: whether it was saved in ``before_fetch``, when the previous batch and
+                the validation after it were completely processed.
         """
         assert self._trainer is not None
         loop = self._trainer.fit_loop
         if state["reloaded"] is not None:
             loop._last_train_dl_reload_epoch = state["reloaded"]
         if between_batches:
-            # Lightning would count the batch before once more to skip its validation.
+            # To skip the validation of the previous batch, Lightning would count that batch twice.
             loop.epoch_loop.__dict__["_should_check_val_fx"] = lambda fetcher: False
         restore_rng(unpack_rng(state["now"]))
         self._pending = state
@@ -178,10 +179,10 @@ class DataPosition(FetcherObserver):
         return fetcher
 
     def next(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
-        """Restores a saved position before the first fetch; records what a fetch draws."""
+        """Restores a saved position before the first fetch; records random states of fetches."""
         if self._pending is not None:
-            self._take_up(fetcher)
-        self._between()
+            self._restore_position(fetcher)
+        self._before_fetch()
         return self._fetch(fetcher, fetch)
 
     def _before_iter(self) -> None:
@@ -189,19 +190,19 @@ class DataPosition(FetcherObserver):
         self._start = {
             "rng": capture_rng(),
             "generators": [g.get_state() for g in generators(self._trainer)],
-            # Persistent workers are seeded once: to iterate their loader again draws less.
+            # Persistent workers are seeded once: iterating their loader again draws fewer numbers.
             "again": [getattr(dl, "_iterator", None) is not None for dl in loaders(self._trainer)],
         }
         self._fetches, self._first, self._last, self._states = 0, None, None, {}
 
     def _fetch(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
-        """Fetch, and keep the generators' states if the fetch cannot be repeated without them."""
+        """Fetches a batch, and stores the generators' states if a resume needs them."""
         assert self._trainer is not None
         index, count = self._fetches, fetcher.fetched
-        found = loaders(self._trainer)
-        plain = all(map(is_plain, found))
-        before = capture_rng() if index == 0 or not plain or len(found) > 1 else None
-        begun = iterators(fetcher)
+        all_loaders = loaders(self._trainer)
+        plain = all(map(is_plain, all_loaders))
+        before = capture_rng() if index == 0 or not plain or len(all_loaders) > 1 else None
+        started = iterators(fetcher)
         item = fetch()
         self._fetches += fetcher.fetched - count
         if before is None or self._fetches == index:
@@ -209,23 +210,22 @@ class DataPosition(FetcherObserver):
         self._last = (index, before)
         if index == 0:
             self._first = before
-        elif begun != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
-            self._keep(index, before)
+        elif started != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
+            self._store_state(index, before)
         return item
 
-    def _keep(self, index: int, state: dict[str, Any]) -> None:
-        if len(self._states) < MOST_STATES:
+    def _store_state(self, index: int, state: dict[str, Any]) -> None:
+        if len(self._states) < MAX_STATES:
             self._states[index] = state
-        elif not self._told:
-            self._told = True
+        elif not self._limit_logged:
+            self._limit_logged = True
             log.info(
-                "the data set or its sampler draws random numbers as it goes: after a resume more "
-                "than %d batches into this epoch its order may be another; give it a generator of "
-                "its own, or workers",
-                MOST_STATES,
+                "reading the data draws random numbers: a resume after more than %d batches of an "
+                "epoch may change their order; use workers or a separate generator",
+                MAX_STATES,
             )
 
-    def _take_up(self, fetcher: Any) -> None:
+    def _restore_position(self, fetcher: Any) -> None:
         assert self._trainer is not None
         state, self._pending = self._pending, None
         assert state is not None
@@ -235,16 +235,16 @@ class DataPosition(FetcherObserver):
                 self._set_generators(state["generators_now"])
                 fetcher.__iter__()
                 return
-            self._repeat(fetcher, state)
+            self._replay_epoch(fetcher, state)
         restore_rng(unpack_rng(state["now"]))
 
-    def _repeat(self, fetcher: Any, state: Mapping[str, Any]) -> None:
-        """Iterate the loaders as the epoch began, and drop what was trained on."""
+    def _replay_epoch(self, fetcher: Any, state: Mapping[str, Any]) -> None:
+        """Iterates the loaders from the start of the epoch and drops the batches trained on."""
         assert self._trainer is not None
         base = original_class(fetcher)
         fetcher.combined_loader.reset()
-        for loader, again in zip(loaders(self._trainer), state["again"], strict=False):
-            if again:
+        for loader, was_iterated in zip(loaders(self._trainer), state["again"], strict=False):
+            if was_iterated:
                 iter(loader)
         self._set_generators(state["generators"])
         restore_rng(unpack_rng(state["start"]))
@@ -253,18 +253,21 @@ class DataPosition(FetcherObserver):
         self._states = {i: unpack_rng(s) for i, s in state["states"].items()}
         self._first = self._states.pop(0, None)
         if state["batches"] >= 1000:
-            log.info("reading the first %d batches of the epoch again", state["batches"])
+            log.info(
+                "resume: reading the first %d batches of the epoch again to restore the data order",
+                state["batches"],
+            )
         for done in range(state["batches"]):
-            if (known := self._states.get(fetcher.fetched, None)) is not None:
-                restore_rng(known)
+            if (saved := self._states.get(fetcher.fetched, None)) is not None:
+                restore_rng(saved)
             elif fetcher.fetched == 0 and self._first is not None:
                 restore_rng(self._first)
             try:
                 base.__next__(fetcher)
             except StopIteration:
                 raise RuntimeError(
-                    f"the training data end after {done} batches, the checkpoint was taken after "
-                    f"{state['batches']} of its epoch: resume with the data of that run"
+                    f"the training data end after {done} batches, but the checkpoint was saved "
+                    f"after {state['batches']} batches of its epoch: resume with the same data"
                 ) from None
         self._fetches = fetcher.fetched
         if (ahead := self._states.get(self._fetches - 1)) is not None:

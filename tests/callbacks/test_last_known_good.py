@@ -275,7 +275,7 @@ def test_batch_that_is_a_named_tuple_is_kept_and_compared(tmp_path, caplog, monk
     monkeypatch.delattr(sys.modules[__name__], "Pair")
     _, trainer = resume(tmp_path, suite(), Named(), data, max_steps=62)
     assert trainer.global_step == 62
-    assert f"not verified: the batch was a Pair, which {__name__} has no longer" in caplog.text
+    assert f"not verified: the batch was a Pair, which {__name__} no longer defines" in caplog.text
 
 
 def test_data_that_changed_are_reported(tmp_path, caplog):
@@ -289,7 +289,7 @@ def test_data_that_changed_are_reported(tmp_path, caplog):
 def test_data_that_got_shorter_end_the_fit_with_both_numbers(tmp_path):
     fit(tmp_path, [*suite(), Join()], max_steps=30)
     with pytest.raises(
-        RuntimeError, match="end after 5 batches, the checkpoint was taken after 20"
+        RuntimeError, match="end after 5 batches, but the checkpoint was saved after 20"
     ):
         resume(tmp_path, suite(), data=regression_data(5))
 
@@ -316,7 +316,7 @@ def test_kept_batch_is_bounded_and_plain(tmp_path, caplog):
 
     data = DataLoader(regression_data().dataset, 16, collate_fn=collate)
     fit(tmp_path / "b", [*suite(), Join()], Odd, data, max_steps=30)
-    assert caplog.text.count("a checkpoint can hold no set as the batch has one") == 1
+    assert caplog.text.count("the batch contains a set, which a checkpoint cannot store") == 1
     for root in (tmp_path / "a", tmp_path / "b"):
         state = torch.load(find_last_good(root), weights_only=True)
         assert "kept" not in state["callbacks"]["LastKnownGood"]

@@ -1,4 +1,4 @@
-"""Loud when Lightning moves something that this package reaches into, or the package reaches on."""
+"""Fails when Lightning moves a private name that the package uses, or the package uses another."""
 
 import ast
 import re
@@ -30,11 +30,11 @@ OURS = {
     "_before_island",  # an attribute that a module kept in float32 is given
     *("_begun", "_forward"),
 }
-"""Strings that look like a private name and are none of another package's."""
+"""Strings that look like a private name of another package but are not."""
 
 
 def defined(tree):
-    """Private names that a file defines itself."""
+    """Returns the private names that a file defines itself."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -51,7 +51,7 @@ EVERYWHERE = set().union(*map(defined, TREES.values()))
 
 
 def reached(tree):
-    """Private names of others that a file reads, writes, imports or looks up by a string."""
+    """Yields private names of other packages that a file reads, writes, imports or looks up."""
     own = defined(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and re.match(r"_[A-Za-z]", node.attr):
@@ -71,7 +71,7 @@ def reached(tree):
                 yield text
 
 
-def test_every_private_name_in_the_source_is_in_the_list_with_its_room():
+def test_every_private_name_in_the_source_is_in_the_list_with_its_folder():
     found = {
         (name, file.split("/")[0].removesuffix(".py"))
         for file, tree in TREES.items()
@@ -80,7 +80,7 @@ def test_every_private_name_in_the_source_is_in_the_list_with_its_room():
         if name not in STANDARD_LIBRARY
     }
     listed = {(each.name, room) for each in PRIVATE for room in each.rooms}
-    assert found - listed == set(), "used and not listed, or used in another room"
+    assert found - listed == set(), "used and not listed, or used in another folder"
     assert listed - found == set(), "listed and no longer used"
 
 
@@ -93,26 +93,26 @@ def test_every_private_name_in_the_source_is_in_the_list_with_its_room():
         "import torch\ntorch._C._x()",
     ],
 )
-def test_scan_finds_what_it_is_meant_to(source):
-    """The test above cannot pass because nothing is found."""
+def test_scan_finds_private_names(source):
+    """Ensures that the test above does not pass for lack of findings."""
     assert list(reached(ast.parse(source)))
 
 
-def test_lightning_is_reached_into_from_one_room():
+def test_private_names_of_lightning_are_used_in_one_folder():
     assert {room for each in (*LIGHTNING, *TORCHMETRICS) for room in each.rooms} == {
         "trainer_internals"
     }
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("trainer_internals/")])
-def test_loops_of_the_trainer_are_read_in_one_room(file):
-    """`fit_loop` has a public name, and below it nothing has a promise."""
+def test_loops_of_the_trainer_are_read_in_one_folder(file):
+    """`fit_loop` has a public name, but nothing below it is a stable API."""
     loops = {"fit_loop", "epoch_loop", "optim_progress", "batch_progress"}
     names = [n.attr for n in ast.walk(TREES[file]) if isinstance(n, ast.Attribute)]
     assert not loops & set(names)
 
 
-def test_every_private_name_says_what_would_replace_it():
+def test_every_private_name_has_a_replacement():
     assert all(len(each.instead.split()) >= 1 and each.instead[-1] != "." for each in PRIVATE)
     assert len({each.name for each in PRIVATE}) == len(PRIVATE)
 
@@ -123,7 +123,7 @@ def trainer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_private_attribute_relied_on_is_where_it_was(path, trainer):
+def test_private_attribute_exists_on_a_trainer(path, trainer):
     value = trainer
     for name in path.split("."):
         assert hasattr(value, name), f"lightning {lightning.__version__} has no Trainer.{path}"
@@ -142,7 +142,7 @@ def test_counters_have_the_fields_that_are_rewound(trainer):
             assert isinstance(tracker.completed, int)
 
 
-def test_installed_lightning_is_one_that_was_run():
+def test_installed_lightning_is_a_tested_version():
     oldest, newest = map(Version, LIGHTNING_VERSIONS)
     assert oldest <= Version(lightning.__version__) <= newest, (
         "run the tests on this lightning, then widen LIGHTNING_VERSIONS"

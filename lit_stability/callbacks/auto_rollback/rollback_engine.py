@@ -310,7 +310,7 @@ class RollbackEngine:
         if not more:
             self._pause.release_epoch()
             end_epoch_schedulers(self._trainer)
-            count_skipped_batches(self._trainer, self._ring.left_out[epoch])
+            count_skipped_batches(self._trainer, self._ring.skipped[epoch])
 
     def batch_ended(self) -> None:
         """Updates counts after an accepted batch, or after the response to a rejected one."""
@@ -318,7 +318,7 @@ class RollbackEngine:
         if self.replay and self._ring.position == 1 and self._ring.entries[0].modified:
             self._log_once(_MODIFIED)
         if not self._skipper.active:
-            skipped = self._ring.left_out[self._trainer.current_epoch]
+            skipped = self._ring.skipped[self._trainer.current_epoch]
             count_skipped_batches(self._trainer, skipped)
             self._since += self._accepted
             for _ in range(self._accepted):
