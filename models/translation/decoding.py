@@ -64,16 +64,16 @@ def beam_decode(
     max_length: int | None = None,
     use_cache: bool = True,
 ) -> Decoded:
-    """Decodes by beam search and returns the best hypothesis of each source.
+    """Decodes by beam search and returns the best sequence of each source.
 
-    A finished hypothesis stays in the beam with its score. The best hypothesis has the largest
+    A finished sequence stays in the beam with its score. The best sequence has the largest
     log P / lp(T) with lp(T) = ((5 + T) / 6)^a and T tokens, eos included (Wu et al. 2016,
     "Google's neural machine translation system", equation 14). A beam of 1 is greedy decoding.
 
     Args:
         model: The network, in eval mode unless dropout is wanted.
         source_BS: Padded source ids.
-        beam_size: Number W of hypotheses per source.
+        beam_size: Number W of sequences per source.
         length_penalty: Exponent a: 0 prefers short sentences, 1 is almost the mean per token.
         max_length: Maximum number of generated tokens, eos included; the model's by default.
         use_cache: Whether to keep keys and values between steps.
@@ -86,7 +86,7 @@ def beam_decode(
     n_steps, batch_size = _max_steps(model, max_length), len(source_BS)
     decoder = _IncrementalDecoder(model, source_BS.repeat_interleave(beam_size, dim=0), use_cache)
     tokens_NT = source_BS.new_full((batch_size * beam_size, 1), BOS)
-    # All hypotheses of a source start equal, so only the first one may branch in the first step.
+    # All sequences of a source start equal, so only the first one may branch in the first step.
     score_BW = torch.full((batch_size, beam_size), -torch.inf, device=source_BS.device)
     score_BW[:, 0] = 0.0
     first_row_B1 = torch.arange(batch_size, device=source_BS.device)[:, None] * beam_size
@@ -124,7 +124,7 @@ class _IncrementalDecoder:
         return log_probs_NV
 
     def select(self, rows_N: Tensor) -> None:
-        """Reorders the cache by hypothesis; rows of one sentence share source and memory."""
+        """Reorders the cache by sequence; rows of one sentence share source and memory."""
         if self.cache is not None:
             self.cache.select(rows_N)
 
@@ -143,7 +143,7 @@ def _finished(tokens_NT: Tensor) -> Tensor:
 
 
 def _freeze_finished(log_probs_NV: Tensor, tokens_NT: Tensor) -> Tensor:
-    """Makes padding the only continuation of a finished hypothesis, with log probability 0."""
+    """Makes padding the only continuation of a finished sequence, with log probability 0."""
     only_pad_V = torch.full_like(log_probs_NV[0], -torch.inf)
     only_pad_V[PAD] = 0.0
     return torch.where(_finished(tokens_NT)[:, None], only_pad_V, log_probs_NV)
