@@ -16,7 +16,7 @@ MaskConvention = Literal["attend", "masked"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Hyperparameters of the network; the defaults give a small network of about 1M parameters.
+    """Hyperparameters of the network; the defaults give about 0.7M parameters with the grammar.
 
     Raises:
         ValueError: A size is not positive, `n_heads` does not divide `d_model`, `d_model` is odd,
