@@ -1,1 +1,1 @@
-"""The reference models on which the callbacks are exercised, one folder each."""
+"""Reference models that exercise the callbacks, one folder each; each folder has a README."""

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.alternatives import PROTECTIONS, missing
 from benchmarks.alternatives.protection import Protection
 from benchmarks.rescue import report
+from benchmarks.rescue.disturbances import BatchFault, CorruptData, InjectedFault, filled, scaled
 from benchmarks.rescue.judge import BARE, judge_all
 from benchmarks.rescue.run import Outcome, run
 from benchmarks.rescue.scenario import Scenario
-from benchmarks.rescue.table import QUICK, SCENARIOS, by_name, chosen
-from benchmarks.rescue.troubles import Bound, Spoiled, Struck, filled, scaled
+from benchmarks.rescue.table import QUICK, SCENARIOS, by_name, with_twins
 from benchmarks.rescue.workers import Job, run_all
 from lit_stability import faults
 from lit_stability.diagnosis import CAUSES
@@ -41,8 +41,9 @@ def locals_of(scenario, protection):
 
 def test_table_has_every_injector_five_models_and_ten_healthy_runs():
     """K3, K4: what the project promises is what the table tries."""
-    troubles = [s.trouble for s in FAULTY if isinstance(s.trouble, Struck | Bound)]
-    injected = {type(trouble.fault()) for trouble in troubles}
+    disturbances = [s.disturbance for s in FAULTY]
+    injecting = [d for d in disturbances if isinstance(d, InjectedFault | BatchFault)]
+    injected = {type(disturbance.fault()) for disturbance in injecting}
     every = {
         each
         for each in vars(faults).values()
@@ -59,18 +60,18 @@ def test_table_has_every_injector_five_models_and_ten_healthy_runs():
 def test_faulty_scenario_states_causes_that_are_known_and_begins_before_its_end(scenario):
     assert set(scenario.causes) <= set(CAUSES)
     assert scenario.step < scenario.task.steps
-    if isinstance(scenario.trouble, Struck | Bound):
-        assert scenario.trouble.fault().step == scenario.step
+    if isinstance(scenario.disturbance, InjectedFault | BatchFault):
+        assert scenario.disturbance.fault().step == scenario.step
     assert by_name(scenario.undisturbed().name).healthy
 
 
 def test_parameters_of_the_faults_are_there_to_be_struck():
     modules = {}
     for scenario in FAULTY:
-        trouble = scenario.trouble
-        pattern = (
-            getattr(trouble.fault(), "parameter", None) if isinstance(trouble, Struck) else None
-        )
+        disturbance = scenario.disturbance
+        if not isinstance(disturbance, InjectedFault):
+            continue
+        pattern = getattr(disturbance.fault(), "parameter", None)
         if pattern is None or pattern == "*":
             continue
         module = modules.setdefault(scenario.task.name, scenario.task.module())
@@ -84,7 +85,7 @@ def test_quick_table_has_every_family():
 
 def test_scenario_of_an_unknown_name_is_an_error_that_repeats_it():
     with pytest.raises(ValueError, match="no scenario 'NaN los'"):
-        chosen(["NaN los"])
+        with_twins(["NaN los"])
 
 
 def test_scenario_without_an_acceptable_cause_is_refused():
@@ -93,7 +94,7 @@ def test_scenario_without_an_acceptable_cause_is_refused():
 
 
 def test_scenarios_come_with_their_twins_before_them():
-    names = [s.name for s in chosen(["NaN loss, CNN, step 355", "learning rate diverges"])]
+    names = [s.name for s in with_twins(["NaN loss, CNN, step 355", "learning rate diverges"])]
     assert names == [
         *("CNN", "learning rate diverges, twin"),
         *("NaN loss, CNN, step 355", "learning rate diverges"),
@@ -123,7 +124,8 @@ def twin_loss(steps):
     [(BARE, "NaN", ()), ("clipping at 1.0", "NaN", ()), ("SpikeDetection", "stopped", (45,))],
 )
 def test_nan_loss_ends_as_the_protection_lets_it(protection, ended, alarms):
-    found = run(short("CNN", 60, trouble=Struck(lambda: faults.NanLoss(step=45))), protection, 0)
+    disturbance = InjectedFault(lambda: faults.NanLoss(step=45))
+    found = run(short("CNN", 60, disturbance=disturbance), protection, 0)
     assert (found.ended, found.loss, found.alarms) == (ended, None, alarms)
 
 
@@ -141,7 +143,7 @@ def test_fault_is_answered_with_the_smallest_remedy_and_the_twins_loss_is_reache
     fault, kind, done, exact
 ):
     """K3, N1, N3: a fault that strikes once costs nothing, to the bit."""
-    found = run(short("CNN", 60, trouble=Struck(lambda: fault(step=45))), SUITE, 0)
+    found = run(short("CNN", 60, disturbance=InjectedFault(lambda: fault(step=45))), SUITE, 0)
     (incident,) = found.incidents
     assert incident.startswith(f"step 45: {kind}; ")
     assert incident.endswith(f" -> {done}; recovered")
@@ -152,21 +154,21 @@ def test_fault_is_answered_with_the_smallest_remedy_and_the_twins_loss_is_reache
 
 def test_fault_that_is_bound_to_its_batch_returns_and_costs_that_batch():
     """N1, N5."""
-    scenario = short("CNN", 60, trouble=Bound(lambda: faults.NanLoss(step=40)))
+    scenario = short("CNN", 60, disturbance=BatchFault(lambda: faults.NanLoss(step=40)))
     found = run(scenario, SUITE, 0)
     assert (found.batches, found.updates, len(found.alarms)) == (62, 60, 1)
     assert found.incidents[0].endswith("-> step taken again, step skipped; recovered")
 
 
-def test_spoiled_data_are_spoiled_where_they_are_said_to_be():
+def test_corrupt_data_are_corrupt_in_their_range_of_batches():
     data = DataLoader(TensorDataset(torch.ones(12, 2), torch.zeros(12), torch.arange(12)), 3)
-    Spoiled(1, scaled(5.0), last=2).spoil(data)
+    CorruptData(1, scaled(5.0), last=2).corrupt(data)
     assert [float(x.max()) for x, _, _ in data] == [1.0, 5.0, 5.0, 1.0]
     assert [float(x.max()) for x, _, _ in data] == [1.0] * 4, "counted over all epochs"
 
 
 def test_filling_leaves_zeros_and_the_other_tensors_alone():
-    fill = filled(7.0, place=1)
+    fill = filled(7.0, index=1)
     assert fill(torch.tensor([0.0, 2.0]), 0).tolist() == [0.0, 2.0]
     assert fill(torch.tensor([0.0, 2.0]), 1).tolist() == [0.0, 7.0]
 
@@ -254,9 +256,10 @@ def test_outcome_survives_json():
 
 def test_process_that_hangs_or_dies_is_replaced_and_the_table_goes_on():
     jobs = [Job(name, BARE, 0) for name in ("a", "hangs", "b", "dies", "c")]
-    found = list(run_all(jobs, processes=1, timeout=1.0, starting=30.0, serve=serve))
+    found = list(run_all(jobs, processes=1, timeout=1.0, startup_timeout=30.0, serve=serve))
     assert [found[i] for i in (0, 2, 4)] == [jobs[i] for i in (0, 2, 4)]
     hung, dead = found[1], found[3]
-    assert (hung.scenario, hung.ended, hung.message) == ("hangs", "hung", "ended by the clock")
+    assert (hung.scenario, hung.ended) == ("hangs", "hung")
+    assert hung.message == "stopped at the time limit"
     assert (dead.scenario, dead.ended) == ("dies", "failed")
     assert dead.message == "its process ended with exit code 3"

@@ -1,9 +1,8 @@
-"""What may be put around a fit: nothing, what Lightning has, what PyPI has, and this suite.
+"""Protections of a fit that the benchmarks compare: none, Lightning's, PyPI packages, this suite.
 
-`PROTECTIONS` gives them by name; each is used as its own documentation says, with its defaults
-where its docstring says nothing else.
-`missing` says which of them cannot be run here, and why. Those from PyPI are imported only when
-they are asked for.
+`PROTECTIONS` maps names to them. Each is used as its documentation describes, with default options
+unless its docstring states others. `missing` returns those that cannot run here, with the reason.
+Packages from PyPI are imported only when they are used.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from benchmarks.alternatives.shipped import Clipping, LightningSpikeDetection, N
 __all__ = ["PROTECTIONS", "Protection", "missing"]
 
 PROTECTIONS: dict[str, type[Protection]] = {
-    each.name: each
-    for each in (
+    kind.name: kind
+    for kind in (
         Nothing,
         Clipping,
         LightningSpikeDetection,
@@ -27,10 +26,10 @@ PROTECTIONS: dict[str, type[Protection]] = {
         Suite,
     )
 }
-"""By name, in the order of the tables."""
+"""Protections by name, in the order of the tables."""
 
 
 def missing() -> dict[str, str]:
-    """Protections that cannot be run here, each with the error that says why."""
-    found = ((name, each.problem()) for name, each in PROTECTIONS.items())
-    return {name: problem for name, problem in found if problem is not None}
+    """Returns the protections that cannot run here, with the error."""
+    problems = ((name, kind.problem()) for name, kind in PROTECTIONS.items())
+    return {name: problem for name, problem in problems if problem is not None}

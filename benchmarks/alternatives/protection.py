@@ -1,6 +1,6 @@
-"""The one interface of everything that protects a fit.
+"""Common interface of the protections.
 
-May import Lightning; a protection imports what it wraps inside its methods.
+Imports Lightning; a protection imports the package that it wraps inside its methods.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ from lightning.pytorch import Callback
 
 
 class Protection:
-    """One protection of one fit; make another object for another fit.
+    """A protection of one fit; create a new object for each fit.
 
-    Give the Trainer ``callbacks(folder)`` after the callbacks of the run itself, and
+    Pass ``callbacks(folder)`` to the Trainer, after the callbacks of the run itself, and
     ``trainer_options()``.
     """
 
     name: ClassVar[str]
-    """In tables."""
+    """Name in tables."""
     package: ClassVar[str | None] = None
-    """What PyPI calls it, None for what is installed with Lightning or with this project."""
-    tells: ClassVar[bool] = False
-    """Whether it says that something is wrong; a clipping rule does not."""
+    """Name on PyPI; None for protections of Lightning and of this project."""
+    raises_alarms: ClassVar[bool] = False
+    """Whether it reports faults; a clipping rule does not."""
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        """What the Trainer is given.
+        """Returns the callbacks for the Trainer.
 
         Args:
-            folder: for files that it writes.
+            folder: Folder for files that the protection writes.
 
         Raises:
-            ImportError: if its package is not installed.
+            ImportError: The package is not installed.
         """
         return []
 
     def trainer_options(self) -> dict[str, Any]:
-        """Further arguments of the Trainer."""
+        """Returns further arguments of the Trainer."""
         return {}
 
     def alarms(self) -> int:
-        """How often it has said so far that something is wrong."""
+        """Returns the number of alarms so far."""
         return 0
 
     def stops(self) -> tuple[type[BaseException], ...]:
-        """What it raises to end a fit on purpose."""
+        """Returns the exceptions with which the protection ends a fit on purpose."""
         return ()
 
     @classmethod
     def release(cls) -> str | None:
-        """Version of its package; None where it has none of its own or is not installed."""
+        """Returns the version of the package; None without a package or if not installed."""
         try:
             return version(cls.package) if cls.package else None
         except PackageNotFoundError:
@@ -60,11 +60,11 @@ class Protection:
 
     @classmethod
     def problem(cls) -> str | None:
-        """Why it cannot be run here, or None."""
+        """Returns why the protection cannot run here, or None."""
         try:
             with tempfile.TemporaryDirectory() as folder:
                 cls().callbacks(Path(folder))
-        # Whatever a foreign package does wrong on import is to be listed, not to end the table.
+        # Any error of a third-party package is listed and must not end the benchmark.
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None

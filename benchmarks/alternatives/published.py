@@ -1,8 +1,8 @@
-"""Protections from PyPI, each adapted to Lightning's loop as its documentation asks.
+"""Protections from PyPI, adapted to Lightning's loop as their documentation describes.
 
-None is a dependency: ``make .bench-venv`` installs them beside the project, at the versions of
-``requirements.txt``. A package is imported in `callbacks`, so that one that is missing or broken
-is listed with its error. May import Lightning.
+They are not dependencies: ``make .bench-venv`` installs them next to the project, with the
+versions in ``requirements.txt``. A package is imported in `callbacks`, so that a missing or broken
+one is listed with its error. Imports Lightning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.alternatives.protection import Protection
 
 
 class ZClip(Protection):
-    """ZClip (arXiv 2504.02507): clips what is 2.5 deviations above the mean norm, and at 1.0."""
+    """ZClip (arXiv 2504.02507): clips norms 2.5 deviations above the mean, and at 1.0."""
 
     name = "ZClip"
     package = "zclip"
@@ -44,35 +44,35 @@ class AutoClip(Protection):
 
 
 class _BeforeStep(Callback):
-    """Steps a clipper between backward and update.
+    """Steps a clipper between backward pass and update.
 
-    Its optimizer wrapper would clip before Lightning's closure has computed the gradients.
+    AutoClip's optimizer wrapper would clip before Lightning's closure computes the gradients.
     """
 
-    def __init__(self, clipper: Callable[[Any], Any]) -> None:
-        self._make = clipper
+    def __init__(self, make_clipper: Callable[[Any], Any]) -> None:
+        self._make_clipper = make_clipper
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the clipper of what trains."""
-        self._clipper = self._make([p for p in pl_module.parameters() if p.requires_grad])
+        """Creates the clipper of the trainable parameters."""
+        self._clipper = self._make_clipper([p for p in pl_module.parameters() if p.requires_grad])
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Clip."""
+        """Clips the gradients."""
         self._clipper.step()
 
 
 class StabilityGuard(Protection):
-    """stabilityguard: leaves out a step whose norm in some layer is ten times its running mean.
+    """stabilityguard: skips a step if the norm of a layer is ten times its running mean.
 
-    With ``nan_action="rollback"``, which also puts back the weights of the step before; its default
-    ``"skip"`` leaves a damaged weight where it is.
+    Uses ``nan_action="rollback"``, which also restores the weights of the previous step; the
+    default ``"skip"`` keeps a damaged weight.
     """
 
     name = "stabilityguard"
     package = "stabilityguard"
-    tells = True
+    raises_alarms = True
 
     def __init__(self) -> None:
         self.guards: list[Any] = []
@@ -82,38 +82,38 @@ class StabilityGuard(Protection):
         from stabilityguard import GuardedOptimizer
 
         def guard(optimizer: Any, module: LightningModule) -> Any:
-            made = GuardedOptimizer(
+            guarded = GuardedOptimizer(
                 optimizer, module, nan_action="rollback", log_dir=str(folder), verbose=False
             )
-            self.guards.append(made)
-            return made
+            self.guards.append(guarded)
+            return guarded
 
-        return [_Guarded(guard)]
+        return [_GuardOptimizers(guard)]
 
     def alarms(self) -> int:
-        """See `Protection`."""
+        """Returns the spikes of all guarded optimizers."""
         return sum(guard.total_spikes for guard in self.guards)
 
 
-class _Guarded(Callback):
-    """Puts a guard around the step of each optimizer.
+class _GuardOptimizers(Callback):
+    """Replaces the step of each optimizer by the step of its guard.
 
-    Lightning computes the gradients in a closure that the optimizer is handed, and the guard looks
-    at them before its optimizer's step: so the closure is run first.
+    Lightning computes the gradients in a closure passed to the optimizer, and the guard reads them
+    before its optimizer's step, so the closure must run first.
     """
 
     def __init__(self, guard: Callable[[Any, LightningModule], Any]) -> None:
         self._guard = guard
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the guards in place."""
+        """Installs the guards."""
         for optimizer in trainer.optimizers:
-            guard = self._guard(_Original(optimizer), pl_module)
+            guard = self._guard(_OriginalStep(optimizer), pl_module)
             optimizer.step = _closure_first(guard)  # type: ignore[method-assign]
 
 
-class _Original:
-    """An optimizer with the step that it had."""
+class _OriginalStep:
+    """Proxy of an optimizer that keeps its original step method."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -133,11 +133,11 @@ def _closure_first(guard: Any) -> Callable[..., Any]:
 
 
 class Arc(Protection):
-    """arc-training: its Lightning callback, which goes back to a snapshot and halves the rate."""
+    """arc-training: its Lightning callback restores a snapshot and halves the learning rate."""
 
     name = "arc-training"
     package = "arc-training"
-    tells = True
+    raises_alarms = True
 
     def __init__(self) -> None:
         self.callback: Any = None

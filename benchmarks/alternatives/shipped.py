@@ -1,6 +1,6 @@
-"""No protection, the two that Lightning has, and this suite.
+"""No protection, Lightning's two protections, and this suite.
 
-May import Lightning and `lit_stability`.
+Imports Lightning and `lit_stability`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lit_stability import GradientMonitor, Incident, TrainingStopped, stability_
 
 
 class Nothing(Protection):
-    """A Trainer as it comes."""
+    """A Trainer without protection."""
 
     name = "none"
 
@@ -33,10 +33,10 @@ class Clipping(Protection):
 
 
 class LightningSpikeDetection(Protection):
-    """Lightning's `SpikeDetection`: ends the fit when the loss is not finite or has trebled."""
+    """Lightning's `SpikeDetection`: ends the fit if the loss is not finite or has tripled."""
 
     name = "SpikeDetection"
-    tells = True
+    raises_alarms = True
 
     def __init__(self) -> None:
         self.callback: SpikeDetection | None = None
@@ -47,7 +47,7 @@ class LightningSpikeDetection(Protection):
         return [self.callback]
 
     def alarms(self) -> int:
-        """Two batches are excluded for each spike."""
+        """Returns the number of spikes; each excludes two batches."""
         return 0 if self.callback is None else len(self.callback.bad_batches) // 2
 
     def stops(self) -> tuple[type[BaseException], ...]:
@@ -56,10 +56,10 @@ class LightningSpikeDetection(Protection):
 
 
 class Suite(Protection):
-    """``stability_callbacks()``, as it comes."""
+    """``stability_callbacks()`` with default options."""
 
     name = "this suite"
-    tells = True
+    raises_alarms = True
 
     def __init__(self) -> None:
         self.monitor: GradientMonitor | None = None
@@ -67,12 +67,12 @@ class Suite(Protection):
     def callbacks(self, folder: Path) -> list[Callback]:
         """See `Protection`."""
         suite = stability_callbacks()
-        self.monitor = next(each for each in suite if isinstance(each, GradientMonitor))
+        self.monitor = next(c for c in suite if isinstance(c, GradientMonitor))
         return suite
 
     @property
     def incidents(self) -> list[Incident]:
-        """What it has noticed."""
+        """All incidents so far."""
         return [] if self.monitor is None else self.monitor.incidents
 
     def alarms(self) -> int:

@@ -1,6 +1,6 @@
-"""What is saved of a run that goes wrong, by this suite and by everything else that could be used.
+"""Compares how many faulty runs this suite and other protections rescue.
 
-`tasks` are the models and their data, `troubles` what goes wrong, `table` and `healthy` the
-scenarios, `run` one fit under one protection, `workers` many of them, `judge`, `report` and
-`picture` what comes out.
+`tasks` defines the models and their data, `disturbances` what goes wrong, `injected`, `recurring`
+and `healthy` the scenarios, and `table` lists them. `run` runs one scenario with one protection,
+`workers` many of them in parallel. `judge`, `report` and `picture` evaluate the outcomes.
 """

@@ -1,6 +1,6 @@
-"""Runs with which nothing is wrong, of as many kinds as a detector may take for trouble.
+"""Healthy runs of many kinds, among them those that a detector may mistake for a fault.
 
-May import Lightning and torch.
+Imports Lightning and torch.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.instabilities.cases import CASES, Case
+from benchmarks.rescue.disturbances import InjectedFault
 from benchmarks.rescue.networks import batches, images, sequences
 from benchmarks.rescue.scenario import HEALTHY, Scenario
 from benchmarks.rescue.tasks import TASKS, Task, loss_on
-from benchmarks.rescue.troubles import Struck
 from lit_stability.faults import BadBatch
 
 GPT, TRANSLATION, CAUSAL, CNN, GRU, GAN = TASKS.values()
 
 
 def fp16() -> dict[str, Any]:
-    """Real fp16 with loss scaling, on the CPU; ``precision="16-mixed"`` is bf16 there."""
+    """Returns Trainer options for fp16 with loss scaling on a CPU, where "16-mixed" is bf16."""
     scaler = torch.amp.GradScaler("cpu")
     return {"plugins": MixedPrecision("16-mixed", device="cpu", scaler=scaler)}
 
 
 def from_case(case: Case, steps: int, batches: int = 10) -> Task:
-    """A case of `benchmarks.instabilities`, judged by its data: it has no others."""
+    """Converts a case of `benchmarks.instabilities`; it is evaluated on its training data."""
     return Task(
         name=case.name,
         steps=steps,
@@ -44,22 +44,22 @@ def from_case(case: Case, steps: int, batches: int = 10) -> Task:
 
 
 class Unfreezing(BaseFinetuning):
-    """Trains the head alone for an epoch, then everything."""
+    """Trains only the head in the first epoch, then all layers."""
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
-        """See Lightning."""
+        """Freezes the feature layers."""
         self.freeze(pl_module.net.features)
 
     def finetune_function(
         self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        """See Lightning."""
+        """Unfreezes the feature layers in the second epoch."""
         if epoch == 1:
             self.unfreeze_and_add_param_group(pl_module.net.features, optimizer)
 
 
 def _curriculum(seed: int) -> DataLoader[Any]:
-    """Sequences in the order of the size of their targets, once."""
+    """Sequences sorted by the magnitude of their targets, one pass."""
     x, y = sequences(seed, n=360 * 16).tensors
     order = y.abs().mean(1).argsort()
     return DataLoader(TensorDataset(x[order], y[order]), 16)
@@ -125,7 +125,7 @@ HEALTHY_RUNS: tuple[Scenario, ...] = (
         name="byte GPT, five batches of shuffled bytes",
         family=HEALTHY,
         task=GPT,
-        trouble=Struck(lambda: BadBatch(step=120, steps=5)),
+        disturbance=InjectedFault(lambda: BadBatch(step=120, steps=5)),
         step=120,
     ),
 )

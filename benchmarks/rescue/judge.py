@@ -1,6 +1,6 @@
-"""What is to be said of an outcome, against the clean twin and the same run unprotected.
+"""Judges an outcome against its clean twin and against the same run without protection.
 
-Data in, data out: may import `scenario` for its type, and nothing that trains.
+Processes data only: imports `scenario` and `run` for their types.
 """
 
 from __future__ import annotations
@@ -14,37 +14,36 @@ if TYPE_CHECKING:
     from benchmarks.rescue.scenario import Scenario
 
 BARE = "none"
-"""The protection that is none."""
+"""Name of the runs without protection."""
 TOLERANCE = 1.05
-"""Times the twin's held-out loss up to which a run counts as rescued."""
+"""Largest ratio of the held-out loss to the twin's with which a run counts as saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """An outcome, judged."""
+    """An outcome with its evaluation."""
 
     outcome: Outcome
     family: str
     beyond_remedy: bool
-    """Whether nothing that is done during the run can save it."""
+    """Whether no action during the run can save it."""
     ratio: float | None
-    """Held-out loss over that of the twin; None where either is missing."""
+    """Held-out loss divided by the twin's; None if either is missing."""
     saved: bool
-    """Whether it ended within the tolerance; where nothing can do that, whether it was named."""
+    """Whether the run finished within the tolerance; beyond remedy, whether its cause was named."""
     detected: bool
     delay: int | None
-    """Batches from the strike to the first alarm."""
+    """Batches from the fault to the first alarm."""
     named: bool | None
-    """Whether the cause is an acceptable one; None where no cause is ever said, or none is due."""
+    """Whether a correct cause was named; None without causes or for a healthy run."""
     lost: int | None
-    """Batches trained on twice or left out; None where they cannot be counted, and where the run
-    did not go on to its end."""
+    """Batches trained on twice or skipped; None if uncountable or the run ended early."""
     false_alarms: int
-    """Alarms before the strike; of a healthy run, all."""
+    """Alarms before the fault; all alarms of a healthy run."""
     untouched: bool
-    """Whether it ended where the unprotected run ended, to the bit."""
+    """Whether the held-out loss is bit-identical to that of the unprotected run."""
     slower: float | None
-    """CPU time over that of the unprotected run."""
+    """CPU time divided by that of the unprotected run."""
 
 
 def judge(
@@ -52,30 +51,30 @@ def judge(
     outcome: Outcome,
     twin: Outcome | None,
     bare: Outcome | None,
-    says_causes: bool,
+    names_causes: bool,
 ) -> Verdict:
-    """Judge one outcome.
+    """Judges one outcome.
 
     Args:
-        scenario: what was run.
-        outcome: how it ended.
-        twin: the undisturbed, unprotected run of the same seed, if there is one.
-        bare: the same run unprotected, if there is one.
-        says_causes: whether the protection ever says what a fault came from.
+        scenario: The scenario that was run.
+        outcome: Its outcome.
+        twin: Outcome of the undisturbed, unprotected run with the same seed, if there is one.
+        bare: Outcome of the same run without protection, if there is one.
+        names_causes: Whether the protection names causes of faults.
     """
     ratio = None
     if outcome.loss is not None and twin is not None and twin.loss:
         ratio = outcome.loss / twin.loss
     after = [alarm - scenario.step for alarm in outcome.alarms if alarm >= scenario.step]
-    named = outcome.cause in scenario.causes if says_causes and not scenario.healthy else None
-    reached = outcome.ended == "finished" and ratio is not None and ratio <= TOLERANCE
+    named = outcome.cause in scenario.causes if names_causes and not scenario.healthy else None
+    within = outcome.ended == "finished" and ratio is not None and ratio <= TOLERANCE
     false_alarms = len(outcome.alarms) if scenario.healthy else len(outcome.alarms) - len(after)
     return Verdict(
         outcome=outcome,
         family=scenario.family,
         beyond_remedy=bool(scenario.beyond_remedy),
         ratio=ratio,
-        saved=bool(named) if scenario.beyond_remedy else reached,
+        saved=bool(named) if scenario.beyond_remedy else within,
         detected=bool(after) and not scenario.healthy,
         delay=min(after, default=None),
         named=named,
@@ -87,32 +86,31 @@ def judge(
 
 
 def _lost(outcome: Outcome, twin: Outcome | None) -> int | None:
-    """Batches more than the twin took, and updates fewer than it made."""
+    """Returns the batches beyond the twin's, plus the updates that are missing."""
     if twin is None or outcome.ended not in ("finished", "NaN"):
         return None
-    again = outcome.batches - twin.batches
+    extra = outcome.batches - twin.batches
     if outcome.updates is None or twin.updates is None:
-        return again or None
-    return again + max(0, twin.updates - outcome.updates)
+        return extra or None
+    return extra + max(0, twin.updates - outcome.updates)
 
 
 def judge_all(
-    scenarios: Mapping[str, Scenario], outcomes: Iterable[Outcome], says_causes: frozenset[str]
+    scenarios: Mapping[str, Scenario], outcomes: Iterable[Outcome], names_causes: frozenset[str]
 ) -> list[Verdict]:
-    """Judge the outcomes of a table.
+    """Judges all outcomes.
 
     Args:
-        scenarios: by name, with the twins.
-        outcomes: of any of them.
-        says_causes: protections that say what a fault came from.
+        scenarios: Scenarios and their twins, by name.
+        outcomes: Outcomes of these scenarios.
+        names_causes: Protections that name causes of faults.
     """
-    found = list(outcomes)
-    bare = {(o.scenario, o.seed): o for o in found if o.protection == BARE}
+    outcomes = list(outcomes)
+    bare = {(o.scenario, o.seed): o for o in outcomes if o.protection == BARE}
     verdicts = []
-    for outcome in found:
+    for outcome in outcomes:
         scenario = scenarios[outcome.scenario]
         twin = bare.get((scenario.undisturbed().name, outcome.seed))
         same = bare.get((scenario.name, outcome.seed))
-        says = outcome.protection in says_causes
-        verdicts.append(judge(scenario, outcome, twin, same, says))
+        verdicts.append(judge(scenario, outcome, twin, same, outcome.protection in names_causes))
     return verdicts

@@ -1,7 +1,7 @@
-"""Small networks on synthetic data, with noise that no network can learn away.
+"""Small networks on synthetic data with irreducible noise.
 
-The noise keeps the last loss well above zero, so that a ratio of two losses means something.
-May import Lightning. Shape suffixes: B batch, C channels, S side, T time, D features.
+The noise keeps the final loss well above zero, so that a ratio of two losses is meaningful.
+Imports Lightning. Shape suffixes: B batch, C channels, S side length, T time, D features.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Supervised(LightningModule):
     """Trains a network on pairs of inputs and targets.
 
     Args:
-        net: inputs to outputs.
-        loss: of outputs and targets; outputs are cast to float32 before.
-        optimizer: given the parameters that train.
-        schedule: given the optimizer, stepped with it.
+        net: The network.
+        loss: Function of outputs, cast to float32, and targets.
+        optimizer: Creates the optimizer from the trainable parameters.
+        schedule: Creates a scheduler from the optimizer; stepped every step.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Supervised(LightningModule):
         self.net, self.loss, self.optimizer, self.schedule = net, loss, optimizer, schedule
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Returns the loss of a batch."""
         x, y = batch
         return self.loss(self.net(x).float(), y)
 
     def configure_optimizers(self) -> Any:
-        """As given."""
+        """Returns the optimizer and, if there is one, its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.schedule is None:
             return optimizer
@@ -57,9 +57,9 @@ class Cnn(nn.Module):
     """Two convolutions with BatchNorm, a mean over the image, one linear layer.
 
     Args:
-        rms: divide what the first convolution gives by its root mean square over the channels, in
-            the format that it comes in: the network then does not depend on the scale of its
-            images, but squares of more than 256 are infinite in fp16.
+        rms: Whether to divide the first convolution's output by its root mean square over the
+            channels, in its own dtype. The network then does not depend on the scale of the
+            images, but values above 256 overflow when squared in fp16.
     """
 
     def __init__(self, *, rms: bool = False) -> None:
@@ -72,7 +72,7 @@ class Cnn(nn.Module):
         self.head = nn.Linear(32, 4)
 
     def forward(self, x_BCSS: Tensor) -> Tensor:
-        """Images to logits of four classes."""
+        """Returns the logits of four classes."""
         x_BCSS = self.first(x_BCSS)
         if self.rms:
             x_BCSS = x_BCSS / ((x_BCSS * x_BCSS).mean(1, keepdim=True) + 1e-5).sqrt()
@@ -81,20 +81,20 @@ class Cnn(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A GRU of 32 units and a linear layer at each time."""
+    """A GRU with 32 units and a linear layer at each time step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gru, self.head = nn.GRU(4, 32, batch_first=True), nn.Linear(32, 1)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Sequences to one value for each time."""
+        """Returns one value per time step."""
         values: Tensor = self.head(self.gru(x_BTD)[0]).squeeze(-1)
         return values
 
 
 class Gan(LightningModule):
-    """Learns to draw from a normal distribution: two networks, two optimizers, stepped by hand."""
+    """GAN that learns a normal distribution, with two optimizers in manual optimization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,15 +103,15 @@ class Gan(LightningModule):
         self.critic = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """One step of each, with the loss that does not saturate (arXiv 1406.2661)."""
+        """Steps critic and generator, with the non-saturating loss (arXiv 1406.2661)."""
         (real_BD,) = batch
-        draw, judge = self.optimizers()
+        generator_optimizer, critic_optimizer = self.optimizers()
         fake_BD = self.generator(torch.randn(len(real_BD), 2))
-        found = self.critic(torch.cat([real_BD, fake_BD.detach()]))
-        truth = torch.cat([torch.ones_like(real_BD), torch.zeros_like(real_BD)])
-        self._step(judge, F.binary_cross_entropy_with_logits(found, truth))
+        logits = self.critic(torch.cat([real_BD, fake_BD.detach()]))
+        labels = torch.cat([torch.ones_like(real_BD), torch.zeros_like(real_BD)])
+        self._step(critic_optimizer, F.binary_cross_entropy_with_logits(logits, labels))
         loss = F.softplus(-self.critic(fake_BD)).mean()
-        self._step(draw, loss)
+        self._step(generator_optimizer, loss)
         return loss.detach()
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
@@ -120,13 +120,13 @@ class Gan(LightningModule):
         optimizer.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adam for each."""
+        """Returns one Adam per network."""
         nets = (self.generator, self.critic)
         return [torch.optim.Adam(n.parameters(), 1e-3, (0.5, 0.9)) for n in nets]
 
 
 def images(seed: int, n: int = 1024) -> TensorDataset:
-    """Four patterns of 8 x 8 under noise of three times their deviation, half as many batches."""
+    """Returns images of four 8 x 8 patterns, with noise of three times their deviation."""
     patterns = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(99))
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(4, (n,), generator=g)
@@ -134,7 +134,7 @@ def images(seed: int, n: int = 1024) -> TensorDataset:
 
 
 def sequences(seed: int, n: int = 1024, length: int = 16) -> TensorDataset:
-    """A running mean of one input, gated by the sign of another, with noise of 0.3."""
+    """Returns sequences: a running mean of one input times the sign of another, plus noise 0.3."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, length, 4, generator=g)
     clean = (x[..., 0].cumsum(1) / torch.arange(1, length + 1).sqrt()) * x[..., 1].sign()
@@ -142,12 +142,12 @@ def sequences(seed: int, n: int = 1024, length: int = 16) -> TensorDataset:
 
 
 def normal(seed: int, n: int = 2048) -> TensorDataset:
-    """Draws of a normal distribution of mean 3 and deviation 0.5."""
+    """Returns samples of a normal distribution with mean 3 and standard deviation 0.5."""
     g = torch.Generator().manual_seed(seed)
     return TensorDataset(3 + 0.5 * torch.randn(n, 1, generator=g))
 
 
 def batches(data: TensorDataset, seed: int, batch: int = 16) -> DataLoader[Any]:
-    """Shuffled by a generator of their own."""
+    """Returns a DataLoader that shuffles with its own generator."""
     g = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch, shuffle=True, generator=g, drop_last=True)

@@ -1,4 +1,4 @@
-"""The whole table as one picture: scenarios down, protections across. May import matplotlib."""
+"""Draws the outcomes as a grid: scenarios as rows, protections as columns. Imports matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from benchmarks.rescue.judge import Verdict
 from benchmarks.rescue.scenario import HEALTHY
 
-# Okabe and Ito's colours, of different lightness as well; each state has a mark of its own too.
+# Colours by Okabe and Ito, which also differ in lightness; each state also has its own mark.
 STATES = {
     "saved": ("#56B4E9", ""),
     "saved, as unprotected": ("#D8ECF8", ""),
@@ -27,7 +27,7 @@ STATES = {
 
 
 def state(verdict: Verdict, bare_saved: bool) -> str:
-    """Which of `STATES` a run is in."""
+    """Returns the state of a run, a key of `STATES`."""
     if verdict.saved and verdict.beyond_remedy:
         return "named, beyond remedy"
     if verdict.saved:
@@ -38,7 +38,7 @@ def state(verdict: Verdict, bare_saved: bool) -> str:
 
 
 def draw(verdicts: Sequence[Verdict], path: Path) -> None:
-    """Write the picture of the first seed's runs."""
+    """Writes the picture of the runs with the first seed."""
     seed = min(v.outcome.seed for v in verdicts)
     shown = [v for v in verdicts if v.family != HEALTHY and v.outcome.seed == seed]
     scenarios = list(dict.fromkeys((v.family, v.outcome.scenario) for v in shown))

@@ -1,6 +1,6 @@
-"""Verdicts in tables: of each protection, of each family of faults, and of everything.
+"""Summarises verdicts in tables: by protection, by family of faults, and run by run.
 
-Data in, text out: may import `benchmarks.results` for the tables themselves.
+Imports `benchmarks.results` for the tables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Group = Sequence[Verdict]
 
 
 def share(group: Group, test: Callable[[Verdict], bool]) -> str:
-    """How many of how many; a dash for none.
+    """Formats how many verdicts pass a test, of how many; a dash for an empty group.
 
     >>> share([], lambda verdict: True)
     '-'
@@ -25,7 +25,7 @@ def share(group: Group, test: Callable[[Verdict], bool]) -> str:
 
 
 def middle(values: Iterable[float | None], places: int = 0) -> str:
-    """Median of what is known; a dash for nothing.
+    """Formats the median of the values that are not None; a dash if there are none.
 
     >>> middle([3, None, 1, 2])
     '2'
@@ -34,12 +34,12 @@ def middle(values: Iterable[float | None], places: int = 0) -> str:
     return f"{median(known):.{places}f}" if known else "-"
 
 
-def by_protection(verdicts: Group, tells: frozenset[str]) -> Table:
-    """One line for each protection.
+def by_protection(verdicts: Group, raises_alarms: frozenset[str]) -> Table:
+    """Creates the table with one row per protection.
 
     Args:
-        verdicts: of all runs.
-        tells: protections that say when something is wrong.
+        verdicts: Verdicts of all runs.
+        raises_alarms: Protections that raise alarms.
     """
     columns = ["protection", "saved", "saved where bare is lost", "lost where bare is saved"]
     columns += ["noticed", "after steps", "cause named", "named beyond remedy", "steps lost"]
@@ -47,23 +47,25 @@ def by_protection(verdicts: Group, tells: frozenset[str]) -> Table:
     faulty = [v for v in verdicts if v.family != HEALTHY]
     bare = {_key(v) for v in faulty if v.outcome.protection == BARE and v.saved}
     groups = _groups(faulty, lambda v: v.outcome.protection).items()
-    return Table("What is saved", columns, [_line(n, g, bare, n in tells) for n, g in groups])
+    rows = [_row(name, group, bare, name in raises_alarms) for name, group in groups]
+    return Table("What is saved", columns, rows)
 
 
-def _line(name: str, group: Group, bare: set[tuple[str, int]], tells: bool) -> list[str]:
-    hopeful = [v for v in group if not v.beyond_remedy]
-    hopeless = [v for v in group if v.beyond_remedy and v.named is not None]
+def _row(name: str, group: Group, bare: set[tuple[str, int]], raises_alarms: bool) -> list[str]:
+    savable = [v for v in group if not v.beyond_remedy]
+    beyond_remedy = [v for v in group if v.beyond_remedy and v.named is not None]
+    endings = (("stopped",), ("NaN",), ("failed", "hung"))
     return [
         name,
-        share(hopeful, lambda v: v.saved),
-        share([v for v in hopeful if _key(v) not in bare], lambda v: v.saved),
-        share([v for v in hopeful if _key(v) in bare], lambda v: not v.saved),
-        share(group, lambda v: v.detected) if tells else "-",
-        middle(v.delay for v in group) if tells else "-",
+        share(savable, lambda v: v.saved),
+        share([v for v in savable if _key(v) not in bare], lambda v: v.saved),
+        share([v for v in savable if _key(v) in bare], lambda v: not v.saved),
+        share(group, lambda v: v.detected) if raises_alarms else "-",
+        middle(v.delay for v in group) if raises_alarms else "-",
         share([v for v in group if v.named is not None], lambda v: bool(v.named)),
-        share(hopeless, lambda v: bool(v.named)),
-        middle(v.lost for v in hopeful if v.saved),
-        *(str(_ended(group, how)) for how in (("stopped",), ("NaN",), ("failed", "hung"))),
+        share(beyond_remedy, lambda v: bool(v.named)),
+        middle(v.lost for v in savable if v.saved),
+        *(str(_count_ended(group, ending)) for ending in endings),
     ]
 
 
@@ -71,9 +73,9 @@ def _key(verdict: Verdict) -> tuple[str, int]:
     return verdict.outcome.scenario, verdict.outcome.seed
 
 
-def on_healthy(verdicts: Group, tells: frozenset[str]) -> Table:
-    """What each protection does to runs with which nothing is wrong."""
-    columns = ["protection", "runs with an alarm", "alarms", "left as they were, to the bit"]
+def on_healthy(verdicts: Group, raises_alarms: frozenset[str]) -> Table:
+    """Creates the table of the effect of each protection on healthy runs."""
+    columns = ["protection", "runs with an alarm", "alarms", "bit-identical runs"]
     columns += ["more than 5 % worse", "not finished", "CPU time"]
     rows = []
     healthy = [v for v in verdicts if v.family == HEALTHY]
@@ -82,19 +84,19 @@ def on_healthy(verdicts: Group, tells: frozenset[str]) -> Table:
         rows.append(
             [
                 name,
-                share(group, lambda v: v.false_alarms > 0) if name in tells else "-",
-                str(alarms) if name in tells else "-",
+                share(group, lambda v: v.false_alarms > 0) if name in raises_alarms else "-",
+                str(alarms) if name in raises_alarms else "-",
                 share(group, lambda v: v.untouched),
                 share(group, lambda v: v.outcome.ended == "finished" and not v.saved),
                 share(group, lambda v: v.outcome.ended != "finished"),
                 middle((v.slower for v in group), 2),
             ]
         )
-    return Table("What is done to healthy runs", columns, rows)
+    return Table("Effect on healthy runs", columns, rows)
 
 
 def by_family(verdicts: Group) -> Table:
-    """Runs saved, family by protection."""
+    """Creates the table of saved runs by family and protection."""
     faulty = [v for v in verdicts if v.family != HEALTHY]
     protections = list(_groups(faulty, lambda v: v.outcome.protection))
     rows = []
@@ -105,7 +107,7 @@ def by_family(verdicts: Group) -> Table:
 
 
 def everything(verdicts: Group) -> Table:
-    """One line for each scenario and seed: how far from the twin each protection ended."""
+    """Creates the table of all runs: the loss relative to the twin, by scenario and seed."""
     protections = list(_groups(verdicts, lambda v: v.outcome.protection))
     rows = []
     pairs = _groups(verdicts, lambda v: (v.family, v.outcome.scenario, v.outcome.seed))
@@ -120,7 +122,7 @@ def everything(verdicts: Group) -> Table:
 
 
 def cell(verdict: Verdict) -> str:
-    """One run in a few characters."""
+    """Formats one run in a few characters."""
     ended, ratio = verdict.outcome.ended, verdict.ratio
     text = ended if ratio is None or ended in ("failed", "hung") else f"{ratio:.3f}"
     text += f" {ended}" if ended == "stopped" and ratio is not None else ""
@@ -130,18 +132,18 @@ def cell(verdict: Verdict) -> str:
 
 
 def not_run(missing: Mapping[str, str]) -> Table:
-    """Protections that could not be run, with what they said."""
+    """Creates the table of protections that could not be run, with their errors."""
     rows = [[name, error.replace("|", "/")] for name, error in missing.items()]
     return Table("Not run", ["protection", "error"], rows)
 
 
-def _ended(group: Group, how: tuple[str, ...]) -> int:
-    return sum(v.outcome.ended in how for v in group)
+def _count_ended(group: Group, endings: tuple[str, ...]) -> int:
+    return sum(v.outcome.ended in endings for v in group)
 
 
 def _groups(verdicts: Group, key: Callable[[Verdict], object]) -> dict:
-    """In the order in which keys first come."""
-    found: dict = {}
+    """Groups verdicts by key, in the order in which the keys first occur."""
+    groups: dict = {}
     for verdict in verdicts:
-        found.setdefault(key(verdict), []).append(verdict)
-    return found
+        groups.setdefault(key(verdict), []).append(verdict)
+    return groups

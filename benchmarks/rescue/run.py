@@ -1,7 +1,4 @@
-"""One run of one scenario under one protection, and what is known of it afterwards.
-
-May import Lightning and torch.
-"""
+"""Runs one scenario with one protection and collects its outcome. Imports Lightning and torch."""
 
 from __future__ import annotations
 
@@ -26,53 +23,53 @@ from lit_stability import Incident
 from lit_stability.incidents.report import responses_text
 
 Ending = Literal["finished", "stopped", "NaN", "failed", "hung"]
-"""``stopped``: by the protection, on purpose. ``NaN``: finished with a loss that is none.
-``failed``: by an error that nobody meant. ``hung``: ended by the clock."""
+"""``stopped``: on purpose, by the protection. ``NaN``: finished with a non-finite loss.
+``failed``: by an unexpected error. ``hung``: by the time limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended; JSON types only."""
+    """Outcome of a run; its fields have JSON types."""
 
     scenario: str
     protection: str
     seed: int
     ended: Ending
     message: str = ""
-    """What was said where it did not finish."""
+    """Error or reason, if the run did not finish."""
     loss: float | None = None
-    """Held-out loss, None where it is not finite."""
+    """Held-out loss; None if it is not finite."""
     batches: int = 0
-    """Batches trained on, some of them perhaps twice."""
+    """Batches trained on, repeated ones included."""
     updates: int | None = None
-    """Updates in the final weights, by the optimizer's own count, which a rollback takes back with
-    its state; None where the optimizer counts none."""
+    """Updates in the final weights, by the step count in the optimizer's state, which a rollback
+    restores too; None if the optimizer has no count."""
     alarms: tuple[int, ...] = ()
-    """Batches at which the protection said that something is wrong, counted as ``batches`` is."""
+    """Batches at which the protection raised an alarm, counted like ``batches``."""
     cause: str = ""
-    """What the suite says that it came from, in the first incident that it answered."""
+    """Cause that the suite named in the first incident it responded to."""
     incidents: tuple[str, ...] = ()
-    """What the suite noticed, did and reached, a line each."""
+    """One line per incident of the suite: kind, cause, response and outcome."""
     seconds: float = 0.0
     """Wall-clock time of the fit."""
     cpu_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the outcome as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Outcome:
-        """Read what `as_dict` wrote."""
+        """Creates an outcome from the result of `as_dict`."""
         lists = {name: tuple(row[name]) for name in ("alarms", "incidents")}
         return cls(**(row | lists))
 
 
-class Witness(Callback):
-    """Counts the batches, and looks after each whether the protection has said something.
+class AlarmRecorder(Callback):
+    """Counts the batches and records at which of them the protection raised an alarm.
 
     Args:
-        protection: to be asked.
+        protection: The protection of the run.
     """
 
     def __init__(self, protection: Protection) -> None:
@@ -80,32 +77,32 @@ class Witness(Callback):
         self.alarms: list[int] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Count."""
+        """Counts the batch."""
         self.batches += 1
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Ask."""
-        self.ask()
+        """Records new alarms."""
+        self.record()
 
-    def ask(self) -> None:
-        """Put down the batch of each new alarm, the first batch being 0."""
+    def record(self) -> None:
+        """Records the batch of each new alarm; the first batch is 0."""
         new = self.protection.alarms() - len(self.alarms)
         self.alarms += [self.batches - 1] * new
 
 
 def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
-    """Train from a seed through a scenario."""
+    """Runs a scenario with a protection and a seed."""
     protection = PROTECTIONS[protection_name]()
-    reference = Witness(protection)
+    recorder = AlarmRecorder(protection)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         seed_everything(seed, verbose=False)
         module, data = scenario.task.module(), scenario.task.data(seed)
-        scenario.trouble.spoil(data)
-        trainer = _trainer(scenario, protection, reference, Path(folder))
+        scenario.disturbance.corrupt(data)
+        trainer = _trainer(scenario, protection, recorder, Path(folder))
         wall, cpu = time.perf_counter(), time.process_time()
         ended, message = _fit(trainer, module, data, protection)
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        reference.ask()
+        recorder.record()
         updates = _updates(trainer.optimizers)
         loss = scenario.task.held_out(module, seed)
     finite = math.isfinite(loss)
@@ -116,17 +113,17 @@ def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
         ended="NaN" if ended == "finished" and not finite else ended,
         message=message,
         loss=loss if finite else None,
-        batches=reference.batches,
+        batches=recorder.batches,
         updates=updates,
-        alarms=tuple(reference.alarms),
-        **_told(protection, scenario.step),
+        alarms=tuple(recorder.alarms),
+        **_suite_report(protection, scenario.step),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
     )
 
 
 def _trainer(
-    scenario: Scenario, protection: Protection, reference: Witness, folder: Path
+    scenario: Scenario, protection: Protection, recorder: AlarmRecorder, folder: Path
 ) -> Trainer:
     task = scenario.task
     return quiet_trainer(
@@ -134,10 +131,10 @@ def _trainer(
         devices=1,
         default_root_dir=folder,
         callbacks=[
-            *scenario.trouble.callbacks(),
+            *scenario.disturbance.callbacks(),
             *task.callbacks(),
             *protection.callbacks(folder),
-            reference,
+            recorder,
         ],
         **task.trainer(),
         **protection.trainer_options(),
@@ -147,16 +144,16 @@ def _trainer(
 def _fit(
     trainer: Trainer, module: LightningModule, data: Any, protection: Protection
 ) -> tuple[Ending, str]:
-    """Train; whatever is raised is a way to end."""
+    """Trains; an exception is one of the ways to end."""
     try:
         trainer.fit(module, data)
     except protection.stops() as stop:
         return "stopped", str(stop)
-    # Of a protection nothing is known that it may not do.
+    # A third-party protection may raise anything.
     except Exception as error:
         return "failed", f"{type(error).__name__}: {error}"
     finally:
-        # An injector that was not torn down, as after an exception, would spoil the evaluation.
+        # After an exception a fault injector is not torn down and would disturb the evaluation.
         vars(module).pop("training_step", None)
     return "finished", ""
 
@@ -166,19 +163,21 @@ def _updates(optimizers: Iterable[torch.optim.Optimizer]) -> int | None:
     return max(steps, default=None)
 
 
-def _told(protection: Protection, step: int) -> dict[str, Any]:
-    """What a suite says of its incidents; nobody else says any of it."""
+def _suite_report(protection: Protection, step: int) -> dict[str, Any]:
+    """Returns cause and incidents of this suite; nothing for other protections."""
     if not isinstance(protection, Suite):
         return {}
-    since = [each for each in protection.incidents if each.first.step >= step]
-    answered = next((each for each in since if each.responses), since[0] if since else None)
+    since = [incident for incident in protection.incidents if incident.first.step >= step]
+    first = next(
+        (incident for incident in since if incident.responses), since[0] if since else None
+    )
     return {
-        "cause": answered.cause if answered else "",
-        "incidents": tuple(_line(each) for each in protection.incidents),
+        "cause": first.cause if first else "",
+        "incidents": tuple(_line(incident) for incident in protection.incidents),
     }
 
 
 def _line(incident: Incident) -> str:
-    noticed = f"step {incident.first.step}: {incident.first.kind}"
-    cause, done = incident.cause or "no cause", responses_text(incident) or "told"
-    return f"{noticed}; {cause} -> {done}; {incident.outcome}"
+    anomaly = f"step {incident.first.step}: {incident.first.kind}"
+    cause, response = incident.cause or "no cause", responses_text(incident) or "reported"
+    return f"{anomaly}; {cause} -> {response}; {incident.outcome}"

@@ -1,54 +1,54 @@
-"""What a scenario is: a run, what goes wrong in it, and what it is fair to expect.
+"""Definition of a scenario: a task, its disturbance, and the correct causes.
 
-May import Lightning through what it is made of.
+Imports Lightning through tasks and disturbances.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from benchmarks.rescue.disturbances import Disturbance
 from benchmarks.rescue.tasks import Task
-from benchmarks.rescue.troubles import Trouble
 
 HEALTHY = "healthy"
-"""The family of the runs with which nothing is wrong."""
+"""Family of the healthy runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One run that goes wrong, or does not.
+    """A run with a disturbance, or a healthy run.
 
     Raises:
-        ValueError: if a run that goes wrong has no acceptable cause, or a healthy one has some.
+        ValueError: A faulty scenario has no correct cause, or a healthy one has causes.
     """
 
     name: str
     family: str
     task: Task
-    trouble: Trouble = field(default_factory=Trouble)
+    disturbance: Disturbance = field(default_factory=Disturbance)
     step: int = 0
-    """Batch in which it begins."""
+    """First batch with the fault."""
     causes: tuple[str, ...] = ()
-    """Names of `lit_stability.diagnosis.CAUSES`, any of which is right."""
+    """Names in `lit_stability.diagnosis.CAUSES`, each of which is correct."""
     beyond_remedy: str = ""
-    """Why nothing that is done during the run can bring it to its twin's loss, known beforehand;
-    then the cause is to be named instead."""
+    """Why no action during the run can reach the twin's loss, decided beforehand; such a run counts
+    as saved if its cause is named."""
     twin: Task | None = None
-    """The undisturbed run; None for the same without the trouble."""
+    """Task of the undisturbed run; None for the same task."""
 
     def __post_init__(self) -> None:
         if self.healthy == bool(self.causes):
             raise ValueError(
                 f"causes={self.causes!r} of {self.name!r} in the family {self.family!r}: give the "
-                "causes that would be right, and none for a healthy run"
+                "correct causes, and none for a healthy run"
             )
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is wrong, so that nobody may object."""
+        """Whether nothing is wrong, so that every alarm is false."""
         return self.family == HEALTHY
 
     def undisturbed(self) -> Scenario:
-        """The clean twin, by the name of its task."""
+        """Returns the clean twin, named after its task."""
         task = self.twin or self.task
         return Scenario(name=task.name, family=HEALTHY, task=task)

@@ -1,16 +1,16 @@
-"""All scenarios by name, and the few of a quick run. May import what they are made of."""
+"""All scenarios by name, and the selection of a quick run."""
 
 from __future__ import annotations
 
-from benchmarks.rescue.from_outside import FROM_OUTSIDE
-from benchmarks.rescue.from_within import FROM_WITHIN
 from benchmarks.rescue.healthy import HEALTHY_RUNS
+from benchmarks.rescue.injected import INJECTED
+from benchmarks.rescue.recurring import RECURRING
 from benchmarks.rescue.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
-    scenario.name: scenario for scenario in (*HEALTHY_RUNS, *FROM_OUTSIDE, *FROM_WITHIN)
+    scenario.name: scenario for scenario in (*HEALTHY_RUNS, *INJECTED, *RECURRING)
 }
-"""By name, the healthy ones first."""
+"""Scenarios by name, the healthy ones first."""
 
 QUICK: tuple[str, ...] = (
     "CNN",
@@ -27,27 +27,27 @@ QUICK: tuple[str, ...] = (
     "learning rate diverges",
     "final gain zeroed",
 )
-"""Of every family one, on the models that are quickest."""
+"""At least one scenario of every family, on the fastest models."""
 
 
-def chosen(names: list[str]) -> list[Scenario]:
-    """Scenarios by name, each with its twin before it.
+def with_twins(names: list[str]) -> list[Scenario]:
+    """Returns the scenarios with these names, after their twins.
 
     Raises:
-        ValueError: if there is none of a name.
+        ValueError: There is no scenario with such a name.
     """
     unknown = [name for name in names if name not in SCENARIOS]
     if unknown:
         raise ValueError(f"there is no scenario {unknown[0]!r}; choose from {list(SCENARIOS)}")
-    wanted = [SCENARIOS[name] for name in names]
-    twins = [scenario.undisturbed() for scenario in wanted]
-    return list({s.name: s for s in (*twins, *wanted)}.values())
+    scenarios = [SCENARIOS[name] for name in names]
+    twins = [scenario.undisturbed() for scenario in scenarios]
+    return list({s.name: s for s in (*twins, *scenarios)}.values())
 
 
 def by_name(name: str) -> Scenario:
-    """A scenario, or the twin of one.
+    """Returns a scenario or a twin.
 
     Raises:
-        ValueError: if there is none of that name.
+        StopIteration: There is none with this name.
     """
-    return next(s for s in chosen(list(SCENARIOS)) if s.name == name)
+    return next(s for s in with_twins(list(SCENARIOS)) if s.name == name)

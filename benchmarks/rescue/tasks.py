@@ -1,6 +1,6 @@
-"""The models that runs are of, their data, and the loss on data that they were not trained on.
+"""The models of the scenarios, their data and their held-out loss.
 
-May import Lightning, torch and `models`.
+Imports Lightning, torch and `models`.
 """
 
 from __future__ import annotations
@@ -37,42 +37,42 @@ from models.translation.datamodule import TranslationDataModule
 from models.translation.module import TranslationModule
 
 HELD_OUT = 12345
-"""Seed of the data that no run trains on."""
+"""Seed of the held-out data."""
 
 
 def loss_on(module: LightningModule, data: Iterable[Any]) -> float:
-    """Mean loss of a trained module over batches, in eval mode and float32; NaN if it is broken."""
+    """Returns the mean loss of a trained module over batches, in eval mode and float32."""
     module.trainer = None
     module.eval()
     step: Any = type(module).training_step
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning remarks that nothing is logged
+        warnings.simplefilter("ignore")  # Lightning warns that self.log has no Trainer
         losses = [float(step(module, batch, i)) for i, batch in enumerate(data)]
     return sum(losses) / len(losses)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A model, its data and how it is trained; nothing is wrong with it unless its name says so."""
+    """A model, its data and its training; healthy unless its name states a fault."""
 
     name: str
     steps: int
-    """Optimizer steps of a run, of all optimizers."""
+    """Optimizer steps of a run, summed over all optimizers."""
     module: Callable[..., LightningModule]
-    """Made after the seed was set; takes options by keyword."""
+    """Creates the module after the seed was set; takes options by keyword."""
     data: Callable[[int], DataLoader[Any]]
-    """Given the seed."""
+    """Creates the training data from the seed."""
     held_out: Callable[[LightningModule, int], float]
-    """Loss of a trained module on other data, given the seed of the run."""
+    """Returns the held-out loss of a trained module, given the seed of the run."""
     trainer: Callable[[], dict[str, Any]] = dict
-    """Further arguments of the Trainer, made anew for each run."""
+    """Creates further arguments of the Trainer for each run."""
     callbacks: Callable[[], list[Callback]] = list
-    """Callbacks of the run itself."""
+    """Creates further callbacks for each run."""
 
     def with_options(self, name: str, **options: Any) -> Task:
-        """The same with other options of the module."""
-        make = self.module
-        return replace(self, name=name, module=lambda: make(**options))
+        """Returns a copy with other options of the module."""
+        create = self.module
+        return replace(self, name=name, module=lambda: create(**options))
 
 
 def _byte_gpt(*, dropout: float = 0.0, **options: Any) -> ByteGPTModule:
@@ -130,12 +130,12 @@ def _gru(**options: Any) -> Supervised:
 
 
 def _quantiles(module: LightningModule, seed: int) -> float:
-    """Mean distance between the quantiles of what is drawn and of what was to be learnt."""
+    """Returns the mean distance between the quantiles of generated and of real samples."""
     g = torch.Generator().manual_seed(HELD_OUT)
     with torch.no_grad():
-        drawn: Tensor = module.generator(torch.randn(2048, 2, generator=g))
-    truth = normal(HELD_OUT).tensors[0]
-    return float((drawn.flatten().sort()[0] - truth.flatten().sort()[0]).abs().mean())
+        generated: Tensor = module.generator(torch.randn(2048, 2, generator=g))
+    real = normal(HELD_OUT).tensors[0]
+    return float((generated.flatten().sort()[0] - real.flatten().sort()[0]).abs().mean())
 
 
 def _on(data: Callable[[], Iterable[Any]]) -> Callable[[LightningModule, int], float]:

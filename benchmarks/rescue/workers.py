@@ -1,7 +1,8 @@
-"""Many runs in a few processes, none of which can end the others.
+"""Runs many jobs in a few processes; a crash or hang of one does not affect the others.
 
-A process serves run after run, since importing takes as long as some of them; one that dies or
-takes too long is replaced. Imports the standard library at its top; a worker imports the rest.
+A process runs one job after another, because imports take as long as some jobs; a process that
+dies or exceeds the time limit is replaced. The module imports only the standard library; a worker
+imports the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-    """One run, by names."""
+    """A run, identified by names and seed."""
 
     scenario: str
     protection: str
@@ -27,21 +28,21 @@ class Job(NamedTuple):
 
 
 class _Worker:
-    """A process with one job at a time."""
+    """A process that runs one job at a time."""
 
-    def __init__(self, serve: Callable[[Connection], None], starting: float) -> None:
+    def __init__(self, serve: Callable[[Connection], None], startup_timeout: float) -> None:
         context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(child_end,), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.job: Job | None = None
-        self.ends, self.extra = 0.0, starting
+        self.deadline, self.startup_timeout = 0.0, startup_timeout
 
-    def give(self, job: Job, timeout: float) -> None:
+    def assign(self, job: Job, timeout: float) -> None:
         self.pipe.send(job)
-        self.job, self.ends = job, time.monotonic() + timeout + self.extra
-        self.extra = 0.0
+        self.job, self.deadline = job, time.monotonic() + timeout + self.startup_timeout
+        self.startup_timeout = 0.0
 
     def stop(self) -> None:
         self.process.kill()
@@ -54,26 +55,26 @@ def run_all(
     processes: int,
     timeout: float,
     *,
-    starting: float = 120.0,
+    startup_timeout: float = 120.0,
     serve: Callable[[Connection], None] | None = None,
 ) -> Iterator[Outcome]:
-    """Outcomes as they come.
+    """Runs all jobs and yields their outcomes as they finish.
 
     Args:
-        jobs: what to run, in this order.
-        processes: how many at a time.
-        timeout: seconds after which a run counts as hung.
-        starting: seconds that a process may take for its imports, on top of its first run.
-        serve: what a process does with its end of a pipe, from which it is given jobs.
+        jobs: Jobs, started in this order.
+        processes: Number of processes.
+        timeout: Seconds after which a run counts as hung.
+        startup_timeout: Additional seconds for the imports before a process's first run.
+        serve: Function of a process; it receives jobs from a pipe and sends outcomes back.
     """
     waiting = deque(jobs)
-    start = partial(_Worker, serve or serve_runs, starting)
+    start = partial(_Worker, serve or serve_runs, startup_timeout)
     workers = [start() for _ in range(min(processes, len(jobs)))]
     try:
         while waiting or any(worker.job for worker in workers):
             for worker in list(workers):
                 if worker.job is None and waiting:
-                    worker.give(waiting.popleft(), timeout)
+                    worker.assign(waiting.popleft(), timeout)
                 outcome, alive = _collect(worker)
                 if not alive:
                     worker.stop()
@@ -88,7 +89,7 @@ def run_all(
 
 
 def _collect(worker: _Worker) -> tuple[Outcome | None, bool]:
-    """What has come of the worker's job, if anything, and whether the worker is still of use."""
+    """Returns the outcome of the worker's job, if it has ended, and whether the worker is alive."""
     job = worker.job
     if job is None:
         return None, True
@@ -99,14 +100,14 @@ def _collect(worker: _Worker) -> tuple[Outcome | None, bool]:
         except (EOFError, OSError):
             worker.process.join(5)
             message = f"its process ended with exit code {worker.process.exitcode}"
-            return lost(job, "failed", message), False
-    if time.monotonic() > worker.ends:
-        return lost(job, "hung", "ended by the clock"), False
+            return outcome_without_result(job, "failed", message), False
+    if time.monotonic() > worker.deadline:
+        return outcome_without_result(job, "hung", "stopped at the time limit"), False
     return None, True
 
 
-def lost(job: Job, ended: Any, message: str) -> Outcome:
-    """The outcome of a run of which nothing came back."""
+def outcome_without_result(job: Job, ended: Any, message: str) -> Outcome:
+    """Creates the outcome of a run whose process returned nothing."""
     from benchmarks.rescue.run import Outcome
 
     return Outcome(
@@ -119,8 +120,8 @@ def lost(job: Job, ended: Any, message: str) -> Outcome:
 
 
 def serve_runs(pipe: Connection) -> None:
-    """Run what comes, until nothing comes any more."""
-    _quiet()
+    """Runs jobs from the pipe until it is closed."""
+    _limit_threads_and_output()
     from benchmarks.rescue.run import run
     from benchmarks.rescue.table import by_name
 
@@ -132,8 +133,8 @@ def serve_runs(pipe: Connection) -> None:
         pipe.send(run(by_name(job.scenario), job.protection, job.seed))
 
 
-def _quiet() -> None:
-    """One thread, and nothing on the console but the table."""
+def _limit_threads_and_output() -> None:
+    """Sets torch to one thread and silences warnings and logs."""
     import logging
     import warnings
 

@@ -1,12 +1,12 @@
-"""A causal classifier: what comes next, and if it is a number, which one.
+"""Causal classifier: predicts the next token and, if that is a number, its value.
 
-A Qwen trunk reads a sentence. The *abduction* network infers from it the location and scale of
-a hidden Cauchy vector U; the *action* network maps U linearly to a score S_k for every token,
-`<NUM>` among them, and to a value Y. As Cauchy variables stay Cauchy under linear maps, each
-score and the value come with their own location and scale, and nothing is sampled in training.
+A Qwen backbone encodes a sentence. The *abduction* network infers location and scale of a latent
+Cauchy vector U from it; the *action* network maps U linearly to a score S_k for every token,
+`<NUM>` included, and to a value Y. Linear maps of Cauchy variables are Cauchy, so each score and
+the value have a location and a scale, and training needs no sampling.
 
-Names are imported from the module that defines them: ``models.causal.cauchy``,
-``models.causal.heads`` and ``models.causal.losses`` know torch alone, ``models.causal.backbone``
-transformers as well; ``models.causal.module.CausalModule`` and
-``models.causal.datamodule.CausalDataModule`` are the two classes a Trainer meets.
+Import each name from the module that defines it: ``models.causal.cauchy``, ``models.causal.heads``
+and ``models.causal.losses`` depend on torch only, ``models.causal.backbone`` on transformers as
+well. A Trainer takes ``models.causal.module.CausalModule`` and
+``models.causal.datamodule.CausalDataModule``. ``README.md`` describes model and data.
 """

@@ -1,7 +1,7 @@
-"""The trunk: a Qwen2 or Qwen3 with its tokenizer, from the hub, from a folder, or made here.
+"""The backbone: a Qwen2 or Qwen3 model and its tokenizer.
 
-Weights are read from safetensors and no code of a repository is run. May import torch and
-transformers.
+The weights come from the Hugging Face hub, from a folder, or from a small model trained here.
+They are read from safetensors only, and remote code is never run. Imports torch and transformers.
 """
 
 import os
@@ -17,44 +17,49 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig,
 from models.causal.pretraining import embedded_folder, without_progress_bar
 
 Source = Literal["embedded", "pretrained", "random"]
-Precision = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16"]
 _FAMILIES = ("qwen2", "qwen3")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which trunk; the default is made on its first use, in less than a minute on one core.
+    """Configuration of the backbone; the default is trained on first use, in under a minute.
 
     Raises:
-        ValueError: an option is unknown, missing, or out of its range.
+        ValueError: An option is unknown, missing or out of range.
     """
 
     source: Source = "embedded"
-    """`embedded`: a small Qwen2 that knows the embedded sentences. `pretrained`: real weights.
-    `random`: a Qwen2 of any shape with random weights, for sizes and times."""
+    """`embedded`: a small Qwen2 trained here on sentences like those of the datamodule.
+    `pretrained`: weights from a folder or the hub. `random`: a Qwen2 of any shape with random
+    weights, to measure sizes and times."""
     path: str | None = None
     """For `pretrained`: a folder, or a hub id such as `Qwen/Qwen2.5-0.5B`."""
     revision: str | None = None
-    """For a hub id: the commit, 40 hexadecimal digits, as a branch may move."""
-    dtype: Precision = "float32"
-    """Of the trunk's weights; the heads are float32."""
+    """For a hub id: the commit as 40 hexadecimal digits, because a branch may move."""
+    dtype: Dtype = "float32"
+    """Dtype of the backbone's weights; the heads are float32."""
     vocabulary_size: int = 151_936
-    """For `random`; this and the following are those of Qwen2.5-0.5B."""
+    """For `random`, like the following fields; the defaults are those of Qwen2.5-0.5B."""
     width: int = 896
+    """Hidden size H."""
     n_layers: int = 24
     n_heads: int = 14
+    """Number of query heads."""
     n_kv_heads: int = 2
+    """Number of key and value heads (grouped-query attention)."""
     d_feedforward: int = 4864
+    """Hidden dimension of the feedforward network."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("source", Source), ("dtype", Precision)):
+        for name, kind in (("source", Source), ("dtype", Dtype)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {get_args(kind)}")
         if (self.source == "pretrained") != (self.path is not None):
             raise ValueError(
                 f"source={self.source!r} with path={self.path!r}: 'pretrained' needs the folder or "
-                "the hub id of the weights, the others take none"
+                "the hub id of the weights, the other sources take no path"
             )
         if self.source == "pretrained" and not Path(str(self.path)).expanduser().is_dir():
             self._check_hub()
@@ -62,8 +67,8 @@ class BackboneConfig:
             self.width % self.n_heads or self.n_heads % self.n_kv_heads
         ):
             raise ValueError(
-                f"width={self.width} must be a multiple of n_heads={self.n_heads}, and that of "
-                f"n_kv_heads={self.n_kv_heads}"
+                f"width={self.width} must be a multiple of n_heads={self.n_heads}, and n_heads a "
+                f"multiple of n_kv_heads={self.n_kv_heads}"
             )
 
     def _check_hub(self) -> None:
@@ -71,13 +76,13 @@ class BackboneConfig:
             raise ValueError(f"path={self.path!r}: no such folder, and not a hub id")
         if not _COMMIT.fullmatch(self.revision or ""):
             raise ValueError(
-                f"path={self.path!r} with revision={self.revision!r}: no such folder; of a hub id "
+                f"path={self.path!r} with revision={self.revision!r}: no such folder; for a hub id "
                 "give the commit, 40 hexadecimal digits, so that every run has the same weights"
             )
 
     @property
     def folder(self) -> str:
-        """What `from_pretrained` is given; makes the embedded trunk where it is not there yet."""
+        """Folder or hub id for `from_pretrained`; trains the embedded backbone if it is missing."""
         if self.source == "pretrained":
             local = Path(str(self.path)).expanduser()
             return str(local) if local.is_dir() else str(self.path)
@@ -85,43 +90,42 @@ class BackboneConfig:
 
 
 def load_tokenizer(config: BackboneConfig) -> Any:
-    """Load the tokenizer; a random trunk reads with that of the embedded one."""
-    return AutoTokenizer.from_pretrained(config.folder, **_pinned(config))
+    """Loads the tokenizer; a random backbone uses that of the embedded backbone."""
+    return AutoTokenizer.from_pretrained(config.folder, **_loading_options(config))
 
 
 def load_backbone(config: BackboneConfig) -> nn.Module:
-    """Load or build the trunk, without a language-model head.
+    """Loads or creates the backbone, without a language-model head.
 
-    A random one draws from torch's global generator.
+    A random backbone draws its weights from torch's global generator.
 
     Raises:
-        ValueError: the weights are not of the Qwen2 or Qwen3 family.
-        OSError: they are not there, or not as safetensors.
+        ValueError: The weights are not of the Qwen2 or Qwen3 family.
+        OSError: The weights are missing, or not stored as safetensors.
     """
     dtype = getattr(torch, config.dtype)
     if config.source == "random":
-        return _as_module(AutoModel.from_config(_random(config), dtype=dtype))
-    found: PretrainedConfig = AutoConfig.from_pretrained(config.folder, **_pinned(config))
-    if found.model_type not in _FAMILIES:
+        return _as_module(AutoModel.from_config(_random_config(config), dtype=dtype))
+    options = _loading_options(config)
+    pretrained: PretrainedConfig = AutoConfig.from_pretrained(config.folder, **options)
+    if pretrained.model_type not in _FAMILIES:
         raise ValueError(
-            f"path={config.path!r} is a {found.model_type!r}; choose weights of {_FAMILIES}"
+            f"path={config.path!r} is a {pretrained.model_type!r}; choose weights of {_FAMILIES}"
         )
     with without_progress_bar():
         return _as_module(
-            AutoModel.from_pretrained(
-                config.folder, use_safetensors=True, dtype=dtype, **_pinned(config)
-            )
+            AutoModel.from_pretrained(config.folder, use_safetensors=True, dtype=dtype, **options)
         )
 
 
 def vocabulary_size(config: BackboneConfig) -> int:
-    """Rows of the trunk's embedding, which may be more than the tokenizer has tokens."""
+    """Returns the rows of the backbone's embedding, which may exceed the tokenizer's tokens."""
     if config.source == "random":
         return config.vocabulary_size
-    return int(AutoConfig.from_pretrained(config.folder, **_pinned(config)).vocab_size)
+    return int(AutoConfig.from_pretrained(config.folder, **_loading_options(config)).vocab_size)
 
 
-def _pinned(config: BackboneConfig) -> dict[str, Any]:
+def _loading_options(config: BackboneConfig) -> dict[str, Any]:
     return {
         "revision": config.revision or "main",
         "trust_remote_code": False,
@@ -129,7 +133,7 @@ def _pinned(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
-def _random(config: BackboneConfig) -> Qwen2Config:
+def _random_config(config: BackboneConfig) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=config.vocabulary_size,
         hidden_size=config.width,
@@ -143,4 +147,4 @@ def _random(config: BackboneConfig) -> Qwen2Config:
 
 def _as_module(model: Any) -> nn.Module:
     assert isinstance(model, nn.Module)
-    return model.train()  # transformers loads in eval mode, on which Lightning remarks
+    return model.train()  # transformers loads in eval mode, about which Lightning warns

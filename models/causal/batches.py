@@ -1,7 +1,8 @@
-"""From sentences to padded batches: text as tokens, each number as `<NUM>` with its value.
+"""Turns sentences into padded batches: text as token ids, each number as `<NUM>` with its value.
 
-`<NUM>` is no token of the tokenizer: it is the class after the last of the trunk's vocabulary,
-so neither is changed. Shape letters: B batch, L positions. May import torch alone.
+`<NUM>` is not a token of the tokenizer. Its id is the size of the backbone's vocabulary, so
+neither tokenizer nor backbone changes. Shape suffixes: B batch, L sequence length. Imports only
+torch.
 """
 
 import math
@@ -21,22 +22,22 @@ Encode = Callable[[str], list[int]]
 
 
 class Batch(NamedTuple):
-    """Sentences padded on the right, and what follows each."""
+    """Sentences padded on the right, and the target of each."""
 
     tokens_BL: Tensor
-    """int64; `num_id` where a number stands, 0 in the padding."""
+    """int64; token ids, `num_id` at numbers, 0 in the padding."""
     values_BL: Tensor
-    """float32; the numbers at `num_id`, 0 elsewhere and for a missing one."""
+    """float32; values of the numbers, 0 elsewhere and for missing numbers."""
     known_BL: Tensor
-    """bool; True where a number stands that is not missing."""
+    """bool; True at numbers that are not missing."""
     mask_BL: Tensor
-    """bool; True for what may be attended to, False for padding."""
+    """bool; attention mask, False for padding."""
     target_B: Tensor
     """int64; the next token, or `num_id`."""
     value_B: Tensor
-    """float32; the next number, 0 where none follows or a missing one."""
+    """float32; the next number, 0 if none follows or it is missing."""
     known_B: Tensor
-    """bool; True where a number follows that is not missing."""
+    """bool; True if a number follows that is not missing."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Encoder:
 
     encode: Encode
     num_id: int
-    """The vocabulary size of the trunk."""
+    """Id of `<NUM>`: the vocabulary size of the backbone."""
 
     def __call__(self, sentence: Sentence) -> Batch:
-        """Encode one sentence; of a word that comes next, the first token counts."""
+        """Encodes one sentence; the target of a word is its first token."""
         tokens: list[int] = []
         values: list[float] = []
         for piece in sentence.pieces:
@@ -56,45 +57,45 @@ class Encoder:
             tokens += ids
             values += [math.nan] * len(ids) if isinstance(piece, str) else [piece]
         target = sentence.target
-        follows = self.encode(target)[0] if isinstance(target, str) else self.num_id
-        # No NaN is in a batch, where it would be a fault.
-        known, read = _known(values)
-        value_known, value = _known([math.nan if isinstance(target, str) else target])
+        target_id = self.encode(target)[0] if isinstance(target, str) else self.num_id
+        # Missing numbers are masked, so that a NaN in a batch always means a fault.
+        known_L, values_L = _mask_missing(values)
+        known_1, value_1 = _mask_missing([math.nan if isinstance(target, str) else target])
         return Batch(
             tokens_BL=torch.tensor(tokens),
-            values_BL=read,
-            known_BL=known,
+            values_BL=values_L,
+            known_BL=known_L,
             mask_BL=torch.ones(len(tokens), dtype=torch.bool),
-            target_B=torch.tensor(follows),
-            value_B=value[0],
-            known_B=value_known[0],
+            target_B=torch.tensor(target_id),
+            value_B=value_1[0],
+            known_B=known_1[0],
         )
 
 
-def _known(values: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Which values are no NaN, and the values with 0 for those that are."""
-    read = torch.tensor(values, dtype=torch.float32)
-    return ~read.isnan(), read.nan_to_num(nan=0.0)
+def _mask_missing(values: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Returns which values are not NaN, and the values with NaN replaced by 0."""
+    tensor = torch.tensor(values, dtype=torch.float32)
+    return ~tensor.isnan(), tensor.nan_to_num(nan=0.0)
 
 
 class EncodedSentences(Dataset[Batch]):
-    """Sentences, encoded once."""
+    """Dataset of encoded sentences."""
 
     def __init__(self, sentences: Sequence[Sentence], encoder: Encoder) -> None:
-        """Encode every sentence."""
-        self._rows = [encoder(each) for each in sentences]
+        """Encodes every sentence once."""
+        self._items = [encoder(sentence) for sentence in sentences]
 
     def __len__(self) -> int:
-        """Count the sentences."""
-        return len(self._rows)
+        """Returns the number of sentences."""
+        return len(self._items)
 
     def __getitem__(self, index: int) -> Batch:
-        """Give one encoded sentence."""
-        return self._rows[index]
+        """Returns one encoded sentence."""
+        return self._items[index]
 
 
-def collate(rows: Sequence[Batch]) -> Batch:
-    """Pad encoded sentences on the right into one batch."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    padded = [pad_sequence(each, batch_first=True) for each in columns[:4]]
-    return Batch(*padded, *(torch.stack(each) for each in columns[4:]))
+def collate(items: Sequence[Batch]) -> Batch:
+    """Pads encoded sentences on the right and stacks them into one batch."""
+    fields = [list(field) for field in zip(*items, strict=True)]
+    padded = [pad_sequence(field, batch_first=True) for field in fields[:4]]
+    return Batch(*padded, *(torch.stack(field) for field in fields[4:]))

@@ -1,4 +1,4 @@
-"""The sentences of the causal classifier for a Trainer."""
+"""LightningDataModule of the causal classifier: generated sentences in padded batches."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -13,13 +13,13 @@ from models.causal.sentences import Language, Sentence, SentenceSource, Unusual
 
 
 class CausalDataModule(pl.LightningDataModule):
-    """Sentences that break off before a word or a number, as padded batches.
+    """Provides padded batches of sentence prefixes that continue with a word or a number.
 
-    Training, validation and test sentences are drawn apart; facts occur in all three, as they
-    have to be known, while names and numbers are put together anew.
+    Training, validation and test sentences are drawn with different seeds. The same facts occur
+    in all three splits, because the model must know them; names and numbers vary.
 
     Raises:
-        ValueError: an option is unknown or out of its range.
+        ValueError: An option is unknown or out of range.
     """
 
     def __init__(
@@ -37,20 +37,20 @@ class CausalDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        """Choose the sentences.
+        """Stores the options; `setup` generates the sentences.
 
         Args:
-            backbone: The trunk whose tokenizer cuts the text; the model's own.
-            batch_size: Sentences in a batch.
-            n_train: Training sentences.
-            n_val: Validation sentences.
-            n_test: Test sentences.
+            backbone: Backbone whose tokenizer encodes the text; must be the model's backbone.
+            batch_size: Sentences per batch.
+            n_train: Number of training sentences.
+            n_val: Number of validation sentences.
+            n_test: Number of test sentences.
             languages: `en`, `zh`, or both.
-            numbers: Share of the sentences after which a number comes.
+            numbers: Share of the sentences that continue with a number.
             unusual: Kinds of unusual numbers: `zero`, `negative`, `extreme`, `missing`.
-            unusual_share: Of the numbers, where there are kinds.
-            seed: Decides the sentences and the order of every epoch.
-            num_workers: Processes that collate; the data are in memory, so 0 is fast.
+            unusual_share: Share of the numbers that are unusual, if `unusual` is not empty.
+            seed: Determines the sentences and the order of every epoch.
+            num_workers: Worker processes of each DataLoader; 0 is fast, as the data are in memory.
         """
         super().__init__()
         sizes = {"batch_size": batch_size, "n_train": n_train, "n_val": n_val, "n_test": n_test}
@@ -65,10 +65,10 @@ class CausalDataModule(pl.LightningDataModule):
         self._sizes = {"train": n_train, "val": n_val, "test": n_test}
         self._encoded: dict[str, EncodedSentences] = {}
         self.sentences: dict[str, list[Sentence]] = {}
-        """By part; empty before `setup`."""
+        """Sentences by split; empty before `setup`."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw and encode; the second call does nothing."""
+        """Generates and encodes the sentences, once."""
         if self._encoded:
             return
         tokenizer = load_tokenizer(self.backbone)
@@ -77,28 +77,28 @@ class CausalDataModule(pl.LightningDataModule):
             return list(tokenizer.encode(text, add_special_tokens=False))
 
         encoder = Encoder(encode, num_id=vocabulary_size(self.backbone))
-        for part, size in self._sizes.items():
-            self.sentences[part] = list(islice(self.source.draw(f"{self.seed} {part}"), size))
-            self._encoded[part] = EncodedSentences(self.sentences[part], encoder)
+        for split, size in self._sizes.items():
+            self.sentences[split] = list(islice(self.source.draw(f"{self.seed} {split}"), size))
+            self._encoded[split] = EncodedSentences(self.sentences[split], encoder)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training sentences, in another order every epoch."""
-        order = torch.Generator().manual_seed(self.seed)
-        return self._loader("train", shuffle=True, generator=order)
+        """Returns the training sentences, in a new order every epoch."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader("train", shuffle=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation sentences in their own order."""
+        """Returns the validation sentences, unshuffled."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test sentences in their own order."""
+        """Returns the test sentences, unshuffled."""
         return self._loader("test")
 
     def _loader(
-        self, part: str, *, shuffle: bool = False, generator: torch.Generator | None = None
+        self, split: str, *, shuffle: bool = False, generator: torch.Generator | None = None
     ) -> DataLoader[Batch]:
         return DataLoader(
-            self._encoded[part],
+            self._encoded[split],
             batch_size=self.batch_size,
             shuffle=shuffle,
             generator=generator,

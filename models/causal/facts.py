@@ -1,11 +1,11 @@
-"""What the embedded sentences know: things with their colours and prices, capitals, opposites.
+"""Facts of the generated sentences: colours, prices, capitals and opposites.
 
-Each table is one text of ``key=value`` entries, English and Chinese apart.
+Each table has one text of ``key=value`` entries per language, English and Chinese.
 """
 
 
 def parse_entries(text: str) -> dict[str, str]:
-    """Read whitespace-separated ``key=value`` entries.
+    """Parses whitespace-separated ``key=value`` entries.
 
     >>> parse_entries("plum=purple lime=green")
     {'plum': 'purple', 'lime': 'green'}
@@ -14,7 +14,7 @@ def parse_entries(text: str) -> dict[str, str]:
 
 
 def parse_words(text: str) -> tuple[str, ...]:
-    """Read whitespace-separated words.
+    """Parses whitespace-separated words.
 
     >>> parse_words("Emma Felix")
     ('Emma', 'Felix')
@@ -59,7 +59,7 @@ PRICE = {
         时钟=75 吉他=500
     """),
 }
-"""The usual price of a thing; one that is quoted differs from it by some tenths."""
+"""Usual price of each thing, in yuan; a sentence quotes 0.8 to 1.2 times that price."""
 
 NAMES = {
     "en": parse_words("Anna Boris Clara David Emma Felix Greta Henry Irene Jonas Karen Louis"),

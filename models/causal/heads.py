@@ -1,9 +1,9 @@
-"""What stands on the trunk: numbers as inputs, abduction of U, and action from U.
+"""Number embedding, abduction network and action network: all layers on top of the backbone.
 
 By the linearity of the Cauchy distribution (`models.causal.cauchy`) the scores S = A U + B and
 the value Y = w U + b of U ~ Cauchy^D have loc_S = A loc_U + B, scale_S = abs(A) scale_U, and the
-same with w and b. Shape letters: B batch, H width of the trunk, D of U, K classes, `<NUM>`
-included. May import torch alone.
+same with w and b. Shape suffixes: B batch, H hidden size of the backbone, D dimension of U,
+K number of classes, `<NUM>` included. Imports only torch.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ SMALL_GAIN, SMALL_BIAS, WIDE = 0.1, 0.01, 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """The two heads.
+    """Configuration of the abduction and action heads.
 
     Raises:
-        ValueError: an option is unknown or out of its range.
+        ValueError: An option is unknown or out of range.
     """
 
     width: int | None = None
-    """D, of U; None for that of the trunk."""
+    """Dimension D of U; None for the hidden size of the backbone."""
     init: Init = "small_gain"
-    """`small_gain`: Xavier-uniform with gain 0.1 and biases of 0.01, on both heads. `torch`: as
-    torch makes linear layers. Two faults to rehearse: `missed_action` passes over the action head,
+    """`small_gain`: Xavier-uniform with gain 0.1 and biases of 0.01, on both heads. `torch`: the
+    default of torch's linear layers. Two deliberate faults: `missed_action` skips the action head,
     `wide` draws every weight with a standard deviation of 10."""
     threshold: float = 0.0
-    """C of every class, which its score has to exceed."""
+    """Threshold C that the score of a class must exceed."""
     scale_floor: float = 1e-3
-    """Added to the scales of U: without it the density at a value that is met grows for ever."""
+    """Added to the scales of U: without it the density at an exactly fitted value is unbounded."""
 
     def __post_init__(self) -> None:
         if self.init not in get_args(Init):
@@ -48,64 +48,64 @@ class HeadsConfig:
 
 
 class Cauchy(NamedTuple):
-    """Locations and scales, of one shape."""
+    """Locations and scales of Cauchy variables, with the same shape."""
 
     loc: Tensor
     scale: Tensor
 
 
 class Prediction(NamedTuple):
-    """What the action network gives."""
+    """Output of the action network."""
 
     scores_BK: Cauchy
-    """S, by class."""
+    """Score S of each class."""
     value_B: Cauchy
-    """Y, the number if one comes next; its median is `value_B.loc`."""
+    """Value Y of the next number, if one comes next; its median is `value_B.loc`."""
 
 
 class NumberEmbedding(nn.Module):
-    """Embeds a number x as base + sign(x) log(1 + abs(x)) direction; a missing one has its own."""
+    """Embeds a number x as base + sign(x) log(1 + abs(x)) direction, a missing one separately."""
 
-    def __init__(self, width: int, std: float) -> None:
-        """Draw the vectors with the standard deviation of the trunk's embedding."""
+    def __init__(self, hidden_size: int, std: float) -> None:
+        """Draws the vectors with the standard deviation of the backbone's embedding."""
         super().__init__()
-        self.base_H = nn.Parameter(torch.randn(width) * std)
-        self.direction_H = nn.Parameter(torch.randn(width) * std)
-        self.missing_H = nn.Parameter(torch.randn(width) * std)
+        self.base_H = nn.Parameter(torch.randn(hidden_size) * std)
+        self.direction_H = nn.Parameter(torch.randn(hidden_size) * std)
+        self.missing_H = nn.Parameter(torch.randn(hidden_size) * std)
 
     def forward(self, values: Tensor, known: Tensor) -> Tensor:
-        """Embed values (...) as (..., H), and what is not known (...) as missing."""
-        size = values.sign() * torch.log1p(values.abs())
-        told = size.unsqueeze(-1) * self.direction_H
-        return self.base_H + torch.where(known.unsqueeze(-1), told, self.missing_H)
+        """Embeds values (...) as (..., H); values that are not known (...) as missing."""
+        log_value = values.sign() * torch.log1p(values.abs())
+        offset = log_value.unsqueeze(-1) * self.direction_H
+        return self.base_H + torch.where(known.unsqueeze(-1), offset, self.missing_H)
 
 
 class AbductionNetwork(nn.Module):
-    """Infers U ~ Cauchy(loc, scale)^D from what the trunk made of a sentence."""
+    """Infers U ~ Cauchy(loc, scale)^D from the backbone's last hidden state."""
 
-    def __init__(self, trunk_width: int, width: int, scale_floor: float) -> None:
-        """Build two linear maps of (H,) to (D,)."""
+    def __init__(self, hidden_size: int, width: int, scale_floor: float) -> None:
+        """Creates two linear maps from (H,) to (D,)."""
         super().__init__()
-        self.loc = nn.Linear(trunk_width, width)
-        self.scale = nn.Linear(trunk_width, width)
+        self.loc = nn.Linear(hidden_size, width)
+        self.scale = nn.Linear(hidden_size, width)
         self.scale_floor = scale_floor
 
     def forward(self, hidden_BH: Tensor) -> Cauchy:
-        """Give locations and scales (B, D); scales are above the floor by the softplus."""
+        """Returns locations and scales (B, D); softplus plus the floor keeps scales positive."""
         return Cauchy(self.loc(hidden_BH), F.softplus(self.scale(hidden_BH)) + self.scale_floor)
 
 
 class ActionNetwork(nn.Module):
-    """Maps U to the scores of all classes and to a value, both linearly."""
+    """Maps U linearly to the scores of all classes and to a value."""
 
     def __init__(self, width: int, n_classes: int) -> None:
-        """Build the maps of (D,) to (K,) and to one number."""
+        """Creates the linear maps from (D,) to (K,) and to a scalar."""
         super().__init__()
         self.score = nn.Linear(width, n_classes)
         self.value = nn.Linear(width, 1)
 
     def forward(self, u_BD: Cauchy) -> Prediction:
-        """Give the distributions of S and Y, without sampling."""
+        """Returns the distributions of S and Y, without sampling."""
         score, value = self.score, self.value
         scores = Cauchy(*cauchy.linear(score.weight, score.bias, u_BD.loc, u_BD.scale))
         loc_B1, scale_B1 = cauchy.linear(value.weight, value.bias, u_BD.loc, u_BD.scale)
@@ -113,7 +113,7 @@ class ActionNetwork(nn.Module):
 
 
 def initialise(abduction: AbductionNetwork, action: ActionNetwork, init: Init) -> None:
-    """Overwrite the weights of both heads in place, as `HeadsConfig.init` says."""
+    """Initialises the weights of both heads in place according to `HeadsConfig.init`."""
     heads: dict[Init, tuple[nn.Module, ...]] = {
         "small_gain": (abduction, action),
         "torch": (),
@@ -123,10 +123,10 @@ def initialise(abduction: AbductionNetwork, action: ActionNetwork, init: Init) -
     for head in heads[init]:
         for linear in head.modules():
             if isinstance(linear, nn.Linear):
-                _draw(linear, wide=init == "wide")
+                _initialise_linear(linear, wide=init == "wide")
 
 
-def _draw(linear: nn.Linear, *, wide: bool) -> None:
+def _initialise_linear(linear: nn.Linear, *, wide: bool) -> None:
     if wide:
         nn.init.normal_(linear.weight, std=WIDE)
         nn.init.zeros_(linear.bias)

@@ -1,7 +1,7 @@
-"""The losses of the causal classifier: one against the rest, and a gated regression.
+"""Losses of the causal classifier: one-vs-rest classification and gated Cauchy regression.
 
-They are computed in float32 whatever the precision of the model, but for the naive form. Shape
-letters: B batch, K classes. May import torch alone.
+They are computed in float32 whatever the precision of the model, except the naive form. Shape
+suffixes: B batch, K number of classes. Imports only torch.
 """
 
 import math
@@ -13,52 +13,52 @@ from torch import Tensor
 from models.causal import cauchy
 from models.causal.heads import Cauchy
 
-Form = Literal["stable", "naive"]
+LossForm = Literal["stable", "naive"]
 
 
 def one_vs_rest(
-    scores_BK: Cauchy, target_B: Tensor, *, threshold: float, form: Form = "stable"
+    scores_BK: Cauchy, target_B: Tensor, *, threshold: float, form: LossForm = "stable"
 ) -> Tensor:
-    """Sum over the classes of K binary cross entropies, in nats, by sentence (B,).
+    """Returns the sum of K binary cross-entropies in nats, for each sentence (B,).
 
-    Class k is called with P_k = P(S_k > C); the loss is -log P_k of the target and
-    -log(1 - P_k) of every other. Untrained, each term is about ln 2 and their sum about K ln 2:
-    1.05e5 with the vocabulary of Qwen (`guess`).
+    The probability of class k is P_k = P(S_k > C). The loss is -log P_k for the target and
+    -log(1 - P_k) for every other class. Untrained, each term is about ln 2 and the sum about
+    K ln 2: 1.05e5 with the vocabulary of Qwen (`loss_at_chance`).
 
     Args:
         scores_BK: Distributions of the scores.
-        target_B: The class that comes next.
-        threshold: C.
+        target_B: Target classes.
+        threshold: Threshold C of the scores.
         form: `naive` takes the logarithm of 1/2 + arctan(x)/pi in the precision of the scores,
-            which is -inf from a ratio x of -1e8 on in float32, of -200 on in bfloat16; a fault to
-            rehearse.
+            which is -inf from a ratio x of -1e8 on in float32, of -200 on in bfloat16; a
+            deliberate fault.
     """
-    wanted_BK = torch.zeros_like(scores_BK.loc, dtype=torch.bool)
-    wanted_BK.scatter_(1, target_B.unsqueeze(1), True)
+    is_target_BK = torch.zeros_like(scores_BK.loc, dtype=torch.bool)
+    is_target_BK.scatter_(1, target_B.unsqueeze(1), True)
     if form == "naive":
         p_BK = cauchy.naive_exceedance(threshold, *scores_BK)
-        return -torch.where(wanted_BK, p_BK, 1.0 - p_BK).log().float().sum(dim=1)
+        return -torch.where(is_target_BK, p_BK, 1.0 - p_BK).log().float().sum(dim=1)
     loc_BK, scale_BK = scores_BK.loc.float(), scores_BK.scale.float()
-    # P(S < C) is P(-S > -C): the sign makes one evaluation of both.
-    sign_BK = torch.where(wanted_BK, 1.0, -1.0)
+    # P(S < C) = P(-S > -C): the sign lets one call compute both cases.
+    sign_BK = torch.where(is_target_BK, 1.0, -1.0)
     return -cauchy.log_exceedance(sign_BK * threshold, sign_BK * loc_BK, scale_BK).sum(dim=1)
 
 
 def gated_regression(
     value_B: Cauchy, number_B: Tensor, known_B: Tensor, p_number_B: Tensor, *, hardness: float
 ) -> Tensor:
-    """Negative log density of the number that comes next, in nats, by sentence (B,).
+    """Returns the gated negative log density of the next number in nats, for each sentence (B,).
 
-    Where no number is known to come next it is 0. Elsewhere it counts with the weight
-    a + (1 - a) P_NUM, P_NUM without a gradient: a hard gate (a = 1) trains the value from the
-    first step on, a soft one (a = 0) as far as the number is foreseen.
+    It is 0 where no number comes next or the number is missing. Elsewhere its weight is
+    a + (1 - a) P_NUM, without a gradient through P_NUM: a hard gate (a = 1) trains the value from
+    the first step on, a soft gate (a = 0) in proportion to the predicted probability of `<NUM>`.
 
     Args:
         value_B: Distributions of the values.
-        number_B: The numbers.
-        known_B: Where one comes next and is not missing.
-        p_number_B: Probability of `<NUM>`.
-        hardness: a, from 0 to 1.
+        number_B: Target numbers.
+        known_B: True where a number comes next and is not missing.
+        p_number_B: Probability P_NUM of `<NUM>`.
+        hardness: Hardness a of the gate, from 0 to 1.
     """
     nll_B = -cauchy.log_density(number_B, value_B.loc.float(), value_B.scale.float())
     gate_B = hardness + (1.0 - hardness) * p_number_B.detach().float()
@@ -66,17 +66,17 @@ def gated_regression(
 
 
 def probabilities(scores_BK: Cauchy, threshold: float) -> Tensor:
-    """P(S_k > C) of every class, (B, K); they need not sum to 1."""
+    """Returns P(S_k > C) of every class, of shape (B, K); they need not sum to 1."""
     return cauchy.exceedance(threshold, scores_BK.loc.float(), scores_BK.scale.float())
 
 
-def guess(n_classes: int) -> float:
-    """The one-vs-rest loss of a guess: K terms of ln 2 nats each.
+def loss_at_chance(n_classes: int) -> float:
+    """Returns the one-vs-rest loss if every probability is 1/2: K terms of ln 2 nats each.
 
-    With the vocabulary of Qwen2.5-0.5B and `<NUM>` that is 151,937 ln 2 = 1.05e5. A first loss
-    "above 100,000" is therefore no explosion: it is what knowing nothing costs.
+    With the vocabulary of Qwen2.5-0.5B and `<NUM>` that is 151,937 ln 2 = 1.05e5. An initial loss
+    above 100,000 is therefore not an explosion but the loss of an untrained model.
 
-    >>> round(guess(151_937))
+    >>> round(loss_at_chance(151_937))
     105315
     """
     return n_classes * math.log(2)

@@ -1,4 +1,4 @@
-"""The LightningModule that trains the causal classifier and tells how well it does."""
+"""LightningModule that trains, validates and tests the causal classifier."""
 
 from dataclasses import asdict
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from models.causal import cauchy
 from models.causal.backbone import BackboneConfig, load_backbone
 from models.causal.batches import Batch
 from models.causal.heads import HeadsConfig, Prediction
-from models.causal.losses import Form, gated_regression, one_vs_rest, probabilities
+from models.causal.losses import LossForm, gated_regression, one_vs_rest, probabilities
 from models.causal.metrics import CausalMetrics
 from models.causal.network import CausalClassifier
 
@@ -20,19 +20,19 @@ Stage = Literal["val", "test"]
 
 
 class CausalModule(pl.LightningModule):
-    """Trains the heads, and the embedding of numbers, on a frozen trunk.
+    """Trains the heads and the number embedding on a frozen backbone.
 
-    The network is built by the Trainer, by `build` otherwise, and from a checkpoint by
+    The network is built by the Trainer, by `build`, or from the checkpoint in
     `load_from_checkpoint`.
 
-    Logged every step: `train/loss`, the sum of the following two, in nats;
-    `train/one_vs_rest`, which **starts at K ln 2: 1.05e5 with the 151,937 classes of Qwen and
-    no explosion** (`models.causal.losses.guess`); `train/regression`, per sentence after which a
-    number comes, times its gate. Logged per epoch, under `val/` and `test/`: `loss`, and the
-    figures of `models.causal.metrics.CausalMetrics`.
+    Logged every step: `train/loss`, the sum of the following two, in nats; `train/one_vs_rest`,
+    which **starts at K ln 2, that is 1.05e5 with the 151,937 classes of Qwen, and is not an
+    explosion** (`models.causal.losses.loss_at_chance`); `train/regression`, the gated loss per
+    sentence with a known next number. Logged every epoch under `val/` and `test/`: `loss` and the
+    metrics of `models.causal.metrics.CausalMetrics`.
 
     Raises:
-        ValueError: an option is unknown or out of its range.
+        ValueError: An option is unknown or out of range.
     """
 
     def __init__(
@@ -43,21 +43,21 @@ class CausalModule(pl.LightningModule):
         freeze: bool = True,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        loss_form: Form = "stable",
+        loss_form: LossForm = "stable",
         gate: float = 1.0,
         regression_weight: float = 1.0,
     ) -> None:
-        """Choose the network and how it is trained.
+        """Stores the hyperparameters; the network is built later.
 
         Args:
-            backbone: The trunk; None for the embedded one.
-            heads: The heads; None for the defaults.
-            freeze: Whether the trunk keeps its weights.
+            backbone: Configuration of the backbone; None for the embedded one.
+            heads: Configuration of the heads; None for the defaults.
+            freeze: Whether to freeze the backbone.
             lr: Learning rate of AdamW.
-            weight_decay: Of AdamW.
-            loss_form: `naive` for the form that saturates; a fault to rehearse.
-            gate: 1 for the hard gate of the regression, 0 for the soft one, or between.
-            regression_weight: Factor on the regression.
+            weight_decay: Weight decay of AdamW.
+            loss_form: `stable`, or `naive` for the form that saturates, a deliberate fault.
+            gate: Hardness of the regression gate, from 0 (soft) to 1 (hard).
+            regression_weight: Factor on the regression loss.
         """
         super().__init__()
         if not lr > 0:
@@ -66,8 +66,10 @@ class CausalModule(pl.LightningModule):
             raise ValueError(f"gate={gate} must be from 0, soft, to 1, hard")
         if not regression_weight >= 0.0:
             raise ValueError(f"regression_weight={regression_weight} must be 0 or more")
-        if loss_form not in get_args(Form):
-            raise ValueError(f"loss_form={loss_form!r} is unknown; choose one of {get_args(Form)}")
+        if loss_form not in get_args(LossForm):
+            raise ValueError(
+                f"loss_form={loss_form!r} is unknown; choose one of {get_args(LossForm)}"
+            )
         self.save_hyperparameters(ignore=["backbone", "heads"])
         self.backbone_config = backbone or BackboneConfig()
         self.heads_config = heads or HeadsConfig()
@@ -75,11 +77,11 @@ class CausalModule(pl.LightningModule):
         self.scores = torch.nn.ModuleDict()
 
     def build(self) -> CausalClassifier:
-        """Build the network, or give the one that is there."""
+        """Builds the network if necessary and returns it."""
         if self.network is None:
             network = CausalClassifier(load_backbone(self.backbone_config), self.heads_config)
             if self.hparams["freeze"]:
-                network.freeze_trunk()
+                network.freeze_backbone()
             threshold = self.heads_config.threshold
             for stage in get_args(Stage):
                 self.scores[stage] = CausalMetrics(network.num_id, threshold)
@@ -87,10 +89,10 @@ class CausalModule(pl.LightningModule):
         return self.network
 
     def configure_model(self) -> None:
-        """Build the network for a Trainer.
+        """Builds the network for a Trainer.
 
-        Without one nothing is built: `load_from_checkpoint` calls this before it has told
-        which network the checkpoint is of.
+        Builds nothing without a Trainer: `load_from_checkpoint` calls this hook before
+        `on_load_checkpoint`, which has the configuration.
         """
         try:
             _ = self.trainer
@@ -99,44 +101,44 @@ class CausalModule(pl.LightningModule):
         self.build()
 
     def on_train_start(self) -> None:
-        """Take a frozen trunk out of train mode; what Lightning does after validation keeps it."""
+        """Sets a frozen backbone to eval mode; Lightning restores that mode after validation."""
         if self.hparams["freeze"]:
             self.build().trunk.eval()
 
     def forward(self, batch: Batch) -> Prediction:
-        """Predict what follows each sentence."""
+        """Predicts the next token and the value of the next number for each sentence."""
         prediction: Prediction = self.build()(batch)
         return prediction
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the mean loss of a sentence."""
-        scores, value = self._losses(self(batch), batch)
-        loss = scores + value
-        size = len(batch.target_B)
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log("train/one_vs_rest", scores, batch_size=size)
-        self.log("train/regression", value, batch_size=size)
+        """Returns the sum of classification and regression loss."""
+        classification, regression = self._losses(self(batch), batch)
+        loss = classification + regression
+        batch_size = len(batch.target_B)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
+        self.log("train/one_vs_rest", classification, batch_size=batch_size)
+        self.log("train/regression", regression, batch_size=batch_size)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take in a batch of validation sentences."""
+        """Logs the loss and updates the metrics."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take in a batch of test sentences."""
+        """Logs the loss and updates the metrics."""
         self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures of the epoch."""
-        self._log_scores("val")
+        """Logs the validation metrics of the epoch."""
+        self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the figures of the epoch."""
-        self._log_scores("test")
+        """Logs the test metrics."""
+        self._log_metrics("test")
 
     @torch.no_grad()
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Give the most probable class and the median of the value, (B,) each."""
+        """Returns the most probable class and the median of the value, (B,) each."""
         prediction = self(batch)
         best_B = probabilities(prediction.scores_BK, self.heads_config.threshold).argmax(dim=1)
         return best_B, prediction.value_B.loc
@@ -144,36 +146,36 @@ class CausalModule(pl.LightningModule):
     def sample(
         self, batch: Batch, n: int = 1, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw n values of each sentence, (n, B), differentiable in the weights."""
+        """Samples n values for each sentence, of shape (n, B), differentiable in the weights."""
         loc_B, scale_B = self(batch).value_B
         shape = (n, len(loc_B))
         return cauchy.sample(loc_B.expand(shape), scale_B.expand(shape), generator=generator)
 
     def configure_optimizers(self) -> Optimizer:
-        """Build AdamW over what trains."""
+        """Returns AdamW over the trainable parameters."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(
             parameters, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add which network it is, as plain values."""
+        """Adds the configuration of backbone and heads to the checkpoint."""
         checkpoint["network"] = {
             "backbone": asdict(self.backbone_config),
             "heads": asdict(self.heads_config),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that was saved, unless one is there."""
+        """Builds the saved network, unless a network exists."""
         if self.network is None:
             self.backbone_config = BackboneConfig(**checkpoint["network"]["backbone"])
             self.heads_config = HeadsConfig(**checkpoint["network"]["heads"])
             self.build()
 
     def _losses(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean over the sentences, and over those after which a number comes."""
+        """Returns the mean classification loss, and the mean regression loss of known numbers."""
         threshold = self.heads_config.threshold
-        scores_B = one_vs_rest(
+        classification_B = one_vs_rest(
             prediction.scores_BK,
             batch.target_B,
             threshold=threshold,
@@ -181,7 +183,7 @@ class CausalModule(pl.LightningModule):
         )
         scores_BK = prediction.scores_BK
         p_number_B = cauchy.exceedance(threshold, scores_BK.loc[:, -1], scores_BK.scale[:, -1])
-        value_B = gated_regression(
+        regression_B = gated_regression(
             prediction.value_B,
             batch.value_B,
             batch.known_B,
@@ -189,13 +191,13 @@ class CausalModule(pl.LightningModule):
             hardness=self.hparams["gate"],
         )
         n_numbers = batch.known_B.sum().clamp(min=1)
-        return scores_B.mean(), self.hparams["regression_weight"] * value_B.sum() / n_numbers
+        regression = self.hparams["regression_weight"] * regression_B.sum() / n_numbers
+        return classification_B.mean(), regression
 
     def _evaluate(self, batch: Batch, stage: Stage) -> None:
         prediction = self(batch)
-        size = len(batch.target_B)
         loss = torch.stack(self._losses(prediction, batch)).sum()
-        self.log(f"{stage}/loss", loss, batch_size=size, sync_dist=True)
+        self.log(f"{stage}/loss", loss, batch_size=len(batch.target_B), sync_dist=True)
         self._metrics(stage).update(prediction, batch)
 
     def _metrics(self, stage: Stage) -> CausalMetrics:
@@ -203,7 +205,7 @@ class CausalModule(pl.LightningModule):
         assert isinstance(metrics, CausalMetrics)
         return metrics
 
-    def _log_scores(self, stage: Stage) -> None:
-        figures = self._metrics(stage).compute()
-        self.log_dict({f"{stage}/{name}": each.float() for name, each in figures.items()})
+    def _log_metrics(self, stage: Stage) -> None:
+        values = self._metrics(stage).compute()
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
         self._metrics(stage).reset()

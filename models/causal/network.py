@@ -1,4 +1,4 @@
-"""Trunk and heads as one network. May import torch, and transformers by way of the trunk."""
+"""Backbone and heads as one network. Imports only torch."""
 
 from typing import Any
 
@@ -17,35 +17,37 @@ from models.causal.heads import (
 
 
 class CausalClassifier(nn.Module):
-    """Tokens and numbers -> trunk -> abduction -> action.
+    """Token and number embedding -> backbone -> abduction -> action.
 
-    Classes are the rows of the trunk's embedding, and `<NUM>` after the last of them.
+    The classes are the V rows of the backbone's embedding, followed by `<NUM>`. The backbone is
+    the attribute `trunk`, a name that checkpoints contain. Shape suffixes: B batch, L sequence
+    length, H hidden size, V vocabulary size of the backbone.
     """
 
-    def __init__(self, trunk: nn.Module, config: HeadsConfig) -> None:
-        """Put fresh heads on a trunk."""
+    def __init__(self, backbone: nn.Module, config: HeadsConfig) -> None:
+        """Adds new heads to a backbone."""
         super().__init__()
         self.config = config
-        self.trunk = trunk
-        embedding_VH: Tensor = self._embedding().weight
-        n_tokens, trunk_width = embedding_VH.shape
-        width = config.width or trunk_width
-        self.numbers = NumberEmbedding(trunk_width, float(embedding_VH.detach().float().std()))
-        self.abduction = AbductionNetwork(trunk_width, width, config.scale_floor)
+        self.trunk = backbone
+        embedding_VH: Tensor = self._token_embedding().weight
+        n_tokens, hidden_size = embedding_VH.shape
+        width = config.width or hidden_size
+        self.numbers = NumberEmbedding(hidden_size, float(embedding_VH.detach().float().std()))
+        self.abduction = AbductionNetwork(hidden_size, width, config.scale_floor)
         self.action = ActionNetwork(width, n_tokens + 1)
         initialise(self.abduction, self.action, config.init)
 
     @property
     def num_id(self) -> int:
-        """The class, and the input, of a number."""
+        """Id of `<NUM>`, as a class and as an input token."""
         return self.action.score.out_features - 1
 
-    def freeze_trunk(self) -> None:
-        """Let the trunk keep its weights; a number's embedding still learns through it."""
+    def freeze_backbone(self) -> None:
+        """Freezes the backbone; the number embedding still trains through it."""
         self.trunk.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Prediction:
-        """Predict what follows the last position that is not padding."""
+        """Predicts the continuation from the last position that is not padding."""
         hidden_BLH = self.trunk(
             inputs_embeds=self._embed(batch), attention_mask=batch.mask_BL.long()
         ).last_hidden_state
@@ -56,11 +58,11 @@ class CausalClassifier(nn.Module):
         return prediction
 
     def _embed(self, batch: Batch) -> Tensor:
-        """Look up tokens, and put numbers where they stand."""
+        """Embeds tokens and, at the positions of `<NUM>`, numbers."""
         number_BL = batch.tokens_BL == self.num_id
-        embedded_BLH: Tensor = self._embedding()(batch.tokens_BL.masked_fill(number_BL, 0))
+        embedded_BLH: Tensor = self._token_embedding()(batch.tokens_BL.masked_fill(number_BL, 0))
         numbers_BLH = self.numbers(batch.values_BL, batch.known_BL).to(embedded_BLH.dtype)
         return torch.where(number_BL.unsqueeze(-1), numbers_BLH, embedded_BLH)
 
-    def _embedding(self) -> Any:
+    def _token_embedding(self) -> Any:
         return self.trunk.get_input_embeddings()  # type: ignore[operator]

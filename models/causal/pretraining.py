@@ -1,9 +1,8 @@
-"""The embedded trunk: a small Qwen2 with a tokenizer, trained here on the embedded sentences.
+"""Pretrains the embedded backbone: a small Qwen2 and its tokenizer, on generated sentences.
 
-It is made on its first use and kept in the user's cache; the same recipe gives the same weights
-on the same machine. It exists so that a trunk which has learnt something can be had without a
-download, through the same files and the same functions as a real one. May import torch,
-transformers and tokenizers.
+It is trained on first use and stored in the user's cache; the same recipe gives the same weights
+on the same machine. It provides a trained backbone without a download, through the same files and
+functions as real weights. Imports torch, transformers and tokenizers.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights."""
+    """Hyperparameters of the pretraining."""
 
     vocabulary_size: int = 1024
     width: int = 128
@@ -49,24 +48,24 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Names the cache: another recipe, or other sentences, make another trunk."""
+        """Hash of the recipe and of the source code of the sentences; names the cache folder."""
         sources = "".join(inspect.getsource(module) for module in (facts, sentences))
         return hashlib.sha256(f"{asdict(self)}{sources}".encode()).hexdigest()[:16]
 
 
 def cache_folder() -> Path:
-    """`LIT_STABILITY_CACHE`, or `lit_stability` in the user's cache."""
-    named = os.environ.get("LIT_STABILITY_CACHE")
-    if named:
-        return Path(named)
+    """Returns `LIT_STABILITY_CACHE`, or `lit_stability` in the user's cache."""
+    override = os.environ.get("LIT_STABILITY_CACHE")
+    if override:
+        return Path(override)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_stability"
 
 
 def embedded_folder(recipe: Recipe | None = None) -> Path:
-    """Give the folder of the embedded trunk, and make it first if it is not there.
+    """Returns the folder of the embedded backbone; trains the backbone first if it is missing.
 
-    Of several processes one makes it and the others wait. Generators of the caller are not
-    touched. Writing is atomic: a folder with that name is complete.
+    If several processes call it, one trains and the others wait. The caller's random generators do
+    not change. Writing is atomic: a folder with that name is complete.
     """
     recipe = recipe or Recipe()
     folder = cache_folder() / f"qwen2-embedded-{recipe.key}"
@@ -75,27 +74,27 @@ def embedded_folder(recipe: Recipe | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            print(f"making the embedded Qwen2 trunk once, in {folder}", file=sys.stderr)
-            draft = Path(tempfile.mkdtemp(prefix="draft-", dir=folder.parent))
+            print(f"training the embedded Qwen2 backbone once, in {folder}", file=sys.stderr)
+            temporary = Path(tempfile.mkdtemp(prefix="draft-", dir=folder.parent))
             try:
-                make(recipe, draft)
-                draft.rename(folder)
+                pretrain(recipe, temporary)
+                temporary.rename(folder)
             finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def make(recipe: Recipe, folder: Path) -> float:
-    """Train tokenizer and trunk, save both as `from_pretrained` wants them; gives the last loss."""
-    drawn = sentences.SentenceSource().draw(f"pretraining {recipe.seed}")
-    texts = list(itertools.islice(drawn, recipe.n_sentences))
-    tokenizer = _train_tokenizer([each.initial_state + each.ending for each in texts], recipe)
+def pretrain(recipe: Recipe, folder: Path) -> float:
+    """Trains tokenizer and backbone and saves both for `from_pretrained`; returns the last loss."""
+    source = sentences.SentenceSource().draw(f"pretraining {recipe.seed}")
+    drawn = list(itertools.islice(source, recipe.n_sentences))
+    tokenizer = _train_tokenizer([s.prefix + s.continuation for s in drawn], recipe)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = Qwen2ForCausalLM(_config(recipe, len(tokenizer)))
-        rows = [_encode(each, tokenizer) for each in texts]
-        loss = _train(model, rows, recipe)
+        sequences = [_encode(sentence, tokenizer) for sentence in drawn]
+        loss = _train(model, sequences, recipe)
     with without_progress_bar():
         model.save_pretrained(folder)
     return loss
@@ -103,31 +102,31 @@ def make(recipe: Recipe, folder: Path) -> float:
 
 @contextmanager
 def without_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing bars over those of a fit."""
-    shown = logging.is_progress_bar_enabled()
+    """Disables the progress bars of transformers, which would overwrite those of a fit."""
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 
 def _train_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE, as Qwen's is."""
-    bare = Tokenizer(models.BPE())
+    """Trains a byte-level BPE tokenizer, the kind that Qwen uses."""
+    tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
-    bare.decoder = decoders.ByteLevel()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary_size,
         special_tokens=[_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bare.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token=_END, pad_token=_END)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 
 def _config(recipe: Recipe, n_tokens: int) -> Qwen2Config:
@@ -144,19 +143,20 @@ def _config(recipe: Recipe, n_tokens: int) -> Qwen2Config:
 
 
 def _encode(sentence: sentences.Sentence, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Cut where the classifier cuts, before what comes next, and end."""
-    pieces = (sentence.initial_state, sentence.ending)
+    """Encodes prefix and continuation separately, as the classifier does, and appends eos."""
+    pieces = (sentence.prefix, sentence.continuation)
     ids = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
-def _train(model: Qwen2ForCausalLM, rows: Sequence[Tensor], recipe: Recipe) -> float:
+def _train(model: Qwen2ForCausalLM, sequences: Sequence[Tensor], recipe: Recipe) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.n_steps)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.n_steps)
     loss = torch.tensor(0.0)
     for _ in range(recipe.n_steps):
-        chosen = torch.randint(len(rows), (recipe.batch_size,)).tolist()
-        ids_BL = pad_sequence([rows[i] for i in chosen], batch_first=True, padding_value=_IGNORED)
+        indices = torch.randint(len(sequences), (recipe.batch_size,)).tolist()
+        batch = [sequences[i] for i in indices]
+        ids_BL = pad_sequence(batch, batch_first=True, padding_value=_IGNORED)
         mask_BL = (ids_BL != _IGNORED).long()
         logits_BLV = model(input_ids=ids_BL.clamp(min=0), attention_mask=mask_BL).logits
         loss = F.cross_entropy(
@@ -166,5 +166,5 @@ def _train(model: Qwen2ForCausalLM, rows: Sequence[Tensor], recipe: Recipe) -> f
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
     return float(loss.detach())

@@ -1,8 +1,7 @@
-"""Sentences that break off before a word or a number, English and Chinese, with what comes next.
+"""Generates English and Chinese sentence prefixes and their continuation, a word or a number.
 
-They are drawn from templates. Some numbers that come next stand in the sentence itself and must
-be read from there; a price has to be known; a word never depends on a number. May import the
-standard library alone.
+The sentences come from templates. Some target numbers occur in the sentence itself and must be
+copied; a price must be known; a word never depends on a number. Imports only the standard library.
 """
 
 import math
@@ -20,34 +19,34 @@ Slots = Mapping[str, str | float]
 
 @dataclass(frozen=True)
 class Sentence:
-    """A beginning and what comes next."""
+    """A sentence prefix and its continuation."""
 
     pieces: tuple[str | float, ...]
-    """Text and numbers in their order; a missing number is NaN."""
+    """Text and numbers of the prefix, in order; a missing number is NaN."""
     target: str | float
-    """The next word, with the blank before it in English, or the next number."""
-    blank: str = ""
-    """What stands before a number in its language; it belongs to the number, not to the text."""
+    """The next word, with a leading space in English, or the next number."""
+    space: str = ""
+    """Separator before a number; it belongs to the number, not to the text before it."""
 
     @property
-    def initial_state(self) -> str:
-        """What comes first, with the numbers in digits."""
-        return "".join(self._written(each) for each in self.pieces)
+    def prefix(self) -> str:
+        """The prefix as text, with numbers written as digits."""
+        return "".join(self._text(piece) for piece in self.pieces)
 
     @property
-    def ending(self) -> str:
-        """What comes next, likewise."""
-        return self._written(self.target)
+    def continuation(self) -> str:
+        """The target as text, with a number written as digits."""
+        return self._text(self.target)
 
-    def _written(self, piece: str | float) -> str:
+    def _text(self, piece: str | float) -> str:
         if isinstance(piece, str):
             return piece
-        return self.blank + ("?" if math.isnan(piece) else f"{piece:g}")
+        return self.space + ("?" if math.isnan(piece) else f"{piece:g}")
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text with slots, and what comes next of what was put into them."""
+    """A text with slots, and a function from the slots to the target."""
 
     text: str
     answer: Callable[[Slots], str | float]
@@ -61,7 +60,7 @@ def _twice(slots: Slots) -> str | float:
     return 2 * float(slots["a"])
 
 
-_BLANK = {"en": " ", "zh": ""}
+_SPACE = {"en": " ", "zh": ""}
 _NUMBER = {
     "en": (
         Template("{who} paid {a} yuan for the {goods}, and {other} paid the same,", _same),
@@ -94,20 +93,20 @@ _WORD = {
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceSource:
-    """Draws sentences; the same seed gives the same ones.
+    """Draws random sentences; equal seeds give equal sentences.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: An option is out of range.
     """
 
     languages: Sequence[Language] = ("en", "zh")
     numbers: float = 0.5
-    """Share of sentences after which a number comes."""
+    """Share of the sentences that continue with a number."""
     unusual: Sequence[Unusual] = ()
-    """Kinds of numbers put in place of an ordinary one: 0; below 0; of a size between 1e6 and
-    1e30; missing, which is NaN."""
+    """Kinds of numbers that replace ordinary ones: `zero`; `negative`; `extreme`, of magnitude
+    1e6 to 1e30; `missing`, which is NaN."""
     share: float = 0.1
-    """Of the numbers drawn that are unusual, where `unusual` names any."""
+    """Share of the drawn numbers that are unusual, if `unusual` is not empty."""
 
     def __post_init__(self) -> None:
         for name, value in (("numbers", self.numbers), ("share", self.share)):
@@ -117,23 +116,23 @@ class SentenceSource:
             if unknown := set(getattr(self, name)) - known:
                 raise ValueError(f"{name}={sorted(unknown)}: choose from {sorted(known)}")
         if not self.languages:
-            raise ValueError("languages=[] leaves nothing to say; give 'en', 'zh' or both")
+            raise ValueError("languages=[] is empty; give 'en', 'zh' or both")
 
     def draw(self, seed: int | str) -> Iterator[Sentence]:
-        """Draw without end."""
+        """Yields an endless sequence of sentences."""
         rng = random.Random(seed)
         while True:
-            yield self._one(rng)
+            yield self._draw_one(rng)
 
-    def _one(self, rng: random.Random) -> Sentence:
+    def _draw_one(self, rng: random.Random) -> Sentence:
         language = rng.choice(list(self.languages))
         templates = _NUMBER if rng.random() < self.numbers else _WORD
         template = rng.choice(templates[language])
         slots = self._fill(language, rng)
         target = template.answer(slots)
-        blank = _BLANK[language]
-        end = target if isinstance(target, float) else blank + target
-        return Sentence(_pieces(template.text, slots), end, blank)
+        space = _SPACE[language]
+        target = target if isinstance(target, float) else space + target
+        return Sentence(_pieces(template.text, slots), target, space)
 
     def _fill(self, language: Language, rng: random.Random) -> dict[str, str | float]:
         who, other = rng.sample(NAMES[language], 2)
@@ -163,7 +162,7 @@ _UNUSUAL: dict[str, Callable[[float, random.Random], float]] = {
 
 
 def _pieces(text: str, slots: Slots) -> tuple[str | float, ...]:
-    """Fill a text; its number stays a number.
+    """Fills the slots of a text and keeps its number as a float.
 
     >>> _pieces("{who} has {a} coins", {"who": "Emma", "a": 3.0})
     ('Emma has', 3.0, ' coins')
@@ -171,4 +170,4 @@ def _pieces(text: str, slots: Slots) -> tuple[str | float, ...]:
     before, mark, after = text.partition("{a}")
     texts = [part.format_map(slots) for part in (before.rstrip(" "), after)]
     pieces = (texts[0], slots["a"], texts[1]) if mark else (texts[0],)
-    return tuple(each for each in pieces if each != "")
+    return tuple(piece for piece in pieces if piece != "")

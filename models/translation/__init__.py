@@ -1,7 +1,7 @@
-"""Classical to modern Chinese: an encoder-decoder Transformer, its data and its decoding.
+"""Encoder-decoder Transformer that translates Classical Chinese into modern Chinese.
 
-Names are imported from the module that defines them, so that the network can be had without
-Lightning: ``models.translation.transformer.Transformer`` knows torch alone, while
+Import each name from the module that defines it: the network works without Lightning, since
+``models.translation.transformer.Transformer`` depends on torch only. A Trainer takes
 ``models.translation.module.TranslationModule`` and
-``models.translation.datamodule.TranslationDataModule`` are the two classes a Trainer meets.
+``models.translation.datamodule.TranslationDataModule``. ``README.md`` describes model and data.
 """

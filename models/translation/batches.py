@@ -1,4 +1,4 @@
-"""From sentence pairs to padded batches: encoding, collation and the order of a training epoch."""
+"""Turns sentence pairs into padded batches: encoding, collation and length-sorted sampling."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,20 @@ from models.translation.vocabulary import PAD, Vocabulary
 
 
 class Batch(NamedTuple):
-    """Padded ids of shape (B, S) and (B, T), int64."""
+    """Padded token ids of shape (B, S) and (B, T), int64."""
 
     source_BS: Tensor
-    """Characters and eos."""
+    """Characters, then eos."""
     target_BT: Tensor
-    """Bos, characters and eos: all but the last are read, all but the first are predicted."""
+    """Bos, characters, eos. The decoder reads all but the last and predicts all but the first."""
 
 
 class EncodedPairs(Dataset[Batch]):
-    """Pairs as unpadded id tensors, one `Batch` without its first dimension each."""
+    """Dataset of sentence pairs as unpadded id tensors: each item is a `Batch` without B."""
 
     def __init__(self, pairs: Sequence[Pair], vocabulary: Vocabulary) -> None:
-        """Encode every pair once."""
-        self._rows = [
+        """Encodes every pair once."""
+        self._items = [
             Batch(
                 torch.tensor(vocabulary.encode(pair.source, eos=True)),
                 torch.tensor(vocabulary.encode(pair.target, bos=True, eos=True)),
@@ -36,21 +36,21 @@ class EncodedPairs(Dataset[Batch]):
         ]
 
     def __len__(self) -> int:
-        """Count the pairs."""
-        return len(self._rows)
+        """Returns the number of pairs."""
+        return len(self._items)
 
     def __getitem__(self, index: int) -> Batch:
-        """Give one encoded pair."""
-        return self._rows[index]
+        """Returns one encoded pair."""
+        return self._items[index]
 
     def lengths(self) -> list[tuple[int, int]]:
-        """Give target and source length of each pair, by which batches are made even."""
-        return [(len(row.target_BT), len(row.source_BS)) for row in self._rows]
+        """Returns (target length, source length) of each pair, the sort key of the sampler."""
+        return [(len(item.target_BT), len(item.source_BS)) for item in self._items]
 
 
-def collate(rows: Sequence[Batch]) -> Batch:
-    """Pad encoded pairs on the right into one batch."""
-    sources, targets = zip(*rows, strict=True)
+def collate(items: Sequence[Batch]) -> Batch:
+    """Pads encoded pairs on the right and stacks them into one batch."""
+    sources, targets = zip(*items, strict=True)
     return Batch(
         *(
             pad_sequence(list(ids), batch_first=True, padding_value=PAD)
@@ -60,17 +60,16 @@ def collate(rows: Sequence[Batch]) -> Batch:
 
 
 class LengthSortedSampler(Sampler[int]):
-    """Shuffles by seed and epoch, and puts pairs of like length into the same batch.
+    """Samples pairs in random order with pairs of similar length in the same batch.
 
-    The shuffled pairs are sorted by length within windows of `window` batches, and the batches of
-    all windows are shuffled again. The order depends on seed and epoch alone; Lightning tells the
-    epoch by `set_epoch`.
+    Shuffles the pairs, sorts them by length within windows of `window` batches, then shuffles the
+    batches. The order depends only on seed and epoch; Lightning passes the epoch to `set_epoch`.
     """
 
     def __init__(
         self, lengths: Sequence[tuple[int, int]], batch_size: int, seed: int, window: int = 50
     ) -> None:
-        """Take the lengths of all pairs, and the batch size of the loader."""
+        """Stores the lengths of all pairs and the batch size of the DataLoader."""
         self._lengths = lengths
         self._batch_size = batch_size
         self._seed = seed
@@ -78,25 +77,25 @@ class LengthSortedSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch."""
+        """Sets the epoch that determines the order."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Count the pairs."""
+        """Returns the number of pairs."""
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Give all indices, batch after batch."""
+        """Yields all indices, batch after batch."""
         rng = random.Random(f"{self._seed}/{self._epoch}")
         order = list(range(len(self._lengths)))
         rng.shuffle(order)
         batches: list[list[int]] = []
         for start in range(0, len(order), self._window):
-            near = sorted(order[start : start + self._window], key=self._lengths.__getitem__)
+            window = sorted(order[start : start + self._window], key=self._lengths.__getitem__)
             batches += [
-                near[i : i + self._batch_size] for i in range(0, len(near), self._batch_size)
+                window[i : i + self._batch_size] for i in range(0, len(window), self._batch_size)
             ]
-        # Only the very last batch can be short: anywhere else it would shift all that follow.
+        # A short batch must come last: the DataLoader cuts the indices into full batches.
         last = batches.pop() if batches and len(batches[-1]) < self._batch_size else []
         rng.shuffle(batches)
         for batch in batches:

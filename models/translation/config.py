@@ -1,7 +1,6 @@
-"""The shape of a translation Transformer as one frozen dataclass, checked on construction.
+"""Configuration of the translation Transformer: a frozen dataclass, validated on construction.
 
-It imports nothing but the standard library, so a configuration can be read and checked
-without torch.
+Imports only the standard library, so that a configuration can be checked without torch.
 """
 
 from dataclasses import dataclass
@@ -17,51 +16,53 @@ MaskConvention = Literal["attend", "masked"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Everything that decides the network; the defaults make a small one of about 1M weights.
+    """Hyperparameters of the network; the defaults give about 0.7M parameters with the grammar.
 
     Raises:
-        ValueError: A size is not positive, the heads do not divide the width, the width is odd,
-            the dropout is not in [0, 1), a choice is unknown, or `inner_zero` meets post-norm.
+        ValueError: A size is not positive, `n_heads` does not divide `d_model`, `d_model` is odd,
+            `dropout` is not in [0, 1), a choice is unknown, or `inner_zero` is combined with
+            post-norm.
     """
 
     vocabulary_size: int | None = None
-    """Number of token ids, the special ones included; None until the data are known."""
+    """Number of token ids, special tokens included; None until the vocabulary is known."""
     d_model: int = 128
-    """Width of the residual stream; even, for sine and cosine, and divisible by `n_heads`."""
+    """Dimension of embeddings and residual stream; even and divisible by `n_heads`."""
     n_heads: int = 4
-    """Attention heads, each of width d_model / n_heads."""
+    """Number of attention heads, each of dimension d_model / n_heads."""
     n_encoder_layers: int = 2
-    """Layers that read the source."""
+    """Number of encoder layers."""
     n_decoder_layers: int = 2
-    """Layers that write the target."""
+    """Number of decoder layers."""
     d_feedforward: int = 256
-    """Hidden width of the feedforward; SwiGLU has three matrices of it where ReLU has two."""
+    """Hidden dimension of the feedforward network (d_ff); SwiGLU has three matrices, ReLU two."""
     dropout: float = 0.1
-    """Probability for embeddings, attention weights and sublayer outputs."""
+    """Dropout probability of embeddings, attention weights, hidden layers and sublayer outputs."""
     max_length: int = 64
-    """Longest source or target, in tokens with bos and eos."""
+    """Longest source or target in tokens, bos and eos included."""
     norm_position: NormPosition = "pre"
-    """`pre` normalises what enters a sublayer, `post` what leaves the residual sum."""
+    """`pre` normalises the input of each sublayer (Xiong et al. 2020), `post` the residual sum."""
     norm: Norm = "layernorm"
-    """`rmsnorm` has a gain and no bias, and does not subtract the mean."""
+    """`rmsnorm` has a gain but no bias and does not subtract the mean (Zhang & Sennrich 2019)."""
     feedforward: FeedForwardKind = "relu"
-    """`swiglu` is silu(x W) * (x V) before the output matrix (Shazeer 2020)."""
+    """`swiglu` computes silu(x W) * (x V) before the output matrix (Shazeer 2020)."""
     scale_embedding: bool = True
-    """Multiply embeddings by sqrt(d_model), so that positions of amplitude 1 do not drown them."""
+    """Multiplies embeddings by sqrt(d_model), so that the positions do not dominate them."""
     tie_weights: bool = True
-    """One matrix for source embedding, target embedding and output projection."""
+    """Shares one matrix among source embedding, target embedding and output projection."""
     attention: AttentionKind = "sdpa"
-    """`manual` writes the formula out, `sdpa` calls torch's kernel; equal to rounding."""
+    """`manual` computes the formula, `sdpa` calls torch's kernel; equal up to rounding."""
     mask_convention: MaskConvention = "attend"
-    """How attention reads True in a mask. `masked`, as "may not attend" where every mask says "may
-    attend", is a fault to rehearse: padding and the future are all that is seen."""
+    """How attention reads True in a mask. `masked` reads it as "may not attend", although every
+    mask means "may attend": a deliberate fault in which only padding and the future are visible."""
     init: Init = "xavier"
-    """`inner_zero`: gains of the inner norms 0. `zombie`: all gains 0, a fault to rehearse."""
+    """`inner_zero` sets the gains of the inner norms to 0; `zombie` sets all gains to 0, a
+    deliberate fault."""
     pad_id: int = 0
-    """Token id that no query may attend to and no loss counts."""
+    """Token id of padding, which attention masks and the loss ignores."""
 
     def __post_init__(self) -> None:
-        """Check each value, then the values against each other."""
+        """Checks each value, then the combinations."""
         self._check_sizes()
         self._check_choices()
         if self.d_model % 2 or self.d_model % self.n_heads:
@@ -72,7 +73,7 @@ class TransformerConfig:
         if self.init == "inner_zero" and self.norm_position == "post":
             raise ValueError(
                 "init='inner_zero' needs norm_position='pre', got norm_position='post': post-norm "
-                "puts the residual stream itself through the inner norms, whose zero gains erase it"
+                "passes the residual stream through the inner norms, whose zero gains erase it"
             )
 
     def _check_sizes(self) -> None:
@@ -89,8 +90,8 @@ class TransformerConfig:
                 raise ValueError(f"{name}={size} must be at least 1")
         if self.vocabulary_size is not None and self.vocabulary_size <= self.pad_id:
             raise ValueError(
-                f"vocabulary_size={self.vocabulary_size} must exceed pad_id={self.pad_id}; leave "
-                f"it out to take it from the data"
+                f"vocabulary_size={self.vocabulary_size} must exceed pad_id={self.pad_id}; omit "
+                f"vocabulary_size to take it from the data"
             )
         if self.pad_id < 0:
             raise ValueError(f"pad_id={self.pad_id} must be a token id, 0 or more")

@@ -1,17 +1,17 @@
-"""The constructions of literary Chinese that the grammar knows, each beside its modern rendering.
+"""Constructions of Classical Chinese in the synchronous grammar, each with its translation.
 
-A template names word classes of `models.translation.lexicon` or the phrases below in braces;
-``{who}`` and ``{who.2}`` are two different words of one class, and a name that occurs twice on a
-side is the same word twice. Both sides of a rule name the same children. Where a classical
-sentence has several modern renderings, the grammar chooses one once and for all, so that a
-translation is either right or wrong.
+A template names, in braces, word classes of `models.translation.lexicon` or the phrases below.
+``{who}`` and ``{who.2}`` are two different words of one class; a name that occurs twice on a side
+is the same word. Both sides of a rule name the same children. Where a classical sentence has
+several modern translations, the grammar always uses the same one, so that exact match is a
+meaningful metric.
 """
 
 from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """One synchronous rule: the same children, in the order of each language."""
+    """A synchronous rule: one template per language, with the same children on both sides."""
 
     classical: str
     modern: str
@@ -33,7 +33,7 @@ def _act(aspect: str) -> tuple[Rule, ...]:
 
 
 PHRASES = {"do": _act(""), "did": _act("了"), "have_done": _act("过")}
-"""A verb with an object that suits it: as a bare action, as a completed one, as an experience."""
+"""Verb phrases with a suitable object: plain (`do`), completed (`did`), experienced."""
 
 _ONE_RULE = {
     # Predication and existence
@@ -50,7 +50,7 @@ _ONE_RULE = {
     "fronted_pronoun": ("{book}，{who}未之{study}也。", "{book}，{who}还没有{study}过。"),
     "fronted_exclusive": ("{who}唯{goods}是{crave}。", "{who}一心只{crave}{goods}。"),
     "dative_yi": ("{who}以{goods}{give}{who.2}。", "{who}把{goods}{give}给{who.2}。"),
-    "instrument_yi": ("{who}以{tool}{strike}{animal}。", "{who}用{tool}{strike}{animal}。"),
+    "instrument_yi": ("{who}以{tool}{hit}{animal}。", "{who}用{tool}{hit}{animal}。"),
     "place_yu": ("{who}{did}于{spot_in}。", "{who}在{spot_in}{did}。"),
     # Questions and exclamations
     "question_he": ("{who}何{ask}？", "{who}{ask}什么？"),
@@ -130,4 +130,4 @@ CONSTRUCTIONS: dict[str, tuple[Rule, ...]] = {
         Rule("{who}{vice}，故{who.2}{scorn}之。", "{who}很{vice}，所以{who.2}{scorn}他。"),
     ),
 }
-"""The constructions by name; most have one rule."""
+"""Rules by name of the construction; most constructions have one rule."""

@@ -1,9 +1,9 @@
-"""Reader of a parallel corpus laid out as ``双语数据/<book>/.../source.txt`` and ``target.txt``.
+"""Reads a parallel corpus stored as ``双语数据/<book>/.../source.txt`` and ``target.txt``.
 
-The two files of a chapter are aligned line by line, in UTF-8: classical in the one, modern in the
-other. A chapter goes whole into training, validation or test, by a hash of its path, because
-neighbouring sentences share names and phrases. What cannot be used is counted; what is wrong is an
-error that names the file and the line.
+The two UTF-8 files of a chapter are aligned line by line: Classical Chinese in ``source.txt``,
+modern Chinese in ``target.txt``. A hash of its path assigns each whole chapter to training,
+validation or test, because neighbouring sentences share names and phrases. Unusable pairs are
+counted in the report; malformed files raise an error that names file and line.
 """
 
 from dataclasses import dataclass
@@ -19,50 +19,50 @@ FOLDER = "双语数据"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusReport:
-    """What was found in the files, and what became of it."""
+    """Counts of chapters and of kept, dropped and truncated pairs."""
 
     n_chapters: int
-    """Folders with a source and a target."""
+    """Folders with a source and a target file."""
     n_pairs: int
     """Pairs kept."""
     n_empty: int
-    """Pairs dropped because a side had no characters."""
+    """Pairs dropped because one side was empty."""
     n_long: int
-    """Pairs dropped or truncated because a side exceeded the limit."""
+    """Pairs dropped or truncated because one side exceeded the limit."""
 
 
 def find_chapters(root: str | Path) -> list[Path]:
-    """List the chapter folders below ``root/双语数据``, in the order of their paths.
+    """Returns the chapter folders below ``root/双语数据``, sorted by path.
 
     Raises:
-        ValueError: There are none, or one has a source without a target or the reverse.
+        ValueError: There is no chapter, or a chapter lacks its source or target file.
     """
     base = Path(root) / FOLDER
     if not base.is_dir():
-        raise ValueError(f"{base} is no folder; pass as root the folder that contains {FOLDER}")
+        raise ValueError(f"{base} is not a folder; pass as root the folder that contains {FOLDER}")
     files = [path for path in base.rglob("*.txt") if path.name in ("source.txt", "target.txt")]
     for path in files:
         other = path.with_name("target.txt" if path.name == "source.txt" else "source.txt")
         if not other.is_file():
-            raise ValueError(f"{path} has no {other.name} beside it; add {other} or remove {path}")
+            raise ValueError(f"{path} has no {other.name} next to it; add {other} or remove {path}")
     chapters = sorted({path.parent for path in files})
     if not chapters:
-        raise ValueError(f"{base} holds no source.txt; expected {FOLDER}/<book>/.../source.txt")
+        raise ValueError(f"{base} contains no source.txt; expected {FOLDER}/<book>/.../source.txt")
     return chapters
 
 
 def read_chapter(chapter: Path) -> list[Pair]:
-    """Read the aligned lines of one chapter, empty ones included.
+    """Returns the aligned lines of one chapter, empty lines included.
 
     Raises:
-        ValueError: The files differ in their number of lines, or a line is not UTF-8.
+        ValueError: The two files differ in their number of lines, or a line is not UTF-8.
     """
     source, target = (_read_lines(chapter / name) for name in ("source.txt", "target.txt"))
     if len(source) != len(target):
         line = min(len(source), len(target)) + 1
         raise ValueError(
             f"{chapter / 'source.txt'} has {len(source)} lines and target.txt has {len(target)}: "
-            f"line {line} has no partner; align the two files line by line"
+            f"line {line} has no counterpart; align the two files line by line"
         )
     return [Pair(*sides) for sides in zip(source, target, strict=True)]
 
@@ -84,10 +84,10 @@ def _decode(raw: bytes, place: str) -> str:
 
 
 class ClassicalModernCorpus:
-    """The chapters below a root, read once and split by chapter.
+    """A parallel corpus, read once and split by chapter.
 
     Raises:
-        ValueError: An option is out of range, or a file is wrong (see the functions above).
+        ValueError: An option is out of range, or a file is malformed (see the functions above).
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class ClassicalModernCorpus:
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
     ) -> None:
-        """Read all chapters.
+        """Reads all chapters.
 
         Args:
             root: The folder that contains 双语数据.
-            max_characters: Longest side of a pair.
-            long_pairs: What to do with a longer one.
-            val_fraction: Expected share of the chapters in validation.
-            test_fraction: Expected share of the chapters in test.
+            max_characters: Longest allowed side of a pair, in characters.
+            long_pairs: Whether to `drop` or `truncate` longer pairs.
+            val_fraction: Expected share of the chapters in the validation split.
+            test_fraction: Expected share of the chapters in the test split.
         """
         if max_characters < 1:
             raise ValueError(f"max_characters={max_characters} must be at least 1")
@@ -117,7 +117,7 @@ class ClassicalModernCorpus:
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ValueError(
                 f"val_fraction={val_fraction} and test_fraction={test_fraction} must be 0 or more "
-                f"and leave something for training, for instance 0.05 each"
+                f"with a sum below 1, for instance 0.05 each"
             )
         self.root = Path(root)
         self._max_characters = max_characters
@@ -128,11 +128,11 @@ class ClassicalModernCorpus:
             path.relative_to(self.root).as_posix(): self._usable(read_chapter(path))
             for path in find_chapters(self.root)
         }
-        """Usable pairs by the chapter's path below the root."""
+        """Usable pairs of each chapter, by the chapter's path relative to the root."""
 
     @property
     def report(self) -> CorpusReport:
-        """Count what was kept and what was not."""
+        """Counts of kept, dropped and truncated pairs."""
         return CorpusReport(
             n_chapters=len(self.chapters),
             n_pairs=sum(map(len, self.chapters.values())),
@@ -140,8 +140,8 @@ class ClassicalModernCorpus:
             n_long=self._n_long,
         )
 
-    def part_of(self, chapter: str) -> Literal["train", "val", "test"]:
-        """Tell where a chapter goes: by its path alone, whatever other chapters there are."""
+    def split_of(self, chapter: str) -> Literal["train", "val", "test"]:
+        """Returns the split of a chapter, which depends only on its path."""
         digest = blake2b(chapter.encode(), digest_size=8).digest()
         share = int.from_bytes(digest, "big") / 2**64
         test_fraction, val_fraction = self._fractions
@@ -150,10 +150,10 @@ class ClassicalModernCorpus:
         return "val" if share < test_fraction + val_fraction else "train"
 
     def splits(self) -> Splits:
-        """Put the chapters' pairs into their parts, in the order of the paths."""
+        """Returns the pairs of each split, in the order of the chapter paths."""
         splits = Splits([], [], [])
         for chapter, pairs in self.chapters.items():
-            getattr(splits, self.part_of(chapter)).extend(pairs)
+            getattr(splits, self.split_of(chapter)).extend(pairs)
         return splits
 
     def _usable(self, pairs: list[Pair]) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""The data of the translation model for a Trainer: the grammar, or a corpus on disk."""
+"""LightningDataModule of the translation model: the synthetic grammar or a corpus on disk."""
 
 import random
 from typing import Literal, get_args
@@ -14,14 +14,15 @@ from models.translation.pairs import Pair, Splits
 from models.translation.vocabulary import Vocabulary
 
 Source = Literal["grammar", "classical_modern"]
-Part = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test"]
 
 
 class TranslationDataModule(pl.LightningDataModule):
-    """Sentence pairs as padded batches of ids, and the vocabulary they are written in.
+    """Provides padded batches of sentence pairs, and the vocabulary of the training pairs.
 
     Raises:
-        ValueError: An option is unknown or out of range; a corpus without a root, or the reverse.
+        ValueError: An option is unknown or out of range, a corpus has no `root`, or the grammar
+            has one.
     """
 
     def __init__(
@@ -40,37 +41,37 @@ class TranslationDataModule(pl.LightningDataModule):
         test_fraction: float = 0.05,
         long_pairs: LongPairs = "drop",
         min_count: int = 1,
-        test_on: Part = "test",
+        test_on: Split = "test",
         num_workers: int = 0,
     ) -> None:
-        """Choose the source and the sizes.
+        """Stores the options; `setup` creates or reads the pairs.
 
         Args:
-            source: `grammar` draws sentences, `classical_modern` reads a corpus below `root`.
-            root: The folder that contains 双语数据; for the corpus only.
-            batch_size: Pairs in a batch.
-            n_train: Training pairs; of a corpus, at most so many, drawn by `seed`.
+            source: `grammar` generates sentences, `classical_modern` reads a corpus below `root`.
+            root: The folder that contains 双语数据; for `classical_modern` only.
+            batch_size: Pairs per batch.
+            n_train: Training pairs; from a corpus, at most this many, sampled with `seed`.
             n_val: Validation pairs, likewise.
             n_test: Test pairs, likewise.
-            max_length: Longest side in tokens, eos included; the network's must not be less.
-            seed: Decides the sentences drawn and the order of every epoch.
-            held_out: Share of the grammar's combinations kept from training.
-            val_fraction: Share of the corpus's chapters in validation.
-            test_fraction: Share of the corpus's chapters in test.
-            long_pairs: Whether to drop or to truncate what exceeds `max_length` in a corpus.
-            min_count: Rarer characters of the training pairs become unknown.
-            test_on: Which pairs a test is about: `train` asks whether they were learnt by heart.
-            num_workers: Processes that collate; the data are in memory, so 0 is fast.
+            max_length: Longest side in tokens, eos included; at most the network's `max_length`.
+            seed: Determines the generated sentences and the order of every epoch.
+            held_out: Share of the grammar's combinations excluded from training.
+            val_fraction: Share of the corpus's chapters in the validation split.
+            test_fraction: Share of the corpus's chapters in the test split.
+            long_pairs: Whether to `drop` or `truncate` corpus pairs longer than `max_length`.
+            min_count: Characters that occur less often in the training pairs become unknown.
+            test_on: Split used for testing; `train` tests whether the model has memorised it.
+            num_workers: Worker processes of each DataLoader; 0 is fast, as the data are in memory.
         """
         super().__init__()
         if source not in get_args(Source):
             raise ValueError(f"source={source!r} is unknown; choose one of {get_args(Source)}")
-        if test_on not in get_args(Part):
-            raise ValueError(f"test_on={test_on!r} is unknown; choose one of {get_args(Part)}")
+        if test_on not in get_args(Split):
+            raise ValueError(f"test_on={test_on!r} is unknown; choose one of {get_args(Split)}")
         if (source == "classical_modern") != (root is not None):
             raise ValueError(
                 f"source={source!r} with root={root!r}: 'classical_modern' needs the root that "
-                f"contains 双语数据, 'grammar' reads no files and takes none"
+                f"contains 双语数据, 'grammar' reads no files and takes no root"
             )
         sizes = {"batch_size": batch_size, "n_train": n_train, "n_val": n_val, "n_test": n_test}
         for name, size in sizes.items():
@@ -82,21 +83,21 @@ class TranslationDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.max_length, self.seed, self.min_count = max_length, seed, min_count
         self._sizes = (n_train, n_val, n_test)
-        self._test_on: Part = test_on
+        self._test_on: Split = test_on
         self._held_out, self._long_pairs = held_out, long_pairs
         self._fractions = (val_fraction, test_fraction)
         self._splits: Splits | None = None
         self._vocabulary: Vocabulary | None = None
         self._encoded: dict[str, EncodedPairs] = {}
         self.report: CorpusReport | None = None
-        """What was dropped from a corpus; None for the grammar and before `setup`."""
+        """Counts of dropped and truncated corpus pairs; None for the grammar and before `setup`."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The characters of the training pairs.
+        """Vocabulary of the training pairs.
 
         Raises:
-            RuntimeError: Before `setup`.
+            RuntimeError: `setup` has not run.
         """
         if self._vocabulary is None:
             raise RuntimeError("the vocabulary is built by setup(); call datamodule.setup() first")
@@ -104,20 +105,22 @@ class TranslationDataModule(pl.LightningDataModule):
 
     @property
     def splits(self) -> Splits:
-        """The sentence pairs as text.
+        """Sentence pairs as text.
 
         Raises:
-            RuntimeError: Before `setup`.
+            RuntimeError: `setup` has not run.
         """
         if self._splits is None:
-            raise RuntimeError("the pairs are made by setup(); call datamodule.setup() first")
+            raise RuntimeError("the pairs are created by setup(); call datamodule.setup() first")
         return self._splits
 
     def setup(self, stage: str | None = None) -> None:
-        """Make or read the pairs, build the vocabulary and encode; the second call does nothing."""
+        """Creates or reads the pairs, builds the vocabulary and encodes; does this only once."""
         if self._splits is not None:
             return
-        self._splits = self._draw() if self.source == "grammar" else self._read(self.root or "")
+        self._splits = (
+            self._generate() if self.source == "grammar" else self._read_corpus(self.root or "")
+        )
         self._vocabulary = Vocabulary.from_pairs(self._splits.train, min_count=self.min_count)
         self._encoded = {
             name: EncodedPairs(pairs, self._vocabulary)
@@ -125,29 +128,29 @@ class TranslationDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of like length, in an order fixed by seed and epoch."""
+        """Returns batches of pairs of similar length, in an order fixed by seed and epoch."""
         lengths = self._encoded["train"].lengths()
         return self._loader("train", LengthSortedSampler(lengths, self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation pairs in their own order."""
+        """Returns the validation pairs, unshuffled."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test pairs, or those of the part chosen by `test_on`, in their own order."""
+        """Returns the pairs of the split `test_on`, unshuffled."""
         return self._loader(self._test_on)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test pairs once more, to be translated."""
+        """Returns the test pairs, unshuffled."""
         return self._loader("test")
 
-    def _draw(self) -> Splits:
+    def _generate(self) -> Splits:
         n_train, n_val, n_test = self._sizes
         return Grammar().splits(
             n_train=n_train, n_val=n_val, n_test=n_test, seed=self.seed, held_out=self._held_out
         )
 
-    def _read(self, root: str) -> Splits:
+    def _read_corpus(self, root: str) -> Splits:
         corpus = ClassicalModernCorpus(
             root,
             max_characters=self.max_length - 1,
@@ -165,9 +168,9 @@ class TranslationDataModule(pl.LightningDataModule):
             )
         )
 
-    def _loader(self, part: str, sampler: LengthSortedSampler | None = None) -> DataLoader[Batch]:
+    def _loader(self, split: str, sampler: LengthSortedSampler | None = None) -> DataLoader[Batch]:
         return DataLoader(
-            self._encoded[part],
+            self._encoded[split],
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=collate,

@@ -1,10 +1,11 @@
-"""Questions to put to a translation model that trains and does not translate.
+"""Debugging checks for a translation model whose loss falls but which does not translate.
 
-Each takes a model and a batch, changes neither, and answers in plain numbers: is the model the
-same in train and in eval mode; does it write by itself what it knows under teacher forcing; does
-the decoder see the future or the padding; in which layer do activations die or explode.
+Each check takes a model and a batch and changes neither: the difference between train and eval
+mode, teacher forcing against free decoding, leaks of the future or of padding through the masks,
+and the activation norm of each layer.
 
-Letters of the shape suffixes: B batch, S source, T target, D model width.
+Shape suffixes: B batch, S source length, T target length, V vocabulary size, L sequence length,
+D model dimension.
 """
 
 from collections.abc import Iterator
@@ -18,53 +19,53 @@ from models.translation.decoding import greedy_decode
 from models.translation.transformer import Transformer
 
 
-class Recall(NamedTuple):
-    """Shares of sentences, from 0 to 1, that come out without an error."""
+class SentenceAccuracy(NamedTuple):
+    """Shares of sentences without an error, from 0 to 1."""
 
-    forced: float
-    """Each next token guessed from the right beginning (teacher forcing)."""
-    free: float
-    """The whole sentence written from the model's own beginning (greedy decoding)."""
+    teacher_forced: float
+    """Each token is predicted from the reference prefix."""
+    free_running: float
+    """Each token is predicted from the model's own prefix (greedy decoding)."""
 
 
 @torch.no_grad()
-def mode_gap(model: Transformer, source_BS: Tensor, target_BT: Tensor) -> float:
-    """Measure the largest difference of logits between train and eval mode; 0 without dropout."""
+def train_eval_gap(model: Transformer, source_BS: Tensor, target_BT: Tensor) -> float:
+    """Returns the largest difference of logits between train and eval mode; 0 without dropout."""
     with _mode(model, training=True):
-        trained = model(source_BS, target_BT)
+        train_logits_BTV = model(source_BS, target_BT)
     with _mode(model, training=False):
-        return float((trained - model(source_BS, target_BT)).abs().max())
+        return float((train_logits_BTV - model(source_BS, target_BT)).abs().max())
 
 
 @torch.no_grad()
-def recall(model: Transformer, source_BS: Tensor, target_BT: Tensor) -> Recall:
-    """Compare teacher forcing with free decoding on targets that begin with bos and end in eos.
+def sentence_accuracy(model: Transformer, source_BS: Tensor, target_BT: Tensor) -> SentenceAccuracy:
+    """Compares teacher forcing with free decoding on targets from bos to eos.
 
-    A model that is right when forced and wrong when free has learnt to continue, not to
-    translate: look at the mask of the source, and at the loss of the first token.
+    A model that is right under teacher forcing and wrong in free decoding has learnt to continue
+    the target, not to translate: check the source mask and the loss of the first token.
     """
     pad_id = model.config.pad_id
     expected_BT = target_BT[:, 1:]
-    counts_BT = expected_BT != pad_id
+    counted_BT = expected_BT != pad_id
     with _mode(model, training=False):
-        guess_BT = model(source_BS, target_BT[:, :-1]).argmax(dim=-1)
-        written_BT = greedy_decode(model, source_BS, max_length=expected_BT.shape[1]).tokens_BT
-    forced_B = ((guess_BT == expected_BT) | ~counts_BT).all(dim=-1)
+        predicted_BT = model(source_BS, target_BT[:, :-1]).argmax(dim=-1)
+        decoded_BT = greedy_decode(model, source_BS, max_length=expected_BT.shape[1]).tokens_BT
+    forced_B = ((predicted_BT == expected_BT) | ~counted_BT).all(dim=-1)
     padded_BT = torch.full_like(expected_BT, pad_id)
-    padded_BT[:, : written_BT.shape[1]] = written_BT
+    padded_BT[:, : decoded_BT.shape[1]] = decoded_BT
     free_B = (padded_BT == expected_BT).all(dim=-1)
-    return Recall(float(forced_B.float().mean()), float(free_B.float().mean()))
+    return SentenceAccuracy(float(forced_B.float().mean()), float(free_B.float().mean()))
 
 
 @torch.no_grad()
 def check_masking(
     model: Transformer, source_BS: Tensor, target_BT: Tensor, *, tolerance: float = 1e-4
 ) -> None:
-    """Prove that neither the future nor padding reaches a logit.
+    """Checks that neither future target tokens nor padding change a logit.
 
     Raises:
         ValueError: A later target token, or padding added to the source, changes an earlier
-            logit; the message says which and by how much.
+            logit; the message names it and the size of the change.
     """
     pad_id = model.config.pad_id
     other_BT = target_BT.clone()
@@ -79,17 +80,17 @@ def check_masking(
     for cause, change in leaks.items():
         if change.numel() and not float(change.abs().max()) <= tolerance:
             raise ValueError(
-                f"{cause} changes earlier logits by {float(change.abs().max()):.3g}, which no mask "
-                f"of this package allows: True must mean 'may attend' throughout (see masks.py)"
+                f"{cause} changes earlier logits by {float(change.abs().max()):.3g}, so a mask is "
+                f"wrong: True must mean 'may attend' everywhere (see masks.py)"
             )
 
 
 @torch.no_grad()
 def activation_norms(model: Transformer, source_BS: Tensor, target_BT: Tensor) -> dict[str, float]:
-    """Measure the mean L2 norm of a position's activation, by encoder and decoder layer.
+    """Returns the mean L2 norm of the activations at a position, for each layer by module name.
 
-    The names are those of `named_modules`. Norms that grow from layer to layer foretell an
-    explosion, norms that stay equal to the last digit a stack that is bypassed.
+    Norms that grow from layer to layer are an early sign of exploding activations; norms that are
+    equal to the last digit mean that the layers add nothing.
     """
     norms: dict[str, float] = {}
 
@@ -115,7 +116,7 @@ def activation_norms(model: Transformer, source_BS: Tensor, target_BT: Tensor) -
 
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set the mode of every module, and give each its own back."""
+    """Sets the mode of every module and restores the previous modes on exit."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:

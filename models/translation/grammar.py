@@ -1,10 +1,9 @@
-"""A synchronous grammar of literary Chinese: it writes a sentence and its translation together.
+"""Synchronous grammar that generates Classical Chinese sentences with their translations.
 
-The grammar is small enough to be learnt in minutes and too large to be learnt by heart. Whether a
-sentence is held out is decided by its *combination*, the construction with the content words put
-into it: no combination of the held-out part is ever trained on, though every construction and
-every word is. Time phrases are adjuncts and do not count, so that two sentences that differ in
-nothing else fall on the same side.
+The grammar is small enough to learn in minutes and too large to memorise. The *combination* of a
+sentence, its construction and content words, decides its split: no combination of the validation
+or test split occurs in training, although every construction and word does. Time phrases are
+adjuncts and do not count, so sentences that differ only in them belong to the same split.
 """
 
 import random
@@ -19,31 +18,32 @@ from models.translation.constructions import CONSTRUCTIONS, PHRASES, Rule
 from models.translation.lexicon import LEXICON, Word
 from models.translation.pairs import Pair, Splits
 
-Part = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test"]
 _CHILD = re.compile(r"\{([a-z_]+(?:\.\d)?)\}")
 _ADJUNCTS = frozenset({"time"})
-_PATIENCE = 1000
+_MAX_REPEATS = 1000
+"""Consecutive repeated sentences after which the grammar counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Derivation:
-    """One sentence pair with the choices that made it."""
+    """A generated sentence pair with its construction and content words."""
 
     construction: str
     pair: Pair
     content: tuple[str, ...]
-    """The content words in classical writing, adjuncts left out, in the order drawn."""
+    """The Classical Chinese content words without adjuncts, in the order drawn."""
 
     @property
     def combination(self) -> tuple[str, ...]:
-        """The construction with its content words: what is held out or not."""
+        """Construction and content words, which decide the split."""
         return (self.construction, *self.content)
 
-    def part(self, held_out: float) -> Part:
-        """Tell which part of the corpus this combination belongs to.
+    def split(self, held_out: float) -> Split:
+        """Returns the split of this combination.
 
         Args:
-            held_out: Share of the combinations kept from training; one half of it is `val`.
+            held_out: Share of the combinations excluded from training; half of it is `val`.
         """
         digest = blake2b("|".join(self.combination).encode(), digest_size=8).digest()
         share = int.from_bytes(digest, "big") / 2**64
@@ -54,17 +54,17 @@ class Derivation:
 
 @dataclass
 class _Draft:
-    """The words chosen so far for one sentence."""
+    """Words chosen so far for one sentence."""
 
     content: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
 
 
 class Grammar:
-    """Draws sentence pairs from constructions, phrases and a lexicon.
+    """Generates sentence pairs from constructions, phrases and a lexicon.
 
     Raises:
-        ValueError: A rule names an unknown class, or its sides name different children.
+        ValueError: A rule names an unknown word class, or its sides name different children.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Grammar:
         phrases: Mapping[str, tuple[Rule, ...]] = PHRASES,
         lexicon: Mapping[str, tuple[Word, ...]] = LEXICON,
     ) -> None:
-        """Take the tables, and check that they fit together."""
+        """Stores the tables and checks that they are consistent."""
         self.constructions = dict(constructions)
         self._phrases = dict(phrases)
         self._lexicon = dict(lexicon)
@@ -82,11 +82,11 @@ class Grammar:
                 self._check(name, rule)
 
     def draw(self, rng: random.Random, construction: str | None = None) -> Derivation:
-        """Draw one sentence; no word occurs twice in it unless the construction repeats it.
+        """Draws one sentence pair; a word occurs twice only if the construction repeats it.
 
         Args:
-            rng: The only source of chance.
-            construction: Which construction to use; drawn as well when None.
+            rng: Random number generator.
+            construction: Name of the construction; random if None.
         """
         name = construction or rng.choice(list(self.constructions))
         while True:
@@ -96,44 +96,44 @@ class Grammar:
                 return Derivation(name, pair, tuple(draft.content))
 
     def derivations(self, seed: int) -> Iterator[Derivation]:
-        """Draw, never the same source twice, until a thousand draws in a row bring none."""
+        """Yields derivations with distinct sources until `_MAX_REPEATS` draws in a row repeat."""
         rng = random.Random(seed)
         seen: set[str] = set()
-        stale = 0
-        while stale < _PATIENCE:
+        n_repeats = 0
+        while n_repeats < _MAX_REPEATS:
             derivation = self.draw(rng)
-            stale += 1
+            n_repeats += 1
             if derivation.pair.source not in seen:
                 seen.add(derivation.pair.source)
-                stale = 0
+                n_repeats = 0
                 yield derivation
 
     def splits(
         self, *, n_train: int, n_val: int, n_test: int, seed: int, held_out: float = 0.1
     ) -> Splits:
-        """Draw three parts of the given sizes; the same arguments give the same parts.
+        """Draws three splits of the given sizes; equal arguments give equal splits.
 
         Raises:
-            ValueError: `held_out` leaves a part nothing to draw from, or the sizes exceed what
-                the grammar can say.
+            ValueError: `held_out` is not between 0 and 1, or the grammar has fewer sentences than
+                requested.
         """
         if not 0.0 < held_out < 1.0:
             raise ValueError(f"held_out={held_out} must be between 0 and 1, for instance 0.1")
-        wanted = {"train": n_train, "val": n_val, "test": n_test}
-        parts: dict[str, list[Pair]] = {name: [] for name in wanted}
-        # A part of share p needs about n / p draws; eight times as many is exhaustion.
+        sizes = {"train": n_train, "val": n_val, "test": n_test}
+        splits: dict[str, list[Pair]] = {name: [] for name in sizes}
+        # A split of share p needs about n / p draws; after eight times as many it is exhausted.
         shares = {"train": 1.0 - held_out, "val": held_out / 2, "test": held_out / 2}
-        budget = 8 * int(max(wanted[name] / shares[name] for name in wanted)) + 1000
+        budget = 8 * int(max(sizes[name] / shares[name] for name in sizes)) + 1000
         for derivation in islice(self.derivations(seed), budget):
-            part = derivation.part(held_out)
-            if len(parts[part]) < wanted[part]:
-                parts[part].append(derivation.pair)
-            elif all(len(parts[name]) >= size for name, size in wanted.items()):
+            split = derivation.split(held_out)
+            if len(splits[split]) < sizes[split]:
+                splits[split].append(derivation.pair)
+            elif all(len(splits[name]) >= size for name, size in sizes.items()):
                 break
-        short = {name: len(pairs) for name, pairs in parts.items() if len(pairs) < wanted[name]}
+        short = {name: len(pairs) for name, pairs in splits.items() if len(pairs) < sizes[name]}
         if short:
-            raise ValueError(f"asked for {wanted}, found only {short}; ask for fewer sentences")
-        return Splits(**parts)
+            raise ValueError(f"requested {sizes}, found only {short}; ask for fewer sentences")
+        return Splits(**splits)
 
     def _apply(self, rule: Rule, rng: random.Random, draft: _Draft) -> Pair:
         children = {
@@ -156,7 +156,9 @@ class Grammar:
     def _check(self, name: str, rule: Rule) -> None:
         children = set(_CHILD.findall(rule.classical))
         if children != set(_CHILD.findall(rule.modern)):
-            raise ValueError(f"the two sides of {name}: {rule} name different children; match them")
+            raise ValueError(
+                f"the two sides of {name}: {rule} name different children; use the same on both"
+            )
         unknown = {child.partition(".")[0] for child in children} - {*self._phrases, *self._lexicon}
         if unknown:
             raise ValueError(f"{name}: {rule} names unknown classes {sorted(unknown)}; define them")

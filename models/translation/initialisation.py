@@ -1,17 +1,17 @@
-"""The three ways to start the network: xavier, inner_zero and zombie.
+"""Weight initialisation of the network: `xavier`, `inner_zero` or `zombie`.
 
-`xavier` is the healthy default: Glorot-uniform matrices, zero biases, unit gains, and embeddings
-of standard deviation 1/sqrt(D), so that the first loss is near the logarithm of the vocabulary
-size. A tied projection finds each token likest to its own embedding, by about sqrt(D): beyond a
-width of 128 the embeddings shrink by sqrt(128/D), which keeps that bias bounded.
+`xavier` is the default: Glorot-uniform matrices, zero biases, unit gains, and embeddings of
+standard deviation 1/sqrt(d_model), so that the first loss is near ln(vocabulary size). With tied
+weights a token's own embedding raises its logit by about sqrt(d_model); for d_model > 128 the
+embeddings are scaled by sqrt(128 / d_model), which bounds that bias.
 
-`inner_zero` sets the gain of every norm inside a layer to 0 and leaves the final norms at 1: each
-sublayer starts as a constant and the signal runs along the residual stream. It trains.
+`inner_zero` sets the gain of every norm inside a layer to 0 and keeps the final norms at 1: each
+sublayer starts as a constant and the signal passes along the residual stream. It trains.
 
-`zombie` sets every gain to 0, the final ones too: the logits start at zero whatever the source,
-and only the last norm has a gradient. Under pre-norm the loss stalls for a long while, until
-attention wakes up, and the feedforwards never do; under post-norm it stalls for good, at the
-frequencies of the tokens at best. It is kept as a fault to rehearse.
+`zombie` sets all gains to 0, those of the final norms included: the logits start at zero for every
+source, and only the last norm has a gradient. With pre-norm the loss stalls for a long time until
+attention starts to learn; the feedforward networks never do. With post-norm it stalls permanently
+and learns at best the token frequencies. It is a deliberate fault for experiments.
 """
 
 import math
@@ -23,21 +23,21 @@ from models.translation.layers import FeedForward, Residual
 
 
 def initialise(network: nn.Module, config: TransformerConfig) -> None:
-    """Overwrite all weights of `network` in place, as `config.init` says."""
+    """Initialises all weights of `network` in place according to `config.init`."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    # After the matrices: a tied projection is the embedding, and takes the embedding's scale.
+    # After the linear layers, because a tied projection must have the scale of the embedding.
     for module in network.modules():
         if isinstance(module, nn.Embedding):
-            shrink = min(1.0, math.sqrt(128.0 / config.d_model)) if config.tie_weights else 1.0
-            nn.init.normal_(module.weight, std=shrink * config.d_model**-0.5)
+            factor = min(1.0, math.sqrt(128.0 / config.d_model)) if config.tie_weights else 1.0
+            nn.init.normal_(module.weight, std=factor * config.d_model**-0.5)
     if config.init == "zombie":
         _zero_gains(network)
     elif config.init == "inner_zero":
-        _silence_sublayers(network)
+        _zero_inner_gains(network)
 
 
 def _zero_gains(network: nn.Module) -> None:
@@ -46,11 +46,11 @@ def _zero_gains(network: nn.Module) -> None:
             nn.init.zeros_(module.weight)
 
 
-def _silence_sublayers(network: nn.Module) -> None:
-    """Zero the gains of the inner norms, and give the feedforwards a way out of zero.
+def _zero_inner_gains(network: nn.Module) -> None:
+    """Sets the gains of the inner norms to 0 and draws the hidden biases of the feedforwards.
 
-    ReLU and SwiGLU have no slope at zero: behind a zero gain and zero biases they would stay
-    dead for good, so their hidden biases are drawn as torch draws them by default.
+    ReLU and SwiGLU have zero slope at zero: after a zero gain and with zero biases they would
+    never train, so their hidden biases use torch's default distribution.
     """
     for module in network.modules():
         if isinstance(module, Residual):

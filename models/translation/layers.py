@@ -1,7 +1,7 @@
-"""The encoder and decoder layers: attention and feedforward sublayers on a residual stream.
+"""Encoder and decoder layers: attention and feedforward sublayers with residual connections.
 
-Letters of the shape suffixes: B batch, S source, T target, L either, D model width, F hidden
-width of the feedforward, Q queries, 1 broadcast.
+Shape suffixes: B batch, S source length, T target length, L either length, P target positions
+including cached ones, D model dimension, F hidden dimension of the feedforward, 1 broadcast.
 """
 
 from collections.abc import Callable
@@ -16,42 +16,42 @@ from models.translation.config import TransformerConfig
 
 @dataclass
 class LayerCache:
-    """What one decoder layer keeps between two steps of decoding."""
+    """Cached keys and values of one decoder layer."""
 
-    written: KeyValue | None = None
-    """Keys and values of the target tokens so far; grows by one step at a time."""
-    memory: KeyValue | None = None
-    """Keys and values of the source; computed in the first step."""
+    self_kv: KeyValue | None = None
+    """Keys and values of the target tokens so far; grows at every decoding step."""
+    cross_kv: KeyValue | None = None
+    """Keys and values of the encoded source; computed in the first step."""
 
     def select(self, rows_B: Tensor) -> None:
-        """Keep the given batch rows, in that order."""
-        self.written = self.written.select(rows_B) if self.written else None
-        self.memory = self.memory.select(rows_B) if self.memory else None
+        """Keeps the batch rows with these indices, in this order."""
+        self.self_kv = self.self_kv.select(rows_B) if self.self_kv else None
+        self.cross_kv = self.cross_kv.select(rows_B) if self.cross_kv else None
 
 
 def make_norm(config: TransformerConfig) -> nn.LayerNorm | nn.RMSNorm:
-    """Build the normalisation that the configuration names, over the model width."""
+    """Creates the configured normalisation over `d_model`."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.d_model, eps=1e-6)
     return nn.LayerNorm(config.d_model, eps=1e-6)
 
 
 def make_attention(config: TransformerConfig) -> MultiHeadAttention:
-    """Build an attention block of the configured width, heads, implementation and convention."""
+    """Creates an attention block from the configuration."""
     return MultiHeadAttention(
         config.d_model,
         config.n_heads,
         config.dropout,
         config.attention,
-        inverted=config.mask_convention == "masked",
+        invert_mask=config.mask_convention == "masked",
     )
 
 
 class FeedForward(nn.Module):
-    """Two matrices with ReLU between them, or three with the SwiGLU gate (Shazeer 2020, eq. 6)."""
+    """Position-wise feedforward network with ReLU or SwiGLU (Shazeer 2020, equation 6)."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build the matrices; `gate` is None under ReLU."""
+        """Creates the linear layers; `gate` is None with ReLU."""
         super().__init__()
         gated = config.feedforward == "swiglu"
         self.hidden = nn.Linear(config.d_model, config.d_feedforward)
@@ -60,7 +60,7 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(config.d_feedforward, config.d_model)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Transform each position by itself."""
+        """Transforms each position independently."""
         if self.gate is None:
             hidden_BLF = F.relu(self.hidden(x_BLD))
         else:
@@ -70,18 +70,18 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """One residual sum with its norm: x + f(norm(x)) under pre-norm, norm(x + f(x)) under post."""
+    """Residual connection: x + f(norm(x)) in pre-norm, norm(x + f(x)) in post-norm."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build the norm and the dropout on the sublayer's output."""
+        """Creates the norm and the dropout of the sublayer's output."""
         super().__init__()
-        self.pre = config.norm_position == "pre"
+        self.pre_norm = config.norm_position == "pre"
         self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BLD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """Add the sublayer's output to the stream."""
-        if self.pre:
+        """Adds the output of `sublayer` to the residual stream."""
+        if self.pre_norm:
             out_BLD: Tensor = x_BLD + self.dropout(sublayer(self.norm(x_BLD)))
         else:
             out_BLD = self.norm(x_BLD + self.dropout(sublayer(x_BLD)))
@@ -89,10 +89,10 @@ class Residual(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention over the source, then the feedforward."""
+    """Self-attention over the source, then the feedforward network."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build both sublayers."""
+        """Creates the two sublayers."""
         super().__init__()
         self.self_attention = make_attention(config)
         self.feedforward = FeedForward(config)
@@ -100,24 +100,24 @@ class EncoderLayer(nn.Module):
         self.feedforward_residual = Residual(config)
 
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
-        """Read the source once more; padding is seen by nobody."""
+        """Applies the layer to source positions; no position attends to padding."""
 
-        def look(normed_BSD: Tensor) -> Tensor:
-            attended: Tensor = self.self_attention(
-                normed_BSD, self.self_attention.project(normed_BSD), mask_B11S
+        def self_attend(in_BSD: Tensor) -> Tensor:
+            attended_BSD: Tensor = self.self_attention(
+                in_BSD, self.self_attention.project(in_BSD), mask_B11S
             )
-            return attended
+            return attended_BSD
 
-        attended_BSD = self.attention_residual(x_BSD, look)
-        out_BSD: Tensor = self.feedforward_residual(attended_BSD, self.feedforward)
+        x_BSD = self.attention_residual(x_BSD, self_attend)
+        out_BSD: Tensor = self.feedforward_residual(x_BSD, self.feedforward)
         return out_BSD
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention over the encoded source, then the feedforward."""
+    """Causal self-attention, cross-attention to the encoded source, then the feedforward."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build the three sublayers."""
+        """Creates the three sublayers."""
         super().__init__()
         self.self_attention = make_attention(config)
         self.cross_attention = make_attention(config)
@@ -130,47 +130,49 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         memory_BSD: Tensor,
-        target_mask_B1TQ: Tensor,
+        target_mask_B1TP: Tensor,
         memory_mask_B11S: Tensor,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Write T target positions; with a cache they follow the ones written before.
+        """Applies the layer to T target positions, which follow any cached positions.
 
         Args:
-            x_BTD: The stream of the target positions, new ones only when there is a cache.
-            memory_BSD: The encoded source.
-            target_mask_B1TQ: Which target positions, cached ones included, each may attend to.
-            memory_mask_B11S: Which source positions may be attended to.
-            cache: Read and extended in place.
+            x_BTD: Residual stream of the target positions; with a cache, of the new ones only.
+            memory_BSD: Encoder output.
+            target_mask_B1TP: Target positions, cached ones included, that each may attend to.
+            memory_mask_B11S: Source positions that may be attended to.
+            cache: Keys and values of this layer, updated in place.
         """
 
-        def look_back(normed_BTD: Tensor) -> Tensor:
-            written = _remember(self.self_attention.project(normed_BTD), cache)
-            attended: Tensor = self.self_attention(normed_BTD, written, target_mask_B1TQ)
-            return attended
+        def self_attend(in_BTD: Tensor) -> Tensor:
+            key_value = _append_self_kv(self.self_attention.project(in_BTD), cache)
+            attended_BTD: Tensor = self.self_attention(in_BTD, key_value, target_mask_B1TP)
+            return attended_BTD
 
-        def look_at_source(normed_BTD: Tensor) -> Tensor:
-            memory = _recall(self.cross_attention, memory_BSD, cache)
-            attended: Tensor = self.cross_attention(normed_BTD, memory, memory_mask_B11S)
-            return attended
+        def cross_attend(in_BTD: Tensor) -> Tensor:
+            key_value = _cross_kv(self.cross_attention, memory_BSD, cache)
+            attended_BTD: Tensor = self.cross_attention(in_BTD, key_value, memory_mask_B11S)
+            return attended_BTD
 
-        looked_BTD = self.cross_residual(self.self_residual(x_BTD, look_back), look_at_source)
-        out_BTD: Tensor = self.feedforward_residual(looked_BTD, self.feedforward)
+        x_BTD = self.cross_residual(self.self_residual(x_BTD, self_attend), cross_attend)
+        out_BTD: Tensor = self.feedforward_residual(x_BTD, self.feedforward)
         return out_BTD
 
 
-def _remember(new: KeyValue, cache: LayerCache | None) -> KeyValue:
-    """Append the new keys and values to the cache, and return all of them."""
+def _append_self_kv(new: KeyValue, cache: LayerCache | None) -> KeyValue:
+    """Appends keys and values of new target positions to the cache and returns all of them."""
     if cache is None:
         return new
-    cache.written = new if cache.written is None else cache.written.extend(new)
-    return cache.written
+    cache.self_kv = new if cache.self_kv is None else cache.self_kv.append(new)
+    return cache.self_kv
 
 
-def _recall(block: MultiHeadAttention, memory_BSD: Tensor, cache: LayerCache | None) -> KeyValue:
-    """Project the source, once per sentence when there is a cache."""
+def _cross_kv(
+    attention: MultiHeadAttention, memory_BSD: Tensor, cache: LayerCache | None
+) -> KeyValue:
+    """Returns keys and values of the source; with a cache they are projected only once."""
     if cache is None:
-        return block.project(memory_BSD)
-    if cache.memory is None:
-        cache.memory = block.project(memory_BSD)
-    return cache.memory
+        return attention.project(memory_BSD)
+    if cache.cross_kv is None:
+        cache.cross_kv = attention.project(memory_BSD)
+    return cache.cross_kv

@@ -1,22 +1,22 @@
-"""The words of the synchronous grammar: literary Chinese beside its modern rendering.
+"""Lexicon of the synchronous grammar: Classical Chinese words with their modern translations.
 
-Each class is one text of ``classical=modern`` entries; an entry without ``=`` is the same on both
-sides. Classes are cut by meaning, so that a verb and its object, or a quality and the opinion it
-earns, agree wherever a construction in `models.translation.constructions` puts them together.
+Each word class is a text of ``classical=modern`` entries; an entry without ``=`` is the same in
+both. Classes are defined by meaning, so that a verb and its object, or a quality and the reaction
+to it, fit in every construction of `models.translation.constructions` that combines them.
 """
 
 from typing import NamedTuple
 
 
 class Word(NamedTuple):
-    """One entry: how it is written in literary Chinese and in modern Chinese."""
+    """A word in Classical Chinese and in modern Chinese."""
 
     classical: str
     modern: str
 
 
 def parse_words(text: str) -> tuple[Word, ...]:
-    """Read whitespace-separated ``classical=modern`` entries.
+    """Parses whitespace-separated ``classical=modern`` entries.
 
     >>> parse_words("犬=狗 马")
     (Word(classical='犬', modern='狗'), Word(classical='马', modern='马'))
@@ -37,7 +37,7 @@ _ESTEEM = "敬=尊敬 爱=爱护 信=信任 慕=仰慕 重=看重"
 _SCORN = "怨=怨恨 疑=怀疑 恶=厌恶 轻=轻视 弃=抛弃"
 
 _TEXTS = {
-    # People, and what they are like
+    # People and their qualities
     "person": _PERSON,
     "leader": _LEADER,
     "who": f"{_PERSON} {_LEADER}",
@@ -52,7 +52,7 @@ _TEXTS = {
     "feel": "喜=高兴 怒=生气 忧=忧愁 惧=害怕 悲=悲伤 惊=吃惊 悔=后悔 愧=惭愧",
     "act": "歌=唱歌 舞=跳舞 哭=哭泣 笑=发笑 叹=叹息 卧=躺下 坐=坐下 走=逃跑 归=回家 拜=下拜",
     "pastime": "歌=唱歌 舞=跳舞 哭=哭泣 笑=发笑 叹=叹息 行=走路 语=说话",
-    # What one person does to another
+    # Actions of one person towards another
     "deal": """
         责=责备 擒=捉住 逐=赶走 欺=欺骗 辱=侮辱 救=解救 召=召唤 劝=劝说 伤=打伤 荐=推荐 赏=奖赏
         罚=处罚 囚=囚禁 困=围困
@@ -64,7 +64,7 @@ _TEXTS = {
     "heed": "听=听从 应=回应 许=答应 从=跟从 顾=理睬 谢=感谢",
     "give": "赠=赠送 赐=赏赐 借 还=归还 鬻=卖",
     "favour": "赠=赠送 谢=感谢 赏=奖赏 酬=酬谢",
-    # Things, and the verbs that take them
+    # Things and the verbs that take them as objects
     "food": "肉 鱼 果=水果 粟=小米 饼 瓜 枣=枣子 梨=梨子 粥=稀饭 桃=桃子",
     "eat": "食=吃 献=献上 求=寻求 乞=讨要 分=分享",
     "liquid": "酒 水 茶 浆=米浆 泉=泉水 露=露水",
@@ -88,7 +88,7 @@ _TEXTS = {
     "number": "二=两 三 四 五 六 七 八 九 十 百=一百 千=一千",
     "handle": "畜=饲养 追=追赶 射=射杀 杀=杀死 买=买下 鬻=卖掉 纵=放走 献=献上",
     "tool": "剑=宝剑 弓=长弓 杖=木杖 石=石头 绳=绳子 网=大网 戈=长戈",
-    "strike": "击=击打 杀=杀死 捕=捕捉 伤=打伤 驱=驱赶",
+    "hit": "击=击打 杀=杀死 捕=捕捉 伤=打伤 驱=驱赶",
     "ask": "食=吃 饮=喝 读=阅读 求=寻求 献=献上 藏=收藏 学=学习 得=得到 惧=害怕",
     # States, places, times
     "state": """

@@ -1,4 +1,4 @@
-"""The LightningModule that trains the translation Transformer, validates it and lets it write."""
+"""LightningModule that trains, validates and tests the translation Transformer."""
 
 from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
@@ -23,15 +23,15 @@ Stage = Literal["val", "test"]
 
 
 class TranslationModule(pl.LightningModule):
-    """Teacher forcing in training; teacher forcing and decoding in validation and test.
+    """Trains with teacher forcing; validates and tests with teacher forcing and decoding.
 
-    The network is built when the vocabulary is known: from the datamodule in a Trainer, by
-    `build` otherwise, from the checkpoint in `load_from_checkpoint`.
+    The network is built once the vocabulary is known: from the datamodule of the Trainer, by
+    `build`, or from the checkpoint in `load_from_checkpoint`.
 
-    Logged keys: `train/loss` (nats per token, with label smoothing if any, every step);
-    `val/loss`, `val/loss_first_token`, `val/loss_rest` (nats per token without smoothing, per
-    epoch); `val/exact_match`, `val/bleu`, `val/chrf` (0 to 1, of decoded sentences, per epoch;
-    absent during the sanity check and when none are decoded); the same under `test/`.
+    Logged keys: `train/loss` (nats per token, label smoothing included, every step); `val/loss`,
+    `val/loss_first_token`, `val/loss_rest` (nats per token without label smoothing, every epoch);
+    `val/exact_match`, `val/bleu`, `val/chrf` (0 to 1, of decoded sentences, every epoch; absent
+    during the sanity check and if none are decoded); the same under `test/`.
 
     Raises:
         ValueError: An option is unknown or out of range, or there is no vocabulary.
@@ -52,20 +52,20 @@ class TranslationModule(pl.LightningModule):
         n_decoded_val: int = 64,
         n_decoded_test: int = 500,
     ) -> None:
-        """Choose the network and how it is trained.
+        """Stores the hyperparameters; the network is built later.
 
         Args:
-            network: Shape of the Transformer; None for the default shape.
+            network: Configuration of the Transformer; None for the default.
             lr: Peak learning rate of AdamW.
-            betas: AdamW's decay rates.
-            weight_decay: On matrices and embeddings; gains and biases have none.
-            schedule: Factor on `lr` by optimizer step.
-            warmup_steps: Steps to the peak; without meaning under `none`.
-            label_smoothing: Share of the target distribution spread over the vocabulary.
-            beam_size: Width of the beam; 1 decodes greedily.
-            length_penalty: Exponent of the length penalty, for a beam of more than 1.
-            n_decoded_val: Most sentences to decode in one validation, on each rank.
-            n_decoded_test: The same in a test.
+            betas: Betas of AdamW.
+            weight_decay: Weight decay of matrices and embeddings; gains and biases have none.
+            schedule: Learning-rate schedule, stepped every optimizer step.
+            warmup_steps: Steps to the peak learning rate; ignored with `none`.
+            label_smoothing: Probability mass spread evenly over the vocabulary.
+            beam_size: Beam size of decoding; 1 decodes greedily.
+            length_penalty: Exponent of the length penalty, used if `beam_size` exceeds 1.
+            n_decoded_val: Maximum number of sentences decoded in a validation, on each rank.
+            n_decoded_test: The same for a test.
         """
         super().__init__()
         if schedule not in get_args(Schedule):
@@ -90,10 +90,10 @@ class TranslationModule(pl.LightningModule):
         self._n_decoded = 0
 
     def build(self, vocabulary: Vocabulary) -> None:
-        """Build the network for a vocabulary; a second call changes nothing.
+        """Builds the network for a vocabulary; does nothing if it is built already.
 
         Raises:
-            ValueError: The vocabulary is not the one that the network has or was configured for.
+            ValueError: The vocabulary differs from that of the network or from the configured size.
         """
         if self.network is not None:
             if vocabulary != self.vocabulary:
@@ -105,18 +105,18 @@ class TranslationModule(pl.LightningModule):
         configured = self.network_config.vocabulary_size
         if configured not in (None, len(vocabulary)):
             raise ValueError(
-                f"vocabulary_size={configured} but the vocabulary has {len(vocabulary)} ids; leave "
-                f"vocabulary_size out to take it from the data"
+                f"vocabulary_size={configured} but the vocabulary has {len(vocabulary)} ids; omit "
+                f"vocabulary_size to take it from the data"
             )
         self.vocabulary = vocabulary
         self.network_config = replace(self.network_config, vocabulary_size=len(vocabulary))
         self.network = Transformer(self.network_config)
 
     def configure_model(self) -> None:
-        """Build the network from the datamodule's vocabulary, unless it is there already.
+        """Builds the network from the datamodule's vocabulary, unless it is built already.
 
-        Without a Trainer nothing is built: `load_from_checkpoint` calls this before
-        `on_load_checkpoint`, which knows the vocabulary.
+        Builds nothing without a Trainer: `load_from_checkpoint` calls this hook before
+        `on_load_checkpoint`, which has the vocabulary.
         """
         try:
             trainer = self.trainer
@@ -132,57 +132,59 @@ class TranslationModule(pl.LightningModule):
             )
 
     def forward(self, source_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """Give the logits (B, T, V) of the token after each target position."""
-        logits_BTV: Tensor = self._built()(source_BS, target_BT)
+        """Returns the logits (B, T, V) of the token after each target position."""
+        logits_BTV: Tensor = self._require_network()(source_BS, target_BT)
         return logits_BTV
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss per token, smoothed if asked for."""
+        """Returns the mean loss per token, with label smoothing."""
         loss = self._loss(batch, self.hparams["label_smoothing"]).total
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.source_BS))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure the loss, and decode until `n_decoded_val` sentences are done."""
+        """Logs the loss and decodes until `n_decoded_val` sentences are decoded."""
         self._evaluate(batch, "val", self.hparams["n_decoded_val"])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure the loss, and decode until `n_decoded_test` sentences are done."""
+        """Logs the loss and decodes until `n_decoded_test` sentences are decoded."""
         self._evaluate(batch, "test", self.hparams["n_decoded_test"])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
-        """Translate a batch into text."""
+        """Returns the translations of a batch as text."""
         return self.translate(batch.source_BS)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the decoded sentences."""
+        """Logs the metrics of the decoded validation sentences."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores of the decoded sentences."""
+        """Logs the metrics of the decoded test sentences."""
         self._log_scores("test")
 
     @torch.no_grad()
     def translate(self, source_BS: Tensor) -> list[str]:
-        """Decode padded source ids into text, greedily or with the configured beam.
+        """Translates padded source ids into text, greedily or with the configured beam.
 
-        Call `eval()` first outside a Trainer, or dropout will have its say.
+        Outside a Trainer call `eval()` first, or dropout changes the translation.
         """
-        network, vocabulary = self._built(), self.vocabulary
+        network, vocabulary = self._require_network(), self.vocabulary
         assert vocabulary is not None
-        beam_size, penalty = self.hparams["beam_size"], self.hparams["length_penalty"]
+        beam_size, length_penalty = self.hparams["beam_size"], self.hparams["length_penalty"]
         if beam_size == 1:
             decoded = greedy_decode(network, source_BS)
         else:
-            decoded = beam_decode(network, source_BS, beam_size=beam_size, length_penalty=penalty)
+            decoded = beam_decode(
+                network, source_BS, beam_size=beam_size, length_penalty=length_penalty
+            )
         return [vocabulary.decode(ids) for ids in decoded.tokens_BT.tolist()]
 
     def preflight_probes(self, batch: Batch) -> list[MaskProbe | PositionProbe]:
-        """Say what may and must be seen, for `lit_stability.Preflight`."""
-        return translation_probes(batch, self.network_config.pad_id, lambda m: m._built())
+        """Returns the mask and position probes that `lit_stability.Preflight` runs."""
+        return translation_probes(batch, self.network_config.pad_id, lambda m: m._require_network())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build AdamW, and the schedule stepped with it."""
+        """Returns AdamW and its learning-rate scheduler."""
         hp = self.hparams
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
@@ -190,11 +192,11 @@ class TranslationModule(pl.LightningModule):
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=hp["lr"], betas=hp["betas"])
-        total = float("inf")
+        total_steps = float("inf")
         if hp["schedule"] in ("warmup_cosine", "onecycle"):
-            total = self.trainer.estimated_stepping_batches
+            total_steps = self.trainer.estimated_stepping_batches
         scheduler = make_scheduler(
-            hp["schedule"], optimizer, warmup_steps=hp["warmup_steps"], total_steps=total
+            hp["schedule"], optimizer, warmup_steps=hp["warmup_steps"], total_steps=total_steps
         )
         if scheduler is None:
             return optimizer
@@ -204,19 +206,19 @@ class TranslationModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the network's shape and the vocabulary, as plain values."""
+        """Adds the network configuration and the vocabulary to the checkpoint."""
         if self.vocabulary is not None:
             checkpoint["network_config"] = asdict(self.network_config)
             checkpoint["vocabulary"] = list(self.vocabulary.characters)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that was saved, or check that it is the one at hand."""
+        """Builds the saved network, or checks that the existing one has the saved vocabulary."""
         if "vocabulary" in checkpoint:
             if self.network is None:
                 self.network_config = TransformerConfig(**checkpoint["network_config"])
             self.build(Vocabulary(checkpoint["vocabulary"]))
 
-    def _built(self) -> Transformer:
+    def _require_network(self) -> Transformer:
         if self.network is None:
             raise ValueError("the network is not built yet; call module.build(vocabulary) first")
         return self.network
@@ -235,14 +237,14 @@ class TranslationModule(pl.LightningModule):
         n_tokens = int((batch.target_BT[:, 1:] != self.network_config.pad_id).sum())
         self.log(f"{stage}/loss", loss.total, batch_size=n_tokens, sync_dist=True)
         self.log(f"{stage}/loss_first_token", loss.first, batch_size=n_sentences, sync_dist=True)
-        rest = max(1, n_tokens - n_sentences)
-        self.log(f"{stage}/loss_rest", loss.rest, batch_size=rest, sync_dist=True)
-        wanted = 0 if self.trainer.sanity_checking else limit - self._n_decoded
-        if wanted > 0:
-            self._score(Batch(*(ids[:wanted] for ids in batch)), stage)
+        n_rest = max(1, n_tokens - n_sentences)
+        self.log(f"{stage}/loss_rest", loss.rest, batch_size=n_rest, sync_dist=True)
+        n_remaining = 0 if self.trainer.sanity_checking else limit - self._n_decoded
+        if n_remaining > 0:
+            self._score_translations(Batch(*(ids[:n_remaining] for ids in batch)), stage)
 
-    def _score(self, batch: Batch, stage: Stage) -> None:
-        """Compare with references whose unknown characters no hypothesis can match."""
+    def _score_translations(self, batch: Batch, stage: Stage) -> None:
+        """Decodes and updates the metrics; an unknown character of a reference never matches."""
         assert self.vocabulary is not None
         references = [
             [self.vocabulary.decode(ids, unknown="□")] for ids in batch.target_BT.tolist()

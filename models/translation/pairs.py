@@ -1,17 +1,17 @@
-"""What a corpus is made of: pairs of sentences, in three parts that share nothing."""
+"""Sentence pairs and their three splits."""
 
 from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """A classical sentence and its modern rendering."""
+    """A Classical Chinese sentence and its modern Chinese translation."""
 
     source: str
     target: str
 
 
 class Splits(NamedTuple):
-    """The three parts of a corpus."""
+    """Training, validation and test pairs."""
 
     train: list[Pair]
     val: list[Pair]

@@ -1,10 +1,11 @@
-"""What the translation network may and must see, for the checks before the first step.
+"""Mask and position probes of the translation network for `lit_stability.Preflight`.
 
-Ids cannot be changed where the masks are made from them; what is embedded there can. Each probe
-changes the embedding of some positions and says at which target positions the logits may not, or
-must, follow. May import `lit_stability.checks.preflight`; no Lightning.
+The masks are computed from the token ids, so a probe does not change ids: it changes the embedding
+of some positions and states at which target positions the logits must stay equal or must change.
+Imports `lit_stability.checks.preflight`, not Lightning.
 
-Letters of the shape suffixes: B batch, S source, T target read, V vocabulary.
+Shape suffixes: B batch, S source length, T length of the decoder input, L either length,
+D model dimension, V vocabulary size.
 """
 
 import contextlib
@@ -18,55 +19,61 @@ from lit_stability.checks.preflight import MaskProbe, PositionProbe, nudged
 from models.translation.batches import Batch
 from models.translation.transformer import Transformer
 
-Pick = Callable[[nn.Module], Transformer]
-"""Finds the network in the module that is checked."""
+GetNetwork = Callable[[nn.Module], Transformer]
+"""Returns the network inside the module that is checked."""
 
 
-def translation_probes(batch: Batch, pad_id: int, pick: Pick) -> list[MaskProbe | PositionProbe]:
-    """Declare the probes of a batch.
+def translation_probes(
+    batch: Batch, pad_id: int, get_network: GetNetwork
+) -> list[MaskProbe | PositionProbe]:
+    """Creates the probes of a batch.
 
-    Source padding and the future of the target are hidden from every logit; each logit follows
-    the source; a token that is read is seen by its own logit and by all later ones. Padding of the
-    target is behind every logit that counts, so the future covers it.
+    No logit may depend on source padding or on later target tokens. Each logit must depend on the
+    source and on its own and earlier input tokens. Target padding comes after every counted
+    position, so the probe of later tokens covers it.
 
     Args:
         batch: Padded ids.
         pad_id: Token id of padding.
-        pick: Finds the network.
+        get_network: Returns the network inside the checked module.
     """
     source_BS, target_BT = batch.source_BS, batch.target_BT[:, :-1]
-    counts_BT = target_BT != pad_id
+    counted_BT = target_BT != pad_id
     middle = max(1, target_BT.shape[1] // 2)
-    late_BT = torch.arange(target_BT.shape[1], device=target_BT.device).expand_as(target_BT)
-    run = _Run(pick, source_BS, target_BT)
+    position_BT = torch.arange(target_BT.shape[1], device=target_BT.device).expand_as(target_BT)
+    factory = _MaskProbeFactory(get_network, source_BS, target_BT)
     padding_BS = source_BS == pad_id
     probes: list[MaskProbe | PositionProbe] = [
-        run.probe("the source", "source", ~padding_BS, seen=counts_BT, where="source mask"),
-        run.probe(
+        factory.probe("the source", "source", ~padding_BS, seen=counted_BT, where="source mask"),
+        factory.probe(
             f"target token {middle}",
             "target",
-            (late_BT == middle) & counts_BT,
-            hidden=counts_BT & (late_BT < middle),
-            seen=counts_BT & (late_BT >= middle),
+            (position_BT == middle) & counted_BT,
+            hidden=counted_BT & (position_BT < middle),
+            seen=counted_BT & (position_BT >= middle),
             where="target mask",
         ),
-        _positions("source embedding", pick, "source", source_BS),
-        _positions("target embedding", pick, "target", target_BT),
+        _position_probe("source embedding", get_network, "source", source_BS),
+        _position_probe("target embedding", get_network, "target", target_BT),
     ]
     if bool(padding_BS.any()):
         probes.append(
-            run.probe(
-                "padding of the source", "source", padding_BS, hidden=counts_BT, where="source mask"
+            factory.probe(
+                "padding of the source",
+                "source",
+                padding_BS,
+                hidden=counted_BT,
+                where="source mask",
             )
         )
     return probes
 
 
-class _Run:
-    """Runs the network on a batch, with some embedded positions changed or as it is."""
+class _MaskProbeFactory:
+    """Creates probes that run the network on one batch, with and without changed embeddings."""
 
-    def __init__(self, pick: Pick, source_BS: Tensor, target_BT: Tensor) -> None:
-        self._pick, self._source_BS, self._target_BT = pick, source_BS, target_BT
+    def __init__(self, get_network: GetNetwork, source_BS: Tensor, target_BT: Tensor) -> None:
+        self._get_network, self._source_BS, self._target_BT = get_network, source_BS, target_BT
 
     def probe(
         self,
@@ -78,13 +85,13 @@ class _Run:
         seen: Tensor | None = None,
         where: str,
     ) -> MaskProbe:
-        """Build the probe that changes the embedding of one side at some positions."""
+        """Creates a probe that changes the source or target embedding at some positions."""
 
         def plain(model: nn.Module) -> Tensor:
             return self._logits(model, contextlib.nullcontext())
 
         def changed(model: nn.Module) -> Tensor:
-            embedding = self._pick(model).get_submodule(f"{side}_embedding")
+            embedding = self._get_network(model).get_submodule(f"{side}_embedding")
             return self._logits(model, nudged(embedding, positions))
 
         return MaskProbe(
@@ -93,13 +100,13 @@ class _Run:
 
     def _logits(self, model: nn.Module, context: contextlib.AbstractContextManager[None]) -> Tensor:
         with context:
-            logits_BTV: Tensor = self._pick(model)(self._source_BS, self._target_BT)
+            logits_BTV: Tensor = self._get_network(model)(self._source_BS, self._target_BT)
         return logits_BTV
 
 
-def _positions(name: str, pick: Pick, side: str, ids_BL: Tensor) -> PositionProbe:
+def _position_probe(name: str, get_network: GetNetwork, side: str, ids_BL: Tensor) -> PositionProbe:
     def tokens(model: nn.Module) -> Tensor:
-        network = pick(model)
+        network = get_network(model)
         embedded_BLD: Tensor = network.get_submodule(f"{side}_embedding")(ids_BL)
         factor = math.sqrt(network.config.d_model) if network.config.scale_embedding else 1.0
         return embedded_BLD * factor
@@ -107,5 +114,5 @@ def _positions(name: str, pick: Pick, side: str, ids_BL: Tensor) -> PositionProb
     return PositionProbe(
         name=name,
         tokens=tokens,
-        positions=lambda model: pick(model).positions_LD[: ids_BL.shape[1]],
+        positions=lambda model: get_network(model).positions_LD[: ids_BL.shape[1]],
     )

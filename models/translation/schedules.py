@@ -1,6 +1,6 @@
-"""Learning-rate schedules as pure functions of the optimizer step, and how they are attached.
+"""Learning-rate schedules as functions of the optimizer step, and their schedulers.
 
-Each function gives a factor on the peak learning rate; steps count from 0.
+Each function returns a factor on the peak learning rate; steps count from 0.
 """
 
 import math
@@ -14,7 +14,7 @@ Schedule = Literal["none", "warmup_cosine", "onecycle", "inverse_sqrt"]
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Rise linearly to 1 over the warm-up, then fall along half a cosine to 0 at `total_steps`.
+    """Rises linearly to 1 during warm-up, then falls as half a cosine to 0 at `total_steps`.
 
     >>> [round(warmup_cosine(s, warmup_steps=2, total_steps=6), 3) for s in range(7)]
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
@@ -26,7 +26,7 @@ def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
 
 
 def inverse_sqrt(step: int, *, warmup_steps: int) -> float:
-    """Rise linearly to 1, then fall as 1/sqrt(step) (Vaswani et al. 2017, equation 3).
+    """Rises linearly to 1 during warm-up, then falls as 1/sqrt(step) (Vaswani et al. 2017, eq. 3).
 
     >>> [round(inverse_sqrt(s, warmup_steps=4), 3) for s in (0, 1, 3, 15, 63)]
     [0.25, 0.5, 1.0, 0.5, 0.25]
@@ -38,15 +38,14 @@ def inverse_sqrt(step: int, *, warmup_steps: int) -> float:
 def make_scheduler(
     schedule: Schedule, optimizer: Optimizer, *, warmup_steps: int, total_steps: float
 ) -> LRScheduler | None:
-    """Build the scheduler to be stepped once per optimizer step; None for a constant rate.
+    """Creates a scheduler to step once per optimizer step; None for a constant learning rate.
 
-    `onecycle` starts at 1/25 of the peak, reaches it after the warm-up and ends near zero
-    (Smith and Topin 2018); the peak is the optimizer's own learning rate.
-
-    A run shorter than its warm-up, a rehearsal for instance, ends on the way up.
+    The peak is the optimizer's learning rate. `onecycle` starts at 1/25 of the peak, reaches it
+    at the end of the warm-up and ends near zero (Smith and Topin 2018). A run shorter than its
+    warm-up ends before the peak.
 
     Raises:
-        ValueError: The schedule needs to know the end and there is none.
+        ValueError: The schedule needs the total number of steps and it is unknown.
     """
     if schedule == "none":
         return None
@@ -62,7 +61,8 @@ def make_scheduler(
         factor = partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total)
         return LambdaLR(optimizer, factor)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # The ramp ends at step pct_start * total - 1: after step 0, and before the last one.
-    rise = max(2, warmup_steps)
-    total = max(rise + 1, total)
-    return OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=min(1.0, rise / total))
+    # OneCycleLR peaks at step pct_start * total - 1, which must be after step 0 and before the end.
+    warmup = max(2, warmup_steps)
+    total = max(warmup + 1, total)
+    pct_start = min(1.0, warmup / total)
+    return OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=pct_start)

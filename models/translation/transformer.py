@@ -1,18 +1,18 @@
-"""The encoder-decoder Transformer that translates classical into modern Chinese.
+"""Encoder-decoder Transformer (Vaswani et al. 2017) that translates Classical Chinese.
 
-What is notable:
+Properties:
 
-- Plain ``nn.Module``s; no Lightning, no trainer, no tokenizer.
-- One mask convention, stated in `models.translation.masks`: True means "may attend"; to read it
-  the other way round is a fault to rehearse.
-- A query that may attend to nothing yields zero, never NaN, in both attention implementations.
-- Pre-norm or post-norm, LayerNorm or RMSNorm, ReLU or SwiGLU; final norms on both stacks.
-- Sinusoidal positions; embeddings scaled by sqrt(d_model) so that positions do not drown them.
-- One matrix embeds source and target and projects to the vocabulary, unless untied.
-- A cache of keys and values makes a decoding step cost one position instead of all of them.
-- Three initialisations: Xavier; inner gains zero; all gains zero, the "zombie" that stalls.
+- Plain ``nn.Module``s without Lightning or a tokenizer.
+- One mask convention, `models.translation.masks`: True means "may attend".
+- A query that may attend to no key gives zero, never NaN, in both attention implementations.
+- Pre-norm or post-norm, LayerNorm or RMSNorm, ReLU or SwiGLU; a final norm after each stack.
+- Sinusoidal positions; embeddings scaled by sqrt(d_model).
+- One matrix for both embeddings and the output projection, unless untied.
+- A key-value cache, with which a decoding step computes one position instead of all.
+- Initialisations `xavier`, `inner_zero` and `zombie` (`models.translation.initialisation`).
 
-Letters of the shape suffixes: B batch, S source, T target, L either, D model width, V vocabulary.
+Shape suffixes: B batch, S source length, T target length, L either length, D model dimension,
+V vocabulary size, 1 broadcast.
 """
 
 import math
@@ -27,9 +27,9 @@ from models.translation.masks import causal_mask, padding_mask
 
 
 def sinusoidal_positions(max_length: int, d_model: int) -> Tensor:
-    """Compute the table of positions, float32 of shape (L, D), sines and cosines interleaved.
+    """Computes sinusoidal position encodings: float32 (L, D), sines and cosines interleaved.
 
-    sin(p w_i) and cos(p w_i) with w_i = 10000^(-2i/D) (Vaswani et al. 2017, section 3.5).
+    Position p has sin(p w_i) and cos(p w_i), w_i = 10000^(-2i/D) (Vaswani et al. 2017, sec. 3.5).
     """
     position_L1 = torch.arange(max_length, dtype=torch.float32)[:, None]
     exponent_D = torch.arange(0, d_model, 2, dtype=torch.float32) / d_model
@@ -38,30 +38,30 @@ def sinusoidal_positions(max_length: int, d_model: int) -> Tensor:
 
 
 class DecoderCache:
-    """The keys and values of every decoder layer, and how many positions they cover."""
+    """Cached keys and values of all decoder layers, and the number of cached positions."""
 
     def __init__(self, n_layers: int) -> None:
-        """Start empty."""
+        """Creates an empty cache."""
         self.layers = [LayerCache() for _ in range(n_layers)]
         self.length = 0
 
     def select(self, rows_B: Tensor) -> None:
-        """Keep the given batch rows, in that order, as beam search needs it."""
+        """Keeps the batch rows with these indices, in this order; used by beam search."""
         for layer in self.layers:
             layer.select(rows_B)
 
 
 class Encoder(nn.Module):
-    """The layers that read the source, and their final norm."""
+    """Encoder layers and a final norm."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build `n_encoder_layers` layers."""
+        """Creates `n_encoder_layers` layers."""
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_encoder_layers))
         self.norm = make_norm(config)
 
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
-        """Encode the embedded source."""
+        """Encodes the embedded source."""
         for layer in self.layers:
             x_BSD = layer(x_BSD, mask_B11S)
         normed_BSD: Tensor = self.norm(x_BSD)
@@ -69,10 +69,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers that write the target, and their final norm."""
+    """Decoder layers and a final norm."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build `n_decoder_layers` layers."""
+        """Creates `n_decoder_layers` layers."""
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_decoder_layers))
         self.norm = make_norm(config)
@@ -82,28 +82,28 @@ class Decoder(nn.Module):
         x_BTD: Tensor,
         memory_BSD: Tensor,
         target_mask: Tensor,
-        memory_mask: Tensor,
+        memory_mask_B11S: Tensor,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """Decode the embedded target against the encoded source."""
+        """Decodes the embedded target with cross-attention to the encoded source."""
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BTD = layer(x_BTD, memory_BSD, target_mask, memory_mask, layer_cache)
+            x_BTD = layer(x_BTD, memory_BSD, target_mask, memory_mask_B11S, layer_cache)
         normed_BTD: Tensor = self.norm(x_BTD)
         return normed_BTD
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder between one embedding and one projection.
+    """Encoder-decoder Transformer with embeddings and output projection.
 
     Raises:
-        ValueError: The configuration has no vocabulary size, or a sequence is too long.
+        ValueError: The configuration has no vocabulary size, or a sequence exceeds `max_length`.
     """
 
     positions_LD: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
-        """Build and initialise the network that `config` describes."""
+        """Creates and initialises the network."""
         super().__init__()
         if config.vocabulary_size is None:
             raise ValueError(
@@ -125,11 +125,11 @@ class Transformer(nn.Module):
         initialise(self, config)
 
     def forward(self, source_BS: Tensor, target_BT: Tensor) -> Tensor:
-        """Give the logits (B, T, V) of the token after each target position (teacher forcing)."""
+        """Returns the logits (B, T, V) of the token after each target position."""
         return self.decode(target_BT, self.encode(source_BS), source_BS)
 
     def encode(self, source_BS: Tensor) -> Tensor:
-        """Encode padded source ids into a memory of shape (B, S, D)."""
+        """Encodes padded source ids; returns the memory (B, S, D)."""
         x_BSD = self._embed(self.source_embedding, source_BS, 0)
         encoded_BSD: Tensor = self.encoder(x_BSD, padding_mask(source_BS, self.config.pad_id))
         return encoded_BSD
@@ -141,29 +141,30 @@ class Transformer(nn.Module):
         source_BS: Tensor,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """Give the logits (B, T, V) for `target_BT`, of which a cache has seen the beginning.
+        """Returns the logits (B, T, V) of the token after each position of `target_BT`.
 
         Args:
-            target_BT: Target ids from bos on; with a cache only those it has not seen yet.
-            memory_BSD: What `encode` made of the source.
-            source_BS: The source ids, for their padding.
-            cache: Extended in place. Padding may then follow eos, but must not precede a token.
+            target_BT: Target ids from bos on; with a cache, only the ids that are not cached yet.
+            memory_BSD: Output of `encode`.
+            source_BS: Source ids, which determine the padding mask of the memory.
+            cache: Key-value cache, updated in place. With a cache, padding is not masked in the
+                target and may only follow eos.
         """
-        seen = 0 if cache is None else cache.length
+        n_cached = 0 if cache is None else cache.length
         n_new = target_BT.shape[1]
-        target_mask = causal_mask(n_new, seen + n_new, target_BT.device)
+        target_mask = causal_mask(n_new, n_cached + n_new, target_BT.device)
         if cache is None:
             target_mask = target_mask & padding_mask(target_BT, self.config.pad_id)
         else:
             cache.length += n_new
-        memory_mask = padding_mask(source_BS, self.config.pad_id)
-        x_BTD = self._embed(self.target_embedding, target_BT, seen)
-        x_BTD = self.decoder(x_BTD, memory_BSD, target_mask, memory_mask, cache)
+        memory_mask_B11S = padding_mask(source_BS, self.config.pad_id)
+        x_BTD = self._embed(self.target_embedding, target_BT, n_cached)
+        x_BTD = self.decoder(x_BTD, memory_BSD, target_mask, memory_mask_B11S, cache)
         logits_BTV: Tensor = self.projection(x_BTD)
         return logits_BTV
 
     def new_cache(self) -> DecoderCache:
-        """Make an empty cache for `decode`."""
+        """Returns an empty cache for `decode`."""
         return DecoderCache(self.config.n_decoder_layers)
 
     def _embed(self, embedding: nn.Embedding, ids_BL: Tensor, offset: int) -> Tensor:

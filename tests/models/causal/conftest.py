@@ -1,4 +1,4 @@
-"""A tiny Qwen2 with its tokenizer on disk, made the way the embedded one is."""
+"""A tiny Qwen2 with its tokenizer on disk, trained like the embedded backbone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from models.causal.backbone import BackboneConfig
 from models.causal.batches import Batch
 from models.causal.datamodule import CausalDataModule
 from models.causal.module import CausalModule
-from models.causal.pretraining import Recipe, make
+from models.causal.pretraining import Recipe, pretrain
 
 TINY = Recipe(
     vocabulary_size=320,
@@ -25,9 +25,9 @@ TINY = Recipe(
 
 @pytest.fixture(scope="session")
 def trunk(tmp_path_factory) -> BackboneConfig:
-    """Weights in a folder, as a user's are."""
+    """A backbone with weights in a folder, like a user's."""
     folder: Path = tmp_path_factory.mktemp("qwen")
-    make(TINY, folder)
+    pretrain(TINY, folder)
     return BackboneConfig(source="pretrained", path=str(folder))
 
 

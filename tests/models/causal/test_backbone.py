@@ -1,4 +1,4 @@
-"""Where a trunk comes from, and which are refused, C1."""
+"""Sources of a backbone, and rejected ones, C1."""
 
 import json
 import shutil

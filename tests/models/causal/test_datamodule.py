@@ -23,9 +23,7 @@ def test_same_seed_gives_the_same_batches_and_another_epoch_another_order(data_o
 def test_parts_are_drawn_apart(data_of):
     data = data_of()
     data.setup()
-    train, val = (
-        {(s.initial_state, s.ending) for s in data.sentences[p]} for p in ("train", "val")
-    )
+    train, val = ({(s.prefix, s.continuation) for s in data.sentences[p]} for p in ("train", "val"))
     assert len(val - train) > len(val) / 2
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from models.causal.heads import Cauchy
-from models.causal.losses import gated_regression, guess, one_vs_rest, probabilities
+from models.causal.losses import gated_regression, loss_at_chance, one_vs_rest, probabilities
 
 
 def scores(*shape, spread=1.0):
@@ -28,11 +28,11 @@ def test_one_vs_rest_is_the_sum_of_binary_cross_entropies(form):
     assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_one_vs_rest_of_a_guess_over_the_vocabulary_of_qwen_is_above_100_000():
+def test_one_vs_rest_at_chance_over_the_vocabulary_of_qwen_is_above_100_000():
     """C3: the "over 100,000" of the first batch is K ln 2."""
     even = Cauchy(torch.zeros(1, 151_937), torch.ones(1, 151_937))
     loss = one_vs_rest(even, torch.tensor([151_936]), threshold=0.0).item()
-    assert loss == pytest.approx(guess(151_937), rel=1e-4)
+    assert loss == pytest.approx(loss_at_chance(151_937), rel=1e-4)
     assert loss == pytest.approx(1.0531e5, rel=1e-4)
 
 

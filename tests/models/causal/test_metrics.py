@@ -1,4 +1,4 @@
-"""What the figures of an epoch are."""
+"""Metrics of an epoch."""
 
 import math
 

@@ -6,7 +6,7 @@ import torch
 
 from lit_stability import stability_callbacks
 from models.causal.heads import HeadsConfig
-from models.causal.losses import guess
+from models.causal.losses import loss_at_chance
 from models.causal.module import CausalModule
 from models.causal.network import CausalClassifier
 
@@ -35,14 +35,14 @@ class Losses(pl.Callback):
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])
-def test_fit_starts_at_a_guess_learns_and_logs_every_key(trunk, data_of, gate):
+def test_fit_starts_at_chance_learns_and_logs_every_key(trunk, data_of, gate):
     losses, data = Losses(), data_of()
     module = CausalModule(backbone=trunk, lr=1e-2, gate=gate)
     trainer = make_trainer(24, callbacks=[losses])
     pl.seed_everything(0, verbose=False)
     trainer.fit(module, data)
     n_classes = module.network.num_id + 1
-    assert losses.values[0] == pytest.approx(guess(n_classes), rel=0.2)
+    assert losses.values[0] == pytest.approx(loss_at_chance(n_classes), rel=0.2)
     assert losses.values[-1] < 0.5 * losses.values[0]
     step_keys = {"train/loss", "train/one_vs_rest", "train/regression"}
     assert set(trainer.callback_metrics) >= step_keys | {f"val/{key}" for key in KEYS}

@@ -1,4 +1,4 @@
-"""Trunk and heads together, C1."""
+"""Backbone and heads together, C1."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The embedded trunk, made here."""
+"""Pretraining of the embedded backbone."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.causal import pretraining
-from models.causal.pretraining import Recipe, embedded_folder, make
+from models.causal.pretraining import Recipe, embedded_folder, pretrain
 from tests.models.causal.conftest import TINY
 
 
@@ -23,7 +23,7 @@ def test_recipe_gives_the_same_weights_twice_and_touches_no_generator(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     for name in ("a", "b"):
-        make(TINY, tmp_path / name)
+        pretrain(TINY, tmp_path / name)
     assert torch.equal(torch.get_rng_state(), before)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert one.keys() == other.keys()
@@ -32,7 +32,7 @@ def test_recipe_gives_the_same_weights_twice_and_touches_no_generator(tmp_path):
 
 def test_training_teaches_the_sentences(tmp_path):
     losses = [
-        make(dataclasses.replace(TINY, n_steps=n, lr=1e-2), tmp_path / str(n)) for n in (1, 120)
+        pretrain(dataclasses.replace(TINY, n_steps=n, lr=1e-2), tmp_path / str(n)) for n in (1, 120)
     ]
     assert losses[1] < 0.75 * losses[0]
 
@@ -57,7 +57,7 @@ def test_broken_off_making_leaves_nothing_that_looks_made(cache, monkeypatch):
         (folder / "config.json").write_text("{}")
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(pretraining, "make", broken)
+    monkeypatch.setattr(pretraining, "pretrain", broken)
     with pytest.raises(RuntimeError, match="no space left"):
         embedded_folder(TINY)
     assert not [each for each in cache.iterdir() if each.is_dir()]

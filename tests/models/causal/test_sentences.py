@@ -1,4 +1,4 @@
-"""What the embedded sentences say."""
+"""The generated sentences."""
 
 import math
 from itertools import islice
@@ -26,7 +26,7 @@ def test_draw_mixes_languages_words_and_numbers():
     drawn = draw(1000)
     followed = sum(isinstance(each.target, float) for each in drawn) / 1000
     assert 0.45 < followed < 0.55
-    chinese = sum(any("一" <= c <= "鿿" for c in each.initial_state) for each in drawn) / 1000
+    chinese = sum(any("一" <= c <= "鿿" for c in each.prefix) for each in drawn) / 1000
     assert 0.45 < chinese < 0.55
     with_number = [s for s in drawn if any(isinstance(p, float) for p in s.pieces)]
     assert any(isinstance(each.target, str) for each in with_number), "a number must not tell"
@@ -38,8 +38,8 @@ def test_share_of_numbers_is_kept(share):
 
 
 def test_one_language_says_nothing_in_the_other():
-    assert all(each.initial_state.isascii() for each in draw(languages=("en",)))
-    assert not any(each.initial_state.isascii() for each in draw(languages=("zh",)))
+    assert all(each.prefix.isascii() for each in draw(languages=("en",)))
+    assert not any(each.prefix.isascii() for each in draw(languages=("zh",)))
 
 
 def test_ordinary_numbers_are_positive_and_of_a_few_digits():
@@ -67,9 +67,9 @@ def test_unusual_numbers_come_with_their_share(kind, is_so):
 
 def test_number_that_stands_in_the_sentence_comes_next():
     sentence = Sentence(("Today it is", 3.5, " degrees, and tomorrow the same,"), 3.5, " ")
-    assert sentence.initial_state == "Today it is 3.5 degrees, and tomorrow the same,"
-    assert sentence.ending == " 3.5"
-    doubled = [s for s in draw(2000) if "twice" in s.initial_state]
+    assert sentence.prefix == "Today it is 3.5 degrees, and tomorrow the same,"
+    assert sentence.continuation == " 3.5"
+    doubled = [s for s in draw(2000) if "twice" in s.prefix]
     assert doubled
     assert all(s.target == 2 * s.pieces[1] for s in doubled)
 
@@ -81,7 +81,7 @@ def test_number_that_stands_in_the_sentence_comes_next():
         ({"share": -0.1}, r"share=-0\.1 must be a share"),
         ({"unusual": ("huge",)}, r"unusual=\['huge'\]: choose from"),
         ({"languages": ("fr",)}, r"languages=\['fr'\]: choose from \['en', 'zh'\]"),
-        ({"languages": ()}, r"languages=\[\] leaves nothing to say"),
+        ({"languages": ()}, r"languages=\[\] is empty"),
     ],
 )
 def test_impossible_option_is_refused_with_its_value(options, problem):

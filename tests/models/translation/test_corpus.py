@@ -1,4 +1,4 @@
-"""Reader of a parallel corpus, T5: each error by file and line, and the split by chapter."""
+"""Reader of a parallel corpus, T5: errors name file and line; splits are by chapter."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_read_chapter_of_bad_bytes_names_file_line_and_byte(tmp_path):
 def test_find_chapters_of_half_a_chapter_names_the_missing_file(sides, missing, tmp_path):
     """T5."""
     write_chapter(tmp_path, "书", *sides)
-    with pytest.raises(ValueError, match=rf"has no {missing}.txt beside it"):
+    with pytest.raises(ValueError, match=rf"has no {missing}.txt next to it"):
         find_chapters(tmp_path)
 
 
@@ -59,7 +59,7 @@ def test_find_chapters_of_a_wrong_root_says_what_to_pass(tmp_path):
     with pytest.raises(ValueError, match="pass as root the folder that contains 双语数据"):
         find_chapters(tmp_path)
     (tmp_path / "双语数据").mkdir()
-    with pytest.raises(ValueError, match=r"holds no source.txt"):
+    with pytest.raises(ValueError, match=r"contains no source.txt"):
         find_chapters(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_corpus_with_empty_and_long_pairs_drops_and_counts_them(tmp_path):
     assert (report.n_chapters, report.n_pairs, report.n_empty, report.n_long) == (1, 1, 2, 1)
 
 
-def test_corpus_told_to_truncate_keeps_the_beginning(tmp_path):
+def test_corpus_with_truncated_pairs_keeps_the_beginning(tmp_path):
     """T5."""
     write_chapter(tmp_path, "书", "一二三四\n", "一\n")
     corpus = ClassicalModernCorpus(tmp_path, max_characters=3, long_pairs="truncate")
@@ -90,12 +90,12 @@ def test_corpus_splits_by_chapter_and_loses_nothing(library):
 
 
 def test_corpus_split_of_a_chapter_does_not_depend_on_the_others(library):
-    """T5: the part is a hash of the path."""
+    """T5: the split depends on a hash of the path."""
     corpus = ClassicalModernCorpus(library)
-    before = {chapter: corpus.part_of(chapter) for chapter in corpus.chapters}
+    before = {chapter: corpus.split_of(chapter) for chapter in corpus.chapters}
     write_chapter(library, "丙书", "新\n", "新\n")
     grown = ClassicalModernCorpus(library)
-    assert all(grown.part_of(chapter) == part for chapter, part in before.items())
+    assert all(grown.split_of(chapter) == split for chapter, split in before.items())
     assert set(before.values()) == {"train", "val", "test"}
 
 

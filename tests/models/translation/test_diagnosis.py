@@ -1,32 +1,37 @@
-"""The questions of T4, put to healthy and to faulty models."""
+"""The debugging checks of T4 on healthy and on faulty models."""
 
 import pytest
 import torch
 
 from models.translation import transformer
-from models.translation.diagnosis import activation_norms, check_masking, mode_gap, recall
+from models.translation.diagnosis import (
+    activation_norms,
+    check_masking,
+    sentence_accuracy,
+    train_eval_gap,
+)
 
 
-def test_mode_gap_is_zero_without_dropout_and_not_with_it(model_of, batch):
+def test_train_eval_gap_is_zero_without_dropout_and_not_with_it(model_of, batch):
     """T4: train() against eval()."""
-    assert mode_gap(model_of(), *batch) == 0.0
-    assert mode_gap(model_of(dropout=0.3), *batch) > 0.01
+    assert train_eval_gap(model_of(), *batch) == 0.0
+    assert train_eval_gap(model_of(dropout=0.3), *batch) > 0.01
 
 
-def test_questions_leave_every_module_in_its_mode_and_without_hooks(model_of, batch):
+def test_checks_keep_the_mode_of_every_module_and_leave_no_hooks(model_of, batch):
     model = model_of(dropout=0.3)
     model.encoder.train()
     before = {name: module.training for name, module in model.named_modules()}
-    mode_gap(model, *batch)
-    recall(model, *batch)
+    train_eval_gap(model, *batch)
+    sentence_accuracy(model, *batch)
     activation_norms(model, *batch)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_recall_of_an_untrained_model_is_nothing(model_of, batch):
+def test_sentence_accuracy_of_an_untrained_model_is_zero(model_of, batch):
     """T4: teacher forcing against autoregressive decoding."""
-    assert recall(model_of(), *batch) == (0.0, 0.0)
+    assert sentence_accuracy(model_of(), *batch) == (0.0, 0.0)
 
 
 def test_check_masking_of_our_model_passes(model_of, batch):
@@ -48,7 +53,7 @@ def test_check_masking_of_an_inverted_mask_names_the_leak(mask, leak, model_of, 
 
 
 def test_model_that_reads_masks_inverted_fails_the_check_in_both_attentions(model_of, batch):
-    """T3: the fault to rehearse is the fault."""
+    """T3: the deliberate fault is detected."""
     kinds = ("manual", "sdpa")
     models = [model_of(mask_convention="masked", attention=kind) for kind in kinds]
     for model in models:
@@ -74,7 +79,7 @@ def test_activation_norms_of_a_bypassed_stack_do_not_move(model_of, batch):
     assert norms["encoder.norm"] == 0.0
 
 
-def test_recall_of_sentences_learnt_by_heart_is_complete(model_of, batch):
+def test_sentence_accuracy_of_memorised_sentences_is_one(model_of, batch):
     """T4."""
     model = model_of().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -86,5 +91,5 @@ def test_recall_of_sentences_learnt_by_heart_is_complete(model_of, batch):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert recall(model, *batch) == (1.0, 1.0)
+    assert sentence_accuracy(model, *batch) == (1.0, 1.0)
     assert model.training

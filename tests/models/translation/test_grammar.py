@@ -1,4 +1,4 @@
-"""The synchronous grammar, T5: what it says, how much, and what it keeps from training."""
+"""The synchronous grammar, T5: its sentences, their number, and the held-out combinations."""
 
 import random
 from itertools import islice
@@ -108,16 +108,16 @@ def test_splits_are_the_same_for_a_seed_and_differ_between_seeds(grammar):
 
 def test_held_out_combinations_are_never_trained_on_though_their_words_are(grammar):
     """T5: memorising does not pass."""
-    parts = {"train": set(), "val": set(), "test": set()}
+    combinations = {"train": set(), "val": set(), "test": set()}
     words = {"train": set(), "val": set(), "test": set()}
     sources = {"train": set(), "val": set(), "test": set()}
     for derivation in islice(grammar.derivations(0), 30_000):
-        part = derivation.part(0.1)
-        parts[part].add(derivation.combination)
-        sources[part].add(derivation.pair.source)
-        words[part] |= {derivation.construction, *derivation.content}
-    assert parts["train"].isdisjoint(parts["val"] | parts["test"])
-    assert parts["val"].isdisjoint(parts["test"])
+        split = derivation.split(0.1)
+        combinations[split].add(derivation.combination)
+        sources[split].add(derivation.pair.source)
+        words[split] |= {derivation.construction, *derivation.content}
+    assert combinations["train"].isdisjoint(combinations["val"] | combinations["test"])
+    assert combinations["val"].isdisjoint(combinations["test"])
     assert words["val"] | words["test"] <= words["train"]
     assert words["train"] >= set(CONSTRUCTIONS)
     splits = grammar.splits(n_train=5000, n_val=300, n_test=300, seed=0)
@@ -125,14 +125,14 @@ def test_held_out_combinations_are_never_trained_on_though_their_words_are(gramm
     assert {pair.source for pair in splits.test} <= sources["test"]
 
 
-def test_sentences_that_differ_in_time_alone_fall_on_the_same_side(grammar):
+def test_sentences_that_differ_only_in_time_are_in_the_same_split(grammar):
     """T5: an adjunct makes no new combination."""
-    rng, sides = random.Random(0), {}
+    rng, splits = random.Random(0), {}
     for _ in range(20_000):
         derivation = grammar.draw(rng, "time_phrase")
-        sides.setdefault(derivation.pair.source.split("，")[1], set()).add(derivation.part(0.3))
-    assert all(len(parts) == 1 for parts in sides.values())
-    assert len(sides) < 20_000
+        splits.setdefault(derivation.pair.source.split("，")[1], set()).add(derivation.split(0.3))
+    assert all(len(found) == 1 for found in splits.values())
+    assert len(splits) < 20_000
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from models.translation.config import TransformerConfig
 from models.translation.datamodule import TranslationDataModule
-from models.translation.diagnosis import recall
+from models.translation.diagnosis import sentence_accuracy
 from models.translation.metrics import token_loss
 from models.translation.module import TranslationModule
 from models.translation.vocabulary import Vocabulary
@@ -114,12 +114,12 @@ def test_fit_twice_from_one_seed_gives_equal_weights():
 
 
 def test_module_learns_20_samples_by_heart():
-    """T4: dropout 0, no label smoothing, no scheduler; forced and free."""
+    """T4: dropout 0, no label smoothing, no scheduler; teacher forcing and free decoding."""
     module = make_module({"d_model": 64, "d_feedforward": 128}, schedule="none", lr=3e-3)
     data = make_data(n_train=20, batch_size=20)
     make_trainer(120, limit_val_batches=0).fit(module, data)
     batch = next(iter(data.train_dataloader()))
-    assert recall(module.network, *batch) == (1.0, 1.0)
+    assert sentence_accuracy(module.network, *batch) == (1.0, 1.0)
     assert set(module.eval().translate(batch.source_BS)) == {p.target for p in data.splits.train}
 
 

@@ -1,4 +1,4 @@
-"""T3: what the translation network may and must see, and how a wrong mask is named."""
+"""T3: mask and position probes of the translation network, and findings for a wrong mask."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_preflight_of_attention_that_reads_masks_inverted_names_both_masks(
     """T3: the mistake in one place, as it is made."""
     right = attention.manual_attention
     inverted = lambda q, k, v, mask, dropout=0.0: right(q, k, v, ~mask, dropout)  # noqa: E731
-    monkeypatch.setitem(attention.ATTENTIONS, "manual", inverted)
+    monkeypatch.setitem(attention.ATTENTION_FUNCTIONS, "manual", inverted)
     report = report_of(model_of(attention="manual"), batch)
     named = [f for f in report.errors if f.check == "masks" and "inverted" in f.what]
     assert {f.where for f in named} == {("target mask",), ("source mask",)}

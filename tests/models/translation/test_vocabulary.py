@@ -45,7 +45,7 @@ def test_save_then_load_gives_an_equal_vocabulary(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no JSON"), ("[]", "format 'list'"), ('{"format": "x"}', "format 'x'")],
+    [("{", "is not JSON"), ("[]", "format 'list'"), ('{"format": "x"}', "format 'x'")],
 )
 def test_load_of_another_file_names_it(text, message, tmp_path):
     path = tmp_path / "v.json"

@@ -1,7 +1,7 @@
-"""Faults from outside that do not come back: every injector, at several places and steps.
+"""Scenarios with one injected fault that does not recur: every injector, at several steps.
 
-Causes are those that are true of what was done to the run, whoever says so; what strikes once from
-outside is a "glitch" whatever else it is. May import `lit_stability`.
+`causes` are the correct diagnoses of the injected fault, whichever protection gives them. A fault
+that is injected once may always be called a "glitch". Imports `lit_stability`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.rescue.disturbances import InjectedFault
 from benchmarks.rescue.healthy import CAUSAL, CNN, CNN_SGD, GPT, GRU, TRANSLATION
 from benchmarks.rescue.scenario import Scenario
 from benchmarks.rescue.tasks import Task
-from benchmarks.rescue.troubles import Struck
 from lit_stability.faults import (
     CorruptGradient,
     CorruptMoment,
@@ -27,7 +27,7 @@ from lit_stability.faults import (
 
 GLITCH = ("glitch",)
 OF_NAN = (*GLITCH, "operation outside its domain")
-"""`NanLoss` is an operation: it multiplies the loss by NaN."""
+"""`NanLoss` multiplies the loss by NaN, so an operation is a correct cause."""
 OF_GRADIENTS = (*GLITCH, "exploding gradient")
 OF_WEIGHTS = (*GLITCH, "weights damaged from outside")
 OF_MOMENTS = (*OF_WEIGHTS, "optimizer state damaged")
@@ -37,33 +37,38 @@ _NAN, _LOSS, _GRADIENTS = "NaN loss", "loss spike", "gradients"
 _RATE, _WEIGHTS, _MOMENTS = "learning rate", "weights", "optimizer state"
 
 
-def struck(
+def injected(
     family: str,
     causes: tuple[str, ...],
-    what: str,
+    title: str,
     task: Task,
     kind: Callable[..., Fault],
     step: int,
     **options: Any,
 ) -> Scenario:
-    """A fault from outside, once."""
-    trouble = Struck(lambda: kind(step=step, **options))
-    name = f"{what}, {task.name}, step {step}"
-    return Scenario(name=name, family=family, task=task, trouble=trouble, step=step, causes=causes)
+    """Creates a scenario with one injected fault."""
+    return Scenario(
+        name=f"{title}, {task.name}, step {step}",
+        family=family,
+        task=task,
+        disturbance=InjectedFault(lambda: kind(step=step, **options)),
+        step=step,
+        causes=causes,
+    )
 
 
-FROM_OUTSIDE: tuple[Scenario, ...] = (
-    struck(_NAN, OF_NAN, "NaN loss", GPT, NanLoss, 120),
-    struck(_NAN, OF_NAN, "NaN loss", TRANSLATION, NanLoss, 5),
-    struck(_NAN, OF_NAN, "NaN loss", CAUSAL, NanLoss, 80),
-    struck(_NAN, OF_NAN, "NaN loss", CNN, NanLoss, 355),
-    struck(_NAN, OF_NAN, "NaN loss twice", GRU, NanLoss, 180, steps=2),
-    struck(_LOSS, OF_GRADIENTS, "loss x 1e4", GPT, ScaleLoss, 120),
-    struck(_LOSS, OF_GRADIENTS, "loss x 1e6", TRANSLATION, ScaleLoss, 220, factor=1e6),
-    struck(_LOSS, OF_GRADIENTS, "loss x 1e4", CNN, ScaleLoss, 30),
-    struck(_LOSS, OF_GRADIENTS, "loss x 30", GRU, ScaleLoss, 180, factor=30.0),
-    struck(_LOSS, OF_GRADIENTS, "loss x 1e3", CNN_SGD, ScaleLoss, 180, factor=1e3),
-    struck(
+INJECTED: tuple[Scenario, ...] = (
+    injected(_NAN, OF_NAN, "NaN loss", GPT, NanLoss, 120),
+    injected(_NAN, OF_NAN, "NaN loss", TRANSLATION, NanLoss, 5),
+    injected(_NAN, OF_NAN, "NaN loss", CAUSAL, NanLoss, 80),
+    injected(_NAN, OF_NAN, "NaN loss", CNN, NanLoss, 355),
+    injected(_NAN, OF_NAN, "NaN loss twice", GRU, NanLoss, 180, steps=2),
+    injected(_LOSS, OF_GRADIENTS, "loss x 1e4", GPT, ScaleLoss, 120),
+    injected(_LOSS, OF_GRADIENTS, "loss x 1e6", TRANSLATION, ScaleLoss, 220, factor=1e6),
+    injected(_LOSS, OF_GRADIENTS, "loss x 1e4", CNN, ScaleLoss, 30),
+    injected(_LOSS, OF_GRADIENTS, "loss x 30", GRU, ScaleLoss, 180, factor=30.0),
+    injected(_LOSS, OF_GRADIENTS, "loss x 1e3", CNN_SGD, ScaleLoss, 180, factor=1e3),
+    injected(
         _GRADIENTS,
         OF_GRADIENTS,
         "NaN in one gradient",
@@ -72,7 +77,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         120,
         parameter="model.blocks.1.up.weight",
     ),
-    struck(
+    injected(
         _GRADIENTS,
         OF_GRADIENTS,
         "Inf in one gradient",
@@ -82,7 +87,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="*decoder*query.weight",
         value=math.inf,
     ),
-    struck(
+    injected(
         _GRADIENTS,
         OF_GRADIENTS,
         "one element of 1e6",
@@ -92,8 +97,10 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="network.*action*",
         value=1e6,
     ),
-    struck(_GRADIENTS, OF_GRADIENTS, "gradients x 1e3, 5 times", GPT, ScaleGradients, 120, steps=5),
-    struck(
+    injected(
+        _GRADIENTS, OF_GRADIENTS, "gradients x 1e3, 5 times", GPT, ScaleGradients, 120, steps=5
+    ),
+    injected(
         _GRADIENTS,
         OF_GRADIENTS,
         "gradients of one layer x 1e4",
@@ -103,12 +110,14 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="net.gru.weight_hh_l0",
         factor=1e4,
     ),
-    struck(_RATE, OF_RATE, "learning rate x 300", GPT, JumpLearningRate, 120),
-    struck(_RATE, OF_RATE, "learning rate x 100", TRANSLATION, JumpLearningRate, 120, factor=100.0),
-    struck(_RATE, OF_RATE, "learning rate x 30", CAUSAL, JumpLearningRate, 80, factor=30.0),
-    struck(_RATE, OF_RATE, "learning rate x 300", CNN, JumpLearningRate, 180),
-    struck(_RATE, OF_RATE, "learning rate x 1000", GRU, JumpLearningRate, 300, factor=1000.0),
-    struck(
+    injected(_RATE, OF_RATE, "learning rate x 300", GPT, JumpLearningRate, 120),
+    injected(
+        _RATE, OF_RATE, "learning rate x 100", TRANSLATION, JumpLearningRate, 120, factor=100.0
+    ),
+    injected(_RATE, OF_RATE, "learning rate x 30", CAUSAL, JumpLearningRate, 80, factor=30.0),
+    injected(_RATE, OF_RATE, "learning rate x 300", CNN, JumpLearningRate, 180),
+    injected(_RATE, OF_RATE, "learning rate x 1000", GRU, JumpLearningRate, 300, factor=1000.0),
+    injected(
         _WEIGHTS,
         OF_WEIGHTS,
         "NaN in a weight",
@@ -117,7 +126,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         120,
         parameter="model.blocks.1.up.weight",
     ),
-    struck(
+    injected(
         _WEIGHTS,
         OF_WEIGHTS,
         "exponent bit flipped",
@@ -127,7 +136,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="*encoder*query.weight",
         bit=30,
     ),
-    struck(
+    injected(
         _WEIGHTS,
         OF_WEIGHTS,
         "Inf in a gain",
@@ -137,7 +146,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="net.features.0.weight",
         value=math.inf,
     ),
-    struck(
+    injected(
         _WEIGHTS,
         OF_WEIGHTS,
         "exponent bit flipped",
@@ -147,7 +156,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="net.gru.weight_hh_l0",
         bit=30,
     ),
-    struck(
+    injected(
         _WEIGHTS,
         OF_WEIGHTS,
         "NaN in a head",
@@ -156,7 +165,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         80,
         parameter="network.*action*",
     ),
-    struck(
+    injected(
         _WEIGHTS,
         OF_WEIGHTS,
         "a weight of 100",
@@ -166,10 +175,10 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         parameter="model.blocks.0.qkv.weight",
         value=100.0,
     ),
-    struck(_MOMENTS, OF_MOMENTS, "second moment zeroed", GPT, CorruptMoment, 120),
-    struck(_MOMENTS, OF_MOMENTS, "second moment zeroed", CNN, CorruptMoment, 180),
-    struck(_MOMENTS, OF_MOMENTS, "second moment zeroed", CAUSAL, CorruptMoment, 80),
-    struck(
+    injected(_MOMENTS, OF_MOMENTS, "second moment zeroed", GPT, CorruptMoment, 120),
+    injected(_MOMENTS, OF_MOMENTS, "second moment zeroed", CNN, CorruptMoment, 180),
+    injected(_MOMENTS, OF_MOMENTS, "second moment zeroed", CAUSAL, CorruptMoment, 80),
+    injected(
         _MOMENTS,
         OF_MOMENTS,
         "first moment of 1",
@@ -179,7 +188,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         key="exp_avg",
         value=1.0,
     ),
-    struck(
+    injected(
         _MOMENTS,
         OF_MOMENTS,
         "NaN in the first moment",
@@ -189,7 +198,7 @@ FROM_OUTSIDE: tuple[Scenario, ...] = (
         key="exp_avg",
         value=math.nan,
     ),
-    struck(
+    injected(
         _MOMENTS,
         OF_MOMENTS,
         "momentum of 10",
