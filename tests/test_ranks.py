@@ -21,7 +21,7 @@ from tests.conftest import Regression, make_trainer
 from tests.distributed import run_ranks_once
 from tests.rank_cases import Manual, outcomes
 
-AGAIN, SKIP = ["step taken again"], ["step skipped"]
+AGAIN, SKIP = ["step retried"], ["step skipped"]
 BACK = ["rolled back and replayed"]
 APART = "rank disagreement"
 WEIGHT = "net.0.weight"

@@ -254,7 +254,7 @@ def misspelt_hooks(owner: Any) -> dict[str, str]:
             continue
         close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
         found = _OF_0_1.get(name) or next(iter(close), None)
-        # "books" and the like are ordinary names in a module; a hook's prefix is not.
+        # A module may have ordinary methods with such a name; with the prefix of a hook it has not.
         if found is not None and (isinstance(owner, Callback) or name.startswith("on_")):
             meant[name] = found
     return meant

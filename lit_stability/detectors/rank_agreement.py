@@ -26,12 +26,12 @@ class Vote:
     """Whether the rank rejects the step."""
     grad_norm: float
     """Norm of the gradients on the rank."""
-    told: bool = False
+    warned: bool = False
     """Whether the rank accepts the step and warns about it."""
 
     def row(self) -> tuple[float, float, float]:
         """Returns the vote as numbers, the reverse of `from_row`."""
-        return float(self.objected), self.grad_norm, float(self.told)
+        return float(self.objected), self.grad_norm, float(self.warned)
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> Vote:

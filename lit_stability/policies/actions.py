@@ -91,7 +91,7 @@ def describe(response: Response) -> str:
     """
     match response:
         case RetryStep():
-            return "step taken again"
+            return "step retried"
         case SkipStep():
             return "step skipped"
         case HoldLearningRate(factors):
@@ -104,7 +104,7 @@ def describe(response: Response) -> str:
         case LowerPrecision(was, precision):
             return f"precision {was} -> {precision}"
         case KeepInFloat32(module):
-            return f"fp32 island {module}"
+            return f"{module} kept in fp32"
         case AcceptNewRegime():
             return "accepted as the new normal"
         case Stop(reason):

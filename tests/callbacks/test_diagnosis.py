@@ -67,7 +67,7 @@ def test_fault_that_does_not_return_is_a_glitch_and_data_are_not_blamed(tmp_path
 def test_likely_cause_is_in_the_line_on_the_console(tmp_path, caplog):
     fit(tmp_path, suite(), data=poisoned(30), max_steps=50)
     opened = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("incident"))
-    assert "; certain cause: bad batch -> step taken again" in opened
+    assert "; certain cause: bad batch -> step retried" in opened
 
 
 class TooFast(Regression):

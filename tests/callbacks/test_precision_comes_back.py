@@ -22,7 +22,7 @@ def test_faster_precision_is_tried_again_and_stays_if_it_holds(tmp_path):
     callbacks = suite(max_fp32_modules=0, try_again_after=40)
     module, trainer = train(tmp_path, callbacks, loader, **fp16())
     (incident,) = callbacks[0].incidents
-    assert responses_text(incident) == "precision 16-mixed -> bf16-mixed, step taken again"
+    assert responses_text(incident) == "precision 16-mixed -> bf16-mixed, step retried"
     assert trainer.precision == "16-mixed"
     assert torch.isfinite(flat(module)).all()
 
@@ -97,7 +97,7 @@ def test_run_resumed_on_the_last_level_can_fall_back_again_after_it_has_come_up(
     _, trainer = train(tmp_path, callbacks, data(), 10, **options)
     assert trainer.precision == "32-true"
     _, trainer = train(tmp_path, callbacks, data(), 60, **options)
-    fallen = "precision bf16-mixed -> 32-true, step taken again"
+    fallen = "precision bf16-mixed -> 32-true, step retried"
     incidents = callbacks[0].incidents
     assert [(i.first.step, responses_text(i)) for i in incidents] == [(10, fallen), (50, fallen)]
     assert trainer.precision == "32-true"

@@ -21,9 +21,9 @@ DYING = {
         lambda: Net(own_loss=True, lr=3e-2),
         lambda: data(targets=2000.0),
         fp16,
-        "precision 16-mixed -> bf16-mixed, step taken again",
+        "precision 16-mixed -> bf16-mixed, step retried",
     ),
-    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "fp32 island net.0, step taken again"),
+    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "net.0 kept in fp32, step retried"),
     "half-precision weights, Adam's eps 0 in float16": (
         Net,
         data,
@@ -162,7 +162,7 @@ def test_half_precision_weights_that_overflow_in_mid_run_become_float32_with_the
         tmp_path, callbacks, data(targets=75.0), module=module, precision="16-true"
     )
     incident = callbacks[0].incidents[0]
-    assert responses_text(incident) == "precision 16-true -> bf16-mixed, step taken again"
+    assert responses_text(incident) == "precision 16-true -> bf16-mixed, step retried"
     assert incident.first.step > 1, "there are moments to convert"
     moments = trainer.optimizers[0].state_dict()["state"].values()
     assert {m["exp_avg"].dtype for m in moments} == {torch.float32}

@@ -20,7 +20,7 @@ def test_module_that_overflows_is_kept_in_fp32_and_the_rest_stays_fast(tmp_path)
     callbacks = suite()
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
     (incident,) = callbacks[0].incidents
-    assert responses_text(incident) == "fp32 island net.0, step taken again"
+    assert responses_text(incident) == "net.0 kept in fp32, step retried"
     assert "linear made" in incident.evidence[1]
     assert "overflow of float16, finite in float32" in incident.evidence[1]
     assert trainer.precision == "16-mixed"

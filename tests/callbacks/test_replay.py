@@ -111,7 +111,7 @@ def test_step_that_is_clean_the_second_time_is_called_transient(tmp_path):
     callbacks = [FaultInjector([NanLoss(step=30)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, Net, marked(), callbacks, max_epochs=1)
     (incident,) = read_incidents(tmp_path)
-    assert (incident["verdict"], incident["responses"]) == ("transient", ["step taken again"])
+    assert (incident["verdict"], incident["responses"]) == ("transient", ["step retried"])
 
 
 def late():

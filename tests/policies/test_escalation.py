@@ -204,11 +204,11 @@ def test_responses_to_any_stream_are_bounded(budget, events):
     ("events", "words"),
     [
         # (kind, step) of each anomaly; an int is a healthy step of that number.
-        ([("bad", 7)], ["step taken again"]),
-        ([("bad", 7), ("bad", 7)], ["step taken again", "step skipped"]),
+        ([("bad", 7)], ["step retried"]),
+        ([("bad", 7), ("bad", 7)], ["step retried", "step skipped"]),
         # The batch that replaces a skipped one is checked on its own.
-        ([("bad", 7)] * 4, ["step taken again", "step skipped"] * 2),
-        ([("bad", 7), 7, ("bad", 8)], ["step taken again"] * 2),
+        ([("bad", 7)] * 4, ["step retried", "step skipped"] * 2),
+        ([("bad", 7), 7, ("bad", 8)], ["step retried"] * 2),
         ([("damage", 30)], ["rolled back and replayed"]),
         # What recurs within ten steps of where it was found is the same anomaly.
         (
@@ -234,7 +234,7 @@ def test_responses_to_any_stream_are_bounded(budget, events):
             [("damage", 30), ("bad", 25), 25, ("damage", 30)],
             [
                 "rolled back and replayed",
-                "step taken again",
+                "step retried",
                 "rolled back and replayed without the suspect",
             ],
         ),

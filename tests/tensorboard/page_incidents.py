@@ -50,7 +50,7 @@ def nan_batch(rows):
             ),
             likely_cause("bad batch", "possible", "the loss alone is out of the ordinary"),
         ],
-        responses=["step taken again", "step skipped"],
+        responses=["step retried", "step skipped"],
         strikes=2,
         verdict="deterministic",
         path="runs/translation/incidents/00000150-1",

@@ -64,7 +64,7 @@ def test_incident_of_the_main_job_is_shown(tab):
     assert "recovered" in cells[-1]
     tab.all(".incidents tbody button").first.press("Enter")
     text = tab.see(".detail").text(".detail")
-    for part in ("Incident 1: non-finite loss", "glitch", "step taken again", "torch.load"):
+    for part in ("Incident 1: non-finite loss", "glitch", "step retried", "torch.load"):
         assert part in text
     assert "p.stability.incident=1" in tab.hash()
 

@@ -120,7 +120,7 @@ def test_detail_tells_origin_causes_what_was_tried_and_how_to_load_the_folder(ta
         "operation outside its domain",
         "Try: clamp the argument",
         "When to ignore: if it came with one batch",
-        "step taken again",
+        "step retried",
         "It recurred when the same steps were run again.",
         "runs/translation/incidents/00000150-1",
     ):

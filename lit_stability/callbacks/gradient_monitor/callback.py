@@ -248,7 +248,7 @@ class GradientMonitor(StabilityCallback):
             self._consensus.sync_from_rank_0(callbacks_of(trainer))
             self._raise(trainer, pl_module, disagreeing, stats)
             return
-        if anomaly is not None and all(vote.objected or vote.told for vote in votes):
+        if anomaly is not None and all(vote.objected or vote.warned for vote in votes):
             anomaly = self._raise(trainer, pl_module, anomaly, stats)
         if not pending.vote.objected and (anomaly is None or anomaly.warn_only):
             self._learn(trainer, pl_module, stats)

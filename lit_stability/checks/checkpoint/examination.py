@@ -142,7 +142,7 @@ def _callbacks(callbacks: Mapping[str, Any]) -> dict[str, Any]:
     if "ladder" in precision:
         names, at = precision["ladder"]["names"], int(precision["ladder"]["at"])
         entries |= {"precision": names[at], "precision of the run": names[0]}
-        entries["float32 islands"] = list(precision.get("islands", ()))
+        entries["modules in float32"] = list(precision.get("islands", ()))
     if "ladder" in rollback:
         entries["budget left"] = {str(k): int(n) for k, n in rollback["ladder"]["left"].items()}
     phases = _state_of(callbacks, "GradientFlow").get("phases")

@@ -230,8 +230,8 @@ def _budget(run: RunHealth) -> Iterable[Finding]:
     ]
     if state.get("precision") != state.get("precision of the run"):
         changed.append(f"precision is {state['precision']}")
-    if state.get("float32 islands"):
-        changed.append("modules compute in float32: " + ", ".join(state["float32 islands"]))
+    if state.get("modules in float32"):
+        changed.append("modules compute in float32: " + ", ".join(state["modules in float32"]))
     if changed or state.get("incidents"):
         yield Finding(
             severity="note",
