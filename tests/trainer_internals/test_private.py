@@ -27,7 +27,7 @@ LISTS_THEM = "trainer_internals/private.py"
 STANDARD_LIBRARY = {"_SubParsersAction", "_getframe", "_fields", "_is_protocol"}
 OURS = {
     *("_target_", "_replace_"),  # keys of a config
-    "_before_island",  # an attribute that a module kept in float32 is given
+    "_original_forward",  # an attribute of a module that is kept in float32
     *("_begun", "_forward"),
 }
 """Strings that look like a private name of another package but are not."""
