@@ -24,7 +24,7 @@ _MAD_TO_SIGMA = 1.4826
 
 
 @dataclass
-class _Learnt:
+class _Recent:
     """Recent norms and their threshold; None until it is computed."""
 
     norms: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ class MeanSigmaClip:
     """Threshold until ``known_after`` norms are known; Inf for no clipping."""
     known_after: int = 100
     """Number of norms needed for mean and deviation."""
-    _learnt: _Learnt = field(default_factory=_Learnt, init=False, repr=False, compare=False)
+    _recent: _Recent = field(default_factory=_Recent, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require(0 < self.sigmas < math.inf, "sigmas", self.sigmas, "greater than 0 and finite")
@@ -72,12 +72,12 @@ class MeanSigmaClip:
 
     def threshold(self, grad_norm: float) -> float:
         """See `ClipRule`; does not depend on ``grad_norm``."""
-        if self._learnt.threshold is None:
-            self._learnt.threshold = self._compute()
-        return self._learnt.threshold
+        if self._recent.threshold is None:
+            self._recent.threshold = self._compute()
+        return self._recent.threshold
 
     def _compute(self) -> float:
-        norms = self._learnt.norms
+        norms = self._recent.norms
         if len(norms) < self.known_after:
             return self.until_known
         mean = math.fsum(norms) / len(norms)
@@ -88,18 +88,18 @@ class MeanSigmaClip:
         """Learns a norm, or the threshold if the norm is above it."""
         if not teaches(grad_norm):
             return
-        norms = list(self._learnt.norms)
+        norms = list(self._recent.norms)
         known = len(norms) >= self.known_after
         norms.append(min(grad_norm, self.threshold(grad_norm)) if known else grad_norm)
         just_known = len(norms) == self.known_after and not known
         self._hold(_without_spikes(norms, self.sigmas) if just_known else norms)
 
     def _hold(self, norms: Sequence[float]) -> None:
-        self._learnt.norms, self._learnt.threshold = list(norms[-self.window :]), None
+        self._recent.norms, self._recent.threshold = list(norms[-self.window :]), None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the norms."""
-        return {"norms": list(self._learnt.norms)}
+        return {"norms": list(self._recent.norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the norms, limited to the last ``window``."""
