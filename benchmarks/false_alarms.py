@@ -3,11 +3,10 @@
     python -m benchmarks.false_alarms [--steps 100000] [--seeds 3] [--synthetic] [--quick]
 
 First on synthetic runs, one per family of noise and curves: loss, gradient norms of six layers,
-updates and weight norms, each with its own noise. All start with a falling loss, because a loss
-that never falls is what `NoLearning` detects. Then on the healthy runs of
-`benchmarks.instabilities`, measured by a real `GradientMonitor`. Prints a table of anomalies by
-family and detector. Each detector runs independently: it is updated with every step that it
-accepts or only warns about.
+updates and weight norms, each with its own noise. All start with a falling loss. Then on the
+healthy runs of `benchmarks.instabilities`, measured by a real `GradientMonitor`. Prints a table of
+anomalies by family and detector. Each detector runs independently: it is updated with every step
+that it accepts or only warns about.
 """
 
 from __future__ import annotations
@@ -25,15 +24,7 @@ from benchmarks.instabilities.cases import CASES, Case
 from benchmarks.results import Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor
-from lit_stability.detectors import (
-    Detector,
-    NoLearning,
-    Oscillation,
-    Spike,
-    StaleMoments,
-    WeightDrift,
-    default_detectors,
-)
+from lit_stability.detectors import Detector, Spike, default_detectors
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 
 Array = np.ndarray
@@ -179,15 +170,8 @@ def weights(rate: Array, rng: np.random.Generator) -> dict[int, tuple[float, tup
 
 
 def every_detector() -> list[Detector]:
-    """Returns the default detectors and those that are not in the default set."""
-    return [
-        *default_detectors(),
-        Spike("loss"),
-        NoLearning(),
-        Oscillation(),
-        WeightDrift(),
-        StaleMoments(),
-    ]
+    """Returns the default detectors and the loss spike, which is not in the default set."""
+    return [*default_detectors(), Spike("loss")]
 
 
 def name_of(detector: Detector) -> str:

@@ -1,7 +1,7 @@
-"""Callbacks that keep a PyTorch Lightning run alive and tell you why it nearly died.
+"""Callbacks that detect, diagnose and repair instabilities in PyTorch Lightning training.
 
-Importing this package loads neither torch nor lightning: names arrive on first use (PEP 562),
-because TensorBoard imports the package at its own start.
+Importing this package loads neither torch nor lightning. Public names are imported on first use
+(PEP 562), because TensorBoard imports the package when it starts.
 """
 
 from importlib import import_module

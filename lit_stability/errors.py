@@ -1,10 +1,10 @@
-"""Exceptions that more than one room raises or catches. Imports nothing of this package."""
+"""Exceptions shared by several subpackages. Imports nothing from this package."""
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run: every problem on a line of its own, with value and remedy."""
+    """Raised for a config that cannot be run, with one line per problem: value and fix."""
 
     def __init__(self, *problems: str) -> None:
-        """Keep the problems apart, for a program that shows them its own way."""
+        """Joins the problems to a message, and keeps them separately as ``problems``."""
         super().__init__("\n".join(problems))
         self.problems = problems

@@ -1,9 +1,9 @@
-"""Faults to rehearse with: what breaks real runs, one line each.
+"""Fault injection for tests: the failures of real runs, one line each.
 
     FaultInjector([NanLoss(step=150), CorruptWeight(step=200, parameter="decoder.*", bit=30)])
 
-Each fault strikes once, when ``global_step`` reaches its step; a rollback that rewinds the count
-does not bring it back. Of a sharded weight each rank spoils its own shard.
+Each fault is injected once, when ``global_step`` reaches its step; a rollback that resets
+``global_step`` does not trigger it again. Of a sharded weight, each rank corrupts its own shard.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from lit_stability.measurement.tensor_tree import tensors_in
 
 @dataclass(kw_only=True)
 class Fault:
-    """Something that goes wrong at a step.
+    """Base class of faults that are injected at a given step.
 
     Raises:
-        ValueError: if an option is out of its range.
+        ValueError: if an option is out of range.
     """
 
     step: int
-    """``global_step`` from which on it strikes."""
+    """``global_step`` from which on the fault is injected."""
     steps: int = 1
-    """Batches it strikes, one after the other."""
+    """Number of consecutive batches it affects."""
     rank: int | None = None
-    """The only rank it strikes, None for all."""
+    """The only rank it affects, None for all."""
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -46,19 +46,19 @@ class Fault:
         self.injected = 0
 
     def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Called before the training step."""
+        """Called before the training step; may change the batch, weights or optimizer state."""
 
     def on_loss(self, loss: Tensor) -> Tensor:
-        """Called with the loss; returns what is trained on."""
+        """Called with the loss; returns the loss to train on."""
         return loss
 
     def on_gradients(self, pl_module: LightningModule) -> None:
-        """Called after backward."""
+        """Called after backward; may change the gradients."""
 
 
 @dataclass(kw_only=True)
 class NanLoss(Fault):
-    """The loss is NaN, and so is every gradient."""
+    """Makes the loss NaN, and with it every gradient."""
 
     def on_loss(self, loss: Tensor) -> Tensor:
         """See `Fault`."""
@@ -67,7 +67,7 @@ class NanLoss(Fault):
 
 @dataclass(kw_only=True)
 class ScaleLoss(Fault):
-    """A loss spike: the loss and its gradients are this much too large."""
+    """Causes a loss spike: multiplies the loss, and with it its gradients, by ``factor``."""
 
     factor: float = 1e4
 
@@ -78,7 +78,7 @@ class ScaleLoss(Fault):
 
 @dataclass(kw_only=True)
 class CorruptGradient(Fault):
-    """One element of each matching gradient becomes NaN, Inf or any other value."""
+    """Sets one element of each matching gradient to ``value``, such as NaN or Inf."""
 
     parameter: str = "*"
     value: float = math.nan
@@ -92,7 +92,7 @@ class CorruptGradient(Fault):
 
 @dataclass(kw_only=True)
 class ScaleGradients(Fault):
-    """Matching gradients are this much too large."""
+    """Multiplies matching gradients by ``factor``."""
 
     parameter: str = "*"
     factor: float = 1e3
@@ -106,12 +106,12 @@ class ScaleGradients(Fault):
 
 @dataclass(kw_only=True)
 class CorruptWeight(Fault):
-    """One element of each matching weight becomes ``value``, or has a bit flipped."""
+    """Sets one element of each matching weight to ``value``, or flips one of its bits."""
 
     parameter: str = "*"
     value: float = math.nan
     bit: int | None = None
-    """Bit of the fp32 pattern to flip instead, 0 to 31 (sign); 30 is the exponent's highest."""
+    """Bit of the fp32 pattern to flip instead, 0 to 31 (sign); 30 is the highest exponent bit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,14 +126,14 @@ class CorruptWeight(Fault):
             if self.bit is None:
                 flat[:1] = self.value
             else:
-                # 1 << 31 is beyond int32; its two's complement has the same bits.
+                # 1 << 31 exceeds int32; its two's complement has the same bits.
                 mask = (1 << self.bit) - (1 << 32 if self.bit == 31 else 0)
                 flat[:1] = (flat[:1].float().view(torch.int32) ^ mask).view(torch.float32)
 
 
 @dataclass(kw_only=True)
 class CorruptMoment(Fault):
-    """Matching optimizer state is overwritten, as by a bad resume or a broken kernel."""
+    """Overwrites matching optimizer state, as a bad resume or a broken kernel would."""
 
     parameter: str = "*"
     key: str = "exp_avg_sq"
@@ -151,7 +151,7 @@ class CorruptMoment(Fault):
 
 @dataclass(kw_only=True)
 class JumpLearningRate(Fault):
-    """The learning rate is this much too large from the step on, whatever writes it."""
+    """Multiplies the learning rate by ``factor`` from the step on, under any scheduler."""
 
     factor: float = 300.0
 
@@ -164,7 +164,7 @@ class JumpLearningRate(Fault):
         """See `Fault`."""
         for i, group in enumerate(g for o in trainer.optimizers for g in o.param_groups):
             rate = float(group["lr"])
-            # A scheduler that works from the last value carries the jump along by itself.
+            # A scheduler that computes from the last value keeps the jump by itself.
             if rate < 0.5 * self._written.get(i, math.inf):
                 group["lr"] = rate * self.factor
                 self._written[i] = rate * self.factor
@@ -172,7 +172,7 @@ class JumpLearningRate(Fault):
 
 @dataclass(kw_only=True)
 class BadBatch(Fault):
-    """Floating-point tensors of the batch become ``value``; without one, integers are shuffled."""
+    """Fills the batch's floating-point tensors with ``value``; if there are none, shuffles all."""
 
     value: float = math.nan
 
@@ -191,30 +191,30 @@ class BadBatch(Fault):
 
 
 class FaultInjector(Callback):
-    """Makes faults happen in an otherwise healthy run.
+    """Injects faults into an otherwise healthy run.
 
     Args:
-        faults: what goes wrong, and when.
+        faults: the faults, each with its step.
 
     Raises:
-        ValueError: if there is nothing to inject.
+        ValueError: if ``faults`` is empty.
     """
 
     def __init__(self, faults: list[Fault]) -> None:
         if not faults:
-            raise ValueError("faults is empty: give at least one fault, or leave the injector out")
+            raise ValueError("faults is empty: give at least one fault, or remove FaultInjector")
         self.faults = list(faults)
         self._active: list[Fault] = []
         self._undo: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the injector between the module and its loss."""
+        """Wraps the module's ``training_step``, to change its loss."""
         self.module = pl_module
         original = pl_module.training_step
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            return self._spoil(original(*args, **kwargs))
+            return self._corrupt_loss(original(*args, **kwargs))
 
         pl_module.training_step = training_step  # type: ignore[method-assign]
         self._undo = functools.partial(vars(pl_module).pop, "training_step", None)
@@ -222,7 +222,7 @@ class FaultInjector(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Choose the faults of this batch."""
+        """Selects the faults of this batch and injects those that act before the step."""
         self._active = [f for f in self.faults if self._is_due(f, trainer)]
         for fault in self._active:
             fault.injected += 1
@@ -231,11 +231,11 @@ class FaultInjector(Callback):
     @staticmethod
     def _is_due(fault: Fault, trainer: Trainer) -> bool:
         here = fault.rank is None or fault.rank == trainer.global_rank
-        # Once begun it goes on through vetoed steps, which do not count.
+        # A fault that has started continues through skipped steps, which global_step ignores.
         due = trainer.global_step >= fault.step or fault.injected > 0
         return here and due and fault.injected < fault.steps
 
-    def _spoil(self, output: Any) -> Any:
+    def _corrupt_loss(self, output: Any) -> Any:
         for fault in self._active:
             if isinstance(output, Tensor):
                 output = fault.on_loss(output)
@@ -244,12 +244,12 @@ class FaultInjector(Callback):
         return output
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Spoil the gradients."""
+        """Injects the faults that act on gradients."""
         for fault in self._active:
             fault.on_gradients(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Restores the module's ``training_step``."""
         if self._undo is not None:
             self._undo()
             self._undo = None

@@ -1,6 +1,6 @@
-"""What the pictures share: a figure that touches no global state, names of layers beside its rows.
+"""Shared helpers for plots: a figure without global state, layer names as row labels.
 
-Needs matplotlib, which the extra ``plots`` installs; it is loaded when something is drawn. Imports
+Needs matplotlib, which the extra ``plots`` installs; it is imported when a figure is drawn. Imports
 neither torch nor Lightning.
 """
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 INK, MUTED, RED, BLUE = "#222222", "#8a8a8a", "#b2182b", "#2166ac"
 _LONGEST = 52
-"""Characters of a layer's name."""
+"""Maximum number of characters of a layer name."""
 
 
 class MatplotlibMissing(ImportError):
-    """Matplotlib is not installed; the message says how to install it."""
+    """Raised if matplotlib is not installed; the message says how to install it."""
 
 
 def new_figure() -> Figure:
-    """An empty figure of its own, drawn without pyplot.
+    """Creates an empty figure without pyplot, whose global state belongs to the user.
 
     Raises:
         MatplotlibMissing: if matplotlib is not installed.
@@ -43,18 +43,18 @@ def new_figure() -> Figure:
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
-    """Render a figure; the same one, drawn anew, gives the same bytes."""
+    """Renders a figure as PNG; equal figures give equal bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()
 
 
 def label_rows(axis: Axes, names: Sequence[str]) -> None:
-    """Names beside the rows, without what all modules begin with, long ones cut in the middle.
+    """Labels rows with names, without their shared prefix; long names are cut in the middle.
 
     Args:
-        axis: whose rows are at 0, 1, 2 and so on.
-        names: of the rows; one in parentheses is no submodule.
+        axis: the axis whose rows are at 0, 1, 2 and so on.
+        names: names of the rows; a name in parentheses is not a submodule.
     """
     shared = shared_start(names)
     short = [name.removeprefix(shared) for name in names]
@@ -66,7 +66,7 @@ def label_rows(axis: Axes, names: Sequence[str]) -> None:
 
 
 def shared_start(names: Sequence[str]) -> str:
-    """What the modules of all names begin with, with the dot behind it.
+    """Returns the module prefix that all names share, including the final dot.
 
     >>> shared_start(["net.block.0", "net.block.1", "(input)"])
     'net.block.'

@@ -115,7 +115,7 @@ dead, _ = train("translation_unprotected")
 # %% [markdown]
 # ## The rescue
 #
-# Each fault is noticed, named and answered with the least that is enough: a step taken again, a
+# Each fault is noticed, named and answered with the least that is enough: a step retried, a
 # rollback of a few steps, a learning rate held down until the schedule comes back.
 
 # %%

@@ -1,4 +1,4 @@
-"""Two runs compared to the bit: what a fit leaves behind, as a dict of plain values."""
+"""Compares two runs bit by bit: the result of a fit as a dict of plain values."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ from tests.conftest import make_trainer
 
 
 def digest(value):
-    """A hash of tensors, arrays and plain values, however nested."""
+    """Returns a hash of nested tensors, arrays and plain values."""
     h = hashlib.sha256()
     _feed(h, value)
     return h.hexdigest()[:16]
@@ -39,7 +39,7 @@ def _feed(h, value):
 
 
 class Diary(Callback):
-    """What each step and each validation saw; a step taken again replaces its first entry."""
+    """Records metrics of each step and validation; a repeated step replaces its first entry."""
 
     def __init__(self):
         self.steps, self.validations = {}, {}
@@ -59,7 +59,7 @@ class Diary(Callback):
 
 
 class Batches(Dataset):
-    """Ready batches, in an order that is fixed in advance for every epoch."""
+    """Ready-made batches in the same fixed order in every epoch."""
 
     def __init__(self, count=24, size=8, left_out=(), nan=(), augment=False):
         g = torch.Generator().manual_seed(5)
@@ -81,12 +81,12 @@ class Batches(Dataset):
 
 
 def loader(dataset, **options):
-    """A DataLoader of ready batches."""
+    """Returns a DataLoader of ready-made batches."""
     return DataLoader(dataset, batch_size=None, **options)
 
 
 def run(root, module, data, callbacks=(), *, val=None, seed=3, resume=None, **options):
-    """Train, and return what is left behind."""
+    """Trains, and returns the result as plain values."""
     seed_everything(seed, verbose=False)
     diary = Diary()
     module = module()
@@ -138,7 +138,7 @@ def _files(callback):
 
 
 def differences(a, b):
-    """The entries in which two runs differ, each with both values."""
+    """Returns the entries in which two runs differ, each with both values."""
     found = {}
     for key in a:
         if key in ("steps", "validations"):

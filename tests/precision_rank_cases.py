@@ -7,7 +7,7 @@ from torch import nn
 
 from lit_stability import AutoRollback, GradientMonitor, PrecisionFallback
 from lit_stability.training_state.fp32_modules import fp32_modules_of
-from tests.rank_cases import Net, fit_rank, told, whole
+from tests.rank_cases import Net, fit_rank, incidents_of, whole
 
 
 class OutOfRange(Net):
@@ -51,7 +51,7 @@ def fallen(root, name, module, options):
     suite = [GradientMonitor(), fallback, AutoRollback()]
     net, trainer = fit_rank(root, name, suite, module=module, **options)
     return {
-        "incidents": told(suite),
+        "incidents": incidents_of(suite),
         "evidence": [i.evidence for i in suite[0].incidents],
         "precision": trainer.precision,
         "weights": whole(net.parameters()),

@@ -5,7 +5,7 @@ import warnings
 
 from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
 from tests.probe_models import Attending, by_hand
-from tests.rank_cases import Tape, fit_rank, whole
+from tests.rank_cases import Recorder, fit_rank, whole
 
 
 class AttendingRank(Attending):
@@ -21,7 +21,7 @@ class AttendingRank(Attending):
 def readings(root, probed):
     """Readings by step, weights, and the mean of the ratios that each rank has by itself."""
     warnings.simplefilter("ignore")
-    recorded_step = Tape()
+    recorded_step = Recorder()
     probes = [AttentionProbe(every=5), CurvatureProbe(every=5)] if probed else []
     net, _ = fit_rank(
         root, "ddp", [GradientMonitor(), *probes, recorded_step], module=AttendingRank, max_steps=12
@@ -63,7 +63,7 @@ def one_sided(root):
     found = {}
     for name, ways in {"one": (unseen, by_hand), "none": (unseen, unseen)}.items():
         Uneven.ways = ways
-        recorded_step = Tape()
+        recorded_step = Recorder()
         probe = AttentionProbe(every=3, quiet=True)
         suite = [GradientMonitor(), probe, recorded_step]
         fit_rank(root / name, "ddp", suite, module=Uneven, max_steps=12)

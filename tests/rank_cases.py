@@ -1,4 +1,4 @@
-"""What the ranks run for tests/test_ranks.py: small fits, with a fault on one rank."""
+"""The code that the ranks run for tests/test_ranks.py: small fits, with a fault on one rank."""
 
 import logging
 import warnings
@@ -21,7 +21,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 class Net(LightningModule):
-    """An uneven width, and a bias too small to be cut in two: rank 1 holds nothing of it."""
+    """A net with an uneven width, and a bias too small to be sharded: rank 1 has no part of it."""
 
     def __init__(self, sharded, dropout=0.1):
         super().__init__()
@@ -75,18 +75,18 @@ class Manual(Net):
         return [torch.optim.AdamW(trunk, 1e-2), torch.optim.SGD(head, 1e-2, momentum=0.9)]
 
 
-def batches(rank, ranks, count=60, leave_out=()):
-    """Each rank's own batches; an index means the same data whatever else is left out."""
+def batches(rank, ranks, count=60, skipped=()):
+    """Returns the batches of a rank; an index means the same data whatever else is skipped."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(count * ranks * 8, 9, generator=g)
     y = x @ torch.arange(9.0) / 9 + 0.1 * torch.randn(len(x), generator=g)
     x, y = (t.view(count, ranks, 8, -1)[:, rank] for t in (x, y))
-    keep = [i for i in range(count) if i not in leave_out]
+    keep = [i for i in range(count) if i not in skipped]
     return DataLoader(TensorDataset(x[keep].flatten(0, 1), y[keep].flatten()), 8)
 
 
 class Truth(Callback):
-    """The norm of the whole gradient, put together from its shards; to stand before the suite."""
+    """Records the norm of the whole gradient, from its shards; must come before the suite."""
 
     def __init__(self):
         self.norms = []
@@ -95,8 +95,8 @@ class Truth(Callback):
         self.norms.append([float(whole([p.grad]).norm()) for p in pl_module.parameters()])
 
 
-class Tape(Callback):
-    """Accepted steps, the count after every batch, and the collectives asked for in python."""
+class Recorder(Callback):
+    """Records accepted steps, ``global_step`` after every batch, and the collectives called."""
 
     def __init__(self):
         self.stats, self.steps, self.calls = [], [], []
@@ -130,13 +130,13 @@ class Tape(Callback):
 
 
 def whole(tensors):
-    """All in one tensor, put together from their shards."""
+    """Returns all tensors in one, assembled from their shards."""
     full = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors)
     return torch.cat([t.detach().double().flatten() for t in full])
 
 
-def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, leave_out=(), val=False, **options):
-    """Train this rank's share from a seed."""
+def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), val=False, **options):
+    """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
     net = module(name == "fsdp2", dropout)
     strategy = ModelParallelStrategy(2, 1) if name == "fsdp2" else name
@@ -155,7 +155,7 @@ def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, leave_out=(), va
         "default_root_dir": root,
     }
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
-    data = batches(trainer.global_rank, 2, leave_out=leave_out)
+    data = batches(trainer.global_rank, 2, skipped=skipped)
     torch.manual_seed(trainer.global_rank)
     trainer.fit(net, data, batches(trainer.global_rank, 2, count=2) if val else None)
     return net, trainer
@@ -165,34 +165,34 @@ SUITES = {"whole": stability_callbacks, "monitor": lambda: stability_callbacks()
 
 
 def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options):
-    """What a rank tells of a fit with these faults."""
-    recorded_step, truth, suite = Tape(), Truth(), SUITES[suite]()
+    """Returns the results of one rank for a fit with these faults."""
+    recorder, truth, suite = Recorder(), Truth(), SUITES[suite]()
     callbacks = [FaultInjector(list(faults))] if faults else [truth]
-    callbacks += [*suite, recorded_step]
+    callbacks += [*suite, recorder]
     if checkpoint:
         callbacks.append(ModelCheckpoint(root / "saved", every_n_train_steps=1, save_top_k=-1))
     try:
         net, trainer = fit_rank(root, name, callbacks, enable_checkpointing=checkpoint, **options)
     except TrainingStopped as stopped:
-        return {"stopped": stopped.args[0].split(". Record")[0], "incidents": told(suite)}
+        return {"stopped": stopped.args[0].split(". Record")[0], "incidents": incidents_of(suite)}
     return {
-        "incidents": told(suite),
+        "incidents": incidents_of(suite),
         "messages": [i.first.message for i in suite[0].incidents] if suite else [],
         "evidence": [i.evidence for i in suite[0].incidents] if suite else [],
-        "books": suite[-1].state_dict() if len(suite) > 1 else {},
+        "state": suite[-1].state_dict() if len(suite) > 1 else {},
         "weights": whole(net.parameters()),
         "buffers": whole([torch.zeros(1), *net.buffers()]),
         "step": trainer.global_step,
-        "steps": recorded_step.steps,
-        "stats": recorded_step.stats,
-        "calls": recorded_step.calls,
+        "steps": recorder.steps,
+        "stats": recorder.stats,
+        "calls": recorder.calls,
         "losses": net.losses,
         "norms": truth.norms,
     }
 
 
-def told(suite):
-    """Incidents as both ranks must have them."""
+def incidents_of(suite):
+    """Returns the incidents, which must be the same on both ranks."""
     return [
         (i.id, i.first.kind, i.first.step, i.occurrences, i.responses, i.outcome)
         for i in (suite[0].incidents if suite else [])
@@ -200,7 +200,7 @@ def told(suite):
 
 
 def outcomes(root, name, cases):
-    """Several fits one after the other; each in a folder of its own."""
+    """Runs several fits, each in its own folder."""
     warnings.simplefilter("ignore")
     return {
         label: outcome(root / label.replace(" ", "-"), name, faults, **options)

@@ -1,8 +1,8 @@
-"""Invariant 7: a run with a fault and its recovery, against one that never met it, bit by bit.
+"""Invariant 7: a run that recovered from a fault equals one without the fault, bit by bit.
 
-Every cell trains twice on a small net with dropout and BatchNorm, for three epochs with validation.
-Either the fault strikes once from outside, and the other run is a clean one; or a batch of the data
-is bad however often it is served, and the other run's data lack it.
+Every case trains twice on a small net with dropout and BatchNorm, for three epochs with validation.
+Either a transient fault is injected once, and the other run is clean; or a batch of the data is
+always bad, and the data of the other run do not contain it.
 """
 
 import copy
@@ -128,7 +128,7 @@ class TwoOptimizers(Net):
 
 
 class OwnState(Net):
-    """Keeps a slow copy of a weight by itself, and says how to take it back."""
+    """Keeps a slow copy of a weight, and defines how to restore it."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ def in_dict(**options):
 
 
 def sequence(dataset, **options):
-    """An order of its own in every epoch, whatever is left out."""
+    """Returns a loader with another order in every epoch, independent of the missing batches."""
     return loader(dataset, sampler=Shuffled(dataset), **options)
 
 
@@ -276,7 +276,7 @@ PRECISIONS = {
 
 
 def both(tmp_path, options, faults=(), nan=()):
-    """Train with the fault and the suite, and without either; returns what differs."""
+    """Trains with the fault and the suite, and without either; returns the differences."""
     options = dict(options)
     module = options.pop("module", Net)
     make = options.pop("loader", lambda **o: loader(Batches(**o)))
@@ -333,7 +333,7 @@ CELLS = [
 @pytest.mark.parametrize(
     ("options", "cell"), [c[1:] for c in CELLS], ids=[c[0].replace(" ", "-") for c in CELLS]
 )
-def test_recovered_run_equals_one_that_never_met_the_fault(options, cell, tmp_path):
+def test_recovered_run_equals_one_without_the_fault(options, cell, tmp_path):
     """S12, S17, K3."""
     cell = {k: [f() for f in v] if k == "faults" else v for k, v in cell.items()}
     assert both(tmp_path, options, **cell) == {}
@@ -348,7 +348,7 @@ HEALTHY = {**FEATURES, **PRECISIONS} | {
 
 
 @pytest.mark.parametrize("options", HEALTHY.values(), ids=[h.replace(" ", "-") for h in HEALTHY])
-def test_healthy_run_is_left_as_it_is(options, tmp_path):
+def test_healthy_run_is_unchanged(options, tmp_path):
     """Invariant 1: weights, optimizers, generators, metrics, validations, files."""
     assert both(tmp_path, options) == {}
     assert not (tmp_path / "faulty" / "incidents.jsonl").exists()

@@ -8,8 +8,7 @@ from lit_stability.detectors import default_detectors
 STEPS = 3000
 EXPECTED = {
     # What does object, and rightly: noise with real twentyfold values; a loss that triples.
-    "noise 1.0": {"Oscillation"},
-    "Student-t 0.3": {"UpdateSpike", "Spike('grad_norm')", "Spike('loss')", "Oscillation"},
+    "Student-t 0.3": {"UpdateSpike", "Spike('grad_norm')", "Spike('loss')"},
     "curriculum x3": {"Divergence", "Spike('loss')"},
 }
 
@@ -23,6 +22,6 @@ def test_synthetic_run_raises_no_false_alarm(name):
 
 def test_table_has_every_default_detector_and_healthy_case():
     names = set(count([], every_detector()))
-    assert len(names) == len(default_detectors()) + 5
+    assert len(names) == len(default_detectors()) + 1
     assert all(case.cause is None for case in healthy_cases())
     assert len(healthy_cases()) == 6

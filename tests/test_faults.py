@@ -44,7 +44,7 @@ def rehearse(tmp_path, fault, **options):
     return runs
 
 
-def test_nan_loss_strikes_at_its_step_only(tmp_path):
+def test_nan_loss_is_injected_at_its_step_only(tmp_path):
     _, faulty = rehearse(tmp_path, NanLoss(step=5), max_steps=6)
     assert [math.isnan(x) for x in faulty.losses] == [False] * 5 + [True]
 
@@ -55,7 +55,7 @@ def test_loss_spike_scales_loss_and_gradients(tmp_path):
     torch.testing.assert_close(faulty.grads[5], [8192 * g for g in clean.grads[5]])
 
 
-def test_gradient_fault_strikes_the_named_parameter_only(tmp_path):
+def test_gradient_fault_affects_the_named_parameter_only(tmp_path):
     clean, faulty = rehearse(
         tmp_path, CorruptGradient(step=5, parameter="net.4.weight", value=math.inf), max_steps=6
     )
@@ -118,7 +118,7 @@ def test_bad_batch_of_integers_is_shuffled_not_changed():
     assert torch.equal(batch["tokens"].flatten().sort().values, torch.arange(20))
 
 
-def test_fault_for_another_rank_does_not_strike(tmp_path):
+def test_fault_for_another_rank_is_not_injected(tmp_path):
     clean, faulty = rehearse(tmp_path, NanLoss(step=5, rank=1), max_steps=8)
     assert clean.losses == faulty.losses
 

@@ -38,7 +38,7 @@ def optimizer_state(trainer):
 
 
 class Order(Callback):
-    """Remembers which samples came, and every metric a logger would see."""
+    """Records the samples, and every metric a logger would see."""
 
     def __init__(self):
         self.seen = []
@@ -131,7 +131,7 @@ def test_fault_leaves_nothing_non_finite_behind(fault, precision, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused", "sgd"])
 @pytest.mark.parametrize("fault", ["NaN loss", "Inf gradient", "scaled gradients"])
-def test_vetoed_batch_leaves_no_trace(optimizer, fault, tmp_path):
+def test_skipped_step_leaves_no_trace(optimizer, fault, tmp_path):
     """Invariant 2, N1: weights, moments, buffers, schedule and count are as before the batch."""
 
     class Compare(Callback):
@@ -162,8 +162,8 @@ def test_vetoed_batch_leaves_no_trace(optimizer, fault, tmp_path):
     assert compare.compared == injector.faults[0].steps
 
 
-def test_epoch_metric_is_finite_after_a_vetoed_batch(tmp_path):
-    """Invariant 2: what was logged for the bad batch does not spoil the epoch's mean."""
+def test_epoch_metric_is_finite_after_a_skipped_step(tmp_path):
+    """Invariant 2: values logged for the bad batch do not enter the epoch's mean."""
     callbacks = [FaultInjector([BadBatch(step=30)]), *stability_callbacks()]
     module, trainer = fit(tmp_path, callbacks, max_steps=-1, max_epochs=1)
     healthy = [x for x in module.losses if x == x]
@@ -186,7 +186,7 @@ def test_checkpoint_written_during_a_fault_is_finite(tmp_path):
 
 
 class Recorder(Callback):
-    """Keeps what the monitor calls healthy, and the state of its detectors."""
+    """Records the statistics of healthy steps."""
 
     def __init__(self):
         self.stats = []
@@ -195,8 +195,8 @@ class Recorder(Callback):
         self.stats.append(stats)
 
 
-def test_rejected_steps_teach_the_detectors_nothing(tmp_path):
-    """Invariant 3: after a burst of spikes and NaNs the detectors are as if it had not been."""
+def test_rejected_steps_do_not_change_the_detectors(tmp_path):
+    """Invariant 3: a burst of spikes and NaNs does not change the state of the detectors."""
     states = []
     for faults in ([], [ScaleGradients(step=30, steps=4, factor=1e4)], [NanLoss(step=30, steps=4)]):
         monitor = GradientMonitor()
@@ -223,7 +223,7 @@ def test_rejected_steps_teach_the_detectors_nothing(tmp_path):
 
 @pytest.mark.parametrize("fault", [NanLoss, ScaleLoss])
 def test_endless_fault_ends_in_a_stop_with_remedy_and_record(fault, tmp_path):
-    """Invariant 4: responses are bounded; the message says what to try and where to read on."""
+    """Invariant 4: responses are bounded; the message has a remedy and the path of the record."""
     from lit_stability import TrainingStopped, read_incidents
 
     kwargs = {"factor": float("inf")} if fault is ScaleLoss else {}
@@ -279,7 +279,7 @@ def test_normal_step_copies_to_the_host_once_and_hooks_no_module(tmp_path, monke
     assert seen[1]["item"] == seen[0]["item"]
 
 
-def test_incident_is_told_once_when_it_opens_and_once_when_it_closes(tmp_path, caplog):
+def test_incident_is_logged_once_when_it_opens_and_once_when_it_closes(tmp_path, caplog):
     """Invariant 8: a burst of five bad steps is one incident and two lines."""
     callbacks = [FaultInjector([ScaleGradients(step=30, steps=5)]), *skipping_suite()]
     fit(tmp_path, callbacks)
@@ -287,11 +287,11 @@ def test_incident_is_told_once_when_it_opens_and_once_when_it_closes(tmp_path, c
     assert len(lines) == 2
     assert "gradient spike" in lines[0]
     assert "step skipped" in lines[0]
-    assert "recovered after 5 strikes: step skipped (5x)" in lines[1]
+    assert "recovered after 5 occurrences: step skipped (5x)" in lines[1]
 
 
 def test_monitor_alone_changes_nothing_but_reports(tmp_path):
-    """K3: `GradientMonitor()` observes; the NaN takes its course as without it."""
+    """K3: `GradientMonitor()` only warns; the NaN spreads as without it."""
     weights = []
     for callbacks in ([], [GradientMonitor()]):
         injector = FaultInjector([ScaleLoss(step=30)])

@@ -19,7 +19,7 @@ def test_overflow_on_one_rank_lowers_the_precision_of_both_and_costs_no_batch(dd
     assert one["incidents"] == other["incidents"]
     ((_, kind, step, occurrences, responses, outcome),) = one["incidents"]
     assert (kind, step, occurrences, outcome) == ("non-finite loss", 0, 1, "recovered")
-    assert responses == ["precision 16-mixed -> bf16-mixed", "step taken again"]
+    assert responses == ["precision 16-mixed -> bf16-mixed", "step retried"]
     assert one["evidence"] == other["evidence"]
     assert any(line.startswith("rank 1: taken again in 16-mixed") for line in one["evidence"][0])
     assert torch.equal(one["weights"], other["weights"])
@@ -31,7 +31,7 @@ def test_module_that_overflows_on_one_rank_is_an_island_on_both(ddp):
     assert one["precision"] == other["precision"] == "16-mixed"
     assert one["islands"] == other["islands"] == ["net.0"]
     assert one["incidents"] == other["incidents"]
-    assert one["incidents"][0][4] == ["fp32 island net.0", "step taken again"]
+    assert one["incidents"][0][4] == ["net.0 kept in fp32", "step retried"]
     assert torch.equal(one["weights"], other["weights"])
 
 
@@ -52,5 +52,5 @@ def test_sharded_weights_are_taken_again_by_all_ranks_together(tmp_path_factory)
     one, other = (rank["fsdp2 bf16"] for rank in ranks)
     assert one["precision"] == other["precision"] == "32-true"
     assert one["incidents"] == other["incidents"]
-    assert one["incidents"][0][4] == ["precision bf16-mixed -> 32-true", "step taken again"]
+    assert one["incidents"][0][4] == ["precision bf16-mixed -> 32-true", "step retried"]
     assert torch.equal(one["weights"], ranks[0]["fsdp2 begun in fp32"]["weights"])

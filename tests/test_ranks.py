@@ -1,4 +1,4 @@
-"""Two ranks, a fault on one of them: both see the same, do the same, and go on together."""
+"""A fault on one of two ranks: both detect it, respond in the same way, and stay in sync."""
 
 import json
 
@@ -21,7 +21,7 @@ from tests.conftest import Regression, make_trainer
 from tests.distributed import run_ranks_once
 from tests.rank_cases import Manual, outcomes
 
-AGAIN, SKIP = ["step taken again"], ["step skipped"]
+AGAIN, SKIP = ["step retried"], ["step skipped"]
 BACK = ["rolled back and replayed"]
 APART = "rank disagreement"
 WEIGHT = "net.0.weight"
@@ -29,7 +29,7 @@ WEIGHT = "net.0.weight"
 BOTH = {
     "bare": ((), {"suite": "none"}),
     "clean": ((), {}),
-    "without batch 30": ((), {"leave_out": (30,)}),
+    "without batch 30": ((), {"skipped": (30,)}),
     "NaN loss": ((NanLoss(step=30, rank=1),), {}),
     "NaN loss twice": ((NanLoss(step=30, steps=2, rank=1),), {}),
     "NaN batch": ((BadBatch(step=30, rank=1),), {}),
@@ -95,7 +95,7 @@ def test_fault_on_one_rank_gets_the_same_response_on_both_at_the_same_step(
 
 
 def same_on_both_ranks(one, other):
-    for key in ("incidents", "messages", "evidence", "books", "step", "steps"):
+    for key in ("incidents", "messages", "evidence", "state", "step", "steps"):
         assert one[key] == other[key], key
     assert torch.equal(one["weights"], other["weights"])
     assert torch.isfinite(one["weights"]).all()
@@ -104,26 +104,26 @@ def same_on_both_ranks(one, other):
 
 
 @pytest.mark.parametrize("case", ["NaN loss twice", "NaN batch", "loss spike twice"])
-def test_batch_that_is_left_out_on_all_ranks_might_never_have_come(case, both):
+def test_batch_skipped_on_all_ranks_leaves_no_trace(case, both):
     """Invariant 2: weights of all ranks, rank 0's buffers, which DDP hands round, the count."""
-    as_without_trouble(both[1], case, "without batch 30")
+    equals_run_without_fault(both[1], case, "without batch 30")
 
 
 @pytest.mark.parametrize(
     "case", ["NaN loss", "loss spike", "NaN weight", "flipped bit", "zeroed moment"]
 )
-def test_trouble_that_passes_leaves_the_run_as_if_it_had_not_been(case, both):
+def test_transient_fault_leaves_no_trace(case, both):
     """Invariant 7."""
-    as_without_trouble(both[1], case, "clean")
+    equals_run_without_fault(both[1], case, "clean")
 
 
 @pytest.mark.parametrize("case", ["scaled gradients", "NaN gradient", "one element", "checkpoints"])
-def test_disagreement_leaves_the_run_as_if_it_had_not_been(case, ddp):
+def test_disagreement_leaves_no_trace(case, ddp):
     """Invariant 7."""
-    as_without_trouble(ddp[1], case, "clean")
+    equals_run_without_fault(ddp[1], case, "clean")
 
 
-def as_without_trouble(ranks, case, clean):
+def equals_run_without_fault(ranks, case, clean):
     for rank in ranks:
         assert torch.equal(rank[case]["weights"], rank[clean]["weights"])
         assert rank[case]["step"] == rank[clean]["step"]
@@ -176,15 +176,15 @@ def test_healthy_step_under_fsdp2_asks_for_one_collective(fsdp2):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("scaled gradients", "rank 1 objects to its gradients, the others do not"),
-        ("NaN gradient", "rank 1 objects to its gradients, the others do not"),
-        ("scaled on rank 0", "rank 0 objects to its gradients, the others do not"),
+        ("scaled gradients", "rank 1 rejects its gradients, the others do not"),
+        ("NaN gradient", "rank 1 rejects its gradients, the others do not"),
+        ("scaled on rank 0", "rank 0 rejects its gradients, the others do not"),
         ("one element", "the ranks' averaged gradients differ"),
-        ("checkpoints", "rank 1 objects to its gradients"),
+        ("checkpoints", "rank 1 rejects its gradients"),
     ],
 )
 def test_gradient_damaged_after_averaging_is_a_disagreement_that_all_roll_back(case, message, ddp):
-    """Invariant 5: no rank waits for one that has seen nothing."""
+    """Invariant 5: no rank waits for a rank that has detected nothing."""
     one, other = (rank[case] for rank in ddp[1])
     assert one["incidents"] == [(1, APART, 30, 1, BACK, "recovered")]
     assert one["messages"][0].startswith(message)
@@ -202,7 +202,7 @@ def test_gradient_shard_that_is_damaged_is_seen_by_all_before_the_update(case, k
 
 
 def test_monitor_alone_sees_the_same_on_all_ranks_and_changes_nothing(ddp):
-    """K3: replicas that nobody brings together again stay an incident, and nobody waits."""
+    """K3: replicas that differ stay an incident without a rollback, and no rank waits."""
     one, other = (rank["observed"] for rank in ddp[1])
     assert (
         one["incidents"]
@@ -219,8 +219,8 @@ def test_disagreement_at_the_last_step_lets_no_rank_end_before_the_others(ddp):
     same_on_both_ranks(one, other)
 
 
-def test_rank_with_a_learning_rate_of_its_own_ends_in_a_stop_that_says_so(both):
-    """Invariant 4: what no rollback mends is given up, by all ranks together."""
+def test_rank_with_another_learning_rate_stops_the_run_with_that_reason(both):
+    """Invariant 4: if no rollback helps, all ranks stop together."""
     one, other = (rank["learning rate"] for rank in both[1])
     assert one == other
     assert "the ranks' learning rates differ, by rank: " in one["stopped"]
@@ -252,7 +252,7 @@ def test_validation_before_and_between_steps_leaves_shards_where_they_were(fsdp2
     assert len(one["stats"][0].names) == 6
 
 
-def test_scene_under_ddp_is_saved_by_each_rank_on_its_own(ddp):
+def test_incident_folder_under_ddp_is_saved_by_each_rank_separately(ddp):
     """Rank 0 has the whole state, every rank its own batch; the record is rank 0's."""
     folder = ddp[0] / "NaN-batch"
     first, second = sorted((folder / "incidents").iterdir())
@@ -269,7 +269,7 @@ def test_scene_under_ddp_is_saved_by_each_rank_on_its_own(ddp):
     assert [x["event"] for x in lines] == ["open", "close"]
 
 
-def test_scene_under_fsdp2_holds_the_shards_of_all_ranks(fsdp2):
+def test_incident_checkpoint_under_fsdp2_has_the_shards_of_all_ranks(fsdp2):
     first, second = sorted((fsdp2[0] / "NaN-loss" / "incidents").iterdir())
     assert {".metadata", "__0_0.distcp", "__1_0.distcp"} <= {
         p.name for p in (first / "checkpoint.ckpt").iterdir()
@@ -293,7 +293,7 @@ UNTRIED = {
     "FSDP1": (FSDPStrategy, "FSDPStrategy: FSDP1 keeps weights in flat shards.* use FSDP2"),
     "tensor parallel": (lambda: ModelParallelStrategy(1, 2), "ModelParallelStrategy: with tensor"),
     "model averaging": (lambda: DDPStrategy(model_averaging_period=4), "with model averaging"),
-    "the user's": (Own, "Own: it was never run with the suite"),
+    "the user's": (Own, "Own: this strategy was never tested with the suite"),
 }
 
 
@@ -303,9 +303,9 @@ def test_strategy_never_run_is_refused_unless_it_is_allowed_by_name(name, callba
     """K3: with the reason, and the line to write."""
     make, message = UNTRIED[name]
     trainer = make_trainer(tmp_path, [GradientMonitor(), callback()], devices=2, strategy="ddp")
-    # Lightning itself lets no FSDP1 near a CPU.
+    # Lightning itself forbids FSDP1 on a CPU.
     trainer._accelerator_connector.strategy = make()
-    with pytest.raises(RuntimeError, match=f"{callback.__name__} was not run under .*{message}"):
+    with pytest.raises(RuntimeError, match=f"{callback.__name__} does not support .*{message}"):
         trainer.callbacks[1].setup(trainer, Regression(), "fit")
     kind = type(trainer.strategy).__name__
     trainer.callbacks[0].allow_strategies = (kind,)

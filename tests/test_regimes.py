@@ -1,4 +1,4 @@
-"""A run whose loss, data or modules change on purpose: it is not ended for it."""
+"""A run whose loss, data or modules change on purpose is not stopped for it."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.detectors import DetectorSet, Divergence, Spike, flagged
 from lit_stability.faults import FaultInjector, ScaleLoss
+from lit_stability.incidents.report import responses_text
 from lit_stability.measurement.step_stats import StepStats
 from tests.conftest import fit, skipping_suite
 from tests.distributed import run_ranks
@@ -32,7 +33,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("change", "optimizer"), CHANGES)
 def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tmp_path, caplog):
-    """Invariant 3: rejections of finite values end in a new window, and it is said."""
+    """Invariant 3: rejections of finite values end in a new window, and this is logged."""
     suite = stability_callbacks()
     with caplog.at_level(logging.INFO, "lightning.pytorch.lit_stability"):
         module = staged(tmp_path, change, suite, optimizer)
@@ -41,9 +42,9 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     assert incident.outcome == "recovered"
     assert incident.occurrences <= 31
     assert incident.cause == "change of regime"
-    assert "accepted as the new normal" in incident.done
+    assert "accepted as the new normal" in responses_text(incident)
     assert "what changes there" in incident.remedy
-    assert "accepts the values of late as the new normal" in caplog.text
+    assert "accepts the recent values as the new normal" in caplog.text
     rollback = next(c for c in suite if isinstance(c, AutoRollback))
     assert (rollback.backoff.lr_factor, rollback.backoff.clip_factor) == (1.0, 1.0)
     assert rollback.escalation.left["rollbacks"] >= 3  # of 8
@@ -79,11 +80,11 @@ def test_change_is_recorded_with_its_cause(tmp_path):
     assert any("it stays" in sentence for sentence in closed["evidence"])
 
 
-def test_monitor_alone_tells_of_a_change_and_changes_nothing(tmp_path):
+def test_monitor_alone_reports_a_change_and_changes_nothing(tmp_path):
     monitor = GradientMonitor()
     module = staged(tmp_path, "100 loss", [monitor])
     (incident,) = monitor.incidents
-    assert (incident.outcome, incident.done) == ("observed", "")
+    assert (incident.outcome, responses_text(incident)) == ("observed", "")
     assert incident.cause == "change of regime"
     assert module.losses == staged(tmp_path / "bare", "100 loss", []).losses
 
@@ -105,7 +106,7 @@ def step(i, loss=1.0, norm=1.0, rate=1.0):
 
 
 def attempts(detector, rates):
-    """Steps objected to, one attempt for each learning rate, all but the first from step 30 on."""
+    """Returns the rejected steps, one attempt for each learning rate; repeats start at step 30."""
     objections = []
     for attempt, rate in enumerate(rates):
         for i in range(30 if attempt else 0, 60):
@@ -119,14 +120,14 @@ def attempts(detector, rates):
 @pytest.mark.parametrize(
     ("detector", "first"), [(Spike(give_up=3), 40), (Divergence(persist=5, give_up=3), 44)]
 )
-def test_steps_taken_again_do_not_end_a_row_that_goes_on_where_it_was(detector, first):
-    """What is replayed from step 30 on was accepted before; it says nothing of step 40."""
+def test_replayed_steps_do_not_reset_a_rejection_streak(detector, first):
+    """Steps replayed from step 30 on were accepted before; they are no evidence on step 40."""
     assert attempts(detector, [1.0, 0.5, 0.25, 0.125]) == [first] * 3
     assert detector.regimes == 1
 
 
-def test_loss_that_comes_back_with_nothing_changed_says_nothing_new():
-    """Steps taken again as they were, or without a batch: the learning rate was not tried yet."""
+def test_loss_that_recurs_without_a_change_is_no_new_evidence():
+    """Steps replayed unchanged, or without a batch: no lower learning rate was tried yet."""
     detector = Divergence(persist=5, give_up=2)
     assert attempts(detector, [1.0, 1.0, 1.0, 1.0, 0.5]) == [44] * 5
     assert detector.regimes == 0
@@ -147,27 +148,29 @@ def test_trouble_that_comes_at_another_step_each_time_is_never_accepted(detector
     assert detector.regimes == 0
 
 
-def test_one_detector_that_gives_in_makes_the_others_of_its_optimizer_learn_anew():
-    said = []
-    panel = DetectorSet([Spike(give_up=3), Divergence()], [0, 1], said.append)
+def test_one_accepted_regime_resets_all_detectors_of_its_optimizer():
+    messages = []
+    detectors = DetectorSet([Spike(give_up=3), Divergence()], [0, 1], messages.append)
     for i in range(40):
         for optimizer in (0, 1):
             stats = StepStats(step=i, loss=1.0, grad_norm=1.0, optimizer=optimizer)
-            assert panel.verdict(stats, voting=False) == (None, True)
-            panel.learn(stats)
+            assert detectors.verdict(stats, voting=False) == (None, True)
+            detectors.learn(stats)
     found = []
     for _ in range(4):
-        found.append(panel.verdict(step(40, loss=9.0, norm=100.0), voting=False)[0] is None)
-        assert panel.regime_change is found[-1]
+        found.append(detectors.verdict(step(40, loss=9.0, norm=100.0), voting=False)[0] is None)
+        assert detectors.regime_change is found[-1]
     assert found == [False, False, False, True]
-    windows = {i: [state["window"] for _, state in each] for i, each in panel.state_dict().items()}
+    windows = {
+        i: [state["window"] for _, state in each] for i, each in detectors.state_dict().items()
+    }
     assert windows["0"] == [[], []]
     assert all(len(window) == 40 for window in windows["1"])
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 def test_ranks_accept_a_change_together(tmp_path):
-    """Invariant 5: the row is as long on every rank, as it is made of the same numbers."""
+    """Invariant 5: the rejection streak is the same on every rank, as its numbers are."""
     first, second = run_ranks(changed, tmp_path, folder=tmp_path)
     for name in ("ddp", "fsdp2"):
         assert first[name]["incidents"] == second[name]["incidents"]

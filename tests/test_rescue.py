@@ -132,8 +132,8 @@ def test_nan_loss_ends_as_the_protection_lets_it(protection, ended, alarms):
 @pytest.mark.parametrize(
     ("fault", "kind", "done", "exact"),
     [
-        (faults.NanLoss, "non-finite loss", "step taken again", True),
-        (faults.ScaleLoss, "gradient spike", "step taken again", True),
+        (faults.NanLoss, "non-finite loss", "step retried", True),
+        (faults.ScaleLoss, "gradient spike", "step retried", True),
         (faults.JumpLearningRate, "learning-rate jump", "learning rate held, x0.00333", False),
         (faults.CorruptWeight, "non-finite weight", "rolled back and replayed", True),
         (faults.CorruptMoment, "optimizer state", "rolled back and replayed", True),
@@ -157,7 +157,7 @@ def test_fault_that_is_bound_to_its_batch_returns_and_costs_that_batch():
     scenario = short("CNN", 60, disturbance=BatchFault(lambda: faults.NanLoss(step=40)))
     found = run(scenario, SUITE, 0)
     assert (found.batches, found.updates, len(found.alarms)) == (62, 60, 1)
-    assert found.incidents[0].endswith("-> step taken again, step skipped; recovered")
+    assert found.incidents[0].endswith("-> step retried, step skipped; recovered")
 
 
 def test_corrupt_data_are_corrupt_in_their_range_of_batches():

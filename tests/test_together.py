@@ -1,4 +1,4 @@
-"""Parts that meet: replay, checkpoints on disk, restarts."""
+"""Interaction of replay, checkpoints on disk and restarts."""
 
 import functools
 
@@ -33,13 +33,11 @@ def suite(**options):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("saved_at", [25, 31, 34, 36, 45])
-def test_checkpoint_written_during_a_replay_goes_on_with_the_batch_that_came_next(
-    saved_at, tmp_path
-):
-    """The loader is ahead of the batches that are being trained on again."""
+def test_checkpoint_written_during_a_replay_resumes_with_the_next_batch(saved_at, tmp_path):
+    """The loader is ahead of the batches that are being replayed."""
 
     class Stops(Callback):
-        """Ends the process, as it were, the second time that the step comes by."""
+        """Interrupts the fit the second time that the step is run."""
 
         seen = 0
 
@@ -65,7 +63,7 @@ def test_checkpoint_written_during_a_replay_goes_on_with_the_batch_that_came_nex
 
 
 def test_run_that_was_rolled_back_is_resumed_exactly_from_its_last_good(tmp_path):
-    """S12: what was left out stays so, and nothing comes twice."""
+    """S12: skipped batches stay skipped, and no batch is trained on twice."""
     options = {"every_n_steps": 10, "confirm_after": 3}
     first = [FaultInjector([NanLoss(step=12), WEIGHT(step=33)]), *suite(**options)]
     run(tmp_path, Net, data(nan=(5,)), first, max_epochs=1)

@@ -32,7 +32,7 @@ from lit_stability import (
     TrainingStopped,
     stability_callbacks,
 )
-from lit_stability.detectors import StaleMoments, default_detectors
+from lit_stability.incidents.report import responses_text
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,12 @@ class Result:
             return "-", "-", "-"
         incident = next((i for i in self.incidents if i.responses), self.incidents[0])
         seen = f"{incident.first.step}: {incident.first.kind}"
-        return seen, incident.cause or "-", incident.done or "told"
+        return seen, incident.cause or "-", responses_text(incident) or "told"
 
 
 def with_probes() -> list[Callback]:
-    """The default suite with the opt-in probes, and the detector of stale second moments."""
-    monitor = GradientMonitor(detectors=[*default_detectors(), StaleMoments()])
-    _, *others = stability_callbacks()
+    """The default suite with the opt-in probes."""
+    monitor, *others = stability_callbacks()
     return [monitor, AttentionProbe(every=20), CurvatureProbe(every=20), *others]
 
 

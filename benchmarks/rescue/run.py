@@ -20,6 +20,7 @@ from benchmarks.alternatives.shipped import Suite
 from benchmarks.rescue.scenario import Scenario
 from benchmarks.trainers import quiet_trainer
 from lit_stability import Incident
+from lit_stability.incidents.report import responses_text
 
 Ending = Literal["finished", "stopped", "NaN", "failed", "hung"]
 """``stopped``: on purpose, by the protection. ``NaN``: finished with a non-finite loss.
@@ -178,5 +179,5 @@ def _suite_report(protection: Protection, step: int) -> dict[str, Any]:
 
 def _line(incident: Incident) -> str:
     anomaly = f"step {incident.first.step}: {incident.first.kind}"
-    cause, response = incident.cause or "no cause", incident.done or "reported"
+    cause, response = incident.cause or "no cause", responses_text(incident) or "reported"
     return f"{anomaly}; {cause} -> {response}; {incident.outcome}"

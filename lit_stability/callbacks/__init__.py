@@ -1,30 +1,30 @@
-"""Lightning callbacks: they order the work and do none of the arithmetic.
+"""The Lightning callbacks of the suite. They call measurements, detectors and policies in order.
 
 One optimizer step, with the hooks in place::
 
-    on_train_batch_start        Preflight checks, before the first step of a run
-                                AutoRollback remembers buffers and epoch metrics
-                                CurvatureProbe keeps the batch, if it is its turn
-      training_step             AttentionProbe watches its kernels, if it is its turn
-      on_before_backward        GradientMonitor takes the loss (DDP: the ranks begin to measure)
+    on_train_batch_start        Preflight runs its checks, before the first step of a run
+                                AutoRollback records buffers and epoch metrics
+                                CurvatureProbe keeps the batch, if it measures this step
+      training_step             AttentionProbe records attention kernels, if it measures this step
+      on_before_backward        GradientMonitor reads the loss (DDP: the ranks start to measure)
       backward
       on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks
-                                the probes and the detectors, and then either
+                                the probes and the detectors, and then calls either
                                   on_healthy_step of every callback, in order, or
-                                  on_incident     of every callback, in order, until resolved
-                                AdaptiveGradientClipping clips the step, unless it was vetoed
+                                  on_incident     of every callback, in order
+                                AdaptiveGradientClipping clips the step, unless it is skipped
       the Trainer's own clipping, update
       lr_scheduler_step
     on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
-                                CrashPrediction learns the accepted step, and may slow the next
+                                CrashPrediction learns from the accepted step, and may act on it
                                 PrecisionFallback changes the precision, if that was the cause
-                                AutoRollback undoes a vetoed step, or goes back to a snapshot
+                                AutoRollback undoes a skipped step, or rolls back to a snapshot
     validation, if it is due
     before the next fetch       AutoRollback takes a snapshot, LastKnownGood a copy for the disk
 
-The hooks of this package are the methods of `StabilityCallback`. A responder of your own overrides
-`on_incident`: gradients of None skip the update bit for bit, and who resolves an incident says with
-what; callbacks after it see that it is resolved.
+The hooks of this package are the methods of `StabilityCallback`. To write your own responder,
+override `on_incident`. Setting gradients to None skips the update bit for bit. The first callback
+that resolves the incident decides the response; callbacks after it see ``incident.resolved``.
 
 >>> import tempfile
 >>> from lightning.pytorch import Trainer
@@ -32,8 +32,8 @@ what; callbacks after it see that it is resolved.
 >>> from lit_stability.faults import FaultInjector, NanLoss
 >>> from lit_stability.detectors import NonFinite
 >>> from lit_stability.policies.actions import SkipStep
->>> class LeaveOut(StabilityCallback):
-...     '''Leaves out each bad update, and does nothing else.'''
+>>> class SkipBadSteps(StabilityCallback):
+...     '''Skips each bad update, and does nothing else.'''
 ...     def on_incident(self, trainer, pl_module, incident):
 ...         anomaly = incident.anomaly
 ...         if incident.resolved or anomaly.warn_only or anomaly.state_corrupted:
@@ -44,7 +44,7 @@ what; callbacks after it see that it is resolved.
 >>> monitor = GradientMonitor(detectors=[NonFinite()])
 >>> quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
 >>> trainer = Trainer(
-...     callbacks=[FaultInjector([NanLoss(step=9)]), monitor, LeaveOut()],
+...     callbacks=[FaultInjector([NanLoss(step=9)]), monitor, SkipBadSteps()],
 ...     **(quiet | {"enable_model_summary": False, "limit_val_batches": 0, "max_steps": 30}),
 ...     **{"accelerator": "cpu", "default_root_dir": tempfile.mkdtemp()},
 ... )
@@ -53,7 +53,7 @@ what; callbacks after it see that it is resolved.
 [('non-finite loss', ['step skipped'], 'recovered')]
 """
 
-# ruff: noqa: E402 - what follows would fail with a Lightning too old to say why.
+# ruff: noqa: E402 - checked first: with an old Lightning the imports below fail without a reason.
 from lit_stability.versions import require_versions
 
 require_versions()
@@ -95,11 +95,11 @@ __all__ = [
 
 
 def stability_callbacks() -> list[Callback]:
-    """The default suite, in the order in which an incident is treated.
+    """Returns the default suite, in the order in which the callbacks respond to an incident.
 
-    A new list each time, for one Trainer. Beside callbacks of your own it is unpacked:
+    Each call returns a new list, for one Trainer. Unpack it to add callbacks of your own:
     ``Trainer(callbacks=[*stability_callbacks(), ModelCheckpoint()])``. An `AttentionProbe` of your
-    own takes the place of the one in it.
+    own replaces the one in the list.
 
     >>> for callback in stability_callbacks():
     ...     print(type(callback).__name__)

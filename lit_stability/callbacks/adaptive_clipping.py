@@ -1,4 +1,4 @@
-"""`AdaptiveGradientClipping`: clips each step to what a rule says, from the norm already measured.
+"""`AdaptiveGradientClipping`: clips each step to a threshold that a rule computes.
 
 May import Lightning.
 """
@@ -17,7 +17,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
-from lit_stability.trainer_internals import log_every, logger_step, parameters_of
+from lit_stability.trainer_internals import is_skipped, log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
@@ -27,39 +27,39 @@ _OWNER = "clipping"
 
 
 class AdaptiveGradientClipping(StabilityCallback):
-    """Clips the gradients of each optimizer to a norm that a rule chooses step by step.
+    """Clips the gradients of each optimizer to a norm that a rule chooses at each step.
 
-    A step is clipped in place just before its update, from the norm that `GradientMonitor` has
+    A step is clipped in place just before its update, from the norm that `GradientMonitor`
     measured: accumulated, unscaled, of all ranks together. The rule learns from each step that is
-    taken, also one that an incident was opened for if nobody vetoed it; never from one that was
-    vetoed or whose norm is not finite. A norm that is not finite is not clipped: nothing would
-    mend it, and a responder such as `AutoRollback` is what it needs. With a rule that is never
-    reached the run is bit-identical to one without.
+    applied, including a step that opened an incident but was not skipped. It never learns from a
+    skipped step or from a non-finite norm. A non-finite norm is not clipped, because no factor
+    repairs it; that is the task of a responder such as `AutoRollback`. If the threshold is never
+    reached, the run is bit-identical to one without this callback.
 
-    A clip that `AutoRollback` has tightened holds as well: the smaller threshold of both wins, and
-    the learning-rate factors of both multiply. ``Trainer(gradient_clip_val=...)`` clips afterwards
-    what is left by then. What a rule has learnt is part of a checkpoint and of the snapshots that
-    a rollback goes back to; every optimizer has a copy of the rule to itself.
+    If `AutoRollback` has tightened the clip as well, the smaller threshold applies, and the
+    learning-rate factors of both multiply. ``Trainer(gradient_clip_val=...)`` clips afterwards.
+    What a rule has learnt is saved in checkpoints and in the snapshots that a rollback restores.
+    Every optimizer has its own copy of the rule.
 
-    Metrics recorded, every ``trainer.log_every_n_steps`` steps that are taken, to every logger:
+    Metrics logged every ``trainer.log_every_n_steps`` applied steps, to every logger:
 
     * ``stability/clip_threshold``: the norm that this step was clipped to, or would have been.
-    * ``stability/clip_coefficient``: smallest number that measured gradients were multiplied by
-      since it was recorded last, in (0, 1]; 1 where nothing was clipped.
+    * ``stability/clip_coefficient``: smallest factor that was applied to the measured gradients
+      since it was last logged, in (0, 1]; 1 if nothing was clipped.
 
-    Both are absent for a step whose norm is not finite. With several optimizers, those of the
-    second carry ``_1`` and so on. One line on the console says when a rule has lowered the
-    learning rate and when it is back, one at the end of the fit how many steps were clipped.
+    Both are absent for a step whose norm is not finite. With several optimizers, the metrics of the
+    second have the suffix ``_1``, and so on. The console reports when a rule lowers or restores the
+    learning rate and, at the end of the fit, how many steps were clipped.
 
     Args:
         rule: from `lit_stability.policies.clip_rules`, or one of your own; None for
-        `PercentileClip`.
+            `PercentileClip`.
 
     Raises:
-        ValueError: if the rule is none; at ``setup``, without a `GradientMonitor` before it; at the
-            start of the training with `LBFGS`, whose gradients after the first of a step are not
-            measured.
-        RuntimeError: at ``setup``, under a strategy that was not tried.
+        ValueError: if `rule` is not a clip rule; at ``setup``, without a `GradientMonitor` before
+            it; at the start of training with `LBFGS`, because only the first gradients of each of
+            its steps are measured.
+        RuntimeError: at ``setup``, under a strategy that is not supported.
     """
 
     ignores_skipped_steps = True
@@ -68,38 +68,37 @@ class AdaptiveGradientClipping(StabilityCallback):
         rule = PercentileClip() if rule is None else rule
         if isinstance(rule, type) or not isinstance(rule, ClipRule):
             raise ValueError(
-                "rule must be an object, as lit_stability.policies.clip_rules.PercentileClip(), "
-                f"with threshold, update, state_dict and load_state_dict, got {rule!r}"
+                "rule must be an object with threshold, update, state_dict and load_state_dict, "
+                f"such as lit_stability.policies.clip_rules.PercentileClip(), got {rule!r}"
             )
         self.rule = rule
-        """As given: it learns nothing itself, the optimizers have copies."""
+        """The rule as given. It does not learn; the copies of the optimizers do."""
         self.taken = 0
-        """Steps of this fit, or of the last one, that were taken with a finite norm."""
+        """Steps with a finite norm that were applied in this fit, or in the last one."""
         self.clipped = 0
-        """Those of them that were clipped."""
+        """Steps among `taken` that were clipped."""
         self._rules: dict[int, ClipRule] = {}
         self._cutting: dict[int, CutsLearningRate] = {}
-        """Those of the rules that lower the learning rate as well."""
+        """The rules that also lower the learning rate."""
         self._restored: Mapping[str, Any] = {}
         self._measured: dict[int, StepStats] = {}
         self._smallest: dict[int, float] = {}
-        """Smallest coefficient of each optimizer since it was logged."""
+        """Smallest coefficient of each optimizer since it was last logged."""
         self._count: dict[int, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Refuses a trainer without a `GradientMonitor` or with an unsupported strategy."""
         if stage == "fit":
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give every optimizer a rule, with what was learnt before a restart."""
+        """Gives every optimizer a copy of the rule, with the state restored from a checkpoint."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS):
                 raise ValueError(
-                    "AdaptiveGradientClipping cannot clip an LBFGS optimizer: of the gradients "
-                    "that it asks for in one step only the first are measured; use "
-                    "Trainer(gradient_clip_val=...)"
+                    "AdaptiveGradientClipping cannot clip an LBFGS optimizer: only the first "
+                    "gradients of each step are measured; use Trainer(gradient_clip_val=...)"
                 )
         self._rules = {i: copy.deepcopy(self.rule) for i, _ in enumerate(trainer.optimizers)}
         self._cutting = {i: r for i, r in self._rules.items() if isinstance(r, CutsLearningRate)}
@@ -111,24 +110,23 @@ class AdaptiveGradientClipping(StabilityCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the learning rate in force that the rules ask for whatever comes."""
+        """Applies the learning-rate factors that the rules have before the norm is known."""
         for index, rule in self._cutting.items():
             self._scale(trainer, trainer.optimizers[index], rule.lr_factor())
 
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Keep the norm until it is known whether the step is vetoed."""
+        """Keeps the measurement until it is known whether the step is skipped."""
         self._measured[stats.optimizer] = stats
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clip, and learn: whoever had something against the step has vetoed it by now."""
+        """Clips the step and updates the rule, unless another callback has skipped the step."""
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
         stats = self._measured.pop(index, None)
-        skipped = all(p.grad is None for p in parameters_of(optimizer))
-        if stats is None or skipped or not stats.finite_gradients:
+        if stats is None or is_skipped(optimizer) or not stats.finite_gradients:
             return
         rule = self._rules[index]
         threshold = rule.threshold(stats.grad_norm)
@@ -143,15 +141,15 @@ class AdaptiveGradientClipping(StabilityCallback):
         self, trainer: Trainer, optimizer: Optimizer, factor: float, stats: StepStats | None = None
     ) -> None:
         scale, groups = learning_rate_multiplier(optimizer), len(optimizer.param_groups)
-        before = min(scale.held_by(_OWNER), default=1.0)
-        if factor == before:
+        previous = min(scale.held_by(_OWNER), default=1.0)
+        if factor == previous:
             return
         scale.set([factor] * groups, _OWNER)
-        line = f"learning rate x{factor:.3g}" if factor < 1 else "learning rate as scheduled again"
+        change = f"learning rate x{factor:.3g}" if factor < 1 else "learning rate restored"
         if stats is not None:
-            line = f"gradient norm {stats.grad_norm:.4g}: {line}"
+            change = f"gradient norm {stats.grad_norm:.4g}: {change}"
         if trainer.is_global_zero:
-            log.info("step %d: %s", trainer.global_step, line)
+            log.info("step %d: %s by AdaptiveGradientClipping", trainer.global_step, change)
 
     def _record(
         self, trainer: Trainer, index: int, threshold: float, coefficient: float, *, clipped: bool
@@ -171,34 +169,39 @@ class AdaptiveGradientClipping(StabilityCallback):
             logger.log_metrics(metrics, step=logger_step(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell how much was clipped."""
+        """Logs how many steps were clipped."""
         if self.clipped and trainer.is_global_zero:
             share = self.clipped / self.taken
-            log.info("clipped %d of %d steps (%.2g %%)", self.clipped, self.taken, 100 * share)
+            log.info(
+                "AdaptiveGradientClipping clipped %d of %d steps (%.2g %%)",
+                self.clipped,
+                self.taken,
+                100 * share,
+            )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
+        """Restores the nominal learning rates, as somebody may save the optimizers now."""
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer).recover()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizers as they were found."""
+        """Leaves the optimizers as they were before the fit."""
         if stage == "fit":
             for optimizer in trainer.optimizers:
                 learning_rate_multiplier(optimizer).detach()
             self._measured = {}
 
     def rewindable_state(self) -> dict[str, Any]:
-        """What the rule of each optimizer has learnt."""
+        """Returns what the rule of each optimizer has learnt."""
         return {
             str(index): {"rule": type(rule).__name__, "state": copy.deepcopy(rule.state_dict())}
             for index, rule in self._rules.items()
         }
 
     def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
-        """Put it back, where it was learnt by a rule of that kind."""
+        """Restores the state of each rule, if it was saved by a rule of the same class."""
         for index, rule in self._rules.items():
             saved = state.get(str(index))
             if saved is None:
@@ -206,12 +209,16 @@ class AdaptiveGradientClipping(StabilityCallback):
             if saved["rule"] == type(rule).__name__:
                 rule.load_state_dict(copy.deepcopy(saved["state"]))
             else:
-                log.info("%s learns anew: the state is a %s's", type(rule).__name__, saved["rule"])
+                log.info(
+                    "%s starts from scratch: the saved state is that of a %s",
+                    type(rule).__name__,
+                    saved["rule"],
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rules have learnt; the options come from the constructor."""
+        """Returns what the rules have learnt; options come from the constructor."""
         return self.rewindable_state() if self._rules else dict(self._restored)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until the optimizers are there."""
+        """Keeps the state until training starts and the optimizers exist."""
         self._restored = state_dict

@@ -1,4 +1,4 @@
-"""`AnomalyCheckpoint`: saves the scene of an incident."""
+"""`AnomalyCheckpoint`: saves a checkpoint, the batch and the history of an incident."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class AnomalyCheckpoint(StabilityCallback):
-    """Saves a folder per incident, before anything is done about it.
+    """Saves one folder per incident, before any callback responds to it.
 
-    The folder ``incidents/<step>-<id>`` in ``trainer.log_dir`` appears whole or not at all:
+    The folder ``incidents/<step>-<id>`` in ``trainer.log_dir`` is written completely or not at all:
 
     * ``checkpoint.ckpt``: the complete state as Lightning saves it (model, optimizers, schedulers,
-      scaler, loops, callbacks), with the damaged values in it: for study, not to go on from.
-    * ``context.pt``: the offending batch, the gradients' statistics by parameter, generators'
-    states.
-    * ``history.json``: the last losses and gradient norms, the offending ones last; versions,
-      precision, accumulation and the optimizers' options.
-    * ``config.yaml``: the run's config, where it has one.
-    * ``report.md``: for people; written again when the outcome is known.
+      scaler, loops, callbacks), including the damaged values: for analysis, not for a resume.
+    * ``scene.pt``: the bad batch, gradient statistics per parameter, RNG states.
+    * ``history.json``: the last losses and gradient norms, those of the bad step last; versions,
+      precision, accumulation and optimizer options.
+    * ``config.yaml``: the run's config, if it has one.
+    * ``report.md``: a readable report; rewritten when the outcome is known.
 
-    On several ranks each other rank has a folder ``<step>-<id>-rank<r>``, with its own batch. Under
-    DDP no rank waits for another, and ``checkpoint.ckpt`` is rank 0's, without what hooks of the
-    user's would add; under FSDP2 it is Lightning's folder of shards.
+    Every rank other than 0 writes a folder ``<step>-<id>-rank<r>`` with its own batch. Under DDP no
+    rank waits for another, and only rank 0 writes ``checkpoint.ckpt``, without what user hooks
+    would add; under FSDP2 it is Lightning's folder of shards.
 
-    What cannot be saved (a full disk, an unwritable folder, a batch that does not pickle) is
-    logged, and training goes on.
+    If saving fails (a full disk, a read-only folder, a batch that cannot be pickled), the callback
+    logs a warning and training continues.
 
     Args:
-        history: losses and gradient norms kept.
-        max_incidents: folders kept; the first and the newest always stay, the oldest others go.
-        max_bytes: bytes kept in all; again the first and the newest stay.
+        history: number of losses and gradient norms kept.
+        max_incidents: number of folders kept. The first and the newest are never deleted; of the
+            others, the oldest is deleted first.
+        max_bytes: total size of the folders kept, in bytes, by the same rule.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -76,50 +76,50 @@ class AnomalyCheckpoint(StabilityCallback):
         self._suspected: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work.
+        """Refuses a fit in which this callback cannot work.
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
-            RuntimeError: under a strategy that was not tried.
+            RuntimeError: under a strategy that is not supported.
         """
         if stage == "fit":
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the folder."""
+        """Finds the incident folder, and deletes partial folders left by a killed run."""
         directory = run_directory(trainer)
         self._root = None if directory is None else directory / "incidents"
         if self._root is not None and self._root.is_dir():
-            for left_by_a_kill in self._root.glob(".part-*"):
-                shutil.rmtree(left_by_a_kill, ignore_errors=True)
+            for partial in self._root.glob(".part-*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the batch, not a copy of it."""
+        """Keeps a reference to the batch, not a copy."""
         self._batch = batch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of the batch."""
+        """Releases the batch."""
         self._batch, self._suspected = None, []
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Remember loss and gradient norm."""
+        """Adds loss and gradient norm to the history."""
         self._history.append((stats.step, stats.loss, stats.grad_norm))
 
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
-        """Look at the gradients before they are dropped; it is saved if all ranks object."""
+        """Records gradient statistics before the gradients are dropped."""
         self._suspected = gradient_details(pl_module.named_parameters())
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Save the scene of the first strike."""
+        """Saves the incident folder at the first occurrence."""
         stats = incident.stats
         if stats is not None:
             self._history.append((stats.step, stats.loss, stats.grad_norm))
@@ -129,16 +129,18 @@ class AnomalyCheckpoint(StabilityCallback):
         try:
             self._save(trainer, pl_module, incident, folder)
         except Exception as error:
-            # A full disk, a batch that does not pickle, a save hook of the user's that raises:
-            # evidence must never be what ends the run.
+            # A full disk, a batch that cannot be pickled, a user's save hook that raises: a failed
+            # save must never end the run.
             log.warning(
-                "the scene of incident %d was not saved (%s); training goes on", incident.id, error
+                "the folder of incident %d was not saved (%s); training continues",
+                incident.id,
+                error,
             )
 
     def on_incident_closed(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> None:
-        """Write the report again, with the outcome."""
+        """Rewrites the report with the outcome."""
         if incident.path is None or not trainer.is_global_zero:
             return
         try:
@@ -149,7 +151,7 @@ class AnomalyCheckpoint(StabilityCallback):
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path
     ) -> None:
-        part = self._begin(trainer, folder)
+        part = self._create_folder(trainer, folder)
         try:
             if trainer.is_global_zero or sharing(trainer) != "replicas":
                 save_incident_checkpoint(trainer, part / "checkpoint.ckpt")
@@ -162,8 +164,8 @@ class AnomalyCheckpoint(StabilityCallback):
                 "epoch": incident.epoch,
             }
             torch.save(context, part / "scene.pt")
-            facts = self._facts(trainer)
-            (part / "history.json").write_text(to_json(facts), encoding="utf8")
+            record = self._history_record(trainer)
+            (part / "history.json").write_text(to_json(record), encoding="utf8")
             config = folder.parent.parent / "config.yaml"
             if config.is_file():
                 shutil.copy(config, part)
@@ -178,22 +180,22 @@ class AnomalyCheckpoint(StabilityCallback):
         self._prune(folder, trainer.global_rank)
 
     @staticmethod
-    def _begin(trainer: Trainer, folder: Path) -> Path:
-        """A folder to write into; where ranks save in step, only if each of them has one."""
+    def _create_folder(trainer: Trainer, folder: Path) -> Path:
+        """Returns a partial folder to write into; ranks that save together all need one."""
         error: OSError | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-        except OSError as refused:
-            error = refused
-        in_step = trainer.world_size > 1 and sharing(trainer) != "replicas"
-        if in_step and not trainer.strategy.reduce_boolean_decision(error is None):
-            error = error or OSError("another rank cannot write its part")
+        except OSError as caught:
+            error = caught
+        collective = trainer.world_size > 1 and sharing(trainer) != "replicas"
+        if collective and not trainer.strategy.reduce_boolean_decision(error is None):
+            error = error or OSError("another rank cannot write its folder")
         if error is not None:
             raise error
         return part
 
-    def _facts(self, trainer: Trainer) -> dict[str, Any]:
+    def _history_record(self, trainer: Trainer) -> dict[str, Any]:
         steps, losses, norms = zip(*self._history, strict=True) if self._history else ((), (), ())
         return {
             "steps": steps,
@@ -220,19 +222,21 @@ class AnomalyCheckpoint(StabilityCallback):
             if f.is_dir() and not f.name.startswith(".") and (rank or "-rank" not in f.name)
         )
         folders = sorted(own, key=lambda f: f.stat().st_mtime_ns)
-        spare = [f for f in folders[1:] if f != newest]
+        removable = [f for f in folders[1:] if f != newest]
         sizes = {f: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
-        while spare and (len(sizes) > self.max_incidents or sum(sizes.values()) > self.max_bytes):
-            oldest = spare.pop(0)
+        while removable and (
+            len(sizes) > self.max_incidents or sum(sizes.values()) > self.max_bytes
+        ):
+            oldest = removable.pop(0)
             shutil.rmtree(oldest)
             del sizes[oldest]
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, as lists of floats."""
+        """Returns the history as lists of floats."""
         return {"history": [list(row) for row in self._history]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put the history back."""
+        """Restores the history."""
         self._history.extend((int(s), float(a), float(b)) for s, a, b in state_dict["history"])
 
 
@@ -241,6 +245,6 @@ def _suffix(trainer: Trainer) -> str:
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's options as JSON types."""
+    """Returns the options of a parameter group as JSON types."""
     plain = (bool, int, float, str, tuple, list, type(None))
     return {k: v if isinstance(v, plain) else str(v) for k, v in group.items() if k != "params"}

@@ -1,4 +1,4 @@
-"""`CurvatureProbe`: how far the learning rate is from what the curvature of the loss bears."""
+"""`CurvatureProbe`: compares the learning rate with the limit that the loss curvature sets."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ RATIO = "curvature_ratio"
 
 
 class CurvatureProbe(StabilityCallback):
-    """Measures, every so often, the curvature of the loss along the update that comes next.
+    """Measures the curvature of the loss along the next update, on one step in `every`.
 
-    The step is taken again beside training, in float32, from two places a little off the weights.
-    Afterwards all is as it was: a run is bit-identical to one without the probe. The reading goes
-    into ``StepStats.readings``, where `Curvature`, one of the monitor's default detectors,
-    judges it; over several ranks it is the mean, which is exact for the mean of their losses:
+    The step is run again in isolation, in float32, at two points close to the weights. All state is
+    restored afterwards: a run is bit-identical to one without the probe. The reading is stored in
+    ``StepStats.readings``, where `Curvature`, one of the monitor's default detectors, checks it.
+    Over several ranks it is averaged, which is exact for the mean of their losses:
 
-    * ``curvature_ratio``: 1 at the edge, see `lit_stability.measurement.curvature`; absent where
-      all gradients are 0.
+    * ``curvature_ratio``: 1 at the edge of stability, see `lit_stability.measurement.curvature`;
+      absent if all gradients are 0.
 
-    While the ratio is above 1 the next steps are measured too, `follow` at most, as it is by
-    staying there that it foretells a spike. A measurement takes two forward and backward passes.
-    It knows SGD, Adam and AdamW; with others, in manual optimization, under FSDP2, and where the
-    step cannot be taken again, nothing is measured, and it is said once.
+    While the ratio is above 1, the next steps are measured too, at most `follow`, because only a
+    ratio that stays above 1 predicts a spike. A measurement costs two forward and backward passes.
+    SGD, Adam and AdamW are supported. With other optimizers, in manual optimization, under FSDP2,
+    and if the step cannot be run again, nothing is measured, and the probe warns once.
 
     Args:
         every: optimizer steps (Lightning's ``global_step``) between measurements.
-        follow: steps in a row measured, where the ratio is above 1.
+        follow: most consecutive steps that are measured while the ratio is above 1.
 
     Raises:
         ValueError: if an argument is less than 1; at `setup` without a `GradientMonitor` before it.
@@ -51,81 +51,83 @@ class CurvatureProbe(StabilityCallback):
         require(follow >= 1, "follow", follow, "at least 1")
         self.every, self.follow = every, follow
         self._recorded_step = RecordedStep()
-        self._in_a_row = 0
+        self._high_in_a_row = 0
         self._obstacle: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Refuses a trainer without a `GradientMonitor` before this callback."""
         if stage == "fit":
             require_monitor(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether there is anything to be measured."""
+        """Checks whether the curvature can be measured in this fit."""
         self._recorded_step.forget()
-        self._in_a_row, self._obstacle = 0, None
+        self._high_in_a_row, self._obstacle = 0, None
         if not pl_module.automatic_optimization:
-            self._give_up("in manual optimization a training_step cannot be run without its update")
+            self._disable("in manual optimization a training_step cannot be run without its update")
         elif sharing(trainer) == "shards":
-            self._give_up("under FSDP2 a rank has not the weights to take a step again")
+            self._disable("under FSDP2 a rank lacks the full weights needed to run a step again")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batch, if it is of a step to be measured."""
+        """Keeps the batch, if its step is measured."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._recorded_step.forget()
-        followed = 0 < self._in_a_row < self.follow
+        followed = 0 < self._high_in_a_row < self.follow
         if trainer.global_step % self.every == 0 or followed:
             self._recorded_step.batch_started(batch, batch_idx)
 
     def probe_readings(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> list[ProbeReading] | None:
-        """The ratio of the step at hand; None if it is not its turn, on all ranks alike."""
+        """Returns the ratio of this step; None, on all ranks, if the step is not measured."""
         if self._recorded_step.obstacle(trainer) is not None:
             return None
         try:
-            found = [] if self._obstacle else self._measure(trainer, pl_module)
+            readings = [] if self._obstacle else self._measure(trainer, pl_module)
         except Exception as error:
-            # What is measured must never be what ends a run.
-            self._give_up(f"{type(error).__name__}: {error}")
-            found = []
+            # A failed measurement must never end the run.
+            self._disable(f"{type(error).__name__}: {error}")
+            readings = []
         self._recorded_step.forget()
-        return found
+        return readings
 
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """See whether to look again at the next step, by what all ranks have found."""
+        """Counts consecutive ratios above 1, from what all ranks measured together."""
         readings = stats.readings_of(RATIO)
         high = bool(readings) and readings[0].value > 1.0
-        self._in_a_row = self._in_a_row + 1 if high else 0
+        self._high_in_a_row = self._high_in_a_row + 1 if high else 0
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[ProbeReading]:
         optimizer = trainer.optimizers[0]
         updates = plain_updates(optimizer, learning_rate_multiplier(optimizer).effective())
-        places = [i for i, p in enumerate(pl_module.parameters()) if p in updates]
-        if not places:
+        indices = [i for i, p in enumerate(pl_module.parameters()) if p in updates]
+        if not indices:
             return []
         originals = list(pl_module.parameters())
-        ordered = [updates[originals[i]] for i in places]
+        ordered = [updates[originals[i]] for i in indices]
         with self._recorded_step.rerun_losses(trainer, pl_module) as losses:
             copies = list(pl_module.parameters())
-            curvature = directional_curvature(losses, [copies[i] for i in places], ordered)
-        slope, bent = torch.stack([slope_of(updates).to(curvature.device), curvature]).tolist()
-        ratio = bent / (2 * slope) if slope > 0 else math.nan
+            curvature = directional_curvature(losses, [copies[i] for i in indices], ordered)
+        slope, curvature_value = torch.stack(
+            [slope_of(updates).to(curvature.device), curvature]
+        ).tolist()
+        ratio = curvature_value / (2 * slope) if slope > 0 else math.nan
         return [ProbeReading(RATIO, "", ratio)] if math.isfinite(ratio) else []
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the batch."""
+        """Releases the batch."""
         self._recorded_step.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the batch."""
+        """Releases the batch."""
         self._recorded_step.forget()
 
-    def _give_up(self, why: str) -> None:
-        self._obstacle = why
-        log.warning("CurvatureProbe measures nothing: %s", why)
+    def _disable(self, reason: str) -> None:
+        self._obstacle = reason
+        log.warning("CurvatureProbe is off for this fit: %s", reason)

@@ -1,4 +1,4 @@
-"""`Diagnosis`: names the causes of an incident, so that the right thing is done about it."""
+"""`Diagnosis`: finds the likely causes of an incident, on which the response depends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor
-from lit_stability.checks.preflight.finding import NotApplicableError
+from lit_stability.callbacks.requirements import gather_of, require_monitor
 from lit_stability.checks.preflight.inputs import check_batch
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.incidents import Incident
@@ -20,24 +20,25 @@ from lit_stability.trainer_internals import callbacks_of
 
 
 class Diagnosis(StabilityCallback):
-    """Weighs the causes of each incident: what speaks for them, what to try, when to do nothing.
+    """Ranks the likely causes of each incident, with evidence, remedies, and when to ignore them.
 
-    The causes are rows of `lit_stability.diagnosis.CAUSES`; `register_cause` adds yours. They are
-    weighed by the pattern of the loss, the gradients against those of the steps before, the layers
-    that show it most, the phase of the run, the batch, the operation that a `NonFiniteLocator`
-    found, what came of taking the step again, and what probes have measured. The best supported is
-    in the line on the console and in ``incident.cause``; all are in the record and the report.
+    The causes are entries of `lit_stability.diagnosis.CAUSES`; `register_cause` adds your own.
+    Their score depends on the loss pattern, the gradients compared with earlier steps, the most
+    affected layers, the phase of the run, the batch, the operation that a `NonFiniteLocator` found,
+    whether the fault recurred when the step was retried, and probe readings. The cause with the
+    best score is shown in the console line and in ``incident.cause``; the record and the report
+    list all of them.
 
-    A cause also decides what is done. A learning rate that is likely too high is lowered at the
-    first rollback, without trying the same once more. Where the architecture is certain to be the
-    cause (attention that has collapsed, a gain of zero), no step that follows can help: the fit
-    stops with the diagnosis.
+    The cause also influences the response. If the learning rate is likely too high, the first
+    rollback lowers it, without first retrying at the same rate. If the architecture is certain to
+    be the cause (collapsed attention, a gain of zero), no later step can help, and the fit stops
+    with the diagnosis.
 
-    To be put before the callbacks that respond. Healthy steps cost some microseconds.
+    Place it before the callbacks that respond. Healthy steps cost some microseconds.
 
     Args:
-        history: accepted steps that are kept to compare with.
-        stop: whether a certain architectural cause ends the fit; it is told of in any case.
+        history: number of accepted steps kept for comparison.
+        stop: whether a certain architectural cause ends the fit; it is reported in any case.
 
     Raises:
         ValueError: if ``history`` is less than 20.
@@ -54,7 +55,7 @@ class Diagnosis(StabilityCallback):
         self._batch: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work.
+        """Refuses a fit in which this callback cannot work.
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
@@ -65,37 +66,37 @@ class Diagnosis(StabilityCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the batch, not a copy of it."""
+        """Keeps a reference to the batch, not a copy."""
         self._batch = batch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of the batch."""
+        """Releases the batch."""
         self._batch = None
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Remember the step; of several optimizers, the first tells the phase."""
+        """Adds the step to the history; the phase follows the first optimizer."""
         self._history.append(stats)
         if stats.optimizer == 0:
             rate = max(stats.nominal_learning_rates, default=0.0)
             self._phases.update(stats.step, stats.loss, stats.grad_norm, rate)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Say what is known; of several strikes, that counts which says most."""
+        """Sets the diagnosis context; if the fault recurs, the one with the best score stays."""
         incident.may_stop = self.stop
-        known = [each.points for each in incident.likely_causes[:1]] if incident.context else []
-        before, incident.context = incident.context, self._context(trainer, pl_module, incident)
-        said = [each.points for each in incident.likely_causes[:1]]
-        if known > said:
-            incident.context = before
+        best = [cause.points for cause in incident.likely_causes[:1]] if incident.context else []
+        previous, incident.context = incident.context, self._context(trainer, pl_module, incident)
+        score = [cause.points for cause in incident.likely_causes[:1]]
+        if best > score:
+            incident.context = previous
 
     def _context(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> DiagnosisContext:
-        batch = incident.context.batch if incident.context else self._look_at_batch(incident)
+        batch = incident.context.batch if incident.context else self._batch_problems(trainer)
         index = incident.anomaly.optimizer
         group = trainer.optimizers[index].param_groups[0]
         return DiagnosisContext(
@@ -114,17 +115,17 @@ class Diagnosis(StabilityCallback):
             restorable=_restorable(trainer),
         )
 
-    def _look_at_batch(self, incident: Incident) -> tuple[str, ...]:
-        """What is wrong with the batches of all ranks."""
+    def _batch_problems(self, trainer: Trainer) -> tuple[str, ...]:
+        """Returns the problems found in the batches of all ranks."""
         try:
             found = [f for f in check_batch(self._batch) if f.severity == "error"]
         except NotApplicableError:
             found = []
-        said = incident.gather([f"{f.what} ({', '.join(f.where)})" for f in found])
-        return tuple(dict.fromkeys(line for lines in said for line in lines))
+        problems = gather_of(trainer)([f"{f.what} ({', '.join(f.where)})" for f in found])
+        return tuple(dict.fromkeys(line for lines in problems for line in lines))
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the steps that were taken back."""
+        """Removes the steps that were rolled back."""
         kept = [s for s in self._history if s.step < trainer.global_step]
         self._history.clear()
         self._history.extend(kept)
@@ -132,28 +133,28 @@ class Diagnosis(StabilityCallback):
     def on_regime_change(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Forget the steps before: they are no measure of those to come."""
+        """Clears the history: the earlier steps are no reference for the new regime."""
         self._history.clear()
 
     def rewindable_state(self) -> dict[str, Any]:
-        """The gradient norms of the phases."""
+        """Returns the gradient norms by phase."""
         return self._phases.state_dict()
 
     def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores the gradient norms by phase."""
         self._phases.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradient norms of the phases; the history begins anew."""
+        """Returns the gradient norms by phase; the history is not saved."""
         return {"phases": self._phases.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restores the gradient norms by phase; the history starts empty."""
         self._phases.load_state_dict(state_dict["phases"])
 
 
 def _restorable(trainer: Trainer) -> bool | None:
-    """Whether a callback has a good state to go back to; None where none keeps one."""
-    said = [getattr(c, "can_roll_back", None) for c in callbacks_of(trainer)]
-    known = [each for each in said if each is not None]
+    """Whether a callback has a good state to roll back to; None if no callback keeps one."""
+    answers = [getattr(c, "can_roll_back", None) for c in callbacks_of(trainer)]
+    known = [answer for answer in answers if answer is not None]
     return any(known) if known else None

@@ -130,8 +130,8 @@ class StabilityCallback(Callback):
     ) -> None:
         """Called when values that were rejected for long are accepted as the new normal.
 
-        Called on every rank, before the first accepted step. What was lowered for the rejected
-        steps is to be restored here, and windows of older values are to be cleared.
+        Called on every rank, before the first accepted step. A callback restores here what it
+        lowered for the rejected steps, and clears windows of older values.
         """
 
     def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,7 +254,7 @@ def misspelt_hooks(owner: Any) -> dict[str, str]:
             continue
         close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
         found = _OF_0_1.get(name) or next(iter(close), None)
-        # "books" and the like are ordinary names in a module; a hook's prefix is not.
+        # A module may have ordinary methods with such a name; with the prefix of a hook it has not.
         if found is not None and (isinstance(owner, Callback) or name.startswith("on_")):
             meant[name] = found
     return meant

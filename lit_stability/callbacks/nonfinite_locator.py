@@ -1,4 +1,4 @@
-"""`NonFiniteLocator`: names the operation in which a NaN or Inf was born."""
+"""`NonFiniteLocator`: finds the operation that produced a NaN or Inf."""
 
 from __future__ import annotations
 
@@ -7,56 +7,60 @@ import logging
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
+from lit_stability.callbacks.requirements import (
+    gather_of,
+    require_monitor,
+    require_supported_strategy,
+)
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
-_SOUGHT = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "infinite loss")
+_KINDS = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "infinite loss")
 
 
 class NonFiniteLocator(StabilityCallback):
-    """Takes a non-finite step again beside training, and finds where its NaN or Inf was made.
+    """Runs a non-finite step again in isolation, and finds the operation that made the NaN or Inf.
 
-    The incident is given an ``origin``: module, operation, source line, forward or backward pass,
-    ranges of what went in, and what to try; see `locate_nonfinite`. It is in the line on the
-    console, in the record and in the report. Only the first strike of an incident is looked into,
-    in 0.4 to 1.3 times the time of a forward and backward pass; weights, buffers, gradients,
-    generators and metrics are as before afterwards. Healthy steps cost the generators' states, some
-    0.1 ms.
+    The result is ``incident.origin``: module, operation, source line, forward or backward pass,
+    ranges of the inputs, and what to try; see `locate_nonfinite`. The console line, the record and
+    the report show it. Only the first occurrence in an incident is examined, which takes 0.4 to 1.3
+    times a forward and backward pass. Weights, buffers, gradients, RNG states and metrics are
+    restored afterwards. Healthy steps cost a copy of the RNG states, some 0.1 ms.
 
-    On several ranks each looks into its own batch, and the first that finds something is heard.
+    On several ranks each rank examines its own batch, and the first rank that finds an origin
+    provides it.
 
-    A NaN that came from outside is not found again; that is evidence too. In manual optimization a
-    step cannot be taken again, and nothing is said. Attributes of the module are put back; what its
-    ``training_step`` writes to further objects, or to files, it writes once more.
+    A NaN that came from outside does not recur; that is evidence too. In manual optimization a step
+    cannot be run again, and the incident gets no origin. Attributes of the module are restored, but
+    what its ``training_step`` writes to other objects, or to files, is written twice.
     """
 
     needs_recorded_step = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work.
+        """Refuses a fit in which this callback cannot work.
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
-            RuntimeError: under a strategy that was not tried.
+            RuntimeError: under a strategy that is not supported.
         """
         if stage == "fit":
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Look into the first strike."""
-        sought = incident.occurrences == 1 and incident.anomaly.kind in _SOUGHT
-        if not sought or incident.recorded_step.obstacle(trainer) is not None:
+        """Looks for the origin at the first occurrence of a non-finite anomaly."""
+        handled = incident.occurrences == 1 and incident.anomaly.kind in _KINDS
+        if not handled or incident.recorded_step.obstacle(trainer) is not None:
             return
-        found: list[NonFiniteOrigin | None] = incident.gather(
+        found: list[NonFiniteOrigin | None] = gather_of(trainer)(
             self._locate(trainer, pl_module, incident)
         )
         incident.origin = next((each for each in found if each is not None), None)
         if incident.origin is None:
-            incident.evidence.append("taken again beside training, the step is finite")
+            incident.evidence.append("run again in isolation, the step is finite")
 
     @staticmethod
     def _locate(
@@ -64,12 +68,12 @@ class NonFiniteLocator(StabilityCallback):
     ) -> NonFiniteOrigin | None:
         try:
             origin: NonFiniteOrigin | None = incident.recorded_step.locate(
-                trainer, pl_module, incident.gather
+                trainer, pl_module, gather_of(trainer)
             )
         except Exception as error:
-            # A training_step that cannot be run twice must not be what ends the run.
+            # A training_step that cannot be run twice must not end the run.
             log.warning(
-                "the origin of incident %d was not found (%s: %s); training goes on",
+                "the origin of incident %d was not found (%s: %s); training continues",
                 incident.id,
                 type(error).__name__,
                 error,

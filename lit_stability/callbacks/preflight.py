@@ -1,6 +1,6 @@
-"""The checks before the first step, on the batch that training is about to take.
+"""`Preflight`: runs the checks before the first step, on the first training batch.
 
-May import Lightning; the checks themselves, in `lit_stability.checks.preflight`, know none.
+May import Lightning; the checks themselves, in `lit_stability.checks.preflight`, do not.
 """
 
 from __future__ import annotations
@@ -32,37 +32,39 @@ from lit_stability.trainer_internals import loss_scaler, sharing, why_unsupporte
 
 OnError = Literal["warn", "stop"]
 _LARGEST_SCALE = 1024.0
-"""Of the loss in fp16: enough for gradients of 6e-11, and far from overflow at the first step."""
+"""Loss scale in fp16: enough for gradients of 6e-11, and far from overflow at the first step."""
 _OF_THE_BATCH = ("batch", "targets", "step", "initial loss")
 
 
 class Preflight(StabilityCallback):
     """Checks model, batch and optimizer once, before the first step.
 
-    It looks at the first training batch when the trainer has it at hand: nothing is fetched for
-    it. Everything is tried on copies, which for a moment take as much memory as the weights three
-    times (the copy, its gradients, what it was) and the optimizer's state; weights, buffers,
-    gradients, optimizers and generators are to the bit what they are without it. It takes about
-    as long as six steps. A run that goes on from a checkpoint is not checked.
+    The checks use the first training batch that the trainer loads; no extra batch is fetched. They
+    run on copies, which temporarily need three times the memory of the weights (the copy, its
+    gradients, its previous weights) plus that of the optimizer state. Weights, buffers, gradients,
+    optimizers and random generators stay bitwise the same as without the callback. The checks take
+    about as long as six steps. A run that resumes from a checkpoint is not checked.
 
     Each finding is logged once. With ``on_error="stop"`` an error raises `PreflightError` before
-    anything is trained; under DDP on all ranks, whichever found it. Under manual optimization only
-    what needs no step is checked, under a strategy that shards weights nothing; it is said.
+    anything is trained; under DDP on all ranks, whichever rank found it. With manual optimization
+    only checks that need no step run; with a strategy that shards weights no check runs. The report
+    lists the skipped checks.
 
-    A LightningModule may define ``preflight_probes(batch)``: `MaskProbe`s, which say what may and
-    what must be seen, and `PositionProbe`s, which say what is added to positions. What it logs
-    during the checks goes nowhere; what it writes to a logger's ``experiment`` itself does not.
+    A LightningModule may define ``preflight_probes(batch)``, which returns `MaskProbe`s (which
+    outputs may depend on a part of the input, and which must) and `PositionProbe`s (which token and
+    position embeddings the model adds). Values that the module logs during the checks are
+    discarded, except those that it writes directly to a logger's ``experiment``.
 
     Args:
-        on_error: ``warn`` to log and train, ``stop`` to raise.
-        classes: V of a cross entropy that torch's functions do not compute.
-        one_vs_rest: K + 1 binary terms that are summed.
-        pretrained: whether the head has been trained, so that a low first loss is no leak.
-        frozen: names of parameters meant to be frozen, with wildcards, such as ``backbone.*``.
-        memorise: samples to learn by heart; None for none, as it costs steps.
+        on_error: ``warn`` logs errors and trains, ``stop`` raises them.
+        classes: Number of classes V of a cross entropy that does not use torch's functions.
+        one_vs_rest: Number of summed binary terms, K + 1.
+        pretrained: Whether the head is pretrained, so that a low first loss is accepted.
+        frozen: Names of parameters meant to be frozen, with wildcards, such as ``backbone.*``.
+        memorise: Settings of the memorisation check; None skips it, because it runs many steps.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -88,44 +90,44 @@ class Preflight(StabilityCallback):
             "frozen": tuple(frozen),
             "memorise": memorise,
         }
-        Expectations(**self._options)  # refuses what is out of range now
+        Expectations(**self._options)  # raises ValueError for options out of range
         self.report: Report | None = None
-        """Of the latest fit that was checked; None before, and where none was."""
+        """Report of the latest fit that was checked, or None."""
         self._pending = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer of another package."""
+        """Raises an error for a Trainer of another Lightning package."""
         require_package(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the first batch of a run that begins; a checkpoint's step is known by now."""
+        """Enables the checks for a run that starts at step 0; a checkpoint is loaded by now."""
         self._pending = trainer.global_step == 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check on the first batch; see the class."""
+        """Runs the checks on the first batch, and logs or raises the findings."""
         if not self._pending:
             return
         self._pending = False
         self.report = self.look(trainer, pl_module, batch)
-        _tell(trainer, self.report)
+        _log_report(trainer, self.report)
         if self.on_error == "stop":
-            self._stop(trainer, self.report)
+            self._raise_on_error(trainer, self.report)
 
     def look(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Report:
-        """Run the checks that apply; nothing is logged and nothing raised for a finding.
+        """Runs the checks that apply, without logging or raising their findings.
 
         Args:
-            trainer: in a fit, before its first step.
-            pl_module: that is going to train.
-            batch: on the module's device.
+            trainer: In a fit, before its first step.
+            pl_module: The module that will be trained.
+            batch: The first batch, on the module's device.
 
         Raises:
-            ValueError: what was declared does not fit the model.
+            ValueError: If a pattern or a probe does not fit the model.
         """
         if sharing(trainer) not in ("alone", "replicas"):
-            reason = f"{type(trainer.strategy).__name__}: a rank has no whole copy of the weights"
+            reason = f"{type(trainer.strategy).__name__}: no rank has all weights"
             if sharing(trainer) == "untried":
                 reason = f"{type(trainer.strategy).__name__}: {why_unsupported(trainer)}"
             return Report(skipped={"all": reason})
@@ -134,25 +136,26 @@ class Preflight(StabilityCallback):
         return preflight(subject_of(trainer, pl_module, batch), expect)
 
     @staticmethod
-    def _stop(trainer: Trainer, report: Report) -> None:
-        """Raise on all ranks if one has found an error."""
+    def _raise_on_error(trainer: Trainer, report: Report) -> None:
+        """Raises an error on all ranks if one rank has found an error."""
         if not trainer.strategy.reduce_boolean_decision(bool(report.errors), all=False):
             return
-        errors = "\n".join(each.text() for each in report.errors)
+        errors = "\n".join(finding.text() for finding in report.errors)
         raise PreflightError(
-            f"{report.headline()}; nothing was trained\n{errors or 'another rank has the errors'}\n"
-            "Preflight(on_error='warn') trains all the same",
+            f"{report.headline()}; nothing was trained\n"
+            f"{errors or 'another rank found the errors; see its log'}\n"
+            "to train in spite of them, use Preflight(on_error='warn')",
             report,
         )
 
 
 def subject_of(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Subject:
-    """What the checks are to look at: the module as it stands in a trainer.
+    """Returns the subject of the checks: a module, as a trainer would train it.
 
     Args:
-        trainer: its optimizers, schedulers, precision and clipping are those of the checks.
-        pl_module: copied, never run.
-        batch: copied for each run.
+        trainer: Gives optimizers, schedulers, precision and gradient clipping.
+        pl_module: Copied, but never run itself.
+        batch: Copied for each run.
     """
     scaler = loss_scaler(trainer)
     return Subject(
@@ -170,7 +173,7 @@ def subject_of(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Subj
 
 
 class _Step:
-    """Runs the `training_step` of a copy; what the copy logs goes nowhere."""
+    """Runs the `training_step` of a copy, and discards what the copy logs."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
@@ -182,7 +185,7 @@ class _Step:
             raise NotApplicableError(self._obstacle)
         assert isinstance(model, LightningModule)
         silence(model, self._trainer)
-        # By the class: an attribute of that name may be bound to the module that is training.
+        # Taken from the class, because an instance attribute may be bound to the original module.
         step = type(model).training_step
         takes_index = len(inspect.signature(step).parameters) > 2
         try:
@@ -191,36 +194,36 @@ class _Step:
             if not self._prepared:
                 raise
             raise NotApplicableError(
-                f"on_train_batch_start, which is not called for a check, may be what the step "
-                f"lacks: {error!r}"
+                "the step may depend on on_train_batch_start, which the checks do not call: "
+                f"{error!r}"
             ) from error
         loss: Any = output.get("loss") if isinstance(output, dict) else output
         return loss  # type: ignore[no-any-return]
 
 
 def silence(model: LightningModule, trainer: Trainer) -> None:
-    """Give a copy its trainer, and let what it logs go nowhere."""
+    """Attaches a copy to its trainer, and discards everything it logs."""
     model.trainer = trainer
     for module in model.modules():
         if isinstance(module, LightningModule):
-            vars(module).update(log=_nothing, log_dict=_nothing)
+            vars(module).update(log=_discard, log_dict=_discard)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Log nothing."""
+def _discard(*args: Any, **kwargs: Any) -> None:
+    """Replaces `log` and `log_dict` of a copy."""
 
 
 def _obstacle(pl_module: LightningModule) -> str | None:
-    """Why no step can be tried, or None."""
+    """Returns the reason why the checks cannot run a step, or None."""
     if not pl_module.automatic_optimization:
-        return "in manual optimization a training_step cannot be run without its update"
+        return "with manual optimization a training_step cannot run without its update"
     if "dataloader_iter" in inspect.signature(type(pl_module).training_step).parameters:
-        return "a training_step that draws from dataloader_iter cannot be run twice on a batch"
+        return "a training_step with dataloader_iter cannot run twice on the same batch"
     return None
 
 
 class _Clip:
-    """Clips as the trainer is told to."""
+    """Clips gradients with the settings of the trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -233,19 +236,19 @@ class _Clip:
         )
 
 
-def _tell(trainer: Trainer, report: Report) -> None:
-    """Log each finding once: rank zero all, the others the errors of their own batch."""
+def _log_report(trainer: Trainer, report: Report) -> None:
+    """Logs each finding once: rank 0 logs all, other ranks only errors of their own batch."""
     if not trainer.is_global_zero:
-        for each in report.errors:
-            if each.check in _OF_THE_BATCH:
-                log.warning("preflight, rank %d: %s", trainer.global_rank, each.text())
+        for finding in report.errors:
+            if finding.check in _OF_THE_BATCH:
+                log.warning("preflight, rank %d: %s", trainer.global_rank, finding.text())
         return
     log.info("%s (%.1f s)", report.headline(), report.seconds)
-    for each in report.ordered():
-        _log(each)
+    for finding in report.ordered():
+        _log_finding(finding)
     for check, reason in report.skipped.items():
-        log.debug("preflight did not run %s: %s", check, reason)
+        log.debug("preflight skipped the check %s: %s", check, reason)
 
 
-def _log(finding: Finding) -> None:
+def _log_finding(finding: Finding) -> None:
     (log.info if finding.severity == "note" else log.warning)("preflight %s", finding.text())

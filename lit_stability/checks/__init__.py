@@ -1,4 +1,4 @@
-"""Checks that run beside training: before step 1, on a checkpoint, on the range of the numbers.
+"""Checks outside of training: before step 1, of a checkpoint, of the range of magnitudes.
 
-May import torch. This file imports nothing.
+Files may import torch. This file imports nothing.
 """

@@ -1,7 +1,7 @@
-"""`lit-stability check`: the checks before the first step of a config, without a run.
+"""The command `lit-stability check`: runs the preflight checks on a config, without training.
 
-The same model, data, optimizer and first batch as a `fit` of the config would have, on one device.
-May import Lightning.
+Uses the same model, data, optimizer and first batch as a `fit` of the config, on one device. May
+import Lightning.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lit_stability.training_state.atomic_write import write_and_keep
 
 
 def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) -> int:
-    """Print what the checks find in a config; the exit code is 1 if it has errors, else 0.
+    """Prints the findings of the checks on a config; returns exit code 1 for errors, else 0.
 
     Args:
         config: The composed config. A `Preflight` among its callbacks gives the options.
-        out: Where to write the report as JSON; another one that is there is kept, renamed.
+        out: File for the report as JSON; an existing file is renamed and kept.
 
     Raises:
-        ConfigError: The config cannot be run, or gives no batch to train on.
+        ConfigError: If the config cannot be run, or gives no training batch.
     """
     report = examine(check_options(resolve(config)))
     print(report.text())
@@ -47,21 +47,21 @@ def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) ->
 
 
 def examine(options: dict[str, Any]) -> Report:
-    """Build what a fit would, go to its first batch and check there.
+    """Starts a fit, runs the checks on its first batch, and ends the fit there.
 
-    Callbacks are called up to there, as they may freeze parts of the model; those that write
-    checkpoints are left out, and so are this package's own.
+    Callbacks of the config run until then, because they may freeze parts of the model, except for
+    those that write checkpoints and those of this package.
 
     Args:
-        options: Of `lit_stability.cli.fit.Run`, checked.
+        options: Of `lit_stability.cli.fit.Run`, validated.
 
     Raises:
-        ConfigError: There is no batch to train on.
+        ConfigError: If there is no training batch.
     """
-    named = {name: each for name, each in (options.get("callbacks") or {}).items() if each}
-    own = [each for each in named.values() if _kind(each) is Preflight]
-    look = _Look(Preflight(**own[0].options) if own else Preflight())
-    kept = {name: each for name, each in named.items() if _stays(each)}
+    named = {name: plan for name, plan in (options.get("callbacks") or {}).items() if plan}
+    own = [plan for plan in named.values() if _class_of(plan) is Preflight]
+    runner = _CheckFirstBatch(Preflight(**own[0].options) if own else Preflight())
+    kept = {name: plan for name, plan in named.items() if _is_kept(plan)}
     model, data = make_model_and_data(options)
     trainer = make_trainer(
         options | {"callbacks": kept, "logger": None},
@@ -75,30 +75,31 @@ def examine(options: dict[str, Any]) -> Report:
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
-    trainer.callbacks.append(look)  # type: ignore[attr-defined]
-    with contextlib.suppress(_EnoughError):
+    trainer.callbacks.append(runner)  # type: ignore[attr-defined]
+    with contextlib.suppress(_CheckedError):
         trainer.fit(model, datamodule=data)
-    if look.report is None:
+    if runner.report is None:
         raise ConfigError("data: the training loader gives no batch; there is nothing to check")
-    return look.report
+    return runner.report
 
 
-def _kind(plan: Any) -> Any:
+def _class_of(plan: Any) -> Any:
     return plan.target if isinstance(plan, Build) else type(plan)
 
 
-def _stays(plan: Any) -> bool:
-    kind = _kind(plan)
+def _is_kept(plan: Any) -> bool:
+    """Returns whether a callback runs during the check."""
+    kind = _class_of(plan)
     own = str(getattr(kind, "__module__", "")).split(".")[0] == "lit_stability"
     return not own and not (isinstance(kind, type) and issubclass(kind, Checkpoint))
 
 
-class _EnoughError(Exception):
+class _CheckedError(Exception):
     """Ends the fit before its first step."""
 
 
-class _Look(Callback):
-    """Checks the first batch, and ends the fit there."""
+class _CheckFirstBatch(Callback):
+    """Runs the checks on the first batch, then ends the fit."""
 
     def __init__(self, preflight: Preflight) -> None:
         self._preflight = preflight
@@ -108,4 +109,4 @@ class _Look(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.report = self._preflight.look(trainer, pl_module, batch)
-        raise _EnoughError
+        raise _CheckedError

@@ -1,4 +1,4 @@
-"""Gives a module the weights of a checkpoint, and takes nothing else from it.
+"""Loads only the weights of a checkpoint into a module.
 
 May import Lightning.
 """
@@ -18,23 +18,24 @@ from lit_stability.errors import ConfigError
 
 
 class CheckpointWeights(StabilityCallback):
-    """Loads weights and buffers when the fit starts: optimizers and counters begin afresh.
+    """Loads weights and buffers when the fit starts; optimizers and counters start from scratch.
 
-    The module is whole by then, also one that `configure_model` builds. Every key has to fit,
-    unless the module says ``strict_loading=False``. Values take the dtype of the module.
+    At that time all layers exist, including those that `configure_model` builds. Every key must
+    match, unless the module has ``strict_loading=False``. Values are converted to the module's
+    dtype.
 
     Args:
-        path: of a checkpoint of Lightning, or of a state dict alone.
+        path: path of a Lightning checkpoint or of a state dict.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load them.
+        """Loads the weights.
 
         Raises:
-            ConfigError: if the file cannot be read or does not fit; with its path.
+            ConfigError: if the file cannot be read or does not match the module.
         """
         checkpoint = _read(self.path)
         try:
@@ -43,19 +44,19 @@ class CheckpointWeights(StabilityCallback):
             state = checkpoint.get("state_dict", checkpoint)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            said = textwrap.shorten(str(error), 500, placeholder=" ...")
+            reason = textwrap.shorten(str(error), 500, placeholder=" ...")
             raise ConfigError(
-                f"checkpoint={self.path}: does not fit {type(pl_module).__name__}; give the "
-                f"config that it was trained with: {said}"
+                f"checkpoint={self.path}: does not match {type(pl_module).__name__}; use the "
+                f"config that it was trained with: {reason}"
             ) from error
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the bytes lead it to
-        said = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ConfigError(f"checkpoint={path}: cannot be read: {said}") from error
+    except Exception as error:  # for damaged bytes, torch raises exceptions of many types
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ConfigError(f"checkpoint={path}: cannot be read: {reason}") from error
     if not isinstance(found, Mapping):
         kind = type(found).__name__
         raise ConfigError(f"checkpoint={path}: expected a checkpoint or state dict, got a {kind}")

@@ -1,15 +1,15 @@
 """The configuration of a run, composed from YAML files.
 
-A later file, and last of all an override, is laid over what came before:
+A later file overrides an earlier one, and `KEY=VALUE` overrides come last:
 
 * mappings merge key by key, and keep the order in which a key first appeared;
-* a mapping that names another `_target_` than the one below it replaces it whole, as options
-  of one class mean nothing to another; `_replace_: true` asks for the same;
-* everything else, lists and null included, replaces;
-* what a file says of itself as an experiment, `about` and `expect`, is not handed on to a file that
+* a mapping with another `_target_` than the mapping it overrides replaces it completely, because
+  options of one class have no meaning for another; `_replace_: true` does the same;
+* everything else replaces, including lists and null;
+* `about` and `expect` describe the file's own experiment, and are not inherited by a file that
   composes it.
 
-May import OmegaConf. It loads neither torch nor lightning.
+May import OmegaConf, but neither torch nor lightning.
 """
 
 import re
@@ -38,11 +38,11 @@ _KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
 
 
 def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
-    """Merge config files in order, then `KEY=VALUE` overrides, over the defaults of a run.
+    """Merges config files in order, then `KEY=VALUE` overrides, over the defaults of a run.
 
     Args:
-        files: Paths, with or without `.yaml`, looked up from the current folder, then from its
-            `configs/`. The first one names the experiment, unless a file does.
+        files: Paths, with or without `.yaml`, relative to the current folder or its `configs/`.
+            The first one gives the name of the experiment, unless a file sets it.
         overrides: `dotted.key=value`, the value in YAML.
 
     Raises:
@@ -60,10 +60,10 @@ def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictC
 
 
 def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """Return a config as plain containers with every `${...}` replaced.
+    """Returns a config as plain containers with every `${...}` replaced.
 
     Raises:
-        ConfigError: An interpolation leads nowhere.
+        ConfigError: An interpolation cannot be resolved.
     """
     try:
         resolved: Any = OmegaConf.to_container(DictConfig(config), resolve=True)
@@ -94,10 +94,10 @@ def _find(name: str, places: Sequence[Path]) -> Path:
 
 
 def read_own(path: Path) -> dict[str, Any]:
-    """Return what a config file states itself, without what it composes.
+    """Returns the content of a config file, without the files that it composes.
 
     Raises:
-        ConfigError: It is no YAML mapping.
+        ConfigError: The file is not a YAML mapping.
     """
     try:
         own: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -109,9 +109,9 @@ def read_own(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a file over the files that it composes."""
+    """Reads a file and merges it over the files that it composes."""
     if path in above:
-        raise ConfigError(f"{path}: composes itself, by way of {above[-1]}")
+        raise ConfigError(f"{path}: composes itself, through {above[-1]}")
     own: Any = read_own(path)
     names = own.pop("compose", None) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -125,7 +125,7 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Lay `new` over `old` by the rule in the module docstring."""
+    """Merges `new` over `old` by the rules in the module docstring."""
     if not isinstance(new, dict):
         return new
     below = old if isinstance(old, dict) and not new.get("_replace_") else {}
@@ -135,7 +135,7 @@ def _merge(old: Any, new: Any) -> Any:
 
 
 def _without_marks(value: Any) -> Any:
-    """Take `_replace_` out, which has to last until the last file is merged."""
+    """Removes `_replace_` keys, which are needed until the last file is merged."""
     if not isinstance(value, dict):
         return value
     return {key: _without_marks(each) for key, each in value.items() if key != "_replace_"}
@@ -145,7 +145,7 @@ def _parse(overrides: Sequence[str]) -> Any:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text}: expected KEY=VALUE; to add a config file write -c {text}")
+            raise ConfigError(f"{text}: expected KEY=VALUE; to add a config file use -c {text}")
         if not _KEY.fullmatch(key):
             raise ConfigError(f"{text}: {key!r} is not a dotted key, such as trainer.max_steps")
         if not value:

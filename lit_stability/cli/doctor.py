@@ -1,6 +1,6 @@
-"""The command `lit-stability doctor`: is a checkpoint sound, and what has changed since another?
+"""The command `lit-stability doctor`: examines a checkpoint, and compares it with another one.
 
-May import the configuration at module level; torch and matplotlib only when it runs.
+May import the configuration at module level; imports torch and matplotlib only when it runs.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = """\
 exit codes:
-  0  nothing was found that is an error
+  0  no finding is an error
   1  an error was found in CHECKPOINT, or in OTHER
-  2  the command line or a file is wrong; nothing was examined
+  2  the command line or a file is invalid; nothing was examined
 """
 
 
 def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to a parser.
+    """Adds the command to a parser.
 
     Args:
-        commands: where sub-commands go.
+        commands: Sub-commands of the parser.
     """
     doctor = commands.add_parser(
         "doctor",
-        help="examine a checkpoint: is it sound, and what has changed since another?",
-        description="Measure every weight, buffer and optimizer moment of a checkpoint and name "
-        "what is wrong; with OTHER, also what changed from the first to the second. Nothing is "
-        "run that a file may carry.",
+        help="examine a checkpoint for damage, or compare two checkpoints",
+        description="Measure every weight, buffer and optimizer moment of a checkpoint, and report "
+        "problems; with OTHER, also report what changed from the first to the second. Code inside "
+        "of a checkpoint is never run.",
         epilog="examples:\n  lit-stability doctor runs/NAME\n"
         "  lit-stability doctor before.ckpt after.ckpt --plot changes.png\n\n" + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,23 +49,23 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a checkpoint, a state dict, the folder of an incident, or that of a run: its last "
-        "known good checkpoint",
+        help="a checkpoint, a state dict, the folder of an incident, or the folder of a run (its "
+        "last known good checkpoint)",
     )
     doctor.add_argument(
-        "other", metavar="OTHER", type=Path, nargs="?", help="a later one, to be compared with it"
+        "other", metavar="OTHER", type=Path, nargs="?", help="a later checkpoint to compare with"
     )
     doctor.add_argument("--all", action="store_true", help="print every row of every table")
-    doctor.add_argument("--out", metavar="FILE.json", type=Path, help="write all that was measured")
-    doctor.add_argument("--plot", metavar="FILE.png", type=Path, help="draw it, layer by layer")
+    doctor.add_argument("--out", metavar="FILE.json", type=Path, help="write all measurements")
+    doctor.add_argument("--plot", metavar="FILE.png", type=Path, help="draw them, layer by layer")
     doctor.set_defaults(command=run_doctor)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Examine, compare, print, write; returns the exit code.
+    """Examines and compares checkpoints, prints and writes the reports; returns the exit code.
 
     Raises:
-        ConfigError: if a file cannot be read or written, or an option is wrong.
+        ConfigError: If a file cannot be read or written, or an option is invalid.
     """
     _check_targets(args)
     limit = None if args.all else 15
@@ -73,8 +73,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     examined = [_examine(path, limit) for path in given]
     comparison = _compare(examined, limit) if len(examined) > 1 else None
     content = {
-        key: {"file": str(each.file), **each.report.as_dict()}
-        for key, each in zip(("checkpoint", "other"), examined, strict=False)
+        key: {"file": str(result.file), **result.report.as_dict()}
+        for key, result in zip(("checkpoint", "other"), examined, strict=False)
     }
     if comparison is not None:
         content["comparison"] = comparison.as_dict()
@@ -82,18 +82,20 @@ def run_doctor(args: argparse.Namespace) -> int:
         _write(args.out, to_json(content) + "\n")
     if args.plot is not None:
         _plot(args.plot, examined, comparison)
-    return 0 if all(each.report.healthy for each in examined) else 1
+    return 0 if all(result.report.healthy for result in examined) else 1
 
 
 @dataclass(frozen=True)
 class _Examined:
+    """A loaded checkpoint and its report."""
+
     file: Path
     checkpoint: Mapping[str, Any]
     report: HealthReport
 
 
 def _check_targets(args: argparse.Namespace) -> None:
-    """Refuse, before minutes of work, what could not be written after it."""
+    """Raises an error for output files that cannot be written, before minutes of work."""
     for option, path, suffix in (("--out", args.out, ".json"), ("--plot", args.plot, ".png")):
         if path is not None and path.suffix != suffix:
             raise ConfigError(f"{option} {path}: must end in {suffix}")
@@ -128,7 +130,7 @@ def _compare(examined: Sequence[_Examined], limit: int | None) -> Comparison:
 
 
 def _plot(path: Path, examined: Sequence[_Examined], comparison: Comparison | None) -> None:
-    """Draw the comparison; or the gradients of an incident; or weights and moments."""
+    """Draws the comparison if there is one, else the gradients of an incident, else the weights."""
     from lit_stability.callbacks.gradient_flow.picture import draw_gradient_flow
     from lit_stability.checks.checkpoint.plot import draw_comparison, draw_health
     from lit_stability.figures import MatplotlibMissing, to_png
@@ -144,11 +146,11 @@ def _plot(path: Path, examined: Sequence[_Examined], comparison: Comparison | No
             figure = draw_health(first.report, title=str(first.file))
         _write(path, to_png(figure))
     except MatplotlibMissing as error:
-        print(f"no {path}: {error}", file=sys.stderr)
+        print(f"{path} was not written: {error}", file=sys.stderr)
 
 
 def _write(path: Path, content: str | bytes) -> None:
-    """Write a file whole; what is there already is kept, renamed."""
+    """Writes a file atomically; an existing file is renamed and kept."""
     try:
         write_and_keep(path, content)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""From a config to a finished run: check, build, fit, evaluate, write down.
+"""Runs the experiment of a config: checks, builds, fits, evaluates, and writes the results.
 
-Nothing is built before every option has been checked, and what is built comes from the config
-alone: hyper-parameters stored in a checkpoint never replace an argument. May import Lightning.
+Nothing is built before every option was checked. All arguments come from the config:
+hyper-parameters stored in a checkpoint never replace them. May import Lightning.
 """
 
 import weakref
@@ -41,53 +41,53 @@ class Run:
     """The top level of a config; an unknown key is an error."""
 
     experiment: str
-    """Name of the run; by default that of the first config file."""
+    """Name of the run; by default the name of the first config file."""
     about: str | None = None
-    """What it shows, in one line."""
+    """Description of the experiment, in one line."""
     expect: Expectation | None = None
-    """What comes of it, to be judged at its end; what fits a config does not fit another that
-    composes it, and is not handed on."""
+    """Expected result, compared with the outcome at the end. It is not inherited by a config that
+    composes this one."""
     run_dir: Path
-    """Folder of everything the run writes; by default `runs/<experiment>`."""
+    """Folder for everything the run writes; by default `runs/<experiment>`."""
     model: LightningModule
     data: LightningDataModule | None = None
-    """Null where the model brings its own data loaders."""
+    """Null if the model has its own data loaders."""
     trainer: Trainer
-    """Options of `lightning.pytorch.Trainer`, but for `callbacks` and `logger`."""
+    """Options of `lightning.pytorch.Trainer`, except `callbacks` and `logger`."""
     callbacks: dict[str, Callback | None] | None = None
-    """By name, called in this order; null removes an inherited one."""
+    """Callbacks by name, called in this order; null removes an inherited one."""
     logger: Logger | list[Logger] | Literal[False] | None = None
     """By default a `TensorBoardLogger` in `run_dir`; null for none."""
     seed: int | None = None
     evaluate: Literal["test", "validate", "none"] | None = None
-    """What runs on the final weights after the fit."""
+    """Evaluation that runs on the final weights after the fit."""
     ckpt_path: str | None = None
     """Checkpoint to resume from: a path, `last` for the newest one in `run_dir`, or `good`."""
     recover: Recover | None = None
-    """With `{}` or limits such as `{max_crashes: 3}`: go on from the last good checkpoint after an
-    exception, as `fit_with_recovery` does; by default the first exception ends the run."""
+    """`{}` or limits such as `{max_crashes: 3}`: restart from the last good checkpoint after an
+    exception, as `fit_with_recovery` does. By default the first exception ends the run."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a finished run leaves in memory."""
+    """Objects and metrics of a finished run."""
 
     trainer: Trainer
     model: LightningModule
     datamodule: LightningDataModule | None
     metrics: dict[str, float]
-    """Those of the fit and, over them, those of the evaluation."""
+    """Metrics of the fit, overridden by those of the evaluation."""
 
 
 def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = None) -> FitResult:
-    """Run the experiment that a config describes.
+    """Runs the experiment that a config describes.
 
-    Writes into `run_dir` `config.yaml` before the first step, `metrics.json` (null for what is not
-    finite) after the last, and however it ends `outcome.json`, and `preflight.json` if that ran; a
-    file already there that differs is kept, renamed.
+    Writes to `run_dir`: `config.yaml` before the first step, `metrics.json` after the last (null
+    for non-finite values), `outcome.json` in every case, and `preflight.json` if that check ran.
+    An existing file with other content is renamed and kept.
 
-    A resumed run takes every argument from the config. The optimizer goes on from the
-    checkpoint, except that options which the config has changed since then take effect.
+    A resumed run takes every argument from the config. The optimizer continues from the
+    checkpoint, but options that the config has changed since then take effect.
 
     Args:
         config: The composed config.
@@ -113,7 +113,7 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
         trainer = _fit(trainers, recover, model, data, checkpoint)
         metrics = _evaluate(trainer, model, data, evaluate)
     except Exception as error:
-        closing.by(error)
+        closing.failed(error)
         raise
     closing.finished(metrics)
     return FitResult(trainer, model, data, metrics)
@@ -124,24 +124,24 @@ def _write_config(run_dir: Path, plain: dict[str, Any]) -> None:
         write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
     except OSError as error:
         raise ConfigError(
-            f"run_dir={run_dir}: cannot be written ({error}); choose another"
+            f"run_dir={run_dir}: cannot be written to ({error}); choose another folder"
         ) from error
 
 
 def check_options(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of `Run` with every target checked and none built.
+    """Returns the options of `Run` with every target checked and none built.
 
     Args:
         plain: A resolved config.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: If there are problems; lists all of them.
     """
     problems: list[str] = []
     trainer = plain.get("trainer") or {}
     if isinstance(trainer, dict):
         problems += [
-            f"trainer.{key}: stands at the top level of a config, as {key}"
+            f"trainer.{key}: belongs at the top level of a config, as {key}"
             for key in ("callbacks", "logger")
             if key in trainer
         ]
@@ -149,16 +149,20 @@ def check_options(plain: dict[str, Any]) -> dict[str, Any]:
     options = bind(Run, plain | {"trainer": trainer}, "", problems).options
     if problems:
         raise ConfigError(*problems)
-    make(options.get("expect"))  # refuses what it cannot read before a run is spent on it
+    make(options.get("expect"))  # raises for an invalid expectation before the run starts
     return options
 
 
 def make(plan: Any) -> Any:
-    """Build what was checked, innermost first."""
+    """Builds checked options, innermost first.
+
+    Raises:
+        ConfigError: A target rejected its options.
+    """
     if isinstance(plan, list | tuple | set | frozenset):
-        return type(plan)(make(each) for each in plan)
+        return type(plan)(make(item) for item in plan)
     if isinstance(plan, dict):
-        return {key: make(each) for key, each in plan.items()}
+        return {key: make(value) for key, value in plan.items()}
     if not isinstance(plan, Build):
         return plan
     options = make(plan.options)
@@ -167,14 +171,16 @@ def make(plan: Any) -> Any:
     except (ValueError, OSError, MisconfigurationException) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{plan.path}: {plan.target.__qualname__} refused: {error}") from error
+        raise ConfigError(
+            f"{plan.path}: {plan.target.__qualname__} cannot be built: {error}"
+        ) from error
 
 
 class _Trainers:
-    """Makes the trainers of a run, one after another, and keeps alive none that was handed out.
+    """Builds the trainers of a run one after another, and holds only weak references to them.
 
     Args:
-        options: Of `Run`, checked.
+        options: The checked options of `Run`.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -184,7 +190,7 @@ class _Trainers:
         self.is_global_zero = self._first.is_global_zero
 
     def __call__(self, **overrides: Any) -> Trainer:
-        """Hand out the first one, then others; `overrides` replace options of `Trainer`."""
+        """Returns the first trainer, then new ones with `overrides` of `Trainer` options."""
         trainer = self._first or make_trainer(self._options, **overrides)
         self._first, self.latest = None, weakref.ref(trainer)
         return trainer
@@ -197,7 +203,7 @@ def _fit(
     data: LightningDataModule | None,
     checkpoint: str | None,
 ) -> Trainer:
-    """Fit, with recovery if it is asked for; returns the trainer of the fit that came through."""
+    """Fits, with recovery if configured; returns the trainer of the fit that finished."""
     if recover is None:
         trainer = trainers()
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
@@ -209,21 +215,21 @@ def _fit(
 def make_model_and_data(
     options: dict[str, Any],
 ) -> tuple[LightningModule, LightningDataModule | None]:
-    """Build the model and its data from the seed of `Run`, the model first."""
+    """Sets the seed of `Run`, then builds the model and its data, the model first."""
     if options.get("seed") is not None:
         seed_everything(options["seed"], workers=True, verbose=False)
     return make(options["model"]), make(options.get("data"))
 
 
 def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
-    """Build the trainer of `Run` with its callbacks and logger.
+    """Builds the trainer of `Run` with its callbacks and logger.
 
     Args:
-        options: Of `Run`, checked.
-        overrides: Options of `Trainer` that replace the config's.
+        options: The checked options of `Run`.
+        overrides: Options of `Trainer` that replace those of the config.
     """
     named = options.get("callbacks") or {}
-    callbacks = [make(each) for each in named.values() if each is not None]
+    callbacks = [make(callback) for callback in named.values() if callback is not None]
     plan: Build = options["trainer"]
     own = {
         "callbacks": [ConfiguredOptions(), *callbacks],
@@ -232,14 +238,14 @@ def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
     }
     trainer = make(Build(plan.target, own | plan.options | overrides, plan.path))
     assert isinstance(trainer, Trainer)
-    # A config says all that runs: what an environment variable adds is none of it.
+    # A config defines all callbacks: the suite that an environment variable adds is removed.
     named_here = [c for c in callbacks_of(trainer) if not isinstance(c, AutomaticSuite)]
     trainer.callbacks = named_here  # type: ignore[attr-defined]
     return trainer
 
 
 def _check_step(model: LightningModule, evaluate: str) -> None:
-    """Refuse before the fit what would fail after it."""
+    """Checks before the fit that the evaluation has its step method."""
     name = {"test": "test_step", "validate": "validation_step"}.get(evaluate)
     if name and getattr(type(model), name) is getattr(LightningModule, name):
         raise ConfigError(f"evaluate={evaluate}: {type(model).__name__} defines no {name}")
@@ -251,8 +257,8 @@ def _evaluate(
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if evaluate != "none":
         run = trainer.test if evaluate == "test" else trainer.validate
-        for each in run(model, datamodule=data, verbose=False):
-            metrics.update(each)
+        for results in run(model, datamodule=data, verbose=False):
+            metrics.update(results)
     return metrics
 
 
@@ -264,9 +270,9 @@ def _header(
     checkpoint: str | None,
 ) -> str:
     trainer = trainers.latest()
-    assert trainer is not None, "none has been handed out yet"
+    assert trainer is not None, "the first trainer still exists"
     lazy = torch.nn.parameter.is_lazy
-    count = sum(each.numel() for each in model.parameters() if not lazy(each))
+    count = sum(weight.numel() for weight in model.parameters() if not lazy(weight))
     size = f", {count:,} parameters" if count else ", built when its data are known"
     lines = [
         f"{experiment} -> {run_dir}",

@@ -1,6 +1,6 @@
-"""The targets of a config, checked against their signatures before anything is built.
+"""Checks the targets of a config against their signatures before anything is built.
 
-May import the standard library; torch and lightning come in only with the targets themselves.
+Imports only the standard library; torch and lightning are imported with the targets.
 """
 
 import collections.abc as abc
@@ -29,7 +29,7 @@ _MISS = object()
 
 @dataclass(frozen=True)
 class Build:
-    """A class or function and the options it will be called with, checked but not called yet."""
+    """A class or function with its checked options, not called yet."""
 
     target: Callable[..., Any]
     options: dict[str, Any]
@@ -37,15 +37,15 @@ class Build:
 
 
 def bind(target: Callable[..., Any], options: dict[str, Any], path: str, bad: list[str]) -> Build:
-    """Check options against a target's signature, nested targets and dataclasses included.
+    """Checks options against a target's signature, including nested targets and dataclasses.
 
-    A target that takes `**kwargs` takes any option; an option without annotation, any value.
+    A target with `**kwargs` accepts any option; an option without annotation accepts any value.
 
     Args:
         target: A class or function.
         options: Its keyword arguments, as plain containers.
-        path: Where in the config they stand; empty for the top level.
-        bad: Receives one line for each problem.
+        path: Position of the options in the config; empty for the top level.
+        bad: List to which one line per problem is appended.
     """
     known, takes_any = _parameters(target)
     label = f"{target.__module__}.{target.__qualname__}"
@@ -64,22 +64,22 @@ def bind(target: Callable[..., Any], options: dict[str, Any], path: str, bad: li
 
 
 def convert(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
-    """Return a value as its annotation wants it, with every target in it as a `Build`.
+    """Converts a value to the type of its annotation, with every target in it as a `Build`.
 
     Args:
         value: Plain containers and scalars.
-        expected: The annotation; one that cannot be checked lets any value pass.
-        path: Where in the config the value stands.
-        bad: Receives one line for each problem.
+        expected: The annotation; if it cannot be checked, any value is accepted.
+        path: Position of the value in the config.
+        bad: List to which one line per problem is appended.
     """
     if value == "???":
-        bad.append(f"{path}: has no value yet; give it one in a file or with {path}=VALUE")
+        bad.append(f"{path}: has no value; set it in a config file or with {path}=VALUE")
         return value
     members = _members(expected)
     if isinstance(value, dict) and "_target_" in value:
         return _plan(value, members, path, bad)
     partial: list[tuple[Any, list[str]]] = []
-    for member in sorted(members, key=lambda each: type(value) is not each):
+    for member in sorted(members, key=lambda member: type(value) is not member):
         found: list[str] = []
         result = _match(value, member, path, found)
         if result is not _MISS and not found:
@@ -92,24 +92,24 @@ def convert(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
 
 
 def _match(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
-    """Return the value as one annotation other than a union wants it, or `_MISS`."""
+    """Converts the value to an annotation that is not a union; returns `_MISS` if impossible."""
     kind, parts = get_origin(expected) or expected, get_args(expected)
     if kind is Literal:
-        same = (type(each) is type(value) and each == value for each in parts)
+        same = (type(choice) is type(value) and choice == value for choice in parts)
         return value if any(same) else _MISS
     if kind is float and type(value) in (int, str):
-        try:  # a string, because YAML 1.1 takes a quoted or unsigned 3e-4 for one
+        try:  # YAML 1.1 reads a quoted 3e-4, or one without a sign, as a string
             return float(value)
         except ValueError:
             return _MISS
-    if kind in (bool, int, float, str):  # exactly, as True is an int to isinstance
+    if kind in (bool, int, float, str):  # exact type, because True is an instance of int
         return value if type(value) is kind else _MISS
     if kind in _LISTS and isinstance(value, list):
         return _match_list(value, kind, parts, path, bad)
     if kind in _MAPPINGS and isinstance(value, dict):
         inner = parts[1] if parts else Any
-        return {key: convert(each, inner, f"{path}.{key}", bad) for key, each in value.items()}
-    if kind in _LISTS or kind in _MAPPINGS:  # a str is a Sequence to isinstance
+        return {key: convert(item, inner, f"{path}.{key}", bad) for key, item in value.items()}
+    if kind in _LISTS or kind in _MAPPINGS:  # a str is an instance of Sequence
         return _MISS
     if not _is_checkable(kind):
         return _match(value, type(value), path, bad) if isinstance(value, list | dict) else value
@@ -131,7 +131,7 @@ def _match_list(value: list[Any], kind: Any, parts: Any, path: str, bad: list[st
         inner = [parts[0] if parts else Any] * len(value)
     pairs = zip(value, inner, strict=True)
     return _LISTS[kind](
-        [convert(each, want, f"{path}[{i}]", bad) for i, (each, want) in enumerate(pairs)]
+        [convert(item, want, f"{path}[{i}]", bad) for i, (item, want) in enumerate(pairs)]
     )
 
 
@@ -148,7 +148,7 @@ def _plan(value: dict[str, Any], members: Sequence[Any], path: str, bad: list[st
 
 
 def _import(name: Any, path: str, bad: list[str]) -> Any:
-    """Return the class or function at a dotted path, or None with the reason in `bad`."""
+    """Returns the class or function at a dotted path, or None with the reason in `bad`."""
     parts, where, tried = str(name).split("."), f"{path}._target_={name}", []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return bad.append(f"{where}: expected a dotted path, such as package.module.Class")
@@ -160,7 +160,7 @@ def _import(name: Any, path: str, bad: list[str]) -> Any:
             if f"{tried[-1]}.".startswith(f"{error.name}."):
                 continue
             return bad.append(f"{where}: importing {tried[-1]} failed: {error}")
-        except Exception as error:  # whatever the module's own code raises, it is the config's line
+        except Exception as error:  # any error in the module's code is reported for this line
             return bad.append(f"{where}: importing {tried[-1]} failed: {error!r}")
         for part in parts[cut:]:
             if not hasattr(found, part):
@@ -174,10 +174,10 @@ def _import(name: Any, path: str, bad: list[str]) -> Any:
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, tuple[Any, Any]], bool]:
-    """Return (annotation, default) of each keyword argument, and whether any other is taken."""
+    """Returns (annotation, default) by keyword argument, and whether any other is accepted."""
     try:
         parameters = inspect.signature(target).parameters.values()
-    except ValueError:  # some classes written in C have no signature to check against
+    except ValueError:  # some classes written in C have no signature
         return {}, True
     call = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     scope = getattr(call, "__globals__", {})
@@ -194,14 +194,14 @@ def _annotation(written: Any, scope: dict[str, Any]) -> Any:
         return Any if written is inspect.Parameter.empty else written
     try:
         return eval(written, scope)
-    except Exception:  # a name imported for type checkers only: this one option is not checked
+    except Exception:  # a name imported for type checkers only: this option is not checked
         return Any
 
 
 def _members(expected: Any) -> list[Any]:
-    """Return the alternatives of a union, flat, without `Annotated` and `NewType` around them."""
+    """Returns the flat members of a union, with `Annotated` and `NewType` removed."""
     if get_origin(expected) in (Union, types.UnionType):
-        return [each for part in get_args(expected) for each in _members(part)]
+        return [member for part in get_args(expected) for member in _members(part)]
     if get_origin(expected) is Annotated:
         return _members(get_args(expected)[0])
     if hasattr(expected, "__supertype__"):
@@ -228,7 +228,7 @@ def _choices(members: Sequence[Any]) -> list[Any]:
 
 
 def _name(members: Sequence[Any]) -> str:
-    """Put annotations in words: `int or null or one of 'a', 'b'`."""
+    """Describes annotations as text: `int or null or one of 'a', 'b'`."""
     words = []
     for member in members:
         kind, parts = get_origin(member) or member, get_args(member)
@@ -253,7 +253,7 @@ def _show(value: Any) -> str:
 
 
 def suggest(word: str, choices: Iterable[object]) -> str:
-    """Return `; did you mean X?`, or the choices where none is near and they are few."""
+    """Returns `; did you mean X?`, or the choices if none is similar and they are few."""
     names = [str(choice) for choice in choices]
     near = difflib.get_close_matches(word, names, n=1)
     if near:

@@ -1,7 +1,7 @@
 """The command line, `lit-stability`.
 
-May import the configuration at module level, Lightning and torch only inside a command: help
-and a misspelt flag answer at once.
+Imports only the configuration at module level. Lightning and torch are imported inside a command,
+so that help and wrong options are answered immediately.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from lit_stability.training_state.good_checkpoints import RunEnd, find_last_good
 
 _EXIT_CODES = """\
 exit codes:
-  0  the command did what it was asked
-  1  the run failed; the traceback says where
+  0  success
+  1  the run failed; the traceback shows where
   2  the command line or the config is wrong; nothing was started
-  3  the suite stopped the run, with weights at the last confirmed snapshot, or before its first
-     step; the message says why
+  3  the suite stopped the run: before its first step, or with the weights restored to the last
+     confirmed snapshot; the message shows the reason
 """
 _SMALLEST = """\
-a config, such as mine.yaml beside my_module.py:
+example config, mine.yaml in the folder of my_module.py:
   model: {_target_: my_module.MyModel}
   data: {_target_: my_module.MyData}
   trainer: {max_steps: 1000}
@@ -41,7 +41,7 @@ a config, such as mine.yaml beside my_module.py:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; what fails inside a run is raised.
+    """Runs a command and returns its exit code; an exception inside a run is raised.
 
     Args:
         argv: The arguments; by default those of the process.
@@ -49,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "overrides"):
-        # argparse takes the positionals of a sub-command from one place; these follow a flag.
-        args.overrides += [each for each in rest if not each.startswith("-")]
-        rest = [each for each in rest if each.startswith("-")]
+        # argparse reads positionals of a sub-command only once; these come after an option.
+        args.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    # Targets such as `models.…` lie in the folder the user works in, not in an installed package,
-    # and a console script, unlike `python -m`, does not look there.
+    # Targets such as `models.…` are in the current folder, not in an installed package. Unlike
+    # `python -m`, a console script does not search the current folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stops() -> tuple[type[Exception], ...]:
-    """What the suite stops a run with; of what was not imported nothing was raised."""
+    """Returns the exceptions with which the suite stops a run.
+
+    `PreflightError` cannot have been raised if its module was not imported.
+    """
     preflight = sys.modules.get("lit_stability.checks.preflight")
     return (TrainingStopped, *((preflight.PreflightError,) if preflight else ()))
 
@@ -77,8 +80,8 @@ def _stops() -> tuple[type[Exception], ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-stability",
-        description="Train with PyTorch Lightning, and keep the run alive.",
-        epilog=f"{_EXIT_CODES}\nOf check, doctor, experiments and ranges: see COMMAND --help",
+        description="Train with PyTorch Lightning and recover from instabilities.",
+        epilog=f"{_EXIT_CODES}\nFor check, doctor, experiments and ranges: see COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -98,8 +101,8 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit = commands.add_parser(
         "fit",
         help="run the experiment that a config describes",
-        description="Compose config files, check every option, train, evaluate; where the config "
-        "states an `expect`, the last line says whether it was met.",
+        description="Compose config files, check every option, train and evaluate. If the config "
+        "has an `expect`, the last line shows whether it was met.",
         epilog=f"{_SMALLEST}\nexample:\n  lit-stability fit -c mine trainer.max_steps=100\n\n"
         f"{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,24 +114,24 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="FILE",
         action="append",
         required=True,
-        help="a YAML file, looked up here and in configs/; a later one is laid over an earlier one",
+        help="a YAML file in the current folder or configs/; a later one overrides an earlier one",
     )
     fit.add_argument(
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
         default=[],
-        help="laid over the files; the value is YAML",
+        help="overrides an option of the files; the value is YAML",
     )
     fit.add_argument(
         "--print-config",
         action="store_true",
-        help="print the composed config with interpolations resolved, unchecked, and exit",
+        help="print the composed config with resolved interpolations, without checks, and exit",
     )
     fit.add_argument(
         "--resume",
         metavar="CKPT|last|good",
-        help="go on from a checkpoint, or from the newest, or the last known good one, in run_dir",
+        help="resume from a checkpoint, or from the newest or the last good one in run_dir",
     )
     fit.set_defaults(command=_fit)
 
@@ -145,30 +148,30 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    # As `check` is not `fit`: what it finds is its answer.
+    # Other codes than those of `fit`: errors found by the checks are the result of `check`.
     codes = """\
 exit codes:
   0  no error was found; warnings and notes do not count
-  1  errors were found, and are printed; a traceback, if there is one, says what failed before
+  1  errors were found and printed; a traceback, if any, shows what failed before the checks
   2  the command line or the config is wrong; nothing was checked
 """
     check = commands.add_parser(
         "check",
-        help="check model, first batch and optimizer, and train nothing",
-        description="Build what fit would, take its first batch, run the checks of "
-        "lit_stability.Preflight and print what they find. Nothing is written but --out.",
+        help="check model, first batch and optimizer without training",
+        description="Build the same objects as fit, fetch the first batch, run the checks of "
+        "lit_stability.Preflight and print the findings. Only --out is written.",
         epilog=f"example:\n  lit-stability check -c mine --out report.json\n\n"
-        f"What a config is: lit-stability fit --help\n\n{codes}",
+        f"An example config: lit-stability fit --help\n\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     check.add_argument(
         *("-c", "--config"), metavar="FILE", action="append", required=True, help="as for fit"
     )
+    check.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="as for fit")
     check.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="laid over the files"
+        "--out", metavar="FILE.json", type=Path, help="also write the report to a file"
     )
-    check.add_argument("--out", metavar="FILE.json", type=Path, help="write the report there too")
     check.set_defaults(command=_check)
 
 
@@ -182,8 +185,8 @@ def _check(args: argparse.Namespace) -> int:
 def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     resume = commands.add_parser(
         "resume",
-        help="go on with a run from its last known good checkpoint",
-        description="Take the config and the last known good checkpoint of a run, and go on.",
+        help="resume a run from its last good checkpoint",
+        description="Resume a run with its config and its last good checkpoint.",
         epilog=f"example:\n  lit-stability resume runs/NAME\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -194,7 +197,7 @@ def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="KEY=VALUE",
         nargs="*",
         default=[],
-        help="laid over the config of the run",
+        help="overrides an option of the run's config",
     )
     resume.set_defaults(command=_resume)
 
@@ -203,19 +206,19 @@ def _resume(args: argparse.Namespace) -> int:
     run = Path(args.run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(
-            f"{run}: no config.yaml there; give the run_dir of a run, such as runs/NAME"
+            f"{run}: has no config.yaml; give the run_dir of a run, such as runs/NAME"
         )
     config = compose([run / "config.yaml"], [f"run_dir={run}", *args.overrides])
     checkpoint = find_last_good(run)
     if checkpoint is None:
         raise ConfigError(
-            f"{run}: no good checkpoint there; `lit_stability.LastKnownGood` among the callbacks "
-            "writes one after some healthy steps. To go on from any other: "
+            f"{run}: has no good checkpoint; add `lit_stability.LastKnownGood` to the callbacks, "
+            "which writes one after some healthy steps. To resume from any other checkpoint: "
             f"lit-stability fit -c {run / 'config.yaml'} --resume last"
         )
     end = RunEnd.read(checkpoint.parent)
-    behind = "" if end is None else f"; the run {end.in_words()}"
-    print(f"step {step_of(checkpoint)} is the last known good{behind}")
+    ending = "" if end is None else f"; the run {end.in_words()}"
+    print(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}")
     from lit_stability.cli.fit import fit
 
     fit(config, resume=checkpoint)

@@ -1,4 +1,4 @@
-"""Measures what a module spans while Lightning trains it, without a single update.
+"""Measures the magnitudes in a module in a Lightning fit, without updating the weights.
 
 May import Lightning.
 """
@@ -18,18 +18,18 @@ from lit_stability.checks.precision_ranges.report import RangeReport
 
 
 class RangeMeter(StabilityCallback):
-    """Runs `batches` training steps in float32, measures, vetoes every update, ends the fit.
+    """Measures `batches` training steps in float32, skips every update, then ends the fit.
 
-    The module is turned into float32 for good, and its BatchNorm statistics move with the batches
-    as in training: measure a module that is not needed afterwards. Needs a Trainer of precision
-    ``32-true`` on one device, without gradient accumulation.
+    The module stays in float32, and its BatchNorm statistics change with the batches as in
+    training, so do not train this module afterwards. Needs a Trainer with precision ``32-true`` on
+    one device, without gradient accumulation.
 
     Args:
-        batches: how many to measure; fewer if the fit is over before.
+        batches: Number of batches to measure; fewer if the fit ends earlier.
 
     Raises:
-        ValueError: if `batches` is less than 1.
-        RuntimeError: at `setup`, if the Trainer has another precision, more devices or
+        ValueError: If `batches` is less than 1.
+        RuntimeError: In `setup`, if the Trainer has another precision, more devices, or
             accumulates gradients.
     """
 
@@ -38,47 +38,47 @@ class RangeMeter(StabilityCallback):
             raise ValueError(f"batches={batches} must be at least 1")
         self.batches = batches
         self.report: RangeReport | None = None
-        """What was measured; None before the end of the fit."""
+        """The measurement; None before the end of the fit."""
         self._probe: Probe | None = None
         self._attached = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a fit whose gradients would not be those of one batch in float32."""
-        found = {
+        """Raises an error if the gradients would not be those of one batch in float32."""
+        settings = {
             "precision": (trainer.precision, "32-true"),
             "num_devices": (trainer.num_devices, 1),
             "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
         }
-        for option, (value, wanted) in found.items():
+        for option, (value, wanted) in settings.items():
             if value != wanted:
                 raise RuntimeError(f"RangeMeter needs {option}={wanted!r}, got {value!r}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for values that 16 bits do not hold, also of a checkpoint loaded hereafter."""
+        """Converts the module to float32, before the weights of a checkpoint are loaded into it."""
         pl_module.float()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the weights, and begin to listen."""
+        """Measures the weights, and starts to measure activations."""
         self._probe = self._attached.enter_context(Probe(pl_module))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the batch."""
-        self._listening().saw_batch(batch)
+        """Measures the batch."""
+        self._active_probe().add_batch(batch)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Measure the loss."""
-        self._listening().saw_loss(loss)
+        """Measures the loss."""
+        self._active_probe().add_loss(loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Measure the gradients, and take them away: the optimizer leaves all as it is."""
+        """Measures the gradients, and removes them, so that the optimizer updates nothing."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._listening().saw_gradients(parameters)
+        self._active_probe().add_gradients(parameters)
         for parameter in parameters:
             parameter.grad = None
 
@@ -90,28 +90,28 @@ class RangeMeter(StabilityCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """End the fit when enough was seen."""
-        if self._listening().batches >= self.batches:
+        """Ends the fit after `batches` batches."""
+        if self._active_probe().batches >= self.batches:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the report, and take every hook off the module."""
-        if self._listening().batches:
-            self.report = self._listening().report(_adam_epsilon(trainer.optimizers))
+        """Creates the report, and removes all hooks from the module."""
+        if self._active_probe().batches:
+            self.report = self._active_probe().report(_adam_epsilon(trainer.optimizers))
         self._attached.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Take every hook off the module."""
+        """Removes all hooks from the module."""
         self._attached.close()
 
-    def _listening(self) -> Probe:
+    def _active_probe(self) -> Probe:
         assert self._probe is not None, "Lightning starts training before it trains a batch"
         return self._probe
 
 
 def _adam_epsilon(optimizers: list[Optimizer]) -> float:
-    """Smallest epsilon of any group that has one, or torch's default."""
+    """Returns the smallest epsilon of all parameter groups, or torch's default."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return min((float(group["eps"]) for group in groups if "eps" in group), default=1e-8)

@@ -1,6 +1,7 @@
-"""The command `lit-stability ranges`: would a 16-bit format do for this model and these data?
+"""The command `lit-stability ranges`: judges whether fp16 or bf16 can represent a model.
 
-May import the configuration at module level; Lightning, torch and matplotlib only when it runs.
+May import the configuration at module level; imports Lightning, torch and matplotlib only when it
+runs.
 """
 
 from __future__ import annotations
@@ -38,26 +39,25 @@ _MEASURING: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-"""What the config's trainer is changed to: one device, float32, no update, nothing written."""
-
+"""Options that replace those of the config's trainer: one device, float32, no output."""
 
 _EXIT_CODES = """\
 exit codes:
-  0  it was measured, and the report was written
-  1  the model could not be run; the traceback says where
-  2  the command line, the config or the checkpoint is wrong; nothing was measured
+  0  the report was written
+  1  the model failed; see the traceback
+  2  the command line, the config or the checkpoint is invalid; nothing was measured
 """
 
 
 def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to a parser.
+    """Adds the command to a parser.
 
     Args:
-        commands: where sub-commands go.
+        commands: Sub-commands of the parser.
     """
     ranges = commands.add_parser(
         "ranges",
-        help="measure what a model spans: would fp16 or bf16 do?",
+        help="measure the magnitudes in a model: can fp16 or bf16 represent them?",
         description="Run some training batches in float32 without an update, and measure the "
         "magnitudes of weights, activations and gradients. Writes ranges.json and ranges.png.",
         epilog="example:\n  lit-stability ranges -c NAME --checkpoint last\n\n" + _EXIT_CODES,
@@ -68,13 +68,13 @@ def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         *("-c", "--config"), metavar="FILE", action="append", required=True, help="as for fit"
     )
     ranges.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="laid over the files"
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="replace values of the files"
     )
     ranges.add_argument(
         "--checkpoint",
         metavar="CKPT|last|good",
-        help="weights to measure: a file, or the newest, or the last known good one, in run_dir; "
-        "by default those that the config begins with",
+        help="weights to measure: a file, or the newest or last known good checkpoint in run_dir; "
+        "by default the initial weights of the config",
     )
     ranges.add_argument(
         "--batches", metavar="N", type=int, default=4, help="training batches (default: 4)"
@@ -85,10 +85,10 @@ def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_ranges(args: argparse.Namespace) -> int:
-    """Measure, print, write; returns the exit code.
+    """Measures the model of a config, prints and writes the report; returns the exit code.
 
     Raises:
-        ConfigError: if the config, the checkpoint or an option is wrong.
+        ConfigError: If the config, the checkpoint or an option is invalid.
     """
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be at least 1")
@@ -104,7 +104,7 @@ def run_ranges(args: argparse.Namespace) -> int:
 def _measure(
     config: DictConfig, batches: int, checkpoint: str | None
 ) -> tuple[RangeReport, str, Path]:
-    """Returns the report, what was measured in words, and the `run_dir` of the config."""
+    """Returns the report, its title, and the `run_dir` of the config."""
     from lit_stability.cli.checkpoint_weights import CheckpointWeights
     from lit_stability.cli.fit import check_options, make_model_and_data, make_trainer
     from lit_stability.cli.range_meter import RangeMeter
@@ -120,26 +120,26 @@ def _measure(
     trainer = make_trainer(bare, callbacks=callbacks, **_MEASURING)
     trainer.fit(model, datamodule=data)
     if meter.report is None:
-        raise ConfigError("the config's trainer takes no step; set trainer.max_steps=1 or more")
+        raise ConfigError("trainer: takes no training step; set trainer.max_steps=1 or more")
     return meter.report, f"{options['experiment']}, {found or 'untrained'}", run_dir
 
 
 def _write(report: RangeReport, title: str, folder: Path) -> None:
-    """Write the report and its picture; what is there already is kept, renamed."""
+    """Writes the report and its figure; existing files are renamed and kept."""
     from lit_stability.checks.precision_ranges.plot import draw_ranges
     from lit_stability.checks.precision_ranges.verdict import judge
     from lit_stability.figures import MatplotlibMissing, to_png
     from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16
     from lit_stability.training_state.atomic_write import write_and_keep
 
-    verdicts = [judge(report, each).as_dict() for each in (FLOAT16, BFLOAT16)]
+    verdicts = [judge(report, judged).as_dict() for judged in (FLOAT16, BFLOAT16)]
     content = {"title": title} | report.as_dict() | {"verdicts": verdicts}
     write_and_keep(folder / "ranges.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"wrote {folder / 'ranges.json'}")
     try:
         picture = to_png(draw_ranges(report, title=title))
     except MatplotlibMissing as error:
-        print(f"no ranges.png: {error}", file=sys.stderr)
+        print(f"ranges.png was not written: {error}", file=sys.stderr)
         return
     write_and_keep(folder / "ranges.png", picture)
     print(f"wrote {folder / 'ranges.png'}")

@@ -1,29 +1,30 @@
-"""Detectors: small state machines over floats that say when a step is not like the others.
+"""Detectors: small state machines over floats that flag abnormal optimizer steps.
 
-``check(stats)`` looks; ``update(stats)`` learns, and is called for accepted steps only, so that a
-flagged or non-finite value never enters a window. One instance serves one optimizer.
-No file of this folder imports torch or Lightning.
+``check(stats)`` judges a step and ``update(stats)`` learns from it. `update` is called for accepted
+steps only, so a flagged or non-finite value never enters a window. One instance serves one
+optimizer. No file of this folder imports torch or Lightning.
 
-A detector of your own is a class with four methods, and needs no registration. ``warn_only``
-tells and does nothing; ``state_corrupted`` asks for a rollback; without either the step is vetoed.
+A custom detector is a class with four methods and needs no registration. An anomaly with
+``warn_only`` is only reported; one with ``state_corrupted`` asks for a rollback; for any other the
+step is skipped.
 
 >>> from lit_stability.measurement.step_stats import StepStats
 >>> class TooGood:
-...     '''Tells of a loss below what the task allows: the target is among the inputs.'''
+...     '''Warns, once, of a loss below what the task allows: the target leaks into the inputs.'''
 ...     def __init__(self, floor: float) -> None:
-...         self.floor, self.told = floor, False
+...         self.floor, self.reported = floor, False
 ...     def check(self, stats: StepStats) -> Anomaly | None:
-...         if self.told or not stats.loss < self.floor:
+...         if self.reported or not stats.loss < self.floor:
 ...             return None
 ...         message = f"loss {stats.loss:.3g} is below {self.floor}"
 ...         return Anomaly(kind="too good", step=stats.step, value=stats.loss, signal="loss",
 ...                        threshold=self.floor, warn_only=True, message=message)
 ...     def update(self, stats: StepStats) -> None:
-...         self.told = self.told or stats.loss < self.floor
+...         self.reported = self.reported or stats.loss < self.floor
 ...     def state_dict(self) -> dict[str, bool]:
-...         return {"told": self.told}
+...         return {"reported": self.reported}
 ...     def load_state_dict(self, state: dict[str, bool]) -> None:
-...         self.told = state["told"]
+...         self.reported = state["reported"]
 >>> losses = [2.3, 1.9, 0.01, 0.01]
 >>> detector = TooGood(floor=0.1)
 >>> for step, loss in enumerate(losses):
@@ -34,7 +35,7 @@ tells and does nothing; ``state_corrupted`` asks for a rollback; without either 
 ...         print(step, anomaly.message)
 2 loss 0.01 is below 0.1
 
-It is asked with the others by ``GradientMonitor(detectors=[*default_detectors(), TooGood(0.1)])``.
+``GradientMonitor(detectors=[*default_detectors(), TooGood(0.1)])`` runs it after the defaults.
 """
 
 from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, with_damage
@@ -46,18 +47,14 @@ from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.layer_bounds import LayerBounds
 from lit_stability.detectors.loss_scale import LossScale
 from lit_stability.detectors.lost_updates import LostUpdates
-from lit_stability.detectors.no_learning import NoLearning
 from lit_stability.detectors.nonfinite import NonFinite
-from lit_stability.detectors.oscillation import Oscillation
 from lit_stability.detectors.rank_agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.rolling_window import Window
 from lit_stability.detectors.spike import Spike
-from lit_stability.detectors.stale_moments import StaleMoments
 from lit_stability.detectors.stalled_layers import Stall
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
 from lit_stability.detectors.vanishing import Vanishing
 from lit_stability.detectors.weight_corruption import WeightCorruption
-from lit_stability.detectors.weight_drift import WeightDrift
 
 __all__ = [
     "Anomaly",
@@ -72,19 +69,15 @@ __all__ = [
     "LearningRateJump",
     "LossScale",
     "LostUpdates",
-    "NoLearning",
     "NonFinite",
     "OptimizerState",
-    "Oscillation",
     "Replicas",
     "Spike",
-    "StaleMoments",
     "Stall",
     "UpdateSpike",
     "Vanishing",
     "Vote",
     "WeightCorruption",
-    "WeightDrift",
     "Window",
     "default_detectors",
     "disagreement",
@@ -95,9 +88,11 @@ __all__ = [
 
 
 def default_detectors() -> list[Detector]:
-    """The detectors of a `GradientMonitor` that was given none, most certain first.
+    """Returns new instances of the detectors that `GradientMonitor` uses by default.
 
-    From `LostUpdates` on they tell of what a run suffers silently, and nothing is done about it.
+    The order is from the most to the least certain. `LostUpdates` and those after it find trouble
+    that loss and gradient norm do not show; they report it and, except for collapsed attention,
+    nothing else is done.
     """
     return [
         NonFinite(),

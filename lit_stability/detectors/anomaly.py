@@ -1,4 +1,4 @@
-"""What a detector says, and what a detector is."""
+"""The `Anomaly` that a detector returns, and the `Detector` protocol."""
 
 from __future__ import annotations
 
@@ -28,76 +28,74 @@ Kind = Literal[
     "vanishing gradient",
     "dead gradients",
     "stalled layers",
-    "no learning",
-    "oscillation",
-    "weight drift",
     "weight corruption",
     "attention-logit growth",
     "attention collapse",
     "curvature beyond the edge",
-    "stale second moment",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anomaly:
-    """One step that a detector objects to: what was measured, against what, and where.
+    """A step that a detector flags: the measured value, what it was compared with, and where.
 
-    ``kind`` and ``message`` say it in words; ``signal`` is what was measured, ``value`` how much,
-    ``baseline`` and ``threshold`` against what. ``state_corrupted`` asks for a rollback and not
-    only for the step to be left out; ``warn_only`` for nothing but to be told of.
+    By default the step is skipped. ``state_corrupted`` asks for a rollback instead; with
+    ``warn_only`` the anomaly is reported and the step is taken.
     """
 
     kind: Kind | str
-    """One of `Kind`, or the name that a detector of your own gives."""
+    """One of `Kind`, or the name that a custom detector chooses."""
     step: int
-    """Optimizer steps taken before the step in question."""
+    """Optimizer steps taken before the flagged step."""
     value: float
-    """What was measured, in the unit of ``signal``."""
+    """The measured value, in the unit of ``signal``."""
     message: str
-    """One line for the log: what was seen, against what."""
+    """One line for the log: the observation and what it was compared with."""
     signal: str
     """Name of the measured quantity."""
     baseline: float | None = None
-    """What the quantity is on healthy steps, None where there is no such value."""
+    """Usual value of the quantity on healthy steps, None if there is none."""
     threshold: float | None = None
+    """Bound that ``value`` violated, None if there is none."""
     optimizer: int = 0
     state_corrupted: bool = False
-    """Whether weights or optimizer state are damaged, so that a skip is too little."""
+    """Whether weights or optimizer state are damaged, so that skipping the step is not enough."""
     warn_only: bool = False
-    """Whether the step itself is good: it is told of, taken and learnt from."""
+    """Whether the step itself is good: the anomaly is reported, the step is taken and learnt."""
     since: int | None = None
-    """Step of the batch that is suspected, where that is not the step itself."""
+    """Step of the suspected batch, None if it is the flagged step itself."""
     layers: tuple[tuple[str, float], ...] = ()
-    """The parameters that show it most, each with its value."""
+    """The most affected parameters, each with its value."""
     hold: tuple[float, ...] = ()
-    """Factor that brings each group back to its last accepted learning rate; only with a jump."""
+    """After a learning-rate jump, factor per group back to its last accepted learning rate."""
 
     @property
     def suspect(self) -> int:
-        """Step of the batch that is suspected."""
+        """Step of the suspected batch."""
         return self.step if self.since is None else self.since
 
 
 def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]) -> Anomaly:
-    """The anomaly in the light of an audit: damaged state is what most needs to be known.
+    """Returns the anomaly, changed to one of damaged state if an audit found non-finite state.
+
+    Damaged state takes precedence because it needs a rollback, whatever the detector flagged.
 
     Args:
-        anomaly: what a detector said.
-        weights: parameters found non-finite.
-        moments: parameters whose optimizer state was found non-finite.
+        anomaly: as a detector returned it.
+        weights: names of the parameters that are non-finite.
+        moments: names of the parameters whose optimizer state is non-finite.
     """
     if weights and anomaly.kind != "non-finite weight":
-        kind, seen = "non-finite weight", f"{len(weights)} parameters are non-finite"
+        kind, damage = "non-finite weight", f"{len(weights)} parameters are non-finite"
     elif moments and not weights and not anomaly.state_corrupted:
-        kind, seen = "optimizer state", f"the state of {len(moments)} parameters is non-finite"
+        kind, damage = "optimizer state", f"the state of {len(moments)} parameters is non-finite"
     else:
         return anomaly
     names = weights or moments
     return replace(
         anomaly,
         kind=kind,
-        message=f"{anomaly.message}; {seen}, first {names[0]}",
+        message=f"{anomaly.message}; {damage}, first {names[0]}",
         layers=tuple((name, math.nan) for name in names[:5]),
         state_corrupted=True,
         warn_only=False,
@@ -107,33 +105,39 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
 
 @runtime_checkable
 class Detector(Protocol):
-    """What `GradientMonitor` asks of a detector.
+    """The interface of a detector of `GradientMonitor`.
 
-    One that looks neither at gradients nor at anything that differs from rank to rank may say so by
-    ``shared_by_ranks = "yes"``: it is then asked before gradients are looked at. One that gives in
-    to values that stay counts it in ``regimes``; if it has a ``reset_windows()``, so have others to
-    begin anew with it.
+    Optional attributes:
+
+    * ``shared_by_ranks = "yes"``: the detector uses neither gradients nor anything else that
+      differs between ranks, and runs before the gradients are compared.
+    * ``regimes``: how often the detector has accepted values that it had rejected for long.
+    * ``reset_windows()``: clears what the detector has learnt. When one detector that has this
+      method accepts a change of regime, it is called on all that have it.
     """
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """Say what is wrong with a step, or None."""
+        """Returns the anomaly of a step, None if the step is healthy."""
 
     def update(self, stats: StepStats) -> None:
-        """Learn from an accepted step."""
+        """Learns from an accepted step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What evolves, as plain floats, ints and lists."""
+        """Returns everything that changes during a run, as plain floats, ints and lists."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
 
 
 def flagged(detector: Detector, stats: StepStats) -> bool:
-    """Drive a detector by hand: learn from a step that passes, True for one that does not.
+    """Runs a detector without a Trainer on one step, which it learns if it does not flag it.
 
     Args:
-        detector: as `GradientMonitor` is given it.
+        detector: any detector.
         stats: of the next step.
+
+    Returns:
+        Whether the detector flags the step.
     """
     if detector.check(stats) is not None:
         return True
@@ -142,20 +146,20 @@ def flagged(detector: Detector, stats: StepStats) -> bool:
 
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:
-    """Refuse an option with a message that repeats it.
+    """Rejects an argument that does not meet a condition.
 
     Raises:
-        ValueError: if the condition does not hold.
+        ValueError: if ``condition`` is False; the message repeats name and value.
     """
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def require_instance(name: str, value: object, kind: type) -> None:
-    """Refuse an option that is neither None nor an object of its class, such as a dict.
+    """Rejects an argument that is neither None nor an instance of its class, such as a dict.
 
     Raises:
-        ValueError: with what to write.
+        ValueError: if it is something else; the message shows how to make an instance.
     """
     if value is not None and not isinstance(value, kind):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Attention logits that grow, until each query looks at one key only and the model stops learning.
+"""Detects attention logits that grow until each query attends to one key only.
 
-Judges what an `AttentionProbe` has read; without one it is silent.
+Uses the readings of an `AttentionProbe`; without one it flags nothing.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class AttentionLogits:
-    """Tells of logits beyond a bound that still grow, and objects when attention has collapsed.
+    """Warns of logits beyond a bound that still grow, and flags attention that has collapsed.
 
-    Grown logits, two readings in a row beyond ``bound`` and the second the larger, are told of once
-    per fit: the step is good, and some time is left. Collapse is three things together: a module's
-    logits were above ``bound`` in ``persist`` readings in a row, its entropy is below ``share`` of
-    the largest possible, *and* the loss has stopped falling: the medians of two windows in a row
-    are not below the lowest before, see `Plateau`. Each alone is seen in healthy runs. No step
-    taken again brings back a collapsed attention, so it too is objected to once.
+    Growth is two consecutive readings above ``bound`` of which the second is larger. It is reported
+    once per fit; the step is good, as training can go on for a while. Collapse needs three things
+    at once: a module's logits were above ``bound`` in ``persist`` consecutive readings, its entropy
+    is below ``share`` of the largest possible, *and* the loss has stopped falling, that is, the
+    medians of two consecutive windows are not below the lowest before (see `Plateau`). Each alone
+    occurs in healthy runs. Collapse is flagged once too, as repeating steps does not undo it.
 
-    Both have to have come about in training: there are pretrained models whose logits are in the
-    thousands by a bias alone, and whose heads rest on one token. So a module's logits must be
-    ``rise`` times what was first read of it, and its entropy have been ``rise`` times ``share``.
+    Both must have developed during training: some pretrained models have logits in the thousands
+    from a bias alone, and heads that attend to one token. A module's logits must therefore be
+    ``rise`` times its first reading, and its first entropy at least ``rise`` times ``share``.
 
-    Logits of 10,000 and more with an entropy near 0 are how ViT-22B diverged (Dehghani et al. 2023,
-    arXiv 2302.05442) and what precedes divergence in small models at a high learning
-    rate (Wortsman et al. 2023, arXiv 2309.14322); that loss of entropy goes with
-    instability is from Zhai et al. 2023 (arXiv 2303.06296). The bound is a tenth of that: healthy
-    byte-level models of `benchmarks` stay below 50.
+    ViT-22B diverged with logits of 10,000 and more and an entropy near 0 (Dehghani et al. 2023,
+    arXiv 2302.05442); the same precedes divergence in small models at a high learning rate
+    (Wortsman et al. 2023, arXiv 2309.14322). Zhai et al. 2023 (arXiv 2303.06296) link low entropy
+    to instability. The default bound is a tenth of that; healthy byte-level models of `benchmarks`
+    stay below 50.
 
     Args:
-        bound: largest absolute logit of a run that is well.
-        share: entropy below which attention has collapsed, as a share of the largest.
-        persist: readings in a row.
-        rise: how far a module must have come from its first reading.
-        window: steps of which the loss's median is taken.
+        bound: largest absolute logit of a healthy run.
+        share: entropy below which attention has collapsed, as a share of the largest possible.
+        persist: consecutive readings above ``bound`` before a collapse is flagged.
+        rise: smallest factor between a module's first reading and now.
+        window: steps per median of the loss.
         fall: smallest fall of that median that counts, as a share of its absolute value.
 
     Raises:
@@ -50,11 +50,10 @@ class AttentionLogits:
     >>> for i, logit in enumerate([9.0, 400.0, 1500.0, 1800.0]):
     ...     reading = ProbeReading("attention_logit", "blocks.0", logit)
     ...     stats = StepStats(step=50 * i, loss=2.0, grad_norm=1.0, readings=(reading,))
-    ...     told = d.check(stats)
-    ...     if told is not None:
-    ...         print(told.step, told.message)
+    ...     if (anomaly := d.check(stats)) is not None:
+    ...         print(anomaly.step, anomaly.message)
     ...     d.update(stats)
-    150 attention logits of blocks.0 have grown to 1800, beyond 1000, and still grow
+    150 attention logits of blocks.0 have grown to 1800, beyond 1000, and are still growing
     """
 
     shared_by_ranks = "yes"
@@ -79,29 +78,29 @@ class AttentionLogits:
         self._first_entropy: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._high: dict[str, int] = {}
-        self._told: list[str] = []
+        self._reported: list[str] = []
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly for collapsed attention, or else for growing logits."""
         high = [r for r in stats.readings_of("attention_logit") if r.value > self.bound]
         if not high:
             return None
         return self._collapse(stats, dict(_pairs(high))) or self._growth(stats, _pairs(high))
 
     def _collapse(self, stats: StepStats, logits: Mapping[str, float]) -> Anomaly | None:
-        if "collapse" in self._told or self._plateau.stale < 2:
+        if "collapse" in self._reported or self._plateau.stale < 2:
             return None
-        found = [
+        collapsed = [
             (r.where, r.value)
             for r in stats.readings_of("attention_entropy")[::-1]
             if r.value < self.share and self._high.get(r.where, 0) + 1 >= self.persist
             if self._risen(r.where, logits.get(r.where, 0.0))
             if self._first_entropy.get(r.where, 0.0) >= self.rise * self.share
         ]
-        if not found:
+        if not collapsed:
             return None
-        self._told.append("collapse")
-        (where, entropy), plateau = found[0], self._plateau
+        self._reported.append("collapse")
+        (where, entropy), plateau = collapsed[0], self._plateau
         return Anomaly(
             kind="attention collapse",
             step=stats.step,
@@ -110,7 +109,7 @@ class AttentionLogits:
             threshold=self.bound,
             optimizer=stats.optimizer,
             state_corrupted=True,
-            layers=tuple((name, logits[name]) for name, _ in found[:5]),
+            layers=tuple((name, logits[name]) for name, _ in collapsed[:5]),
             message=f"attention of {where or 'the model'} has collapsed: logits of "
             f"{logits[where]:.4g}, entropy {entropy:.1%} of the largest, and the loss has not "
             f"fallen below {plateau.lowest:.4g} for {plateau.stale * plateau.block} steps",
@@ -118,7 +117,7 @@ class AttentionLogits:
 
     def _growth(self, stats: StepStats, high: list[tuple[str, float]]) -> Anomaly | None:
         grown = [(name, value) for name, value in high if self._grows(name, value)]
-        if self._told or not grown:
+        if self._reported or not grown:
             return None
         name, value = grown[0]
         return Anomaly(
@@ -132,21 +131,21 @@ class AttentionLogits:
             warn_only=True,
             layers=tuple(grown[:5]),
             message=f"attention logits of {name or 'the model'} have grown to {value:.4g}, beyond "
-            f"{self.bound:g}, and still grow",
+            f"{self.bound:g}, and are still growing",
         )
 
     def _grows(self, name: str, value: float) -> bool:
-        """Whether a reading beyond the bound is larger than the one before, beyond it as well."""
+        """Whether this reading and the one before exceed the bound, and this one is larger."""
         return self.bound < self._last.get(name, math.inf) < value and self._risen(name, value)
 
     def _risen(self, name: str, value: float) -> bool:
         return value >= self.rise * self._first.get(name, math.inf)
 
     def update(self, stats: StepStats) -> None:
-        """Learn readings and loss of an accepted step."""
+        """Learns the readings and the loss of an accepted step."""
         readings = _pairs(stats.readings_of("attention_logit"))
         if any(self._grows(name, value) for name, value in readings):
-            self._told = [*dict.fromkeys([*self._told, "growth"])]
+            self._reported = [*dict.fromkeys([*self._reported, "growth"])]
         for name, entropy in _pairs(stats.readings_of("attention_entropy")):
             self._first_entropy.setdefault(name, entropy)
         for name, value in readings:
@@ -157,23 +156,23 @@ class AttentionLogits:
             self._plateau.update(stats.loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """First and last readings, how long they were high, the loss's windows, what was told."""
+        """Returns first and last readings, counts of high ones, loss trend, what was reported."""
         return {
             "first": dict(self._first),
             "first_entropy": dict(self._first_entropy),
             "last": dict(self._last),
             "high": dict(self._high),
             "plateau": self._plateau.state_dict(),
-            "told": list(self._told),
+            "told": list(self._reported),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         self._first = dict(state.get("first", {}))
         self._first_entropy = dict(state.get("first_entropy", {}))
         self._last, self._high = dict(state["last"]), dict(state["high"])
         self._plateau.load_state_dict(state["plateau"])
-        self._told = list(state["told"])
+        self._reported = list(state["told"])
 
 
 def _pairs(readings: list[Any]) -> list[tuple[str, float]]:

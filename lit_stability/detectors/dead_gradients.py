@@ -1,4 +1,4 @@
-"""Parameters whose gradient is exactly 0 while that of others is not."""
+"""Detects parameters whose gradient is exactly 0 while that of others is not."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.measurement.step_stats import StepStats
 
 _NO_GAIN = ("bias", "beta", "b")
-"""Last parts of names of parameters that are 0 in good health, and let gradients pass."""
+"""Last name parts of parameters that may be 0 in a healthy model and do not block gradients."""
 
 
 class DeadGradients:
-    """Objects, once for each parameter, to gradients that are exactly 0 for good.
+    """Warns, once per parameter, of gradients that stay exactly 0.
 
-    A zero-initialised gain or branch stops the gradient of what is before it for the few steps
-    until it has moved; an expert that is not chosen has none for a while. So a parameter counts as
-    dead when its gradient is exactly 0 for ``persist`` steps in a row, with a learning rate above
-    0 and a gradient elsewhere, and for ``patience`` times as long as it ever was 0 before it came
-    back. A step without any gradient, or with one that is not finite, neither counts nor clears.
-    A parameter that never had a gradient, beside others of its own module that have one (a bias
-    does not count), is not dead but unused by these data, as the vector of a mask token.
+    A zero-initialised gain or branch blocks the gradient of the layers before it for a few steps,
+    and an expert that is not chosen has none for a while. A parameter is therefore dead only when
+    its gradient was exactly 0 for ``persist`` consecutive steps, with a learning rate above 0 and a
+    gradient elsewhere, and for ``patience`` times its longest earlier stretch of zeros. A step
+    without any gradient, or with a non-finite one, neither counts nor resets the count. A parameter
+    that has never had a gradient, in a module whose other parameters (biases aside) have one, is
+    not dead but unused by the data, like the vector of a mask token.
 
-    What is wrong is as a rule behind the last dead parameter: a gain of 0, a detached output, a
-    saturated or masked branch. If a weight that is no bias was exactly 0 when the weights were last
-    scanned, and has no gradient that could move it, it is named first, and ``signal`` is
-    ``weight_norm`` instead of ``grad_norm``. ``value`` is the share of the parameters.
+    The cause usually lies after the last dead parameter: a gain of 0, a detached output, a
+    saturated or masked branch. A weight (not a bias) that was exactly 0 at the last scan and has no
+    gradient that could move it is named first, and ``signal`` is ``weight_norm`` instead of
+    ``grad_norm``. ``value`` is the share of dead parameters.
 
     Args:
-        persist: steps in a row.
-        patience: factor on the longest stretch of zeros that has ended.
+        persist: consecutive steps with a gradient of exactly 0.
+        patience: factor on the longest earlier stretch of zeros of the same parameter.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -42,7 +42,7 @@ class DeadGradients:
     ...     if anomaly := d.check(stats):
     ...         print(i, anomaly.message)
     ...     d.update(stats)
-    2 body.w receives a gradient of exactly 0 for 3 steps; the next that receives one is head.w
+    2 body.w has had a gradient of exactly 0 for 3 steps; the next with a gradient is head.w
     """
 
     def __init__(self, *, persist: int = 50, patience: float = 10.0) -> None:
@@ -51,18 +51,18 @@ class DeadGradients:
         self.persist, self.patience = persist, patience
         self._zero_for: dict[str, int] = {}
         self._longest: dict[str, int] = {}
-        """Longest stretch of zeros that has ended."""
-        self._told: set[str] = set()
+        """Longest stretch of zeros that has ended, by parameter."""
+        self._reported: set[str] = set()
         self._never: set[str] | None = None
-        """Parameters that have not had a gradient yet; None before the first step."""
+        """Parameters without a gradient so far; None before the first step."""
         self._zero_weights: tuple[str, ...] = ()
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if a parameter that is not reported yet is dead."""
         if not (self._zero_for or 0.0 in stats.grad_norms) or not _counts(stats):
             return None
         dead = self._dead(stats)
-        if all(name in self._told for name in dead):
+        if all(name in self._reported for name in dead):
             return None
         live = [n for n, norm in zip(stats.names, stats.grad_norms, strict=True) if norm > 0]
         blocking = [n for n in self._zero_weights if n not in live]
@@ -80,7 +80,7 @@ class DeadGradients:
         )
 
     def _dead(self, stats: StepStats) -> list[str]:
-        """Parameters that are 0 in this step and have been for long enough."""
+        """Returns the parameters whose gradient has been 0 for long enough, this step included."""
         dead = [
             name
             for name, norm in zip(stats.names, stats.grad_norms, strict=True)
@@ -99,18 +99,18 @@ class DeadGradients:
     def _message(self, names: Sequence[str], dead: list[str], blocking: list[str]) -> str:
         after = names[names.index(dead[-1]) + 1 :]
         if len(dead) == 1:
-            who = f"{dead[0]} receives"
+            which = f"{dead[0]} has"
         else:
-            who = f"{len(dead)} of {len(names)} parameters, {dead[0]} to {dead[-1]}, receive"
-        said = f"{who} a gradient of exactly 0 for {self.persist} steps"
+            which = f"{len(dead)} of {len(names)} parameters, {dead[0]} to {dead[-1]}, have"
+        text = f"{which} had a gradient of exactly 0 for {self.persist} steps"
         if blocking:
-            return f"{said}; {blocking[0]} is exactly 0 itself and lets none pass"
+            return f"{text}; {blocking[0]} is exactly 0 itself and blocks the gradient"
         if after:
-            return f"{said}; the next that receives one is {after[0]}"
-        return said
+            return f"{text}; the next with a gradient is {after[0]}"
+        return text
 
     def update(self, stats: StepStats) -> None:
-        """Count an accepted step; what was objected to is told of once."""
+        """Learns from an accepted step how long each gradient has been 0."""
         if stats.weight_norms:
             self._zero_weights = tuple(
                 n for n, v in stats.weight_norms if v == 0 and n.split(".")[-1] not in _NO_GAIN
@@ -122,29 +122,29 @@ class DeadGradients:
             self._never = {name for name, norm in pairs if norm == 0}
         if not (self._zero_for or 0.0 in stats.grad_norms):
             return
-        self._told.update(self._dead(stats))
+        self._reported.update(self._dead(stats))
         for name, norm in zip(stats.names, stats.grad_norms, strict=True):
             if norm == 0:
                 self._zero_for[name] = self._zero_for.get(name, 0) + 1
             elif name in self._zero_for:
                 self._never.discard(name)
                 self._longest[name] = max(self._zero_for.pop(name), self._longest.get(name, 0))
-                self._told.discard(name)
+                self._reported.discard(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Stretches of zeros, and who was told of."""
+        """Returns the stretches of zeros by parameter, and which were reported."""
         return {
             "zero_for": dict(self._zero_for),
             "longest": dict(self._longest),
-            "told": sorted(self._told),
+            "told": sorted(self._reported),
             "never": None if self._never is None else sorted(self._never),
             "zero_weights": list(self._zero_weights),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores what `state_dict` returned."""
         self._zero_for, self._longest = dict(state["zero_for"]), dict(state["longest"])
-        self._told, self._zero_weights = set(state["told"]), tuple(state["zero_weights"])
+        self._reported, self._zero_weights = set(state["told"]), tuple(state["zero_weights"])
         self._never = None if state["never"] is None else set(state["never"])
 
 

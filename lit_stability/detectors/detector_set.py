@@ -1,4 +1,4 @@
-"""The detectors of every optimizer: asked in order, taught together."""
+"""Runs the detectors of every optimizer on a step, and lets them learn the accepted ones."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ Part = Literal["all", "shared", "own"]
 
 
 class DetectorSet:
-    """One set of detectors per optimizer.
+    """One list of detectors per optimizer.
 
     Args:
-        detectors: what to ask, in order; every optimizer gets copies.
-        optimizers: their indices.
-        say: called with a line when a detector accepts a new regime.
+        detectors: run in this order; every optimizer gets its own copies.
+        optimizers: indices of the optimizers.
+        log: called with a line when a detector accepts a change of regime.
     """
 
     def __init__(
-        self, detectors: Sequence[Detector], optimizers: Iterable[int], say: Callable[[str], None]
+        self, detectors: Sequence[Detector], optimizers: Iterable[int], log: Callable[[str], None]
     ) -> None:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
-        self._say = say
+        self._log = log
         self._replicas = Replicas()
         self.regime_change = False
-        """Whether a detector has accepted, in this step, values that it had refused for long."""
-        self._unheard: set[int] = set()
-        """Detectors, by id, that had something to tell of this step and were not heard."""
+        """Whether a detector accepted, in this step, values that it had rejected for long."""
+        self._deferred: set[int] = set()
+        """Ids of the detectors whose warning about this step waits, as another's was reported."""
 
     def verdict(self, stats: StepStats, *, voting: bool) -> tuple[Anomaly | None, bool]:
-        """What is wrong with a step, and whether all ranks are known to have found the same.
+        """Returns the anomaly of a step, and whether every rank is known to have found the same.
 
         Args:
             stats: of the step.
-            voting: whether the ranks vote on what they find in the gradients, which may be their
-                own; see `lit_stability.distributed.collectives`. Otherwise all that is measured
-                they have alike.
+            voting: whether the ranks vote on anomalies in their gradients, which may differ from
+                rank to rank (see `lit_stability.distributed.collectives`). If False, all ranks have
+                the same measurements.
         """
         self.regime_change = False
         anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")
@@ -61,79 +61,83 @@ class DetectorSet:
         else:
             anomaly = self._replicas.explain(anomaly, stats)
         if compared and self._replicas.given_up:
-            self._say(
-                f"step {stats.step}: the ranks' weights differ from the start of the fit on, and "
-                "are not compared"
+            self._log(
+                f"step {stats.step}: the ranks' weights have differed since the start of the fit "
+                "and are no longer compared"
             )
         return anomaly
 
     def ask(self, stats: StepStats, part: Part = "all") -> Anomaly | None:
-        """The first objection; one that only asks to be told of gives way to any other.
+        """Returns the first anomaly; one with ``warn_only`` only if no detector rejects the step.
 
         Args:
             stats: of the step.
-            part: "shared" for what follows from numbers other than gradients, "own" for the rest;
-                a detector that has no ``shared_by_ranks`` belongs to the rest.
+            part: "shared" runs the detectors that use no gradients, "own" the others; a detector
+                without ``shared_by_ranks`` is one of the others.
         """
-        seen = stats if part != "shared" else _without_gradients(stats)
-        told: Anomaly | None = None
+        visible = stats if part != "shared" else _without_gradients(stats)
+        warning: Anomaly | None = None
         if part != "own":
-            self._unheard.clear()
+            self._deferred.clear()
         for detector in self._sets[stats.optimizer]:
             if not _belongs(detector, part):
                 continue
             regimes = getattr(detector, "regimes", 0)
-            anomaly = detector.check(seen)
+            anomaly = detector.check(visible)
             if anomaly is not None and not anomaly.warn_only:
                 return anomaly
-            if anomaly is not None and told is not None:
-                self._unheard.add(id(detector))
-            told = told or anomaly
+            if anomaly is not None and warning is not None:
+                self._deferred.add(id(detector))
+            warning = warning or anomaly
             if getattr(detector, "regimes", 0) > regimes:
                 self._accepted(detector, stats)
-        return told
+        return warning
 
     def _accepted(self, detector: Detector, stats: StepStats) -> None:
-        """Say so; what has changed for one signal has changed for loss and gradients together."""
-        self._say(
-            f"step {stats.step}: {type(detector).__name__} accepts the values of late as the new "
-            "normal and learns anew"
+        """Logs a change of regime and clears the windows of all detectors that have them.
+
+        All, because what changes the loss changes the gradients too, and vice versa.
+        """
+        self._log(
+            f"step {stats.step}: {type(detector).__name__} accepts the recent values as the new "
+            "normal and learns again from scratch"
         )
         if not hasattr(detector, "reset_windows"):
             return
         self.regime_change = True
-        for each in self._sets[stats.optimizer]:
-            if hasattr(each, "reset_windows"):
-                each.reset_windows()
+        for other in self._sets[stats.optimizer]:
+            if hasattr(other, "reset_windows"):
+                other.reset_windows()
 
     def learn(self, stats: StepStats) -> None:
-        """Teach an accepted step, all but those that were not heard: they are to say it again."""
+        """Lets the detectors learn an accepted step, except those whose warning still waits.
+
+        These repeat it at the next step.
+        """
         for detector in self._sets[stats.optimizer]:
-            if id(detector) not in self._unheard:
+            if id(detector) not in self._deferred:
                 detector.update(stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """The detectors' windows, each under what its detector is."""
+        """Returns the state of every detector with its label, by optimizer."""
         return {
-            str(i): [
-                [label, d.state_dict()] for label, d in zip(_labels(found), found, strict=True)
-            ]
-            for i, found in self._sets.items()
+            str(i): [[label, d.state_dict()] for label, d in zip(_labels(ds), ds, strict=True)]
+            for i, ds in self._sets.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put windows back, each into the detector that it came from; others begin anew."""
+        """Restores the detectors whose label is in the state; the others are unchanged."""
         for index, saved in state.items():
-            found = self._sets.get(int(index), [])
-            windows = dict(saved)
-            for label, detector in zip(_labels(found), found, strict=True):
-                if label in windows:
-                    detector.load_state_dict(windows[label])
+            detectors = self._sets.get(int(index), [])
+            states = dict(saved)
+            for label, detector in zip(_labels(detectors), detectors, strict=True):
+                if label in states:
+                    detector.load_state_dict(states[label])
 
 
 def _labels(detectors: Sequence[Detector]) -> list[str]:
-    """What tells detectors apart: class, signal, and a number where that is not enough."""
-    kinds = [f"{type(each).__name__} {getattr(each, 'signal', '')}".strip() for each in detectors]
+    """Returns a unique label per detector: class, signal, and a number among equal ones."""
+    kinds = [f"{type(d).__name__} {getattr(d, 'signal', '')}".strip() for d in detectors]
     return [f"{kind} {kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
 
 

@@ -1,4 +1,4 @@
-"""A loss that rose and does not come back."""
+"""Detects a loss that rises and stays high."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.rejection_streak import Row
+from lit_stability.detectors.rejection_streak import RejectionStreak
 from lit_stability.detectors.rolling_window import Window
 from lit_stability.measurement.step_stats import StepStats
 
 
 class Divergence:
-    """Objects to a loss that stays far above the window for ``persist`` steps in a row.
+    """Flags a loss that stays far above its window for ``persist`` consecutive steps.
 
-    A step is high when its loss is above the median by ``sigmas`` robust standard deviations and
-    by ``rise`` of the median's size. High losses are not learnt. One hard batch, or nine, pass
-    unmentioned. Raised ``give_up`` times without a step in between that is not high, the height
-    is a new regime: the window is emptied, ``regimes`` counts it, and learning starts anew. So it
-    is where a rollback lies between, if it is raised again at the very same step although the
-    learning rate was lowered: a loss that the weights have driven up would come at another.
+    A loss is high when it exceeds the median by ``sigmas`` robust standard deviations and by
+    ``rise`` of the median's absolute value. High losses are not learnt. Fewer than ``persist`` hard
+    batches are ignored. If the detector would flag more than ``give_up`` times without a lower loss
+    in between, it accepts the level as a change of regime: it clears the window, counts in
+    ``regimes`` and learns again from scratch. After a rollback the count goes on only if the next
+    flag comes at the same step although the learning rate was lowered: a loss that the weights had
+    driven up would rise at another step.
 
     Args:
         rise: smallest rise that counts, as a share of the median's absolute value.
         sigmas: smallest rise that counts, in robust standard deviations.
-        persist: high steps in a row before it is said.
-        window: accepted values remembered.
+        persist: consecutive high steps before the detector flags.
+        window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
-        give_up: times it is said before the window is emptied.
+        give_up: flags before the level is accepted.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -62,13 +63,13 @@ class Divergence:
         self.min_history, self.give_up = min_history, give_up
         self.window = Window(window)
         self.high = 0
-        self._row = Row()
+        self._streak = RejectionStreak()
         self._rate = 0.0
-        """Learning rate when it was raised last."""
+        """Learning rate at the last flag."""
         self.regimes = 0
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if the loss has been high for ``persist`` consecutive steps."""
         if not self._is_high(stats.loss):
             return None
         self.high += 1
@@ -77,7 +78,7 @@ class Divergence:
         self.high = 0
         rate, before = max(stats.learning_rates, default=0.0), self._rate
         self._rate = rate
-        if self._row.refused(stats.step, changed=rate < before) > self.give_up:
+        if self._streak.rejected(stats.step, changed=rate < before) > self.give_up:
             self.reset_windows()
             self.regimes += 1
             return None
@@ -98,17 +99,17 @@ class Divergence:
         )
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted loss, unless it is high."""
+        """Learns an accepted loss, unless it is high."""
         if self._is_high(stats.loss):
             return
         self.high = 0
-        self._row.accepted(stats.step)
+        self._streak.accepted(stats.step)
         self.window.add(stats.loss)
 
     def reset_windows(self) -> None:
-        """Forget what was normal, here or for another detector of the run."""
+        """Clears window and counts after a change of regime, in this or in another detector."""
         self.window.replace([])
-        self._row, self.high = Row(), 0
+        self._streak, self.high = RejectionStreak(), 0
 
     def _threshold(self) -> float:
         median = self.window.median
@@ -118,13 +119,13 @@ class Divergence:
         if len(self.window) < self.min_history or not math.isfinite(loss):
             return False
         median = self.window.median
-        # The cheap bound first: the other one needs the window's spread.
+        # The cheap bound comes first: the threshold needs the spread of the window.
         return loss > median + self.rise * abs(median) and loss > self._threshold()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window; the counts are not part of it, so no restore can undo a give-up."""
+        """Returns the window; without the counts, so that no restore undoes a change of regime."""
         return {"window": list(self.window.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put a window back."""
+        """Restores the window."""
         self.window.replace(state["window"])

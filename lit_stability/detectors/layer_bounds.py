@@ -1,4 +1,4 @@
-"""Bounds on the gradient norm of chosen layers."""
+"""Checks the gradient norms of chosen layers against bounds that the user gives."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class LayerBounds:
-    """Objects to a parameter whose gradient norm is outside the bounds given for its name.
+    """Flags a parameter whose gradient norm is outside the bounds for its name.
 
-    Above the upper bound the step is bad. Below the lower one nothing is wrong with the step:
-    after ``persist`` steps in a row it is said once, and nothing is done, as a small gradient for
-    a while is what warm-up looks like. A gradient of exactly 0 does not count as small.
+    A norm above the upper bound rejects the step. A norm below the lower bound is reported once,
+    after ``persist`` consecutive steps, and the step is taken: small gradients for a while are
+    normal during warm-up. A gradient of exactly 0 does not count as small.
 
     Args:
-        bounds: glob pattern of parameter names -> the largest gradient norm, or a pair of the
-            smallest and the largest; of several patterns that fit a name the first counts.
-        persist: steps in a row below the lower bound before it is said.
+        bounds: glob pattern of parameter names -> largest gradient norm, or a pair of smallest and
+            largest; if several patterns match a name, the first one counts.
+        persist: consecutive steps below the lower bound before it is reported.
 
     Raises:
         ValueError: if a bound is not positive, or a pair is not in order.
@@ -47,23 +47,23 @@ class LayerBounds:
         self._low_for: dict[str, int] = {}
 
     def require_fit(self, names: Sequence[str]) -> None:
-        """Refuse a pattern that no parameter has: it would bound nothing, in silence.
+        """Rejects a pattern that matches no parameter, as it would silently bound nothing.
 
         Args:
             names: of all parameters.
 
         Raises:
-            ValueError: with the pattern, and names that are there.
+            ValueError: if a pattern matches no name; the message shows some names.
         """
         for pattern in self.bounds:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"no parameter is named like {pattern!r}, which is given a bound; there are "
-                    f"{len(names)}, as {', '.join(names[:3])}"
+                    f"no parameter matches {pattern!r}, for which a bound is given; there are "
+                    f"{len(names)}, such as {', '.join(names[:3])}"
                 )
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if a parameter's gradient norm violates its bounds."""
         over: list[tuple[str, float, float]] = []
         low: list[tuple[str, float, float]] = []
         for name, norm in zip(stats.names, stats.grad_norms, strict=True):
@@ -104,11 +104,11 @@ class LayerBounds:
         return self._resolved[name]
 
     def update(self, stats: StepStats) -> None:
-        """There is nothing to learn."""
+        """Does nothing: the bounds are fixed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing that evolves is worth keeping."""
+        """Returns an empty dict: the counts are not kept."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to put back."""
+        """Does nothing: there is no state to restore."""

@@ -1,4 +1,4 @@
-"""The loss scaler of fp16 training: its ordinary search, and its death."""
+"""Detects a loss scaler of fp16 training that no longer finds a usable scale."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class LossScale:
-    """Tells the scaler's search for a scale, which is healthy, from one that will find none.
+    """Distinguishes the scaler's healthy search for a scale from one that cannot succeed.
 
-    A scaler halves its scale at every overflow and leaves that step out; from a high start it does
-    so many times, and now and then ever after. Objected to is
+    A scaler halves its scale at every overflow and skips that step; it does so many times from a
+    high start, and occasionally later. The detector flags three cases:
 
-    * *loss-scale collapse*: an overflow at ``floor`` or below, down to a scale of 0. The step would
-      be left out anyway, and so will be all that follow;
-    * *loss-scale fall*: the scale is ``halvings`` halvings below what 20 steps in a row have borne
-      within the last ``within`` steps. The step is the scaler's; it is told of;
-    * *infinite loss*: an infinite loss with finite gradients. The loss has overflowed where it was
-      computed, the gradients have not: the step is as good as any, and taken.
+    * *loss-scale collapse*: an overflow at a scale of ``floor`` or less. The scaler would skip this
+      step and all that follow;
+    * *loss-scale fall*: the scale is ``halvings`` halvings below one at which 20 consecutive steps
+      did not overflow, at most ``within`` steps ago. It is only reported, as the scaler skips the
+      step itself;
+    * *infinite loss*: an infinite loss with finite gradients. The loss overflowed where it was
+      computed and the gradients did not, so the step is good; it is reported and taken.
 
-    Below a scale of 2**-10 a gradient under 6e-5 is 0 in fp16, and one that overflows is above 6e7:
-    no training that works is there. A search from any scale passes; 0 false alarms.
+    At a scale below 2**-10 a gradient under 6e-5 is 0 in fp16, and one that overflows is above 6e7:
+    no training works there. A search from any start scale passes; 0 false alarms.
 
     Args:
-        floor: scale at which an overflow is no search any more.
-        halvings: net halvings that make a fall.
-        within: optimizer steps.
+        floor: scale at or below which an overflow is no longer part of a search.
+        halvings: net halvings that count as a fall.
+        within: optimizer steps within which the fall must happen.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -48,11 +49,11 @@ class LossScale:
         require(within >= 1, "within", within, "at least 1")
         self.floor, self.halvings, self.within = floor, halvings, within
         self._calm = 0
-        self._borne: tuple[int, float] | None = None
-        """Last step of 20 without an overflow, and its scale."""
+        self._stable: tuple[int, float] | None = None
+        """Last step that ended 20 without an overflow, and its scale."""
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly for a collapse or fall of the scale, or for an infinite loss."""
         scale = stats.loss_scale
         if scale is None:
             return None
@@ -60,17 +61,17 @@ class LossScale:
             return self._infinite_loss(stats) if math.isinf(stats.loss) else None
         if scale <= self.floor:
             message = (
-                f"gradients overflow at a loss scale of {scale:.3g}, at which none can: every "
-                "further step would be left out"
+                f"gradients overflow at a loss scale of {scale:.3g}, too low for healthy ones to "
+                "overflow: the scaler would skip every further step"
             )
             return _anomaly(stats, "loss-scale collapse", scale, message, threshold=self.floor)
-        if self._borne is None or stats.step - self._borne[0] > self.within:
+        if self._stable is None or stats.step - self._stable[0] > self.within:
             return None
-        step, borne = self._borne
-        if scale * 2**self.halvings > borne:
+        step, stable = self._stable
+        if scale * 2**self.halvings > stable:
             return None
-        message = f"the loss scale fell from {borne:.3g} to {scale:.3g} since step {step}"
-        return _anomaly(stats, "loss-scale fall", scale, message, baseline=borne)
+        message = f"the loss scale fell from {stable:.3g} to {scale:.3g} since step {step}"
+        return _anomaly(stats, "loss-scale fall", scale, message, baseline=stable)
 
     @staticmethod
     def _infinite_loss(stats: StepStats) -> Anomaly:
@@ -81,21 +82,21 @@ class LossScale:
         return _anomaly(stats, "infinite loss", stats.loss, message)
 
     def update(self, stats: StepStats) -> None:
-        """Learn which scale is borne."""
+        """Learns the scale of a step that ends 20 without an overflow."""
         if stats.loss_scale is None:
             return
         self._calm = self._calm + 1 if stats.finite_gradients else 0
         if self._calm >= 20:
-            self._borne = (stats.step, stats.loss_scale)
+            self._stable = (stats.step, stats.loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scale that was borne."""
-        return {"calm": self._calm, "borne": None if self._borne is None else list(self._borne)}
+        """Returns the steps since the last overflow, and the last stable scale with its step."""
+        return {"calm": self._calm, "borne": None if self._stable is None else list(self._stable)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
-        self._calm, borne = int(state["calm"]), state["borne"]
-        self._borne = None if borne is None else (int(borne[0]), float(borne[1]))
+        """Restores what `state_dict` returned."""
+        self._calm, stable = int(state["calm"]), state["borne"]
+        self._stable = None if stable is None else (int(stable[0]), float(stable[1]))
 
 
 def _anomaly(

@@ -1,4 +1,4 @@
-"""Updates that rounding swallows: 16-bit weights that stand still while their gradients live."""
+"""Detects updates lost to rounding: 16-bit weights that do not move despite their gradients."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class LostUpdates:
-    """Objects, once, when most 16-bit weights stand still while their gradient pulls.
+    """Warns, once, when most 16-bit weights do not move although their gradient keeps its sign.
 
     bfloat16 keeps 8 bits: an update below 1/512 of its weight is rounded away (in float16 below
-    1/4096). Nothing else shows it: gradients and loss look alive, the loss only falls too slowly.
-    The share is of sampled weights that have not moved in ten updates, of those whose gradient has
-    kept its sign; the objection comes when its median over ``window`` measurements is above
-    ``share``. Measurements are left out while the learning
-    rate is below a tenth of the largest so far: at the end of a decay updates are to vanish.
+    1/4096). Nothing else shows it: gradients and loss look healthy, the loss only falls too slowly.
+    The measured share is of the sampled weights that have not moved in ten updates, among those
+    whose gradient kept its sign. The detector warns when the median of ``window`` measurements is
+    above ``share``. It ignores measurements while the learning rate is below a tenth of its
+    maximum, because updates are meant to vanish at the end of a decay.
 
     Args:
-        share: of weights that stand still, in (0, 1].
-        window: measurements, one in ten steps.
+        share: largest tolerated share of weights that do not move, in (0, 1].
+        window: number of measurements; there is one in ten steps.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -34,7 +34,7 @@ class LostUpdates:
     >>> for s in steps:
     ...     detector.update(s)
     >>> detector.check(steps[-1]).message
-    '90% of the 16-bit weights stand still: rounding swallows updates'
+    '90% of the 16-bit weights do not move: their updates are lost to rounding'
     """
 
     def __init__(self, *, share: float = 0.5, window: int = 10) -> None:
@@ -43,11 +43,11 @@ class LostUpdates:
         self.share, self.window = share, window
         self._shares: deque[float] = deque(maxlen=window)
         self._peak = 0.0
-        self._told = False
+        self._reported = False
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
-        if self._told or len(self._shares) < self.window or median(self._shares) <= self.share:
+        """Returns an anomaly if the median share of weights that do not move is too large."""
+        if self._reported or len(self._shares) < self.window or median(self._shares) <= self.share:
             return None
         lost = median(self._shares)
         return Anomaly(
@@ -56,24 +56,25 @@ class LostUpdates:
             value=lost,
             signal="stuck_share",
             threshold=self.share,
-            message=f"{lost:.0%} of the 16-bit weights stand still: rounding swallows updates",
+            message=f"{lost:.0%} of the 16-bit weights do not move: their updates are lost to "
+            "rounding",
             optimizer=stats.optimizer,
             warn_only=True,
         )
 
     def update(self, stats: StepStats) -> None:
-        """Take up a measurement; what was objected to is learnt, as it is told of once."""
-        self._told = self._told or self.check(stats) is not None
+        """Learns the measurement of an accepted step."""
+        self._reported = self._reported or self.check(stats) is not None
         self._peak = max(self._peak, stats.update_learning_rate)
         if stats.stuck_share is None or stats.update_learning_rate < 0.1 * self._peak:
             return
         self._shares.append(stats.stuck_share)
 
     def state_dict(self) -> dict[str, Any]:
-        """The shares of late."""
-        return {"shares": list(self._shares), "peak": self._peak, "told": self._told}
+        """Returns the recent shares, the peak learning rate, and whether a warning was given."""
+        return {"shares": list(self._shares), "peak": self._peak, "told": self._reported}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores what `state_dict` returned."""
         self._shares = deque(map(float, state["shares"]), maxlen=self.window)
-        self._peak, self._told = float(state["peak"]), bool(state["told"])
+        self._peak, self._reported = float(state["peak"]), bool(state["told"])

@@ -1,4 +1,4 @@
-"""NaN and Inf in weights, loss and gradients."""
+"""Detects NaN and Inf in weights, loss and gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class NonFinite:
-    """Objects to a NaN or Inf in the weights, the loss or the gradients.
+    """Flags a NaN or Inf in the weights, the loss or the gradients.
 
-    Under a loss scaler two cases are no anomaly: gradients that overflow while the loss is finite
-    (the scaler's search) and an infinite loss whose gradients are finite (a step like any other).
+    With a loss scaler two cases are healthy: gradients that overflow while the loss is finite (the
+    scaler searches for its scale), and an infinite loss with finite gradients (the step is good).
 
     >>> from lit_stability.measurement.step_stats import StepStats
     >>> NonFinite().check(StepStats(step=7, loss=float("nan"), grad_norm=1.0)).kind
@@ -22,10 +22,10 @@ class NonFinite:
     """
 
     shared_by_ranks = "in part"
-    """Weights and loss are; gradients are not."""
+    """Weights and loss are the same on all ranks, gradients may not be."""
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly for the first of weights, loss and gradients that is not finite."""
         if stats.bad_weights:
             layers = tuple((name, math.nan) for name in stats.bad_weights[:5])
             message = f"{_count(stats.bad_weights)} non-finite, first {stats.bad_weights[0]}"
@@ -45,14 +45,14 @@ class NonFinite:
         return None
 
     def update(self, stats: StepStats) -> None:
-        """There is nothing to learn."""
+        """Does nothing: there is nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing evolves."""
+        """Returns an empty dict: the detector has no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to put back."""
+        """Does nothing: there is no state to restore."""
 
 
 def _anomaly(

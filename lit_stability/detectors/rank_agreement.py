@@ -1,6 +1,6 @@
-"""Whether the ranks of a run agree: on their learning rates, their weights, and on a step.
+"""Checks that the ranks of a run agree on learning rates, weights and the verdict on a step.
 
-All of it from numbers that every rank has alike, so that they also agree that they disagree.
+All checks use numbers that are the same on every rank, so every rank gets the same result.
 """
 
 from __future__ import annotations
@@ -15,59 +15,58 @@ from lit_stability.measurement.step_stats import StepStats
 
 KIND = "rank disagreement"
 _SAME_NORM = 1e-3
-"""Relative difference of gradient norms that the order of additions may explain."""
+"""Relative difference of gradient norms that the order of additions can explain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one rank made of a step's gradients: whether it objected, and the norm that it saw.
-
-    All ranks exchange theirs, see `disagreement`.
-    """
+    """One rank's verdict on a step's gradients; the ranks exchange theirs, see `disagreement`."""
 
     objected: bool
+    """Whether the rank rejects the step."""
     grad_norm: float
-    told: bool = False
-    """Whether it has something to tell of a step that it takes."""
+    """Norm of the gradients on the rank."""
+    warned: bool = False
+    """Whether the rank accepts the step and warns about it."""
 
     def row(self) -> tuple[float, float, float]:
-        """As numbers; see `from_row`."""
-        return float(self.objected), self.grad_norm, float(self.told)
+        """Returns the vote as numbers, the reverse of `from_row`."""
+        return float(self.objected), self.grad_norm, float(self.warned)
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> Vote:
-        """From the numbers of `row`."""
+        """Makes a vote from the numbers that `row` returned."""
         return cls(bool(row[0]), row[1], bool(row[2]))
 
 
 def disagreement(stats: StepStats, votes: Sequence[Vote]) -> Anomaly | None:
-    """Objects to a step that some ranks took and others did not, or took with other gradients.
+    """Returns an anomaly if only some ranks reject a step, or if their gradient norms differ.
 
     Args:
         stats: of the step, on this rank.
-        votes: of all ranks, in their order.
+        votes: of all ranks, in rank order.
 
     >>> step = StepStats(step=7, loss=1.0, grad_norm=1.0)
     >>> disagreement(step, [Vote(False, 1.0), Vote(True, 900.0)]).message
-    'rank 1 objects to its gradients, the others do not; gradient norms by rank: 1, 900'
+    'rank 1 rejects its gradients, the others do not; gradient norms by rank: 1, 900'
     """
     norms = [v.grad_norm for v in votes]
-    objecting = [r for r, v in enumerate(votes) if v.objected]
-    if 0 < len(objecting) < len(votes):
-        verb = "objects to its" if len(objecting) == 1 else "object to their"
-        seen = f"{_ranks(objecting)} {verb} gradients, the others do not"
+    rejecting = [r for r, v in enumerate(votes) if v.objected]
+    if 0 < len(rejecting) < len(votes):
+        verb = "rejects its" if len(rejecting) == 1 else "reject their"
+        text = f"{_ranks(rejecting)} {verb} gradients, the others do not"
     elif not all(_same(norms[0], n) for n in norms):
-        seen = "the ranks' averaged gradients differ"
+        text = "the ranks' averaged gradients differ"
     else:
         return None
-    return _anomaly(stats, "grad_norm", f"{seen}; gradient norms by rank: {_list(norms)}", norms)
+    return _anomaly(stats, "grad_norm", f"{text}; gradient norms by rank: {_list(norms)}", norms)
 
 
 def rates_differ(stats: StepStats) -> Anomaly | None:
-    """Objects to ranks that are about to step with different learning rates.
+    """Returns an anomaly if the ranks are about to step with different learning rates.
 
     Args:
-        stats: of a step, with ``rank_rates``.
+        stats: of a step; uses ``rank_rates``.
     """
     if len(set(stats.rank_rates)) < 2:
         return None
@@ -76,13 +75,13 @@ def rates_differ(stats: StepStats) -> Anomaly | None:
 
 
 class Replicas:
-    """Objects to ranks whose weights were the same and no longer are.
+    """Flags ranks whose weights were the same and no longer are.
 
-    Weights that were not the same for ``trust`` steps from the start on, as where a layer is
-    meant to be each rank's own, are not compared any more; ``given_up`` tells.
+    Weights that differ before they were equal for ``trust`` steps are not compared again, as a
+    layer may be meant to differ between ranks; ``given_up`` is True then.
 
     Args:
-        trust: steps of equal weights after which a difference is damage.
+        trust: steps with equal weights after which a difference counts as damage.
     """
 
     def __init__(self, trust: int = 3) -> None:
@@ -91,7 +90,7 @@ class Replicas:
         self.given_up = False
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if the weights were equal for long enough and now differ."""
         if self.given_up or not stats.rank_weights:
             return None
         if len(set(stats.rank_weights)) == 1:
@@ -103,11 +102,11 @@ class Replicas:
         return _weights_differ(stats)
 
     def explain(self, anomaly: Anomaly, stats: StepStats) -> Anomaly:
-        """The anomaly, with state that is bad where the weights turn out to differ as well."""
-        apart = self.check(stats)
-        if apart is None:
+        """Returns the anomaly, marked as damaged state if the ranks' weights differ as well."""
+        difference = self.check(stats)
+        if difference is None:
             return anomaly
-        message = f"{anomaly.message}; {apart.message}"
+        message = f"{anomaly.message}; {difference.message}"
         return replace(anomaly, message=message, state_corrupted=True, warn_only=False)
 
 
@@ -135,10 +134,10 @@ def _weights_differ(stats: StepStats) -> Anomaly:
     ((usual, count),) = Counter(sums).most_common(1)
     differing = [r for r, v in enumerate(sums) if v != usual]
     if 2 * count > len(sums):
-        seen = f"the weights of {_ranks(differing)} are no longer those of the others"
+        text = f"the weights of {_ranks(differing)} differ from those of the others"
     else:
-        seen = "the ranks' weights are no longer the same"
-    message = f"{seen}; checksums by rank: {', '.join(f'{v:.0f}' for v in sums[:8])}"
+        text = "the ranks' weights are no longer the same"
+    message = f"{text}; checksums by rank: {', '.join(f'{v:.0f}' for v in sums[:8])}"
     return replace(_anomaly(stats, "weights", message, sums), since=max(0, stats.step - 1))
 
 

@@ -1,51 +1,51 @@
-"""Refusals in a row, which steps that are taken again after a rollback do not end."""
+"""Counts consecutive rejected steps; replayed steps do not reset the count."""
 
 from __future__ import annotations
 
 
-class Row:
-    """Counts refusals that no newly accepted step lies between.
+class RejectionStreak:
+    """Counts rejections without a newly accepted step in between.
 
-    After a rollback steps are accepted that were accepted before: they end no row. It goes on if
-    the next refusal is at the step of the last one; at another, other weights have led to other
-    trouble, and it begins anew.
+    Steps that a rollback replays were accepted before and do not reset the count. After them it
+    goes on if the next rejection is at the step of the last one. At another step the weights have
+    led to different trouble, and the count restarts.
 
-    >>> row = Row()
-    >>> [row.refused(step) for step in (7, 7, 8)]
+    >>> streak = RejectionStreak()
+    >>> [streak.rejected(step) for step in (7, 7, 8)]
     [1, 2, 3]
-    >>> row.accepted(6); row.accepted(7); row.refused(8)
+    >>> streak.accepted(6); streak.accepted(7); streak.rejected(8)
     4
-    >>> row.accepted(6); row.refused(7)
+    >>> streak.accepted(6); streak.rejected(7)
     1
-    >>> row.accepted(7); row.refused(8)
+    >>> streak.accepted(7); streak.rejected(8)
     1
-    >>> row.accepted(7); row.refused(8, changed=False)
+    >>> streak.accepted(7); streak.rejected(8, changed=False)
     1
     """
 
     def __init__(self) -> None:
         self._count = 0
         self._step = -1
-        """Of the last refusal."""
-        self._again = False
-        """Whether steps were taken again since."""
+        """Step of the last rejection."""
+        self._replayed = False
+        """Whether steps were replayed since then."""
 
-    def refused(self, step: int, *, changed: bool = True) -> int:
-        """Count a refusal; returns how many there are in the row.
+    def rejected(self, step: int, *, changed: bool = True) -> int:
+        """Counts a rejection and returns the length of the streak.
 
         Args:
-            step: at which it is.
-            changed: whether anything was changed since the last one. What comes back where steps
-                were taken again just as they were had to come back, and is not counted.
+            step: the rejected step.
+            changed: whether anything was changed since the last rejection. If the same steps were
+                replayed without a change, the same result was certain and is not counted.
         """
-        goes_on = step == self._step or not self._again
-        counts = changed or not self._again
+        goes_on = step == self._step or not self._replayed
+        counts = changed or not self._replayed
         self._count = self._count + counts if goes_on else 1
-        self._step, self._again = step, False
+        self._step, self._replayed = step, False
         return self._count
 
     def accepted(self, step: int) -> None:
-        """End the row with an accepted step, unless it was accepted before."""
+        """Ends the streak with an accepted step, unless the step is a replayed one."""
         if step >= self._step:
             self._count, self._step = 0, -1
-        self._again = step < self._step
+        self._replayed = step < self._step

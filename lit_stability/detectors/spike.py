@@ -1,4 +1,4 @@
-"""A value far above what the run has shown of late."""
+"""Detects a gradient norm or loss far above its recent values."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lit_stability.detectors.anomaly import Anomaly, require
-from lit_stability.detectors.rejection_streak import Row
+from lit_stability.detectors.rejection_streak import RejectionStreak
 from lit_stability.detectors.rolling_window import Window
 from lit_stability.measurement.step_stats import StepStats
 
 _LARGEST_EXPONENT = 700.0
-"""exp of more is beyond a float."""
+"""exp of more overflows a float."""
 
 _RECENT = 5
-"""Accepted values that show a growth from step to step."""
+"""Number of last accepted values that reveal growth from step to step."""
 
 
 class Spike:
-    """Objects to a gradient norm or loss far above the window of accepted ones.
+    """Flags a gradient norm or loss far above the window of accepted values.
 
-    A value is a spike when it is above ``ratio`` times the median of the window *and*, in
-    logarithms, above the median by ``sigmas`` robust standard deviations, *and* above ``jump``
-    times the largest of the last five accepted: what grows from step to step, as the swings of
-    descent on the edge of stability, is no spike. The deviation is that about the trend of the
-    window, see `Window.spread`: a norm that falls a hundredfold within it would otherwise hide one
-    of a thousand times its size. After ``give_up`` refusals in a row the values are a new regime:
-    the window is emptied, ``regimes`` counts it, and learning starts anew. Steps that are taken
-    again after a rollback do not end the row, if it goes on at the step where it was before.
+    A value is a spike if it is above ``ratio`` times the median of the window *and*, in logarithms,
+    above the median by ``sigmas`` robust standard deviations, *and* above ``jump`` times the
+    largest of the last five accepted values. The last condition spares values that grow from step
+    to step, such as the swings at the edge of stability. The deviation is about the trend of the
+    window (see `Window.spread`): a norm that falls a hundredfold within the window would otherwise
+    hide a spike of a thousand times its size. After ``give_up`` consecutive rejections the detector
+    accepts a change of regime: it clears the window, counts in ``regimes`` and learns again from
+    scratch. Replayed steps do not reset the count if the next rejection is at the same step.
 
     Args:
-        signal: which field of `StepStats`; it must be positive, other values pass unlearnt.
+        signal: the field of `StepStats` to check; values that are not positive are ignored.
         ratio: smallest factor over the median that counts.
-        sigmas: robust standard deviations of the logarithm that count.
+        sigmas: smallest excess over the median, in robust standard deviations of the logarithm.
         jump: smallest factor over the largest of the last five values that counts.
-        window: accepted values remembered.
+        window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
-        give_up: refusals in a row after which the window is emptied.
+        give_up: consecutive rejections after which the window is cleared.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -72,11 +72,11 @@ class Spike:
         self.min_history, self.give_up = min_history, give_up
         self.shared_by_ranks = "yes" if signal == "loss" else "no"
         self.window = Window(window)
-        self._row = Row()
+        self._streak = RejectionStreak()
         self.regimes = 0
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if the value is a spike."""
         value: float = getattr(stats, self.signal)
         if not 0 < value < math.inf or len(self.window) < self.min_history:
             return None
@@ -88,11 +88,11 @@ class Spike:
         threshold = max(median * max(self.ratio, spread), self.jump * math.exp(recent))
         if value <= threshold:
             return None
-        if self._row.refused(stats.step) > self.give_up:
+        if self._streak.rejected(stats.step) > self.give_up:
             self.reset_windows()
             self.regimes += 1
             return None
-        what = "gradient norm" if self.signal == "grad_norm" else "loss"
+        label = "gradient norm" if self.signal == "grad_norm" else "loss"
         return Anomaly(
             kind="gradient spike" if self.signal == "grad_norm" else "loss spike",
             step=stats.step,
@@ -102,25 +102,25 @@ class Spike:
             threshold=threshold,
             optimizer=stats.optimizer,
             layers=tuple(stats.worst_layers()),
-            message=f"{what} {value:.4g} is {value / median:.0f} times its median {median:.4g}",
+            message=f"{label} {value:.4g} is {value / median:.0f} times its median {median:.4g}",
         )
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted value."""
+        """Learns an accepted value."""
         value: float = getattr(stats, self.signal)
-        self._row.accepted(stats.step)
+        self._streak.accepted(stats.step)
         if 0 < value < math.inf:
             self.window.add(math.log(value))
 
     def reset_windows(self) -> None:
-        """Forget what was normal, here or for another detector of the run."""
+        """Clears window and count after a change of regime, in this or in another detector."""
         self.window.replace([])
-        self._row = Row()
+        self._streak = RejectionStreak()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window; a count of refusals is not part of it, so no restore can undo a give-up."""
+        """Returns the window; without the count, so that no restore undoes a change of regime."""
         return {"window": list(self.window.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put a window back."""
+        """Restores the window."""
         self.window.replace(state["window"])

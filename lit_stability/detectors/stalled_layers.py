@@ -1,4 +1,4 @@
-"""Lower layers that the gradient no longer reaches while the loss stands."""
+"""Detects lower layers that the gradient no longer reaches while the loss does not fall."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from lit_stability.detectors.trends import LearningRateTrend, LossTrend
 from lit_stability.measurement.step_stats import StepStats
 
 _EVERY = 10
-"""Steps between looks at the depth: what is sought lasts for hundreds."""
+"""Steps between checks; a stall lasts for hundreds of steps."""
 LAYERS = 4
-"""Layers of a stack, at the least: with fewer a third of it is one layer, and one layer may differ
-from another for many reasons."""
+"""Smallest number of layers in a stack: with fewer, a third of it is one layer, and two single
+layers may differ for many reasons."""
 
 
 class Stall:
-    """Objects, once an episode, to a gradient that dies on its way down while the loss stands.
+    """Warns, once per episode, of a gradient that fades towards the input while the loss stalls.
 
-    Looked at is the median gradient norm of the first third of the parameters over that of the last
-    third, in the order in which the model registered them, on one step in ten: in each stack of
-    layers, see `stacks`, or in the whole where there is none. In an encoder-decoder the top of the
-    encoder is fed by the decoder's, so that the whole does not show what each stack does. An
-    episode is ``persist`` such ratios of a stack in a row below ``share``, with a settled learning
+    On one step in ten the detector divides the median gradient norm of the first third of the
+    parameters by that of the last third, in registration order. It does so for each stack of layers
+    (see `stacks`), or for the whole model if there is none. Stacks are separate because the decoder
+    feeds the top of the encoder in an encoder-decoder, which hides a stall in the whole model. An
+    episode is ``persist`` consecutive ratios of a stack below ``share``, with a stable learning
     rate and a loss that has not fallen for two blocks. A first third whose median is exactly 0 is
-    for `DeadGradients`.
+    left to `DeadGradients`.
 
     The known case is a deep post-norm Transformer without warm-up (Xiong et al. 2020,
-    arXiv 2002.04745): within ten steps its residual stream is dominated by its branches, each
-    layer passes on a tenth of the gradient, and the loss stands at the entropy of its single
-    tokens. The total gradient norm looks healthy all the while.
+    arXiv 2002.04745): within ten steps its branches dominate the residual stream, each layer passes
+    on a tenth of the gradient, and the loss stays at the entropy of single tokens. The total
+    gradient norm looks healthy the whole time.
 
     Args:
-        share: ratio of the medians.
-        persist: looks in a row, ten steps apart.
+        share: ratio of the medians below which a stack stalls.
+        persist: consecutive checks, ten steps apart.
         block: losses per median; see `LossTrend`.
 
     Raises:
@@ -57,19 +57,19 @@ class Stall:
         require(0 < share < 1, "share", share, "in (0, 1)")
         require(persist >= 1, "persist", persist, "at least 1")
         self.share, self.persist = share, persist
-        self._rate, self._trend = LearningRateTrend(), LossTrend(block=block)
+        self._rate_trend, self._loss_trend = LearningRateTrend(), LossTrend(block=block)
         self._steps = 0
         self._low_for: dict[str, int] = {}
-        self._told = False
+        self._reported = False
         self._names: tuple[str, ...] = ()
         self._stacks: dict[str, list[int]] = {}
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if a stack has stalled."""
         most = max(self._low_for.values(), default=0)
-        if self._told or self._steps % _EVERY or most + 1 < self.persist:
+        if self._reported or self._steps % _EVERY or most + 1 < self.persist:
             return None
-        if not self._rate.stable or self._trend.stale < 2:
+        if not self._rate_trend.stable or self._loss_trend.stale < 2:
             return None
         low = [
             (ratio, stack)
@@ -79,8 +79,8 @@ class Stall:
         return self._anomaly(stats, *min(low)) if low else None
 
     def _anomaly(self, stats: StepStats, ratio: float, stack: str) -> Anomaly:
-        places = self._stacks[stack]
-        first = [(stats.names[i], stats.grad_norms[i]) for i in places[: len(places) // 3]]
+        indices = self._stacks[stack]
+        first = [(stats.names[i], stats.grad_norms[i]) for i in indices[: len(indices) // 3]]
         return Anomaly(
             kind="stalled layers",
             step=stats.step,
@@ -96,58 +96,59 @@ class Stall:
         )
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted step; what was objected to is told of once."""
-        self._told = self._told or self.check(stats) is not None
-        self._rate.update(stats)
-        self._trend.update(stats.loss)
+        """Learns from an accepted step."""
+        self._reported = self._reported or self.check(stats) is not None
+        self._rate_trend.update(stats)
+        self._loss_trend.update(stats.loss)
         if self._steps % _EVERY == 0 and (ratios := self._ratios(stats)):
             low = {stack for stack, ratio in ratios.items() if ratio < self.share}
             unknown = {s: n for s, n in self._low_for.items() if s not in ratios}
             self._low_for = unknown | {s: self._low_for.get(s, 0) + 1 for s in low}
-            self._told = self._told and bool(low)
+            self._reported = self._reported and bool(low)
         self._steps += 1
 
     def _ratios(self, stats: StepStats) -> dict[str, float]:
-        """How much of the gradient of its top reaches the bottom of each stack, where known."""
+        """Returns, by stack, the share of the top's gradient that reaches the bottom, if known."""
         if not stats.finite_gradients:
             return {}
         if stats.names != self._names:
             self._names = stats.names
             self._stacks = stacks(stats.names) or {"": [*range(len(stats.names))]}
         ratios = {
-            stack: _passed_down([stats.grad_norms[i] for i in places])
-            for stack, places in self._stacks.items()
+            stack: _passed_down([stats.grad_norms[i] for i in indices])
+            for stack, indices in self._stacks.items()
         }
         return {stack: ratio for stack, ratio in ratios.items() if ratio is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The courses, the counts, and whether it was told."""
+        """Returns the trends, the counts, and whether a warning was given."""
         return {
-            "rate": self._rate.state_dict(),
-            "course": self._trend.state_dict(),
+            "rate": self._rate_trend.state_dict(),
+            "course": self._loss_trend.state_dict(),
             "steps": self._steps,
             "low_for": dict(self._low_for),
-            "told": self._told,
+            "told": self._reported,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
-        self._rate.load_state_dict(state["rate"])
-        self._trend.load_state_dict(state["course"])
+        """Restores what `state_dict` returned."""
+        self._rate_trend.load_state_dict(state["rate"])
+        self._loss_trend.load_state_dict(state["course"])
         self._steps, low_for = int(state["steps"]), state["low_for"]
-        # Before stacks were told apart it was one number, for the whole.
+        # An older state has a single number, for the whole model.
         self._low_for = {"": int(low_for)} if isinstance(low_for, int) else dict(low_for)
-        self._told = bool(state["told"])
+        self._reported = bool(state["told"])
 
 
 def stacks(names: Sequence[str], least: int = LAYERS) -> dict[str, list[int]]:
-    """Places of the parameters of each stack: layers that differ by a number in their names.
+    """Returns the indices of the parameters of each stack of layers.
 
-    Where stacks lie inside each other, the outermost counts; what is in none is left out.
+    The layers of a stack differ by a number in their names. Of nested stacks the outermost counts;
+    parameters outside all stacks are skipped.
 
     Args:
         names: of parameters.
-        least: layers of a stack.
+        least: smallest number of layers in a stack.
 
     >>> names = [f"{part}.layers.{i}.up.{k}" for part in "ab" for i in range(3) for k in range(2)]
     >>> stacks(["embedding", *names, "head.weight"], least=3)
@@ -166,13 +167,13 @@ def stacks(names: Sequence[str], least: int = LAYERS) -> dict[str, list[int]]:
 
 
 def _numbered(name: str) -> list[tuple[str, str]]:
-    """What stands before each number of a name, and the number."""
+    """Returns, for each number in a name, the prefix before it and the number."""
     parts = name.split(".")
     return [(".".join(parts[:i]), part) for i, part in enumerate(parts) if part.isdecimal()]
 
 
 def _passed_down(norms: Sequence[float]) -> float | None:
-    """Median of the first third over that of the last; None if not known."""
+    """Returns the median of the first third over that of the last; None if it is unknown."""
     third = len(norms) // 3
     if not third:
         return None

@@ -1,13 +1,14 @@
-"""The course of a run: whether its learning rate has settled, and whether its loss still falls.
+"""Trends of a run: whether its learning rate is stable, and whether its loss still falls.
 
-Shared by the detectors of silent trouble. Imports neither torch nor Lightning.
+Shared by the detectors that need a loss that has stopped falling. Imports neither torch nor
+Lightning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from collections.abc import Mapping
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -16,14 +17,14 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class LearningRateTrend:
-    """Follows the largest nominal learning rate of an optimizer.
+    """Tracks the largest nominal learning rate of an optimizer.
 
-    It is *settled* when it has not risen above all before for ``stable_after`` steps, and is not
-    below ``share`` of its peak: neither a warm-up nor the end of a decay.
+    The rate is *stable* if it has not exceeded its peak for ``stable_after`` steps and is not below
+    ``share`` of the peak, which excludes warm-up and the end of a decay.
 
     Args:
-        stable_after: optimizer steps.
-        share: of the peak, in [0, 1].
+        stable_after: optimizer steps without a new peak.
+        share: smallest share of the peak, in [0, 1].
 
     >>> trend = LearningRateTrend(stable_after=2)
     >>> for rate in (0.1, 0.2, 0.2, 0.2, 0.05):
@@ -41,36 +42,36 @@ class LearningRateTrend:
         require(0 <= share <= 1, "share", share, "in [0, 1]")
         self.stable_after, self.share = stable_after, share
         self.rate = 0.0
-        """The last."""
+        """The last learning rate."""
         self._peak = 0.0
         self._since_rise = 0
 
     @property
     def stable(self) -> bool:
-        """See the class; of a run that tells no rates, after ``stable_after`` steps."""
+        """Whether the rate is stable; without known rates True after ``stable_after`` steps."""
         return self._since_rise >= self.stable_after and self.rate >= self.share * self._peak
 
     def update(self, stats: StepStats) -> None:
-        """Follow a step."""
+        """Adds the learning rate of a step."""
         self.rate = max(stats.nominal_learning_rates or stats.learning_rates, default=0.0)
         self._since_rise = 0 if self.rate > self._peak else self._since_rise + 1
         self._peak = max(self._peak, self.rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rate, peak and steps since it rose."""
+        """Returns rate, peak, and steps since the last new peak."""
         return {"rate": self.rate, "peak": self._peak, "since_rise": self._since_rise}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores what `state_dict` returned."""
         self.rate, self._peak = float(state["rate"]), float(state["peak"])
         self._since_rise = int(state["since_rise"])
 
 
 class Plateau:
-    """For how many blocks of losses no median was lower than the lowest so far.
+    """Counts the blocks of losses since the block median was last lower than the lowest so far.
 
-    Lower is a median that is below by ``fall`` of the lowest's size. What it is compared with stays
-    until then, so that a slow fall adds up.
+    A median is lower if it is below the lowest by ``fall`` of the lowest's absolute value. The
+    lowest changes only then, so a slow fall adds up.
 
     Args:
         block: losses per median.
@@ -93,39 +94,39 @@ class Plateau:
         self.block, self.fall = block, fall
         self.lowest = math.inf
         self.stale = 0
-        """Blocks since the last that was lower."""
+        """Blocks since the last one that was lower."""
         self._losses: list[float] = []
 
     def update(self, loss: float) -> None:
-        """Take a loss; one that is not finite is left out."""
+        """Adds a loss; a non-finite one is ignored."""
         if not math.isfinite(loss):
             return
         self._losses.append(loss)
         if len(self._losses) < self.block:
             return
-        middle, self._losses = median(self._losses), []
-        if self.lowest == math.inf or middle < self.lowest - self.fall * abs(self.lowest):
-            self.lowest, self.stale = middle, 0
+        block_median, self._losses = median(self._losses), []
+        if self.lowest == math.inf or block_median < self.lowest - self.fall * abs(self.lowest):
+            self.lowest, self.stale = block_median, 0
         else:
             self.stale += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, in plain values."""
+        """Returns the whole state as plain values."""
         return {"lowest": self.lowest, "stale": self.stale, "losses": list(self._losses)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
+        """Restores what `state_dict` returned."""
         self.lowest, self.stale = float(state["lowest"]), int(state["stale"])
         self._losses = [float(x) for x in state["losses"]]
 
 
 class LossTrend:
-    """The loss in medians of blocks, against the first and the lowest of them.
+    """Compares medians of blocks of losses with the first losses and with the lowest median.
 
-    A block counts as a fall when its median is below what it is compared with by the larger of
-    ``fall`` of the first loss's size and four standard errors of the difference of two medians
-    (1.2533 sigma / sqrt(n) each), with a sigma from successive differences, which a trend does not
-    widen. What it is compared with stays until then, so that a slow fall adds up.
+    A median is lower than another if it is below it by the larger of two margins: ``fall`` of the
+    first loss's absolute value, and four standard errors of the difference of two medians
+    (1.2533 sigma / sqrt(n) each). Sigma comes from successive differences, which a trend does not
+    widen. The lowest median changes only with a lower one, so a slow fall adds up.
 
     Args:
         block: losses per median.
@@ -145,29 +146,23 @@ class LossTrend:
         self.first = math.nan
         """Median of the first five losses."""
         self.lowest = math.nan
+        """Lowest median that counted as a fall."""
         self.recent = math.nan
-        """Median of the last block; NaN before the first is complete."""
+        """Median of the last block; NaN before the first block is complete."""
         self.stale = 0
-        """Blocks since the last that was a fall."""
+        """Blocks since the last one that was lower."""
         self.learnt = False
         """Whether the loss has ever fallen below its first values."""
         self._margin = 0.0
         self._losses: list[float] = []
-        self._medians: list[float] = []
-        self._trend = 0.0
 
     @property
     def above_lowest(self) -> bool:
-        """Whether the last block is above the lowest by more than noise."""
+        """Whether the last median is above the lowest by more than noise."""
         return self.recent > self.lowest + self._margin
 
-    @property
-    def falling(self) -> bool:
-        """Whether the medians of up to 64 blocks trend down (Mann 1945, Kendall 1975: z < -2.5)."""
-        return self._trend < -2.5
-
     def update(self, loss: float) -> None:
-        """Take a loss; one that is not finite is left out."""
+        """Adds a loss; a non-finite one is ignored."""
         if not math.isfinite(loss):
             return
         self._losses.append(loss)
@@ -179,14 +174,12 @@ class LossTrend:
 
     def _close(self) -> None:
         self.recent = median(self._losses)
-        self._medians = [*self._medians[-63:], self.recent]
-        self._trend = _trend_of(self._medians)
         steps = [abs(b - a) for a, b in pairwise(self._losses)]
         sigma = 1.4826 * median(steps) / math.sqrt(2)
         few = min(5, self.block)
         self._margin = self._margin_of(sigma, self.block)
         if math.isnan(self.lowest):
-            # The first losses are fewer, and their median is that much less certain.
+            # The first median is of fewer losses and therefore less certain.
             self.learnt = self.recent < self.first - self._margin_of(sigma, few)
             self.lowest = self.recent
             return
@@ -200,7 +193,7 @@ class LossTrend:
         return max(self.fall * abs(self.first), 4 * error)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in plain values."""
+        """Returns the whole state as plain values."""
         return {
             "first": self.first,
             "lowest": self.lowest,
@@ -209,27 +202,11 @@ class LossTrend:
             "learnt": self.learnt,
             "margin": self._margin,
             "losses": list(self._losses),
-            "medians": list(self._medians),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
+        """Restores what `state_dict` returned."""
         self.first, self.lowest = float(state["first"]), float(state["lowest"])
         self.recent, self.stale = float(state["recent"]), int(state["stale"])
         self.learnt, self._margin = bool(state["learnt"]), float(state["margin"])
         self._losses = [float(x) for x in state["losses"]]
-        self._medians = [float(x) for x in state["medians"]]
-        self._trend = _trend_of(self._medians)
-
-
-def _trend_of(values: Sequence[float]) -> float:
-    """Mann-Kendall statistic in its standard deviations; for a trend up it is above 0.
-
-    >>> round(_trend_of([5, 4, 3, 2, 1, 0]), 2)
-    -2.82
-    """
-    n = len(values)
-    if n < 2:
-        return 0.0
-    signs = sum((b > a) - (b < a) for a, b in combinations(values, 2))
-    return signs / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)

@@ -1,4 +1,4 @@
-"""What updates do to the weights: the update-to-weight ratio, the learning rate, Adam's moments."""
+"""Detects bad updates: update-to-weight ratio, learning-rate jumps, damaged optimizer state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class _RatioWindow:
-    """The update-to-weight ratio over the learning rate, in logarithms, of accepted steps."""
+    """Keeps the logarithm of update-to-weight ratio over learning rate of accepted steps."""
 
     shared_by_ranks = "yes"
 
@@ -24,38 +24,38 @@ class _RatioWindow:
         self.window = Window(window)
 
     def expected(self, learning_rate: float) -> float:
-        """The update-to-weight ratio that a learning rate explains."""
+        """Returns the usual update-to-weight ratio at this learning rate."""
         return math.exp(self.window.median) * learning_rate
 
     def update(self, stats: StepStats) -> None:
-        """Learn from an accepted step."""
+        """Learns from an accepted step."""
         if stats.update_ratio and stats.update_learning_rate > 0:
             self.window.add(math.log(stats.update_ratio / stats.update_learning_rate))
 
     def state_dict(self) -> dict[str, Any]:
-        """The window."""
+        """Returns the window."""
         return {"window": list(self.window.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put a window back."""
+        """Restores the window."""
         self.window.replace(state["window"])
 
 
 class UpdateSpike(_RatioWindow):
-    """Objects to an update that moved the weights far more than its learning rate explains.
+    """Flags an update that moved the weights far more than its learning rate explains.
 
-    Looks at the update-to-weight ratio divided by the learning rate: it is a spike when it is
-    above ``ratio`` times its median and, in logarithms, above it by ``sigmas`` robust standard
-    deviations, while the weights moved by more than ``floor`` of their norm. A gradient that was as
-    many times its own median explains it too: plain descent follows its gradient. The step in
-    question is already taken, so the state is bad; healthy optimizers do not get there, damaged
-    moments do.
+    The update-to-weight ratio divided by the learning rate is a spike if it is above ``ratio``
+    times its median and, in logarithms, above it by ``sigmas`` robust standard deviations, and the
+    weights moved by more than ``floor`` of their norm. The median is multiplied by the growth of
+    the gradient over its own median, because plain descent follows its gradient. The flagged update
+    was applied one step earlier, so the state is damaged. Healthy optimizers do not cause such
+    updates, damaged moments do.
 
     Args:
         ratio: smallest factor over the median that counts.
-        sigmas: robust standard deviations of the logarithm that count.
+        sigmas: smallest excess over the median, in robust standard deviations of the logarithm.
         floor: smallest update-to-weight ratio that counts.
-        window: accepted values remembered.
+        window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
 
     Raises:
@@ -76,28 +76,28 @@ class UpdateSpike(_RatioWindow):
         self.sigmas = sigmas
         self.norms = Window(window)
         self.growth = 1.0
-        """The gradient norm of the last step over its median, at least 1."""
+        """Gradient norm of the last step over its median, at least 1."""
 
     def update(self, stats: StepStats) -> None:
-        """Learn from an accepted step, and how large the gradient is that moves the weights now."""
+        """Learns from an accepted step, and how much its gradient exceeds the median."""
         super().update(stats)
         if 0 < stats.grad_norm < math.inf:
             self.norms.add(math.log(stats.grad_norm))
             self.growth = max(1.0, stats.grad_norm / math.exp(self.norms.median))
 
     def state_dict(self) -> dict[str, Any]:
-        """The windows, and the growth of the last gradient."""
+        """Returns the windows, and the growth of the last gradient."""
         norms = list(self.norms.values)
         return {**super().state_dict(), "norms": norms, "growth": self.growth}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores what `state_dict` returned."""
         super().load_state_dict(state)
         self.norms.replace(state["norms"])
         self.growth = float(state["growth"])
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if the previous update was a spike."""
         moved = stats.update_ratio
         if moved is None or stats.update_learning_rate <= 0 or len(self.window) < self.min_history:
             return None
@@ -125,16 +125,16 @@ class UpdateSpike(_RatioWindow):
 
 
 class LearningRateJump(_RatioWindow):
-    """Objects, before the step, to a learning rate that would tear the weights apart.
+    """Flags, before the step, a learning rate that would damage the weights.
 
-    Two things must come together: the learning rate of a group is above ``ratio`` times the
-    largest that the run has borne, *and* the update-to-weight ratio it predicts is above
-    ``floor``. The second leaves alone warm-ups that start from almost nothing and warm restarts.
+    Two conditions must hold: the learning rate of a group is above ``ratio`` times the largest of
+    its accepted steps, *and* the update-to-weight ratio that it predicts is above ``floor``. The
+    second one spares warm restarts and warm-ups that start from almost 0.
 
     Args:
-        ratio: smallest factor over the largest learning rate borne that counts.
+        ratio: smallest factor over the largest accepted learning rate that counts.
         floor: smallest predicted update-to-weight ratio that counts.
-        window: accepted values remembered.
+        window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
     """
 
@@ -142,15 +142,17 @@ class LearningRateJump(_RatioWindow):
         self, *, ratio: float = 10.0, floor: float = 0.1, window: int = 100, min_history: int = 20
     ) -> None:
         super().__init__(ratio=ratio, floor=floor, window=window, min_history=min_history)
-        self.borne: list[float] = []
+        self.largest: list[float] = []
+        """Largest accepted learning rate of each group."""
         self.last: list[float] = []
+        """Last accepted learning rate of each group."""
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if a learning rate jumps to a dangerous value."""
         rates = stats.learning_rates
-        if len(self.window) < self.min_history or len(rates) != len(self.borne):
+        if len(self.window) < self.min_history or len(rates) != len(self.largest):
             return None
-        jump = max((r / b for r, b in zip(rates, self.borne, strict=True) if b > 0), default=0.0)
+        jump = max((r / b for r, b in zip(rates, self.largest, strict=True) if b > 0), default=0.0)
         if jump <= self.ratio:
             return None
         predicted = self.expected(max(rates))
@@ -162,46 +164,46 @@ class LearningRateJump(_RatioWindow):
             step=stats.step,
             value=max(rates),
             signal="learning_rate",
-            baseline=max(self.borne),
-            threshold=self.ratio * max(self.borne),
+            baseline=max(self.largest),
+            threshold=self.ratio * max(self.largest),
             optimizer=stats.optimizer,
-            # No factor brings an infinite learning rate back.
+            # No factor makes an infinite learning rate finite.
             hold=tuple(min(1.0, last / r) if r > 0 else 1.0 for last, r in pairs)
             if math.isfinite(max(rates))
             else (),
             message=f"learning rate {max(rates):.3g} is {jump:.0f} times the largest the run has "
-            f"borne; the update would move the weights by {predicted:.2g} of their norm",
+            f"tolerated; the update would move the weights by {predicted:.2g} of their norm",
         )
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted update and the learning rates it is about to be followed by."""
+        """Learns the last update, and the learning rates of the accepted step."""
         super().update(stats)
         rates = stats.learning_rates
-        if len(rates) != len(self.borne):
-            self.borne = list(rates)
-        self.borne = [max(r, b) for r, b in zip(rates, self.borne, strict=True)]
+        if len(rates) != len(self.largest):
+            self.largest = list(rates)
+        self.largest = [max(r, b) for r, b in zip(rates, self.largest, strict=True)]
         self.last = list(rates)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window, and the largest and the last learning rate of each group."""
-        return {**super().state_dict(), "borne": list(self.borne), "last": list(self.last)}
+        """Returns the window, and the largest and last learning rate of each group."""
+        return {**super().state_dict(), "borne": list(self.largest), "last": list(self.last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         super().load_state_dict(state)
-        self.borne = list(state["borne"])
+        self.largest = list(state["borne"])
         self.last = list(state["last"])
 
 
 class OptimizerState:
-    """Objects to a non-finite momentum, and to a second moment that fell faster than it can.
+    """Flags a non-finite momentum, and a second moment that fell faster than decay allows.
 
     ``v_t = b v_(t-1) + (1 - b) g^2`` can never be below ``b v_(t-1)`` (Kingma & Ba 2015,
-    Algorithm 1), so a sampled sum under ``share`` of that was damaged from outside; so was one that
-    is not finite. The bound is exact: on an undamaged optimizer there is no false alarm.
+    Algorithm 1). A sampled sum below ``share`` of that, or a non-finite one, was damaged from
+    outside. The bound is exact: on an undamaged optimizer there is no false alarm.
 
     Args:
-        share: smallest share of the decayed sum that is left alone, for the rounding of bf16.
+        share: smallest tolerated share of the decayed sum; below 1 because bf16 rounds.
 
     Raises:
         ValueError: if ``share`` is not in (0, 1).
@@ -219,16 +221,16 @@ class OptimizerState:
         self.share = share
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if momentum or second moment is damaged."""
         ratio, name = stats.moment_ratio, stats.moment_name
         if stats.bad_momentum:
-            ratio, name, seen = math.nan, stats.bad_momentum[0], "momentum is non-finite"
+            ratio, name, damage = math.nan, stats.bad_momentum[0], "momentum is non-finite"
         elif ratio is None or ratio >= self.share:
             return None
         elif math.isnan(ratio):
-            seen = "second moment is non-finite"
+            damage = "second moment is non-finite"
         else:
-            seen = f"second moment is {ratio:.3g} of what decay alone would leave"
+            damage = f"second moment is {ratio:.3g} of what decay alone would leave"
         return Anomaly(
             kind="optimizer state",
             step=stats.step,
@@ -240,15 +242,15 @@ class OptimizerState:
             state_corrupted=True,
             since=max(0, stats.step - 1),
             layers=((name, ratio),),
-            message=f"the {seen} in {name}: it was damaged from outside",
+            message=f"the {damage} in {name}: it was damaged from outside",
         )
 
     def update(self, stats: StepStats) -> None:
-        """There is nothing to learn."""
+        """Does nothing: the bound is fixed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing evolves."""
+        """Returns an empty dict: the detector has no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to put back."""
+        """Does nothing: there is no state to restore."""

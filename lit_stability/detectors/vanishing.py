@@ -1,4 +1,4 @@
-"""A gradient that has vanished, told from a warm-up, a decay and a run that has converged."""
+"""Detects a vanished gradient, as opposed to a warm-up, a decay or a converged run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class Vanishing:
-    """Objects, once an episode, to a gradient norm that stays tiny while the loss stands.
+    """Warns, once per episode, of a gradient norm that stays tiny while the loss does not fall.
 
-    A norm is tiny when it is below ``bound`` and, where the run has known others, below ``ratio``
-    times their median; tiny norms are not learnt. A tiny norm is no trouble by itself. It is told
-    of when
+    A norm is tiny if it is below ``bound`` and, once enough norms are known, below ``ratio`` times
+    their median. Tiny norms are not learnt. They are reported only if
 
     * there have been ``persist`` in a row, after ``min_step``,
-    * the learning rate has settled: it has not risen of late, and is not below half its peak,
-    * the loss does not fall any more, by the medians of blocks of ``block``, and
+    * the learning rate is stable: it has not risen recently and is not below half its peak,
+    * the loss no longer falls, by the medians of blocks of ``block``, and
     * the run has not simply converged.
 
-    A converged run has a tiny norm too, after a long descent even one that fell by as much: what
-    tells the two apart is where the loss stands. At the lowest it has been, after having fallen
-    from its first values, there is nothing better known to lose, and nothing is said. Above its
-    lowest, or never below its first, the gradient is gone and the minimum is not there.
+    A converged run has tiny norms too, after a long descent; the level of the loss distinguishes
+    the two. A loss that has fallen from its first values and is now at its lowest has converged. A
+    loss above its lowest value, or one that never fell, is not at a minimum: the gradient has
+    vanished.
 
     Args:
-        bound: of the norm of all gradients, absolute.
-        ratio: of the median of the norms that were not tiny.
-        persist: tiny norms in a row.
-        min_step: optimizer steps before anything is said.
+        bound: absolute bound on the norm of all gradients.
+        ratio: bound relative to the median of the norms that were not tiny.
+        persist: consecutive tiny norms.
+        min_step: optimizer steps before the first warning.
         block: losses per median; see `LossTrend`.
-        window: norms remembered.
+        window: number of norms in the window.
         min_history: norms before ``ratio`` counts.
 
     Raises:
@@ -48,7 +47,7 @@ class Vanishing:
     ...     if anomaly := d.check(stats):
     ...         print(i, anomaly.message)
     ...     d.update(stats)
-    62 gradient norm 1e-09 for 3 steps, before that 1, and the loss stands at 7
+    62 gradient norm 1e-09 for 3 steps, before that 1, and the loss stays at 7
     """
 
     def __init__(
@@ -70,16 +69,16 @@ class Vanishing:
         self.bound, self.ratio, self.persist, self.min_step = bound, ratio, persist, min_step
         self.min_history = min_history
         self.window = Window(window)
-        self._rate, self._trend = LearningRateTrend(), LossTrend(block=block)
+        self._rate_trend, self._loss_trend = LearningRateTrend(), LossTrend(block=block)
         self._tiny_for = 0
-        self._told = False
+        self._reported = False
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if the gradient has vanished."""
         tiny_for = self._tiny_for + self._is_tiny(stats.grad_norm)
         if tiny_for <= self._tiny_for or tiny_for < self.persist:
             return None
-        if self._told or stats.step < self.min_step or not self._rate.stable:
+        if self._reported or stats.step < self.min_step or not self._rate_trend.stable:
             return None
         if not self._is_stuck(stats):
             return None
@@ -96,12 +95,12 @@ class Vanishing:
             warn_only=True,
             layers=tuple(stats.worst_layers()),
             message=f"gradient norm {stats.grad_norm:.3g} for {tiny_for} steps{before} and the "
-            f"loss stands at {stats.loss:.4g}",
+            f"loss stays at {stats.loss:.4g}",
         )
 
     def _is_stuck(self, stats: StepStats) -> bool:
-        """Whether the loss neither falls nor stands where it has been lowest."""
-        trend = self._trend
+        """Whether the loss neither falls nor is at its lowest level."""
+        trend = self._loss_trend
         if not stats.has_loss or math.isnan(trend.recent):
             return False
         return trend.stale >= 1 and (trend.above_lowest or not trend.learnt)
@@ -115,29 +114,29 @@ class Vanishing:
         return norm < self.bound and norm < self._threshold()
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted step; what was objected to is told of once."""
-        self._told = self._told or self.check(stats) is not None
-        self._rate.update(stats)
-        self._trend.update(stats.loss)
+        """Learns from an accepted step."""
+        self._reported = self._reported or self.check(stats) is not None
+        self._rate_trend.update(stats)
+        self._loss_trend.update(stats.loss)
         if self._is_tiny(stats.grad_norm):
             self._tiny_for += 1
         elif math.isfinite(stats.grad_norm):
-            self._tiny_for, self._told = 0, False
+            self._tiny_for, self._reported = 0, False
             self.window.add(math.log(stats.grad_norm))
 
     def state_dict(self) -> dict[str, Any]:
-        """The window, the courses of rate and loss, and what was told."""
+        """Returns the window, the trends of rate and loss, and whether a warning was given."""
         return {
             "window": list(self.window.values),
-            "rate": self._rate.state_dict(),
-            "course": self._trend.state_dict(),
+            "rate": self._rate_trend.state_dict(),
+            "course": self._loss_trend.state_dict(),
             "tiny_for": self._tiny_for,
-            "told": self._told,
+            "told": self._reported,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores what `state_dict` returned."""
         self.window.replace(state["window"])
-        self._rate.load_state_dict(state["rate"])
-        self._trend.load_state_dict(state["course"])
-        self._tiny_for, self._told = int(state["tiny_for"]), bool(state["told"])
+        self._rate_trend.load_state_dict(state["rate"])
+        self._loss_trend.load_state_dict(state["course"])
+        self._tiny_for, self._reported = int(state["tiny_for"]), bool(state["told"])

@@ -1,4 +1,4 @@
-"""Weights that changed by more than their updates explain."""
+"""Detects weights that changed by more than their updates explain."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 
 _ADAM = 4.0
-"""Updates of Adam are at most (1 - b1) / sqrt(1 - b2) learning rates (Kingma & Ba 2015, section
-2.1), 3.2 by default."""
+"""Bound on an update of Adam in learning rates: at most (1 - b1) / sqrt(1 - b2) (Kingma & Ba 2015,
+section 2.1), 3.2 by default."""
 _ELEMENT = 0.1
-"""Share of the largest element by which one of the sample must have moved."""
+"""Smallest move of a sampled element that counts, as a share of the largest element."""
 _TINY = 1e-30
 _Columns: TypeAlias = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
 _Measure = Literal["norm", "largest element", "single element"]
 
 
 class _Change(NamedTuple):
-    """What one measure of one weight has done between two scans."""
+    """Change of one measure of one weight between two scans."""
 
     measure: _Measure
     name: str
     before: float
     now: float
     distance: float
-    """How far the weight has moved in this measure, without the element that moved farthest."""
+    """How far the weight moved in this measure, without the element that moved farthest."""
     scale: float
-    """What a relative change is relative to."""
+    """Value that a relative change refers to."""
 
     @property
     def key(self) -> str:
@@ -39,38 +39,39 @@ class _Change(NamedTuple):
     def size(self) -> float:
         return abs(self.now - self.before)
 
-    def in_words(self) -> str:
+    def text(self) -> str:
         if self.measure == "single element":
             return f"a {self.key} has moved by {self.now:.4g}"
         return f"the {self.key} went from {self.before:.4g} to {self.now:.4g}"
 
 
 class WeightCorruption:
-    """Objects to a weight that changed by more than all updates since the last scan explain.
+    """Flags a weight that changed by more than all updates since the last scan explain.
 
     Neither the norm of a tensor nor its largest absolute value can change by more than the tensor
-    has moved in that measure (triangle inequality), and no element goes far beyond all others; what
-    does was moved outside the optimizer, by memory, a stray write, a flipped bit. How far a tensor
-    has moved is known from a sample, without the element that went farthest. A sample may miss the
-    few rows of an embedding that moved, so the change must be above all of
+    moved in that measure (triangle inequality), and no element moves far more than all others. A
+    larger change came from outside the optimizer: faulty memory, a stray write, a flipped bit. The
+    move of a tensor is estimated from a sample, without the element that moved farthest. The sample
+    may miss the few rows of an embedding that moved, so the change must exceed all of
 
-    * ``slack`` times what the sample has moved,
-    * ``ratio`` times the largest of late, per unit of learning rate, and per unit of learning rate
-      times gradient norm,
-    * for norms and largest values ``slack`` times the sum of learning rate times gradient norm, as
-      far as gradient descent goes; for elements under Adam four times the sum of learning rates,
+    * ``slack`` times the move of the sample,
+    * ``ratio`` times the largest recent change, per unit of learning rate, and per unit of learning
+      rate times gradient norm,
+    * for norms and largest values ``slack`` times the sum of learning rate times gradient norm,
+      which is the reach of gradient descent; for elements under Adam four times the sum of
+      learning rates,
     * ``floor`` of the value before; for a single element, a tenth of the largest value.
 
-    What comes back when the same steps are taken again is no corruption but the run's own code: it
-    is accepted, and ``regimes`` counts it. Of tensors with more than 512 elements an element that
-    is torn and stays below the largest is found only if it is in the sample.
+    A change that recurs when the same steps are replayed comes from the run's own code: it is
+    accepted and counted in ``regimes``. In tensors of more than 512 elements, a corrupted element
+    that stays below the largest one is found only if it is in the sample.
 
     Args:
-        slack: factor on what the sample has moved, and on what gradient descent explains.
-        ratio: factor on the largest change of late, at least 1.
-        floor: smallest relative change that counts; fp32 norms are right to about 1e-5.
-        min_history: changes of a weight before the first verdict on it; of one that has never
-            moved nothing is known.
+        slack: factor on the move of the sample, and on the reach of gradient descent.
+        ratio: factor on the largest recent change, at least 1.
+        floor: smallest relative change that counts; fp32 norms are exact to about 1e-5.
+        min_history: changes of a weight before the first verdict on it; a weight that has never
+            moved is never judged.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -104,27 +105,27 @@ class WeightCorruption:
         self.min_history = min_history
         self.regimes = 0
         self._reach: dict[_Measure, dict[str, list[float]]] = {}
-        """How many changes there were, and the largest of late: per learning rate, and per that
-        times gradient norm."""
+        """By measure and weight: number of changes, and the largest recent change per learning rate
+        and per learning rate times gradient norm."""
         self._rates = 0.0
         """Sum of the learning rates since the last scan."""
         self._pulls: dict[str, float] = {}
         """Sums of learning rate times gradient norm since the last scan."""
         self._adaptive = False
         """Whether the optimizer has second moments."""
-        self._told: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
 
     def check(self, stats: StepStats) -> Anomaly | None:
-        """See the class."""
+        """Returns an anomaly if a scan finds a change that no update explains."""
         moves = stats.weight_moves
         if moves is None:
             return None
-        torn = [c for c in self._large(stats, moves) if self._is_torn(c)]
-        found = [c for c in torn if not self._has_returned(c, moves.since)]
-        if not found:
+        unexplained = [c for c in self._large(stats, moves) if self._is_unexplained(c)]
+        corrupted = [c for c in unexplained if not self._has_recurred(c, moves.since)]
+        if not corrupted:
             return None
-        self._told |= {change.key: stats.step for change in found}
-        worst = max(found, key=lambda change: change.size / self._explained(change))
+        self._reported |= {change.key: stats.step for change in corrupted}
+        worst = max(corrupted, key=lambda change: change.size / self._explained(change))
         return Anomaly(
             kind="weight corruption",
             step=stats.step,
@@ -135,12 +136,12 @@ class WeightCorruption:
             optimizer=stats.optimizer,
             state_corrupted=True,
             since=moves.since,
-            layers=tuple({c.name: c.now for c in found}.items())[:5],
-            message=f"{worst.in_words()} since step {moves.since}, which no update explains",
+            layers=tuple({c.name: c.now for c in corrupted}.items())[:5],
+            message=f"{worst.text()} since step {moves.since}, which no update explains",
         )
 
     def _large(self, stats: StepStats, moves: WeightMoves) -> Iterator[_Change]:
-        """The changes that the cheap bounds do not let pass, as they do nearly all."""
+        """Yields the changes beyond the cheap bounds, which nearly all changes meet."""
         slack, floor = self.slack, self.floor
         names = [name for name, _ in stats.weight_norms]
         for measure, columns in _columns(stats, moves):
@@ -151,37 +152,37 @@ class WeightCorruption:
                 if measure != "single element" or size > _ELEMENT * row[4]:
                     yield _Change(measure, *row)
 
-    def _is_torn(self, change: _Change) -> bool:
+    def _is_unexplained(self, change: _Change) -> bool:
         known = self._reach.get(change.measure, {}).get(change.name)
         if known is None or known[0] < self.min_history or not math.isfinite(change.size):
             return False
         return change.size > self._explained(change)
 
     def _explained(self, change: _Change) -> float:
-        """The largest change that learning rates and gradients since the last scan explain."""
+        """Returns the largest change that learning rates and gradients since the scan explain."""
         _, by_rate, by_pull = self._reach[change.measure][change.name]
         by_pull *= self.ratio
         by_rate *= self.ratio
         if change.measure != "norm" and self._adaptive:
             by_rate = max(by_rate, _ADAM)
         elif change.measure != "single element":
-            # However little it has changed so far: another element may go farther, or all one way.
+            # A weight that moved little so far may still move as far as gradient descent allows.
             by_pull = max(by_pull, self.slack)
         return max(by_rate * self._rates, by_pull * self._pulls.get(change.name, 0.0), _TINY)
 
-    def _has_returned(self, change: _Change, since: int) -> bool:
-        if since >= self._told.get(change.key, -1):
+    def _has_recurred(self, change: _Change, since: int) -> bool:
+        if since >= self._reported.get(change.key, -1):
             return False
-        del self._told[change.key]
+        del self._reported[change.key]
         self.regimes += 1
         return True
 
     def update(self, stats: StepStats) -> None:
-        """Learn what the weights have done, and what pulls at them next."""
+        """Learns the changes of the weights, and the gradients that move them next."""
         if stats.weight_norms:
             if stats.weight_moves is not None and self._rates > 0:
                 self._learn(stats, stats.weight_moves)
-            # Momentum goes on with what came before: 0.9 to the power of ten.
+            # Momentum keeps earlier gradients: 0.9 to the power of ten.
             self._pulls = {name: 0.35 * pull for name, pull in self._pulls.items()}
             self._rates = 0.0
         if not stats.finite_gradients:
@@ -207,26 +208,26 @@ class WeightCorruption:
                 known[2] = max(size / pull if pull > 0 else 0.0, 0.9 * known[2])
 
     def state_dict(self) -> dict[str, Any]:
-        """What each weight has done; not what was told, so that no restore can undo it."""
+        """Returns the past changes; without the reported ones, so that no restore undoes them."""
         return {
-            "reach": {m: {n: list(r) for n, r in each.items()} for m, each in self._reach.items()},
+            "reach": {m: {n: list(r) for n, r in by.items()} for m, by in self._reach.items()},
             "rates": self._rates,
             "adaptive": self._adaptive,
             "pulls": dict(self._pulls),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
+        """Restores what `state_dict` returned."""
         self._reach = {
-            measure: {name: [int(n), float(a), float(b)] for name, (n, a, b) in each.items()}
-            for measure, each in state["reach"].items()
+            measure: {name: [int(n), float(a), float(b)] for name, (n, a, b) in by_name.items()}
+            for measure, by_name in state["reach"].items()
         }
         self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
         self._adaptive = bool(state["adaptive"])
 
 
 def _columns(stats: StepStats, moves: WeightMoves) -> Iterator[tuple[_Measure, _Columns]]:
-    """Of each measure the fields of `_Change` but for the names, of all weights."""
+    """Yields, for each measure, the fields of `_Change` except the names, of all weights."""
     norms = [norm for _, norm in stats.weight_norms]
     yield "norm", (moves.norms, norms, moves.distances, moves.norms)
     peaks, now = [peak for peak, _ in moves.peaks], [peak for _, peak in moves.peaks]

@@ -1,11 +1,12 @@
-"""Named causes: what a detector's finding comes from, what to try, and when to leave it alone.
+"""Diagnosis: the likely causes of an anomaly, what to try, and when to ignore it.
 
-`diagnose` weighs every row of one registry against a `DiagnosisContext`; `register_cause` and
-`register_layer_cause` add rows of your own. No file of this folder imports torch or Lightning.
+`diagnose` weighs all causes of one registry in a `DiagnosisContext`; `register_cause` and
+`register_layer_cause` add your own. Except for ``nonfinite/``, no file of this folder imports torch
+or Lightning.
 
-A cause of your own is a name, clues with their points, and what to do. A clue looks at the scene
-and answers with a sentence, or with None. From 2 points on a cause is possible, from 4 likely,
-from 8 certain; a clue that speaks against it has points below zero.
+A cause has a name, evidence rules with points, and a remedy. A rule is a function of the context
+that returns its evidence as a sentence, or None. A cause is possible from 2 points on, likely from
+4 and certain from 8; evidence against a cause has negative points.
 
 >>> from lit_stability.detectors import Anomaly
 >>> def at_the_target(context: DiagnosisContext) -> str | None:
@@ -19,12 +20,13 @@ from 8 certain; a clue that speaks against it has points below zero.
 ...     ignore_when="on a task that is really solved",
 ... )
 >>> register_cause(leak)
->>> told = Anomaly(kind="too good", step=2, value=0.01, message="loss 0.01", signal="loss")
->>> diagnose(DiagnosisContext(anomaly=told))[0].text()
+>>> anomaly = Anomaly(kind="too good", step=2, value=0.01, message="loss 0.01", signal="loss")
+>>> diagnose(DiagnosisContext(anomaly=anomaly))[0].text()
 'certain: target among the inputs (no model can be as good; it came within 100 steps)'
 >>> del CAUSES["target among the inputs"]
 """
 
+from lit_stability.diagnosis.assessment import Assessment, assess
 from lit_stability.diagnosis.catalogue import register_catalogue
 from lit_stability.diagnosis.cause import (
     CAUSES,
@@ -43,12 +45,14 @@ from lit_stability.diagnosis.loss_pattern import LossPattern, loss_pattern
 __all__ = [
     "CAUSES",
     "Answer",
+    "Assessment",
     "Cause",
     "DiagnosisContext",
     "EvidenceRule",
     "LikelyCause",
     "LossPattern",
     "RecommendedAction",
+    "assess",
     "decision_tree",
     "diagnose",
     "loss_pattern",

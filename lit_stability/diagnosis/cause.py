@@ -1,4 +1,4 @@
-"""What a cause is: the clues that speak for it, what to do about it, and when to leave it alone.
+"""Causes: their evidence rules, remedy and recommended action; the registry and `diagnose`.
 
 Data in, data out: imports neither torch nor Lightning.
 """
@@ -12,59 +12,60 @@ from typing import Any, Literal, TypeAlias
 from lit_stability.diagnosis.context import DiagnosisContext
 
 RecommendedAction = Literal["usual", "lower", "stop"]
-"""What the ladder is to do: ``usual``, by the damage that was done; ``lower``, roll back and lower
-the learning rate without trying the same once more; ``stop``, as no step that follows can help."""
+"""Recommendation to the escalation policy: ``usual``, a response to the damage; ``lower``, a
+rollback with a lower learning rate, without a retry; ``stop``, as no further step can help."""
 Certainty = Literal["certain", "likely", "possible"]
 EvidenceRule: TypeAlias = Callable[[DiagnosisContext], str | None]
-"""What a scene says for a cause, in a sentence, or None."""
+"""Returns the evidence that a context contains, as a sentence, or None."""
 
 _CERTAIN, _LIKELY, _POSSIBLE = 8, 4, 2
 _SHOWN = 20
-"""Points of what was shown by trial, above all that only speaks for something."""
+"""Points of a cause that an experiment has confirmed: more than all other evidence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """One row of the registry.
+    """One entry of the registry.
 
-    A cause is weighed by points, so that it is plain what a ranking comes from: 8 make it certain,
-    4 likely, 2 possible. Points are no probabilities. A clue may speak against it, with points
-    below zero.
+    The points of its evidence are added, so that a ranking can be traced: 8 points make a cause
+    certain, 4 likely, 2 possible. Points are not probabilities. Evidence against the cause has
+    negative points.
 
     Raises:
-        ValueError: if it has no name, no clue, or does not say when to leave it alone.
+        ValueError: if ``name``, ``rules`` or ``ignore_when`` is empty.
     """
 
     name: str
     rules: tuple[tuple[int, EvidenceRule], ...]
+    """Points of each evidence rule, and the rule."""
     remedy: str | Callable[[DiagnosisContext], str]
-    """What to try, in one sentence."""
+    """What to try, in one sentence, or a function of the context that returns it."""
     ignore_when: str
-    """When to do nothing."""
+    """When no action is needed."""
     recommended_action: RecommendedAction = "usual"
-    """What the ladder is to do once the cause is likely; a stop needs it to be certain."""
+    """What to do if the cause is likely; "stop" requires that it is certain."""
 
     def __post_init__(self) -> None:
         for name in ("name", "ignore_when"):
             if not getattr(self, name):
                 raise ValueError(f"{name} of a cause must not be empty, got {self!r}")
         if not self.rules:
-            raise ValueError(f"cause {self.name!r} has no rule: nothing could speak for it")
+            raise ValueError(f"cause {self.name!r} must have at least one rule, got ()")
 
     def weigh(self, context: DiagnosisContext) -> LikelyCause | None:
-        """What speaks for it, or None if that is too little."""
-        told = [(each, rule(context)) for each, rule in self.rules]
+        """Returns the cause with its evidence, or None if the evidence is too weak."""
+        results = [(weight, rule(context)) for weight, rule in self.rules]
         if self.name in context.shown:
-            told.append((_SHOWN, context.shown[self.name]))
-        found = [(each, sentence) for each, sentence in told if sentence is not None]
-        points = sum(each for each, _ in found)
+            results.append((_SHOWN, context.shown[self.name]))
+        found = [(weight, sentence) for weight, sentence in results if sentence is not None]
+        points = sum(weight for weight, _ in found)
         if points < _POSSIBLE:
             return None
-        for_it = sorted((pair for pair in found if pair[0] > 0), key=lambda pair: -pair[0])
+        supporting = sorted((pair for pair in found if pair[0] > 0), key=lambda pair: -pair[0])
         return LikelyCause(
             cause=self.name,
             points=points,
-            evidence=tuple(dict.fromkeys(sentence for _, sentence in for_it)),
+            evidence=tuple(dict.fromkeys(sentence for _, sentence in supporting)),
             remedy=self.remedy if isinstance(self.remedy, str) else self.remedy(context),
             ignore_when=self.ignore_when,
             recommended_action=self.recommended_action,
@@ -73,40 +74,38 @@ class Cause:
 
 @dataclass(frozen=True, kw_only=True)
 class LikelyCause:
-    """A cause that something speaks for, as `diagnose` gives it.
-
-    ``cause`` is its name, ``evidence`` what speaks for it, ``remedy`` what to try, ``ignore_when``
-    when to do nothing; ``certainty`` says in a word what the points amount to, and `text` all in
-    one line.
-    """
+    """A cause that has evidence, as `diagnose` returns it."""
 
     cause: str
+    """Name of the cause."""
     points: int
     evidence: tuple[str, ...]
-    """What speaks for it, a sentence each, the strongest first."""
+    """Evidence for the cause, one sentence each, the strongest first."""
     remedy: str
+    """What to try."""
     ignore_when: str
+    """When no action is needed."""
     recommended_action: RecommendedAction
 
     @property
     def certainty(self) -> Certainty:
-        """In a word."""
+        """The points as a word."""
         if self.points >= _CERTAIN:
             return "certain"
         return "likely" if self.points >= _LIKELY else "possible"
 
     @property
     def decides(self) -> RecommendedAction:
-        """What it asks of the ladder, by how certain it is."""
+        """The recommended action if the cause is certain enough for it, else "usual"."""
         needed = {"usual": _POSSIBLE, "lower": _LIKELY, "stop": _CERTAIN}[self.recommended_action]
         return self.recommended_action if self.points >= needed else "usual"
 
     def text(self) -> str:
-        """One line: how certain, what, and why."""
+        """Returns certainty, cause and evidence in one line."""
         return f"{self.certainty}: {self.cause} ({'; '.join(self.evidence)})"
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """Returns the cause as JSON types."""
         return {
             "cause": self.cause,
             "certainty": self.certainty,
@@ -118,14 +117,14 @@ class LikelyCause:
 
 
 CAUSES: dict[str, Cause] = {}
-"""By name, in the order in which those with as many points are told."""
+"""Name -> cause; causes with equal points are ranked in this order."""
 
 
 def register_cause(cause: Cause) -> None:
-    """Add a cause of your own to the registry, or put it in place of the one of that name.
+    """Adds a cause to the registry; replaces a cause of the same name.
 
     Args:
-        cause: the row.
+        cause: to register.
 
     >>> from lit_stability.detectors import Anomaly
     >>> late = Cause(
@@ -146,13 +145,13 @@ def register_cause(cause: Cause) -> None:
 def diagnose(
     context: DiagnosisContext, causes: Iterable[Cause] | None = None, most: int = 4
 ) -> list[LikelyCause]:
-    """Weigh the causes of the registry, or those given; the best supported first.
+    """Weighs causes and returns those with enough evidence, the best supported first.
 
     Args:
-        context: what is known.
-        causes: to choose from, None for all that are registered.
-        most: hypotheses given.
+        context: what is known of the anomaly.
+        causes: causes to weigh; None for all registered ones.
+        most: largest number of causes returned.
     """
     weighed = (cause.weigh(context) for cause in (CAUSES.values() if causes is None else causes))
-    found = sorted((h for h in weighed if h is not None), key=lambda h: -h.points)
+    found = sorted((c for c in weighed if c is not None), key=lambda c: -c.points)
     return found[:most]

@@ -1,4 +1,4 @@
-"""What is known when an incident is looked into: all that a cause is judged by.
+"""The diagnosis context: everything that evidence rules can use.
 
 Data in, data out: imports neither torch nor Lightning.
 """
@@ -18,58 +18,58 @@ from lit_stability.diagnosis.training_phases import Phase, PhaseRange
 from lit_stability.measurement.step_stats import StepStats
 
 EARLY = 1000
-"""Optimizer steps of which a run that breaks is asked for its initialisation and warm-up first."""
+"""Optimizer steps during which initialisation and warm-up are checked first."""
 LARGE = 10.0
-"""Times its median from which on a gradient norm counts as large."""
+"""Ratio to its median above which a gradient norm counts as large."""
 STALE = 2.3
-"""Root mean square of gradients over that of Adam's second moment; more precedes spikes (Wortsman
-et al. 2023, arXiv 2304.13013)."""
+"""Root mean square of gradients relative to Adam's second moment; larger values precede loss spikes
+(Wortsman et al. 2023, arXiv 2304.13013)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisContext:
-    """An anomaly among what came before it, and how the run is set up.
+    """An anomaly, the steps before it and the configuration of the run.
 
-    All but the anomaly may be left out; what is not known speaks neither for nor against a cause.
+    Only the anomaly is required; what is not known is evidence neither for nor against a cause.
     """
 
     anomaly: Anomaly
     history: tuple[StepStats, ...] = field(default=(), repr=False)
-    """Accepted steps before it, oldest first, some hundred."""
+    """Accepted steps before it, the oldest first, about a hundred."""
     stats: StepStats | None = field(default=None, repr=False)
     """The measurement of the bad step."""
     occurrences: int = 1
-    """Anomalies of the same episode so far; a batch that is taken again counts twice."""
+    """Anomalies of the same incident so far; a batch that is retried counts twice."""
     origin: Any = None
-    """The operation that made the first NaN or Inf, a `NonFiniteOrigin`."""
+    """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     verdict: str = ""
-    """"transient" or "deterministic", once the step was taken again; see `Incident`."""
+    """"transient" or "deterministic" once the step was run again, else empty; see `Incident`."""
     shown: Mapping[str, str] = field(default_factory=dict)
-    """Causes that somebody has shown by trial, each with how."""
+    """Causes confirmed by an experiment -> how they were confirmed."""
     batch: tuple[str, ...] = ()
-    """What is wrong with the batch, a phrase each."""
+    """Problems found in the batch, one phrase each."""
     precision: str = "32-true"
-    """By Lightning's name."""
+    """Lightning's name of the precision."""
     phase: Phase | None = None
-    """Of the run, at the last accepted step."""
+    """Phase of the run at the last accepted step."""
     phase_range: PhaseRange | None = None
-    """The gradient norms of that phase so far."""
+    """Gradient norms of that phase so far."""
     accumulation: int = 1
     """Batches per optimizer step."""
     manual: bool = False
     """Whether the module steps its optimizers itself."""
     momentum: float | None = None
-    """Of the optimizer; Adam's first beta."""
+    """Momentum of the optimizer; Adam's first beta."""
     clips: bool = False
     """Whether the Trainer clips gradients."""
     rate_rose: bool = True
-    """Whether the learning rate has ever risen: whether there was a warm-up."""
+    """Whether the learning rate has ever risen, that is, whether there was a warm-up."""
     restorable: bool | None = None
-    """Whether there is a good state to go back to."""
+    """Whether there is a good state to restore; None if not known."""
 
     @cached_property
     def losses(self) -> tuple[float, ...]:
-        """The last losses, that of the bad step among them."""
+        """Recent losses, the loss of the bad step included."""
         before = tuple(s.loss for s in self.history if s.has_loss)
         return (
             before if self.stats is None or not self.stats.has_loss else (*before, self.stats.loss)
@@ -77,12 +77,12 @@ class DiagnosisContext:
 
     @cached_property
     def pattern(self) -> LossPattern | None:
-        """How the loss went wrong."""
+        """Pattern in which the loss diverges."""
         return loss_pattern(self.losses)
 
     @property
     def since(self) -> int:
-        """Optimizer step at which the trouble began, as far as the losses tell."""
+        """Optimizer step at which the trouble began, as far as the losses show it."""
         steps = 0 if self.pattern is None else self.pattern.steps
         return max(0, min(self.anomaly.suspect, self.anomaly.step - steps))
 
@@ -93,7 +93,7 @@ class DiagnosisContext:
 
     @cached_property
     def gradient_ratio(self) -> float | None:
-        """Gradient norm of the bad step over its median before; None where that is not known."""
+        """Gradient norm of the bad step relative to its median before; None if not known."""
         norms = [s.grad_norm for s in self.history if 0 < s.grad_norm < math.inf]
         if self.stats is None or len(norms) < 3:
             return None
@@ -101,7 +101,7 @@ class DiagnosisContext:
 
     @property
     def update_excess(self) -> float | None:
-        """The last update-to-weight ratio over its median before; None where not known."""
+        """Last update-to-weight ratio relative to its median before; None if not known."""
         ratios = [s.update_ratio for s in self.history if s.update_ratio]
         if self.stats is None or not self.stats.update_ratio or len(ratios) < 3:
             return None
@@ -109,21 +109,24 @@ class DiagnosisContext:
 
     @cached_property
     def rates(self) -> tuple[float, ...]:
-        """The largest nominal learning rate of each step of the history, and of the bad one."""
+        """Largest nominal learning rate of each step of the history and of the bad step."""
         steps = [*self.history, *([] if self.stats is None else [self.stats])]
         return tuple(max(s.nominal_learning_rates, default=0.0) for s in steps)
 
     def reading(self, quantity: str) -> tuple[str, float] | None:
-        """Where the last probe of a quantity was largest, and its value there."""
+        """Returns place and value of the largest reading in the last probe of a quantity."""
         for stats in [*([] if self.stats is None else [self.stats]), *reversed(self.history)]:
             for found in stats.readings_of(quantity)[:1]:
                 return found.where, found.value
         return None
 
     def layers(self, count: int = 5) -> list[tuple[str, float]]:
-        """Parameters whose gradient norm is furthest above its own median before, with the ratio.
+        """Returns the parameters with the largest ratio of gradient norm to its own earlier median.
 
-        Non-finite ones come first; without a history the anomaly's own are given, by norm.
+        Non-finite ones come first. Without a history, the layers of the anomaly are returned.
+
+        Args:
+            count: largest number of parameters.
         """
         stats = self.stats
         if stats is None or len(self.history) < 3 or not stats.names:

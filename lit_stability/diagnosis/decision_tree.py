@@ -1,4 +1,4 @@
-"""The four questions that are asked first of a run that breaks, with their answers.
+"""The decision tree: four questions to ask first when a run fails, with their answers.
 
 Data in, data out: imports neither torch nor Lightning.
 """
@@ -13,22 +13,20 @@ from lit_stability.diagnosis.context import EARLY, DiagnosisContext
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question of `decision_tree`, what the scene answers, and where that leads.
-
-    `text` is all of it in one line, as a report has it.
-    """
+    """One question of `decision_tree` with its answer, and what to do next."""
 
     question: str
     yes: bool
     lead: str
+    """What to do next."""
 
     def text(self) -> str:
-        """One line."""
+        """Returns question, answer and next action in one line."""
         return f"{self.question} {'yes' if self.yes else 'no'}: {self.lead}"
 
 
 def decision_tree(context: DiagnosisContext) -> list[Answer]:
-    """Answers the questions that the context has an answer to, in their order.
+    """Answers the questions for which the context has the data, in their order.
 
     Args:
         context: what is known of the incident.
@@ -39,21 +37,21 @@ def decision_tree(context: DiagnosisContext) -> list[Answer]:
     >>> for answer in decision_tree(context):
     ...     print(answer.text())
     within the first 1000 steps? yes: check initialisation and warm-up
-    mixed precision? yes: check the loss scale and conversions of dtype
-    a good state to go back to? no: start anew with a lower learning rate and a tighter clip
+    mixed precision? yes: check the loss scale and dtype conversions
+    a good state to restore? no: restart with a lower learning rate and a tighter clip
     """
     answers = [
         _ask(
             f"within the first {EARLY} steps?",
             context.anomaly.step < EARLY,
             "check initialisation and warm-up",
-            "go on",
+            "continue",
         ),
         _ask(
             "mixed precision?",
             context.mixed,
-            "check the loss scale and conversions of dtype",
-            "check for numbers beyond float32",
+            "check the loss scale and dtype conversions",
+            "check for values outside the range of float32",
         ),
     ]
     if context.gradient_ratio is not None:
@@ -68,10 +66,10 @@ def decision_tree(context: DiagnosisContext) -> list[Answer]:
     if context.restorable is not None:
         answers.append(
             _ask(
-                "a good state to go back to?",
+                "a good state to restore?",
                 context.restorable,
-                "go back to it, with other settings if it returns",
-                "start anew with a lower learning rate and a tighter clip",
+                "restore it, with other settings if the anomaly recurs",
+                "restart with a lower learning rate and a tighter clip",
             )
         )
     return answers

@@ -1,6 +1,6 @@
-"""What can speak for a cause: each clue reads a scene and says what it saw, or nothing.
+"""Evidence rules: functions of the diagnosis context that return a sentence, or None.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lit_stability.diagnosis.layer_types import is_norm_gain
 
 
 def kind(*kinds: str) -> EvidenceRule:
-    """The anomaly is of one of these kinds."""
+    """Returns a rule: the anomaly has one of these kinds."""
 
     def rule(context: DiagnosisContext) -> str | None:
         return context.anomaly.message if context.anomaly.kind in kinds else None
@@ -21,17 +21,8 @@ def kind(*kinds: str) -> EvidenceRule:
     return rule
 
 
-def signal(*signals: str) -> EvidenceRule:
-    """The anomaly is of one of these signals."""
-
-    def rule(context: DiagnosisContext) -> str | None:
-        return context.anomaly.message if context.anomaly.signal in signals else None
-
-    return rule
-
-
 def pattern(*names: str) -> EvidenceRule:
-    """The loss went wrong in one of these patterns."""
+    """Returns a rule: the loss diverges in one of these patterns."""
 
     def rule(context: DiagnosisContext) -> str | None:
         found = context.pattern
@@ -41,7 +32,13 @@ def pattern(*names: str) -> EvidenceRule:
 
 
 def reading(quantity: str, above: float, words: str) -> EvidenceRule:
-    """A probe's last reading is above a bound; ``words`` say it, with value and place."""
+    """Returns a rule: the last reading of a probe is above a bound.
+
+    Args:
+        quantity: name of the reading.
+        above: the bound.
+        words: format string of the evidence, with ``{value}`` and ``{where}``.
+    """
 
     def rule(context: DiagnosisContext) -> str | None:
         found = context.reading(quantity)
@@ -53,36 +50,36 @@ def reading(quantity: str, above: float, words: str) -> EvidenceRule:
 
 
 def both(first: EvidenceRule, second: EvidenceRule) -> EvidenceRule:
-    """Two clues that say something together only."""
+    """Returns a rule: both rules have evidence."""
 
     def rule(context: DiagnosisContext) -> str | None:
-        said = first(context)
-        other = None if said is None else second(context)
-        if other is None or other == said:
+        one = first(context)
+        other = None if one is None else second(context)
+        if other is None or other == one:
             return other
-        return f"{said}, and {other}"
+        return f"{one}, and {other}"
 
     return rule
 
 
 def early(context: DiagnosisContext) -> str | None:
-    """It is one of the first steps."""
+    """The step is one of the first."""
     step = context.anomaly.step
     return f"step {step} is before step {EARLY}" if step < EARLY else None
 
 
 def no_warmup(context: DiagnosisContext) -> str | None:
-    """The learning rate began at its largest."""
+    """The learning rate started at its largest value."""
     return None if context.rate_rose else "the learning rate has never risen: there was no warm-up"
 
 
 def warming_up(context: DiagnosisContext) -> str | None:
-    """The learning rate is at its highest so far."""
+    """The run is in its warm-up."""
     return "the learning rate is still rising" if context.phase == "warm-up" else None
 
 
 def large_gradient(context: DiagnosisContext) -> str | None:
-    """The gradient is far above its median."""
+    """The gradient norm is far above its median."""
     ratio = context.gradient_ratio
     if ratio is None or not ratio > LARGE:
         return None
@@ -90,15 +87,15 @@ def large_gradient(context: DiagnosisContext) -> str | None:
 
 
 def ordinary_gradient(context: DiagnosisContext) -> str | None:
-    """The gradient is as ever."""
+    """The gradient norm is not far above its median."""
     ratio = context.gradient_ratio
     if ratio is None or not ratio <= LARGE:
         return None
-    return f"the gradient norm is ordinary, {ratio:.2g} times its median"
+    return f"the gradient norm is normal, {ratio:.2g} times its median"
 
 
 def large_update(context: DiagnosisContext) -> str | None:
-    """The weights move faster than they did."""
+    """The last update was much larger than the median update."""
     excess = context.update_excess
     if excess is None or not 3 < excess < math.inf:
         return None
@@ -106,7 +103,7 @@ def large_update(context: DiagnosisContext) -> str | None:
 
 
 def stale_moments(context: DiagnosisContext) -> str | None:
-    """Gradients had outgrown Adam's second moment just before."""
+    """Gradients were much larger than Adam's second moment in the steps before."""
     seen = [(s.moment_rms, s.step) for s in context.history[-20:] if s.moment_rms]
     highest, step = max(seen, default=(0.0, 0))
     if highest <= STALE:
@@ -115,33 +112,33 @@ def stale_moments(context: DiagnosisContext) -> str | None:
 
 
 def rate_changed(context: DiagnosisContext) -> str | None:
-    """The scheduler has changed the learning rate by a factor of three or more of late."""
+    """The scheduler recently changed the learning rate by a factor of three or more."""
     rates = [rate for rate in context.rates[-20:] if rate > 0]
     if len(rates) < 2 or max(rates) < 3 * min(rates):
         return None
-    return f"the learning rate went from {rates[0]:.3g} to {rates[-1]:.3g} of late"
+    return f"the learning rate recently went from {rates[0]:.3g} to {rates[-1]:.3g}"
 
 
 def transient(context: DiagnosisContext) -> str | None:
-    """It did not come back."""
-    same = "it did not return when the same steps were taken again"
-    return same if context.verdict == "transient" else None
+    """The anomaly did not recur when the steps were run again."""
+    sentence = "it did not recur when the same steps were run again"
+    return sentence if context.verdict == "transient" else None
 
 
 def deterministic(context: DiagnosisContext) -> str | None:
-    """It came back."""
-    same = "it returned when the same steps were taken again"
-    return same if context.verdict == "deterministic" else None
+    """The anomaly recurred when the steps were run again."""
+    sentence = "it recurred when the same steps were run again"
+    return sentence if context.verdict == "deterministic" else None
 
 
 def other_batches(context: DiagnosisContext) -> str | None:
-    """Several batches in a row struck: they cannot all be bad."""
+    """Five or more consecutive batches cause an anomaly: they cannot all be bad."""
     batches = (context.occurrences + 1) // 2
-    return f"it struck with {batches} batches in a row" if batches >= 5 else None
+    return f"it recurred with {batches} consecutive batches" if batches >= 5 else None
 
 
 def bad_input(context: DiagnosisContext) -> str | None:
-    """The batch itself is not as it should be; what took many steps is not the work of one."""
+    """The batch itself contains bad values; ignored for anomalies that build up over many steps."""
     if context.anomaly.warn_only:
         return None
     if context.batch:
@@ -151,7 +148,7 @@ def bad_input(context: DiagnosisContext) -> str | None:
 
 
 def bad_state(context: DiagnosisContext) -> str | None:
-    """A weight or buffer was bad before the step."""
+    """A weight or buffer was non-finite before the step."""
     origin = context.origin
     if not origin or origin.cause not in ("parameter", "buffer"):
         return None
@@ -159,13 +156,13 @@ def bad_state(context: DiagnosisContext) -> str | None:
 
 
 def overflow(context: DiagnosisContext) -> str | None:
-    """An operation is finite in float32 and not in the format at work."""
+    """An operation overflows in its format and is finite in float32."""
     origin = context.origin
     return origin.describe().splitlines()[0] if origin and origin.overflow else None
 
 
 def operation(context: DiagnosisContext) -> str | None:
-    """An operation made a NaN or Inf of finite values, and would in float32 as well."""
+    """An operation made a NaN or Inf from finite values, and does so in float32 as well."""
     origin = context.origin
     if not origin or origin.cause != "operation" or origin.overflow:
         return None
@@ -173,33 +170,33 @@ def operation(context: DiagnosisContext) -> str | None:
 
 
 def mixed_precision(context: DiagnosisContext) -> str | None:
-    """Forward and backward compute in 16 bits."""
+    """Forward and backward pass compute in 16 bits."""
     return f"it computes in {context.precision}" if context.mixed else None
 
 
 def accumulates(context: DiagnosisContext) -> str | None:
-    """Gradients are accumulated, by the module itself or by the Trainer."""
+    """Gradients are accumulated, by the Trainer or possibly by the module itself."""
     if context.manual:
-        return "the module steps its optimizers itself"
+        return "the module steps its optimizers itself (manual optimization)"
     more = context.accumulation > 1
-    return f"gradients of {context.accumulation} batches are added up" if more else None
+    return f"gradients of {context.accumulation} batches are accumulated" if more else None
 
 
 def high_momentum(context: DiagnosisContext) -> str | None:
-    """The momentum is above what is usual."""
+    """The momentum is unusually high."""
     high = context.momentum is not None and context.momentum > 0.95
     return f"the momentum is {context.momentum:g}" if high else None
 
 
 def unclipped(context: DiagnosisContext) -> str | None:
-    """The Trainer does not clip."""
+    """The Trainer does not clip gradients."""
     return None if context.clips else "gradients are not clipped"
 
 
 def zero_gain(context: DiagnosisContext) -> str | None:
-    """A norm layer's gain is exactly 0 and gets no gradient that could move it."""
-    shut = context.anomaly.layers[:1] if context.anomaly.signal == "weight_norm" else ()
-    return next((f"{name} is exactly 0" for name, _ in shut if is_norm_gain(name)), None)
+    """The gain of a norm layer is exactly 0, so that it never receives a gradient."""
+    zero = context.anomaly.layers[:1] if context.anomaly.signal == "weight_norm" else ()
+    return next((f"{name} is exactly 0" for name, _ in zero if is_norm_gain(name)), None)
 
 
 GROWS = pattern("exponential growth")
@@ -207,5 +204,5 @@ SWINGS = pattern("oscillating divergence")
 JUMPS = pattern("sudden jump")
 BROKEN = kind("non-finite loss", "non-finite gradient", "non-finite weight")
 DAMAGE = kind("non-finite weight", "weight corruption")
-DIVERGES = kind("divergence", "oscillation")
+DIVERGES = kind("divergence")
 SPIKES = kind("gradient spike", "loss spike")

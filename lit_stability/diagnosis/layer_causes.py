@@ -1,6 +1,6 @@
-"""What trouble in one kind of layer usually means: explosion, vanishing, oscillation.
+"""Causes by type of layer: what exploding, vanishing or oscillating gradients in it usually mean.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ _VANISH = ("vanishing gradient", "dead gradients", "layer bound")
 
 
 def symptom(context: DiagnosisContext) -> Symptom | None:
-    """What the gradients do, by the anomaly and the pattern of the loss."""
+    """Returns the symptom of an anomaly, from its kind and the pattern of the loss."""
     anomaly, found = context.anomaly, context.pattern
     if anomaly.kind in _VANISH and anomaly.warn_only:
         return "vanish"
     if found is not None and found.name == "oscillating divergence":
         return "oscillate"
-    if anomaly.kind == "oscillation":
-        return "oscillate"
     return "explode" if anomaly.kind in _EXPLODE else None
 
 
 def in_layers(kind: str, wanted: Symptom) -> EvidenceRule:
-    """Layers of a kind show the symptom most."""
+    """Returns a rule: a layer of this kind shows the symptom most."""
 
     def rule(context: DiagnosisContext) -> str | None:
         if symptom(context) != wanted:
@@ -42,7 +40,7 @@ def in_layers(kind: str, wanted: Symptom) -> EvidenceRule:
         if not shown:
             return None
         article = "an" if kind[0] in "aeiou" else "a"
-        return f"of all layers {shown[0][0]}, of {article} {kind}, shows it most"
+        return f"{shown[0][0]}, in {article} {kind}, is affected most"
 
     return rule
 
@@ -52,74 +50,74 @@ ROWS: tuple[tuple[str, Symptom, str, str], ...] = (
         "vision encoder",
         "explode",
         "inputs of the vision encoder not normalised",
-        "bring images to [0, 1] or [-1, 1], with the mean and deviation of the pretraining",
+        "scale images to [0, 1] or [-1, 1] and normalise with the pretraining's mean and deviation",
     ),
     (
         "encoder",
         "explode",
         "inputs of the encoder out of range",
-        "normalise what goes in; look for overlong or empty samples",
+        "normalise the inputs; look for very long or empty samples",
     ),
     (
         "projection",
         "vanish",
         "projection badly initialised",
-        "initialise it by Xavier or Kaiming, and compare the widths it joins",
+        "use Xavier or Kaiming initialisation, and compare the widths of its input and output",
     ),
     (
         "projection",
         "explode",
         "junction of a trunk and a new part",
-        "initialise the new part small (gain 0.1), normalise what the trunk gives, or warm the new "
-        "part up alone",
+        "initialise the new part with small weights (gain 0.1), normalise the output of the trunk, "
+        "or train the new part alone first",
     ),
     (
         "language model",
         "oscillate",
         "sequence lengths or padding",
-        "group batches by length or pad dynamically, and give an attention mask",
+        "group batches by length or pad dynamically, and pass an attention mask",
     ),
     (
         "embedding",
         "explode",
         "embeddings with too large gradients",
-        "lower their learning rate, or look for a rare token that fills the batch",
+        "lower their learning rate, or look for a rare token that is frequent in the batch",
     ),
     (
         "attention",
         "explode",
         "attention without normalised queries and keys",
-        "normalise queries and keys, scale by the root of the head's width, and add AttentionProbe",
+        "normalise queries and keys, divide by the root of the head size, and add AttentionProbe",
     ),
     (
         "norm",
         "explode",
         "norm of a variance near zero",
-        "give the norm an eps of 1e-5 or more, and compute it in float32",
+        "set eps of the norm to 1e-5 or more, and compute it in float32",
     ),
     (
         "head",
         "explode",
         "head at another scale than the trunk",
-        "initialise the head small (Xavier with gain 0.1) and its bias near the prior",
+        "initialise the head with small weights (Xavier, gain 0.1) and its bias near the prior",
     ),
     (
         "head",
         "vanish",
         "saturated outputs",
-        "keep logits small: a loss of probabilities near 0 or 1 has no slope",
+        "keep logits small: the gradient vanishes at probabilities near 0 or 1",
     ),
 )
-"""Kind of layer, symptom, cause, what to try."""
+"""Kind of layer, symptom, name of the cause, and what to try."""
 
 
 def register_layer_cause(kind: str, wanted: Symptom, cause: str, remedy: str) -> None:
-    """Add what a symptom in a kind of layer means; kinds are those of `diagnosis.layer_types`.
+    """Registers the cause of a symptom in one kind of layer.
 
     Args:
-        kind: a key of ``LAYER_KINDS``, which is yours to extend.
+        kind: a key of `lit_stability.diagnosis.layer_types.LAYER_KINDS`, which you may extend.
         wanted: the symptom.
-        cause: its name.
+        cause: name of the cause.
         remedy: what to try, in one sentence.
     """
     register_cause(
@@ -127,12 +125,12 @@ def register_layer_cause(kind: str, wanted: Symptom, cause: str, remedy: str) ->
             name=cause,
             rules=((3, in_layers(kind, wanted)),),
             remedy=remedy,
-            ignore_when="if it was one step and the loss falls",
+            ignore_when="if it was a single step and the loss decreases",
         )
     )
 
 
 def register_layer_causes() -> None:
-    """Fill the registry."""
+    """Registers the causes of this file."""
     for row in ROWS:
         register_layer_cause(*row)

@@ -1,6 +1,6 @@
-"""What a parameter belongs to, told by its name: an embedding, attention, a norm, a head.
+"""The type of layer that a parameter belongs to, by its name: embedding, attention, norm, head.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ LAYER_KINDS: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder", "text_encoder", "audio_encoder"),
     "language model": ("lm", "language_model", "decoder", "llm", "transformer", "h", "blocks"),
 }
-"""By kind, the words that tell it; yours to extend. Of several that fit, the first kind counts."""
+"""Kind of layer -> words in parameter names; the first match counts. May be extended."""
 
 
 def layer_kind(name: str) -> str | None:
-    """The kind of layer that a parameter belongs to, or None where its name does not tell.
+    """Returns the kind of layer that a parameter belongs to, or None if no word matches.
 
-    A word of the table stands for a part of the name between dots, with digits at its end or not,
-    or for the beginning or end of one, as in ``norm1``, ``post_norm`` and ``norm_mlp``.
+    A word of the table matches a part of the name between dots, without digits at its ends, or the
+    beginning or end of that part, as in ``norm1``, ``post_norm`` and ``norm_mlp``.
+
+    Args:
+        name: full name of the parameter.
 
     >>> layer_kind("model.vision_tower.blocks.3.mlp.weight")
     'vision encoder'
@@ -47,7 +50,7 @@ def layer_kind(name: str) -> str | None:
 
 
 def is_norm_gain(name: str) -> bool:
-    """Whether a parameter is by its name the gain of a norm layer.
+    """Returns whether the name of a parameter is that of the gain of a norm layer.
 
     >>> is_norm_gain("blocks.0.norm_mlp.weight"), is_norm_gain("head.weight")
     (True, False)

@@ -1,6 +1,6 @@
-"""The shape in which a loss goes wrong: at once, by growth, or by growing swings.
+"""Patterns of a diverging loss: sudden jump, exponential growth, oscillating divergence.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -15,42 +15,38 @@ from typing import Literal
 PatternName = Literal["sudden jump", "exponential growth", "oscillating divergence"]
 
 _SPAN = 40
-"""Losses looked at, the last of a series."""
+"""Number of losses examined, from the end of a series."""
 _LONGEST = 20
-"""Steps of growth looked at."""
+"""Largest number of steps of growth examined."""
 _FEWEST = 3
-"""Steps that growth takes, without the calm before it."""
+"""Smallest number of steps of growth, without the calm steps before it."""
 _SWINGS = 5
-"""Turns that a swing takes to be told from noise, two of three of whose steps turn as well."""
+"""Changes of direction needed for an oscillation, since two of three steps of noise change too."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossPattern:
-    """How a loss went wrong, as `loss_pattern` finds it: a ``name``, and what was seen in ``text``.
-
-    ``steps`` is how long it took, to the last finite loss.
-    """
+    """The pattern in which a loss diverges, as `loss_pattern` returns it."""
 
     name: PatternName
     steps: int
-    """Steps that it took, to the last finite loss; 0 where it was finite and then was not."""
+    """Length of the pattern, up to the last finite loss; 0 for a step from finite to NaN or Inf."""
     text: str
-    """What was seen, in words."""
+    """Description with values."""
 
 
 def loss_pattern(losses: Sequence[float]) -> LossPattern | None:
-    """Name the pattern in which a series of losses ends, or None where it ends like it began.
+    """Returns the pattern in which a series of losses diverges, or None if it does not.
 
-    * *sudden jump*: one step of twice what the loss is, and of ten times its usual steps; or it is
-      NaN or Inf after an ordinary one;
-    * *exponential growth*: three steps or more, three of four of which rise, by more than half and
-      by five usual steps, and none of them most of the way;
-    * *oscillating divergence*: the loss swings up and down, each swing larger than those before.
+    * *sudden jump*: one step by twice the median loss and ten times the median step; or NaN or Inf
+      after a normal loss;
+    * *exponential growth*: three or more steps, three in four of which rise, in total by more than
+      half the median loss and five median steps, while no single step is most of the rise;
+    * *oscillating divergence*: the loss alternates up and down with growing amplitude.
 
     Args:
-        losses: oldest first, the last that of the bad step; at least three finite ones are needed,
-            unless a non-finite one follows at once. Values after a non-finite one are not looked
-            at.
+        losses: the oldest first, the loss of the bad step last. At least three finite losses are
+            needed, unless a non-finite one follows. Losses after a non-finite one are ignored.
 
     >>> nan = float("nan")
     >>> loss_pattern([2.1, 2.0, 1.9, 8734.5, nan]).name
@@ -83,7 +79,7 @@ def _swings(losses: Sequence[float]) -> LossPattern | None:
 
 
 def _grows(sizes: Sequence[float]) -> bool:
-    """Whether swings grow: to three times the first, and from one of a side to the next."""
+    """Returns whether the amplitude grows: to three times the first, and mostly step by step."""
     grown = sum(b > a for a, b in zip(sizes, sizes[2:], strict=False))
     return sizes[-1] >= 3 * max(sizes[0], sizes[1]) and grown >= 0.75 * (len(sizes) - 2)
 
@@ -100,7 +96,7 @@ def _growth(losses: Sequence[float]) -> LossPattern | None:
             calm = max(i for i, x in enumerate(part) if x <= min(part) + 3 * noise)
             part = part[calm:]
             if len(part) <= _FEWEST:
-                continue  # a jump after a chance rise that the noise explains
+                continue  # a jump after a rise that noise explains
             text = f"the loss grew for {len(part) - 1} steps, from {part[0]:.4g} to {part[-1]:.4g}"
             return LossPattern("exponential growth", len(part) - 1, text)
     return None
@@ -118,17 +114,17 @@ def _jump(losses: Sequence[float]) -> LossPattern | None:
 
 
 def _largest_share(rising: Sequence[float], size: float) -> float:
-    """Share of the largest step in a rise, in logarithms of the distance from its foot."""
-    foot = min(rising)
-    heights = [math.log1p((x - foot) / size) for x in rising]
+    """Returns the share of the largest step in a rise, on a logarithmic scale from its minimum."""
+    lowest = min(rising)
+    heights = [math.log1p((x - lowest) / size) for x in rising]
     return max(b - a for a, b in pairwise(heights)) / heights[-1]
 
 
 def _noise(losses: Sequence[float]) -> float:
-    """Median step from one loss to the next."""
+    """Returns the median absolute step from one loss to the next."""
     return median([abs(b - a) for a, b in pairwise(losses)] or [0.0])
 
 
 def _size(losses: Sequence[float]) -> float:
-    """What counts as much for a loss: the median of its magnitudes, at least something."""
+    """Returns the median magnitude of losses, at least 1e-12."""
     return max(median(abs(x) for x in losses), 1e-12) if losses else 1.0

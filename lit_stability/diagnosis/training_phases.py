@@ -1,4 +1,4 @@
-"""The gradient norms that a run itself has had, phase by phase: warm-up, descent, plateau.
+"""Gradient norms of a run in each phase: warm-up, descent, plateau.
 
 Imports neither torch nor Lightning.
 """
@@ -16,26 +16,26 @@ Phase = Literal["warm-up", "descent", "plateau"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _WIDTH = math.log(1.05)
-"""Of a bin of the norm's logarithm: what is told is right to 2.5 %, in at most some 4000 bins."""
+"""Bin width of the norm's logarithm: the error is at most 2.5 %, with 4000 bins at most or so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRange:
-    """The gradient norms of one phase: nine steps in ten were within ``low`` and ``high``."""
+    """Gradient norms of one phase: 90 % of its steps were between ``low`` and ``high``."""
 
     phase: Phase
     first_step: int
     last_step: int
     steps: int
     low: float
-    """Five in a hundred are below."""
+    """5th percentile."""
     middle: float
     """Median."""
     high: float
-    """Five in a hundred are above."""
+    """95th percentile."""
 
     def in_words(self) -> str:
-        """One line for the console."""
+        """Returns a one-line description."""
         return (
             f"{self.phase} (steps {self.first_step} to {self.last_step}): gradient norm "
             f"{self.low:.3g} to {self.high:.3g}, median {self.middle:.3g}"
@@ -44,7 +44,7 @@ class PhaseRange:
 
 @dataclass
 class _Tally:
-    """Counts of norms by bin; a norm of 0 has a bin of its own, below all others."""
+    """Counts of norms by bin; a norm of 0 has its own bin, below all others."""
 
     first: int
     last: int = 0
@@ -61,19 +61,19 @@ class _Tally:
             seen += self.bins[key]
             if seen >= wanted:
                 return 0.0 if key == -10_000 else math.exp(key * _WIDTH)
-        raise AssertionError("a share of at most 1")
+        raise AssertionError(f"share must be in [0, 1], got {share!r}")
 
 
 class PhaseRanges:
-    """Sorts the accepted steps of a run into phases, and counts their gradient norms.
+    """Assigns the accepted steps of a run to phases and counts their gradient norms.
 
-    * *warm-up*: the learning rate has risen above all before within the last ``stable_after``
-      steps. A run whose rate never rises has none.
-    * *plateau*: the median loss of ``block`` steps was not lower than the lowest so far, by a
-      hundredth of it, for ``patience`` blocks in a row; it ends with a block that is.
+    * *warm-up*: the learning rate reached a new maximum within the last ``stable_after`` steps. A
+      run whose learning rate never rises has no warm-up.
+    * *plateau*: for ``patience`` consecutive blocks of ``block`` steps, the median loss was not 1 %
+      below the lowest so far; the plateau ends with a block that is.
     * *descent*: all other steps.
 
-    Nothing is judged: the ranges are what this run had, for the eye to compare a norm with.
+    The ranges describe this run only, for comparison with a norm; nothing is judged by them.
 
     Args:
         stable_after: optimizer steps.
@@ -104,22 +104,23 @@ class PhaseRanges:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         self.stable_after, self.block, self.patience = stable_after, block, patience
         self.phase: Phase = "descent"
-        """Of the last step."""
+        """Phase of the last step."""
         self._peak: float | None = None
         self._since_rise = stable_after
         self._plateau = Plateau(block=block)
         self._tallies: dict[str, _Tally] = {}
 
     def update(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Learn from an accepted step; the first, whose phase nothing tells yet, is left out.
+        """Adds an accepted step.
 
-        So is one with a loss or norm that is not finite.
+        The first step is not counted, since its phase is not known, nor is a step with a
+        non-finite loss or norm.
 
         Args:
-            step: optimizer steps before it.
-            loss: of the step.
-            grad_norm: of all gradients, unclipped.
-            learning_rate: the scheduler's, the largest of the groups.
+            step: number of optimizer steps before it.
+            loss: loss of the step.
+            grad_norm: norm of all gradients, unclipped.
+            learning_rate: largest scheduled learning rate of the groups.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return
@@ -140,7 +141,7 @@ class PhaseRanges:
         self._peak = rate if self._peak is None else max(self._peak, rate)
 
     def range_of(self, phase: Phase) -> PhaseRange | None:
-        """The norms of a phase; None where it has not been."""
+        """Returns the norms of a phase; None if no step was in it."""
         tally = self._tallies.get(phase)
         if tally is None:
             return None
@@ -155,11 +156,11 @@ class PhaseRanges:
         )
 
     def ranges(self) -> tuple[PhaseRange, ...]:
-        """The norms of each phase that has been."""
+        """Returns the norms of each phase that has steps."""
         return tuple(found for phase in PHASES if (found := self.range_of(phase)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted, in plain values."""
+        """Returns phase and counts as plain values."""
         return {
             "phase": self.phase,
             "peak": self._peak,
@@ -172,7 +173,7 @@ class PhaseRanges:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         self.phase = state["phase"]
         self._peak, self._since_rise = state["peak"], int(state["since_rise"])
         self._plateau.load_state_dict(state["plateau"])

@@ -1,4 +1,4 @@
-"""Several ranks: collectives that overlap with computation, and tensors sharded over ranks.
+"""Support for several ranks: overlapped collectives, and tensors sharded over ranks.
 
-May import torch; the lowest room, imports no other.
+May import torch, and no other part of the package.
 """

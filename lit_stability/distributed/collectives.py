@@ -1,42 +1,44 @@
-"""How several ranks come to the same decision without waiting for each other.
+"""Collectives by which all ranks reach the same decision, mostly without waiting.
 
-Every decision follows from numbers that all ranks have alike, and every collective is entered by
-all ranks at the same place whatever one of them has seen. One optimizer step under DDP:
+Every decision follows from numbers that are the same on all ranks, and all ranks enter every
+collective at the same place, whatever one of them has measured. One optimizer step under DDP:
 
 ``on_before_backward``, of the last micro-batch
-    One vector is summed over the ranks while backward runs: loss, update, scan of the weights; and,
-    in a row of its own which the sum leaves as it is, each rank's judgement of its moments, the
-    checksum of its weights and its learning rate.
+    Starts the sum of one vector over the ranks, which runs during backward. It holds loss, update
+    and scan of the weights. Each rank also has its own row in it, which the sum does not mix: the
+    verdict on its moments, the checksum of its weights and its learning rate.
 ``on_before_optimizer_step``
-    The vector is waited for and read together with the norms of the gradients, which DDP has
-    averaged. What detectors find in the vector all ranks find: it is *shared*, and they may talk
-    about it at once, in collectives that wait. What they find in the gradients need not be: one
-    rank's may have been damaged after DDP averaged them. That rank vetoes its own step, and does
-    nothing more (``on_local_anomaly``). Each rank votes: whether it objects, and its gradient norm.
-    The votes are summed while the optimizer steps.
+    Waits for the vector and reads it together with the norms of the gradients, which DDP has
+    averaged. An anomaly in the vector is found by all ranks: it is *shared*, and they may exchange
+    data about it at once, in blocking collectives. An anomaly in the gradients may be local, if one
+    rank's gradients were damaged after DDP averaged them. That rank skips its own step and does
+    nothing else (``on_local_anomaly``). Each rank votes: whether it rejects the step, and its
+    gradient norm. The votes are summed while the optimizer steps.
 ``on_train_batch_end``
-    The votes are counted before a counter, a snapshot or a checkpoint has seen the step. If all
-    object, it is an incident like one that is shared. If some do, or if the gradient norms differ,
-    the ranks disagree: all go back to a snapshot from before the step, and on from rank 0's books.
+    Counts the votes before any counter, snapshot or checkpoint includes the step. If all ranks
+    reject the step, it is handled like a shared incident. If only some do, or if the gradient norms
+    differ, the ranks disagree: all roll back to a snapshot from before the step, and continue with
+    the consensus state of rank 0.
 
-The vote belongs to the same step, not to the next: between two steps a rank that had vetoed alone
-would count fewer steps than the others, and would miss the checkpoint that they stop for.
+The vote must be counted in the same step, not in the next one: between two steps a rank that alone
+had skipped the step would have a lower step count than the others, and would miss a checkpoint at
+which they stop.
 
-Where the gradients themselves are sharded (FSDP2), their norms are unknown until they are summed:
-there everything goes into one vector in ``on_before_optimizer_step``, all ranks know the same, and
-no vote is needed. So do manual optimization and LBFGS under DDP, where ``on_before_backward`` does
-not say which step it belongs to.
+With sharded gradients (FSDP2) the norms are unknown until they are summed. Then everything goes
+into one vector in ``on_before_optimizer_step``, all ranks have the same numbers, and no vote is
+needed. Manual optimization and LBFGS under DDP work the same way, because ``on_before_backward``
+does not tell which step it belongs to.
 
-Replicas must agree to the last bit, as they apply the same gradients to the same weights: the
-checksums are compared exactly, and a sum of whole numbers in fp64 is exact in any order. Gradient
-norms are compared to a thousandth, as some devices add in no fixed order; what is smaller than that
-shows in the checksum.
+Replicas must agree to the last bit, because they apply the same gradients to the same weights. The
+checksums are therefore compared exactly; a sum of whole numbers in fp64 is exact in any order.
+Gradient norms are compared to a thousandth, because some devices add in no fixed order; smaller
+differences show in the checksum.
 
-Where it is a probe's turn, by default on one step in fifty, what each rank has read is gathered
-after the measurement: the only collective that a healthy step waits for by itself.
+On a step with probes, by default one in fifty, the readings of all ranks are gathered after the
+measurement. This is the only collective that blocks a healthy step.
 
-Votes, and all that is said at an incident, are numbers of the host and go through a group of their
-own over gloo: they copy nothing from the device. May import torch; knows no Lightning.
+Votes and the data of an incident are on the host and use a separate gloo group, so they copy
+nothing from the device. May import torch but not Lightning.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """What the ranks of a run say to each other. To be made, and closed, by all ranks together.
+    """Communicator of the ranks of a run; all ranks must create and close it together.
 
     Args:
         replicas: whether every rank holds all weights and averaged gradients, as under DDP.
@@ -66,55 +68,55 @@ class Ranks:
         self._host = dist.new_group(backend="gloo")
 
     def sum(self, shared: Tensor, row: Tensor) -> Summed:
-        """Begin to add up a vector and each rank's row, on the device."""
-        return _begin(shared, row, self, None)
+        """Starts the sum of a vector and of each rank's row, on the device."""
+        return _start_sum(shared, row, self, None)
 
     def vote(self, row: Sequence[float]) -> Summed:
-        """Begin to collect each rank's row, on the host."""
-        nothing = torch.empty(0, dtype=torch.float64)
-        return _begin(nothing, torch.tensor(row, dtype=torch.float64), self, self._host)
+        """Starts to collect each rank's row, on the host."""
+        empty = torch.empty(0, dtype=torch.float64)
+        return _start_sum(empty, torch.tensor(row, dtype=torch.float64), self, self._host)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank says, in their order; waits for all: for shared incidents, and probes."""
-        said: list[Any] = [None] * self.world
-        dist.all_gather_object(said, value, group=self._host)
-        return said
+        """Returns the values of all ranks in order; blocks, so only for incidents and probes."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._host)
+        return values
 
     def from_first(self, value: T) -> T:
-        """What rank 0 says; waits for it: for shared incidents only."""
-        said = [value]
-        dist.broadcast_object_list(said, src=0, group=self._host)
-        return said[0]
+        """Returns the value of rank 0; blocks, so only for shared incidents."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._host)
+        return values[0]
 
     def close(self) -> None:
-        """Give the group back."""
+        """Destroys the process group."""
         if dist.is_initialized():
             dist.destroy_process_group(self._host)
 
 
 @dataclass
 class Summed:
-    """A sum that is under way."""
+    """A sum over the ranks that is in progress."""
 
     vector: Tensor
     shared: int
-    """Numbers before the rows."""
+    """Length of the shared part, which comes before the rows."""
     world: int
     _work: Any
 
     def wait(self) -> Tensor:
-        """The vector, once all ranks have added to it."""
+        """Waits until all ranks have contributed, and returns the vector."""
         self._work.wait()
         return self.vector
 
     def split(self, numbers: Sequence[float]) -> tuple[Sequence[float], list[Sequence[float]]]:
-        """The vector, on the host, as what is shared and the row of each rank."""
+        """Splits the vector, copied to the host, into the shared part and the row of each rank."""
         length = (len(numbers) - self.shared) // self.world
         starts = range(self.shared, len(numbers), length)
         return numbers[: self.shared], [numbers[i : i + length] for i in starts]
 
 
-def _begin(shared: Tensor, row: Tensor, ranks: Ranks, group: Any) -> Summed:
+def _start_sum(shared: Tensor, row: Tensor, ranks: Ranks, group: Any) -> Summed:
     length = len(row)
     vector = torch.zeros(
         len(shared) + ranks.world * length, dtype=torch.float64, device=shared.device

@@ -1,8 +1,7 @@
-"""What one rank holds of a tensor that several ranks share.
+"""Access to the shard of a ``DTensor`` that this rank holds.
 
-A sharded tensor (a ``DTensor``) is looked at through its local shard: measuring, copying or
-spoiling it through its own operators would communicate, and a rank must never do that alone.
-May import torch.
+Operators on a ``DTensor`` communicate, which a rank must never do alone. Code that measures, copies
+or modifies a tensor on one rank therefore uses the local shard. May import torch.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = frozenset({Tensor, nn.Parameter})
-"""Types of tensors that a rank holds whole, with nothing behind them."""
+"""Tensor types that are never sharded."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rank's own shard, in place and without gradient; any other tensor itself."""
+    """Returns this rank's shard of a DTensor, a view without gradient; other tensors unchanged."""
     if type(tensor) in PLAIN:
         return tensor
-    # Asked by name: importing DTensor costs a second, and a single device has none.
+    # Checked by name: importing DTensor takes a second, and a single device needs none.
     to_local = getattr(tensor, "to_local", None)
     if to_local is None:
         return tensor
@@ -30,10 +29,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def share(tensor: Any, ranks: int) -> float:
-    """The share of a tensor's elements that is this rank's to count, over all ranks exactly 1.
+    """Returns the weight of this rank's elements of a tensor in a sum over all ranks.
 
-    A tensor that every rank holds whole is everybody's: ``1 / ranks``. Of a shard, all; less where
-    groups of ranks hold the same shards.
+    The weights of all copies of an element add up to exactly 1: ``1 / ranks`` for a replicated
+    tensor, 1 for a shard that only this rank holds, less if groups of ranks hold the same shards.
 
     Args:
         tensor: plain or sharded.

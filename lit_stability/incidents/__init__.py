@@ -1,4 +1,4 @@
-"""An incident: what happened, what was done, how it ended; its record, report and surroundings.
+"""Incidents: their state, the record on disk, reports, and the step attempts around them.
 
 Imports neither torch nor Lightning.
 """

@@ -1,4 +1,4 @@
-"""An incident: one episode of trouble, what is known of it, what was done, how it ended.
+"""An incident: one anomaly or a burst of them, its diagnosis, the responses and the outcome.
 
 Imports neither torch nor Lightning.
 """
@@ -13,11 +13,11 @@ from typing import Any, Literal
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import (
     CAUSES,
+    Assessment,
     DiagnosisContext,
     LikelyCause,
     RecommendedAction,
-    decision_tree,
-    diagnose,
+    assess,
 )
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Response, describe
@@ -25,18 +25,14 @@ from lit_stability.policies.actions import Response, describe
 Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
 
 
-def _alone(said: Any) -> list[Any]:
-    return [said]
-
-
 class TrainingStopped(RuntimeError):
-    """Raised out of ``Trainer.fit`` when no response in budget is left.
+    """Raised out of ``Trainer.fit`` when the escalation policy stops the training.
 
-    Weights and optimizer are back at the last confirmed snapshot when it is raised.
+    Weights and optimizer state are those of the last confirmed snapshot when it is raised.
 
     Args:
-        message: the reason, the remedy and where the record is.
-        incident: that could not be cured, kept as an attribute of that name.
+        message: the reason, what to try and the path of the record.
+        incident: the incident that led to the stop; kept as an attribute.
     """
 
     def __init__(self, message: str, incident: Incident) -> None:
@@ -44,175 +40,182 @@ class TrainingStopped(RuntimeError):
         self.incident = incident
 
 
-@dataclass(frozen=True)
-class _Sealed:
-    """What was judged of an incident when it was closed."""
-
-    likely_causes: list[LikelyCause]
-    since: int
-    checks: list[str]
-
-
 @dataclass
 class Incident:
-    """One episode of trouble; it travels ``trainer.callbacks`` in order at each strike.
+    """One or more anomalies of the same episode: what is known of them and what was done.
 
     A burst of bad steps is one incident: it stays open until enough healthy steps have passed.
-    A callback with ``on_incident(trainer, pl_module, incident)`` is handed it before the update of
-    the step in question; the first to call `resolve` decides what is done.
+    Callbacks with ``on_incident(trainer, pl_module, incident)`` receive it before the update of
+    each bad step, in the order of ``trainer.callbacks``; the first that calls `resolve` chooses
+    the response.
     """
 
     id: int
     anomaly: Anomaly
-    """The anomaly of the latest strike."""
+    """The latest anomaly."""
     epoch: int = 0
     batch_idx: int = 0
     occurrences: int = 1
+    """Number of anomalies so far."""
     first: Anomaly = field(init=False)
-    """The anomaly that opened it."""
+    """The anomaly that opened the incident."""
     shown: dict[str, str] = field(default_factory=dict)
-    """Causes that were shown by trial, each with how; see `note`."""
+    """Causes confirmed by an experiment -> how they were confirmed; see `note`."""
     evidence: list[str] = field(default_factory=list)
-    """What was found out about it, a sentence each."""
+    """Findings, one sentence each."""
     context: DiagnosisContext | None = field(default=None, repr=False)
-    """What causes are judged by, from a `Diagnosis`; without one, the anomaly alone."""
+    """Input of the diagnosis, set by `Diagnosis`; None diagnoses from the first anomaly alone."""
     may_stop: bool = True
-    """Whether a cause that is certain may end the fit."""
+    """Whether a certain cause may end the fit."""
     response: Response | None = None
-    """What was decided at the latest strike; None while nobody has decided."""
+    """Response to the latest anomaly; None while no callback has chosen one."""
     responses: list[str] = field(default_factory=list)
-    """Every response given, in words."""
+    """Description of every response so far."""
     adjusted: bool = False
-    """Whether something was changed for the latest strike that may cure it."""
+    """Whether a setting was changed for the latest anomaly that may remove its cause."""
     path: str | None = None
-    """Folder in which the scene was saved."""
+    """Folder of the incident checkpoint."""
     record: str | None = None
-    """The file in which the incident is recorded."""
+    """File in which the incident is recorded."""
     stats: StepStats | None = field(default=None, repr=False)
-    """The measurement of the latest strike."""
+    """Measurement of the latest bad step."""
     verdict: str = ""
-    """"transient" if it did not return when the steps were taken again, else "deterministic"."""
-    gather: Callable[[Any], list[Any]] = field(default=_alone, repr=False, compare=False)
-    """What each rank says, in their order, given what this one says; to be called by all of them or
-    none. An incident is offered to all ranks alike."""
+    """Empty until the steps were run again; then "transient" if the anomaly did not recur, or
+    "deterministic" if it did."""
     recorded_step: Any = field(default=None, repr=False, compare=False)
-    """The step of the latest strike, a `RecordedStep`, for callbacks that take it again beside
-    training and say so by ``needs_recorded_step = True``; else None."""
+    """The latest bad step as a `RecordedStep`, which can be run again in isolation; None unless a
+    callback has ``needs_recorded_step = True``."""
     origin: Any = None
-    """The operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
-    _sealed: _Sealed | None = field(default=None, repr=False)
+    """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     outcome: Outcome = "open"
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
+    _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
+    _sealed: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.first = self.anomaly
 
     @property
     def resolved(self) -> bool:
-        """Whether a response was chosen for the latest strike."""
+        """Whether a response to the latest anomaly was chosen."""
         return self.response is not None
 
     def resolve(self, response: Response) -> None:
-        """Choose the response to the latest strike.
+        """Chooses the response to the latest anomaly.
 
         Raises:
-            RuntimeError: if another callback has chosen already.
+            RuntimeError: if another callback has already chosen one.
         """
         if self.response is not None:
             raise RuntimeError(
-                f"incident {self.id} is resolved already ({describe(self.response)}); "
-                "ask `incident.resolved` first"
+                f"incident {self.id} is already resolved ({describe(self.response)}); "
+                "check `incident.resolved` first"
             )
         self.response = response
         self.responses.append(describe(response))
 
     def adjust(self, response: Response) -> None:
-        """Record a change that may cure it, and leave to others what becomes of the step."""
+        """Records a change that may remove the cause; another callback still resolves the step."""
         self.adjusted = True
         self.responses.append(describe(response))
 
     def recur(self, anomaly: Anomaly) -> None:
-        """Take up another anomaly of the same episode, which needs a response of its own."""
+        """Adds another anomaly of the same episode, which needs its own response."""
         self.anomaly = anomaly
         self.occurrences += 1
         self.response, self.adjusted = None, False
 
-    def agree(self, found: bool) -> bool:
-        """Whether any rank has found it; evidence and causes become those of all ranks together.
+    def agree(self, found: bool, gather: Callable[[Any], list[Any]]) -> bool:
+        """Returns whether any rank has found something; merges evidence and shown causes of all.
 
-        To be called on every rank or on none. On one rank it is what was found.
+        Args:
+            found: whether this rank has found it.
+            gather: collects a value from every rank, in their order. Since every rank must call
+                it, or none, the same holds for this method.
         """
-        said = self.gather((found, dict(self.shown), list(self.evidence)))
-        everywhere = set.intersection(*(set(evidence) for _, _, evidence in said))
-        # In the order of the ranks, so that the record is the same whoever writes it.
+        answers = gather((found, dict(self.shown), list(self.evidence)))
+        everywhere = set.intersection(*(set(evidence) for _, _, evidence in answers))
+        # In the order of the ranks, so that the record is the same whichever rank writes it.
         self.evidence = list(
             dict.fromkeys(
                 line if line in everywhere else f"rank {rank}: {line}"
-                for rank, (_, _, evidence) in enumerate(said)
+                for rank, (_, _, evidence) in enumerate(answers)
                 for line in evidence
             )
         )
-        self.shown = {cause: how for _, shown, _ in reversed(said) for cause, how in shown.items()}
-        return any(each for each, _, _ in said)
+        self.shown = {
+            cause: how for _, shown, _ in reversed(answers) for cause, how in shown.items()
+        }
+        return any(found_there for found_there, _, _ in answers)
 
     def note(self, cause: str, evidence: str) -> None:
-        """Record a cause that was shown by trial, and how.
+        """Records a cause that an experiment has confirmed.
 
         Args:
             cause: a name of the registry `lit_stability.diagnosis.CAUSES`, or another.
-            evidence: one sentence.
+            evidence: how it was confirmed, in one sentence.
         """
         self.shown.setdefault(cause, evidence)
         if evidence not in self.evidence:
             self.evidence.append(evidence)
 
     @property
+    def assessment(self) -> Assessment:
+        """The diagnosis; computed again only when its input has changed, and final after `seal`."""
+        known = self._assessment
+        if known is None or (not self._sealed and known.context != self.current_context):
+            known = self._assessment = assess(self.current_context)
+        return known
+
+    @property
     def likely_causes(self) -> list[LikelyCause]:
-        """The causes that something speaks for, the best supported first; see `causes.diagnose`."""
-        return (
-            diagnose(self.current_context) if self._sealed is None else self._sealed.likely_causes
-        )
+        """Causes with evidence for them, the best supported first; see `diagnosis.diagnose`."""
+        return list(self.assessment.likely_causes)
 
     @property
     def since(self) -> int:
-        """Step at which the trouble began, as far as the losses tell."""
-        return self.current_context.since if self._sealed is None else self._sealed.since
+        """Optimizer step at which the trouble began, as far as the losses show it."""
+        return self.assessment.since
 
     @property
     def checks(self) -> list[str]:
-        """The questions asked first of a run that breaks, with their answers."""
-        if self._sealed is not None:
-            return self._sealed.checks
-        return [answer.text() for answer in decision_tree(self.current_context)]
+        """Questions of the decision tree with their answers, one line each."""
+        return list(self.assessment.checks)
+
+    def close(self, outcome: Outcome, step: int) -> None:
+        """Sets the outcome and the optimizer step at which the incident ended."""
+        self.outcome, self.closed_step = outcome, step
 
     def seal(self) -> None:
-        """Weigh the causes for the last time, and let go of the steps that they were weighed by."""
-        self._sealed = _Sealed(self.likely_causes, self.since, self.checks)
+        """Makes the diagnosis final and releases the steps that it was computed from."""
+        final = self.assessment
+        context = replace(self.current_context, history=(), stats=None)
+        self._assessment, self._sealed = replace(final, context=context), True
         if self.context is not None:
-            self.context = replace(self.current_context, history=(), stats=None)
+            self.context = context
 
     @property
     def cause(self) -> str:
-        """The best supported cause, "" where nothing speaks for any."""
-        unknown = (cause for cause in self.shown if cause not in CAUSES)
-        return next(unknown, "") or next((h.cause for h in self.likely_causes), "")
+        """The best supported cause; "" if no cause has evidence."""
+        unregistered = (cause for cause in self.shown if cause not in CAUSES)
+        return next(unregistered, "") or next((h.cause for h in self.likely_causes), "")
 
     @property
     def recommended_action(self) -> RecommendedAction:
-        """What the best supported cause asks of the ladder; only a `Diagnosis` asks anything."""
-        found = self.likely_causes
+        """What the best supported cause recommends; "usual" if no `Diagnosis` set the context."""
+        causes = self.likely_causes
         if (
             self.context is None
-            or not found
-            or (found[0].recommended_action == "stop" and not self.may_stop)
+            or not causes
+            or (causes[0].recommended_action == "stop" and not self.may_stop)
         ):
             return "usual"
-        return found[0].decides
+        return causes[0].decides
 
     @property
     def current_context(self) -> DiagnosisContext:
-        """The scene, with what was found out since."""
+        """The context together with what was found since it was set."""
         context = self.context or DiagnosisContext(anomaly=self.first)
         return replace(
             context,
@@ -223,45 +226,13 @@ class Incident:
         )
 
     @property
-    def done(self) -> str:
-        """The responses in order, in words; empty when nothing was done."""
-        runs: list[list[Any]] = []
-        for response in self.responses:
-            if runs and runs[-1][0] == response:
-                runs[-1][1] += 1
-            else:
-                runs.append([response, 1])
-        return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in runs)
-
-    @property
     def remedy(self) -> str:
-        """What a person can do about it."""
-        found = self.likely_causes
-        return found[0].remedy if found else "look at the scene in the incident's folder"
-
-    def opening_line(self) -> str:
-        """One line for the console when it opens."""
-        done = self.done or "observed, nothing changed"
-        born = f"; {self.origin.describe().splitlines()[0]}" if self.origin else ""
-        where = f" | scene in {self.path}" if self.path else ""
-        best = next(iter(self.likely_causes), None)
-        if best is not None and best.certainty != "possible" and not born:
-            born = f"; {best.certainty} cause: {best.cause}"
-        return (
-            f"incident {self.id} at step {self.first.step} (epoch {self.epoch}, batch "
-            f"{self.batch_idx}): {self.first.kind}: {self.first.message}{born} -> {done}{where}"
-        )
-
-    def closing_line(self) -> str:
-        """One line for the console when it closes."""
-        occurrences = "" if self.occurrences == 1 else f" after {self.occurrences} strikes"
-        return (
-            f"incident {self.id} ({self.first.kind}) {self.outcome}{occurrences}: "
-            f"{self.done or 'nothing changed'}; step {self.closed_step} now"
-        )
+        """What to try, in one sentence."""
+        causes = self.likely_causes
+        return causes[0].remedy if causes else "inspect the files in the incident folder"
 
     def as_dict(self) -> dict[str, Any]:
-        """The incident as JSON types."""
+        """Returns the incident as JSON types."""
         return {
             "id": self.id,
             "kind": self.first.kind,
@@ -277,7 +248,7 @@ class Incident:
             "strikes": self.occurrences,
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
-            "hypotheses": [each.as_dict() for each in self.likely_causes],
+            "hypotheses": [cause.as_dict() for cause in self.likely_causes],
             "since": self.since,
             "phase": self.current_context.phase,
             "checks": self.checks,

@@ -1,4 +1,4 @@
-"""The record of incidents: one JSON line per opening and per closing, and its reader.
+"""The incident record ``incidents.jsonl``: one line per opening and per closing, and its reader.
 
 Imports neither torch nor Lightning.
 """
@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, Literal
 from lit_stability.incidents.incident import Incident
 
 SCHEMA = 1
-"""Version of the lines of ``incidents.jsonl``; a reader refuses newer ones."""
+"""Version of the line format; `read_incidents` rejects newer ones."""
 
 
 class IncidentRecord:
-    """Appends to ``incidents.jsonl``; the file is created at the first incident.
+    """Appends incidents to ``incidents.jsonl``, which is created at the first one.
 
     Args:
         path: the file. Lines already in it are kept.
@@ -29,7 +29,11 @@ class IncidentRecord:
         self.path = path
 
     def append(self, event: Literal["open", "close"], incident: Incident) -> None:
-        """Write one line and flush it to the disk.
+        """Writes one line and flushes it to disk.
+
+        Args:
+            event: why the incident is recorded.
+            incident: to record.
 
         Raises:
             OSError: if the file cannot be written.
@@ -38,17 +42,17 @@ class IncidentRecord:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row to a file as a line of JSON, and flush it to the disk.
+    """Appends a row to a file as a line of JSON and flushes it to disk.
 
     Args:
-        path: created, with its folder, if it is not there.
-        row: the names and values.
+        path: the file; created with its folder if missing.
+        row: names and values.
 
     Raises:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Lone surrogates, as in the path of an ill-named folder, become their JSON escapes.
+    # A path that is not valid UTF-8 contains lone surrogates: they become JSON escapes.
     data = (to_json(row) + "\n").encode("utf8", errors="backslashreplace")
     with path.open("a+b") as file:
         if _is_cut(file):
@@ -59,14 +63,14 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_incidents(path: str | Path) -> list[dict[str, Any]]:
-    """The incidents of a record, the last line of each; a line cut short by a crash is passed over.
+    """Reads a record: the last line of each incident; a line cut by a crash is skipped.
 
     Args:
-        path: an ``incidents.jsonl`` or the folder that holds it.
+        path: an ``incidents.jsonl``, or the folder that contains it.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if a line was written by a newer version, or is damaged in the middle.
+        FileNotFoundError: if there is no record.
+        ValueError: if a line was written by a newer version or is damaged.
     """
     file = Path(path)
     if file.is_dir():
@@ -78,7 +82,7 @@ def read_incidents(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    # As bytes: a line may have been cut in the middle of a character.
+    # Read as bytes: a line may be cut in the middle of a character.
     rows = file.read_bytes().split(b"\n")
     for number, row in enumerate(rows, 1):
         if not row:
@@ -88,18 +92,18 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(rows) or row.count(b"{") != row.count(b"}"):
                 continue
-            raise ValueError(f"{file}:{number} is damaged: {row[:80]!r}") from error
+            raise ValueError(f"{file}:{number} is damaged, not valid JSON: {row[:80]!r}") from error
         if line.get("schema", 0) > SCHEMA:
             raise ValueError(
-                f"{file}:{number} has schema {line['schema']}, this version reads up to {SCHEMA}; "
-                "upgrade lit-stability"
+                f"{file}:{number} has schema {line['schema']!r}, this version reads up to "
+                f"{SCHEMA}; upgrade lit-stability"
             )
         layers = [[name, _number(value)] for name, value in line.get("layers", [])]
         yield {key: _number(value) for key, value in line.items()} | {"layers": layers}
 
 
 def _is_cut(file: BinaryIO) -> bool:
-    """Whether the last line of a file lacks its end, so that another must not be glued to it."""
+    """Returns whether the last line has no newline, which the next one must then start with."""
     if file.seek(0, os.SEEK_END) == 0:
         return False
     file.seek(-1, os.SEEK_END)
@@ -107,7 +111,7 @@ def _is_cut(file: BinaryIO) -> bool:
 
 
 def to_json(value: Any) -> str:
-    """JSON on one line; NaN and Inf, which JSON lacks, become the strings of their names."""
+    """Returns JSON on one line; NaN and Inf, which JSON lacks, become strings."""
     return json.dumps(_jsonable(value), ensure_ascii=False, allow_nan=False)
 
 

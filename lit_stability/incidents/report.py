@@ -1,4 +1,4 @@
-"""An incident in words for people: a report in markdown, a table for the console.
+"""Text for people: console lines of an incident, its Markdown report, the table of all incidents.
 
 Imports neither torch nor Lightning.
 """
@@ -7,16 +7,63 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.incidents.incident import Incident
 
 _WIDEST = 80
-"""Characters of a response on the console."""
+"""Longest response in the table, in characters."""
+
+
+def opening_line(incident: Incident) -> str:
+    """Returns the console line for an incident that opens.
+
+    Args:
+        incident: to describe.
+    """
+    response = responses_text(incident) or "observed, nothing changed"
+    cause = f"; {incident.origin.describe().splitlines()[0]}" if incident.origin else ""
+    where = f" | saved to {incident.path}" if incident.path else ""
+    best = next(iter(incident.likely_causes), None)
+    if best is not None and best.certainty != "possible" and not cause:
+        cause = f"; {best.certainty} cause: {best.cause}"
+    first = incident.first
+    return (
+        f"incident {incident.id} at step {first.step} (epoch {incident.epoch}, batch "
+        f"{incident.batch_idx}): {first.kind}: {first.message}{cause} -> {response}{where}"
+    )
+
+
+def closing_line(incident: Incident) -> str:
+    """Returns the console line for an incident that closes.
+
+    Args:
+        incident: to describe.
+    """
+    occurrences = "" if incident.occurrences == 1 else f" after {incident.occurrences} occurrences"
+    return (
+        f"incident {incident.id} ({incident.first.kind}) {incident.outcome}{occurrences}: "
+        f"{responses_text(incident) or 'nothing changed'}; step {incident.closed_step} now"
+    )
+
+
+def responses_text(incident: Incident) -> str:
+    """Returns the responses in order, repeated ones counted; empty when nothing was done.
+
+    Args:
+        incident: whose responses to list.
+    """
+    runs = [(response, len([*run])) for response, run in groupby(incident.responses)]
+    return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in runs)
 
 
 def markdown(incident: Incident) -> str:
-    """What is known of an incident, the causes in their order, the questions asked first."""
+    """Returns the report of an incident: facts, likely causes and the decision tree.
+
+    Args:
+        incident: to describe.
+    """
     context = incident.current_context
     rows = [
         ("what", f"{incident.first.kind}: {incident.first.message}"),
@@ -25,21 +72,21 @@ def markdown(incident: Incident) -> str:
             f"step {incident.first.step}, epoch {incident.epoch}, batch {incident.batch_idx}",
         ),
         ("layers", ", ".join(f"`{n}` {v:.4g}" for n, v in incident.first.layers) or "-"),
-        ("born in", incident.origin.describe() if incident.origin else "-"),
+        ("origin", incident.origin.describe() if incident.origin else "-"),
         ("cause", incident.cause or "unknown"),
         ("since", f"step {incident.since}" + _phase(context)),
         ("evidence", "; ".join(incident.evidence) or "-"),
-        ("done", incident.done or "nothing changed"),
-        ("taken again", incident.verdict or "no"),
+        ("response", responses_text(incident) or "nothing changed"),
+        ("retried", incident.verdict or "no"),
         (
             "outcome",
             incident.outcome
             + ("" if incident.closed_step is None else f" at step {incident.closed_step}"),
         ),
         ("to try", incident.remedy),
-        ("scene", f"`{incident.path}`" if incident.path else "not saved"),
+        ("saved to", f"`{incident.path}`" if incident.path else "not saved"),
     ]
-    # A table of two columns is what it wants to be; TensorBoard breaks words in the narrow one.
+    # A list and not a table: TensorBoard breaks words in the narrow first column.
     body = "\n".join(f"* **{key}**: {_line(value)}" for key, value in rows)
     return f"## Incident {incident.id}\n\n{body}\n{_causes(incident)}"
 
@@ -51,22 +98,29 @@ def _phase(context: DiagnosisContext) -> str:
 
 
 def _causes(incident: Incident) -> str:
-    """The causes in their order, and the questions asked first, as markdown lists."""
+    """Returns the likely causes and the decision tree as Markdown lists."""
     causes = "".join(
         f"{i}. **{h.cause}** ({h.certainty}): {'; '.join(h.evidence)}\n"
-        # Four spaces: with fewer, TensorBoard's markdown makes them causes of their own.
-        f"    - to try: {h.remedy}\n    - leave it alone? {h.ignore_when}\n"
+        # With fewer than four spaces, TensorBoard shows these lines as causes of their own.
+        f"    - to try: {h.remedy}\n    - when to ignore: {h.ignore_when}\n"
         for i, h in enumerate(incident.likely_causes, 1)
     )
-    asked = "".join(f"* {each}\n" for each in incident.checks)
-    return f"\n### Causes\n\n{causes or 'none known'}\n### Asked first\n\n{asked}"
+    checks = "".join(f"* {check}\n" for check in incident.checks)
+    return f"\n### Causes\n\n{causes or 'none known'}\n### Decision tree\n\n{checks}"
 
 
 def summary_table(incidents: Sequence[Incident]) -> list[str]:
-    """Incidents as aligned lines for the console; of a long response its beginning."""
-    head = ("id", "step", "kind", "strikes", "response", "outcome")
+    """Returns one aligned line per incident, after a header; long responses are cut.
+
+    Args:
+        incidents: in the order of the lines.
+    """
+    head = ("id", "step", "kind", "occurrences", "response", "outcome")
     rows = [
-        (str(i.id), str(i.first.step), i.first.kind, str(i.occurrences), _cut(i.done), i.outcome)
+        (
+            *(str(i.id), str(i.first.step), i.first.kind, str(i.occurrences)),
+            *(_cut(responses_text(i)), i.outcome),
+        )
         for i in incidents
     ]
     widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
@@ -76,8 +130,8 @@ def summary_table(incidents: Sequence[Incident]) -> list[str]:
     ]
 
 
-def _cut(done: str) -> str:
-    return textwrap.shorten(done, _WIDEST, placeholder=" ...") or "-"
+def _cut(text: str) -> str:
+    return textwrap.shorten(text, _WIDEST, placeholder=" ...") or "-"
 
 
 def _line(text: str) -> str:

@@ -1,7 +1,7 @@
-"""What became of each attempt at an optimizer step: rows of floats, and those around an incident.
+"""The history of step attempts: one row of floats each, and the rows around each incident.
 
-An attempt is counted whether its step is taken or vetoed, and the count never goes back, while
-``global_step`` does at a rollback. Imports neither torch nor Lightning.
+Every attempt at an optimizer step is counted, accepted or skipped. The count only increases, while
+``global_step`` decreases at a rollback. Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ FIELDS = (
     *("attempt", "step", "loss", "grad_norm", "update_ratio", "learning_rate", "lr_factor"),
     *("clip_threshold", "loss_scale", "precision", "optimizer", "taken"),
 )
-"""What the columns of a row are, in order; NaN where there is none.
+"""Columns of a row, in order; NaN where a value is missing.
 
 ``attempt`` counts from 1; ``step`` is Lightning's ``global_step`` before the step; ``update_ratio``
-is that of the *previous* update; ``precision`` an index into `PRECISIONS`; ``optimizer`` one into
-``trainer.optimizers``; ``taken`` 1, or 0 for an attempt that was vetoed.
+is that of the *previous* update; ``precision`` is an index into `PRECISIONS`, ``optimizer`` one
+into ``trainer.optimizers``; ``taken`` is 1, or 0 for a skipped step.
 """
 
 PRECISIONS = (
     *("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
     *("transformer-engine", "transformer-engine-float16"),
 )
-"""Lightning's names; a row holds the index of one, or NaN for any other."""
+"""Lightning's precision names; a row holds the index of one, or NaN for any other."""
 
 BEFORE, AFTER, MOST = 50, 20, 400
-"""Rows kept from before an incident, from after it, and in all."""
+"""Largest numbers of rows kept: before an incident, after it, and in total."""
 
 Row = tuple[float, ...]
 
@@ -39,14 +39,14 @@ Row = tuple[float, ...]
 def row_of(
     attempt: int, stats: StepStats, *, clip_threshold: float | None, precision: str, taken: bool
 ) -> Row:
-    """An attempt in the order of `FIELDS`.
+    """Returns the row of an attempt, in the order of `FIELDS`.
 
     Args:
-        attempt: its number.
-        stats: as measured.
-        clip_threshold: the norm that it was clipped to, or would have been; None for no clipping.
-        precision: Lightning's name.
-        taken: whether it was not vetoed.
+        attempt: number of the attempt.
+        stats: its measurement.
+        clip_threshold: norm to which its gradients are clipped; None for no clipping.
+        precision: Lightning's name of the precision.
+        taken: whether the step was not skipped.
 
     >>> stats = StepStats(step=7, loss=2.0, grad_norm=1.5, learning_rates=(0.25,))
     >>> row_of(9, stats, clip_threshold=1.0, precision="bf16-mixed", taken=True)
@@ -59,7 +59,7 @@ def row_of(
         float(stats.step),
         stats.loss,
         stats.grad_norm,
-        # After a veto the weights have not moved: there was no update to measure.
+        # After a skipped step the weights have not changed: there is no update to measure.
         _or_nan(stats.update_ratio or None),
         rate,
         rate / nominal if nominal > 0 else 1.0,
@@ -73,24 +73,24 @@ def row_of(
 
 @dataclass
 class IncidentWindow:
-    """An incident among the attempts around it."""
+    """The rows of the attempts around one incident."""
 
     attempt: int
-    """At which it was opened."""
+    """Attempt at which the incident opened."""
     rows: list[Row]
-    """From before the opening on; of a very long incident the first and the last."""
+    """Rows from before the opening on; of a long incident, the first and the last ones."""
     closed_attempt: int | None = None
     spans: list[list[int]] = field(default_factory=list)
-    """First and last attempt of each stretch that was taken back."""
+    """First and last attempt of each range that was rolled back."""
     _after: int = 0
 
     @property
     def complete(self) -> bool:
-        """Whether enough has followed its closing."""
+        """Whether enough rows after the closing are kept."""
         return self._after >= AFTER
 
     def add(self, row: Row) -> None:
-        """Take up an attempt since the opening."""
+        """Adds a row after the opening, if it is within the limits."""
         if self.closed_attempt is None or row[0] <= self.closed_attempt:
             if len(self.rows) < MOST - AFTER:
                 self.rows.append(row)
@@ -99,7 +99,7 @@ class IncidentWindow:
             self._after += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON types."""
+        """Returns the window as JSON types."""
         return {
             "attempt": self.attempt,
             "closed_attempt": self.closed_attempt,
@@ -109,10 +109,10 @@ class IncidentWindow:
 
 
 class StepHistory:
-    """The count of attempts, the last rows, and the incidents that are not over yet.
+    """Counts step attempts and keeps the recent rows and the windows of recent incidents.
 
-    The count is monotone state: no rollback rewinds it, and a checkpoint carries it. The rows are
-    bounded and belong to one fit.
+    A rollback does not restore the count, and checkpoints contain it. The rows are bounded in
+    number and belong to one fit.
 
     >>> attempts = StepHistory()
     >>> for step in (0, 1, 2, 1):
@@ -126,26 +126,26 @@ class StepHistory:
 
     def __init__(self) -> None:
         self.count = 0
-        """Attempts so far, in this fit and those before it."""
+        """Attempts so far, in this fit and earlier ones."""
         self.windows: dict[int, IncidentWindow] = {}
-        """By the id of the incident: those open, and those closed a few attempts ago."""
+        """Incident id -> window, for open incidents and for those closed a few attempts ago."""
         self._rows: deque[Row] = deque(maxlen=MOST)
         self._in_force: deque[tuple[int, int]] = deque(maxlen=MOST)
-        """Attempt and step of the last updates that have not been taken back."""
+        """Attempt and step of the recent updates that were not rolled back."""
 
     def start(self) -> None:
-        """Another fit begins; the count goes on."""
+        """Clears rows and windows for a new fit; the count continues."""
         self.windows = {}
         self._rows.clear()
         self._in_force.clear()
 
     def begin(self) -> int:
-        """Number an attempt."""
+        """Counts a new attempt and returns its number."""
         self.count += 1
         return self.count
 
     def add(self, row: Row) -> None:
-        """Keep the row of an attempt."""
+        """Adds the row of an attempt to the history and to all windows."""
         self._rows.append(row)
         if row[-1]:
             self._in_force.append((int(row[0]), int(row[1])))
@@ -153,34 +153,34 @@ class StepHistory:
             window.add(row)
 
     def open(self, incident: int, attempt: int) -> IncidentWindow:
-        """Keep what surrounds an incident from here on.
+        """Starts the window of an incident, with the rows before it.
 
         Args:
-            incident: its id.
-            attempt: at which it was opened.
+            incident: id of the incident.
+            attempt: attempt at which it opened.
         """
         rows = [row for row in self._rows if row[0] > attempt - 1 - BEFORE]
         self.windows[incident] = IncidentWindow(attempt, rows)
         return self.windows[incident]
 
     def went_back(self, step: int) -> list[int] | None:
-        """Note that ``global_step`` is this now, and which attempts have been taken back by it.
+        """Compares the history with ``global_step`` and marks the attempts that were rolled back.
 
         Args:
-            step: optimizer steps that are in force.
+            step: current ``global_step``.
 
         Returns:
-            First and last attempt of the stretch; None where nothing that was taken is undone.
-            Further back than is known, the first is counted as if none had been vetoed.
+            First and last attempt of the range; None if no update was undone. For a range that
+            begins before the kept history, the first is computed as if no step had been skipped.
         """
-        far = len(self._in_force) == MOST
+        full = len(self._in_force) == MOST
         first = None
         while self._in_force and self._in_force[-1][1] >= step:
             first = self._in_force.pop()
         if first is None:
             return None
-        beyond = first[1] - step if far and not self._in_force else 0
-        span = [first[0] - beyond, self.count]
+        earlier = first[1] - step if full and not self._in_force else 0
+        span = [first[0] - earlier, self.count]
         for window in self.windows.values():
             if window.closed_attempt is None:
                 window.spans.append(span)

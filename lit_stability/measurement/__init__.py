@@ -1,4 +1,4 @@
-"""Tensors of one optimizer step -> `StepStats`, the floats that everything else looks at.
+"""Measures the tensors of an optimizer step; the result, `StepStats`, holds floats only.
 
-May import torch; knows no Lightning. This file imports neither, so that `step_stats` stays light.
+May import torch but not Lightning. This file imports neither, so that `step_stats` stays light.
 """

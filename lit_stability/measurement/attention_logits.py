@@ -1,7 +1,7 @@
-"""What an attention looks like at its softmax: its largest logit, and how widely it looks.
+"""Statistics of attention at its softmax: the largest logit, and the entropy of the weights.
 
-Plain functions of tensors; of a large attention a fixed sample is looked at. May import torch.
-Letters of the shape suffixes: G heads (of one sequence), Q sampled queries, S keys.
+Plain functions of tensors; a large attention is sampled. May import torch. Letters of the shape
+suffixes: G heads (of one sequence), Q sampled queries, S keys.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 QUERIES = 64
-"""Queries looked at, evenly spread over the sequence."""
+"""Number of sampled queries, evenly spread over the sequence."""
 _ROWS_OF_HEADS = 16
-"""Taken of scores whose first dimension holds sequences and heads together."""
+"""Rows used of scores whose first dimension holds sequences and heads together."""
 _ADDED = 5000.0
-"""A mask that is added lies further below the row than this: -10000 and finfo.min are in use."""
+"""An additive mask lies at least this far below the largest score: usual are -10000, finfo.min."""
 _CLOSED = {torch.float16: -6e4}
 _CLOSED_ELSE = -1e8
-"""No logit is as low: it is a mask (-1e9, finfo.min, -inf)."""
+"""A lower score is a mask (-1e9, finfo.min, -inf), not a logit; -6e4 in float16."""
 _NOWHERE = -1e30
-"""Has a softmax of 0, and unlike -inf a finite logarithm."""
+"""Score with a softmax of 0 whose logarithm, unlike that of -inf, is finite."""
 
 
 def product_scores(
@@ -32,19 +32,19 @@ def product_scores(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The scores that a fused kernel does not show, of a sample: ``scale * Q K^T + bias``.
+    """Computes a sample of the scores that a fused kernel hides: ``scale * Q K^T + bias``.
 
     Args:
         query: shape ``(batch, heads, queries, width)``.
-        key: shape ``(batch, heads, keys, width)``; with fewer heads, each serves several in a row
-            (grouped queries, Ainslie et al. 2023).
-        bias: added to the scores, or True where a query may look; broadcast to
+        key: shape ``(batch, heads, keys, width)``; with fewer heads, each serves several
+            consecutive query heads (grouped queries, Ainslie et al. 2023).
+        bias: added to the scores, or bool with True where a query may attend; broadcast to
             ``(batch, heads, queries, keys)``.
-        is_causal: whether query i sees keys 0 to i only.
-        scale: ``1 / sqrt(width)`` where it is None.
+        is_causal: whether query i attends to keys 0 to i only.
+        scale: factor on the scores; None means ``1 / sqrt(width)``.
 
     Returns:
-        Shape ``(G, Q, S)``, float32; -inf where a query may not look.
+        Shape ``(G, Q, S)``, float32; -inf where a query may not attend.
     """
     length, keys = query.shape[-2], key.shape[-2]
     rows = _spread(length, query.device)
@@ -63,30 +63,30 @@ def product_scores(
 
 
 def sampled_scores(scores: Tensor) -> Tensor:
-    """A sample of the scores that a softmax over the last dimension was given.
+    """Returns a sample of scores that are the input of a softmax over the last dimension.
 
     Args:
         scores: shape ``(batch, heads, queries, keys)``, or ``(batch * heads, queries, keys)``, of
-            which the first 16 are taken.
+            which the first 16 rows are used.
 
     Returns:
-        Shape ``(G, Q, S)``, in the scores' own format.
+        Shape ``(G, Q, S)``, in the dtype of the scores.
     """
     return _one_sequence(scores)[:, _spread(scores.shape[-2], scores.device)]
 
 
 def score_statistics(scores_GQS: Tensor) -> Tensor:
-    """Largest logit, sum of the rows' entropies, number of these rows.
+    """Returns the largest absolute logit, the sum of the row entropies, and the number of rows.
 
-    A row's entropy is given as a share of ``log(keys it may see)``: 1 where it looks at all alike,
-    0 where at one alone. Rows that may see one key or none have no say. A mask is known by its
-    depth: in a row the scores that are 5000 below the largest do not count as logits.
+    The entropy of a row is a share of ``log(visible keys)``: 1 if the query attends to all keys
+    equally, 0 if to one key only. Rows with fewer than two visible keys do not count. Masks are
+    recognised by their depth: scores that are 5000 below the largest of their row are no logits.
 
     Args:
-        scores_GQS: after scaling and masking; any floating format.
+        scores_GQS: after scaling and masking; any floating dtype.
 
     Returns:
-        Shape ``(3,)``, float32, on the scores' device.
+        Shape ``(3,)``, float32, on the device of the scores.
     """
     closed = scores_GQS <= _CLOSED.get(scores_GQS.dtype, _CLOSED_ELSE)
     scores_GQS = scores_GQS.float()
@@ -108,13 +108,13 @@ def _biased(scores: Tensor, bias: Tensor) -> Tensor:
 
 
 def _one_sequence(tensor: Tensor) -> Tensor:
-    """The first sequence, all heads; shape ``(G, rows, columns)``."""
+    """Returns the first sequence with all its heads, shape ``(G, rows, columns)``."""
     if tensor.dim() > 3:
         return tensor[0].flatten(0, -3)
     return tensor[:_ROWS_OF_HEADS]
 
 
 def _spread(length: int, device: torch.device) -> Tensor:
-    """Indices of at most `QUERIES` rows, the first and the last among them."""
+    """Returns the indices of at most `QUERIES` rows, including the first and the last."""
     count = min(length, QUERIES)
     return torch.arange(count, device=device) * (length - 1) // max(count - 1, 1)

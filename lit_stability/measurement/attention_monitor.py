@@ -1,10 +1,10 @@
-"""Watches the kernels of one forward pass for attentions, and measures each.
+"""Finds the attentions among the kernels of one forward pass, and measures each.
 
-Fused kernels (``scaled_dot_product_attention``, whatever its backend) are known by their name; an
-attention written by hand, or by `torch.nn.MultiheadAttention`, by a softmax over what a batched
-product has just made. Not seen: a softmax inside a compiled function, ``flex_attention``, kernels
-of other packages, and the single kernel that a frozen `torch.nn.TransformerEncoderLayer` is in
-eval mode. May import torch.
+Fused kernels (``scaled_dot_product_attention`` with any backend) are recognised by name. A manual
+attention, or one of `torch.nn.MultiheadAttention`, is a softmax over the output of a recent batched
+product. Not found: a softmax inside a compiled function, ``flex_attention``, kernels of other
+packages, and the single kernel of a frozen `torch.nn.TransformerEncoderLayer` in eval mode. May
+import torch.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ _PRODUCTS = frozenset({"aten::bmm", "aten::baddbmm"})
 _SOFTMAX = frozenset({"aten::_softmax", "aten::_safe_softmax"})
 _FUSED = "aten::_scaled_dot_product_"
 _RECENT = 4
-"""Batched products remembered: between that of queries and keys and the softmax, few come."""
+"""Number of remembered batched products; few run between the one of the scores and the softmax."""
 
 
 def measure_attention(
     model: nn.Module, step: Callable[[], Any], modules: str | Sequence[str] = "*"
 ) -> list[ProbeReading]:
-    """Measure every attention of a forward pass.
+    """Measures every attention of a forward pass.
 
     Args:
-        model: where the names of the modules are from; it must not be compiled.
-        step: runs the forward pass, as ``lambda: model(batch)``; generators and buffers move as in
-            any other.
-        modules: glob of module names, or several; attentions in other modules are left out.
+        model: gives the module names; it must not be compiled.
+        step: runs the forward pass, such as ``lambda: model(batch)``; random generators and buffers
+            advance as in any forward pass.
+        modules: one or several globs of module names; attentions in other modules are skipped.
 
     Returns:
         For each module with attentions the largest absolute logit (``attention_logit``) and the
-        mean entropy as a share of the largest possible (``attention_entropy``), of a sample; see
-        `lit_stability.measurement.attention_logits`.
+        mean entropy as a share of the largest possible (``attention_entropy``), both of a sample;
+        see `lit_stability.measurement.attention_logits`.
 
     Raises:
-        ValueError: if a glob fits no module.
+        ValueError: if a glob matches no module.
     """
-    with AttentionMonitor(model, modules) as watch:
+    with AttentionMonitor(model, modules) as monitor:
         step()
-    if watch.error is not None:
-        raise watch.error
-    return watch.readings()
+    if monitor.error is not None:
+        raise monitor.error
+    return monitor.readings()
 
 
 class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, measures attentions; changes nothing that is computed.
+    """Context manager that measures attentions without changing any result.
 
-    An attention is known by the innermost module that runs it. `stop` ends the watch before it is
-    left, as where a backward pass begins inside of it. What cannot be measured is left out, and
-    ``error`` tells the first reason.
+    An attention is named after the innermost module that runs it. `stop` ends the measurement
+    before the exit, for instance when a backward pass starts inside. An attention that cannot be
+    measured is skipped; ``error`` holds the first reason.
 
     Args:
-        model: where the names of modules are from.
-        modules: glob of module names, or several; a module that fits stands for all inside it.
+        model: gives the module names.
+        modules: one or several globs of module names; a match includes all modules inside it.
 
     Raises:
-        ValueError: if a glob fits no module.
+        ValueError: if a glob matches no module.
     """
 
     supports_higher_order_operators = True
@@ -93,18 +93,18 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._thread = get_ident()
         self._handles: list[Any] = []
         self._products: deque[tuple[int, int]] = deque(maxlen=_RECENT)
-        self._found: dict[str, list[Tensor]] = {}
+        self._measured: dict[str, list[Tensor]] = {}
         self._entered = False
         self.error: Exception | None = None
-        """Why something was not measured."""
+        """The first error that prevented a measurement."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let compiled code run: otherwise it would be run, from then on, uncompiled."""
+        """Returns True, as compiled code would otherwise run uncompiled from then on."""
         return True
 
     def __enter__(self) -> AttentionMonitor:
-        """Begin."""
+        """Registers the module hooks and enters the dispatch mode."""
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -114,46 +114,46 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """End, if `stop` has not."""
+        """Ends the measurement, unless `stop` already has."""
         self._unhook()
         if self._entered:
             self._entered = False
             super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
-        """End as far as possible: below another mode of torch's this one stays, and looks away."""
+        """Ends the measurement; below another dispatch mode this one stays entered but is inert."""
         self._unhook()
         if self._entered and _get_current_dispatch_mode() is self:
             self.__exit__(None, None, None)
 
     def readings(self) -> list[ProbeReading]:
-        """What was measured, in one copy to the host; several attentions of a module as one."""
+        """Returns the readings in one copy to the host; a module's attentions are merged."""
         unread = self.unread()
         return [] if unread is None else unread.read(unread.numbers.tolist())
 
     def unread(self) -> DeviceReadings | None:
-        """What was measured, before it is copied; None where there was no attention."""
-        rows = [row for each in self._found.values() for row in each]
+        """Returns the measurements on their device; None if there was no attention."""
+        rows = [row for measured in self._measured.values() for row in measured]
         if not rows:
             return None
-        counts = {path: len(each) for path, each in self._found.items()}
+        counts = {path: len(measured) for path, measured in self._measured.items()}
         numbers = torch.cat([row.to(rows[0].device) for row in rows])
         return DeviceReadings(numbers, lambda host: _all_readings(counts, host))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a kernel, and look at it if it is of an attention."""
+        """Runs a kernel and, if it belongs to an attention, measures that."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
         if self._handles and schema is not None:
             try:
-                self._look(schema, args, kwargs, out)
+                self._inspect(schema, args, kwargs, out)
             except Exception as error:
-                # What is measured must never be what ends a run.
+                # A failed measurement must never end a run.
                 self.error = self.error or error
         return out
 
-    def _look(self, schema: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _inspect(self, schema: Any, args: Any, kwargs: Any, out: Any) -> None:
         name: str = schema.name
         if name in _PRODUCTS:
             self._products.append((out.numel(), out.shape[-1]))
@@ -162,8 +162,8 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if last and scores.dim() > 2 and (scores.numel(), scores.shape[-1]) in self._products:
                 self._measure(scores, lambda: sampled_scores(scores))
         elif name.startswith(_FUSED) and "backward" not in name:
-            given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
-            self._measure(given["query"], lambda: _scores_of(given))
+            inputs = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
+            self._measure(inputs["query"], lambda: _scores_of(inputs))
 
     def _measure(self, tensor: Tensor, scores: Callable[[], Tensor]) -> None:
         path = self._stack[-1]
@@ -171,12 +171,12 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             path not in self._fitting
             or tensor.numel() == 0
             or tensor.is_meta
-            or local(tensor) is not tensor  # its own operators would communicate
+            or local(tensor) is not tensor  # operators on a DTensor would communicate
             or _is_captured(tensor)
         ):
             return
-        with torch.no_grad():  # below autograd and autocast: neither touches what is done here
-            self._found.setdefault(path, []).append(score_statistics(scores()))
+        with torch.no_grad():  # below autograd and autocast, which do not affect this code
+            self._measured.setdefault(path, []).append(score_statistics(scores()))
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         if self._counts():
@@ -187,7 +187,7 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack.pop()
 
     def _counts(self) -> bool:
-        """Whether a module runs here: the hooks are called by all threads, and while compiling."""
+        """Whether to handle a hook call; hooks also run in other threads and while compiling."""
         return not torch.compiler.is_compiling() and get_ident() == self._thread
 
     def _unhook(self) -> None:
@@ -197,33 +197,35 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def fitting(model: nn.Module, modules: str | Sequence[str]) -> frozenset[str]:
-    """Names of the modules that fit a glob, and of all modules inside them.
+    """Returns the names of the modules that match a glob, and of all modules inside them.
 
     Raises:
-        ValueError: if a glob fits no module.
+        ValueError: if a glob matches no module.
     """
     paths = [path for path, _ in model.named_modules()]
-    fit: set[str] = set()
+    matching: set[str] = set()
     for pattern in [modules] if isinstance(modules, str) else modules:
-        found = {path for path in paths if fnmatchcase(path, pattern)}
-        if not found:
+        matches = {path for path in paths if fnmatchcase(path, pattern)}
+        if not matches:
             shown = [repr(path) for path in paths if path][:12]
             raise ValueError(
-                f"modules={pattern!r} fits no module; there are {', '.join(shown) or 'none'}"
+                f"modules={pattern!r} matches no module; there are {', '.join(shown) or 'none'}"
                 f"{', ...' if len(paths) > 13 else ''}"
             )
-        fit |= found
-    return frozenset(p for p in paths if any(p == f or not f or p.startswith(f"{f}.") for f in fit))
+        matching |= matches
+    return frozenset(
+        p for p in paths if any(p == m or not m or p.startswith(f"{m}.") for m in matching)
+    )
 
 
-def _scores_of(given: dict[str, Any]) -> Tensor:
-    """The scores of a fused kernel; its mask is called ``attn_mask`` or ``attn_bias``."""
+def _scores_of(inputs: dict[str, Any]) -> Tensor:
+    """Computes the scores of a fused kernel; its mask is ``attn_mask`` or ``attn_bias``."""
     return product_scores(
-        given["query"],
-        given["key"],
-        given.get("attn_mask", given.get("attn_bias")),
-        is_causal=given.get("is_causal", False),
-        scale=given.get("scale"),
+        inputs["query"],
+        inputs["key"],
+        inputs.get("attn_mask", inputs.get("attn_bias")),
+        is_causal=inputs.get("is_causal", False),
+        scale=inputs.get("scale"),
     )
 
 
@@ -234,13 +236,13 @@ def _all_readings(counts: dict[str, int], numbers: Sequence[float]) -> list[Prob
 
 def _readings(path: str, rows: list[list[float]]) -> list[ProbeReading]:
     largest = max((row[0] for row in rows), key=lambda x: math.inf if math.isnan(x) else x)
-    found = [ProbeReading(LOGIT, path, largest)]
+    readings = [ProbeReading(LOGIT, path, largest)]
     count = sum(row[2] for row in rows)
     if count:
-        found.append(ProbeReading(ENTROPY, path, sum(row[1] for row in rows) / count))
-    return found
+        readings.append(ProbeReading(ENTROPY, path, sum(row[1] for row in rows) / count))
+    return readings
 
 
 def _is_captured(tensor: Tensor) -> bool:
-    """Whether kernels are being recorded to be played back, with ours among them for ever."""
+    """Whether a CUDA graph is being captured, which would include our kernels in every replay."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,7 +1,4 @@
-"""Whether parts of a model are compiled, so that what goes on inside is not seen.
-
-May import torch.
-"""
+"""Finds compiled parts of a model, whose inner modules run no hooks. May import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from torch import nn
 
 
 def has_compiled_parts(model: nn.Module) -> bool:
-    """Whether a module in it was compiled, by ``torch.compile(module)`` or ``module.compile()``."""
+    """Whether any module was compiled, by ``torch.compile(module)`` or ``module.compile()``."""
     return any(
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()

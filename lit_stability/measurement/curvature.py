@@ -1,4 +1,4 @@
-"""The curvature of the loss along the update, against what the learning rate bears.
+"""The curvature of the loss along the update, relative to the largest that the optimizer tolerates.
 
 Near its minimum a loss is a quadratic form of Hessian H, and gradient descent diverges along a
 direction in which its curvature is above ``2 / lr``. Momentum and Adam move that edge: each is
@@ -15,13 +15,13 @@ Adam, AdamW                        ``lr / (sqrt(v) + eps)``     ``2 (1 + b1) / (
 =================================  ===========================  ==========================
 
 (the roots of the two-term recursion on a quadratic leave the unit circle there; Cohen et al. 2022,
-arXiv 2207.14484). The largest curvature itself takes many Hessian-vector products. What
-tells of a spike is the curvature along the gradient (arXiv 2506.04805), for which one will do:
+arXiv 2207.14484). The largest curvature itself takes many Hessian-vector products. A spike is
+announced by the curvature along the gradient (arXiv 2506.04805), for which one is enough:
 
     ratio = u^T H u / (2 g^T u),   u = D g, divided by the factor of momentum
 
-It is 1 where a step ``-u`` leaves the loss, to second order, as it is. Weight decay is left out,
-and so is clipping: where it is at work in SGD, steps are smaller than this says. May import torch.
+The ratio is 1 if a step ``-u`` does not change the loss, to second order. Weight decay is ignored,
+and so is clipping: in SGD with clipping, the steps are smaller than assumed here. May import torch.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ from torch.optim import SGD, Adam, Optimizer
 from lit_stability.measurement.half_precision import HALF
 
 _REACH = 1e-3
-"""How far from the weights gradients are taken, as a share of their norm."""
+"""Distance from the weights at which gradients are computed, as a share of their norm."""
 
 
 def plain_updates(optimizer: Optimizer, rates: Sequence[float]) -> dict[Tensor, Tensor]:
-    """The update of each parameter that has a gradient, as the table has it, without momentum.
+    """Returns the update ``u`` of each parameter that has a gradient, without momentum.
 
-    Adam's second moment has this gradient in it, as it will have in the update: an element that
-    meets its first gradient would not be bounded otherwise.
+    Adam's second moment includes the current gradient, as it does in the real update. Otherwise the
+    update of an element with its first gradient would be unbounded.
 
     Args:
-        optimizer: an SGD, Adam or AdamW, with its gradients unscaled.
+        optimizer: an SGD, Adam or AdamW, with unscaled gradients.
         rates: effective learning rate of each group.
 
     Returns:
-        Parameter to its update, in the parameter's shape; float32 where that has 16 bits.
+        Parameter -> update, in the parameter's shape; float32 for 16-bit parameters.
 
     Raises:
-        ValueError: for another optimizer.
+        ValueError: if the optimizer is of another class.
     """
     if not isinstance(optimizer, (SGD, Adam)):
         raise ValueError(
-            f"the stable learning rate of {type(optimizer).__name__} is not known; it is that of "
+            f"the stable learning rate of {type(optimizer).__name__} is not known, only those of "
             "SGD, Adam and AdamW"
         )
-    found: dict[Tensor, Tensor] = {}
+    updates: dict[Tensor, Tensor] = {}
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         for parameter in group["params"]:
             if parameter.grad is not None:
                 state = optimizer.state.get(parameter) or {}
-                found[parameter] = _update(group, state, parameter.grad, rate)
-    return found
+                updates[parameter] = _update(group, state, parameter.grad, rate)
+    return updates
 
 
 def directional_curvature(
@@ -74,16 +74,18 @@ def directional_curvature(
     parameters: Sequence[Tensor],
     updates: Sequence[Tensor],
 ) -> Tensor:
-    """``u^T H u`` of the sum of the losses, by the difference of two gradients.
+    """Returns ``u^T H u`` of the sum of the losses, from the difference of two gradients.
 
-    The gradients are taken at ``w + h u`` and ``w - h u``, where ``h u`` is a thousandth of the
-    weights in norm: exact for a quadratic loss, and unlike a second derivative to be had of every
-    kernel that has a first one. It costs two forward and backward passes, and no more memory.
+    The gradients are computed at ``w + h u`` and ``w - h u``, where the norm of ``h u`` is a
+    thousandth of that of the weights. The result is exact for a quadratic loss and, unlike a second
+    derivative, works with every kernel that has a first derivative. It costs two forward and
+    backward passes, and no extra memory.
 
     Args:
-        losses: gives scalars, each with its graph, one after the other; the same at each call but
-            for the weights.
-        parameters: leaves that the losses depend on; their data are others meanwhile, not written.
+        losses: yields scalars with their graphs, one after the other; apart from the weights, every
+            call must compute the same.
+        parameters: leaves that the losses depend on; their ``data`` is replaced temporarily and
+            never written to.
         updates: u, one tensor per parameter, in its shape.
 
     Returns:
@@ -105,7 +107,7 @@ def directional_curvature(
 
 
 def slope_of(updates: Mapping[Tensor, Tensor]) -> Tensor:
-    """``g^T u``, a scalar."""
+    """Returns ``g^T u``, a scalar."""
     return _dot([p.grad for p in updates], list(updates.values()))
 
 
@@ -114,7 +116,7 @@ def _slope(
 ) -> Tensor:
     with torch.enable_grad():
         grads = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
-        return torch.stack([_dot(each, updates) for each in grads]).sum()
+        return torch.stack([_dot(grad, updates) for grad in grads]).sum()
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -140,7 +142,7 @@ def _update(
 
 
 def _sgd_edge(group: Mapping[str, Any]) -> float:
-    """Half of the largest curvature, in units of ``1 / lr``."""
+    """Returns half of the largest stable curvature, in units of ``1 / lr``."""
     momentum = float(group["momentum"])
     if group["nesterov"]:
         return (1 + momentum) / (1 + 2 * momentum)
@@ -152,7 +154,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _dot(tensors: Sequence[Tensor | None], others: Sequence[Tensor]) -> Tensor:
-    """Sum over pairs, on the first device; what is None counts as 0."""
+    """Returns the sum over pairs, on the first device; None counts as 0."""
     pairs = [(a, b) for a, b in zip(tensors, others, strict=True) if a is not None]
     products = [(_wide(a) * _wide(b)).sum().to(others[0].device) for a, b in pairs]
     return torch.stack(products).sum() if products else torch.zeros((), device=others[0].device)

@@ -1,7 +1,6 @@
-"""The meter of one rank among several: the same numbers on all of them, from one sum.
+"""The step meter for several ranks: one sum gives all of them the same numbers.
 
-The protocol is told in `lit_stability.distributed.collectives`. May import torch; knows no
-Lightning.
+`lit_stability.distributed.collectives` describes the protocol. May import torch but not Lightning.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from torch.optim import Optimizer
 
 from lit_stability.distributed.collectives import Ranks, Summed
 from lit_stability.distributed.dtensor import share
-from lit_stability.measurement.batched_norms import Gradients
-from lit_stability.measurement.norms import to_host
+from lit_stability.measurement.norms import Gradients, to_host
 from lit_stability.measurement.step_meter import Reading, StepMeter
 
 
 @dataclass
 class _Vector:
-    """What is added up, by name."""
+    """The parts of the vector that is summed over the ranks, by name."""
 
     sum: Summed
     lengths: dict[str, int] = field(default_factory=dict)
@@ -31,6 +29,7 @@ class _Vector:
     def split(
         self, numbers: Sequence[float]
     ) -> tuple[dict[str, Sequence[float]], list[Sequence[float]]]:
+        """Returns the parts that are shared, by name, and the row of each rank."""
         shared, rows = self.sum.split(numbers)
         parts, start = {}, 0
         for name, length in self.lengths.items():
@@ -42,14 +41,14 @@ class _Vector:
 class DistributedStepMeter(StepMeter):
     """Measures like `StepMeter`, for all ranks together.
 
-    Under DDP `begin` starts the sum of all that does not depend on the step's gradients; without
-    it, and where gradients are sharded, `measure` adds everything up and waits.
+    Under DDP, `begin` starts the sum of everything that does not depend on the step's gradients.
+    Without `begin`, and with sharded gradients, `measure` sums everything and waits.
 
     Args:
-        named_parameters: ``(name, parameter)`` pairs; those the optimizer lacks are left out.
+        named_parameters: ``(name, parameter)`` pairs; those that the optimizer lacks are skipped.
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
-        ranks: those who measure together.
+        ranks: the communicator of the ranks that measure together.
     """
 
     def __init__(
@@ -61,13 +60,13 @@ class DistributedStepMeter(StepMeter):
     ) -> None:
         super().__init__(named_parameters, optimizer, index)
         self._ranks = ranks
-        self._begun: _Vector | None = None
+        self._started: _Vector | None = None
         shares = [share(p, ranks.world) for p in self.parameters]
         self._shares = torch.tensor(shares, dtype=torch.float64, device=self._samples.device)
 
     def forget(self) -> None:
-        """See `StepMeter`; a sum that was begun is waited for, as the other ranks do."""
-        if getattr(self, "_begun", None) is not None:
+        """Clears the state of the last step; first waits for a started sum, as all ranks must."""
+        if getattr(self, "_started", None) is not None:
             self._drop()
         super().forget()
 
@@ -80,15 +79,15 @@ class DistributedStepMeter(StepMeter):
         learning_rates: Sequence[float] = (),
         scan_weights: bool = False,
     ) -> None:
-        """Start adding up what does not depend on the gradients; arguments as in `measure`."""
-        if self._begun is not None:
+        """Starts the sum of what does not depend on the gradients; arguments as in `measure`."""
+        if self._started is not None:
             self._drop()
-        self._begun = self._start(loss, loss_scale, scan_weights, sum(learning_rates))
+        self._started = self._start(loss, loss_scale, scan_weights, sum(learning_rates))
 
     def _drop(self) -> None:
-        assert self._begun is not None
-        self._begun.sum.wait()
-        self._begun = None
+        assert self._started is not None
+        self._started.sum.wait()
+        self._started = None
         self._scanned = self._scanned_weights = None
 
     def _start(
@@ -107,7 +106,7 @@ class DistributedStepMeter(StepMeter):
         if scan_weights:
             (norms,), (peaks,) = self._scan()
             parts["weights"] = self._squares(norms)
-            # Of shards the sums of norms are norms as well, if others than that of the whole.
+            # Sums of the norms of shards are a norm too, though not that of the whole tensor.
             parts["peaks"] = peaks.to(device).double() * self._shares
             for extents in self._extents():
                 parts["extents"] = extents.double() * self._shares.repeat(3)
@@ -122,16 +121,16 @@ class DistributedStepMeter(StepMeter):
         return _Vector(self._ranks.sum(shared, row), lengths)
 
     def _norms_by_parameter(self, grads: Gradients) -> Tensor:
-        """Norms of the gradients, 0 where a parameter has none."""
+        """Returns the gradient norm of every parameter, 0 for one without a gradient."""
         if not grads.complete:
-            there = dict(zip(grads.names, grads.tensors, strict=True))
-            nothing = torch.empty(0, device=self._samples.device)
-            grads = Gradients(self.names, [there.get(n, nothing) for n in self.names], False)
+            by_name = dict(zip(grads.names, grads.tensors, strict=True))
+            empty = torch.empty(0, device=self._samples.device)
+            grads = Gradients(self.names, [by_name.get(n, empty) for n in self.names], False)
         (norms,) = self._gradient_norms(grads)
         return norms
 
     def _squares(self, norms: Tensor) -> Tensor:
-        """This rank's contribution to the squared norm of each parameter."""
+        """Returns this rank's contribution to the squared norm of each parameter."""
         return norms.to(self._shares.device).double().square() * self._shares
 
     def _read(
@@ -144,15 +143,15 @@ class DistributedStepMeter(StepMeter):
         rows: Sequence[Tensor],
         also: Sequence[Tensor],
     ) -> Reading:
-        begun, self._begun = self._begun, None
-        vector = begun or self._start(loss, loss_scale, scan_weights, rate, grads)
-        own = self._gradient_norms(grads) if begun else []
-        # Replicas are stuck alike; of shards it is not asked.
-        stuck = self._rounding.look() if self._ranks.replicas else []
+        started, self._started = self._started, None
+        vector = started or self._start(loss, loss_scale, scan_weights, rate, grads)
+        own = self._gradient_norms(grads) if started else []
+        # Replicas have the same stuck weights; with sharded weights it is not measured.
+        stuck = self._rounding.count_stuck() if self._ranks.replicas else []
         groups = {"grads": own, "rows": rows, "also": also, "stuck": stuck}
         host = to_host({"vector": [vector.sum.wait()], **groups})
         parts, ranks = vector.split(host["vector"])
-        if not begun:
+        if not started:
             norms = dict(zip(self.names, _roots(parts["grads"]), strict=True))
             host["grads"] = [norms[n] for n in grads.names]
         return Reading(
@@ -173,12 +172,12 @@ class DistributedStepMeter(StepMeter):
 
 
 def checksum(sample: Tensor) -> Tensor:
-    """Sum of the bit patterns of fp32 numbers, as whole numbers: exact in whatever order."""
+    """Returns the sum of the bit patterns of fp32 numbers as integers, exact in any order."""
     return sample.view(torch.int32).sum(dtype=torch.float64)
 
 
 def _present(value: Tensor | None, device: torch.device) -> Tensor:
-    """A number and whether there is one, so that all ranks add as many."""
+    """Returns the value and a 1, or two zeros, so that every rank adds as many numbers."""
     if value is None:
         return torch.zeros(2, device=device)
     value = value.detach().to(device).double().reshape(1)

@@ -1,4 +1,4 @@
-"""Floating-point formats: what each can hold, and what rounding does at its edges.
+"""Floating-point formats: their ranges, and rounding at the limits.
 
 Every number follows from the counts of exponent and mantissa bits: IEEE 754-2019, section 3.3,
 and for float8 the OCP 8-bit Floating Point Specification (OFP8), revision 1.0. May import the
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 class FloatFormat:
     """A binary format: a sign, an exponent with bias ``2**(e - 1) - 1``, a mantissa.
 
-    A value is rounded to the nearest number of the format, and where two are as near to the even
-    one (IEEE 754-2019, 4.3.1). So what becomes of a magnitude depends on where it lies::
+    A value is rounded to the nearest number of the format, and in a tie to the even one (IEEE
+    754-2019, 4.3.1). The result for a magnitude depends on where it lies::
 
         0 ... zero_limit ... subnormal_limit .................... overflow_limit ...
         becomes zero      subnormal         normal                overflows
 
-    where ``zero_limit`` itself becomes zero and ``subnormal_limit`` itself the smallest normal.
+    ``zero_limit`` itself becomes zero, and ``subnormal_limit`` itself the smallest normal number.
 
     >>> FLOAT16.largest, FLOAT16.overflow_limit
     (65504.0, 65520.0)
@@ -32,16 +32,16 @@ class FloatFormat:
     """
 
     name: str
-    """Torch's name of it; ``tf32``, which is no type of torch, has NVIDIA's."""
+    """Name of the torch dtype; ``tf32``, which is none, has NVIDIA's name."""
     exponent_bits: int
     mantissa_bits: int
-    """Bits stored, without the leading one."""
+    """Stored bits, without the implicit leading one."""
     finite_only: bool = False
-    """No infinities: the top exponent holds numbers, and NaN in its last place (E4M3 of OFP8)."""
+    """Whether the top exponent holds numbers and one NaN but no infinity (E4M3 of OFP8)."""
 
     @property
     def bits(self) -> int:
-        """Bits that tell numbers apart, the sign included."""
+        """Significant bits, including the sign."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -58,7 +58,7 @@ class FloatFormat:
 
     @property
     def smallest_normal(self) -> float:
-        """Smallest number with all bits of the mantissa; smaller ones lose them one by one."""
+        """Smallest number with a full mantissa; smaller ones lose mantissa bits one by one."""
         bias: int = 2 ** (self.exponent_bits - 1) - 1
         return math.ldexp(1.0, 1 - bias)
 
@@ -69,37 +69,37 @@ class FloatFormat:
 
     @property
     def epsilon(self) -> float:
-        """Distance from 1 to the next number: values closer together than half of it merge."""
+        """Distance from 1 to the next number; values closer than half of it round to the same."""
         return math.ldexp(1.0, -self.mantissa_bits)
 
     @property
     def overflow_limit(self) -> float:
-        """Half a last place above `largest`: up to here rounding may still go down."""
+        """Half a unit in the last place above `largest`: below it, values still round down."""
         return self.largest + math.ldexp(self.epsilon, self.largest_exponent - 1)
 
     @property
     def subnormal_limit(self) -> float:
-        """Half a last place below the smallest normal number: from here on rounding goes up."""
+        """Half a unit in the last place below the smallest normal: from here values round up."""
         return self.smallest_normal - self.zero_limit
 
     @property
     def zero_limit(self) -> float:
-        """Half the smallest subnormal number, the largest magnitude that rounds to zero."""
+        """Half the smallest subnormal number: the largest magnitude that rounds to zero."""
         return self.smallest_subnormal / 2
 
     def overflows(self, value: float) -> bool:
         """Whether a finite value rounds beyond the largest number.
 
-        IEEE formats turn it into Inf. OFP8 leaves the choice between NaN and the largest number;
-        torch 2.13 takes the latter, so that a cast to ``float8_e4m3fn`` overflows unseen.
+        IEEE formats turn it into Inf. OFP8 allows NaN or the largest number; torch 2.13 uses the
+        largest number, so an overflow in a cast to ``float8_e4m3fn`` is silent.
         """
-        # `largest` ends in a 1 and a tie goes up, unless that place is taken by NaN.
+        # `largest` is odd, so a tie rounds up, unless NaN occupies the last place.
         if self.finite_only:
             return abs(value) > self.overflow_limit
         return abs(value) >= self.overflow_limit
 
     def is_subnormal(self, value: float) -> bool:
-        """Whether a value rounds to a subnormal number, with fewer bits than its format has."""
+        """Whether a value rounds to a subnormal number, which has fewer significant bits."""
         return self.zero_limit < abs(value) < self.subnormal_limit
 
     def vanishes(self, value: float) -> bool:
@@ -109,16 +109,14 @@ class FloatFormat:
 
 FLOAT32 = FloatFormat("float32", exponent_bits=8, mantissa_bits=23)
 TF32 = FloatFormat("tf32", exponent_bits=8, mantissa_bits=10)
-"""What tensor cores make of the factors of a float32 product; never stored, 19 of 32 bits."""
+"""Format of the factors of a float32 product in tensor cores; never stored, 19 of 32 bits."""
 FLOAT16 = FloatFormat("float16", exponent_bits=5, mantissa_bits=10)
 BFLOAT16 = FloatFormat("bfloat16", exponent_bits=8, mantissa_bits=7)
 FLOAT8_E5M2 = FloatFormat("float8_e5m2", exponent_bits=5, mantissa_bits=2)
 FLOAT8_E4M3FN = FloatFormat("float8_e4m3fn", exponent_bits=4, mantissa_bits=3, finite_only=True)
 
-FORMATS = {
-    each.name: each for each in (FLOAT32, TF32, FLOAT16, BFLOAT16, FLOAT8_E5M2, FLOAT8_E4M3FN)
-}
-"""By name, from the widest to the narrowest."""
+FORMATS = {fmt.name: fmt for fmt in (FLOAT32, TF32, FLOAT16, BFLOAT16, FLOAT8_E5M2, FLOAT8_E4M3FN)}
+"""All formats by name, from the widest to the narrowest."""
 
 __all__ = [
     "BFLOAT16",

@@ -1,4 +1,4 @@
-"""How the elements of each gradient are distributed: exactly at an incident, else from a sample.
+"""Distribution of the elements of each gradient: exact at an incident, else from a sample.
 
 May import torch.
 """
@@ -17,12 +17,12 @@ from lit_stability.measurement.step_stats import GradientDetail
 from lit_stability.measurement.weight_sampling import blocks_of
 
 _DETAIL_BLOCKS, _DETAIL_BLOCK = 32, 128
-"""The larger sample from which a gradient's distribution is taken while a run is healthy."""
+"""Number and size of the blocks sampled from a gradient while a run is healthy."""
 
 
 @torch.no_grad()
 def gradient_details(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-    """Distribution of every gradient there is, a dict of plain values each; for an incident."""
+    """Returns the exact distribution of every gradient as a dict of plain values; for incidents."""
     named = [(n, p.grad) for n, p in named_parameters if p.grad is not None]
     grads = [dense(g) for _, g in named]
     host = to_host({"norms": norms_of(grads), "rows": [distribution(g) for g in grads]})
@@ -30,7 +30,7 @@ def gradient_details(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dic
 
 
 def distribution(grad: Tensor) -> Tensor:
-    """Mean, standard deviation, minimum, maximum and share of zeros, shape ``(5,)``."""
+    """Returns mean, standard deviation, minimum, maximum and share of zeros, shape ``(5,)``."""
     if grad.numel() == 0:
         return grad.new_zeros(5, dtype=torch.float32)
     g = grad.detach().float()
@@ -41,7 +41,7 @@ def distribution(grad: Tensor) -> Tensor:
 
 
 def sampled_distribution(grad: Tensor) -> Tensor:
-    """The same from at most 4096 elements, evenly spread."""
+    """Returns what `distribution` does, from at most 4096 evenly spread elements."""
     return distribution(_sample(grad))
 
 
@@ -54,7 +54,7 @@ def _sample(grad: Tensor) -> Tensor:
 def details_of(
     names: Sequence[str], norms: Sequence[float], flat: Sequence[float]
 ) -> tuple[GradientDetail, ...]:
-    """The distributions as they were copied to the host, five numbers each."""
+    """Builds the details from distributions that were copied to the host, five numbers each."""
     if not flat:
         return ()
     rows = [flat[5 * i : 5 * i + 5] for i in range(len(names))]

@@ -1,4 +1,4 @@
-"""Tensors in the two 16-bit formats, and the way out of them. May import torch."""
+"""Conversion of tensors in the two 16-bit formats. May import torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+"""The two 16-bit dtypes."""
 
 
 @torch.no_grad()
 def widen(tensors: Iterable[Tensor]) -> None:
-    """Turn half-precision tensors into float32, each remaining the object that it is."""
+    """Converts half-precision tensors to float32 in place: each object keeps its identity."""
     for tensor in tensors:
         if tensor.dtype in HALF:
             tensor.data = tensor.data.float()
 
 
 def cast(value: Any, dtype: torch.dtype, of: Sequence[torch.dtype] = HALF) -> Any:
-    """The value with its tensors of some formats in another; containers are rebuilt.
+    """Returns the value with all tensors of the dtypes ``of`` cast to ``dtype``.
+
+    Dicts, lists and tuples are rebuilt; anything else is returned unchanged.
 
     >>> cast([torch.zeros(1, dtype=torch.float16), "x"], torch.float32)[0].dtype
     torch.float32

@@ -1,4 +1,4 @@
-"""16-bit weights that stand still although their gradient pulls: updates that rounding swallows.
+"""Counts 16-bit weights that do not move despite their gradient: updates lost to rounding.
 
 May import torch.
 """
@@ -17,20 +17,20 @@ from lit_stability.measurement.norms import dense
 from lit_stability.measurement.weight_sampling import blocks_of
 
 EVERY = 10
-"""Steps between looks."""
+"""Steps between measurements."""
 _BLOCKS, _BLOCK = 4, 32
-"""The sample of a parameter: 4 blocks of 32 neighbours; smaller ones are taken whole."""
+"""Sample of a parameter: 4 blocks of 32 neighbours; a smaller parameter is used whole."""
 
 
 class Rounding:
-    """Looks at a sample of the 16-bit weights on one step in ten.
+    """Measures a sample of the 16-bit weights on one step in ten.
 
-    A weight is stuck if it is bit for bit what it was ten updates ago and its gradient had one sign
-    at both looks. One update alone says little: those of a weight that has arrived are small and
-    may be lost without harm, and their signs change.
+    A weight is stuck if it has not changed a bit in ten updates although its gradient had the same
+    sign at both ends. A single update means little: updates of a converged weight are small and may
+    be lost without harm, but their signs change.
 
     Args:
-        parameters: of an optimizer; those in other formats are left out.
+        parameters: of an optimizer; those with other dtypes are skipped.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -39,15 +39,15 @@ class Rounding:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was seen at the last look."""
+        """Clears the last measurement."""
         self._last: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
-    def look(self) -> list[Tensor]:
-        """Count the stuck weights among those whose gradient pulls, before an update.
+    def count_stuck(self) -> list[Tensor]:
+        """Counts, before an update, the stuck weights among those whose gradient kept its sign.
 
         Returns:
-            One tensor of shape ``(2,)``, both numbers; nothing where it is not the turn of this
-            step, or where no weight was looked at before.
+            One tensor of shape ``(2,)`` with both counts; an empty list if this step is not
+            measured, or if there is no earlier measurement to compare with.
         """
         self._steps += 1
         if not self._parameters or self._steps % EVERY:
@@ -57,9 +57,9 @@ class Rounding:
         self._last = {p: (weights.clone(), sign) for p, (weights, sign) in now.items()}
         if not pairs:
             return []
-        pulled = torch.cat([(a * b) > 0 for (_, a), (_, b) in pairs])
-        still = torch.cat([a == b for (a, _), (b, _) in pairs])
-        return [torch.stack([(still & pulled).sum(), pulled.sum()]).float()]
+        same_sign = torch.cat([(a * b) > 0 for (_, a), (_, b) in pairs])
+        unchanged = torch.cat([a == b for (a, _), (b, _) in pairs])
+        return [torch.stack([(unchanged & same_sign).sum(), same_sign.sum()]).float()]
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(p, p.grad) for p in self._parameters]
@@ -67,9 +67,10 @@ class Rounding:
 
 
 def lost_epsilon(optimizers: Iterable[Optimizer]) -> str | None:
-    """What is wrong with an optimizer whose ``eps`` is 0 in the format of its weights, or None.
+    """Returns a description of the first optimizer whose ``eps`` is 0 in the dtype of its weights.
 
-    Of ``torch.optim`` only, and not fused: those compute in float32.
+    Checks only optimizers of ``torch.optim``, except fused ones, which compute in float32. Returns
+    None if all are fine.
     """
     for optimizer in optimizers:
         if not type(optimizer).__module__.startswith("torch.optim"):
@@ -83,8 +84,8 @@ def lost_epsilon(optimizers: Iterable[Optimizer]) -> str | None:
             if lost:
                 name = str(lost[0]).removeprefix("torch.")
                 return (
-                    f"{type(optimizer).__name__}'s eps of {eps:g} is 0 in {name}, and its first "
-                    "update 0 / 0"
+                    f"{type(optimizer).__name__}'s eps of {eps:g} is 0 in {name}, so its first "
+                    "update is 0 / 0"
                 )
     return None
 

@@ -1,7 +1,7 @@
-"""From tensors to floats: everything the detectors look at, measured once per optimizer step.
+"""Measures everything that the detectors need, once per optimizer step.
 
-One foreach pass over the gradients, one gather of a fixed sample of weights and second moments,
-one copy to the host. May import torch; knows neither Lightning nor detectors.
+Takes one foreach pass over the gradients, one gather of a fixed sample of weights and second
+moments, and one copy to the host. May import torch but neither Lightning nor detectors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
-from lit_stability.measurement.batched_norms import BatchedNorms, Gradients, gradients_of
 from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
 from lit_stability.measurement.lost_updates import Rounding
-from lit_stability.measurement.norms import non_finite, norms_of, to_host, total
+from lit_stability.measurement.norms import (
+    BatchedNorms,
+    Gradients,
+    gradients_of,
+    non_finite,
+    norms_of,
+    to_host,
+    total,
+)
 from lit_stability.measurement.optimizer_moments import MomentStats, OptimizerMoments
 from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
@@ -27,36 +34,36 @@ from lit_stability.measurement.weight_sampling import WeightSampler
 
 @dataclass(kw_only=True)
 class Reading:
-    """One step's numbers on the host; over several ranks, the same on all of them."""
+    """The numbers of one step on the host, the same on all ranks."""
 
     loss: float | None
-    """Still multiplied by ``scale``; None where no backward was observed."""
+    """Loss times ``scale``; None if no backward pass was observed."""
     scale: float | None
     grad_norms: Sequence[float]
     weight_norms: Sequence[float]
-    """Empty where the weights were not scanned."""
+    """Norm of each weight; empty if the weights were not scanned."""
     updates: Sequence[float]
-    """Squared norms of the last update and of the weights before it, or empty."""
+    """Squared norms of the last update and of the weights before it; empty if unknown."""
     peaks: Sequence[float]
-    """Largest absolute value of each weight; empty where the weights were not scanned."""
+    """Largest absolute value of each weight; empty if the weights were not scanned."""
     extents: Sequence[float]
-    """How far each weight has moved since the scan before, see `WeightSampler.extents`; empty where
-    that is not known."""
+    """How far each weight moved since the last scan, see `WeightSampler.extents`; empty if
+    unknown."""
     moments: MomentStats
     distributions: Sequence[float]
     also: Sequence[float]
-    """What others wanted brought to the host, in their order."""
+    """Numbers that other callbacks had copied to the host, in their order."""
     stuck: Sequence[float] = ()
-    """Sampled 16-bit weights that stand still, and all whose gradient pulls; or empty."""
+    """Counts of stuck 16-bit weights, and of those with a steady gradient sign; or empty."""
     rank_weights: tuple[float, ...] = ()
     rank_rates: tuple[float, ...] = ()
 
 
 class StepMeter:
-    """Measures one optimizer's parameters, step after step.
+    """Measures the parameters of one optimizer at every step.
 
     Args:
-        named_parameters: ``(name, parameter)`` pairs; those the optimizer lacks are left out.
+        named_parameters: ``(name, parameter)`` pairs; those that the optimizer lacks are skipped.
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
 
@@ -80,30 +87,30 @@ class StepMeter:
         self.optimizer = optimizer
         self.index = index
         self.count = 0
-        """Steps measured."""
+        """Number of measured steps."""
         self.also: Sequence[float] = ()
-        """What came to the host with the last step."""
+        """Numbers of ``also`` that were copied to the host with the last step."""
         self._samples = WeightSampler(self.parameters)
         self._batched = BatchedNorms(self.parameters)
         self._moments = OptimizerMoments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
-        self._staleness = SecondMomentRatio()
+        self._moment_ratio = SecondMomentRatio()
         self.forget()
 
     @property
     def stale(self) -> bool:
-        """Whether the optimizer was given other parameters since, as when a backbone unfreezes."""
+        """Whether the optimizer has gained or lost parameters, as when a backbone unfreezes."""
         return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
 
     def forget(self) -> None:
-        """Drop what was remembered of the last step, after the weights were put back."""
+        """Clears the state of the last step, after the weights were restored."""
         self._last_weights: Tensor | None = None
         self._last_square: Tensor | None = None
         self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
         self._scanned_weights: Tensor | None = None
         self._moments.forget()
         self._rounding.forget()
-        self._staleness.forget()
+        self._moment_ratio.forget()
         self._last_lr = 0.0
 
     @torch.no_grad()
@@ -119,24 +126,26 @@ class StepMeter:
         details: bool = False,
         also: Sequence[Tensor] = (),
     ) -> StepStats:
-        """Measure the gradients as they are now, and the previous update by the weights.
+        """Measures the current gradients, and the previous update from the change of the weights.
 
         Args:
             step: optimizer steps taken so far.
             loss: the step's loss, a scalar on any device, or None.
-            loss_scale: what the loss was multiplied by before it got here, a scalar.
+            loss_scale: factor by which the loss was multiplied, a scalar, or None.
             learning_rates: effective learning rate of each group.
-            nominal_learning_rates: what the scheduler wrote.
-            scan_weights: read every weight too, not only the sample.
-            details: fill ``StepStats.details``.
-            also: other numbers to bring to the host, into `also`; each of one dimension.
+            nominal_learning_rates: learning rate of each group as the scheduler set it.
+            scan_weights: whether to read all weights, not only the sample.
+            details: whether to fill ``StepStats.details``.
+            also: other one-dimensional tensors to copy to the host, into the attribute `also`.
         """
         grads = gradients_of(self.names, self.parameters)
         rows = [sampled_distribution(g) for g in grads.tensors] if details else []
         read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows, also)
         self.also = read.also
         grad_norms = tuple(read.grad_norms)
-        rms, rms_name = self._stale(dict(zip(grads.names, grad_norms, strict=True)), read.updates)
+        rms, rms_name = self._second_moment_ratio(
+            dict(zip(grads.names, grad_norms, strict=True)), read.updates
+        )
         stats = StepStats(
             step=step,
             loss=_unscaled(read.loss, read.scale),
@@ -186,20 +195,20 @@ class StepMeter:
         )
 
     def expect(self, learning_rates: Sequence[float]) -> None:
-        """Say which learning rates the coming update uses, where that has changed since."""
+        """Sets the learning rates of the next update, if they changed after `measure`."""
         self._last_lr = max(learning_rates, default=0.0)
 
     @torch.no_grad()
     def bad_weights(self) -> tuple[str, ...]:
-        """Names of parameters with a non-finite weight, of all that this rank holds."""
+        """Returns the names of parameters with a non-finite weight, among those of this rank."""
         weights = to_host({"norms": norms_of(self._local_weights())})["norms"]
         return non_finite(self.names, weights)
 
     @torch.no_grad()
     def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of parameters with a non-finite weight, and with a non-finite optimizer moment.
+        """Returns names of parameters with a non-finite weight, and with a non-finite moment.
 
-        Reads everything that this rank holds and copies to the host: for an incident, not for
+        Reads all that this rank holds and copies to the host, so it is for incidents and not for
         every step.
         """
         owners, tensors = [], []
@@ -234,7 +243,7 @@ class StepMeter:
                 "extents": self._extents() if scan_weights else [],
                 "peaks": peaks,
                 "moments": self._moments.sums(),
-                "stuck": self._rounding.look(),
+                "stuck": self._rounding.count_stuck(),
             }
         )
         return Reading(
@@ -255,29 +264,32 @@ class StepMeter:
         return self._batched.norms(grads.tensors) if grads.complete else norms_of(grads.tensors)
 
     def _scan(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Norms and peaks of all weights."""
+        """Returns norms and peaks of all weights."""
         return self._batched.norms_and_peaks(self._local_weights())
 
-    def _stale(self, norms: dict[str, float], updates: Sequence[float]) -> tuple[float | None, str]:
-        """What is measured of the second moment; a step not taken leaves the sample as it was."""
+    def _second_moment_ratio(
+        self, norms: dict[str, float], updates: Sequence[float]
+    ) -> tuple[float | None, str]:
+        """Returns the second-moment ratio and its parameter, (None, "") if there is none."""
+        # A skipped step leaves the sampled weights unchanged.
         taken = bool(updates) and updates[0] > 0
-        return self._staleness.measure(norms, self._moments.decays, taken=taken) or (None, "")
+        return self._moment_ratio.measure(norms, self._moments.decays, taken=taken) or (None, "")
 
     def _local_weights(self) -> list[Tensor]:
         return [local(p) for p in self.parameters]
 
     def _update_sums(self) -> list[Tensor]:
-        """Squared norms of the last update and of the weights before it, by the sample."""
+        """Returns sampled squared norms of the last update and of the weights before it."""
         now, last = self._samples.gather(), self._last_weights
         before = self._last_square
-        found = self._samples.square_sums(
+        squares = self._samples.square_sums(
             now[None] if last is None else torch.stack((now, now - last))
         )
-        self._last_weights, self._last_square = now, found[:1]
-        return [] if before is None else [found[1:], before]
+        self._last_weights, self._last_square = now, squares[:1]
+        return [] if before is None else [squares[1:], before]
 
     def _extents(self) -> list[Tensor]:
-        """How far the weights have moved since the scan before; to be asked after the updates."""
+        """Returns the moves of the weights since the last scan; call it after `_update_sums`."""
         last, self._scanned_weights = self._scanned_weights, self._last_weights
         if last is None or self._last_weights is None:
             return []

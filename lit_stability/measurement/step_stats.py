@@ -1,4 +1,4 @@
-"""What an optimizer step looks like, in floats: all that a detector sees.
+"""The statistics of an optimizer step, as floats: the input of every detector.
 
 Imports neither torch nor Lightning.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 class GradientDetail:
     """Distribution of one parameter's unclipped gradient.
 
-    The norm is exact; while a run is healthy the rest is from a sample of 4096 elements.
+    The norm is exact. The other values are from a sample of 4096 elements while a run is healthy.
     """
 
     name: str
@@ -29,52 +29,52 @@ class GradientDetail:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReading:
-    """What a probe has measured: one number, of one place in the model."""
+    """One number that a probe has measured at one place in the model."""
 
     quantity: str
-    """Such as ``attention_logit``."""
+    """Name of the quantity, such as ``attention_logit``."""
     where: str
-    """Module or parameter; "" for the whole model."""
+    """Name of the module or parameter; "" for the whole model."""
     value: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMoves:
-    """How far each weight has moved from one scan to the next, in the order of ``weight_norms``."""
+    """How far each weight moved from one scan to the next, in the order of ``weight_norms``."""
 
     since: int
-    """Step of the scan before."""
+    """Step of the earlier scan."""
     norms: tuple[float, ...]
     """Norms at that scan."""
     peaks: tuple[tuple[float, float], ...]
-    """Largest absolute values, at that scan and now."""
+    """Largest absolute value of each weight, at that scan and now."""
     distances: tuple[float, ...]
-    """Norms of the difference, from the sample and without its largest element, so that one torn
-    element does not explain itself."""
+    """Norms of the difference, from the sample without its largest element, so that a corrupted
+    element does not explain its own change."""
     farthest: tuple[tuple[float, float], ...]
-    """How far the element has moved that went farthest in the sample, and the second after it."""
+    """Largest and second largest move of an element in the sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
-    """What one optimizer step looks like before the update is applied.
+    """Statistics of one optimizer step before the update is applied.
 
-    Gradients are measured accumulated, unscaled and unclipped. Norms are Euclidean. On several
-    ranks the numbers are those of all of them together; the loss is their mean.
+    Gradients are measured accumulated, unscaled and unclipped. Norms are Euclidean. With several
+    ranks the numbers are global; the loss is the mean over the ranks.
     """
 
     step: int
     """Optimizer steps taken before this one (Lightning's ``global_step``)."""
     loss: float
-    """Loss of the step, averaged over the accumulation window; NaN when none was seen."""
+    """Loss of the step, averaged over the accumulation window; NaN if there was none."""
     grad_norm: float
     """Norm of all gradients together."""
     optimizer: int = 0
     """Index of the optimizer in ``trainer.optimizers``."""
     loss_scale: float | None = None
-    """Factor of the loss scaler, None where none is at work."""
+    """Factor of the loss scaler, None without a scaler."""
     has_loss: bool = True
-    """False where no backward pass was observed, so that ``loss`` means nothing."""
+    """Whether a backward pass was observed; if not, ``loss`` has no meaning."""
     names: tuple[str, ...] = ()
     """Parameters that have a gradient, in the order of ``grad_norms``."""
     grad_norms: tuple[float, ...] = ()
@@ -82,41 +82,40 @@ class StepStats:
     """Effective learning rate of each parameter group: nominal times every active factor."""
     nominal_learning_rates: tuple[float, ...] = ()
     update_ratio: float | None = None
-    """Norm of the *previous* update over that of the weights, from the sample; None at first."""
+    """Norm of the *previous* update over that of the weights, from the sample; None if unknown."""
     update_learning_rate: float = 0.0
     """Largest effective learning rate of that previous update."""
     stuck_share: float | None = None
-    """Share of sampled 16-bit weights that are what they were ten updates ago, of those whose
-    gradient kept its sign, in [0, 1]; on one step in ten, and only where weights are 16-bit."""
+    """Share, in [0, 1], of sampled 16-bit weights that have not changed in ten updates, among those
+    whose gradient kept its sign; only with 16-bit weights, and on one step in ten."""
     moment_ratio: float | None = None
-    """Smallest ratio over parameters of Adam's sampled second moment to what decay alone leaves."""
+    """Smallest ratio, over parameters, of Adam's sampled second moment to what decay leaves."""
     moment_name: str = ""
-    """The parameter that has ``moment_ratio``."""
+    """The parameter with ``moment_ratio``."""
     moment_rms: float | None = None
-    """Largest ratio over parameters of the gradient to what Adam's second moment expects, 1 where
-    gradients keep their size; None before the second step, and for other optimizers."""
+    """Largest ratio, over parameters, of the gradient to what Adam's second moment expects; 1 if
+    gradients keep their size, None before the second step and for other optimizers."""
     moment_rms_name: str = ""
-    """The parameter that has ``moment_rms``."""
+    """The parameter with ``moment_rms``."""
     bad_momentum: tuple[str, ...] = ()
     """Parameters whose sampled momentum, or first moment, is non-finite."""
     weight_norm: float | None = None
-    """Norm of all weights; only on the steps that scan them, else None."""
+    """Norm of all weights; None on steps that do not scan the weights."""
     weight_norms: tuple[tuple[str, float], ...] = field(default=(), repr=False)
-    """Norm of each weight, by name; only on the steps that scan them."""
+    """Name and norm of each weight; empty on steps that do not scan the weights."""
     weight_moves: WeightMoves | None = field(default=None, repr=False)
-    """What the weights have done since the scan before; None where there is none to compare with,
-    as after a rollback."""
+    """Moves of the weights since the last scan; None if there is none to compare with, as after a
+    rollback."""
     bad_weights: tuple[str, ...] = ()
-    """Parameters found non-finite on a step that scans them."""
+    """Non-finite parameters; only on steps that scan the weights."""
     rank_weights: tuple[float, ...] = field(default=(), repr=False)
-    """Checksum of each rank's sampled weights; only where all ranks hold the same weights."""
+    """Checksum of each rank's sampled weights; only if all ranks hold the same weights."""
     rank_rates: tuple[float, ...] = field(default=(), repr=False)
-    """Sum of each rank's effective learning rates; only on several ranks."""
+    """Sum of each rank's effective learning rates; only with several ranks."""
     details: tuple[GradientDetail, ...] = field(default=(), repr=False)
-    """Per-parameter distributions; only on the steps that ask for them."""
+    """Distribution per parameter; only on steps that request it."""
     readings: tuple[ProbeReading, ...] = ()
-    """What probes have measured, on the steps on which it is their turn; over several ranks, the
-    mean of each."""
+    """Readings of the probes that ran on this step; with several ranks, the mean of each."""
 
     @property
     def finite_gradients(self) -> bool:
@@ -124,19 +123,19 @@ class StepStats:
         return math.isfinite(self.grad_norm)
 
     def readings_of(self, quantity: str) -> list[ProbeReading]:
-        """The readings of one quantity, largest first; NaN before all."""
-        found = [r for r in self.readings if r.quantity == quantity]
-        return sorted(found, key=lambda r: math.inf if math.isnan(r.value) else r.value)[::-1]
+        """Returns the readings of one quantity, largest first, with NaN before all others."""
+        matching = [r for r in self.readings if r.quantity == quantity]
+        return sorted(matching, key=lambda r: math.inf if math.isnan(r.value) else r.value)[::-1]
 
     def worst_layers(self, count: int = 5) -> list[tuple[str, float]]:
-        """Parameters with the largest gradient norms, non-finite ones first."""
+        """Returns the parameters with the largest gradient norms, non-finite ones first."""
         pairs = list(zip(self.names, self.grad_norms, strict=True))
         pairs.sort(key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf, reverse=True)
         return pairs[:count]
 
 
 def mean_readings(by_rank: Sequence[Sequence[ProbeReading]]) -> list[ProbeReading]:
-    """The mean over ranks of each quantity at each place.
+    """Returns the mean over the ranks of each quantity at each place.
 
     >>> mean_readings([[ProbeReading("a", "x", 1.0)], [ProbeReading("a", "x", 3.0)]])
     [ProbeReading(quantity='a', where='x', value=2.0)]
@@ -145,4 +144,4 @@ def mean_readings(by_rank: Sequence[Sequence[ProbeReading]]) -> list[ProbeReadin
     for readings in by_rank:
         for r in readings:
             values.setdefault((r.quantity, r.where), []).append(r.value)
-    return [ProbeReading(*key, sum(each) / len(each)) for key, each in values.items()]
+    return [ProbeReading(*key, sum(found) / len(found)) for key, found in values.items()]

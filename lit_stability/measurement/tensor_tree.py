@@ -1,4 +1,4 @@
-"""The tensors of a batch, whatever it is made of. May import torch; knows no Lightning."""
+"""Finds the tensors in a batch of any structure. May import torch but not Lightning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in containers, and in the attributes of batch objects.
+    """Yields the tensors in nested containers and in the attributes of batch objects.
 
     >>> import torch
     >>> [t.numel() for t in tensors_in({"x": torch.zeros(3), "more": [torch.zeros(2), "text"]})]
@@ -18,17 +18,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
+        for item in value.values():
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_in(each)
+        for item in value:
+            yield from tensors_in(item)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
-        for each in vars(value).values():
-            if isinstance(each, (Tensor, Mapping, list, tuple)):
-                yield from tensors_in(each)
+        for item in vars(value).values():
+            if isinstance(item, (Tensor, Mapping, list, tuple)):
+                yield from tensors_in(item)
 
 
 def size_of(value: Any) -> int:
-    """Bytes of the tensors in a batch."""
+    """Returns the size of all tensors in a batch, in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors_in(value))

@@ -1,4 +1,4 @@
-"""A fixed, evenly spread sample of many tensors, gathered at the cost of a few cache lines each.
+"""Gathers a fixed, evenly spread sample of many tensors, a few cache lines of each.
 
 May import torch.
 """
@@ -14,23 +14,23 @@ from torch import Tensor
 from lit_stability.distributed.dtensor import PLAIN, local
 
 _BLOCKS, _BLOCK = 16, 32
-"""The sample of a tensor: 16 blocks of 32 neighbours (two cache lines of fp32), evenly spread."""
+"""Sample of a tensor: 16 evenly spread blocks of 32 neighbours (two cache lines of fp32)."""
 _FEW = 4
-"""Blocks up to which it is faster to join them one by one than to join strided views."""
+"""Blocks up to which joining single blocks is faster than joining strided views."""
 _MANY = 16
-"""Views of one shape and stride from which on it is fastest to join these alone."""
+"""Number of equal views (shape and stride) from which it is fastest to join them separately."""
 RECHECK = 10
-"""Gathers between looks at whether tensors, or the optimizer's state, were replaced."""
+"""Gathers between checks whether tensors, or the optimizer's state, were replaced."""
 
 
 class WeightSampler:
-    """A fixed, evenly spread sample of a list of tensors, gathered into one flat fp32 tensor.
+    """Gathers a fixed, evenly spread sample of a list of tensors into one flat fp32 tensor.
 
-    Of a sharded tensor the rank's own shard is sampled; an empty one has a sum of 0.
+    Of a sharded tensor it samples the rank's own shard; an empty shard has a sum of 0.
 
     Args:
-        tensors: what to sample; memory that they are given later is seen within `RECHECK` calls.
-        blocks: blocks of 32 neighbours taken from each; smaller tensors are taken whole.
+        tensors: tensors to sample; new memory of a tensor is noticed within `RECHECK` calls.
+        blocks: blocks of 32 neighbours per tensor; smaller tensors are used whole.
     """
 
     def __init__(self, tensors: Sequence[Tensor], blocks: int = _BLOCKS) -> None:
@@ -42,14 +42,14 @@ class WeightSampler:
         self.device = tensors[0].device
         self._sizes = [t.numel() for t in tensors]
         self._order = sorted(range(len(tensors)), key=lambda i: -self._sizes[i])
-        self.places = sorted(range(len(tensors)), key=self._order.__getitem__)
-        """Of each tensor its place in the sample."""
-        self.places_there = torch.tensor(self.places, device=self.device)
-        """The same, on the tensors' device."""
+        self.positions = sorted(range(len(tensors)), key=self._order.__getitem__)
+        """Position of each tensor in the sample."""
+        self.positions_on_device = torch.tensor(self.positions, device=self.device)
+        """``positions`` on the device of the tensors."""
         sizes = [self._sizes[i] for i in self._order]
         counts = [min(n, self._most) for n in sizes]
         self._runs = [(len([*run]), count) for count, run in groupby(counts)]
-        """How many tensors in a row have a sample of how many elements."""
+        """Runs of consecutive tensors with equal samples: number of tensors, elements of each."""
         scale = [n / max(count, 1) for n, count in zip(sizes, counts, strict=True)]
         self._scales = torch.tensor(scale, device=self.device)
         self._weights = self._scales.repeat_interleave(torch.tensor(counts, device=self.device))
@@ -58,15 +58,15 @@ class WeightSampler:
         self._views: list[list[Tensor]] = []
 
     def gather(self) -> Tensor:
-        """Shape ``(elements of the sample,)``, fp32, the largest tensors first."""
+        """Returns the sample, fp32 of shape ``(elements,)``, the largest tensors first."""
         if self._calls % RECHECK == 0 or not self._are_views:
-            self._look_again()
+            self._refresh()
         self._calls += 1
         parts = [self._join(views) for views in self._views]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
 
-    def _look_again(self) -> None:
-        """Make the views anew where a tensor was given other memory."""
+    def _refresh(self) -> None:
+        """Creates the views again if a tensor has got other memory."""
         own = self._tensors if self._are_plain else [local(t) for t in self._tensors]
         addresses = [t.data_ptr() for t in own]
         if addresses == self._addresses and self._are_views:
@@ -87,7 +87,7 @@ class WeightSampler:
                 self._views[-1] += views
 
     def _sampled(self, size: int, tensors: list[Tensor]) -> list[Tensor]:
-        """Views of the samples of tensors of one size; block by block where they are few."""
+        """Returns views of the samples of equally large tensors; single blocks if they are few."""
         if size <= self._most:
             return [blocks_of(t, 1, size)[0] for t in tensors]
         views = [blocks_of(t, self._blocks) for t in tensors]
@@ -101,7 +101,7 @@ class WeightSampler:
         return torch.cat(views).reshape(-1)
 
     def square_sums(self, rows: Tensor) -> Tensor:
-        """Estimates of the squared norm of all the tensors together, of a sample in each row.
+        """Estimates the squared norm of all tensors together, from one sample per row.
 
         Args:
             rows: shape ``(samples, elements of a sample)``.
@@ -109,23 +109,23 @@ class WeightSampler:
         return torch.mv(rows.square(), self._weights)
 
     def sums(self, flat: Tensor) -> Tensor:
-        """Sum of each tensor's sample, shape ``(tensors,)``, each at its place in the sample."""
+        """Returns the sum of each tensor's sample, shape ``(tensors,)``, in sample order."""
         sums = [rows.sum(1) for rows in self._rows(flat)]
         return torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def extents(self, flat: Tensor) -> Tensor:
-        """Norm of each tensor as if without its largest element, and its two largest sizes.
+        """Returns norms without the largest element, and the two largest absolute values.
 
         Returns:
-            Shape ``(3 * tensors,)``: the norms, estimated for the whole tensors; the largest sizes
-            in the sample; the second largest, which are 0 where there is one element only.
+            Shape ``(3 * tensors,)``: the norms, estimated for the whole tensors; the largest
+            absolute values in the sample; the second largest, 0 for a single element.
         """
-        found = torch.cat([_extents(rows) for rows in self._rows(flat.abs())], dim=1)
-        found[0] = (found[0] * self._scales).sqrt()
-        return found[:, self.places_there].reshape(-1)
+        extents = torch.cat([_extents(rows) for rows in self._rows(flat.abs())], dim=1)
+        extents[0] = (extents[0] * self._scales).sqrt()
+        return extents[:, self.positions_on_device].reshape(-1)
 
     def _rows(self, flat: Tensor) -> list[Tensor]:
-        """Matrices with the sample of a tensor in each row, of samples of one size each."""
+        """Splits a sample into matrices with one tensor per row, one matrix per sample size."""
         if len(self._runs) == 1:
             return [flat.view(self._runs[0])]
         parts = torch.split(flat, [count * size for count, size in self._runs])
@@ -133,10 +133,10 @@ class WeightSampler:
 
 
 def _extents(sizes: Tensor) -> Tensor:
-    """Of each row the sum of squares without the largest number, that, and the second largest.
+    """Returns per row the sum of squares without the largest value, that value, the second largest.
 
     Args:
-        sizes: at least 0; of several equally large ones in a row one is left out.
+        sizes: absolute values; of several equal largest ones in a row only one is excluded.
     """
     if not sizes.shape[1]:
         return sizes.new_zeros(3, len(sizes))
@@ -149,7 +149,7 @@ def _extents(sizes: Tensor) -> Tensor:
 
 
 def blocks_of(tensor: Tensor, blocks: int = _BLOCKS, block: int = _BLOCK) -> Tensor:
-    """An evenly spread sample, shape ``(blocks, block)``; a view if the tensor is dense."""
+    """Returns an evenly spread sample, shape ``(blocks, block)``; a view of a dense tensor."""
     if not _is_dense(tensor):
         tensor = tensor.contiguous()
     return tensor.as_strided((blocks, block), (tensor.numel() // blocks, 1))
@@ -160,7 +160,7 @@ def _detached(tensor: Tensor) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory, in whatever order."""
+    """Whether the elements fill a contiguous range of memory, in any order."""
     if tensor.is_contiguous():
         return True
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -168,5 +168,5 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """The tensor, or its real and imaginary parts side by side, which have the same norm."""
+    """Returns a real view of a complex tensor, which has the same norm; others unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,4 +1,4 @@
-"""What to do about an anomaly, as data: state machines that choose and count, and do nothing.
+"""Policies: state machines that choose the response to an anomaly; callbacks carry it out.
 
 Imports neither torch nor Lightning.
 """

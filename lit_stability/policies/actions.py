@@ -1,4 +1,4 @@
-"""What can be done about an anomaly: values, for others to carry out.
+"""Responses to an anomaly, as values that callbacks carry out.
 
 Data only: no torch, no Lightning.
 """
@@ -11,62 +11,62 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class RetryStep:
-    """Veto the update and take the very same step again: nothing is blamed yet."""
+    """Rejects the update and runs the same step again, before anything is blamed."""
 
 
 @dataclass(frozen=True)
 class SkipStep:
-    """Veto the update and leave the batch out: all stays as if it had not come."""
+    """Rejects the update and skips the batch: the state is as if the batch had not been drawn."""
 
 
 @dataclass(frozen=True)
 class HoldLearningRate:
-    """Scale the learning rate of each group down until its schedule comes back; take the step."""
+    """Scales the learning rate of each group down until its schedule falls; accepts the step."""
 
     factors: tuple[float, ...]
-    """What brings each group back to the learning rate of the step before."""
+    """Factor that restores the learning rate of the previous step, for each group."""
 
 
 @dataclass(frozen=True)
 class RollBack:
-    """Put a confirmed snapshot back, and go on with these factors."""
+    """Restores a confirmed snapshot and continues with these factors."""
 
     lr_factor: float = 1.0
-    """What the learning rate is multiplied by from now on, on top of earlier cuts."""
+    """Factor on the learning rate from now on, in addition to earlier cuts."""
     clip_factor: float = 1.0
-    """What the clipping threshold is multiplied by from now on."""
+    """Factor on the clipping threshold from now on."""
     replay: bool = False
-    """Train on the batches since the snapshot again, instead of on new ones."""
+    """Train on the batches since the snapshot again instead of on new ones."""
     leave_out: bool = False
-    """Replay without the batch that is suspected."""
+    """Skip the suspected batch in the replay."""
     older: bool = False
-    """Go back to the snapshot before the newest confirmed one."""
+    """Restore the snapshot before the newest confirmed one."""
 
 
 @dataclass(frozen=True)
 class LowerPrecision:
-    """Compute in a precision that holds more numbers from the next step on."""
+    """Computes in a precision with a larger range from the next step on."""
 
     was: str
-    """Precision so far, by Lightning's name."""
+    """Lightning's name of the precision so far."""
     precision: str
 
 
 @dataclass(frozen=True)
 class KeepInFloat32:
-    """Compute one module in float32 from the next step on."""
+    """Computes one module in float32 from the next step on."""
 
     module: str
 
 
 @dataclass(frozen=True)
 class AcceptNewRegime:
-    """Take the values that stay for the new normal, and learn anew what is usual."""
+    """Accepts values that persist as the new normal; baselines are learned from scratch."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Give up: no response in budget is left."""
+    """Ends the fit: no response in budget is left."""
 
     reason: str
 
@@ -84,14 +84,14 @@ Response: TypeAlias = (
 
 
 def describe(response: Response) -> str:
-    """A few words for the log.
+    """Returns a short description for logs and records.
 
     >>> describe(RollBack(0.5, 0.5))
     'rolled back, learning rate x0.5, clip x0.5'
     """
     match response:
         case RetryStep():
-            return "step taken again"
+            return "step retried"
         case SkipStep():
             return "step skipped"
         case HoldLearningRate(factors):
@@ -104,7 +104,7 @@ def describe(response: Response) -> str:
         case LowerPrecision(was, precision):
             return f"precision {was} -> {precision}"
         case KeepInFloat32(module):
-            return f"fp32 island {module}"
+            return f"{module} kept in fp32"
         case AcceptNewRegime():
             return "accepted as the new normal"
         case Stop(reason):

@@ -1,7 +1,6 @@
-"""How far the learning rate and the clipping threshold are lowered, and how they come back.
+"""Lowers the learning rate and the clipping threshold, and raises both again on calm steps.
 
-A state machine over floats: data in, data out, neither torch nor Lightning. It is monotone state:
-a rollback never rewinds it, and a checkpoint carries it.
+Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 """
 
 from __future__ import annotations
@@ -12,26 +11,27 @@ from typing import Any
 from lit_stability.detectors import Window
 
 _LASTING = 16
+"""Patience after a lasting cut."""
 _MOST_PATIENCE = 64
-"""Times the wait before a relaxation that was chosen: 1,280 steps, with the default."""
+"""Largest patience: 1,280 steps with the default ``relax_after``."""
 
 
 class Backoff:
-    """A factor on the learning rate, one on the clipping threshold, and holds.
+    """Factors on the learning rate and the clipping threshold, and holds of single optimizers.
 
-    Cuts multiply; after every ``relax_after`` calm steps both factors are doubled until they are
-    1. A cut that follows a doubling says that it came too soon: the wait is four times as long from
-    then on, until ten times as many calm steps have passed. A lasting cut, for a learning
-    rate that is itself the cause, begins with a wait 16 times as long. A hold scales an optimizer's
-    groups down for as long as its schedule stays up; it is let go when the schedule falls to a
-    fifth or less from one step to the next, as one that comes back.
+    Cuts multiply. After every ``relax_after`` calm steps both factors are doubled, until they are
+    1. A cut after a doubling shows that the doubling came too early: the wait is then four times
+    as long, until ten waits of calm steps have passed and both factors are 1. A lasting cut, for a
+    learning rate that is itself the cause, begins with a wait 16 times as long. A hold scales the
+    groups of one optimizer down while its schedule stays high; it is released when the schedule
+    falls to a fifth or less from one step to the next.
 
     Args:
         relax_after: calm steps between relaxations.
 
-    >>> t = Backoff(relax_after=2)
-    >>> t.cut(0.25, 0.5)
-    >>> [t.calm(0, [1.0]) and t.lr_factor for _ in range(4)]
+    >>> backoff = Backoff(relax_after=2)
+    >>> backoff.cut(0.25, 0.5)
+    >>> [backoff.calm(0, [1.0]) and backoff.lr_factor for _ in range(4)]
     [None, 0.5, None, 1.0]
     """
 
@@ -40,16 +40,16 @@ class Backoff:
             raise ValueError(f"relax_after must be at least 1, got {relax_after!r}")
         self.relax_after = relax_after
         self.lr_factor = 1.0
-        """What the nominal learning rate is multiplied by, in (0, 1]."""
+        """Factor on the nominal learning rate, in (0, 1]."""
         self.clip_factor = 1.0
-        """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
+        """Ratio of clipping threshold to twice the median gradient norm; 1 means no clipping."""
         self.holds: dict[int, tuple[float, ...]] = {}
-        """Further factor on the learning rate of each group, by optimizer."""
+        """Optimizer index -> additional factor on the learning rate of each group."""
         self.patience = 1
-        """What ``relax_after`` is multiplied by."""
+        """Factor on ``relax_after``."""
         self._relaxed = False
         self.before: tuple[float, float, int, bool] | None = None
-        """What was in force at the start of the last incident."""
+        """Factors, patience and flag at the start of the last incident."""
         self._calm = 0
         self._schedule: dict[int, float] = {}
 
@@ -59,7 +59,7 @@ class Backoff:
         return self.lr_factor < 1 or self.clip_factor < 1
 
     def cut(self, lr_factor: float, clip_factor: float, *, lasting: bool = False) -> None:
-        """Lower both by these factors, on top of what is in force."""
+        """Multiplies both factors, in addition to earlier cuts."""
         if lasting:
             self.patience = max(self.patience, _LASTING)
         if self._relaxed and lr_factor < 1:
@@ -70,13 +70,13 @@ class Backoff:
         self._calm = 0
 
     def remember(self) -> None:
-        """Note what is in force, at the start of an incident, for `put_back`."""
+        """Stores the current factors at the start of an incident, for `put_back`."""
         self.before = self.lr_factor, self.clip_factor, self.patience, self._relaxed
 
     def put_back(self) -> bool:
-        """Undo the cuts since the start of the incident; returns whether there were any.
+        """Undoes the cuts since the start of the incident; returns whether there were any.
 
-        What has been relaxed since stays so.
+        Relaxations since then are kept.
         """
         if self.before is None:
             return False
@@ -88,25 +88,25 @@ class Backoff:
         return cut
 
     def hold(self, optimizer: int, factors: Sequence[float]) -> None:
-        """Scale an optimizer's groups down, on top of a hold that is in force."""
+        """Scales an optimizer's groups down, in addition to an existing hold."""
         before = self.holds.get(optimizer, (1.0,) * len(factors))
         self.holds[optimizer] = tuple(b * f for b, f in zip(before, factors, strict=True))
         self._schedule.pop(optimizer, None)
 
     def factors(self, optimizer: int, groups: int) -> list[float]:
-        """What to multiply the nominal learning rate of each group by."""
+        """Returns the factor on the nominal learning rate of each group."""
         return [self.lr_factor * h for h in self.holds.get(optimizer, (1.0,) * groups)]
 
     def disturbed(self) -> None:
-        """Count calm steps anew."""
+        """Restarts the count of calm steps."""
         self._calm = 0
 
     def calm(self, optimizer: int, nominal: Sequence[float]) -> str | None:
-        """Count a calm step; returns what was relaxed, in words, or None.
+        """Counts a calm step; returns a description of what was relaxed, or None.
 
         Args:
-            optimizer: whose step it was.
-            nominal: learning rates of its groups as the scheduler wrote them.
+            optimizer: index of the optimizer.
+            nominal: learning rates of its groups as the scheduler set them.
         """
         self._calm += 1
         if self._release(optimizer, nominal):
@@ -135,7 +135,7 @@ class Backoff:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What is in force, as plain floats."""
+        """Returns factors, patience and holds as plain values."""
         return {
             "lr_factor": self.lr_factor,
             "clip_factor": self.clip_factor,
@@ -145,7 +145,7 @@ class Backoff:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         self.lr_factor = float(state["lr_factor"])
         self.clip_factor = float(state["clip_factor"])
         self.patience, self._relaxed = int(state["patience"]), bool(state["relaxed"])
@@ -153,11 +153,11 @@ class Backoff:
 
 
 class Baseline:
-    """What gradient norms and update-to-weight ratios are on healthy steps.
+    """Gradient norms and update-to-weight ratios of recent healthy steps.
 
     Args:
-        window: healthy steps remembered.
-        min_history: healthy steps before `excess` says anything.
+        window: number of healthy steps kept.
+        min_history: ratios needed before `excess` can be above 1.
     """
 
     def __init__(self, window: int = 100, min_history: int = 10) -> None:
@@ -166,28 +166,28 @@ class Baseline:
         self._min_history = min_history
 
     def add(self, grad_norm: float, update_ratio: float | None) -> None:
-        """Learn a healthy step."""
+        """Adds a healthy step."""
         self._norms.add(grad_norm)
         if update_ratio:
             self._ratios.add(update_ratio)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Both windows."""
+        """Returns both windows."""
         return {"norms": list(self._norms.values), "ratios": list(self._ratios.values)}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Put such windows back."""
+        """Restores both windows."""
         self._norms.replace(state["norms"])
         self._ratios.replace(state["ratios"])
 
     def clip_threshold(self, factor: float) -> float | None:
-        """Twice the median gradient norm times the factor; None at factor 1 or before any step."""
+        """Returns twice the median norm times a factor; None at factor 1 or without a norm."""
         if factor >= 1 or not len(self._norms) or self._norms.median <= 0:
             return None
         return 2 * self._norms.median * factor
 
     def excess(self, update_ratio: float | None) -> float:
-        """How many times its median an update-to-weight ratio is, at least 1."""
+        """Returns an update-to-weight ratio divided by the median, at least 1."""
         if not update_ratio or len(self._ratios) < self._min_history:
             return 1.0
         return max(1.0, update_ratio / self._ratios.median)

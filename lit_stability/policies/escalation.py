@@ -1,18 +1,17 @@
-"""Which response an anomaly gets: the smallest that is enough, on a budget, ending in a stop.
+"""The escalation policy: chooses the mildest sufficient response within a budget, and stops last.
 
-Data in, data out: no torch, no Lightning. The ladder is monotone state: a rollback never rewinds
-it, and a checkpoint carries it.
+Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 
-    bad batch, state intact ......... take the step again; if it returns, leave the batch out
-    learning rate jumped ............ hold it at what the run has borne
-    weights or moments damaged ...... roll back and replay; if it returns, leave the suspect out;
-                                      then from an older snapshot; then as below
-    struck again on probation ....... roll back with a lower learning rate and a tighter clip
-    learning rate likely too high ... the same, at once; not again if it was to no avail
-    architecture certain to fail .... stop, with the cause
-    budget spent .................... stop, with the remedy
+    bad batch, state intact ......... retry the step; if the anomaly recurs, skip the batch
+    learning rate jumped ............ hold it at its last accepted value
+    weights or moments damaged ...... roll back and replay; if the damage recurs, skip the suspected
+                                      batch; then use an older snapshot; then as below
+    anomaly during probation ........ roll back with a lower learning rate and a tighter clip
+    learning rate likely too high ... the same at once; not again if it did not help
+    architecture certain to fail .... stop with the cause
+    budget spent .................... stop with what to try
 
-Where data cannot be replayed, a bad batch is skipped at once and a rollback goes on with new data.
+If data cannot be replayed, a bad batch is skipped at once and a rollback continues with new data.
 """
 
 from __future__ import annotations
@@ -34,31 +33,32 @@ from lit_stability.policies.actions import (
 from lit_stability.policies.reproducibility import ReproducibilityCheck, Verdict
 
 _LARGEST_CUT = 1e3
-"""A single rollback divides the learning rate by no more than this."""
+"""Largest divisor of the learning rate in one rollback."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many responses a run may spend.
+    """Limits on the number of responses in a run.
 
     Raises:
         ValueError: if a number is out of its range.
     """
 
     skips_in_a_row: int = 10
-    """Steps skipped one after the other before the state is suspected and rolled back."""
+    """Consecutive skipped steps before the state is suspected and rolled back."""
     skips: int = 100
     rollbacks: int = 8
     holds: int = 8
     refill_skips_every: int = 20
-    """Healthy steps that give back one skip: with one bad batch in twenty a run still goes on."""
+    """Healthy steps that refund one skip: a run with one bad batch in twenty can continue."""
     refill_every: int = 500
-    """Healthy steps that give back one rollback and one hold."""
+    """Healthy steps that refund one rollback and one hold."""
     lr_factor: float = 0.5
-    """Learning-rate cut of a rollback that follows another within probation."""
+    """Factor on the learning rate in a rollback during the probation of another."""
     clip_factor: float = 0.5
+    """Factor on the clipping threshold in that rollback."""
     probation: int = 50
-    """Healthy steps after a rollback within which the next one counts as a second strike."""
+    """Healthy steps after a rollback during which another rollback lowers the learning rate."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -70,14 +70,14 @@ class Budget:
 
 
 class EscalationPolicy:
-    """Chooses responses and counts what they cost.
+    """Chooses the response to each anomaly and counts the responses against the budget.
 
-    However anomalies arrive, at most ``skips + rollbacks + holds`` responses are given, plus one
-    per ``refill_skips_every`` and two per ``refill_every`` healthy steps; when one sort has run out
-    the next heavier is taken, and at the end of the ladder is `Stop`.
+    In any sequence of anomalies there are at most ``skips + rollbacks + holds`` responses, plus
+    one per ``refill_skips_every`` and two per ``refill_every`` healthy steps. When one kind of
+    response is used up, the next stronger one is chosen, and `Stop` last.
 
     Args:
-        budget: the limits.
+        budget: limits of each response; None for the defaults.
 
     >>> from lit_stability.detectors import Anomaly
     >>> nan = Anomaly(kind="non-finite loss", step=3, value=float("nan"), message="", signal="loss")
@@ -98,15 +98,15 @@ class EscalationPolicy:
         self._healthy = 0
         self._since_rollback: int | None = None
         self.reproducibility = ReproducibilityCheck()
-        """Of the steps since a snapshot."""
+        """Check of the steps replayed since a snapshot."""
         self.retried = ReproducibilityCheck(slack=0)
-        """Of one step alone."""
+        """Check of a single retried step."""
         self.lowered: tuple[int, float] | None = None
-        """Step and value of the anomaly that the learning rate was lowered for as its cause, until
-        the step is passed."""
+        """Step and value of the anomaly for which the learning rate, as its cause, was lowered;
+        None once that step is healthy."""
 
     def healthy(self, step: int | None = None) -> Verdict | None:
-        """Count a healthy step; returns the verdict of a trial that ends with it."""
+        """Counts a healthy step; returns the verdict of a check that ends with it, or None."""
         self._skips_in_a_row = 0
         self._healthy += 1
         if self.lowered is not None and step is not None and step >= self.lowered[0]:
@@ -124,7 +124,7 @@ class EscalationPolicy:
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
     def returns(self, anomaly: Anomaly, *, state_corrupted: bool) -> bool:
-        """Whether an anomaly is the return of one that the same steps were taken again for."""
+        """Returns whether an anomaly is a recurrence of the one whose steps are run again."""
         damaged = anomaly.state_corrupted or state_corrupted
         return (self.reproducibility if damaged else self.retried).returns(anomaly.step)
 
@@ -140,20 +140,20 @@ class EscalationPolicy:
         recommended_action: RecommendedAction = "usual",
         cause: str = "",
     ) -> Response:
-        """Choose and pay for the response to an anomaly.
+        """Chooses the response to an anomaly and charges it to the budget.
 
         Args:
-            anomaly: what was found.
-            state_corrupted: whether an audit of weights and optimizer state found damage, beyond
-                what the anomaly itself knows.
-            excess: how many times its healthy baseline the update-to-weight ratio was just before;
-                a cut divides the learning rate by at least this much, up to 1000.
-            replay: whether the step, or those since the snapshot, can be taken again.
+            anomaly: the anomaly found by a detector.
+            state_corrupted: whether an audit of weights and optimizer state found damage, in
+                addition to what the anomaly reports.
+            excess: last update-to-weight ratio divided by its healthy baseline; a cut divides the
+                learning rate by at least this, up to 1000.
+            replay: whether the step, or the steps since the snapshot, can be run again.
             older: whether there is a snapshot before the newest confirmed one.
-            adjusted: whether something was changed that may cure it, such as the precision: what
-                returned with the old is tried with the new as if it had not.
-            recommended_action: what the cause asks for; see `lit_stability.diagnosis`.
-            cause: for the reason of a stop.
+            adjusted: whether a setting that may be the cause was changed, such as the precision:
+                earlier recurrences then no longer count.
+            recommended_action: what the likely cause recommends; see `lit_stability.diagnosis`.
+            cause: name of the likely cause, for the reason of a stop.
         """
         if recommended_action == "stop":
             return Stop(f"{cause} ({anomaly.message})")
@@ -167,21 +167,21 @@ class EscalationPolicy:
             return HoldLearningRate(anomaly.hold)
         if (
             recommended_action == "lower"
-            and not self._in_vain(anomaly)
+            and not self._lowered_in_vain(anomaly)
             and self._spend("rollbacks")
         ):
             self.reproducibility.end()
             self.lowered = anomaly.step, anomaly.value
             return self._lower(excess, replay)
-        row_is_full = self._skips_in_a_row >= self.budget.skips_in_a_row
-        if not damaged and not row_is_full and self._spend("skips"):
+        streak_is_over = self._skips_in_a_row >= self.budget.skips_in_a_row
+        if not damaged and not streak_is_over and self._spend("skips"):
             return self._reject_step(anomaly.step, replay)
         if self._spend("rollbacks"):
             if replay and damaged:
                 return self._replay(anomaly, excess, older)
             return self._roll_back(damaged, anomaly.kind == "divergence", excess, replay)
         return Stop(
-            f"{anomaly.kind} came back after {self.budget.rollbacks} rollbacks ({anomaly.message})"
+            f"{anomaly.kind} recurred after {self.budget.rollbacks} rollbacks ({anomaly.message})"
         )
 
     def _reject_step(self, step: int, replay: bool) -> Response:
@@ -193,15 +193,15 @@ class EscalationPolicy:
         return SkipStep()
 
     def _replay(self, anomaly: Anomaly, excess: float, older: bool) -> RollBack:
-        outside = anomaly.kind not in ("divergence", "update spike")
-        again = (
-            self._on_probation and not outside and not self.reproducibility.returns(anomaly.step)
+        from_training = anomaly.kind in ("divergence", "update spike")
+        lower = (
+            self._on_probation and from_training and not self.reproducibility.returns(anomaly.step)
         )
         self.reproducibility.begin(anomaly.step)
         self._since_rollback = 0
         self._skips_in_a_row = 0
         stage = self.reproducibility.stage
-        if stage >= (3 if older else 2) or again:
+        if stage >= (3 if older else 2) or lower:
             cut = self._cut(excess)
             return RollBack(cut, self.budget.clip_factor, True, stage > 0, older and stage > 0)
         return RollBack(replay=True, leave_out=stage > 0, older=stage > 1)
@@ -209,11 +209,11 @@ class EscalationPolicy:
     def _roll_back(
         self, damaged: bool, diverged: bool, excess: float, replay: bool = False
     ) -> RollBack:
-        again = self._on_probation
+        on_probation = self._on_probation
         self._since_rollback = 0
         self._skips_in_a_row = 0
-        if damaged and not diverged and not again:
-            # Damage from outside blames neither the learning rate nor the batch.
+        if damaged and not diverged and not on_probation:
+            # Damage from outside is evidence against neither the learning rate nor the batch.
             return RollBack()
         return self._lower(excess, replay)
 
@@ -222,15 +222,15 @@ class EscalationPolicy:
         self._skips_in_a_row = 0
         return RollBack(self._cut(excess), self.budget.clip_factor, replay)
 
-    def _in_vain(self, anomaly: Anomaly) -> bool:
-        """Whether half the learning rate has led to the same, or nearly, at the very same step."""
+    def _lowered_in_vain(self, anomaly: Anomaly) -> bool:
+        """Returns whether a lower learning rate led to nearly the same anomaly at the same step."""
         if self.lowered is None:
             return False
         step, value = self.lowered
         return anomaly.step == step and anomaly.value > value / 2
 
     def regime_change(self) -> None:
-        """What was tried was tried on something that is no trouble."""
+        """Ends all checks and the probation, as the anomalies so far are accepted as normal."""
         self.reproducibility.end()
         self.retried.end()
         self.lowered = self._since_rollback = None
@@ -242,22 +242,22 @@ class EscalationPolicy:
         return since is not None and since < self.budget.probation
 
     def _cut(self, excess: float) -> float:
-        # An Inf among the weights makes the excess Inf; a factor of 0 would end learning for good.
+        # An Inf among the weights makes the excess Inf; a factor of 0 would end learning.
         return min(self.budget.lr_factor, 1.0 / min(max(1.0, excess), _LARGEST_CUT))
 
-    def _spend(self, sort: str) -> bool:
-        if self._left[sort] <= 0:
+    def _spend(self, kind: str) -> bool:
+        if self._left[kind] <= 0:
             return False
-        self._left[sort] -= 1
+        self._left[kind] -= 1
         return True
 
     @property
     def left(self) -> dict[str, int]:
-        """Responses left of each sort."""
+        """Number of responses left, by kind."""
         return dict(self._left)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, as plain ints; the budget itself comes from the constructor."""
+        """Returns the counters as plain ints; the budget comes from the constructor."""
         return {
             "left": dict(self._left),
             "skips_in_a_row": self._skips_in_a_row,
@@ -266,9 +266,9 @@ class EscalationPolicy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back, within today's budget."""
+        """Restores the counters, limited by the current budget."""
         limits = asdict(self.budget)
-        self._left = {sort: min(int(n), limits[sort]) for sort, n in state["left"].items()}
+        self._left = {kind: min(int(n), limits[kind]) for kind, n in state["left"].items()}
         self._skips_in_a_row = int(state["skips_in_a_row"])
         self._healthy = int(state["healthy"])
         since = state["since_rollback"]

@@ -1,7 +1,6 @@
-"""Which precision a run is in: down when numbers overflow, and up again after a calm while.
+"""Chooses the precision of a run: a larger range after an overflow, the former one when it is calm.
 
-Data in, data out: no torch, no Lightning. Monotone state: a rollback never rewinds it, a checkpoint
-carries it.
+Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 """
 
 from __future__ import annotations
@@ -10,36 +9,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PRECISIONS = ("16-true", "bf16-true", "16-mixed", "bf16-mixed", "32-true")
-"""Lightning's names, those that keep fewer numbers first."""
+"""Lightning's names; the smallest range and the fewest bits come first."""
 
 
 def lower_precisions(precision: str) -> tuple[str, ...]:
-    """Where a run falls back to from a precision, by default.
+    """Returns the default fallback precisions of a precision.
 
     >>> lower_precisions("16-mixed"), lower_precisions("bf16-true"), lower_precisions("32-true")
     (('bf16-mixed', '32-true'), ('bf16-mixed', '32-true'), ())
     """
     wanted = ("bf16-mixed", "32-true")
-    return tuple(r for r in wanted if precision in PRECISIONS and is_below(r, precision))
+    return tuple(p for p in wanted if precision in PRECISIONS and is_below(p, precision))
 
 
 def is_below(level: str, precision: str) -> bool:
-    """Whether one precision is further down than another."""
+    """Returns whether a precision comes after another in `PRECISIONS`."""
     return PRECISIONS.index(level) > PRECISIONS.index(precision)
 
 
 class PrecisionPolicy:
-    """Goes down a rung at a time, and tries the one above again after ``wait`` healthy steps.
+    """Falls back one precision level at a time, and retries the faster one after a calm period.
 
-    A try that fails, within as many steps, doubles the wait; after ``failures`` of them the ladder
-    stays down. It never goes back to half-precision weights: what they rounded away is lost. So at
-    most ``levels + failures`` changes go down, however the run behaves.
+    A retry fails if the next fallback comes within ``wait`` healthy steps: this doubles ``wait``.
+    After ``failures`` failed retries the policy stays where it is. It never returns to
+    half-precision weights, since their rounding errors persist. So there are at most
+    ``levels + failures`` fallbacks, however the run behaves.
 
     Args:
-        home: the precision that the run was started in.
-        levels: those below it, in order.
-        wait: healthy steps before the faster precision is tried again.
-        failures: tries that may fail.
+        home: precision in which the run was started.
+        levels: fallback precisions, in order.
+        wait: healthy steps before the faster precision is retried.
+        failures: number of retries that may fail.
 
     >>> escalation = PrecisionPolicy("16-mixed", ["bf16-mixed", "32-true"], wait=2, failures=1)
     >>> escalation.down(), [escalation.healthy() for _ in range(2)], escalation.current
@@ -60,27 +60,27 @@ class PrecisionPolicy:
 
     @property
     def home(self) -> str:
-        """The precision that the run was started in."""
+        """Precision in which the run was started."""
         return self._names[0]
 
     @property
     def current(self) -> str:
-        """The precision in force."""
+        """Precision currently in use."""
         return self._names[self._at]
 
     @property
     def has_lower_precision(self) -> bool:
-        """Whether there is anything to fall back to, from wherever it is."""
+        """Whether there are fallback precisions at all."""
         return len(self._names) > 1
 
     @property
     def next(self) -> str | None:
-        """The rung below, or None."""
+        """Next fallback precision; None at the last level."""
         return self._names[self._at + 1] if self._at + 1 < len(self._names) else None
 
     def down(self) -> str:
-        """Go down a rung; it counts as a failure while the rung above is being tried again."""
-        assert self.next is not None, "no rung is left"
+        """Falls back one level and returns it; counts as a failed retry if one is running."""
+        assert self.next is not None, "no precision level is left"
         self._at += 1
         self._calm = 0
         if self._trying:
@@ -90,11 +90,11 @@ class PrecisionPolicy:
         return self.current
 
     def disturbed(self) -> None:
-        """An incident: the calm begins anew."""
+        """Restarts the count of healthy steps, at an incident."""
         self._calm = 0
 
     def healthy(self) -> str | None:
-        """Count a healthy step; the precision to try again with the next one, or None."""
+        """Counts a healthy step; returns the precision to retry from the next step on, or None."""
         self._calm += 1
         if self._calm < self._wait:
             return None
@@ -106,7 +106,7 @@ class PrecisionPolicy:
         return self.current
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is and what it has cost, with the names it belongs to."""
+        """Returns the level, the counters and the precision names they belong to."""
         return {
             "names": list(self._names),
             "at": self._at,
@@ -117,7 +117,7 @@ class PrecisionPolicy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Put such a state back; False for one of another run, that is left alone."""
+        """Restores a state; returns False and ignores it if it has other precision names."""
         if tuple(state["names"]) != self._names:
             return False
         self._at, self._wait, self._calm = int(state["at"]), int(state["wait"]), int(state["calm"])

@@ -1,7 +1,7 @@
-"""Whether an anomaly returns when the same steps are taken again.
+"""Checks whether an anomaly recurs when the same steps are run again.
 
-Data in, data out: no torch, no Lightning. Monotone state: a rollback never rewinds it. A
-checkpoint does not carry it, as a restarted job does not begin at the snapshot.
+Imports neither torch nor Lightning. A rollback does not restore its state, and checkpoints do not
+contain it, since a restarted job does not begin at the snapshot.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ Verdict = Literal["transient", "deterministic"]
 
 @dataclass
 class ReproducibilityCheck:
-    """Steps taken again after an anomaly, to see whether it returns.
+    """Decides from the steps that are run again whether an anomaly is deterministic.
 
-    It returns if anything is found before the step of the anomaly, and ``slack`` more, have been
-    passed. The first pass changes nothing; each return raises the stage, and with it what is
-    changed for the next pass.
+    The anomaly counts as recurred if any anomaly is found up to ``slack`` steps after its own step.
+    The first run changes nothing; each recurrence raises ``stage``, which selects what is changed
+    for the next run.
 
     Args:
-        slack: steps beyond that of the anomaly; damage is found some steps after it is done.
+        slack: steps after that of the anomaly; damage is found some steps after it occurred.
 
     >>> reproducibility = ReproducibilityCheck(slack=0)
     >>> reproducibility.begin(7); reproducibility.passed(6); reproducibility.passed(7)
@@ -37,28 +37,28 @@ class ReproducibilityCheck:
     _until: int | None = None
 
     def returns(self, step: int) -> bool:
-        """Whether an anomaly at a step is the return of the one on trial."""
+        """Returns whether an anomaly at this step is a recurrence of the one that is checked."""
         return self._until is not None and step <= self._until
 
     @property
     def active(self) -> bool:
-        """Whether the steps are being taken again."""
+        """Whether a check is running."""
         return self._until is not None
 
     def begin(self, step: int) -> None:
-        """Take the steps up to one again; a pass that follows a return is a stage higher."""
+        """Starts a check of the anomaly at this step; raises the stage if it is a recurrence."""
         if self.returns(step):
             self.stage += 1
         else:
             self.stage, self._until = 0, step + self.slack
 
     def passed(self, step: int) -> Verdict | None:
-        """Count a healthy step; the verdict once the anomaly's own is passed."""
+        """Counts a healthy step; returns the verdict once the checked steps are over."""
         if self._until is None or step < self._until:
             return None
         self._until = None
         return "deterministic" if self.stage else "transient"
 
     def end(self) -> None:
-        """Another batch takes the place of the one on trial."""
+        """Ends the check without a verdict, as another batch takes the place of the checked one."""
         self._until = None

@@ -1,4 +1,4 @@
-"""Recovery from exceptions: a fit that crashes is begun again from its last good checkpoint.
+"""Recovery from exceptions: a fit that crashes is restarted from its last good checkpoint.
 
 May import Lightning.
 """

@@ -1,4 +1,4 @@
-"""`RestartCallback`: the callback through which a recovery reaches into one fit.
+"""`RestartCallback`: applies a recovery plan inside one fit.
 
 May import Lightning.
 """
@@ -14,58 +14,60 @@ from lit_stability.restart.checkpoint_edits import count_in_parts, forget_moment
 from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes
 from lit_stability.restart.remedies import Plan
-from lit_stability.trainer_internals import callbacks_of
+from lit_stability.trainer_internals import batches_begun, callbacks_of
 from lit_stability.trainer_internals.skip_batches import TrainingData
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 _KEY = "lit_stability.restart"
 _PARTS = "accumulate_grad_batches"
+_OWNER = "restart"
+"""Owner of this callback's factors on the learning rate."""
 
 
 class RemedyFailedError(RuntimeError):
-    """Raised before the first step when a remedy had no effect; the message says what to mend."""
+    """Raised before the first step if a remedy had no effect; the message says what to fix."""
 
 
 class CountedInPartsError(RuntimeError):
-    """Raised by the first fit if its checkpoint is from one whose batches had been cut."""
+    """Raised by the first fit if its checkpoint is from a fit with smaller micro-batches."""
 
     def __init__(self, parts: int) -> None:
-        super().__init__(f"the checkpoint counts in batches cut into {parts}")
+        super().__init__(f"the checkpoint counts micro-batches that were split into {parts}")
         self.parts = parts
 
 
 class RestartCallback(Callback):
-    """Carries a plan out in one fit, and notes where it ends.
+    """Applies a plan in one fit, and records where the fit ends.
 
-    The checkpoint is changed in memory, between its being read and its being restored: the file
-    is never touched. A callback whose own state counts batches overrides
+    The checkpoint is changed in memory after it was loaded and before it is restored; the file is
+    never changed. A callback whose own state counts batches overrides
     `StabilityCallback.rescale_batch_counts`.
 
     Args:
-        plan: what to do differently.
-        first: whether this is the first fit, which is left as the user made it.
-        initial_state: takes what the fit brings into being.
+        plan: what this fit does differently.
+        first: whether this is the first fit, which runs as the user configured it.
+        initial_state: records layers and parameters that the fit creates.
     """
 
     def __init__(self, plan: Plan, *, first: bool, initial_state: InitialState) -> None:
         self._plan, self._first, self._initial_state = plan, first, initial_state
         self._data: TrainingData | None = None
         self._lowered = False
-        """Whether a callback has lowered the learning rate, and restores it."""
+        """Whether another callback has lowered the learning rate, and will raise it again."""
         self.error: BaseException | None = None
-        """What ended the fit, as it was before any other callback heard of it."""
+        """The exception that ended the fit, before any other callback could raise another."""
         self.not_fetched: tuple[Any, ...] | None = None
-        """Samples of the batch that was being fetched."""
+        """Samples of the batch that was being fetched when the fit ended."""
         self.position = (0, 0, 0)
-        """Step, epoch, and batches begun in this epoch, when it ended."""
+        """Step, epoch, and number of batches started in this epoch, when the fit ended."""
 
     @property
     def state_key(self) -> str:
-        """By what its state is found in a checkpoint."""
+        """Returns the key of this callback's state in a checkpoint."""
         return _KEY
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Follow the data; leave it to the plan how careful a restart is."""
+        """Installs the filter for skipped batches, and calls ``on_restart`` in a restarted fit."""
         self._data = TrainingData(trainer, self._plan.unwanted)
         if not self._first:
             call_hook("on_restart", trainer, pl_module)
@@ -73,7 +75,12 @@ class RestartCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Fit what was loaded to the plan."""
+        """Changes the loaded checkpoint according to the plan.
+
+        Raises:
+            CountedInPartsError: if the checkpoint counts smaller micro-batches than the first fit.
+            RemedyFailedError: if the position in the epoch cannot be converted.
+        """
         if self._plan.forgets_moments:
             forget_moments(checkpoint)
         states = checkpoint.get("callbacks", {})
@@ -85,8 +92,8 @@ class RestartCallback(Callback):
             return
         if now % written:
             raise RemedyFailedError(
-                f"the checkpoint was written with accumulate_grad_batches={written}, this fit has "
-                f"{now}: its place in the epoch has no equivalent"
+                f"the checkpoint was written with accumulate_grad_batches={written}, which does "
+                f"not divide the {now} of this fit: its position in the epoch cannot be converted"
             )
         parts = now // written
         count_in_parts(checkpoint, parts)
@@ -96,25 +103,29 @@ class RestartCallback(Callback):
                 rescale(states[callback.state_key], parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of new layers; lower learning rate and clip where an AutoRollback holds them.
+        """Records new layers; lowers learning rate and clip if a callback such as AutoRollback can.
 
-        Callbacks have their state back by now, and put it in force when the training starts.
+        The callbacks have restored their state by now, and apply it when training starts.
         """
         if trainer.ckpt_path is None:
             self._initial_state.add(pl_module)
         self._lowered = self._plan.cut < 1 and lower_learning_rate(trainer, self._plan.cut)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that a halved batch size reached the data; lower the learning rate otherwise."""
+        """Checks that a halved batch size is in use; lowers the learning rate if no callback did.
+
+        Raises:
+            RemedyFailedError: if the training loader ignores the halved batch size.
+        """
         self._count_missing(True)
         self._check_batch_size(trainer)
         if self._plan.cut < 1 and not self._lowered:
             for optimizer in trainer.optimizers:
                 factors = [self._plan.cut] * len(optimizer.param_groups)
-                learning_rate_multiplier(optimizer).set(factors)
+                learning_rate_multiplier(optimizer).set(factors, _OWNER)
         for config in trainer.lr_scheduler_configs if self._plan.parts > 1 else []:
             if config.interval == "step":
-                # Lightning counts it in batches, not in steps.
+                # Lightning counts the frequency in batches, not in optimizer steps.
                 config.frequency *= self._plan.parts
 
     def _check_batch_size(self, trainer: Trainer) -> None:
@@ -125,22 +136,22 @@ class RestartCallback(Callback):
             if want is not None and have is not None and want != have:
                 raise RemedyFailedError(
                     f"batch_size was halved, but the training loader has batches of {have} instead "
-                    f"of {want}: let train_dataloader() build it with the batch_size attribute"
+                    f"of {want}: use the batch_size attribute in train_dataloader()"
                 )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the epoch end where its data do."""
+        """Makes the epoch end where its data end if batches are skipped."""
         self._count_missing(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have an epoch that lacks batches be validated."""
+        """Lets an epoch with skipped batches reach its validation."""
         if self._data is not None:
             self._data.batch_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the next epoch be measured whole."""
+        """Lets the next epoch be measured with all its batches."""
         self._count_missing(False)
 
     def _count_missing(self, yes: bool) -> None:
@@ -150,24 +161,23 @@ class RestartCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Note where the fit ended, while its loops still know."""
-        loop = trainer.fit_loop.epoch_loop
+        """Records the exception and the position of the loops before Lightning resets them."""
         self.error = exception
         self.position = (
             trainer.global_step,
             trainer.current_epoch,
-            loop.batch_progress.current.ready,
+            batches_begun(trainer),
         )
         self.not_fetched = None if self._data is None else self._data.not_fetched()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the trainer as it was found."""
+        """Removes the filter for skipped batches from the trainer."""
         if self._data is not None:
             self._data.close()
             self._data = None
 
     def state_dict(self) -> dict[str, Any]:
-        """In which micro-batches the checkpoint counts, if not in those of the first fit."""
+        """Returns the accumulation of this fit if it differs from that of the first fit."""
         if self._plan.parts == 1:
             return {}
         return {_PARTS: self._plan.overrides["accumulate_grad_batches"]}

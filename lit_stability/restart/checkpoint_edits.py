@@ -1,6 +1,6 @@
-"""A checkpoint for smaller micro-batches: where it stands in its epoch, counted in them.
+"""Edits of a loaded checkpoint: progress counters for smaller micro-batches, empty optimizer state.
 
-Works on the dict that Lightning has loaded, never on the file. Imports neither torch nor Lightning.
+Changes the dict that Lightning has loaded, never the file. Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ _PROGRESS = "epoch_loop.batch_progress"
 
 
 def count_in_parts(checkpoint: MutableMapping[str, Any], parts: int) -> None:
-    """Rewrite the counters of batches for batches cut into equal parts.
+    """Converts the batch counters for batches that are split into equal parts.
 
-    After batch k of the epoch comes batch k x parts. Optimizer and scheduler steps are not
-    touched: with as much more accumulation there are as many of them as before.
+    Batch k of the epoch becomes batch k x parts. The counts of optimizer and scheduler steps are
+    unchanged, because accumulation grows by the same factor.
 
     Args:
-        checkpoint: as Lightning makes it; changed in place.
-        parts: into how many each batch is cut.
+        checkpoint: a checkpoint in Lightning's format; changed in place.
+        parts: number of parts that each batch is split into.
 
     >>> counts = {"ready": 3, "started": 3, "processed": 3, "completed": 2}
     >>> loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": counts, "current": counts}}}
@@ -30,7 +30,7 @@ def count_in_parts(checkpoint: MutableMapping[str, Any], parts: int) -> None:
     fit_loop = checkpoint["loops"]["fit_loop"]
     progress = fit_loop[_PROGRESS]
     fit_loop[_PROGRESS] = {**progress} | {
-        # What has begun and is not completed is the last part of the last batch.
+        # The batch that was started but not completed is the last part of the last batch.
         span: {name: count + (parts - 1) * counts["ready"] for name, count in counts.items()}
         for span, counts in progress.items()
         if span in ("total", "current")
@@ -38,7 +38,7 @@ def count_in_parts(checkpoint: MutableMapping[str, Any], parts: int) -> None:
 
 
 def forget_moments(checkpoint: MutableMapping[str, Any]) -> None:
-    """Empty the state of every optimizer, which begins anew; its options stay.
+    """Clears the state of every optimizer, so that it starts from scratch; its options stay.
 
     >>> checkpoint = {"optimizer_states": [{"state": {0: "moments"}, "param_groups": [0]}]}
     >>> forget_moments(checkpoint)

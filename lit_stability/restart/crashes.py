@@ -1,6 +1,6 @@
-"""What ended a fit: which kind of trouble an exception means, and where it was raised.
+"""Classifies the exception that ended a fit, and finds where it was raised.
 
-May import torch; knows no Lightning.
+May import torch, but not Lightning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from lit_stability.checks.preflight.finding import PreflightError
+from lit_stability.checks.preflight.report import PreflightError
 from lit_stability.incidents import TrainingStopped
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
@@ -31,15 +31,15 @@ _DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 
 @dataclass(frozen=True, kw_only=True)
 class Crash:
-    """An exception that came out of ``Trainer.fit``, without what it keeps alive."""
+    """Description of an exception from ``Trainer.fit``, without references to its objects."""
 
     attempt: int
-    """Which fit it ended, from 1."""
+    """Number of the fit that it ended, from 1."""
     kind: Kind
     error: str
-    """Name of its class."""
+    """Class name of the exception."""
     message: str
-    """Its first line; of one that a worker sent, the last."""
+    """First line of its message; the last line if a DataLoader worker raised it."""
     place: str
     """File, line and function that raised it."""
     step: int
@@ -47,24 +47,24 @@ class Crash:
     batch_idx: int
     """The batch that was being fetched or trained on."""
     samples: tuple[object, ...] | None = None
-    """What the sampler asked of the data set, where fetching failed and it is known."""
+    """Indices that the sampler requested, if fetching failed and they are known."""
     in_a_row: int = 1
-    """Crashes since the last progress, this one included."""
+    """Number of crashes since the last progress, this one included."""
 
     @property
     def identity(self) -> tuple[str, str, int]:
-        """What a deterministic crash has in common with its return."""
+        """Returns what stays equal when a deterministic crash recurs."""
         return self.error, self.place, self.step
 
     def in_words(self) -> str:
-        """What happened, on one line."""
+        """Returns the crash as one line of text."""
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch_idx})"
         text = f": {self.message}" if self.message else ""
         return f"crash {self.in_a_row} at {where}: {self.kind}: {self.error}{text}"
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Which kind of trouble an exception means.
+    """Returns the kind of crash that an exception indicates.
 
     >>> kind_of(MemoryError()), kind_of(RuntimeError("Function 'ExpBackward0' returned nan values"))
     ('out of memory', 'instability')
@@ -73,7 +73,7 @@ def kind_of(error: BaseException) -> Kind:
     if isinstance(error, TrainingStopped):
         return "instability"
     if isinstance(error, PreflightError):
-        # Whatever it names: nothing was trained, and no learning rate mends it.
+        # Whatever the cause: nothing was trained yet, so a lower learning rate cannot help.
         return "other"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "out of memory"
@@ -82,7 +82,7 @@ def kind_of(error: BaseException) -> Kind:
     if isinstance(error, RuntimeError) and _LOST_DEVICE.search(text):
         return "device"
     if _while_fetching(error):
-        # A worker that was killed says nothing about the data it was reading.
+        # A killed worker does not mean that the data it was reading are bad.
         return "other" if _DEAD_WORKER.search(text) else "data"
     if isinstance(error, (RuntimeError, ValueError, ArithmeticError)) and _NONFINITE.search(text):
         return "instability"
@@ -90,7 +90,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def place_of(error: BaseException) -> str:
-    """File, line and function that raised it; empty for one that never was."""
+    """Returns file, line and function that raised the exception; "" if it was never raised."""
     frames = list(traceback.walk_tb(error.__traceback__))
     if not frames:
         return ""
@@ -99,7 +99,7 @@ def place_of(error: BaseException) -> str:
 
 
 def headline(error: BaseException) -> str:
-    r"""The line of its message that says most, at most 500 characters of it.
+    r"""Returns the most informative line of its message, cut to 500 characters.
 
     >>> headline(ValueError("Caught OSError in DataLoader worker process 0.\n...\nOSError: 7"))
     'OSError: 7'
@@ -109,7 +109,7 @@ def headline(error: BaseException) -> str:
 
 
 def _while_fetching(error: BaseException) -> bool:
-    """Whether it came out of fetching a batch to train on."""
+    """Returns whether it was raised while fetching a training batch."""
     files = [f.f_code.co_filename.replace("\\", "/") for f in _frames(error)]
     fetching = any(file.endswith(_FETCH) for file in files)
     return fetching and not any(file.endswith(_EVALUATION) for file in files)
@@ -120,23 +120,23 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 
 def forget_locals(error: BaseException) -> None:
-    """Clear what the frames of an exception, and of those behind it, keep alive.
+    """Clears the local variables in the frames of an exception and of its causes.
 
-    The traceback keeps its files and lines, so that the exception can still be raised and read.
+    The traceback keeps its files and lines, so the exception can still be raised and read.
     """
     seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        each = waiting.pop()
-        if each is None or id(each) in seen:
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
             continue
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        waiting += [each.__cause__, each.__context__]
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        pending += [current.__cause__, current.__context__]
 
 
 def free_memory() -> None:
-    """Collect what nobody refers to any more, and hand cached blocks back to the device."""
+    """Collects garbage and returns cached blocks of memory to the device."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

@@ -1,4 +1,4 @@
-"""`fit_with_recovery`: fits again and again until one comes through, or none can.
+"""`fit_with_recovery`: restarts a fit after exceptions until it finishes or no remedy is left.
 
 May import Lightning.
 """
@@ -27,50 +27,57 @@ def fit_with_recovery(
     progress_steps: int = 100,
     find: Find | None = None,
 ) -> RecoveryResult:
-    """Fit, and after an exception fit again in this process from the last good checkpoint.
+    """Runs ``Trainer.fit``; after an exception, restarts it from the last good checkpoint.
 
-    Before a restart the memory of the failed fit is freed, and a remedy is chosen:
+    Restarts happen in this process. Before a restart, the memory of the failed fit is freed, and a
+    remedy is chosen by the kind of crash:
 
-    * out of memory: the ``batch_size`` attribute of module or data module (the one that
-      Lightning's batch size finder uses) is halved and ``accumulate_grad_batches`` doubled: the
-      same samples in the same optimizer steps. Results are the same up to rounding where the loss
-      is a mean over equally long micro-batches and no layer looks across samples. Where it cannot
-      be halved: the module's ``enable_activation_checkpointing()`` or transformers'
-      ``gradient_checkpointing_enable()``;
-    * non-finite values, or `TrainingStopped`: learning rate and clip are halved, by way of the
-      `AutoRollback`, which relaxes them again, or without one until that fit ends; the second time
-      in a row the optimizer state is new too, the third time the precision is 32;
-    * a batch that cannot be fetched: it is left out, whenever a batch of these samples comes;
-    * anything else: a plain restart, and none if the same error comes back at the same step.
+    * Out of memory: halves the ``batch_size`` attribute of the module or data module (the attribute
+      that Lightning's batch size finder uses) and doubles ``accumulate_grad_batches``, so that each
+      optimizer step sees the same samples. Results are equal up to rounding if the loss is a mean
+      over micro-batches of equal length and no layer mixes samples. If the batch size cannot be
+      halved: calls the module's ``enable_activation_checkpointing()`` or transformers'
+      ``gradient_checkpointing_enable()``.
+    * Non-finite values, or `TrainingStopped`: halves learning rate and clip, through `AutoRollback`
+      if there is one, which raises them again later, otherwise until that fit ends. The second
+      time in a row the optimizer state is reset too, the third time the precision is 32.
+    * A batch that cannot be fetched: skips every batch of these samples.
+    * Any other exception: restarts without a change, but not if the same error recurs at the same
+      step.
 
-    Without a good checkpoint, and none in ``ckpt_path``, a restart begins from the module's initial
-    state and the generators' of then. After ``max_crashes`` crashes in a row, or where no remedy is
-    left, the exception is raised as it came, with a note of all that was tried. KeyboardInterrupt
-    and SystemExit, and with it SIGTERM, are never recovered from. Every crash is one line on the
-    console and one in ``recoveries.jsonl`` in the first trainer's ``log_dir``.
+    Without a good checkpoint and without ``ckpt_path``, a restart begins from the initial states
+    of the module and the random generators. After ``max_crashes`` consecutive crashes, or if no
+    remedy is left, the original exception is raised with a note that lists what was tried.
+    KeyboardInterrupt and SystemExit (and therefore SIGTERM) are never recovered from. Every crash
+    is reported in one line on the console and one in ``recoveries.jsonl`` in the first trainer's
+    ``log_dir``.
 
-    A checkpoint of a fit whose batches had been halved is gone on from with batches as small.
+    A fit that resumes a checkpoint written with a halved batch size uses the halved batch size.
 
     Args:
-        make_trainer: called as ``make_trainer(**overrides)`` for each fit, with options of the
-            Trainer that override its own, none at first; returns a Trainer that is new, with new
+        make_trainer: called as ``make_trainer(**overrides)`` for each fit, with Trainer options
+            that override its own (none for the first fit). Returns a new Trainer with new
             callbacks, such as ``lambda **overrides: Trainer(**{**options, **overrides},
             callbacks=stability_callbacks())``.
-        model: in training; a copy of its initial state is kept in host memory. Attributes of its
-            own that no checkpoint holds are left as they are, a halved ``batch_size`` too.
-        datamodule: or None.
+        model: the module to train. A copy of its initial state is kept in host memory. Attributes
+            that no checkpoint contains are unchanged by a restart, and so is a halved
+            ``batch_size``.
+        datamodule: the data module, or None.
         train_dataloaders: as for ``Trainer.fit``; their batch size cannot be halved.
         val_dataloaders: as for ``Trainer.fit``.
-        ckpt_path: checkpoint that the first fit goes on from.
-        max_crashes: crashes in a row that are recovered from.
-        progress_steps: optimizer steps beyond the furthest crash after which crashes are counted
-            anew.
+        ckpt_path: checkpoint that the first fit resumes from.
+        max_crashes: number of consecutive crashes that are recovered from.
+        progress_steps: optimizer steps past the furthest crash after which the count of
+            consecutive crashes starts again at zero.
         find: finds the last good checkpoint in a fit's ``log_dir``; by default `find_last_good`,
-            which knows those of `LastKnownGood`.
+            which finds those of `LastKnownGood`.
+
+    Returns:
+        The trainer of the fit that finished, with the crashes and remedies before it.
 
     Raises:
-        ValueError: if an option is out of its range, or ``make_trainer`` is not as above.
-        RuntimeError: on several devices.
+        ValueError: if an option is out of range, or ``make_trainer`` does not work as described.
+        RuntimeError: if the trainer has several devices.
     """
     limits = Recover(max_crashes=max_crashes, progress_steps=progress_steps)
     data = {

@@ -1,4 +1,4 @@
-"""The loop of fits: fit, crash, remedy, fit.
+"""The recovery loop: fit, classify the crash, choose a remedy, fit again.
 
 May import Lightning.
 """
@@ -28,23 +28,23 @@ from lit_stability.restart.record import RecoveryRecord
 from lit_stability.restart.remedies import GiveUp, Plan
 from lit_stability.restart.resume_source import ResumeSource
 from lit_stability.restart.trainers import Trainers, own_callbacks
-from lit_stability.trainer_internals import callbacks_of, run_directory
+from lit_stability.trainer_internals import callbacks_of, run_directory, tear_down
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recover:
-    """How much is put up with before a crash is let through.
+    """Limits of the recovery from crashes.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
 
     max_crashes: int = 3
-    """Crashes in a row that are recovered from; the next one is raised."""
+    """Number of consecutive crashes that are recovered from; the next one is raised."""
     progress_steps: int = 100
-    """Optimizer steps beyond the furthest crash after which crashes are counted anew."""
+    """Optimizer steps past the furthest crash after which the count starts again at zero."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_crashes", 0), ("progress_steps", 1)):
@@ -55,17 +55,17 @@ class Recover:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """How a fit that came through went: its trainer, and every attempt before it."""
+    """Result of a fit that finished: its trainer, and the crashes before it."""
 
     trainer: Trainer
-    """That of the last attempt."""
+    """The trainer of the last restart attempt."""
     crashes: tuple[Crash, ...]
     remedies: tuple[str, ...]
-    """What was done about each crash."""
+    """What was changed after each crash."""
 
     @property
     def attempts(self) -> int:
-        """Fits begun."""
+        """Returns the number of fits started."""
         return len(self.crashes) + 1
 
 
@@ -73,11 +73,11 @@ class Recovery:
     """One call of `fit_with_recovery`.
 
     Args:
-        make_trainer: makes the trainer of each fit.
-        model: in training.
-        data: further arguments of ``Trainer.fit``.
-        limits: what is put up with.
-        sources: what a fit goes on from.
+        make_trainer: builds the trainer of each fit.
+        model: the module to train.
+        data: the data arguments of ``Trainer.fit``.
+        limits: how many crashes are recovered from.
+        sources: finds the checkpoint that a fit resumes from.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Recovery:
         self._furthest = 0
 
     def run(self) -> RecoveryResult:
-        """Fit until one comes through."""
-        before: Exception | None = None
+        """Fits until a fit finishes; raises the exception of the last fit if none does."""
+        previous: Exception | None = None
         source = self._sources.given
         while True:
-            trainer = self._trainer(before)
+            trainer = self._trainer(previous)
             attempt = RestartCallback(
                 self._plan, first=self._is_first, initial_state=self._initial_state
             )
@@ -113,13 +113,13 @@ class Recovery:
             error = self._fit(trainer, attempt, source)
             if error is None:
                 return RecoveryResult(trainer, tuple(self._crashes), tuple(self._remedies))
-            if isinstance(error, RemedyFailedError) and before is not None:
-                raise self._noted(before, str(error))
+            if isinstance(error, RemedyFailedError) and previous is not None:
+                raise self._with_note(previous, str(error))
             if isinstance(error, CountedInPartsError):
                 self._adopt(error, trainer)
             else:
                 source = self._recover(error, trainer, attempt)
-                before = error
+                previous = error
             self._release(trainer, attempt, error)
             del trainer, attempt, error
             free_memory()
@@ -132,50 +132,51 @@ class Recovery:
         return not self._crashes and self._plan.parts == 1
 
     def _adopt(self, error: CountedInPartsError, trainer: Trainer) -> None:
+        """Splits batches as in the run that wrote the given checkpoint."""
         try:
-            words = self._plan.adopt(error.parts, trainer, self._model)
+            change = self._plan.adopt(error.parts, trainer, self._model)
         except GiveUp as end:
             raise ValueError(str(end)) from None
-        log.info("as the run behind %s: %s", self._sources.given, words)
+        log.info("as in the run that wrote %s: %s", self._sources.given, change)
 
     def _recover(
         self, error: Exception, trainer: Trainer, attempt: RestartCallback
     ) -> Path | str | None:
-        """Choose a remedy and what to go on from, or raise the error."""
+        """Chooses a remedy and returns the checkpoint to resume from, or raises the error."""
         crash = self._crash(error, attempt)
         self._crashes.append(crash)
         reason = self._choose(crash, trainer)
         if reason is not None:
             self._lines.append(self._record_of(trainer).give_up(crash, reason))
-            raise self._noted(error, reason)
+            raise self._with_note(error, reason)
         source = self._sources.newest()
         self._lines.append(self._record_of(trainer).add(crash, self._remedies[-1], source))
         return source
 
     def _choose(self, crash: Crash, trainer: Trainer) -> str | None:
-        """Choose a remedy; returns why there is none, or None."""
-        most = self._limits.max_crashes
-        if crash.in_a_row > most:
-            return f"{crash.in_a_row} crashes in a row, max_crashes={most}"
+        """Chooses a remedy; returns the reason if there is none, otherwise None."""
+        limit = self._limits.max_crashes
+        if crash.in_a_row > limit:
+            return f"{crash.in_a_row} crashes in a row, max_crashes={limit}"
         try:
             self._remedies.append(self._plan.choose(crash, trainer, self._model))
         except GiveUp as end:
             return str(end)
         return None
 
-    def _trainer(self, before: Exception | None) -> Trainer:
+    def _trainer(self, previous: Exception | None) -> Trainer:
         try:
             trainer = self._trainers.make(self._plan.overrides)
         except Exception as error:
-            if before is None:
+            if previous is None:
                 raise
-            refusal = f"make_trainer(**{self._plan.overrides}) cannot be used: {error!r}"
+            reason = f"make_trainer(**{self._plan.overrides}) cannot be used: {error!r}"
         else:
             if self._is_first:
                 self._plan.accumulation = trainer.accumulate_grad_batches
             self._sources.add(run_directory(trainer))
             return trainer
-        raise self._noted(before, refusal)
+        raise self._with_note(previous, reason)
 
     def _record_of(self, trainer: Trainer) -> RecoveryRecord:
         if self._record is None:
@@ -183,21 +184,21 @@ class Recovery:
         return self._record
 
     def _fit(self, trainer: Trainer, attempt: RestartCallback, source: Path | str | None) -> Any:
-        """The exception that ended a fit, or None."""
+        """Runs a fit and returns the exception that ended it, or None."""
         try:
             trainer.fit(self._model, **self._data, ckpt_path=source)
         except Exception as error:
-            noted = attempt.error
-            if noted is None or error is noted:
+            first = attempt.error
+            if first is None or error is first:
                 return error
-            # A callback that failed over the first one kept the trainer from cleaning up.
+            # A callback raised while handling the first error, so the trainer did not clean up.
             with contextlib.suppress(Exception):
-                trainer._teardown()
-            return noted
+                tear_down(trainer)
+            return first
         return None
 
     def _crash(self, error: Exception, attempt: RestartCallback) -> Crash:
-        step, epoch, begun = attempt.position
+        step, epoch, started = attempt.position
         kind = kind_of(error)
         if self._in_a_row and step >= self._furthest + self._limits.progress_steps:
             self._in_a_row = 0
@@ -212,20 +213,20 @@ class Recovery:
             place=place_of(error),
             step=step,
             epoch=epoch,
-            batch_idx=begun if kind == "data" else max(0, begun - 1),
+            batch_idx=started if kind == "data" else max(0, started - 1),
             samples=attempt.not_fetched if kind == "data" else None,
             in_a_row=self._in_a_row,
         )
 
-    def _noted(self, error: Exception, reason: str) -> Exception:
+    def _with_note(self, error: Exception, reason: str) -> Exception:
         tried = "".join(f"\n  {line}" for line in self._lines)
         error.add_note(
-            f"fit_with_recovery gave up: {reason}.{' It went:' + tried if tried else ''}"
+            f"fit_with_recovery gave up: {reason}.{' Crashes so far:' + tried if tried else ''}"
         )
         return error
 
     def _release(self, trainer: Trainer, attempt: RestartCallback, error: Exception) -> None:
-        """Let go of all that a failed fit holds."""
+        """Tears down a failed fit and drops its references, so that its memory can be freed."""
         module, datamodule = self._model, self._data["datamodule"]
         for callback in callbacks_of(trainer):
             with contextlib.suppress(Exception):

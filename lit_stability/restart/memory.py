@@ -1,4 +1,4 @@
-"""What a fit's memory depends on: how it stores activations, how large its batches are.
+"""Reads and reduces what a fit's memory depends on: activation storage and batch sizes.
 
 May import Lightning.
 """
@@ -15,16 +15,16 @@ from lit_stability.trainer_internals import loaders
 
 
 def checkpoint_activations(module: LightningModule) -> bool:
-    """Have a module trade time for memory, where it offers that; whether it did.
+    """Enables activation checkpointing if the module supports it; returns whether it did.
 
-    The offer is a method ``enable_activation_checkpointing()`` of the module, or
-    ``gradient_checkpointing_enable()`` of any of its submodules, as those of transformers have.
+    Support means a method ``enable_activation_checkpointing()`` of the module, or
+    ``gradient_checkpointing_enable()`` of any submodule, as in transformers.
     """
     own = getattr(module, "enable_activation_checkpointing", None)
     if callable(own):
         own()
         return True
-    return sum(_enable(each) for each in module.modules()) > 0
+    return sum(_enable(submodule) for submodule in module.modules()) > 0
 
 
 def _enable(module: nn.Module) -> bool:
@@ -34,13 +34,13 @@ def _enable(module: nn.Module) -> bool:
     try:
         enable()
     except ValueError:
-        # Transformers has the method on every model, and refuses in those that cannot.
+        # Every transformers model has the method; it raises if the model does not support it.
         return False
     return True
 
 
 def batch_sizes(trainer: Trainer) -> list[int | None]:
-    """Batch size of each training loader, None where it is not known."""
+    """Returns the batch size of each training loader, None where it is unknown."""
     found = []
     for loader in loaders(trainer):
         sampler = getattr(loader, "batch_sampler", None)
@@ -50,6 +50,6 @@ def batch_sizes(trainer: Trainer) -> list[int | None]:
 
 
 def drops_last(trainer: Trainer) -> bool:
-    """Whether an epoch leaves over the samples that do not fill a batch."""
-    dropped = any(isinstance(each, DataLoader) and each.drop_last for each in loaders(trainer))
+    """Returns whether an epoch drops the samples that do not fill a batch."""
+    dropped = any(isinstance(item, DataLoader) and item.drop_last for item in loaders(trainer))
     return dropped and trainer.num_training_batches != float("inf")

@@ -1,6 +1,6 @@
-"""The record of crashes: one JSON line for each, ``recoveries.jsonl`` beside the incidents.
+"""The crash record: one JSON line per crash in ``recoveries.jsonl``, next to the incidents.
 
-Knows neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from lit_stability.restart.crashes import Crash
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 SCHEMA = 1
-"""Version of the lines."""
+"""Version of the line format."""
 
 
 class RecoveryRecord:
-    """Tells each crash once, on the console and in a file.
+    """Reports each crash once, on the console and in a file.
 
     Args:
-        folder: of the first fit; None for one that leaves no trace.
+        folder: log folder of the first fit; None if it has none, then nothing is written.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / "recoveries.jsonl"
 
     def add(self, crash: Crash, remedy: str, checkpoint: Path | str | None) -> str:
-        """Tell of a crash, of what is done about it, and of what the next fit goes on from.
+        """Reports a crash, its remedy, and the checkpoint that the next fit resumes from.
 
         Returns:
-            The line of the console.
+            The line printed on the console.
         """
         line = f"{crash.in_words()} -> {remedy}; " + (
-            f"on from {checkpoint}" if checkpoint else "from the beginning: no good checkpoint yet"
+            f"resuming from {checkpoint}" if checkpoint else "no good checkpoint: from the start"
         )
         self._write(crash, remedy, checkpoint, "restart")
         log.warning("%s", line)
         return line
 
     def give_up(self, crash: Crash, reason: str) -> str:
-        """Tell of a crash that is not recovered from.
+        """Reports a crash that is not recovered from.
 
         Returns:
-            The line of the console.
+            The line printed on the console.
         """
         line = f"{crash.in_words()} -> gave up: {reason}"
         self._write(crash, reason, None, "give up")
@@ -65,7 +65,7 @@ class RecoveryRecord:
         try:
             append_line(self.path, {"schema": SCHEMA, "event": event, **row})
         except OSError as error:
-            log.warning("cannot write %s (%s); training goes on", self.path, error)
+            log.warning("cannot write %s (%s); training continues", self.path, error)
 
 
 def _plain(sample: object) -> object:

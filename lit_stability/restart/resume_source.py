@@ -1,4 +1,4 @@
-"""Where a restart goes on from.
+"""Finds the checkpoint that a restart resumes from.
 
 Imports neither torch nor Lightning.
 """
@@ -18,29 +18,29 @@ Find: TypeAlias = Callable[[Path], Path | str | None]
 
 
 class ResumeSource:
-    """The folders that the fits of one recovery write to, and what they found there.
+    """Finds checkpoints in the folders that the fits of one recovery write to.
 
-    A file that lay in a folder before the first fit wrote there belongs to another run: it is not
-    gone on from.
+    A checkpoint that was in a folder before the first fit wrote there belongs to another run and
+    is ignored.
 
     Args:
         find: finds the last good checkpoint below a folder; None for `find_last_good`.
-        given: what the first fit goes on from.
+        given: checkpoint that the first fit resumes from.
     """
 
     def __init__(self, find: Find | None, given: str | Path | None) -> None:
         self._find = find or find_last_good
         self.given = given
-        """What a restart goes on from as long as there is nothing better."""
+        """Checkpoint that a restart resumes from until the recovery has written one."""
         self._before: dict[Path, tuple[Path, int] | None] = {}
 
     def add(self, folder: Path | None) -> None:
-        """Take up the folder of a fit that is about to begin."""
+        """Adds the folder of a fit that is about to start."""
         if folder is not None and folder not in self._before:
             self._before[folder] = self._found(folder)
 
     def newest(self) -> Path | str | None:
-        """The last good checkpoint of the latest fit that has one."""
+        """Returns the last good checkpoint of the latest fit that wrote one, or ``given``."""
         for folder in reversed(self._before):
             found = self._found(folder)
             if found is not None and found != self._before[folder]:
@@ -52,5 +52,5 @@ class ResumeSource:
             path = self._find(folder) if folder.is_dir() else None
             return None if path is None else (Path(path), Path(path).stat().st_mtime_ns)
         except OSError as error:
-            log.warning("no checkpoint can be looked for in %s (%s)", folder, error)
+            log.warning("cannot search %s for a checkpoint (%s); it is ignored", folder, error)
             return None

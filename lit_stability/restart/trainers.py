@@ -1,4 +1,4 @@
-"""A new Trainer for every fit, made by the user and checked to be one.
+"""Builds a new Trainer for every fit with the user's function, and checks it.
 
 May import Lightning.
 """
@@ -18,17 +18,17 @@ _OPTIONS = (
     *("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "overfit_batches"),
     *("precision", "val_check_interval"),
 )
-"""What ``make_trainer`` may be asked for."""
+"""Options that ``make_trainer`` may be called with."""
 
 
 class Trainers:
-    """Makes trainers, and refuses those that a fit cannot be begun again with.
+    """Builds trainers, and rejects those that cannot be used for a restart.
 
     Args:
-        make_trainer: returns a new Trainer; takes options that override its own.
+        make_trainer: returns a new Trainer; accepts options that override its own.
 
     Raises:
-        ValueError: if it does not take them.
+        ValueError: if ``make_trainer`` does not accept these options.
     """
 
     def __init__(self, make_trainer: Callable[..., Trainer]) -> None:
@@ -37,11 +37,11 @@ class Trainers:
         self._known: list[weakref.ref[Any]] = []
 
     def make(self, overrides: Mapping[str, Any]) -> Trainer:
-        """A new trainer with these options.
+        """Builds a new trainer with these options.
 
         Raises:
-            ValueError: if it is not new, or has other options.
-            RuntimeError: if it has several devices.
+            ValueError: if the trainer is not new, or ignores an option.
+            RuntimeError: if the trainer has several devices.
         """
         trainer = self._make(**overrides)
         if not isinstance(trainer, Trainer):
@@ -58,12 +58,12 @@ class Trainers:
             if id(each) in known:
                 raise ValueError(
                     f"make_trainer returned the {type(each).__name__} of an earlier fit; trainers "
-                    "and callbacks hold the state of one fit: build new ones in make_trainer"
+                    "and callbacks hold the state of one fit: create new ones in make_trainer"
                 )
 
 
 def own_callbacks(trainer: Trainer) -> list[Any]:
-    """The trainer's own list of callbacks, to add to."""
+    """Returns the trainer's list of callbacks, which the caller may extend."""
     found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return found
 
@@ -73,16 +73,16 @@ def _check_options(trainer: Trainer, overrides: Mapping[str, Any]) -> None:
         found = getattr(trainer, name)
         if found != value:
             raise ValueError(
-                f"make_trainer(**{overrides}) returned a Trainer with {name}={found!r}: let the "
-                "overrides win, as in Trainer(**{**options, **overrides})"
+                f"make_trainer(**{overrides}) returned a Trainer with {name}={found!r}: the "
+                "overrides must take precedence, as in Trainer(**{**options, **overrides})"
             )
 
 
 def _check_devices(trainer: Trainer) -> None:
     if trainer.world_size > 1:
         raise RuntimeError(
-            f"fit_with_recovery works on one device, this trainer has {trainer.world_size}: ranks "
-            "that crash one by one cannot be begun again in their processes. Restart them "
+            f"fit_with_recovery supports one device, this trainer has {trainer.world_size}: a "
+            "single crashed rank cannot be restarted in its process. Restart all ranks "
             "together, as torchrun --max-restarts does, with ckpt_path"
         )
 
@@ -96,7 +96,7 @@ def _check_signature(make_trainer: Callable[..., Trainer]) -> None:
         inspect.signature(make_trainer).bind(**dict.fromkeys(_OPTIONS))
     except TypeError as error:
         raise ValueError(
-            f"make_trainer must take options of the Trainer that override its own, such as "
+            f"make_trainer must accept Trainer options that override its own, such as "
             f"accumulate_grad_batches ({error}); write def make_trainer(**overrides): return "
             "Trainer(**{**options, **overrides})"
         ) from error

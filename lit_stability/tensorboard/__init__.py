@@ -1,1 +1,1 @@
-"""What a run writes for TensorBoard and other loggers."""
+"""Writers for TensorBoard and other loggers, and the Stability tab of TensorBoard."""

@@ -1,6 +1,6 @@
-"""From TensorBoard's data provider to what the page asks for, in JSON types.
+"""Reads what the page requests from TensorBoard's data provider, as JSON types.
 
-May import numpy; knows TensorBoard's data provider by its interface, and neither torch nor HTTP.
+May import numpy, but not torch. Uses only the interface of TensorBoard's data provider, no HTTP.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, SCHEMA, layers_pre
 log = logging.getLogger("tensorboard")
 
 _ALL = 2**31 - 1
-"""More samples than any tag has: how many are kept is said by ``--samples_per_plugin``."""
+"""More samples than any tag has; ``--samples_per_plugin`` limits how many are kept."""
 
 
 class NoDataError(LookupError):
-    """There is no such run, or nothing of ours in it."""
+    """Raised if the run does not exist or has no data of this plugin."""
 
 
 @dataclass(frozen=True)
 class StabilityData:
-    """What one request may read.
+    """Reads the data of one experiment for one request.
 
     Args:
         provider: TensorBoard's data provider.
-        context: of the request.
-        experiment: its id.
+        context: context of the request.
+        experiment: id of the experiment.
     """
 
     provider: Any
@@ -44,9 +44,9 @@ class StabilityData:
     experiment: str
 
     def runs(self) -> list[dict[str, Any]]:
-        """All runs that have data of ours, by name.
+        """Returns all runs that have data of this plugin, sorted by name.
 
-        Each tells how many steps and layers there are of its first optimizer, and of every
+        Each entry has the number of steps and layers of the first optimizer, and for every
         optimizer its index and the part of the model that it trains.
         """
         tags = self._list()
@@ -64,14 +64,14 @@ class StabilityData:
         ]
 
     def steps(self, run: str, optimizer: int = 0) -> dict[str, Any]:
-        """The rows of a run, in order of their attempts.
+        """Returns the rows of a run, ordered by step attempt.
 
         Args:
-            run: its name.
+            run: name of the run.
             optimizer: index in ``trainer.optimizers``.
 
         Raises:
-            NoDataError: if it has none.
+            NoDataError: if the run has no steps of this optimizer.
         """
         tag = steps_tag(optimizer)
         about = self._tags_of(run).get(tag)
@@ -84,25 +84,25 @@ class StabilityData:
         }
 
     def layers(self, run: str, quantity: str, optimizer: int = 0) -> dict[str, Any]:
-        """A quantity of each layer over the attempts of a run; empty where it was never measured.
+        """Returns a quantity by layer and step attempt; empty if it was never measured.
 
         Args:
-            run: its name.
+            run: name of the run.
             quantity: one of `lit_stability.tensorboard.tags.QUANTITIES`.
             optimizer: index in ``trainer.optimizers``.
 
         Raises:
-            NoDataError: if the run has no data of ours.
+            NoDataError: if the run has no data of this plugin.
         """
         series = _series(self._tags_of(run), layers_prefix(optimizer, quantity))
         names = _names(series)
         found = {tag: self._samples(run, tag) for tag in series}
         attempts = np.array([d.step for data in found.values() for d in data], dtype=np.int64)
         values = np.full((len(attempts), len(names)), np.nan, dtype="<f4")
-        place = {name: column for column, name in enumerate(names)}
+        column_of = {name: column for column, name in enumerate(names)}
         row = 0
         for tag, data in found.items():
-            columns = [place[name] for name in series[tag]["names"]]
+            columns = [column_of[name] for name in series[tag]["names"]]
             if data:
                 values[row : row + len(data), columns] = np.stack([d.numpy for d in data])
             row += len(data)
@@ -115,10 +115,10 @@ class StabilityData:
         }
 
     def incidents(self, run: str) -> list[dict[str, Any]]:
-        """The incidents of a run, in order of their opening, as they were written last.
+        """Returns the latest record of each incident of a run, in the order they were opened.
 
         Raises:
-            NoDataError: if the run has no data of ours.
+            NoDataError: if the run has no data of this plugin.
         """
         tags = [tag for tag in self._tags_of(run) if tag.startswith(INCIDENTS)]
         data = self._read(runs=[run], tags=tags).get(run, {}) if tags else {}
@@ -126,7 +126,7 @@ class StabilityData:
         return sorted(filter(None, found), key=lambda i: (i.get("attempt", 0), i.get("time", 0)))
 
     def _steps_at(self, run: str, optimizer: int, attempts: Any) -> list[int]:
-        """``global_step`` of attempts; counted on from the row before where theirs was not kept."""
+        """Returns ``global_step`` of attempts, extrapolated from the last row if one is missing."""
         data = self._samples(run, steps_tag(optimizer))
         if not data:
             return attempts.tolist()  # type: ignore[no-any-return]
@@ -136,7 +136,7 @@ class StabilityData:
         return (steps[before] + attempts - known[before]).tolist()  # type: ignore[no-any-return]
 
     def _list(self) -> dict[str, dict[str, Mapping[str, Any]]]:
-        """Run -> tag -> its metadata, of a layout that this version can read."""
+        """Returns run -> tag -> metadata, without tags of a newer layout version."""
         listed = self.provider.list_tensors(
             self.context, experiment_id=self.experiment, plugin_name=PLUGIN
         )
@@ -149,7 +149,7 @@ class StabilityData:
     def _tags_of(self, run: str) -> dict[str, Mapping[str, Any]]:
         tags = self._list()
         if run not in tags:
-            raise NoDataError(f"there is no run {run!r} with data of the Stability tab")
+            raise NoDataError(f"no run {run!r} with data of the Stability tab")
         return tags[run]
 
     def _samples(self, run: str, tag: str) -> list[Any]:
@@ -179,7 +179,9 @@ def _about(content: bytes) -> Mapping[str, Any]:
 def _readable(run: str, tags: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     newer = [tag for tag, about in tags.items() if about.get("schema", 0) > SCHEMA]
     if newer:
-        _warn(f"run {run} was written by a newer version: upgrade lit-stability")
+        _warn(
+            f"run {run} has data of a newer lit-stability, which are ignored: upgrade lit-stability"
+        )
     return {tag: about for tag, about in tags.items() if tag not in newer}
 
 
@@ -188,7 +190,7 @@ def _series(tags: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Map
 
 
 def _optimizers(tags: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Index of each optimizer, and what the names of its layers have in common."""
+    """Returns the index of each optimizer, and the module that contains all its layers."""
     return [
         {"index": i, "part": common_part(_names(_series(tags, layers_prefix(i, "grad_norm"))))}
         for i in range(len(tags))
@@ -197,7 +199,7 @@ def _optimizers(tags: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def common_part(names: Sequence[str]) -> str:
-    """The module that holds all of these parameters; "" for the whole model.
+    """Returns the innermost module that contains all parameters; "" for the whole model.
 
     >>> common_part(["gan.critic.0.weight", "gan.critic.1.bias"]), common_part(["a.b", "ab.c"])
     ('gan.critic', '')
@@ -207,16 +209,16 @@ def common_part(names: Sequence[str]) -> str:
 
 
 def _names(series: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Layers of all series; the longest first, whose order is that of the model."""
+    """Returns the layers of all series; the longest series comes first, in model order."""
     by_length = sorted((about["names"] for about in series.values()), key=len, reverse=True)
     return list(dict.fromkeys(name for names in by_length for name in names))
 
 
 def _in_force(data: Iterable[Any]) -> list[Any]:
-    """Samples in order of their attempts; of attempts that were made anew, the later ones.
+    """Returns samples in order of their attempts; of repeated attempts, only the later ones.
 
-    A job that goes on from a checkpoint counts from there; what its forerunner did after that is
-    not part of the run any more.
+    A job that resumes a checkpoint continues the count from there. What the previous job did after
+    that checkpoint is no longer part of the run.
     """
     kept: list[Any] = []
     for datum in data:
@@ -237,12 +239,12 @@ def _incident(run: str, tag: str, datum: Any) -> dict[str, Any] | None:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        _warn(f"run {run}: {tag} is damaged and left out")
+        _warn(f"run {run}: {tag} is damaged and ignored")
         return None
     return found
 
 
 @cache
 def _warn(message: str) -> None:
-    """Warn once: a page asks again and again."""
+    """Logs each warning once, because the page polls."""
     log.warning(message)

@@ -1,6 +1,6 @@
-"""Values of an event file, put together by hand: a hundred times cheaper than ``add_scalar`` each.
+"""Builds event file values directly: a hundred times cheaper than ``add_scalar`` for each.
 
-May import TensorBoard's protocol buffers and numpy; to be imported where a logger takes events.
+May import TensorBoard's protocol buffers and numpy; imported only if a logger accepts events.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from lit_stability.tensorboard.tags import PLUGIN
 
 
 def metadata_of(content: bytes = b"") -> Any:
-    """What tells TensorBoard whose data these are; to go with the first value of a tag.
+    """Returns the metadata for the first value of a tag, which assigns the tag to the plugin.
 
     Args:
-        content: for the plugin to read.
+        content: data for the plugin.
     """
     data = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=content)
-    # Without the class of the data, no data provider shows them to anybody.
+    # Data providers ignore tags without a data class.
     return SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
 
 
 def doubles(tag: str, values: Sequence[float], metadata: Any = None) -> Any:
-    """A value of float64, shape ``(len(values),)``."""
+    """Returns a float64 value of shape ``(len(values),)``."""
     return _numbers(tag, np.asarray(values, "<f8"), DT_DOUBLE, metadata)
 
 
 def floats(tag: str, values: Sequence[float], metadata: Any = None) -> Any:
-    """A value of float32, shape ``(len(values),)``; Inf for what is too large for one."""
+    """Returns a float32 value of shape ``(len(values),)``; too large numbers become Inf."""
     with np.errstate(over="ignore"):
         return _numbers(tag, np.asarray(values, "<f8").astype("<f4"), DT_FLOAT, metadata)
 
 
 def text(tag: str, content: str, metadata: Any = None) -> Any:
-    """A value that is one string."""
+    """Returns a value that holds one string."""
     data = content.encode("utf8", "backslashreplace")
     tensor = TensorProto(dtype=DT_STRING, string_val=[data], tensor_shape=TensorShapeProto())
     return Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
 
 
 def event_of(values: Sequence[Any]) -> Any:
-    """An event with these values; its step and time are the file writer's."""
+    """Returns an event with these values; the file writer adds step and time."""
     return Event(summary=Summary(value=values))
 
 

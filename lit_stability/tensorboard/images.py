@@ -1,4 +1,4 @@
-"""Pictures, to the loggers that take them."""
+"""Writes figures to the loggers that accept images."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ if TYPE_CHECKING:
 
 
 def write_figure(loggers: Sequence[Any], tag: str, figure: Figure, step: int) -> bool:
-    """Give a figure to every logger whose experiment has ``add_image``, or else ``add_figure``.
+    """Writes a figure to every logger whose experiment has ``add_image`` or ``add_figure``.
 
-    ``add_figure`` of TensorBoard does the same by way of pyplot, whose global state is the user's.
+    ``add_image`` is preferred, because TensorBoard's ``add_figure`` uses pyplot, whose global state
+    belongs to the user.
 
     Args:
         loggers: Lightning's loggers, any number of them.
-        tag: name of the picture.
-        figure: drawn on a canvas of Agg.
-        step: the loggers' own step, which never goes back.
+        tag: name of the image.
+        figure: drawn on an Agg canvas.
+        step: the loggers' own step, which never decreases.
 
     Returns:
-        Whether there was one.
+        Whether any logger accepted the figure.
     """
-    taken = False
+    written = False
     pixels = None
     for logger in loggers:
         experiment: Any = getattr(logger, "experiment", None)
@@ -36,12 +37,12 @@ def write_figure(loggers: Sequence[Any], tag: str, figure: Figure, step: int) ->
             experiment.add_figure(tag, figure, step, close=False)
         else:
             continue
-        taken = True
-    return taken
+        written = True
+    return written
 
 
 def _pixels(figure: Figure) -> Any:
-    """The picture as bytes, shape ``(height, width, 3)``."""
+    """Returns the figure's pixels, uint8, shape ``(height, width, 3)``."""
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,6 +1,6 @@
-"""A layout for TensorBoard's Custom Scalars tab, for those who lack the plugin.
+"""A layout for TensorBoard's Custom Scalars tab, for installations without the plugin.
 
-Imports neither torch nor TensorBoard: it goes through the experiment of a logger.
+Imports neither torch nor TensorBoard; it uses the experiment of a logger.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ LAYOUT = {
         "incidents": ["Multiline", ["stability/incidents(_\\d+)?$"]],
     }
 }
-"""Category -> chart -> kind and regular expressions of tags."""
+"""Category -> chart -> chart type and regular expressions of tags."""
 
 _TAG = b"custom_scalars__config__"
 
 
 def write_layout(experiment: Any) -> None:
-    """Write the layout, unless the run has one: of several, TensorBoard shows the last alone.
+    """Writes the layout, unless the run has one: TensorBoard shows only the last layout.
 
     Args:
-        experiment: of a logger; nothing is done with one that takes no layouts.
+        experiment: experiment of a logger; ignored if it does not accept layouts.
     """
     if not callable(getattr(experiment, "add_custom_scalars", None)):
         return
@@ -48,6 +48,6 @@ def write_layout(experiment: Any) -> None:
 
 
 def _has_layout(file: Path) -> bool:
-    """Whether the beginning of an event file, where layouts are, has one."""
+    """Returns whether an event file has a layout; only its first MiB is read."""
     with file.open("rb") as stream:
         return _TAG in stream.read(2**20)

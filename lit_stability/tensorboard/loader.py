@@ -1,7 +1,7 @@
-"""What TensorBoard loads at its start, by the entry point of group ``tensorboard_plugins``.
+"""The plugin loader, which TensorBoard imports at its start from the ``tensorboard_plugins`` group.
 
-An error in here would keep TensorBoard from starting, and every import would delay it: beside
-TensorBoard's own base classes nothing is imported before `StabilityLoader.load`, and never torch.
+An error here would prevent TensorBoard from starting, and every import would delay it. Therefore
+only TensorBoard's base classes are imported before `StabilityLoader.load`, and torch never.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ log = logging.getLogger("tensorboard")
 
 
 class StabilityLoader(base_plugin.TBLoader):  # type: ignore[misc]
-    """Loads the Stability tab, or does without it and says why."""
+    """Loads the Stability tab; if that fails, logs why, and TensorBoard starts without it."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Ask for enough samples of a tag, unless the user has: TensorBoard keeps 10 else.
+        """Requests enough samples per tag unless the user did: TensorBoard's default is 10.
 
         Args:
-            flags: TensorBoard's, whose ``samples_per_plugin`` is a dict.
+            flags: TensorBoard's flags, with ``samples_per_plugin`` as a dict.
         """
         from lit_stability.tensorboard.tags import PLUGIN, SAMPLES
 
@@ -30,7 +30,7 @@ class StabilityLoader(base_plugin.TBLoader):  # type: ignore[misc]
             samples.setdefault(PLUGIN, SAMPLES)
 
     def load(self, context: Any) -> Any:
-        """The plugin; None, which TensorBoard passes over, where it cannot be loaded.
+        """Returns the plugin, or None if it cannot be loaded; TensorBoard then skips it.
 
         Args:
             context: TensorBoard's ``TBContext``.
@@ -41,7 +41,8 @@ class StabilityLoader(base_plugin.TBLoader):  # type: ignore[misc]
             return StabilityPlugin(context)
         except Exception as error:
             log.warning(
-                "TensorBoard goes on without the Stability tab (%s: %s); reinstall lit-stability",
+                "the Stability tab cannot be loaded (%s: %s); TensorBoard starts without it: "
+                "reinstall lit-stability",
                 *(type(error).__name__, error),
             )
             return None

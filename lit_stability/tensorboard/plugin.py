@@ -30,21 +30,21 @@ MIMETYPES = {
     ".svg": "image/svg+xml",
     ".woff2": "font/woff2",
 }
-"""What the page may consist of; ``mimetypes`` asks the machine, which may say anything."""
+"""File types of the page. ``mimetypes`` is not used: its answers depend on the machine."""
 
 _ENTRY = 'export * from "./static/index.js";\n'
 _STATIC = Path(__file__).parent / "static"
 
 Answer = Callable[[StabilityData, Any], Any]
-"""What is asked for, in JSON types, given the data and the arguments of the request."""
+"""Returns the requested data as JSON types, from the data and the request's arguments."""
 
 
 class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """Serves what `lit_stability.tensorboard.tab_writer` has written, and the page that shows it.
+    """Serves the data that `lit_stability.tensorboard.tab_writer` wrote, and the page.
 
-    ``runs``; ``steps?run=R``; ``layers?run=R&quantity=Q``; ``incidents?run=R``: JSON, in which NaN
-    and Inf are strings. All but the first take ``optimizer=1`` and so on, where there are several.
-    What is wrong with a request is answered with ``{"error": ..., "do": ...}``.
+    The routes ``runs``, ``steps?run=R``, ``layers?run=R&quantity=Q`` and ``incidents?run=R`` return
+    JSON in which NaN and Inf are strings. ``steps`` and ``layers`` accept ``optimizer=1`` and so on
+    if there are several. Invalid requests are answered with ``{"error": ..., "do": ...}``.
 
     Args:
         context: TensorBoard's ``TBContext``.
@@ -55,11 +55,11 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
         files = (file for file in _STATIC.rglob("*") if file.suffix in MIMETYPES)
-        # Only what is in this table is served: no path of a request ever reaches the disk.
+        # Only files in this table are served, so no path from a request reaches the disk.
         self._files = {file.relative_to(_STATIC).as_posix(): file for file in files}
 
     def get_plugin_apps(self) -> dict[str, Any]:
-        """The routes, relative to the plugin's own."""
+        """Returns the handlers by route, relative to the plugin's own route."""
         return {
             "/index.js": _serve_entry,
             "/static/*": self._serve_file,
@@ -72,11 +72,11 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         }
 
     def is_active(self) -> bool:
-        """False, at no cost: TensorBoard first asks its data provider for data of this name."""
+        """Returns False at no cost: TensorBoard first asks its data provider for data itself."""
         return False
 
     def frontend_metadata(self) -> Any:
-        """The name of the tab and the module that draws it."""
+        """Returns the name of the tab and the path of its JavaScript module."""
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Stability")
 
     def _app(self, answer: Answer) -> Any:
@@ -96,15 +96,16 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             text = to_json(answer(data, request.args))
             return http_util.Respond(request, text, "application/json; charset=utf-8")
         except NoDataError as error:
-            advice = "choose one of those in `runs`; a run gets there by a GradientMonitor "
-            advice += "and a TensorBoardLogger in its Trainer"
+            advice = "choose a run from `runs`; a run is listed if its Trainer has a "
+            advice += "GradientMonitor and a TensorBoardLogger"
             return _error(request, 404, str(error.args[0]), advice)
         except BadRequestError as error:
             return _error(request, 400, *error.args)
         except Exception as error:
             log.exception("the Stability tab cannot answer %s", request.full_path)
-            found = f"the data cannot be read ({type(error).__name__}: {error})"
-            return _error(request, 500, found, "reload; if it stays, see TensorBoard's console")
+            problem = f"the data cannot be read ({type(error).__name__}: {error})"
+            advice = "reload; if the error persists, see TensorBoard's console"
+            return _error(request, 500, problem, advice)
 
     @wrappers.Request.application  # type: ignore[arg-type]
     def _serve_file(self, request: wrappers.Request) -> Any:
@@ -117,33 +118,33 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
 
 class BadRequestError(ValueError):
-    """What is wrong with the arguments of a request, and what to do about it."""
+    """Raised for invalid request arguments; holds the problem and what to do about it."""
 
 
 @wrappers.Request.application
 def _serve_entry(request: wrappers.Request) -> Any:
-    """The module that TensorBoard asks for, where all of the page can be below one folder."""
+    """Serves the module that TensorBoard requests; the page itself is below ``static``."""
     return http_util.Respond(request, _ENTRY, "text/javascript")
 
 
 def _run(args: Any) -> str:
     if "run" not in args:
-        raise BadRequestError("the argument run is missing", "add ?run= and a name of `runs`")
+        raise BadRequestError("the argument run is missing", "add ?run=NAME, a name from `runs`")
     return str(args["run"])
 
 
 def _quantity(args: Any) -> str:
     value = args.get("quantity")
     if value not in QUANTITIES:
-        said = "the argument quantity is missing" if value is None else f"quantity is {value!r}"
-        raise BadRequestError(said, f"ask for quantity={' or '.join(QUANTITIES)}")
+        problem = "the argument quantity is missing" if value is None else f"quantity is {value!r}"
+        raise BadRequestError(problem, f"use quantity={' or '.join(QUANTITIES)}")
     return str(value)
 
 
 def _optimizer(args: Any) -> int:
     value = args.get("optimizer", "0")
     if not (value.isascii() and value.isdigit() and len(value) < 4):
-        raise BadRequestError(f"optimizer is {value!r}", "ask for its index: 0, 1, ...")
+        raise BadRequestError(f"optimizer is {value!r}", "give its index: 0, 1, ...")
     return int(value)
 
 

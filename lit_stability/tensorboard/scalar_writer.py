@@ -1,4 +1,4 @@
-"""Scalars and incidents, to whatever loggers the trainer has."""
+"""Writes scalars and incidents to the trainer's loggers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class StabilityWriter:
-    """Writes to the loggers directly: a tenth of the cost of ``self.log`` per key.
+    """Writes to the loggers directly, at a tenth of the cost of ``self.log`` per key.
 
     Args:
         loggers: Lightning's loggers, any number of them.
@@ -24,13 +24,13 @@ class StabilityWriter:
     def write_stats(
         self, stats: StepStats, incidents: int, step: int, overflows: int | None = None
     ) -> None:
-        """Write the ``stability/*`` scalars that `GradientMonitor` documents.
+        """Writes the ``stability/*`` scalars that `GradientMonitor` documents.
 
         Args:
-            stats: an accepted step.
-            incidents: incidents so far.
-            step: the loggers' own step, which never goes back.
-            overflows: steps that the loss scaler has left out; None where there is none.
+            stats: the measurement of an accepted step.
+            incidents: number of incidents so far.
+            step: the loggers' own step, which never decreases.
+            overflows: number of steps that the loss scaler skipped; None without a loss scaler.
         """
         suffix = f"_{stats.optimizer}" if stats.optimizer else ""
         rates = (
@@ -52,10 +52,10 @@ class StabilityWriter:
             logger.log_metrics(metrics, step=step)
 
     def write_readings(self, stats: StepStats, step: int) -> None:
-        """Write what probes have measured, a scalar for each place in the model.
+        """Writes the readings of probes, one scalar per location in the model.
 
         Args:
-            stats: of the step that they measured.
+            stats: the measurement of the step, with the readings.
             step: the loggers' own step.
         """
         metrics = {
@@ -66,7 +66,7 @@ class StabilityWriter:
             logger.log_metrics(metrics, step=step)
 
     def write_incident(self, incident: Incident, step: int) -> None:
-        """Write the incident as markdown to each logger that takes text: TensorBoard's, wandb's."""
+        """Writes an incident as markdown to each logger that accepts text (TensorBoard, wandb)."""
         name, text = f"stability/incident_{incident.id}", markdown(incident)
         for logger in self._loggers:
             experiment: Any = getattr(logger, "experiment", None)
@@ -78,6 +78,6 @@ class StabilityWriter:
 
 
 def _takes_tables(logger: Any) -> bool:
-    """Whether a logger's ``log_text`` takes rows, as `WandbLogger`'s does."""
+    """Returns whether a logger's ``log_text`` accepts rows, as that of `WandbLogger` does."""
     log_text = getattr(logger, "log_text", None)
     return callable(log_text) and {"columns", "data", "step"} <= {*signature(log_text).parameters}

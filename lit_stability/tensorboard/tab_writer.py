@@ -1,6 +1,6 @@
-"""What the Stability tab shows, to the event files of the loggers that have one.
+"""Writes the data of the Stability tab to the event files of the loggers that have one.
 
-Imports neither torch nor Lightning; TensorBoard once a logger is found to write event files.
+Imports neither torch nor Lightning, and TensorBoard only if a logger writes event files.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class StabilityTab:
-    """Writes attempts and incidents to every logger whose experiment is a ``SummaryWriter``.
+    """Writes step attempts and incidents to every logger with a ``SummaryWriter`` as experiment.
 
-    It raises nothing: a logger that fails is told of once and left alone from then on.
+    Never raises: a logger that fails is reported once and then ignored.
 
     Args:
         loggers: Lightning's loggers, any number of them.
@@ -31,39 +31,38 @@ class StabilityTab:
     def __init__(self, loggers: Sequence[Any]) -> None:
         self._experiments = {id(e): e for e in map(_experiment, loggers) if _takes_events(e)}
         self._layers: dict[tuple[int, str], tuple[tuple[str, ...], str]] = {}
-        """Names seen so far, by optimizer and quantity, and their tag."""
+        """Layer names seen so far and their tag, by optimizer and quantity."""
         self._described: set[str] = set()
-        """Tags that were written with their metadata."""
-        self._each(write_layout)
+        """Tags whose metadata were written."""
+        self._for_each(write_layout)
 
     def __bool__(self) -> bool:
         return bool(self._experiments)
 
     def write_step_attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> None:
-        """Write an attempt, and what is known of it layer by layer.
+        """Writes a step attempt and its values by layer.
 
         Args:
             row: in the order of `lit_stability.incidents.step_history.FIELDS`.
-            stats: its measurement.
-            scan: the last measurement that tells how far the weights have moved, if there was one
-                since the last time.
+            stats: measurement of the attempt.
+            scan: the latest measurement of the weights' movement since the last call, if any.
         """
         self._write(lambda: self._attempt(row, stats, scan), int(row[0]))
 
     def write_incident(
         self, incident: int, started: float, attempt: int, text: Callable[[], str]
     ) -> None:
-        """Write an incident as it is now, and flush.
+        """Writes the current state of an incident, and flushes the event files.
 
         Args:
-            incident: its id.
+            incident: id of the incident.
             started: when it was opened, in seconds since 1970.
-            attempt: the number of the latest.
-            text: gives all of it as JSON.
+            attempt: number of the latest step attempt.
+            text: returns the incident as JSON.
         """
         tag = incident_tag(incident, started)
         self._write(lambda: self._incident(tag, text()), attempt)
-        self._each(lambda experiment: experiment.flush())
+        self._for_each(lambda experiment: experiment.flush())
 
     def _attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> Any:
         from lit_stability.tensorboard.events import doubles, event_of, floats
@@ -90,7 +89,10 @@ class StabilityTab:
     def _series(
         self, optimizer: int, quantity: str, names: tuple[str, ...]
     ) -> tuple[tuple[str, ...], str]:
-        """The layers seen so far, which parameters without a gradient for once do not change."""
+        """Returns the layers seen so far and their tag.
+
+        A step in which some parameters have no gradient does not change them.
+        """
         key = optimizer, quantity
         known, tag = self._layers.get(key, ((), ""))
         if names != known and not set(names) <= set(known):
@@ -100,7 +102,7 @@ class StabilityTab:
         return known, tag
 
     def _about(self, tag: str, **content: object) -> Any:
-        """Metadata for the first value of a tag, None for those that follow."""
+        """Returns metadata for the first value of a tag, and None for later values."""
         if tag in self._described:
             return None
         from lit_stability.tensorboard.events import metadata_of
@@ -109,7 +111,7 @@ class StabilityTab:
         return metadata_of(metadata(**content))
 
     def _write(self, build: Callable[[], Any], attempt: int) -> None:
-        """Build an event once, and give it to all; what fails in that is theirs to fail in."""
+        """Builds an event once and writes it to all; if building fails, each of them fails."""
         built: list[Any] = []
 
         def add(experiment: Any) -> None:
@@ -117,23 +119,25 @@ class StabilityTab:
                 built.append(build())
             _file_writer(experiment).add_event(built[0], attempt)
 
-        self._each(add)
+        self._for_each(add)
 
-    def _each(self, do: Callable[[Any], object]) -> None:
-        failed = {key: _failure(do, each) for key, each in self._experiments.items()}
+    def _for_each(self, do: Callable[[Any], object]) -> None:
+        failed = {key: _failure(do, item) for key, item in self._experiments.items()}
         for key, error in failed.items():
             if error is not None:
                 log.warning(
-                    "the Stability tab gets nothing more by way of %s (%s: %s); training goes on",
+                    "writing Stability tab data to %s failed (%s: %s); it gets no more, training "
+                    "continues",
                     *(type(self._experiments.pop(key)).__name__, type(error).__name__, error),
                 )
 
 
 def update_ratios(moves: WeightMoves, step: int) -> list[float]:
-    """Mean update of each weight over its norm, per step since the scan before.
+    """Returns the mean update-to-weight ratio of each weight, per step since the previous scan.
 
-    The distance between two scans, over the steps between them: as long as the updates if they all
-    point one way, shorter where they undo each other. NaN for weights that were zero.
+    Computed from the distance between two scans, divided by the number of steps. The distance
+    equals the sum of the updates if all point in one direction, and is smaller if they cancel.
+    NaN for weights that were zero.
 
     >>> moves = WeightMoves(
     ...     since=10, norms=(2.0, 0.0), peaks=(), distances=(0.4, 1.0), farthest=())
@@ -150,7 +154,7 @@ def update_ratios(moves: WeightMoves, step: int) -> list[float]:
 def _in_order(
     known: tuple[str, ...], names: tuple[str, ...], values: Sequence[float]
 ) -> Sequence[float]:
-    """Values in the order of the layers known, NaN for those that have none."""
+    """Returns values in the order of the known layers, NaN for layers without a value."""
     if names == known:
         return values
     by_name = dict(zip(names, values, strict=True))
@@ -169,7 +173,10 @@ def _experiment(logger: Any) -> Any:
     try:
         return getattr(logger, "experiment", None)
     except Exception as error:
-        log.warning("%s has no experiment (%s); training goes on", type(logger).__name__, error)
+        log.warning(
+            "%s has no experiment (%s); it gets no Stability tab data, training continues",
+            *(type(logger).__name__, error),
+        )
         return None
 
 
@@ -181,6 +188,9 @@ def _takes_events(experiment: Any) -> bool:
 
 
 def _file_writer(experiment: Any) -> Any:
-    """What writes a ``SummaryWriter``'s own file: a second one in its folder may not be read."""
+    """Returns a ``SummaryWriter``'s own file writer.
+
+    TensorBoard may ignore a second event file in the same folder.
+    """
     found = getattr(experiment, "_get_file_writer", None)
     return found() if callable(found) else getattr(experiment, "file_writer", None)

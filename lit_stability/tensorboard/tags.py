@@ -1,4 +1,4 @@
-"""How a run's data are named and laid out in its event file: what writer and plugin agree on.
+"""Names and layout of a run's data in its event file, shared by writer and plugin.
 
 Imports neither torch nor TensorBoard.
 
@@ -10,10 +10,10 @@ tag                                     tensor                                 m
 ``stability/incident/ID/TIME``          string, the incident as JSON           none
 ======================================  =====================================  ====================
 
-NAMES is a digest of the layers' names, so that a run whose layers change, as when a backbone
-unfreezes, begins another series; TIME tells incidents of a run apart from those of one that it
-began over. Steps and layers of further optimizers carry ``_1`` and so on. The step of every event
-is the number of the attempt, which never goes back: an event file may not.
+NAMES is a digest of the layer names, so that a run whose layers change, for example when a backbone
+is unfrozen, starts another series. TIME separates the incidents of a run from those of an earlier
+run in the same folder. Tags of further optimizers have the suffix ``_1`` and so on. The step of
+every event is the number of the step attempt, since steps in an event file must not decrease.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from collections.abc import Sequence
 PLUGIN = "stability"
 """Name of the plugin, in the metadata of every tag and in TensorBoard's routes."""
 SAMPLES = 2000
-"""Samples of a tag that TensorBoard is asked to keep."""
+"""Number of samples per tag that TensorBoard is asked to keep."""
 SCHEMA = 1
-"""Version of the layout; a reader passes over newer ones."""
+"""Version of the layout; readers ignore newer versions."""
 QUANTITIES = ("grad_norm", "update_ratio")
-"""What is known layer by layer."""
+"""Quantities that are written by layer."""
 INCIDENTS = f"{PLUGIN}/incident/"
 
 
 def steps_tag(optimizer: int) -> str:
-    """The tag of the rows of an optimizer.
+    """Returns the tag of an optimizer's rows.
 
     >>> steps_tag(0), steps_tag(1)
     ('stability/steps', 'stability/steps_1')
@@ -43,7 +43,7 @@ def steps_tag(optimizer: int) -> str:
 
 
 def layers_prefix(optimizer: int, quantity: str) -> str:
-    """What the tags of a quantity begin with.
+    """Returns the prefix of a quantity's tags.
 
     >>> layers_prefix(1, "grad_norm")
     'stability/layers_1/grad_norm/'
@@ -52,13 +52,13 @@ def layers_prefix(optimizer: int, quantity: str) -> str:
 
 
 def layers_tag(optimizer: int, quantity: str, names: Sequence[str]) -> str:
-    """The tag of a quantity of these layers."""
+    """Returns the tag of a quantity of these layers."""
     digest = hashlib.sha256("\n".join(names).encode("utf8", "surrogatepass")).hexdigest()
     return layers_prefix(optimizer, quantity) + digest[:8]
 
 
 def incident_tag(incident: int, started: float) -> str:
-    """The tag of an incident.
+    """Returns the tag of an incident.
 
     >>> incident_tag(3, 1700000000.5)
     'stability/incident/3/1700000000'
@@ -67,7 +67,7 @@ def incident_tag(incident: int, started: float) -> str:
 
 
 def metadata(**content: object) -> bytes:
-    """What goes with a tag.
+    """Returns the JSON metadata of a tag.
 
     >>> metadata(names=["a"])
     b'{"schema": 1, "names": ["a"]}'

@@ -1,8 +1,8 @@
-"""Batches kept to be trained on again, and the fetcher that serves them.
+"""Records batches so that they can be replayed, and replays them.
 
-The fetcher of the fit loop is given a subclass that keeps every raw batch, as it came from the
-loader, with the generators' state right after it was fetched. A rewind puts what was kept in a
-queue that is served before anything new is fetched.
+The recorder observes the data fetcher of the fit loop. It records every raw batch, as the loader
+returned it, with the state of the random generators right after the fetch. A rewind moves recorded
+batches to a queue, which is served before any new batch is fetched.
 """
 
 from __future__ import annotations
@@ -14,121 +14,127 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
 from lit_stability.measurement.tensor_tree import size_of, tensors_in
+from lit_stability.trainer_internals.data_fetcher import (
+    FetcherObserver,
+    current_fetcher,
+    draws_its_batches,
+    observe,
+    stop_observing,
+)
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
 @dataclass(eq=False)
 class RecordedBatch:
-    """One raw batch, with what it takes to serve it again."""
+    """One raw batch, with the state that is needed to replay it."""
 
     item: Any
-    """What the fetcher returned: batch, index, loader."""
+    """Return value of the fetcher: batch, batch index, dataloader index."""
     epoch: int
     index: int
-    """Position in its epoch, as the loader counts."""
+    """Index in its epoch, as counted by the loader."""
     rng: dict[str, Any] | None
-    """Generators right after the fetch; None to let their streams run on instead."""
+    """State of the generators right after the fetch; None: a replay does not reset them."""
     nbytes: int
     versions: tuple[int, ...]
     step: int = -1
-    """Optimizer steps taken before the step it belongs to."""
+    """Number of optimizer steps before the step that the batch belongs to."""
     modified: bool = False
-    """Whether the training step wrote into it."""
+    """Whether the training step modified the batch in place."""
 
 
 class ReplayRing:
-    """The raw batches since the oldest snapshot, in order, and those waiting to be served again.
+    """The raw batches since the oldest snapshot, in order, and the queue of batches to replay.
 
-    Positions count batches served since the start of the fit.
+    Positions count the batches served since the start of the fit.
 
     Args:
-        max_bytes: of the batches kept; the oldest are given up beyond it.
-        clone: keep copies, for training steps that write into their batch.
+        max_bytes: bound on the size of the recorded batches; the oldest are dropped beyond it.
+        clone: serves copies, for a training step that modifies its batch in place.
     """
 
     def __init__(self, max_bytes: int, clone: bool) -> None:
         self.max_bytes, self.clone = max_bytes, clone
         self.entries: deque[RecordedBatch] = deque()
         self.queue: deque[RecordedBatch] = deque()
-        self.left_out: Counter[int] = Counter()
-        """Batches left out of each epoch."""
+        self.skipped: Counter[int] = Counter()
+        """Number of skipped batches, by epoch."""
         self.first = 0
         """Position of the oldest entry."""
         self.nbytes = 0
 
     @property
     def position(self) -> int:
-        """Of the batch that is served next."""
+        """Position of the next batch."""
         return self.first + len(self.entries)
 
     def since(self, position: int) -> list[RecordedBatch]:
-        """The entries from a position on.
+        """Returns the entries from a position on.
 
         Raises:
-            LookupError: if they are not all there any more.
+            LookupError: if some of them were dropped.
         """
         if position < self.first:
-            raise LookupError(f"batches before {self.first} are no longer kept, {position} asked")
+            raise LookupError(f"batches before {self.first} were dropped, {position} requested")
         return list(self.entries)[position - self.first :]
 
-    def replayable(self, position: int, leave_out: Collection[RecordedBatch] = ()) -> bool:
-        """Whether everything from a position on, but for what is left out, is there unspoilt."""
+    def replayable(self, position: int, skipped: Collection[RecordedBatch] = ()) -> bool:
+        """Returns whether all batches from a position on, except skipped ones, are unmodified."""
         if position < self.first:
             return False
-        return not any(e.modified and e not in leave_out for e in self.since(position))
+        return not any(e.modified and e not in skipped for e in self.since(position))
 
     def add(self, entry: RecordedBatch) -> None:
-        """Keep an entry that is being served."""
+        """Records an entry that is being served."""
         self.entries.append(entry)
         self.nbytes += entry.nbytes
         while self.nbytes > self.max_bytes and len(self.entries) > 1:
-            self._give_up_oldest()
+            self._drop_oldest()
 
     def prune(self, position: int) -> None:
-        """Give up what lies before a position."""
+        """Drops the entries before a position."""
         while self.first < position and self.entries:
-            self._give_up_oldest()
+            self._drop_oldest()
 
-    def _give_up_oldest(self) -> None:
+    def _drop_oldest(self) -> None:
         self.nbytes -= self.entries.popleft().nbytes
         self.first += 1
 
-    def rewind(self, position: int, leave_out: Collection[RecordedBatch] = ()) -> None:
-        """Queue the entries from a position on, but for those left out.
+    def rewind(self, position: int, skipped: Collection[RecordedBatch] = ()) -> None:
+        """Moves the entries from a position on to the queue, except the skipped ones.
 
-        From the first that is left out on the generators' streams run on, as they would if it had
-        never come.
+        After the first skipped batch, the generators are no longer reset. They continue as if that
+        batch had never existed.
         """
-        again, blameless = [], True
+        queued, reset_rng = [], True
         for entry in self.since(position):
             self.entries.pop()
             self.nbytes -= entry.nbytes
-            if entry in leave_out:
-                self.left_out[entry.epoch] += 1
-                blameless = False
+            if entry in skipped:
+                self.skipped[entry.epoch] += 1
+                reset_rng = False
                 continue
-            if not blameless:
+            if not reset_rng:
                 entry.rng = None
-            again.append(entry)
-        self.queue.extendleft(reversed(again))
+            queued.append(entry)
+        self.queue.extendleft(reversed(queued))
 
     def check_modified(self) -> None:
-        """Note whether the training step wrote into the batch that was served last."""
+        """Checks whether the training step modified the last served batch in place."""
         if not self.clone and self.entries:
             entry = self.entries[-1]
             entry.modified = entry.modified or _versions(entry.item) != entry.versions
 
 
-class BatchRecorder:
-    """Makes the fit loop's fetcher keep what it serves, and serve what is queued.
+class BatchRecorder(FetcherObserver):
+    """Records the batches that the data fetcher serves, and replays the queued ones.
 
     Args:
         trainer: in its fit.
-        ring: where batches are kept.
-        before_fetch: called between two batches, before the next is fetched.
+        ring: stores the batches.
+        before_fetch: called between two batches, before the next one is fetched.
     """
 
     def __init__(
@@ -142,47 +148,47 @@ class BatchRecorder:
 
     @property
     def can_replay(self) -> bool:
-        """False for modules that draw their batches themselves, from ``dataloader_iter``."""
-        return not isinstance(self._fetcher, _DataLoaderIterDataFetcher)
+        """False if the module fetches its batches itself, from ``dataloader_iter``."""
+        return not draws_its_batches(self._fetcher)
 
     def attach(self) -> None:
-        """Take hold of the fetcher, at the start of the fit and wherever it may be a new one."""
-        fetcher = self._trainer.fit_loop._data_fetcher
+        """Observes the current fetcher; called wherever Lightning may have created a new one."""
+        fetcher = current_fetcher(self._trainer)
         if fetcher is None or fetcher is self._fetcher:
             return
         self.detach()
         self._fetcher = fetcher
-        fetcher.__class__ = _recorded(type(fetcher), self)
+        observe(fetcher, self)
         self._live_epoch = self._trainer.current_epoch
         self._live_done = fetcher.done
 
     def detach(self) -> None:
-        """Leave the fetcher as it was found."""
+        """Stops observing the fetcher."""
         if self._fetcher is not None:
-            self._fetcher.__class__ = type(self._fetcher).__mro__[1]
+            stop_observing(self._fetcher, self)
             self._fetcher = None
 
-    def rewind(self, position: int, epoch: int, leave_out: Collection[RecordedBatch] = ()) -> None:
-        """Serve the batches from a position, which lies in an epoch, once more."""
-        self.ring.rewind(position, leave_out)
+    def rewind(self, position: int, epoch: int, skipped: Collection[RecordedBatch] = ()) -> None:
+        """Replays the batches from a position on; the position is in the given epoch."""
+        self.ring.rewind(position, skipped)
         self._rewound = epoch < self._live_epoch
 
     def more_in(self, epoch: int) -> bool:
-        """Whether an epoch has another batch to serve."""
+        """Returns whether an epoch has another batch."""
         if self.ring.queue:
             return self.ring.queue[0].epoch == epoch
         return epoch == self._live_epoch and not self._live_done
 
     @property
-    def behind(self) -> int | None:
-        """Index of the next batch, if the loader is beyond it; -1 if in another epoch."""
+    def replayed_index(self) -> int | None:
+        """Index of the next batch if it is a replayed one; -1 if it is of another epoch."""
         if not self.ring.queue:
             return None
-        waiting = self.ring.queue[0]
-        return waiting.index if waiting.epoch == self._live_epoch else -1
+        entry = self.ring.queue[0]
+        return entry.index if entry.epoch == self._live_epoch else -1
 
     def next(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
-        """What the fetcher returns."""
+        """Returns a queued batch if there is one, otherwise fetches and records a new one."""
         self._before_fetch()
         if not self.can_replay:
             return fetch()
@@ -204,30 +210,16 @@ class BatchRecorder:
         return copy.deepcopy(entry.item) if ring.clone else entry.item
 
     def iterate(self, fetcher: Any, restart: Callable[[], Any]) -> Any:
-        """What the fetcher does at the start of an epoch."""
+        """Starts an epoch; the loaders are not restarted for a replayed epoch."""
         epoch = self._trainer.current_epoch
         if self._rewound and epoch <= self._live_epoch:
-            # The loader is in this epoch, or beyond it, already.
+            # The loader has already started this epoch, or a later one.
             self._rewound = epoch < self._live_epoch
             fetcher.done = not self.more_in(epoch)
             return fetcher
         restart()
         self._live_epoch, self._live_done = epoch, fetcher.done
         return fetcher
-
-
-def _recorded(base: type, recorder: BatchRecorder) -> type:
-    """A subclass of a fetcher's class that asks the recorder first."""
-
-    def __iter__(self: Any) -> Any:
-        return recorder.iterate(self, lambda: base.__iter__(self))  # type: ignore[attr-defined]
-
-    def __next__(self: Any) -> Any:
-        return recorder.next(self, lambda: base.__next__(self))  # type: ignore[attr-defined]
-
-    # A mixin would change the layout, which the assignment to an instance's class refuses.
-    body = {"__iter__": __iter__, "__next__": __next__, "recorder": recorder}
-    return type(base.__name__, (base,), body)
 
 
 def _versions(item: Any) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
-"""State that other objects keep beside the training state, and that a rollback takes back.
+"""State of other objects that a rollback restores together with the training state.
 
-Weight averages, the best checkpoints, patience counters, and what a user registers.
+This is the state of callbacks (weight averages, best checkpoints, patience counters), of the
+module, and of objects that the user registers.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ Restore: TypeAlias = Callable[[], None]
 
 
 class Stateful(Protocol):
-    """Anything that gives its state away and takes it back."""
+    """An object with ``state_dict`` and ``load_state_dict``."""
 
     def state_dict(self) -> Any:
-        """The state."""
+        """Returns the state."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Put it back."""
+        """Restores a state."""
 
 
 def capture_callback_state(
@@ -34,13 +35,16 @@ def capture_callback_state(
     registered: Iterable[Stateful],
     averages: dict[int, ModuleSnapshot],
 ) -> list[Restore]:
-    """Remember the state of callbacks, module and registered objects; each result puts one back.
+    """Captures the state of callbacks, module and registered objects.
 
     Args:
-        trainer: whose callbacks.
-        pl_module: in training.
+        trainer: owner of the callbacks.
+        pl_module: the module in training.
         registered: further objects.
-        averages: copies of averaged weights, to be reused from capture to capture.
+        averages: memory for copies of averaged weights, reused by later captures.
+
+    Returns:
+        Functions, each of which restores one captured state.
     """
     restores: list[Restore] = []
     for owner in [*callbacks_of(trainer), pl_module]:
@@ -52,7 +56,7 @@ def capture_callback_state(
         elif isinstance(owner, WeightAveraging):
             restores.append(_average(owner, averages))
             restores.append(_attributes(owner))
-    return [*restores, *(_stateful(each) for each in registered)]
+    return [*restores, *(_stateful(owner) for owner in registered)]
 
 
 _ATTRIBUTES = (
@@ -64,7 +68,7 @@ _ATTRIBUTES = (
     "stopping_reason",
     "stopping_reason_message",
 )
-"""What Lightning's callbacks leave out of their ``state_dict``."""
+"""Attributes that Lightning's callbacks do not include in their ``state_dict``."""
 
 
 def _hook(owner: Any) -> Restore:

@@ -1,4 +1,4 @@
-"""Checkpoint files written and removed since a snapshot, so that a rollback can take them back."""
+"""Tracks checkpoint files written or removed since a snapshot, so that a rollback can undo both."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class _Removal:
 
 
 class CheckpointLedger:
-    """Watches the strategy's files between ``attach`` and ``detach``.
+    """Records the files that the strategy writes and removes between ``attach`` and ``detach``.
 
-    A file written since a point that is gone back to is renamed to ``NAME.quarantined``: its
-    weights may be damaged. A file removed since then comes back: a removal hides it first, as
-    ``.NAME.removed`` in the same folder, and is carried out once nothing can go back before it.
+    A rollback to a mark renames files written since then to ``NAME.quarantined``, as their weights
+    may be damaged, and restores files removed since then. To make this possible, a removal only
+    renames the file to ``.NAME.removed`` in the same folder; the file is deleted when no rollback
+    can go back before the removal.
 
     Args:
-        trainer: whose strategy to watch; files are touched on rank zero only.
+        trainer: owner of the strategy; files are changed on rank 0 only.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -38,7 +39,7 @@ class CheckpointLedger:
         self._attached = False
 
     def attach(self) -> None:
-        """Begin to watch, and finish removals that a kill interrupted."""
+        """Starts recording, and deletes hidden files of a run that was killed."""
         strategy = self._trainer.strategy
         save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
 
@@ -56,11 +57,11 @@ class CheckpointLedger:
         self._attached = True
         if self._trainer.is_global_zero:
             for folder in _folders(self._trainer):
-                for left_by_a_kill in folder.glob(".*.removed"):
-                    self._remove(left_by_a_kill)
+                for hidden in folder.glob(".*.removed"):
+                    self._remove(hidden)
 
     def detach(self) -> None:
-        """Carry out all removals and leave the strategy as it was."""
+        """Deletes all hidden files and restores the methods of the strategy."""
         if not self._attached:
             return
         self.commit(self.mark)
@@ -70,11 +71,11 @@ class CheckpointLedger:
 
     @property
     def mark(self) -> int:
-        """The present moment, to be gone back to."""
+        """The current position in the record, for `commit` and `go_back`."""
         return self._first + len(self._events)
 
     def commit(self, mark: int) -> None:
-        """Carry out the removals before a mark: nothing goes back beyond it any more."""
+        """Deletes the files hidden before a mark: no rollback goes back further."""
         while self._first < mark and self._events:
             event = self._events.pop(0)
             self._first += 1
@@ -82,7 +83,11 @@ class CheckpointLedger:
                 self._remove(event.hidden)
 
     def go_back(self, mark: int) -> list[Path]:
-        """Undo removals and quarantine what was written since a mark; returns the new names."""
+        """Restores files removed, and quarantines files written, since a mark.
+
+        Returns:
+            New names of the quarantined files.
+        """
         quarantined = []
         while self.mark > mark and self._events:
             event = self._events.pop()
@@ -92,7 +97,7 @@ class CheckpointLedger:
                 elif event.exists() and self._trainer.is_global_zero:
                     quarantined.append(_quarantine(event))
             except OSError as error:
-                log.warning("cannot rename %s (%s)", event, error)
+                log.warning("cannot rename checkpoint %s (%s): it is unchanged", event, error)
         return quarantined
 
     def _hide(self, path: Path) -> bool:
@@ -108,8 +113,8 @@ class CheckpointLedger:
 
 
 def _folders(trainer: Trainer) -> list[Path]:
-    found = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return [Path(each) for each in found if each is not None]
+    paths = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [Path(path) for path in paths if path is not None]
 
 
 def _quarantine(path: Path) -> Path:

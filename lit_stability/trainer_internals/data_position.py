@@ -1,8 +1,9 @@
-"""Where in its data a run stands, and how another process comes to stand there.
+"""Saves the position of a run in its training data, and restores it in another process.
 
-A data loader has no position that could be saved, but it has a past: the states of the random
-generators just before it was iterated, and the number of batches it gave. Iterated anew from the
-same states and drained of that many batches, it goes on with the very batch that came next.
+A data loader has no position that could be saved. Saved instead are the states of the random
+generators right before it was iterated, and the number of batches that it has returned. To resume,
+the loader is iterated again from the same states and that many batches are dropped: the next batch
+is the one that the interrupted run would have trained on.
 """
 
 from __future__ import annotations
@@ -14,9 +15,23 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
-from lit_stability.trainer_internals.dataloaders import generators, is_plain, iterators, loaders
+from lit_stability.trainer_internals.data_fetcher import (
+    FetcherObserver,
+    current_fetcher,
+    draws_its_batches,
+    observe,
+    observers,
+    original_class,
+    stop_observing,
+)
+from lit_stability.trainer_internals.dataloaders import (
+    before_first_iteration,
+    generators,
+    is_plain,
+    iterators,
+    loaders,
+)
 from lit_stability.training_state.rng import (
     capture_rng,
     pack_rng,
@@ -27,28 +42,28 @@ from lit_stability.training_state.rng import (
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
-MOST_STATES = 500
-"""Generator states kept per epoch for data sets that draw while they are read, 10 kB each."""
+MAX_STATES = 500
+"""Generator states saved per epoch if reading the data draws random numbers; 10 kB each."""
 
 
-class DataPosition:
-    """Follows the data of a fit; draws no random number and fetches no batch in a healthy run.
+class DataPosition(FetcherObserver):
+    """Tracks the position in the training data; draws no random number and fetches no extra batch.
 
-    What is followed: shuffling by samplers, with the global generators or with their own; workers;
-    iterable data sets; augmentation in this process; loaders combined, reloaded, limited.
+    Supported: shuffling by samplers, with the global generators or with their own; workers;
+    iterable data sets; augmentation in the main process; combined, reloaded and limited loaders.
 
-    What cannot be: a module that takes ``dataloader_iter``; loaders with a state of their own,
-    which Lightning saves itself; what a data set or data module counts in its own attributes;
-    workers that persist across epochs and draw; a training loader that is built otherwise in a
-    later epoch than the one in which a ``reload_dataloaders_every_n_epochs`` was due.
+    Not supported: a module that takes ``dataloader_iter``; loaders with their own ``state_dict``,
+    which Lightning saves itself; counters in attributes of a data set or data module; random
+    numbers drawn in persistent workers; with ``reload_dataloaders_every_n_epochs``, a training
+    loader that is built differently in a later epoch than the one in which the reload was due.
 
     Args:
-        between: called before each fetch of a batch, when everything that belongs to the batch
-            before it is over: hooks, validation, schedulers, counters.
+        before_fetch: called before each fetch, when the previous batch is completely processed:
+            hooks, validation, schedulers and counters.
     """
 
-    def __init__(self, between: Callable[[], None]) -> None:
-        self._between = between
+    def __init__(self, before_fetch: Callable[[], None]) -> None:
+        self._before_fetch = before_fetch
         self._trainer: Trainer | None = None
         self._pending: Mapping[str, Any] | None = None
         self._fetches = 0
@@ -56,61 +71,59 @@ class DataPosition:
         self._first: dict[str, Any] | None = None
         self._last: tuple[int, dict[str, Any]] | None = None
         self._states: dict[int, dict[str, Any]] = {}
-        self._told = False
+        self._limit_logged = False
+        self._undo: Callable[[], None] = lambda: None
 
     def attach(self, trainer: Trainer) -> None:
-        """Follow the loaders from the moment they exist; before the fit's data are set up."""
+        """Starts tracking; called before the fit sets up its data."""
         self._trainer = trainer
         loop = trainer.fit_loop
-        set_up, load_states = loop.setup_data, loop._load_combined_loader_states
+        set_up = loop.setup_data
 
         def setup_data() -> None:
             set_up()
-            self._watch(loop._data_fetcher)
-
-        def load_combined_loader_states() -> None:
-            # The last thing that happens before the loaders are iterated for the first time.
-            load_states()
-            self._before_iter()
+            self._watch(current_fetcher(trainer))
 
         vars(loop)["setup_data"] = setup_data
-        vars(loop)["_load_combined_loader_states"] = load_combined_loader_states
+        self._undo = before_first_iteration(trainer, self._before_iter)
 
     def detach(self) -> None:
-        """Leave the trainer as it was found."""
+        """Stops tracking and removes all patches from the trainer."""
         if self._trainer is None:
             return
         loop = self._trainer.fit_loop
-        for name in ("setup_data", "_load_combined_loader_states"):
-            vars(loop).pop(name, None)
+        vars(loop).pop("setup_data", None)
+        self._undo()
+        if (fetcher := current_fetcher(self._trainer)) is not None:
+            stop_observing(fetcher, self)
         loop.epoch_loop.__dict__.pop("_should_check_val_fx", None)
         self._trainer = self._pending = None
 
     @property
     def obstacle(self) -> str | None:
-        """Why the position of these data cannot be restored, or None."""
+        """The reason why the position in these data cannot be restored, or None."""
         assert self._trainer is not None
-        loop = self._trainer.fit_loop
-        if isinstance(loop._data_fetcher, _DataLoaderIterDataFetcher):
-            return "training_step takes `dataloader_iter` and reads ahead on its own"
+        if draws_its_batches(current_fetcher(self._trainer)):
+            return "training_step takes `dataloader_iter` and fetches its batches itself"
         return None
 
     @property
     def _stateful(self) -> bool:
-        """Whether the loaders have a state of their own, which Lightning saves and restores."""
+        """Whether a loader has its own ``state_dict``, which Lightning saves and restores."""
         assert self._trainer is not None
         return any(isinstance(dl, _Stateful) for dl in loaders(self._trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position now, in what ``torch.load(weights_only=True)`` accepts; {} outside a fit."""
+        """Returns the position, loadable with ``weights_only=True``; {} outside a fit."""
         if self._trainer is None or not self._start:
             return {}
         loop = self._trainer.fit_loop
-        ahead = len(getattr(loop._data_fetcher, "batches", ()))
-        recorder = getattr(loop._data_fetcher, "recorder", None)
-        behind = None if recorder is None else recorder.behind
-        if behind == -1:
-            # Batches of an epoch that the loader has left are being trained on again.
+        fetcher = current_fetcher(self._trainer)
+        ahead = len(getattr(fetcher, "batches", ()))
+        replayed = [observer.replayed_index for observer in observers(fetcher)]
+        index = next((i for i in replayed if i is not None), None)
+        if index == -1:
+            # A rollback replays batches of an epoch that the loader has already left.
             return {}
         states = dict(self._states)
         if ahead and self._last is not None:
@@ -118,7 +131,7 @@ class DataPosition:
         if self._first is not None:
             states[0] = self._first
         return {
-            "batches": self._fetches - ahead if behind is None else behind,
+            "batches": self._fetches - ahead if index is None else index,
             "epoch_over": bool(loop.epoch_loop._num_ready_batches_reached()),
             "reloaded": self._reloaded,
             "start": pack_rng(self._start["rng"]),
@@ -130,19 +143,19 @@ class DataPosition:
         }
 
     def resume(self, state: Mapping[str, Any], *, between_batches: bool) -> None:
-        """Arrange that the first fetch of this fit takes up a saved position; at its start.
+        """Restores a saved position at the first fetch; called at the start of the fit.
 
         Args:
-            state: what `state_dict` returned.
-            between_batches: whether it was saved when everything that belongs to the batch before
-                was over, as ``between`` is called; validation after that batch is over too then.
+            state: return value of `state_dict`.
+            between_batches: whether it was saved in ``before_fetch``, when the previous batch and
+                the validation after it were completely processed.
         """
         assert self._trainer is not None
         loop = self._trainer.fit_loop
         if state["reloaded"] is not None:
             loop._last_train_dl_reload_epoch = state["reloaded"]
         if between_batches:
-            # Lightning would count the batch before once more to skip its validation.
+            # To skip the validation of the previous batch, Lightning would count that batch twice.
             loop.epoch_loop.__dict__["_should_check_val_fx"] = lambda fetcher: False
         restore_rng(unpack_rng(state["now"]))
         self._pending = state
@@ -154,70 +167,65 @@ class DataPosition:
         return int(epoch) if epoch != float("-inf") else None
 
     def _watch(self, fetcher: Any) -> None:
-        """Give the fetcher a subclass of its own class that tells of each fetch."""
-        if fetcher is None or getattr(fetcher, "_position", None) is self:
-            return
-        base = type(fetcher)
-        position = self
+        if fetcher is not None and self not in observers(fetcher):
+            observe(fetcher, self)
+            self._fetches = fetcher.fetched
 
-        def __iter__(fetcher: Any) -> Any:
-            position._before_iter()
-            base.__iter__(fetcher)
-            position._fetches = fetcher.fetched
-            return fetcher
-
-        def __next__(fetcher: Any) -> Any:
-            if position._pending is not None:
-                position._take_up(fetcher, base)
-            position._between()
-            return position._fetch(fetcher, base)
-
-        body = {"__iter__": __iter__, "__next__": __next__, "_position": position}
-        fetcher.__class__ = type(base.__name__, (base,), body)
+    def iterate(self, fetcher: Any, restart: Callable[[], Any]) -> Any:
+        """Records the generators before the loaders are iterated."""
+        self._before_iter()
+        restart()
         self._fetches = fetcher.fetched
+        return fetcher
+
+    def next(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
+        """Restores a saved position before the first fetch; records random states of fetches."""
+        if self._pending is not None:
+            self._restore_position(fetcher)
+        self._before_fetch()
+        return self._fetch(fetcher, fetch)
 
     def _before_iter(self) -> None:
         assert self._trainer is not None
         self._start = {
             "rng": capture_rng(),
             "generators": [g.get_state() for g in generators(self._trainer)],
-            # Persistent workers are seeded once: to iterate their loader again draws less.
+            # Persistent workers are seeded once: iterating their loader again draws fewer numbers.
             "again": [getattr(dl, "_iterator", None) is not None for dl in loaders(self._trainer)],
         }
         self._fetches, self._first, self._last, self._states = 0, None, None, {}
 
-    def _fetch(self, fetcher: Any, base: type) -> Any:
-        """Fetch, and keep the generators' states if the fetch cannot be repeated without them."""
+    def _fetch(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
+        """Fetches a batch, and stores the generators' states if a resume needs them."""
         assert self._trainer is not None
         index, count = self._fetches, fetcher.fetched
-        found = loaders(self._trainer)
-        plain = all(map(is_plain, found))
-        before = capture_rng() if index == 0 or not plain or len(found) > 1 else None
-        begun = iterators(fetcher)
-        item = base.__next__(fetcher)  # type: ignore[attr-defined]
+        all_loaders = loaders(self._trainer)
+        plain = all(map(is_plain, all_loaders))
+        before = capture_rng() if index == 0 or not plain or len(all_loaders) > 1 else None
+        started = iterators(fetcher)
+        item = fetch()
         self._fetches += fetcher.fetched - count
         if before is None or self._fetches == index:
             return item
         self._last = (index, before)
         if index == 0:
             self._first = before
-        elif begun != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
-            self._keep(index, before)
+        elif started != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
+            self._store_state(index, before)
         return item
 
-    def _keep(self, index: int, state: dict[str, Any]) -> None:
-        if len(self._states) < MOST_STATES:
+    def _store_state(self, index: int, state: dict[str, Any]) -> None:
+        if len(self._states) < MAX_STATES:
             self._states[index] = state
-        elif not self._told:
-            self._told = True
+        elif not self._limit_logged:
+            self._limit_logged = True
             log.info(
-                "the data set or its sampler draws random numbers as it goes: after a resume more "
-                "than %d batches into this epoch its order may be another; give it a generator of "
-                "its own, or workers",
-                MOST_STATES,
+                "reading the data draws random numbers: a resume after more than %d batches of an "
+                "epoch may change their order; use workers or a separate generator",
+                MAX_STATES,
             )
 
-    def _take_up(self, fetcher: Any, base: type) -> None:
+    def _restore_position(self, fetcher: Any) -> None:
         assert self._trainer is not None
         state, self._pending = self._pending, None
         assert state is not None
@@ -227,35 +235,39 @@ class DataPosition:
                 self._set_generators(state["generators_now"])
                 fetcher.__iter__()
                 return
-            self._repeat(fetcher, base, state)
+            self._replay_epoch(fetcher, state)
         restore_rng(unpack_rng(state["now"]))
 
-    def _repeat(self, fetcher: Any, base: type, state: Mapping[str, Any]) -> None:
-        """Iterate the loaders as the epoch began, and drop what was trained on."""
+    def _replay_epoch(self, fetcher: Any, state: Mapping[str, Any]) -> None:
+        """Iterates the loaders from the start of the epoch and drops the batches trained on."""
         assert self._trainer is not None
+        base = original_class(fetcher)
         fetcher.combined_loader.reset()
-        for loader, again in zip(loaders(self._trainer), state["again"], strict=False):
-            if again:
+        for loader, was_iterated in zip(loaders(self._trainer), state["again"], strict=False):
+            if was_iterated:
                 iter(loader)
         self._set_generators(state["generators"])
         restore_rng(unpack_rng(state["start"]))
         self._before_iter()
-        base.__iter__(fetcher)  # type: ignore[attr-defined]
+        base.__iter__(fetcher)
         self._states = {i: unpack_rng(s) for i, s in state["states"].items()}
         self._first = self._states.pop(0, None)
         if state["batches"] >= 1000:
-            log.info("reading the first %d batches of the epoch again", state["batches"])
+            log.info(
+                "resume: reading the first %d batches of the epoch again to restore the data order",
+                state["batches"],
+            )
         for done in range(state["batches"]):
-            if (known := self._states.get(fetcher.fetched, None)) is not None:
-                restore_rng(known)
+            if (saved := self._states.get(fetcher.fetched, None)) is not None:
+                restore_rng(saved)
             elif fetcher.fetched == 0 and self._first is not None:
                 restore_rng(self._first)
             try:
-                base.__next__(fetcher)  # type: ignore[attr-defined]
+                base.__next__(fetcher)
             except StopIteration:
                 raise RuntimeError(
-                    f"the training data end after {done} batches, the checkpoint was taken after "
-                    f"{state['batches']} of its epoch: resume with the data of that run"
+                    f"the training data end after {done} batches, but the checkpoint was saved "
+                    f"after {state['batches']} batches of its epoch: resume with the same data"
                 ) from None
         self._fetches = fetcher.fetched
         if (ahead := self._states.get(self._fetches - 1)) is not None:

@@ -1,8 +1,8 @@
-"""The training loaders of a fit: what of them can be repeated, and what they draw from."""
+"""The training loaders of a fit, their random generators, and whether they can be repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,17 +27,17 @@ _KNOWN = (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-"""Samplers that draw when they are iterated, not as they go."""
+"""Samplers that draw all random numbers when their iteration starts."""
 
 
 def loaders(trainer: Trainer) -> list[Any]:
-    """The loaders that are combined into batches; mostly one."""
+    """Returns the training loaders; usually there is only one."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
 
 
 def is_plain(loader: Any) -> bool:
-    """Whether reading a loader in one go repeats its order, whatever was drawn in between."""
+    """Returns whether the order of a loader depends only on the random state at its start."""
     if not isinstance(loader, DataLoader):
         return False
     if isinstance(loader.dataset, IterableDataset):
@@ -46,13 +46,13 @@ def is_plain(loader: Any) -> bool:
 
 
 def iterators(fetcher: Any) -> list[int]:
-    """Changes where one of several loaders came to its end and was begun anew."""
+    """Returns ids of the loaders' iterators; they change when a loader is restarted."""
     iterator = getattr(fetcher.combined_loader, "_iterator", None)
-    return [id(each) for each in getattr(iterator, "iterators", ())]
+    return [id(it) for it in getattr(iterator, "iterators", ())]
 
 
 def generators(trainer: Trainer) -> Iterator[torch.Generator]:
-    """Generators that loaders and samplers were given, each once."""
+    """Yields the generators that were passed to loaders and samplers, each once."""
     seen: set[int] = set()
     for loader in loaders(trainer):
         batch_sampler = getattr(loader, "batch_sampler", None)
@@ -62,3 +62,47 @@ def generators(trainer: Trainer) -> Iterator[torch.Generator]:
             if isinstance(generator, torch.Generator) and id(generator) not in seen:
                 seen.add(id(generator))
                 yield generator
+
+
+def before_first_iteration(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Registers a function to call right before the first iteration of the training loaders.
+
+    Several functions are called in the order of registration.
+
+    Args:
+        trainer: before its fit sets up the data.
+        call: function without arguments.
+
+    Returns:
+        A function that removes the registration.
+    """
+    own = vars(trainer.fit_loop)
+    patch = own.get(_LAST_HOOK)
+    if not isinstance(patch, _LoadStates):
+        patch = own[_LAST_HOOK] = _LoadStates(getattr(trainer.fit_loop, _LAST_HOOK))
+    patch.calls.append(call)
+
+    def undo() -> None:
+        if call in patch.calls:
+            patch.calls.remove(call)
+        if not patch.calls and own.get(_LAST_HOOK) is patch:
+            del own[_LAST_HOOK]
+
+    return undo
+
+
+_LAST_HOOK = "_load_combined_loader_states"
+"""Method that the fit loop calls last before the first iteration of the loaders."""
+
+
+class _LoadStates:
+    """Calls the original method of the fit loop, then the registered functions."""
+
+    def __init__(self, original: Callable[[], None]) -> None:
+        self._original = original
+        self.calls: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        self._original()
+        for call in list(self.calls):
+            call()

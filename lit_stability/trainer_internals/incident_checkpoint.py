@@ -1,4 +1,4 @@
-"""The complete state of a Trainer, as evidence."""
+"""Saves the complete state of a Trainer when an incident opens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lit_stability.trainer_internals.trainer_view import callbacks_of
 
 
 def save_incident_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Save what Lightning saves, for study.
+    """Saves a Lightning checkpoint of the state at an incident, for later analysis.
 
-    Under DDP only rank 0 is to call it: it waits for nobody, as the other ranks may not have seen
-    anything. Therefore it calls no hook of a user's, which might wait, and the states of callbacks
-    are those of Lightning's and of this package. Under FSDP2 all ranks are to call it.
+    Under DDP, call it on rank 0 only. It does not synchronise, because the other ranks may have
+    seen no anomaly. Therefore it calls no user hook, which might synchronise, and includes only
+    the states of callbacks from Lightning and this package. Under FSDP2, call it on all ranks.
     """
     if sharing(trainer) != "replicas":
         trainer.save_checkpoint(path, weights_only=False)

@@ -1,4 +1,4 @@
-"""Running the module beside training: afterwards all is as if it had not been."""
+"""Runs the module in isolation: afterwards everything is as if the step had not been run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lit_stability.trainer_internals.metrics import LoggedMetrics
-from lit_stability.training_state.rng import capture_rng, restore_rng
-from lit_stability.training_state.snapshot import BufferGuard
+from lit_stability.training_state.isolated_model import IsolatedModel
 
 
 @contextmanager
 def isolated_step(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Put generators, buffers and metrics back afterwards, and log nothing meanwhile.
+    """Restores the model, its generators and its metrics on exit; nothing is logged meanwhile.
 
-    So are the module's own attributes, and its lists, dicts and the like; what a ``training_step``
-    does to further objects is not undone.
+    Restored are gradients, buffers, flags, generators, logged metrics, torchmetrics objects, and
+    the module's own attributes with its lists, dicts, sets and deques. What a ``training_step``
+    does to other objects is not undone.
+
+    Args:
+        trainer: in its fit.
+        pl_module: the module in training.
     """
-    attributes = _Attributes(pl_module)
-    rng, guard, metrics = capture_rng(), BufferGuard(pl_module), LoggedMetrics(pl_module)
-    guard.capture()
+    attributes, state = _Attributes(pl_module), IsolatedModel(pl_module)
+    metrics = LoggedMetrics(pl_module)
     metrics.capture(trainer)
     silenced = {name: vars(pl_module).get(name) for name in ("log", "log_dict")}
     try:
@@ -37,22 +40,21 @@ def isolated_step(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
             if before is not None:
                 vars(pl_module)[name] = before
         attributes.restore()
-        guard.restore()
         metrics.restore(trainer)
-        restore_rng(rng)
+        state.restore()
 
 
 class _Attributes:
-    """What a module holds beside parameters, buffers and submodules."""
+    """Attributes of a module other than parameters, buffers and submodules."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._values = dict(self._plain())
         containers = (v for v in self._values.values() if type(v) in (list, dict, set, deque))
-        self._contents = [(each, copy.copy(each)) for each in containers]
+        self._contents = [(container, copy.copy(container)) for container in containers]
 
     def restore(self) -> None:
-        """Put them back; a container remains the object that it is."""
+        """Restores them; a container stays the same object."""
         for name in [name for name, _ in self._plain() if name not in self._values]:
             del vars(self._module)[name]
         vars(self._module).update(self._values)
@@ -61,7 +63,7 @@ class _Attributes:
             (container.extend if hasattr(container, "extend") else container.update)(content)
 
     def _plain(self) -> Iterator[tuple[str, Any]]:
-        """Those that are data: a method that somebody has wrapped is that somebody's affair."""
+        """Attributes that are data: a method that was wrapped is not restored."""
         for name, value in vars(self._module).items():
             if not name.startswith("_") and not callable(value):
                 yield name, value

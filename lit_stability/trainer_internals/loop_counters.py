@@ -1,4 +1,4 @@
-"""Where a Trainer's loops stand: counters, and what was logged last."""
+"""State of a Trainer's loops: their counters and the last logged values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _LOGGED = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
 class LoopState:
-    """All counters of the fit loop as they are between two batches.
+    """All counters of the fit loop between two batches.
 
-    ``_batches_that_stepped``, the step that loggers are given, is left out: it never goes back.
+    ``_batches_that_stepped``, the step of the loggers, is not included: it never goes back.
 
     Args:
         trainer: to read, before a batch is fetched.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._counters = [(each, dict(vars(each))) for each in _counters(trainer)]
+        self._counters = [(counter, dict(vars(counter))) for counter in _counters(trainer)]
         self._should_stop = trainer.should_stop
         self._accumulate = trainer.accumulate_grad_batches
         connector = trainer._logger_connector
@@ -29,11 +29,11 @@ class LoopState:
         self.epoch = trainer.current_epoch
 
     def restore_at_batch_end(self, trainer: Trainer, *, more: bool) -> None:
-        """Rewind at the end of a rejected batch, before Lightning counts it as completed.
+        """Rewinds at the end of a rejected batch, before Lightning counts it as completed.
 
         Args:
             trainer: to rewind.
-            more: whether the epoch has another batch to train on; without one it ends now.
+            more: whether the epoch has another batch; if not, it ends now.
         """
         self._restore(trainer)
         loop = trainer.fit_loop.epoch_loop
@@ -43,7 +43,7 @@ class LoopState:
         loop._skip_next_val = more or not validates_at_end(trainer)
 
     def restore_at_fetch(self, trainer: Trainer) -> None:
-        """Rewind between two batches, undoing what the end of the rejected one still moved."""
+        """Rewinds again before the next fetch: the end of the rejected batch moved counters."""
         self._restore(trainer)
         trainer.fit_loop.epoch_loop._skip_next_val = False
         connector = trainer._logger_connector
@@ -75,7 +75,7 @@ def _counters(trainer: Trainer) -> list[Any]:
 
 
 def validates_at_end(trainer: Trainer) -> bool:
-    """Whether validation is due after the last batch of an epoch, however many it has."""
+    """Returns whether validation is due after the last batch of an epoch of any length."""
     batches: float | None = trainer.val_check_batch
     if batches is None:
         return False
@@ -83,20 +83,26 @@ def validates_at_end(trainer: Trainer) -> bool:
     return not isinstance(interval, int) or batches == trainer.num_training_batches
 
 
-def count_skipped_batches(trainer: Trainer, left_out: int) -> None:
-    """Count batches left out at the end of an epoch, or its validation would not be due."""
+def count_skipped_batches(trainer: Trainer, skipped: int) -> None:
+    """Counts skipped batches at the end of an epoch; without them its validation is not due."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    if not (left_out and progress.is_last_batch and validates_at_end(trainer)):
+    if not (skipped and progress.is_last_batch and validates_at_end(trainer)):
         return
     if trainer.check_val_every_n_epoch is not None:
         current = progress.current
         for name in ("ready", "started", "processed", "completed"):
-            setattr(current, name, getattr(current, name) + left_out)
+            setattr(current, name, getattr(current, name) + skipped)
+
+
+def end_epoch_schedulers(trainer: Trainer) -> None:
+    """Steps the schedulers of interval "epoch": the last batch of the epoch was skipped."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps counted in automatic and manual mode, and scheduler steps."""
+    """Numbers of optimizer steps in automatic and manual optimization, and of scheduler steps."""
 
     automatic: int
     manual: int
@@ -104,22 +110,22 @@ class Steps:
 
     @classmethod
     def of(cls, trainer: Trainer) -> Steps:
-        """Read the counters."""
+        """Returns the present counts of a trainer."""
         return cls(*(counter.total.completed for counter in step_counters(trainer)))
 
     def restore(self, trainer: Trainer) -> None:
-        """Rewind them at the end of a batch; ``global_step`` follows, the data do not."""
+        """Rewinds counters and ``global_step`` at the end of a batch; data stay where they are."""
         saved = (self.automatic, self.manual, self.scheduler)
         for counter, completed in zip(step_counters(trainer), saved, strict=True):
-            back = counter.total.completed - completed
+            excess = counter.total.completed - completed
             for tracker in (counter.total, counter.current):
-                # Those of the epoch start at 0, also when this goes back beyond its start.
-                tracker.ready = max(0, tracker.ready - back)
-                tracker.completed = max(0, tracker.completed - back)
+                # Counts of the epoch must not be negative after a rewind to an earlier epoch.
+                tracker.ready = max(0, tracker.ready - excess)
+                tracker.completed = max(0, tracker.completed - excess)
 
 
 def step_counters(trainer: Trainer) -> tuple[Any, Any, Any]:
-    """Of optimizer steps in automatic and manual optimization, and of scheduler steps."""
+    """Returns the counters of automatic and manual optimizer steps, and of scheduler steps."""
     loop = trainer.fit_loop.epoch_loop
     return (
         loop.automatic_optimization.optim_progress.optimizer.step,

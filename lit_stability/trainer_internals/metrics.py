@@ -1,4 +1,4 @@
-"""Metrics gathered over an epoch: what ``self.log`` accumulates, and torchmetrics objects."""
+"""Metrics of an epoch: values accumulated by ``self.log``, and torchmetrics objects."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torchmetrics import Metric
 
 
 class LoggedMetrics:
-    """Epoch aggregates as they were, so that a batch that was left out leaves no trace in them.
+    """Captures the epoch aggregates and restores them, to remove a skipped batch from them.
 
     Args:
-        pl_module: whose torchmetrics objects belong to the state.
+        pl_module: owner of the torchmetrics objects that belong to the state.
     """
 
     def __init__(self, pl_module: LightningModule) -> None:
@@ -24,13 +24,13 @@ class LoggedMetrics:
         self._states: list[dict[str, Any]] = []
 
     def capture(self, trainer: Trainer) -> None:
-        """Remember them. Lightning replaces its values rather than writing into them: no copies."""
+        """Captures them; Lightning's values need no copy, as it never changes them in place."""
         results = trainer.fit_loop.epoch_loop._results
         self._logged = {key: dict(vars(metric)) for key, metric in results.items()}
         self._states = [_metric_state(metric) for metric in self._metrics]
 
     def restore(self, trainer: Trainer) -> None:
-        """Put them back; what was first logged since is reset."""
+        """Restores them; values that were first logged after the capture are reset."""
         for key, metric in trainer.fit_loop.epoch_loop._results.items():
             if key in self._logged:
                 vars(metric).update(self._logged[key])
@@ -41,10 +41,10 @@ class LoggedMetrics:
 
 
 class EpochMetrics:
-    """Carries an epoch's aggregates from one process to the next, which Lightning does not.
+    """Saves an epoch's aggregates and restores them on resume, which Lightning does not.
 
-    Values logged with ``self.log`` are added to what the first batch after the resume logs;
-    torchmetrics objects and ``trainer.callback_metrics`` are put back at once.
+    Values logged with ``self.log`` are added to those that the first batch after the resume logs.
+    torchmetrics objects and ``trainer.callback_metrics`` are restored at once.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class EpochMetrics:
 
     @staticmethod
     def state_dict(trainer: Trainer, *, epoch_over: bool) -> dict[str, Any]:
-        """The aggregates now, in what ``torch.load(weights_only=True)`` accepts."""
+        """Returns the aggregates as ``torch.load(weights_only=True)`` accepts them."""
         callback = {k: _copy(v) for k, v in trainer.callback_metrics.items()}
         if epoch_over:
             return {"logged": {}, "metrics": {}, "callback": callback}
@@ -72,7 +72,7 @@ class EpochMetrics:
         }
 
     def resume(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
-        """Put back what can be now; `add` does the rest. At the start of the fit."""
+        """Restores all but logged values, which `add` restores; called at the start of the fit."""
         device = trainer.strategy.root_device
         modules = dict(trainer.lightning_module.named_modules())
         for name, saved in state["metrics"].items():
@@ -83,18 +83,19 @@ class EpochMetrics:
         self._logged = dict(state["logged"])
 
     def add(self, trainer: Trainer) -> None:
-        """Add the saved aggregates to those that have begun anew; at the end of a batch."""
+        """Adds the saved aggregates to the new ones; called at the end of a batch."""
         for key, metric in trainer.fit_loop.epoch_loop._results.items():
             saved = self._logged.pop(key, None)
             if saved is None or saved.keys() != metric._defaults.keys():
                 continue
             for name, value in saved.items():
-                now = getattr(metric, name)
-                setattr(metric, name, _reduce(metric.meta, value.to(now.device), now))
+                current = getattr(metric, name)
+                reduced = _reduce(metric.meta, value.to(current.device), current)
+                setattr(metric, name, reduced)
             metric._computed = None
 
     def forget(self) -> None:
-        """The epoch is over."""
+        """Drops the saved aggregates, at the end of the epoch."""
         self._logged = {}
 
 
@@ -110,9 +111,9 @@ def _metric_state(metric: Metric) -> dict[str, Any]:
 
 
 def _copy(value: Any, device: torch.device | None = None) -> Any:
-    """Metrics add to tensors in place and append to lists."""
+    """Copies a value: metrics change tensors and lists in place."""
     if isinstance(value, Tensor):
         return value.detach().clone() if device is None else value.detach().to(device, copy=True)
     if not isinstance(value, list):
         return value
-    return list(value) if device is None else [_copy(each, device) for each in value]
+    return list(value) if device is None else [_copy(item, device) for item in value]

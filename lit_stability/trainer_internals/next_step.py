@@ -1,4 +1,4 @@
-"""Doing something around the next ``training_step`` of a fit, and around no other."""
+"""Runs the next ``training_step`` of a fit, and only that one, inside a context."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning.pytorch import Trainer
 
 
 class AroundNextStep:
-    """Runs the next ``training_step`` inside a context; then all is as if it had not been there.
+    """Runs the next ``training_step`` inside a context, then removes itself.
 
-    It is the strategy that runs it: a step that a callback takes beside training goes another way,
-    and copies that somebody makes of the module know nothing of it.
+    It patches ``training_step`` of the strategy and not of the module. Thus it does not affect
+    steps that a callback runs through the module, nor copies of it.
 
     Args:
         trainer: in its fit, between two steps.
-        context: makes what to enter.
+        context: returns the context to enter.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class AroundNextStep:
             return self._original(*args, **kwargs)
 
     def remove(self) -> None:
-        """Take it away, if the step did not come."""
+        """Removes the patch; also needed if no step was run."""
         own = vars(self._strategy)
         if own.get("training_step") != self._run:
             return

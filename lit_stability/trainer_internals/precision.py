@@ -1,4 +1,4 @@
-"""Putting another precision in force between two optimizer steps."""
+"""Changes the precision of a fit between two optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lit_stability.training_state.fp32_modules import fp32_modules_of, keep_in_f
 
 
 class PrecisionSwitch:
-    """Changes a trainer's precision plugin, and back: each plugin returns as it was left.
+    """Changes the precision plugin of a trainer; the state of each plugin is kept while unused.
 
-    To be used at the end of a batch with which an optimizer step came: in the middle of an
-    accumulation window gradients of one scale would be added to those of another.
+    Change it only at the end of a batch with an optimizer step. Inside an accumulation window,
+    gradients with different loss scales would be added.
 
     Args:
-        trainer: whose plugin to change.
+        trainer: owner of the plugin.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -34,9 +34,10 @@ class PrecisionSwitch:
         self._plugins: dict[str, Precision] = {str(trainer.precision): trainer.precision_plugin}
 
     def put(self, precision: str) -> None:
-        """Let everything from now on be computed in a precision.
+        """Changes the precision from now on.
 
-        Half-precision weights and optimizer state become float32, never the other way.
+        Half-precision weights and optimizer state are converted to float32; float32 is never
+        converted to half precision.
         """
         half = is_half(self.trainer)
         self._use(precision)
@@ -44,11 +45,11 @@ class PrecisionSwitch:
             leave_half(self.trainer)
 
     def before_setup(self, precision: str, checkpoint: dict[str, Any]) -> None:
-        """The same before the strategy has set its module up, so that nothing is rounded first.
+        """Changes the precision before the strategy sets up the module, so that nothing is rounded.
 
         Args:
-            precision: to put in force.
-            checkpoint: whose weights the module was just given.
+            precision: the new precision.
+            checkpoint: its weights are loaded again if the module holds rounded ones.
         """
         self._use(precision)
         tensors = _tensors_of(self.trainer.lightning_module)
@@ -64,40 +65,40 @@ class PrecisionSwitch:
         strategy.precision_plugin = self._plugins[precision]
 
     def scalers(self) -> dict[str, dict[str, Any]]:
-        """States of the scalers, by precision, of plugins in force and put aside."""
+        """Returns the states of the scalers of all plugins, by precision."""
         return {name: state for name, p in self._plugins.items() if (state := p.state_dict())}
 
     def load_scalers(self, states: dict[str, dict[str, Any]]) -> None:
-        """Put them back, to plugins that were built anew."""
+        """Restores the states of the scalers."""
         for name, state in states.items():
             if name in self._plugins:
                 self._plugins[name].load_state_dict(dict(state))
 
 
 def is_half(trainer: Trainer) -> bool:
-    """Whether the trainer keeps its weights in half precision."""
+    """Returns whether the weights are stored in half precision."""
     return isinstance(trainer.precision_plugin, HalfPrecision)
 
 
 def why_fixed(trainer: Trainer) -> str | None:
-    """Why the precision of a fit cannot be changed, or None."""
+    """Returns why the precision of a fit cannot be changed, or None."""
     if type(trainer.strategy).__name__ == "FSDPStrategy":
-        return "FSDP1 fixed the format of its shards when it made them; FSDP2 did not"
+        return "FSDP1 fixes the dtype of its shards when it creates them (FSDP2 does not)"
     if type(trainer.precision_plugin) not in (Precision, MixedPrecision, HalfPrecision):
-        return f"{type(trainer.precision_plugin).__name__} converts the module in ways of its own"
+        return f"{type(trainer.precision_plugin).__name__} converts the module itself"
     if is_half(trainer) and sharing(trainer) == "shards":
-        return "FSDP2 made its shards of half-precision weights"
+        return "FSDP2 created its shards from half-precision weights"
     return None
 
 
 def is_supported(trainer: Trainer, precision: str) -> bool:
-    """Whether the device computes in a precision."""
+    """Returns whether the device supports a precision."""
     on_cuda = trainer.strategy.root_device.type == "cuda"
     return "bf16" not in precision or not on_cuda or torch.cuda.is_bf16_supported()
 
 
 def leave_half(trainer: Trainer) -> None:
-    """Turn half-precision weights, buffers, moments and averages of weights into float32."""
+    """Converts half-precision weights, buffers, optimizer state and averages to float32."""
     module = trainer.lightning_module
     averages = [
         tensor
@@ -109,13 +110,13 @@ def leave_half(trainer: Trainer) -> None:
 
 
 def apply_fp32_modules(trainer: Trainer, names: Iterable[str]) -> None:
-    """Let modules compute in float32, their optimizer state included if it is half precision."""
-    module, made = trainer.lightning_module, False
+    """Keeps modules in float32, and converts their optimizer state if it is half precision."""
+    module, changed = trainer.lightning_module, False
     for name in names:
         if name not in fp32_modules_of(module):
             keep_in_fp32(module.get_submodule(name))
-            made = True
-    if made and is_half(trainer):
+            changed = True
+    if changed and is_half(trainer):
         _widen(trainer, [])
 
 
@@ -132,10 +133,10 @@ def _widen(trainer: Trainer, tensors: Iterable[Tensor]) -> None:
 
 
 def _rewrap(trainer: Trainer, module: LightningModule) -> None:
-    """Give DDP new buckets: those it has are of the old format, and ranks would drift apart."""
+    """Wraps the module in DDP again: the old buckets have the old dtype, ranks would diverge."""
     strategy = cast(Any, trainer.strategy)
     strategy.model = module
-    # The old wrapper takes its hooks off the parameters when it goes, and it is part of a cycle.
+    # The old wrapper removes its hooks when it is deleted; it is part of a reference cycle.
     gc.collect()
     strategy.model = strategy._setup_model(module)
     strategy._register_ddp_hooks()
@@ -148,5 +149,5 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 def _plugin(precision: str, device: str) -> Precision:
     if precision == "32-true":
         return Precision()
-    assert precision in ("16-mixed", "bf16-mixed"), "nothing falls back to half-precision weights"
+    assert precision in ("16-mixed", "bf16-mixed"), "no fallback uses half-precision weights"
     return MixedPrecision(cast(Literal["16-mixed", "bf16-mixed"], precision), device)

@@ -1,7 +1,6 @@
-"""A training step kept as a witness: its batch, its generators and the loss it really had.
+"""A reference step: one training step saved with its batch, generator states and loss.
 
-A restored state that gives another loss for that batch under those generators is not the state
-that was saved.
+After a resume the step is run again. If its loss differs, the restored state is not the saved one.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class ReferenceStep:
-    """Keeps what the next ``training_step`` is given and what it returns.
+    """Records the arguments and the loss of the next ``training_step``.
 
     Args:
-        max_bytes: a larger batch is not kept.
+        max_bytes: bound on the size of the batch; a larger one is not recorded.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._undo: Callable[[], None] | None = None
         self.kept: dict[str, Any] | None = None
-        """The step, once it was taken; what ``torch.load(weights_only=True)`` accepts."""
+        """The recorded step, as ``torch.load(weights_only=True)`` accepts it, or None."""
         self.obstacle: str | None = None
-        """Why no step can be kept, or None."""
+        """The reason why no step can be recorded, or None."""
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the next step."""
+        """Starts to record the next step."""
         self.cancel()
         self.kept = self.obstacle = None
         if not pl_module.automatic_optimization:
@@ -55,9 +54,9 @@ class ReferenceStep:
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self.cancel()
-            kept = self._before(trainer, args, kwargs)
+            kept = self._record_inputs(trainer, args, kwargs)
             output = original(*args, **kwargs)
-            self._after(kept, output)
+            self._record_loss(kept, output)
             return output
 
         def undo() -> None:
@@ -69,17 +68,17 @@ class ReferenceStep:
         self._undo = undo
 
     def cancel(self) -> None:
-        """Leave the module as it was found."""
+        """Stops recording and restores the ``training_step`` of the module."""
         if self._undo is not None:
             self._undo()
             self._undo = None
 
-    def _before(self, trainer: Trainer, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    def _record_inputs(self, trainer: Trainer, args: Any, kwargs: Any) -> dict[str, Any] | None:
         extra = [*args[1:], *kwargs.values()]
         if not args or not all(isinstance(x, _PLAIN) for x in extra):
-            self.obstacle = "training_step is not called with a batch and its index"
+            self.obstacle = "the arguments of training_step are not a batch and its index"
             return None
-        self.obstacle = _unfit(args[0], self._max_bytes)
+        self.obstacle = _why_not_storable(args[0], self._max_bytes)
         if self.obstacle is not None:
             return None
         return {
@@ -87,21 +86,21 @@ class ReferenceStep:
             "extra": list(args[1:]),
             "named": dict(kwargs),
             "rng": pack_rng(capture_rng()),
-            **_circumstances(trainer),
+            **_environment(trainer),
         }
 
-    def _after(self, kept: dict[str, Any] | None, output: Any) -> None:
+    def _record_loss(self, kept: dict[str, Any] | None, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else output
         if kept is None:
             return
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            self.obstacle = "training_step returns no loss"
+            self.obstacle = "training_step returns no scalar loss"
             return
         self.kept = kept | {"loss": loss.detach().clone()}
 
 
 def replay_loss(trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Any]) -> float:
-    """The loss of the kept step now; generators, buffers and metrics are as before afterwards."""
+    """Returns the loss of the reference step now; generators, buffers and metrics are restored."""
     batch = move_data_to_device(_on_host(_unpacked(kept["batch"])), pl_module.device)
     with isolated_step(trainer, pl_module), torch.no_grad():
         restore_rng(unpack_rng(kept["rng"]))
@@ -111,12 +110,12 @@ def replay_loss(trainer: Trainer, pl_module: LightningModule, kept: Mapping[str,
 
 
 def incomparable(trainer: Trainer, kept: Mapping[str, Any]) -> str | None:
-    """Why the kept loss says nothing about this trainer, or None."""
+    """Returns why the loss of this trainer cannot be compared with the saved one, or None."""
     try:
         _unpacked(kept["batch"])
     except LookupError as error:
         return str(error)
-    now = _circumstances(trainer)
+    now = _environment(trainer)
     changed = [
         f"{name} was {kept[name]}, is {now[name]}" for name in now if kept[name] != now[name]
     ]
@@ -124,13 +123,13 @@ def incomparable(trainer: Trainer, kept: Mapping[str, Any]) -> str | None:
 
 
 def same_loss(kept: Mapping[str, Any], loss: float) -> bool:
-    """Whether two losses differ by rounding at most, in the precision that the step was kept in."""
+    """Returns whether two losses differ only by rounding in the precision of the saved step."""
     tolerance = 1e-2 if "16" in kept["precision"] else 1e-4
     return math.isclose(float(kept["loss"]), loss, rel_tol=tolerance, abs_tol=1e-7)
 
 
 def same_batch(a: Any, b: Any) -> bool:
-    """Whether two batches are equal in every element.
+    """Returns whether two batches are equal in every element; NaN equals NaN.
 
     >>> same_batch([torch.tensor([float("nan")]), "x"], [torch.tensor([float("nan")]), "x"])
     True
@@ -139,8 +138,8 @@ def same_batch(a: Any, b: Any) -> bool:
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         b = b.detach().to(a.device)
-        alike = a.shape == b.shape and a.dtype == b.dtype
-        return alike and bool(((a == b) | ((a != a) & (b != b))).all())
+        same_type = a.shape == b.shape and a.dtype == b.dtype
+        return same_type and bool(((a == b) | ((a != a) & (b != b))).all())
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -150,15 +149,15 @@ def same_batch(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _circumstances(trainer: Trainer) -> dict[str, str]:
+def _environment(trainer: Trainer) -> dict[str, str]:
     return {
         "precision": str(trainer.precision),
         "device": trainer.strategy.root_device.type,
     }
 
 
-def _unfit(value: Any, room: int) -> str | None:
-    """Why a batch cannot be kept, or None."""
+def _why_not_storable(value: Any, max_bytes: int) -> str | None:
+    """Returns why a batch cannot be stored in a checkpoint, or None."""
     total = 0
     queue = [value]
     while queue:
@@ -170,8 +169,8 @@ def _unfit(value: Any, room: int) -> str | None:
         elif type(item) in (list, tuple) or _is_named(item):
             queue += item
         elif not isinstance(item, _PLAIN):
-            return f"a checkpoint can hold no {type(item).__name__} as the batch has one"
-    return f"the batch takes {total} bytes, more than {room}" if total > room else None
+            return f"the batch contains a {type(item).__name__}, which a checkpoint cannot store"
+    return f"the batch takes {total} bytes, more than {max_bytes}" if total > max_bytes else None
 
 
 def _on_host(value: Any) -> Any:
@@ -189,37 +188,37 @@ def _is_named(value: Any) -> bool:
 
 
 def _packed(value: Any) -> Any:
-    """A batch with its named tuples as mappings, which a checkpoint can hold."""
+    """Returns a batch with named tuples converted to dicts, which a checkpoint can store."""
     if _is_named(value):
         kind = type(value)
         fields = {name: _packed(getattr(value, name)) for name in value._fields}
         return {_NAMED: f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
     if isinstance(value, dict):
-        return type(value)((key, _packed(each)) for key, each in value.items())
+        return type(value)((key, _packed(item)) for key, item in value.items())
     return type(value)(map(_packed, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _unpacked(value: Any) -> Any:
-    """A batch with its named tuples.
+    """Returns a packed batch with its named tuples restored.
 
     Raises:
-        LookupError: a class is not among the modules that are loaded; none is imported.
+        LookupError: if no loaded module has the class; no module is imported for it.
     """
     if isinstance(value, dict) and _NAMED in value:
-        fields = {name: _unpacked(each) for name, each in value["fields"].items()}
-        return _loaded(value[_NAMED], tuple(fields))(**fields)
+        fields = {name: _unpacked(item) for name, item in value["fields"].items()}
+        return _named_tuple_class(value[_NAMED], tuple(fields))(**fields)
     if isinstance(value, dict):
-        return type(value)((key, _unpacked(each)) for key, each in value.items())
+        return type(value)((key, _unpacked(item)) for key, item in value.items())
     return type(value)(map(_unpacked, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _loaded(name: str, fields: tuple[str, ...]) -> Any:
+def _named_tuple_class(name: str, fields: tuple[str, ...]) -> Any:
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, tuple)):
-        raise LookupError(f"the batch was a {path}, which {module} has no longer")
+        raise LookupError(f"the batch was a {path}, which {module} no longer defines")
     if getattr(found, "_fields", None) != fields:
-        raise LookupError(f"the batch was a {path} of {fields}, which has other fields now")
+        raise LookupError(f"the batch was a {path} with fields {fields}, now it has other fields")
     return found

@@ -1,6 +1,6 @@
-"""Leaves batches out of a fit's training data, and knows which one could not be fetched.
+"""Skips batches of the training data, and identifies the batch that could not be fetched.
 
-Reaches inside Lightning's loops and torch's loaders.
+Uses private attributes of Lightning's loops and of torch's loaders.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_stability.trainer_internals import count_skipped_batches, loaders
+from lit_stability.trainer_internals.data_fetcher import current_fetcher
+from lit_stability.trainer_internals.dataloaders import before_first_iteration, loaders
+from lit_stability.trainer_internals.loop_counters import count_skipped_batches
 
 Samples = frozenset[Any]
 
 
 class SkippingLoader:
-    """A sampler that leaves out batches all of whose samples are unwanted.
+    """A sampler that skips batches whose samples are all unwanted.
 
-    It stands in for a (batch) sampler and is it in all else. To say in time which batch is the
-    last, it reads one batch ahead; where nothing is to be left out it reads none ahead.
+    It replaces a sampler or batch sampler and forwards all other attributes to it. It reads one
+    batch ahead, to know in time which batch is the last; with nothing to skip it does not.
 
     Args:
         inner: yields indices, or lists of them.
-        unwanted: sets of indices; a batch within one of them is left out, halved batches too.
-        recent: batches remembered.
-        changed: called when one is left out.
+        unwanted: sets of indices; a batch that is a subset of one is skipped, thus halves too.
+        recent: number of recent batches to keep.
+        changed: called when a batch is skipped.
 
     >>> sampler = SkippingLoader([[0, 1], [2, 3], [4, 5]], [frozenset([2, 3])])
-    >>> list(sampler), sampler.missing
+    >>> list(sampler), sampler.skipped
     ([[0, 1], [4, 5]], 1)
     """
 
@@ -43,10 +45,10 @@ class SkippingLoader:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.inner = inner
-        self.missing = 0
-        """Batches left out since the iteration began."""
+        self.skipped = 0
+        """Number of batches skipped since the iteration began."""
         self.counted = False
-        """Whether its length tells of those that are missing."""
+        """Whether ``len`` excludes the skipped batches."""
         self._unwanted, self._changed = unwanted, changed
         self._recent: deque[tuple[int, Any]] = deque(maxlen=recent)
 
@@ -56,15 +58,15 @@ class SkippingLoader:
         return getattr(self.inner, name)
 
     def __len__(self) -> int:
-        return len(self.inner) - self.missing * self.counted  # type: ignore[arg-type]
+        return len(self.inner) - self.skipped * self.counted  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        self.missing = 0
+        self.skipped = 0
         self._recent.clear()
         batches = iter(self.inner)
-        return self._remembered(self._wanted(batches) if self._unwanted else batches)
+        return self._recorded(self._wanted(batches) if self._unwanted else batches)
 
-    def _remembered(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _recorded(self, batches: Iterator[Any]) -> Iterator[Any]:
         for number, batch in enumerate(batches):
             self._recent.append((number, batch))
             yield batch
@@ -73,7 +75,7 @@ class SkippingLoader:
         held: list[Any] = []
         for batch in batches:
             if self._is_unwanted(batch):
-                self.missing += 1
+                self.skipped += 1
                 self._changed()
                 continue
             yield from held
@@ -85,31 +87,31 @@ class SkippingLoader:
         return bool(samples) and any(unwanted.issuperset(samples) for unwanted in self._unwanted)
 
     def batch(self, number: int) -> Any:
-        """The batch of that number since the iteration began, if it is remembered, or None."""
+        """Returns a recent batch by its number since the iteration began, or None."""
         return next((batch for n, batch in self._recent if n == number), None)
 
 
 def samples_of(batch: Any) -> tuple[Any, ...]:
-    """The indices of a batch; empty for those of a kind that cannot be compared.
+    """Returns the indices of a batch; empty if they are not hashable.
 
     >>> samples_of([3, 1]), samples_of(7), samples_of([[1], [2]])
     ((3, 1), (7,), ())
     """
-    found = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+    samples = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
     try:
-        hash(found)
+        hash(samples)
     except TypeError:
         return ()
-    return found
+    return samples
 
 
 class TrainingData:
-    """The training loader of one fit, with batches left out.
+    """The training loader of one fit, with unwanted batches skipped.
 
-    What can be left out: batches of one map-style ``DataLoader``.
+    Batches can be skipped if the fit has exactly one loader, a map-style ``DataLoader``.
 
     Args:
-        trainer: before its fit sets its data up.
+        trainer: before its fit sets up the data.
         unwanted: sets of samples, as for `SkippingLoader`.
     """
 
@@ -117,15 +119,7 @@ class TrainingData:
         self._trainer, self._unwanted = trainer, unwanted
         self._sampler: SkippingLoader | None = None
         self._undo: Callable[[], None] = lambda: None
-        loop = trainer.fit_loop
-        load_states = loop._load_combined_loader_states
-
-        def load_combined_loader_states() -> None:
-            # The last thing that happens before the loaders are iterated for the first time.
-            load_states()
-            self._attach()
-
-        vars(loop)["_load_combined_loader_states"] = load_combined_loader_states
+        self._stop = before_first_iteration(trainer, self._attach)
 
     def _attach(self) -> None:
         loader = self._loader
@@ -135,8 +129,8 @@ class TrainingData:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         inner: Any = getattr(loader, name)
         ahead = loader.num_workers * (loader.prefetch_factor or 1)
-        self._sampler = SkippingLoader(inner, self._unwanted, ahead + 3, self._measure)
-        # The loader refuses an assignment, to keep people from what it could not honour.
+        self._sampler = SkippingLoader(inner, self._unwanted, ahead + 3, self._update_length)
+        # DataLoader.__setattr__ forbids this assignment after the construction.
         vars(loader)[name] = self._sampler
 
         def undo() -> None:
@@ -147,37 +141,37 @@ class TrainingData:
 
     @property
     def _loader(self) -> DataLoader[Any] | None:
-        found = loaders(self._trainer)
-        if len(found) != 1 or not isinstance(found[0], DataLoader):
+        all_loaders = loaders(self._trainer)
+        if len(all_loaders) != 1 or not isinstance(all_loaders[0], DataLoader):
             return None
-        return None if isinstance(found[0].dataset, IterableDataset) else found[0]
+        return None if isinstance(all_loaders[0].dataset, IterableDataset) else all_loaders[0]
 
-    def count(self, yes: bool) -> None:
-        """Have the loader's length tell of what is left out, or not.
+    def count(self, enabled: bool) -> None:
+        """Excludes skipped batches from the loader's length, or includes them again.
 
-        Lightning takes the length of every epoch from that of the first, and only the end of each
-        from what the fetcher says: it must be told while an epoch runs, and not in between.
+        Exclude them during an epoch and include them between epochs: Lightning reads the length of
+        all epochs from the first one, but the end of each epoch from the length of the fetcher.
         """
         if self._sampler is not None:
-            self._sampler.counted = yes
-            self._measure()
+            self._sampler.counted = enabled
+            self._update_length()
 
-    def _measure(self) -> None:
-        fetcher = self._trainer.fit_loop._data_fetcher
+    def _update_length(self) -> None:
+        fetcher = current_fetcher(self._trainer)
         counted = self._sampler is not None and self._sampler.counted
         if counted and fetcher is not None and fetcher.length is not None:
             fetcher.length = sized_len(fetcher.combined_loader)
 
     def batch_ended(self) -> None:
-        """Have the validation at the end of an epoch take place although batches are missing."""
-        fetcher, batches = self._trainer.fit_loop._data_fetcher, self._trainer.num_training_batches
-        if self._sampler is None or not self._sampler.missing or fetcher is None:
+        """Counts skipped batches at the end of an epoch, so that its validation is run."""
+        fetcher, batches = current_fetcher(self._trainer), self._trainer.num_training_batches
+        if self._sampler is None or not self._sampler.skipped or fetcher is None:
             return
         if fetcher.length is not None and batches > fetcher.length:
             count_skipped_batches(self._trainer, int(batches) - fetcher.length)
 
     def not_fetched(self) -> tuple[Any, ...] | None:
-        """Samples of the batch that was to be fetched next, if they are known."""
+        """Returns the samples of the batch that was due to be fetched, or None if unknown."""
         combined = self._trainer.fit_loop._combined_loader
         if self._sampler is None or combined is None:
             return None
@@ -187,7 +181,7 @@ class TrainingData:
         return None if batch is None else samples_of(batch) or None
 
     def close(self) -> None:
-        """Leave trainer and loader as they were found."""
-        vars(self._trainer.fit_loop).pop("_load_combined_loader_states", None)
+        """Restores trainer and loader."""
+        self._stop()
         self._undo()
         self._undo = lambda: None

@@ -1,4 +1,4 @@
-"""Vetoing a step that an optimizer is about to take, without a trace."""
+"""Skips optimizer steps without changing optimizer, schedulers, loggers or counters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lit_stability.trainer_internals.loop_counters import step_counters
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 _PAUSED = "rejected"
-"""Interval of a scheduler that is on hold; Lightning moves only those of "step" and "epoch"."""
+"""Interval of a paused scheduler; Lightning steps only those of "step" and "epoch"."""
 
 
 class StepSkipper:
-    """The veto on the optimizer steps of one window.
+    """Skips the optimizer steps of one accumulation window.
 
     Args:
         trainer: in its fit.
-        pause: holds schedulers and loggers meanwhile.
+        pause: pauses schedulers and loggers meanwhile.
     """
 
     def __init__(self, trainer: Trainer, pause: SchedulerPause) -> None:
@@ -33,32 +33,28 @@ class StepSkipper:
 
     @property
     def active(self) -> bool:
-        """Whether an optimizer was kept from its step."""
+        """Whether a step was skipped in this window."""
         return bool(self._counts)
 
-    def take(self, optimizer: Optimizer, *, epoch: bool) -> None:
-        """Keep an optimizer from moving anything at the step it is about to take.
-
-        Without gradients no optimizer touches weights, moments, decay or step counts; with
-        gradients of zero they do.
+    def skip(self, optimizer: Optimizer, *, epoch: bool) -> None:
+        """Skips the next step of an optimizer.
 
         Args:
             optimizer: in ``on_before_optimizer_step``.
-            epoch: hold the schedulers of interval "epoch" too.
+            epoch: pause the schedulers of interval "epoch" too.
         """
-        for parameter in parameters_of(optimizer):
-            parameter.grad = None
+        remove_gradients(optimizer)
         if any(skipped is optimizer for skipped, _ in self._counts):
             return
         if not self.active:
-            # The loss scaler is about to count a step that never was.
+            # The loss scaler will count the skipped step; restore() resets it.
             self._scaler_state = copy.deepcopy(self._trainer.precision_plugin.state_dict())
             self._pause.begin(self._trainer, epoch=epoch)
         self._counts.append((optimizer, _counts(optimizer)))
         _uncount_step(self._trainer)
 
     def restore(self) -> None:
-        """Put back what counts the steps even where there is no gradient."""
+        """Restores the loss scaler, and optimizer counters that change even without gradients."""
         if self._scaler_state:
             self._trainer.precision_plugin.load_state_dict(self._scaler_state)
         for optimizer, counts in self._counts:
@@ -66,17 +62,34 @@ class StepSkipper:
                 optimizer.state[parameter].update(values)
 
     def forget(self) -> None:
-        """Another window begins."""
+        """Clears the skipped steps, at the start of another window."""
         self._counts, self._scaler_state = [], None
 
 
 def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
-    """All parameters of an optimizer."""
+    """Returns all parameters of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def remove_gradients(optimizer: Optimizer) -> None:
+    """Skips the next step of an optimizer: without gradients it changes nothing.
+
+    Zero gradients would not do: AdamW would decay the weights, and moments would change.
+    """
+    for parameter in parameters_of(optimizer):
+        parameter.grad = None
+
+
+def is_skipped(optimizer: Optimizer) -> bool:
+    """Returns whether the next step of an optimizer is skipped.
+
+    Call it in ``on_before_optimizer_step``, after the callbacks that may skip the step.
+    """
+    return all(parameter.grad is None for parameter in parameters_of(optimizer))
+
+
 def _counts(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """State that is no tensor, such as the evaluations that LBFGS counts."""
+    """Returns the optimizer state that is not a tensor, such as the evaluations of LBFGS."""
     return {
         parameter: {k: v for k, v in state.items() if isinstance(v, int | float)}
         for parameter, state in optimizer.state.items()
@@ -84,7 +97,7 @@ def _counts(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
 
 
 def _groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each group, and a copy of its options: inside a step, with the rate that is not scaled."""
+    """Returns each group with a copy of its options and the nominal learning rate."""
     saved = []
     rates = learning_rate_multiplier(optimizer).nominal()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -96,7 +109,7 @@ def _groups(optimizer: Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def _uncount_step(trainer: Trainer) -> None:
-    """Take a vetoed step off the count while it is being taken: Lightning is about to count it."""
+    """Subtracts a skipped step from the counters in advance: Lightning will count it."""
     automatic, manual, _ = step_counters(trainer)
     counter = automatic if trainer.lightning_module.automatic_optimization else manual
     for tracker in (counter.total, counter.current):
@@ -106,24 +119,24 @@ def _uncount_step(trainer: Trainer) -> None:
 
 @dataclass
 class SchedulerPause:
-    """Keeps learning-rate schedulers, and the loggers, from moving on a rejected step.
+    """Pauses learning-rate schedulers and loggers on a rejected step.
 
-    Holds from the veto to the next fetch, or to the end of the epoch: schedulers that follow a
-    metric are stepped after the end of the batch. In manual optimization, where the module steps
-    them, their state is put back at the end of the batch.
+    The pause lasts from the skipped step to the next fetch or the end of the epoch, because
+    schedulers that follow a metric are stepped after the end of the batch. In manual optimization
+    the module steps its schedulers, so their state is restored at the end of the batch.
     """
 
     _intervals: list[tuple[Any, str]] = field(default_factory=list, init=False)
     _states: list[tuple[Any, Any]] = field(default_factory=list, init=False)
     _groups: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list, init=False)
-    _shown: list[tuple[Any, bool]] = field(default_factory=list, init=False)
+    _hidden: list[tuple[Any, bool]] = field(default_factory=list, init=False)
 
     def begin(self, trainer: Trainer, *, epoch: bool) -> None:
-        """From the veto on.
+        """Starts the pause.
 
         Args:
-            trainer: whose schedulers to hold.
-            epoch: hold those of interval "epoch" too, as the epoch will not end with this batch.
+            trainer: owner of the schedulers.
+            epoch: pause those of interval "epoch" too, as the epoch will not end with this batch.
         """
         configs = trainer.strategy.lr_scheduler_configs
         for config in configs:
@@ -136,7 +149,7 @@ class SchedulerPause:
         self._groups = [saved for optimizer in trainer.optimizers for saved in _groups(optimizer)]
 
     def undo(self) -> None:
-        """Put back what the module did to schedulers since the veto, in manual optimization."""
+        """Restores the schedulers that the module has stepped, in manual optimization."""
         for scheduler, state in self._states:
             scheduler.load_state_dict(state)
         for group, saved in self._groups:
@@ -144,33 +157,33 @@ class SchedulerPause:
         self.forget()
 
     def forget(self) -> None:
-        """A snapshot is put back, which has the schedulers' state."""
+        """Drops the saved states: a snapshot restores the schedulers instead."""
         self._states, self._groups = [], []
 
     def hide(self, trainer: Trainer, *, same_step: bool) -> None:
-        """At the end of a rejected batch: nothing is logged for it.
+        """Prevents logging of a rejected batch; called at its end.
 
         Args:
-            trainer: as before.
-            same_step: whether the next batch is to be logged at the step of this one.
+            trainer: in its fit.
+            same_step: whether the next batch is logged at the same step as this one.
         """
         loop = trainer.fit_loop.epoch_loop
         for metric in loop._results.values():
-            self._shown.append((metric, metric.has_reset))
+            self._hidden.append((metric, metric.has_reset))
             metric.has_reset = True
         if same_step and not loop._should_accumulate():
             loop._batches_that_stepped -= 1
 
     def end(self) -> None:
-        """Before the next batch is fetched, or at the end of the epoch."""
+        """Ends the pause, before the next fetch or at the end of the epoch."""
         for config, interval in self._intervals:
             config.interval = interval
-        for metric, has_reset in self._shown:
+        for metric, has_reset in self._hidden:
             metric.has_reset = has_reset
-        self._intervals, self._shown = [], []
+        self._intervals, self._hidden = [], []
 
     def release_epoch(self) -> None:
-        """Let go of the schedulers of interval "epoch" alone: the epoch ends after all."""
+        """Releases only the schedulers of interval "epoch": the epoch ends with this batch."""
         for config, interval in self._intervals:
             if interval == "epoch":
                 config.interval = interval

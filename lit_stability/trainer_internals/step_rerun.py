@@ -1,6 +1,6 @@
-"""The optimizer step at hand, kept so that it can be taken again beside training.
+"""Records the current optimizer step and runs it again, isolated from training.
 
-Weights, gradients, buffers, generators and metrics are as before afterwards.
+Weights, gradients, buffers, generators and metrics are restored after each rerun.
 """
 
 from __future__ import annotations
@@ -29,68 +29,68 @@ from lit_stability.training_state.rng import capture_rng, restore_rng
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gives: its loss, and the norm of its gradients, unscaled and unclipped."""
+    """Result of a step: loss, and norm of the gradients without loss scale and clipping."""
 
     loss: float
     grad_norm: float
 
     @property
     def finite(self) -> bool:
-        """Whether both are."""
+        """Whether loss and gradient norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass
-class _Taken:
+class _MicroBatch:
     batch: Any
     batch_idx: int
     rng: dict[str, Any]
 
 
 class RecordedStep:
-    """The batches of the optimizer step being taken, with the generators before each.
+    """The batches of the current optimizer step, with the state of the generators before each.
 
-    Batches are held on the device, not copied; those of one accumulation window, ``max_bytes`` at
-    most: beyond it the oldest are let go.
+    Batches are kept on the device and not copied.
 
     Args:
-        max_bytes: of the batches held.
+        max_bytes: bound on the size of the batches; the oldest are dropped beyond it.
     """
 
     def __init__(self, max_bytes: int = 2**28) -> None:
         self._max_bytes = max_bytes
-        self._taken: list[_Taken] = []
+        self._batches: list[_MicroBatch] = []
 
     def batch_started(self, batch: Any, batch_idx: int) -> None:
-        """Hold a batch that is about to be trained on."""
-        self._taken.append(_Taken(batch, batch_idx, capture_rng()))
-        while len(self._taken) > 1 and sum(size_of(t.batch) for t in self._taken) > self._max_bytes:
-            self._taken.pop(0)
+        """Records a batch before the module trains on it."""
+        kept = self._batches
+        kept.append(_MicroBatch(batch, batch_idx, capture_rng()))
+        while len(kept) > 1 and sum(size_of(each.batch) for each in kept) > self._max_bytes:
+            kept.pop(0)
 
     def forget(self) -> None:
-        """Let go of the batches: the step is over."""
-        self._taken = []
+        """Releases the batches, at the end of the step."""
+        self._batches = []
 
     def obstacle(self, trainer: Trainer) -> str | None:
-        """Why the step cannot be taken again, or None."""
+        """Returns why the step cannot be run again, or None."""
         if not trainer.lightning_module.automatic_optimization:
             return "in manual optimization a training_step cannot be run without its update"
-        return None if self._taken else "its batch is not kept"
+        return None if self._batches else "its batch was not recorded"
 
     def rerun(self, trainer: Trainer, pl_module: LightningModule, *, float32: bool) -> Outcome:
-        """Take the step again, in the precision at hand or with every number in float32.
+        """Runs forward and backward pass again, in the current precision or in float32.
 
-        Under FSDP2 all ranks are to call it, as they gather weights; under DDP each is on its own.
+        Under FSDP2 all ranks must call it, as they gather weights. Under DDP a single rank may.
 
         Args:
             trainer: in its step, or at the end of its batch.
-            pl_module: in training.
-            float32: without autocast, and with half-precision weights converted.
+            pl_module: the module in training.
+            float32: disables autocast and converts half-precision weights.
         """
-        with _beside(trainer, pl_module, float32):
+        with _isolated(trainer, pl_module, float32):
             losses = []
-            for taken in self._taken:
-                loss = _loss(trainer, pl_module, taken, float32)
+            for micro_batch in self._batches:
+                loss = _loss(trainer, pl_module, micro_batch, float32)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach().reshape(1).float())
             grads = [dense(p.grad) for p in pl_module.parameters() if p.grad is not None]
@@ -103,71 +103,82 @@ class RecordedStep:
     def rerun_losses(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> Iterator[Callable[[], Iterator[Tensor]]]:
-        """The forward pass of the step again, in float32; what is computed inside stays beside.
+        """Runs the forward pass of the step again in float32, isolated from training.
 
-        Yields what gives each batch's share of the loss, with its graph, as often as it is called.
-        Parameters have copies in their place meanwhile, in their order.
+        Copies replace the parameters inside the context, in the same order.
 
         Args:
-            trainer: in its step, or at the end of its batch; not where parameters are sharded.
-            pl_module: in training.
+            trainer: in its step, or at the end of its batch; sharded parameters are not supported.
+            pl_module: the module in training.
+
+        Yields:
+            A function that computes each batch's share of the loss, with its graph; it may be
+            called repeatedly.
         """
-        with _beside(trainer, pl_module, True):
-            yield lambda: (_loss(trainer, pl_module, taken, True) for taken in self._taken)
+        with _isolated(trainer, pl_module, True):
+            yield lambda: (_loss(trainer, pl_module, each, True) for each in self._batches)
 
     def locate(
         self, trainer: Trainer, pl_module: LightningModule, gather: Callable[[Any], list[Any]]
     ) -> NonFiniteOrigin | None:
-        """Find the operation that made the step's first NaN or Inf, in the precision at hand.
+        """Finds the operation that produced the first NaN or Inf, in the current precision.
+
+        Under FSDP2 all ranks must call it. They search the backward pass together or not at all,
+        as it exchanges gradients between ranks.
 
         Args:
             trainer: in its step, or at the end of its batch.
-            pl_module: in training.
-            gather: what each rank says; under FSDP2 all ranks are to call this, and search the
-                backward pass together or not at all, as they exchange gradients in it.
+            pl_module: the module in training.
+            gather: returns the values of all ranks.
+
+        Returns:
+            The origin, or None if the rerun produces no NaN or Inf.
         """
         forward_only = False
         if sharing(trainer) == "shards":
             own = self.rerun(trainer, pl_module, float32=False)
             forward_only = not all(gather(math.isfinite(own.loss)))
         origins = []
-        with _beside(trainer, pl_module, False):
-            for taken in self._taken:
+        with _isolated(trainer, pl_module, False):
+            for micro_batch in self._batches:
 
-                def step(taken: _Taken = taken) -> Tensor:
-                    loss = _loss(trainer, pl_module, taken, False)
+                def step(micro_batch: _MicroBatch = micro_batch) -> Tensor:
+                    loss = _loss(trainer, pl_module, micro_batch, False)
                     return loss.detach() if forward_only else loss
 
                 origins.append(locate_nonfinite(pl_module, step))
         if forward_only:
             reshard(pl_module)
-        return next((each for each in origins if each is not None), None)
+        return next((origin for origin in origins if origin is not None), None)
 
 
 @contextmanager
-def _beside(trainer: Trainer, pl_module: LightningModule, float32: bool) -> Iterator[None]:
-    """Let nothing that is computed here reach the training."""
-    sharded = sharing(trainer) == "shards"
+def _isolated(trainer: Trainer, pl_module: LightningModule, float32: bool) -> Iterator[None]:
+    """Isolates a rerun from training: gradients reach copies, all other state is restored."""
     with ExitStack() as stack:
         stack.enter_context(isolated_step(trainer, pl_module))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_own_gradients(pl_module) if sharded else _copies(pl_module, float32))
+        # Sharded parameters cannot be replaced; isolated_step removes their gradients instead.
+        if sharing(trainer) != "shards":
+            stack.enter_context(_copies(pl_module, float32))
         stack.enter_context(torch.enable_grad())
         yield
 
 
-def _loss(trainer: Trainer, pl_module: LightningModule, taken: _Taken, float32: bool) -> Tensor:
-    """The loss of one batch as it goes into backward: its share of the window, scaled."""
-    restore_rng(taken.rng)
-    batch = cast(taken.batch, torch.float32) if float32 and is_half(trainer) else taken.batch
+def _loss(
+    trainer: Trainer, pl_module: LightningModule, micro: _MicroBatch, float32: bool
+) -> Tensor:
+    """Returns the loss of one batch for the backward pass: its share of the window, scaled."""
+    restore_rng(micro.rng)
+    batch = cast(micro.batch, torch.float32) if float32 and is_half(trainer) else micro.batch
     build = trainer.fit_loop.epoch_loop._build_kwargs
-    arguments = build(OrderedDict(), batch, taken.batch_idx).values()
+    arguments = build(OrderedDict(), batch, micro.batch_idx).values()
     device = trainer.strategy.root_device.type
     context = torch.autocast(device, enabled=False)
     with context if float32 else trainer.precision_plugin.train_step_context():
         output = _eager_step(pl_module)(*arguments)
     loss = output.get("loss") if isinstance(output, dict) else output
-    assert isinstance(loss, Tensor), "a step without a loss is not measured either"
+    assert isinstance(loss, Tensor), "a step without a loss is not measured, so it is not run again"
     scaler = None if float32 else loss_scaler(trainer)
     share = loss / trainer.accumulate_grad_batches
     return share if scaler is None else scaler.scale(share)
@@ -180,31 +191,31 @@ def _eager_step(pl_module: LightningModule) -> Callable[..., Any]:
 
 @contextmanager
 def _copies(pl_module: LightningModule, float32: bool) -> Iterator[None]:
-    """Other parameters and buffers in the module's place: no gradient reaches its own.
+    """Replaces parameters and buffers with copies, so that no gradient reaches the originals.
 
-    They share the module's memory, but for half-precision ones that are to be float32.
+    Copied parameters share memory with the originals, unless they are converted to float32.
     """
-    homes: list[tuple[dict[str, Any], str, Tensor]] = [
+    entries: list[tuple[dict[str, Any], str, Tensor]] = [
         (table, key, value)
         for module in pl_module.modules()
         for table in (module._parameters, module._buffers)
         for key, value in table.items()
         if value is not None
     ]
-    copies = {id(value): _copy(value, float32) for _, _, value in homes}
+    copies = {id(value): _copy(value, float32) for _, _, value in entries}
     try:
-        for table, key, value in homes:
+        for table, key, value in entries:
             table[key] = copies[id(value)]
-        _relist(pl_module)
+        _update_weight_lists(pl_module)
         yield
     finally:
-        for table, key, value in homes:
+        for table, key, value in entries:
             table[key] = value
-        _relist(pl_module)
+        _update_weight_lists(pl_module)
 
 
-def _relist(pl_module: LightningModule) -> None:
-    """Recurrent modules keep a list of their weights."""
+def _update_weight_lists(pl_module: LightningModule) -> None:
+    """Updates the list of weights that recurrent modules keep."""
     for module in pl_module.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
@@ -216,16 +227,3 @@ def _copy(value: Tensor, float32: bool) -> Tensor:
     if isinstance(value, nn.Parameter):
         return nn.Parameter(data, requires_grad=value.requires_grad)
     return data.clone()
-
-
-@contextmanager
-def _own_gradients(pl_module: LightningModule) -> Iterator[None]:
-    """Sharded parameters cannot be replaced: their gradients are set aside instead."""
-    grads = [(p, p.grad) for p in pl_module.parameters()]
-    try:
-        for p, _ in grads:
-            p.grad = None
-        yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad

@@ -1,4 +1,4 @@
-"""Which strategies the suite was run under, and what the ranks have in common under each."""
+"""The strategies that were tested with the suite, and what their ranks share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Sharing: TypeAlias = Literal["alone", "replicas", "shards", "untried"]
 
 
 def sharing(trainer: Trainer) -> Sharing:
-    """Whether each rank holds all weights, or a shard of them.
+    """Returns whether each rank holds all weights, or a shard of them.
 
-    By the strategy's very type: DeepSpeed's and XLA's are subclasses of what they are not.
+    Compares the exact type of the strategy: those of DeepSpeed and XLA are subclasses of
+    `DDPStrategy` that behave differently.
     """
     strategy: Any = trainer.strategy
     if type(strategy) is SingleDeviceStrategy:
@@ -31,42 +32,44 @@ def sharing(trainer: Trainer) -> Sharing:
 
 
 def why_unsupported(trainer: Trainer) -> str:
-    """The reason in words, for a strategy that `sharing` calls untried."""
+    """Returns the reason for a strategy that `sharing` calls "untried", as text."""
     strategy: Any = trainer.strategy
     match type(strategy).__name__:
         case "DDPStrategy":
             return "with model averaging the ranks' gradients are not averaged at every step"
         case "ModelParallelStrategy":
-            return "with tensor parallelism a rank's loss and gradients are not its share of a sum"
+            return (
+                "with tensor parallelism the loss and gradients of a rank are not a share of a sum"
+            )
         case "FSDPStrategy":
             return (
-                "FSDP1 keeps weights in flat shards, in which no parameter can be told apart, and "
-                "whose format is fixed when they are made; "
+                "FSDP1 keeps weights in flat shards, in which parameters cannot be distinguished, "
+                "and fixes the dtype of its shards when it creates them; "
                 "use FSDP2, as ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)"
             )
         case "DeepSpeedStrategy":
-            return "DeepSpeed steps in an engine of its own, which dropped gradients do not stop"
+            return "DeepSpeed steps in its own engine, which removed gradients do not stop"
         case name if "XLA" in name:
-            return "XLA records operations, and a look at their values on every step undoes that"
+            return "XLA records operations lazily, and reading values on every step prevents that"
         case _:
-            return "it was never run with the suite"
+            return "this strategy was never tested with the suite"
 
 
 def ranks_of(trainer: Trainer, allowed: Collection[str]) -> Ranks | None:
-    """The ranks that decide together; None for one rank, and for a strategy not allowed."""
-    how = sharing(trainer)
-    untried = how == "untried" and type(trainer.strategy).__name__ not in allowed
-    if how == "alone" or untried or trainer.world_size == 1 or not dist.is_initialized():
+    """Returns the ranks that decide together; None for one rank or an unsupported strategy."""
+    kind = sharing(trainer)
+    untried = kind == "untried" and type(trainer.strategy).__name__ not in allowed
+    if kind == "alone" or untried or trainer.world_size == 1 or not dist.is_initialized():
         return None
     once_per_step = trainer.lightning_module.automatic_optimization and not any(
         isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers
     )
-    replicas = how == "replicas"
+    replicas = kind == "replicas"
     return Ranks(replicas=replicas, overlapped=replicas and once_per_step)
 
 
 def reshard(pl_module: LightningModule) -> None:
-    """Give FSDP2's modules their shards back: a forward pass without backward leaves them whole."""
+    """Reshards FSDP2 modules: a forward pass without a backward pass leaves them unsharded."""
     for module in pl_module.modules():
-        if callable(back := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
-            back()
+        if callable(method := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
+            method()

@@ -5,33 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 
 def logger_step(trainer: Trainer) -> int:
-    """The step Lightning gives its loggers; it never goes back."""
+    """Returns the step that Lightning passes to its loggers; it never goes back."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def ends_window(trainer: Trainer) -> bool:
-    """Whether an optimizer step comes with the batch at hand, or came with the one just over."""
+    """Returns whether the current (or just finished) batch is one with an optimizer step."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def batch_index(trainer: Trainer) -> int:
+    """Returns the index of the current batch in its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_idx
+
+
+def batches_begun(trainer: Trainer) -> int:
+    """Returns how many batches of this epoch were started."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Returns whether the module itself was compiled, by ``torch.compile(module)``."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
+
+
+def tear_down(trainer: Trainer) -> None:
+    """Tears down a failed fit, if a callback that raised prevented the trainer from doing so."""
+    trainer._teardown()
+
+
 def log_every(trainer: Trainer) -> int:
-    """Steps between writes to the loggers, at least 1."""
+    """Returns the number of steps between writes to the loggers, at least 1."""
     return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """The trainer's callbacks in the order in which they are called."""
+    """Returns the callbacks of a trainer in the order in which they are called."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def run_directory(trainer: Trainer) -> Path | None:
-    """Where records go: ``trainer.log_dir``; None in a ``fast_dev_run``, which leaves no trace."""
+    """Returns the folder for records, ``trainer.log_dir``; None in a ``fast_dev_run``."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     directory = trainer.log_dir
@@ -39,17 +60,22 @@ def run_directory(trainer: Trainer) -> Path | None:
 
 
 def full_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """The checkpoint as Lightning saves it; its tensors are the live ones, not copies."""
+    """Returns the checkpoint as Lightning saves it; its tensors are not copies."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def loss_scaler(trainer: Trainer) -> GradScaler | None:
-    """The scaler of fp16 training, or None."""
+    """Returns the gradient scaler of fp16 training, or None."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
 
 
+def loss_scale_on_device(scaler: GradScaler | None) -> Tensor | None:
+    """Returns the loss scale as a device tensor; None without a scaler, or before its start."""
+    return None if scaler is None else scaler._scale
+
+
 def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Unscale the gradients of a fused optimizer, which Lightning leaves scaled until the step."""
+    """Unscales the gradients of a fused optimizer; Lightning keeps them scaled until the step."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)

@@ -1,4 +1,4 @@
-"""States of training that can be gone back to: a whole snapshot, and the start of a step."""
+"""States that training can be restored to: a complete snapshot, and the start of a step."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lit_stability.training_state.snapshot import BufferGuard, ModuleSnapshot, O
 
 
 class TrainingSnapshot:
-    """Weights, buffers, optimizers, schedulers, scaler, RNG, metrics, loops, others' state.
+    """A snapshot of module, optimizers, schedulers, scaler, RNG, metrics, loops and callbacks.
 
-    A callback, or the module, takes part by defining ``rewindable_state()`` and
-    ``load_rewindable_state(state)``. To be captured between two batches, and restored at the end
-    of one.
+    The state of a callback or module is included if it defines ``rewindable_state()`` and
+    ``load_rewindable_state(state)``. Capture a snapshot between two batches, and restore it at the
+    end of one.
 
     Args:
         pl_module: the module in training.
-        frozen: what snapshots of that module share.
+        frozen: frozen weights, which all snapshots of the module share.
     """
 
     def __init__(self, pl_module: LightningModule, frozen: FrozenWeights) -> None:
         self.module = ModuleSnapshot(frozen)
         self.step = 0
         self.position = 0
-        """Of the batch that comes next, in the replay ring."""
+        """Position of the next batch in the replay ring."""
         self.mark = 0
-        """The moment, in the ledger of checkpoint files."""
+        """Mark in the ledger of checkpoint files."""
         self.loops: LoopState
         self.steps = Steps(0, 0, 0)
         self._optimizers: list[OptimizerSnapshot] = []
@@ -54,7 +54,7 @@ class TrainingSnapshot:
         mark: int,
         registered: Iterable[Stateful] = (),
     ) -> None:
-        """Copy the state in."""
+        """Copies the current state into the snapshot."""
         self.step, self.position, self.mark = trainer.global_step, position, mark
         self.module.capture(pl_module)
         if len(self._optimizers) != len(trainer.optimizers):
@@ -73,11 +73,12 @@ class TrainingSnapshot:
         self._rng = capture_rng()
 
     def restore(self, trainer: Trainer, *, replay: bool) -> None:
-        """Copy the state back, but for the loops and the data. Gradients are cleared.
+        """Restores all state except loops and data, and clears the gradients.
 
         Args:
             trainer: to restore.
-            replay: whether the steps since are taken again, and so add what they added.
+            replay: whether the steps since then are replayed; parameter groups added since then
+                are removed, as the replay adds them again.
         """
         self.module.restore()
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
@@ -92,19 +93,19 @@ class TrainingSnapshot:
         restore_rng(self._rng)
 
     def restore_callback_state(self) -> None:
-        """Put the state of callbacks, module and registered objects back."""
+        """Restores the state of callbacks, module and registered objects."""
         for restore in self._callback_state:
             restore()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held, without those that snapshots share."""
-        banks = [self.module.bank, *(each.bank for each in self._averages.values())]
+        """Size of the tensors in bytes, without the shared frozen weights."""
+        banks = [self.module.bank, *(average.bank for average in self._averages.values())]
         return sum(bank.nbytes for bank in (*banks, *(o.bank for o in self._optimizers)))
 
 
 class StepStart:
-    """What a rejected step spoils before its veto: buffers, metrics, RNG, the loops' counters.
+    """State that a step changes before it can be skipped: buffers, metrics, RNG, loop counters.
 
     Args:
         pl_module: the module in training.
@@ -118,7 +119,7 @@ class StepStart:
         self._rng: dict[str, Any] = {}
 
     def capture(self, trainer: Trainer, *, position: int) -> None:
-        """Remember them, before the first batch of the step is fetched."""
+        """Captures the state, before the first batch of the step is fetched."""
         self.position = position
         self._buffers.capture()
         self._metrics.capture(trainer)
@@ -126,7 +127,7 @@ class StepStart:
         self._rng = capture_rng()
 
     def restore(self, trainer: Trainer) -> None:
-        """Put them back, but for the loops and the data. Gradients are cleared."""
+        """Restores all state except loops and data, and clears the gradients."""
         self._buffers.restore()
         self._metrics.restore(trainer)
         for optimizer in trainer.optimizers:

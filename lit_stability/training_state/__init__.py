@@ -1,4 +1,4 @@
-"""What is saved of a run and restored: snapshots, generators, checkpoints on disk, factors.
+"""Training state that is saved and restored: snapshots, RNG states, checkpoints, LR factors.
 
-May import torch; knows no Lightning. This file imports neither.
+May import torch, but not Lightning. This file imports neither.
 """

@@ -1,13 +1,11 @@
-"""Writes checkpoints in the background, whole or not at all.
+"""Writes checkpoints in the background, completely or not at all.
 
-May import torch; knows no Lightning.
+May import torch, but not Lightning.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -16,25 +14,26 @@ from typing import Any
 
 import torch
 
+from lit_stability.training_state.atomic_write import write_atomically
 from lit_stability.training_state.good_checkpoints import free_path, good_files, step_of
 from lit_stability.training_state.host_copy import first_nonfinite
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
-_PATIENCE = 600.0
-"""Seconds to wait at the end of a fit for a disk that may have died."""
+_JOIN_TIMEOUT = 600.0
+"""Seconds to wait at the end of a fit for a write: the disk may have failed."""
 
 
 class AsyncCheckpointWriter:
-    """Writes one checkpoint at a time in a thread that lives as long as the writing.
+    """Writes one checkpoint at a time in a background thread that ends with the write.
 
-    A file appears under its name only when it is whole and on the disk; a number already taken
-    gets a suffix. What cannot be written is told of once, and training goes on.
+    A file gets its final name only when it is complete and on disk; if a file of that step exists,
+    the name gets a suffix. A failed write is reported once, and training continues.
 
     Args:
         folder: where to write; created with the first file.
-        keep: files to keep, the newest by step; those of later steps, left there by a run that
-            went further, are not touched.
+        keep: number of files to keep, the newest by step. Files of later steps, which a run that
+            got further has left there, are unchanged.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -43,43 +42,46 @@ class AsyncCheckpointWriter:
         self.newest: Path | None = None
         """The last file written."""
         self._thread: threading.Thread | None = None
-        self._told = False
+        self._failure_reported = False
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written: its tensors must not change."""
+        """Returns whether a checkpoint is being written; its tensors must not change then."""
         return self._thread is not None and self._thread.is_alive()
 
     def write(
         self, state: Mapping[str, Any], step: int, *, constants: Collection[str] = ()
     ) -> None:
-        """Begin to write.
+        """Starts to write a checkpoint.
 
         Args:
-            state: the checkpoint; not to be changed until the writer is no longer `busy`.
-            step: the step it was taken at.
+            state: the checkpoint; must not change while the writer is `busy`.
+            step: the step at which it was captured.
             constants: names of buffers that are non-finite on purpose.
         """
-        assert not self.busy, "one at a time"
+        assert not self.busy, "another checkpoint is being written"
         self._thread = threading.Thread(
             target=self._run, args=(state, step, constants), name="last known good", daemon=True
         )
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until what is being written is written, for ten minutes at most."""
+        """Waits for the current write to finish, for ten minutes at most."""
         if self._thread is None:
             return
-        self._thread.join(_PATIENCE)
+        self._thread.join(_JOIN_TIMEOUT)
         if self._thread.is_alive():
-            log.warning("%s has taken a write for ten minutes: given up", self.folder)
+            log.warning(
+                "a checkpoint write to %s has not finished in ten minutes; no longer waiting",
+                self.folder,
+            )
 
     def _run(self, state: Mapping[str, Any], step: int, constants: Collection[str]) -> None:
         started = time.perf_counter()
         try:
             bad = first_nonfinite(state, constants)
             if bad is not None:
-                log.warning("the state of step %d is refused: %s is non-finite", step, bad)
+                log.warning("no good checkpoint written at step %d: %s is non-finite", step, bad)
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             path = free_path(self.folder, step)
@@ -89,14 +91,14 @@ class AsyncCheckpointWriter:
             seconds = time.perf_counter() - started
             log.debug("%s written in %.2f s", path, seconds)
         except Exception as error:
-            # A full disk, an object that does not pickle: never what ends the run.
-            if not self._told:
+            # A full disk or an object that cannot be pickled must not end the run.
+            if not self._failure_reported:
                 log.warning(
-                    "the last known good checkpoint of step %d was not written to %s (%s); "
-                    "training goes on, this is told once",
+                    "the good checkpoint of step %d was not written to %s (%s); training "
+                    "continues, later failures are not reported",
                     *(step, self.folder, error),
                 )
-            self._told = True
+            self._failure_reported = True
 
     def _prune(self, step: int) -> None:
         older = [f for f in good_files(self.folder) if step_of(f) <= step]
@@ -105,25 +107,14 @@ class AsyncCheckpointWriter:
 
 
 def write_whole(state: Mapping[str, Any], path: Path) -> None:
-    """Save under a temporary name, bring it to the disk, then give it its name.
+    """Saves a checkpoint completely or not at all, and flushes it to disk.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind under ``path``.
+        OSError: if it cannot be written; ``path`` is then unchanged.
     """
-    part = path.with_name(f".part-{path.name}")
-    try:
-        # A Python file: its writes let go of the interpreter lock more often than torch's own.
-        with part.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(
+        path,
+        lambda file: torch.save(dict(state), file),
+        partial=f".part-{path.name}",
+        fsync=True,
+    )

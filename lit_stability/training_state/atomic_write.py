@@ -1,16 +1,72 @@
-"""Writing a file whole or not at all, and keeping the one that was there.
+"""Writes a file completely or not at all.
 
 Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+
+def write_atomically(
+    path: Path, content: bytes | Callable[[IO[bytes]], object], *, partial: str, fsync: bool = False
+) -> None:
+    """Writes a file completely or not at all; an existing file of that name is replaced.
+
+    The content goes to a partial file in the same folder, which is renamed once it is complete.
+
+    Args:
+        path: the file; its folder must exist.
+        content: the bytes, or a function that writes them to the open file it is given.
+        partial: name of the partial file. A killed process leaves it behind.
+        fsync: flush the file to disk before the rename, and the folder after it, so that a power
+            failure cannot lose the content.
+
+    Raises:
+        OSError: if the file cannot be written. ``path`` is unchanged and the partial file removed.
+    """
+    part = path.with_name(partial)
+    try:
+        # A Python file: its writes release the interpreter lock more often than torch's own.
+        with part.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    if not fsync:
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_and_keep(path: Path, text: str | bytes) -> None:
-    """Write a file whole or not at all; a different one there gets the next free number."""
+    """Writes a file completely or not at all, and keeps an existing file with other content.
+
+    The existing file is renamed to the next free number, such as ``report.1.md``. A file with the
+    same content is unchanged.
+
+    Args:
+        path: the file; its folder is created.
+        text: the content; a string is encoded as UTF-8.
+
+    Raises:
+        OSError: if the file cannot be written or the existing one not renamed.
+    """
     content = text.encode() if isinstance(text, str) else text
     if path.exists() and path.read_bytes() == content:
         return
@@ -20,6 +76,4 @@ def write_and_keep(path: Path, text: str | bytes) -> None:
         while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
             number += 1
         path.rename(kept)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_atomically(path, content, partial=f"{path.name}.partial")

@@ -1,7 +1,7 @@
-"""One copy, for all snapshots, of weights that do not train.
+"""One copy of the frozen weights, shared by all snapshots.
 
-A frozen backbone is most of the memory of a fine-tuning, and two snapshots would hold it twice.
-May import torch; knows no Lightning.
+In fine-tuning, a frozen backbone takes most of the memory, and two snapshots would hold it twice.
+May import torch, but not Lightning.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 _SAMPLES = 256
-"""Elements of a parameter that are looked at. What moves a frozen network, as the teacher of a
-self-distillation, moves nearly all of its elements."""
+"""Elements of a parameter that are compared. An update of a frozen network, such as the teacher
+in self-distillation, changes nearly all of its elements."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A frozen parameter and its copy."""
+    """A frozen parameter and its saved copy."""
 
     live: Tensor
     saved: Tensor
@@ -28,85 +28,85 @@ class Kept:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy the saved values back."""
+        """Copies the saved values into the parameter."""
         self.live.copy_(self.saved)
 
 
 class FrozenWeights:
-    """Tells the frozen parameters that stand still from those that move, and keeps the former.
+    """Finds the frozen parameters whose values do not change, and keeps one copy of each.
 
-    A parameter counts as still while it does not require a gradient, its version counter and its
-    memory are those of its copy, and so are 256 of its elements: `p.data.mul_(...)` changes no
-    version. One that has moved is never kept again. Its old copy lives as long as a snapshot
-    refers to it.
+    A parameter counts as unchanged while it requires no gradient and its version counter, its
+    memory address and 256 of its elements equal those of its copy. The elements are compared
+    because `p.data.mul_(...)` does not raise the version counter. A parameter that has changed is
+    never kept again; its old copy lives as long as a snapshot refers to it.
 
     >>> weights, frozen = [torch.ones(3), torch.nn.Parameter(torch.ones(2))], FrozenWeights()
-    >>> moving, kept = frozen.split(weights)
-    >>> len(moving), [each.saved.tolist() for each in kept]
+    >>> changing, kept = frozen.split(weights)
+    >>> len(changing), [copy.saved.tolist() for copy in kept]
     (1, [[1.0, 1.0, 1.0]])
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
-        """Those that stand still, by the identity of the parameter."""
-        self._moved: set[int] = set()
+        """Unchanged parameters, by ``id`` of the parameter."""
+        self._changed: set[int] = set()
 
     @torch.no_grad()
     def split(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Kept]]:
-        """The parameters that a snapshot has to copy itself, and the copies of all others.
+        """Returns the parameters that a snapshot must copy itself, and the copies of all others.
 
-        Reads one number from the device where there is a copy to compare with.
+        Synchronizes with the device once if there is a copy to compare with.
         """
-        moving, still = [], []
-        for each in parameters:
-            held = self._kept.get(id(each))
-            if not _can_be_kept(each) or id(each) in self._moved:
-                self._kept.pop(id(each), None)
-                moving.append(each)
-            elif held is None or held.live is not each:
-                still.append(self._keep(each))
-            elif held.version != each._version or held.pointer != each.data_ptr():
-                moving.append(self._give_up(held))
+        changing, unchanged = [], []
+        for parameter in parameters:
+            copy = self._kept.get(id(parameter))
+            if not _can_be_kept(parameter) or id(parameter) in self._changed:
+                self._kept.pop(id(parameter), None)
+                changing.append(parameter)
+            elif copy is None or copy.live is not parameter:
+                unchanged.append(self._keep(parameter))
+            elif copy.version != parameter._version or copy.pointer != parameter.data_ptr():
+                changing.append(self._release(copy))
             else:
-                still.append(held)
-        if not _equal(still):
-            changed = [each for each in still if not _equal([each])]
-            moving += [self._give_up(each) for each in changed]
-            still = [each for each in still if id(each.live) in self._kept]
-        return moving, still
+                unchanged.append(copy)
+        if not _equal(unchanged):
+            changed = [copy for copy in unchanged if not _equal([copy])]
+            changing += [self._release(copy) for copy in changed]
+            unchanged = [copy for copy in unchanged if id(copy.live) in self._kept]
+        return changing, unchanged
 
     def _keep(self, parameter: Tensor) -> Kept:
         kept = Kept(parameter, parameter.detach().clone(), parameter._version, parameter.data_ptr())
         self._kept[id(parameter)] = kept
         return kept
 
-    def _give_up(self, kept: Kept) -> Tensor:
-        """Keep the parameter no more; the snapshots that refer to its copy still have it."""
+    def _release(self, kept: Kept) -> Tensor:
+        """Stops keeping the parameter; snapshots that refer to its copy still hold it."""
         del self._kept[id(kept.live)]
-        self._moved.add(id(kept.live))
+        self._changed.add(id(kept.live))
         return kept.live
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies that are still in use."""
-        return sum(each.saved.numel() * each.saved.element_size() for each in self._kept.values())
+        """Returns the size in bytes of the copies of parameters that are still unchanged."""
+        return sum(copy.saved.numel() * copy.saved.element_size() for copy in self._kept.values())
 
 
 def _can_be_kept(parameter: Tensor) -> bool:
     plain = type(parameter) in (Tensor, torch.nn.Parameter)
-    still = plain and not parameter.requires_grad and not parameter.is_inference()
-    return still and parameter.is_contiguous()
+    frozen = plain and not parameter.requires_grad and not parameter.is_inference()
+    return frozen and parameter.is_contiguous()
 
 
 def _equal(kept: Sequence[Kept]) -> bool:
-    """Whether some elements of each are as they were, to the bit."""
+    """Returns whether the sampled elements of each parameter equal its copy, bit for bit."""
     groups: dict[tuple[torch.dtype, torch.device], list[Kept]] = {}
-    for each in kept:
-        groups.setdefault((each.live.dtype, each.live.device), []).append(each)
+    for copy in kept:
+        groups.setdefault((copy.live.dtype, copy.live.device), []).append(copy)
     for group in groups.values():
-        now = torch.cat([_sampled(each.live) for each in group])
-        then = torch.cat([_sampled(each.saved) for each in group])
-        if not torch.equal(now.view(torch.uint8), then.view(torch.uint8)):  # a NaN is itself there
+        now = torch.cat([_sampled(copy.live) for copy in group])
+        then = torch.cat([_sampled(copy.saved) for copy in group])
+        if not torch.equal(now.view(torch.uint8), then.view(torch.uint8)):  # as bytes, NaN == NaN
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""The last known good checkpoint of a run: where it lies, and how the run behind it ended.
+"""The good checkpoints of a run: where they are, and how the run that wrote them ended.
 
 Imports neither torch nor Lightning.
 """
@@ -6,15 +6,16 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lit_stability.training_state.atomic_write import write_atomically
+
 FOLDER = "good"
-"""Name of the folder, in the run's own, that good checkpoints lie in."""
+"""Name of the folder inside the run's folder that holds the good checkpoints."""
 
 _NAME = re.compile(r"step=(\d+)(?:-v(\d+))?\.ckpt")
 
@@ -23,32 +24,33 @@ _STATES = get_args(State)
 
 
 def find_last_good(directory: str | Path) -> Path | None:
-    """The newest good checkpoint below a directory by its step, or None.
+    """Returns the good checkpoint of the highest step below a directory, or None.
 
-    Give it to ``Trainer.fit(ckpt_path=...)`` of a trainer with a `LastKnownGood`, which goes on
-    from it exactly where it was taken.
+    Pass it to ``Trainer.fit(ckpt_path=...)`` of a trainer with a `LastKnownGood`, which continues
+    exactly where the checkpoint was captured.
 
     Args:
-        directory: a run's folder, one above several, or a folder of good checkpoints itself.
+        directory: the folder of a run, a folder that contains several runs, or a folder of good
+            checkpoints.
     """
     directory = Path(directory)
     folders = [f for f in directory.rglob(FOLDER) if f.is_dir()]
     if directory.name == FOLDER:
         folders.append(directory)
     found = [file for folder in folders for file in good_files(folder)]
-    whole = [file for file in found if zipfile.is_zipfile(file)]
-    return max(whole, key=_age, default=None)
+    complete = [file for file in found if zipfile.is_zipfile(file)]
+    return max(complete, key=_age, default=None)
 
 
 def good_files(folder: Path) -> list[Path]:
-    """Good checkpoints in a folder, the oldest first."""
+    """Returns the good checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((f for f in folder.iterdir() if _NAME.fullmatch(f.name)), key=_age)
 
 
 def step_of(file: Path) -> int:
-    """The step a good checkpoint was taken at.
+    """Returns the step at which a good checkpoint was captured.
 
     >>> step_of(Path("good/step=00000120-v1.ckpt"))
     120
@@ -59,7 +61,7 @@ def step_of(file: Path) -> int:
 
 
 def free_path(folder: Path, step: int) -> Path:
-    """A name for a checkpoint of this step that no file has yet."""
+    """Returns a path for a checkpoint of this step that does not exist yet."""
     path, version = folder / f"step={step:08d}.ckpt", 0
     while path.exists():
         version += 1
@@ -68,12 +70,13 @@ def free_path(folder: Path, step: int) -> Path:
 
 
 def put_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds good checkpoints, so that those of another run can follow.
+    """Renames a folder that holds good checkpoints, to make room for those of another run.
 
-    Returns its new name; None where there was nothing to put aside.
+    Returns:
+        The new path, or None if the folder holds no good checkpoints.
 
     Raises:
-        OSError: if it cannot be renamed.
+        OSError: if the folder cannot be renamed.
     """
     if not good_files(folder):
         return None
@@ -91,34 +94,33 @@ def _age(file: Path) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnd:
-    """How a run ended, as ``run.json`` beside its good checkpoints says.
+    """How a run ended, as recorded in ``run.json`` next to its good checkpoints.
 
-    A process that was killed cannot write: its file goes on saying ``running``.
+    A killed process cannot update the file: its state stays ``running``.
     """
 
     state: State
     step: int = 0
     reason: str = ""
-    """The exception, where there was one."""
+    """The exception that ended the run, if any."""
     checkpoint: str | None = None
-    """Name of the newest good checkpoint when this was written, or of the one resumed from."""
+    """Name of the newest good checkpoint at the time of writing, or of the one resumed from."""
     failures: int = 0
-    """Runs in a row that ended in an exception without a newer good checkpoint."""
+    """Number of consecutive runs that ended in an exception without a newer good checkpoint."""
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder of good checkpoints.
+        """Writes ``run.json`` into a folder of good checkpoints.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / ".part-run.json"
-        part.write_text(json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n", encoding="utf8")
-        os.replace(part, folder / "run.json")
+        content = json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n"
+        write_atomically(folder / "run.json", content.encode(), partial=".part-run.json")
 
     @classmethod
     def read(cls, folder: Path) -> RunEnd | None:
-        """Read it, or None where there is none or it is no such file."""
+        """Reads ``run.json``; returns None if it is missing or not a valid record."""
         try:
             raw: Any = json.loads((folder / "run.json").read_text(encoding="utf8"))
         except (OSError, ValueError):
@@ -127,7 +129,7 @@ class RunEnd:
         return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw}) if ours else None
 
     def failures_behind(self, checkpoint: Path) -> int:
-        """Failures in a row of runs that had this checkpoint as their newest.
+        """Returns the number of consecutive failed runs whose newest checkpoint was this one.
 
         >>> RunEnd(state="failed", checkpoint="a", failures=1).failures_behind(Path("good/a"))
         1
@@ -137,7 +139,7 @@ class RunEnd:
         return self.failures if self.checkpoint == checkpoint.name else 0
 
     def in_words(self) -> str:
-        """How the run ended, for a line on the console."""
+        """Returns how the run ended, as text for the console."""
         why = f": {self.reason}" if self.reason else ""
         return {
             "running": "was killed or is still running",

@@ -1,4 +1,4 @@
-"""Clipping from the norm that was already measured. May import torch."""
+"""Gradient clipping that reuses the norm already measured. May import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """What to multiply gradients of this norm by, so that it is at most ``max_norm``.
+    """Returns the factor that scales gradients of this norm to at most ``max_norm``.
 
     ``min(1, max_norm / norm)`` (Pascanu et al. 2013, Algorithm 1).
 
@@ -26,54 +26,66 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
         ValueError: if the norm is not finite, or ``max_norm`` not positive.
     """
     if not math.isfinite(norm) or not max_norm > 0:
-        raise ValueError(f"cannot clip a gradient norm of {norm!r} to {max_norm!r}")
+        raise ValueError(
+            f"cannot clip norm={norm!r} to max_norm={max_norm!r}; norm must be finite and max_norm "
+            "positive"
+        )
     return 1.0 if norm <= max_norm else max_norm / norm
 
 
 def scale_gradients(parameters: Iterable[Tensor], coefficient: float) -> None:
-    """Multiply every gradient in place."""
+    """Multiplies every gradient by a coefficient, in place."""
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     if coefficient != 1.0 and grads:
         torch._foreach_mul_(grads, coefficient)
 
 
-_CLIPPED: WeakKeyDictionary[Optimizer, tuple[StepStats, float, float]] = WeakKeyDictionary()
-"""The step that an optimizer's gradients were last clipped for, by how much, and to what norm."""
+_CLIPPED: WeakKeyDictionary[Optimizer, tuple[int, float, float]] = WeakKeyDictionary()
+"""For each optimizer: the step its gradients were clipped for, by what factor, to what norm."""
+
+
+def gradients_are_new(optimizer: Optimizer) -> None:
+    """Records that an optimizer has gradients that nobody has clipped yet.
+
+    To be called when they are measured: a step that is retried has the number of the one before.
+    """
+    _CLIPPED.pop(optimizer, None)
 
 
 def clip_step(optimizer: Optimizer, stats: StepStats, max_norm: float) -> float:
-    """Clip the gradients of the step that is about to be taken, in place.
+    """Clips the gradients of the step that is about to be taken, in place.
 
-    Where several clip the same step the smallest threshold wins, in whatever order they come:
-    each multiplies by what is missing, and never by what another has multiplied by already.
+    If several callbacks clip the same step, the smallest threshold wins in whatever order they
+    come: each multiplies by the factor that is missing, and never by one that was applied already.
 
     Args:
         optimizer: whose gradients to clip.
-        stats: of that very step, as measured before anybody has clipped.
+        stats: of that step, as measured before anything was clipped.
         max_norm: largest norm that they may keep.
 
     Returns:
-        What the gradients that were measured are multiplied by in all, in (0, 1].
+        The factor that the measured gradients are multiplied by in total, in (0, 1].
 
     Raises:
         ValueError: if the norm is not finite, or ``max_norm`` not positive.
     """
-    last, before, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
-    before, smallest = (before, smallest) if last is stats else (1.0, math.inf)
+    # By the number of the step: a change of regime hands out another StepStats for the same one.
+    step, before, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    before, smallest = (before, smallest) if step == stats.step else (1.0, math.inf)
     wanted = min(before, clip_coefficient(stats.grad_norm, max_norm))
     if wanted < before:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         scale_gradients(parameters, wanted / before)
-    _CLIPPED[optimizer] = (stats, wanted, min(smallest, max_norm))
+    _CLIPPED[optimizer] = (stats.step, wanted, min(smallest, max_norm))
     return wanted
 
 
 def clip_threshold(optimizer: Optimizer, stats: StepStats) -> float | None:
-    """The smallest norm that the gradients of a step were to keep; None if nobody clipped it.
+    """Returns the smallest norm that a step was clipped to; None if nothing clipped it.
 
     Args:
-        optimizer: whose gradients.
-        stats: of the step.
+        optimizer: the optimizer that takes the step.
+        stats: the measurement of the step.
     """
-    last, _, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
-    return smallest if last is stats else None
+    step, _, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    return smallest if step == stats.step else None

@@ -1,6 +1,6 @@
-"""A checkpoint in host memory: taken in an instant, to be written at leisure.
+"""A copy of a checkpoint in host memory, so that it can be written in the background.
 
-May import torch; knows no Lightning.
+May import torch, but not Lightning.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _Path = tuple[Any, ...]
 
 
 class HostCopy:
-    """Copies of nested dicts and lists of tensors, in buffers reused from capture to capture.
+    """Copies nested dicts and lists of tensors into buffers that are reused by each capture.
 
-    Tensors that share their memory in the original share it in the copy; what is no tensor is
-    deep-copied.
+    Tensors that share memory in the original share it in the copy. Everything that is not a tensor
+    is deep-copied.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class HostCopy:
 
     @torch.no_grad()
     def capture(self, checkpoint: Mapping[str, Any]) -> None:
-        """Copy a checkpoint in."""
+        """Copies a checkpoint into the buffers."""
         before, self._buffers = self._buffers, {}
         shared: dict[Any, Tensor] = {}
         memo: dict[int, Any] = {}
@@ -51,16 +51,16 @@ class HostCopy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Returns the size of the buffers in bytes."""
         return sum(t.numel() * t.element_size() for t in self._buffers.values())
 
 
 def first_nonfinite(state: Mapping[str, Any], exempt: Collection[str] = ()) -> str | None:
-    """Name the first tensor of a checkpoint's weights, buffers and optimizers with a NaN or Inf.
+    """Returns the name of the first weight, buffer or optimizer tensor with a NaN or Inf, or None.
 
     Args:
-        state: a checkpoint as Lightning makes it.
-        exempt: names of buffers that hold such values on purpose, as a mask of -inf does.
+        state: a checkpoint in Lightning's format.
+        exempt: names of buffers that are non-finite on purpose, such as a mask of -inf.
 
     >>> first_nonfinite({"state_dict": {"w": torch.tensor([1.0, float("nan")])}})
     'w'
@@ -78,7 +78,7 @@ def first_nonfinite(state: Mapping[str, Any], exempt: Collection[str] = ()) -> s
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or Inf; one pass, no memory of the tensor's size."""
+    """Returns whether all elements are finite, in one pass and without a temporary tensor."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
@@ -98,7 +98,7 @@ def _tensors(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Tensor]]:
 
 
 def _memory(tensor: Tensor) -> Any:
-    """What two tensors have in common that are the same memory seen the same way."""
+    """Returns a key that is equal for two tensors that view the same memory in the same way."""
     if tensor.numel() == 0:
         return id(tensor)
     place = (tensor.data_ptr(), tensor.device, tensor.dtype)

@@ -1,8 +1,8 @@
-"""A factor on the learning rate that no scheduler can undo.
+"""Factors on the learning rate that no scheduler can undo.
 
-The nominal value, which schedulers read and write, is scaled when ``optimizer.step`` begins and
-put back when it ends. Several owners may hold factors at once: they multiply, and each changes its
-own alone. May import torch.
+The nominal learning rate, which schedulers read and write, is scaled when ``optimizer.step`` begins
+and restored when it ends. Several owners can hold factors at once: the factors multiply, and each
+owner changes only its own. May import torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class LearningRateMultiplier:
     """Scales the learning rate of every parameter group around each step.
 
     Works with float and tensor learning rates, any scheduler, fused optimizers and a loss scaler.
-    If a step raises, the next one starts from the nominal value again. At factor 1 a step is left
-    untouched.
+    If a step raises, the next one starts from the nominal value again. With all factors at 1, steps
+    are unchanged.
 
     Args:
-        optimizer: whose steps to scale; `learning_rate_multiplier` gives everybody the same
-        instance.
+        optimizer: the optimizer whose steps are scaled. Use `learning_rate_multiplier` to get the
+            one instance that all owners share.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -42,25 +42,26 @@ class LearningRateMultiplier:
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """What each group is scaled by: the product of what the owners hold."""
+        """Returns the factor of each parameter group: the product over all owners."""
         groups = zip_longest(*self._held.values(), fillvalue=1.0)
         return tuple(math.prod(factors) for factors in groups)
 
     def held_by(self, owner: str) -> tuple[float, ...]:
-        """The factors of an owner, one for each group, or none."""
+        """Returns the factors of an owner, one per group; empty if it has set none."""
         return self._held.get(owner, ())
 
-    def set(self, factors: Sequence[float], owner: str = "throttle") -> None:
-        """Scale each group by its factor, from this step on, on top of what other owners hold.
+    def set(self, factors: Sequence[float], owner: str) -> None:
+        """Sets an owner's factors, which multiply with those of other owners.
 
-        Callable inside a step's closure too: the update that follows already obeys.
+        Inside a step's closure, they apply to the update that follows.
 
         Args:
-            factors: one for each parameter group, in (0, 1].
-            owner: whose factors these are; they take the place of those it held before.
+            factors: one per parameter group, in (0, 1].
+            owner: name of the caller, such as "rollback". Its earlier factors are replaced, those
+                of other owners are unchanged.
 
         Raises:
-            ValueError: if a factor is out of its range, or they do not fit the groups.
+            ValueError: if a factor is out of range, or the count is not the number of groups.
         """
         groups = self._groups()
         if len(factors) != len(groups):
@@ -75,25 +76,25 @@ class LearningRateMultiplier:
             self._write()
 
     def nominal(self) -> list[float]:
-        """Learning rate of each group as the scheduler wrote it, also inside a step."""
+        """Returns each group's learning rate as the scheduler wrote it, also inside a step."""
         return list(self._nominal) if self._nominal is not None else self._read()
 
     def effective(self) -> list[float]:
-        """Learning rate of each group that the next update uses."""
+        """Returns each group's learning rate that the next update uses."""
         nominal = self.nominal()
-        # A group that was added since the factors were set is not scaled.
+        # A group that was added after the factors were set is not scaled.
         factors = self.factors
         factors += (1.0,) * (len(nominal) - len(factors))
         return [n * f for n, f in zip(nominal, factors, strict=True)]
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on, at its nominal learning rate."""
+        """Restores the nominal learning rate and removes the hooks from the optimizer."""
         self.recover()
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
         if optimizer is not None:
-            _SCALES.pop(optimizer, None)
+            _MULTIPLIERS.pop(optimizer, None)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.recover()
@@ -103,7 +104,7 @@ class LearningRateMultiplier:
             self._write()
 
     def recover(self) -> None:
-        """Undo what a step that raised left behind."""
+        """Restores the nominal learning rate after a step that raised an exception."""
         if self._nominal is not None and self._read() == self._written:
             _assign(self._groups(), self._nominal)
         self._nominal = None
@@ -127,14 +128,14 @@ class LearningRateMultiplier:
         self._written = self._read()
 
 
-_SCALES: WeakKeyDictionary[Optimizer, LearningRateMultiplier] = WeakKeyDictionary()
+_MULTIPLIERS: WeakKeyDictionary[Optimizer, LearningRateMultiplier] = WeakKeyDictionary()
 
 
 def learning_rate_multiplier(optimizer: Optimizer) -> LearningRateMultiplier:
-    """The scale of an optimizer, the same one for everybody who asks."""
-    if optimizer not in _SCALES:
-        _SCALES[optimizer] = LearningRateMultiplier(optimizer)
-    return _SCALES[optimizer]
+    """Returns the multiplier of an optimizer; all callers get the same instance."""
+    if optimizer not in _MULTIPLIERS:
+        _MULTIPLIERS[optimizer] = LearningRateMultiplier(optimizer)
+    return _MULTIPLIERS[optimizer]
 
 
 def _assign(groups: list[dict[str, Any]], rates: Sequence[float]) -> None:

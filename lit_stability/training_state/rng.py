@@ -1,7 +1,7 @@
-"""States of the random generators: taken, put back, and packed for a checkpoint.
+"""Captures and restores the states of the random generators, and packs them for a checkpoint.
 
-Packed they are tensors, ints and floats, which ``torch.load(weights_only=True)`` reads back.
-May import torch; knows no Lightning.
+Packed states consist of tensors, ints and floats, which ``torch.load(weights_only=True)`` accepts.
+May import torch, but not Lightning.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 _WORDS = 624
-"""32-bit words of a Mersenne Twister, behind which numpy keeps its position in them as an int."""
+"""Number of 32-bit words in a Mersenne Twister; numpy stores its position, an int, after them."""
 
 
 def capture_rng() -> dict[str, Any]:
-    """States of the generators of python, numpy, torch and every CUDA device."""
+    """Returns the RNG states of python, numpy, torch and every CUDA device."""
     return {
         "python": random.getstate(),
         "numpy": _numpy.state(),
@@ -35,17 +35,18 @@ def _has_cuda() -> bool:
 
 
 class _NumpyGenerator:
-    """Reads the state of numpy's generator, and remembers it."""
+    """Reads the state of numpy's generator and caches it."""
 
     def __init__(self) -> None:
         self._memory: bytes | None = None
         self._state: Any = None
 
     def state(self) -> Any:
-        """What ``np.random.get_state`` returns, which boxes word after word: 30 to 80 microseconds.
+        """Returns the same as ``np.random.get_state``, from a cache if it is still valid.
 
-        The state read last serves while the generator's memory is the same. A second Gaussian
-        number in store lies elsewhere: a state that has one is never kept.
+        ``get_state`` boxes every word, which takes 30 to 80 microseconds. The cached state is valid
+        while the generator's memory is unchanged. A state with a stored second Gaussian number is
+        never cached, because that number is outside this memory.
         """
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if not isinstance(generator, np.random.MT19937):
@@ -63,7 +64,7 @@ _numpy = _NumpyGenerator()
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put such states back."""
+    """Restores states that `capture_rng` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -72,7 +73,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def pack_rng(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn what `capture_rng` returned into tensors and plain numbers.
+    """Converts states from `capture_rng` into tensors and plain numbers.
 
     >>> before = pack_rng(capture_rng())
     >>> first = torch.rand(1).item()
@@ -81,7 +82,7 @@ def pack_rng(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     version, integers, gauss = state["python"]
     kind, words, position, has_gauss, cached = state["numpy"]
-    assert kind == "MT19937", "the legacy generator of numpy knows no other"
+    assert kind == "MT19937", "the only kind that numpy's legacy generator has"
     return {
         "python": [version, torch.tensor(integers), gauss],
         "numpy": [torch.from_numpy(words.astype(np.int64)), position, has_gauss, cached],
@@ -91,7 +92,10 @@ def pack_rng(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpack_rng(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Make of them again what `restore_rng` takes; states of devices that are not here are left."""
+    """Converts packed states back for `restore_rng`.
+
+    CUDA states are dropped if the number of devices differs.
+    """
     version, integers, gauss = packed["python"]
     words, position, has_gauss, cached = packed["numpy"]
     cuda = packed["cuda"]
@@ -104,7 +108,7 @@ def unpack_rng(packed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same_rng(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether nothing was drawn on the host between two captures."""
+    """Returns whether no random number was drawn on the host between two captures."""
     return bool(
         torch.equal(a["torch"], b["torch"])
         and a["python"] == b["python"]

@@ -1,7 +1,8 @@
-"""A healthy state of training in memory, captured and restored in place.
+"""In-memory snapshots of modules and optimizers, captured and restored in place.
 
-Tensors go through preallocated buffers, one foreach copy per dtype and device, of a sharded tensor
-the rank's own shard; everything else is deep-copied. May import torch; knows no Lightning.
+Tensors are copied to preallocated buffers, with one foreach copy per dtype and device; of a sharded
+tensor, each rank copies its own shard. Everything else is deep-copied. May import torch, but not
+Lightning.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
 
 
 class TensorBank:
-    """Copies of a list of tensors, in buffers that are reused from capture to capture."""
+    """Copies a list of tensors into buffers that are reused by each capture."""
 
     def __init__(self) -> None:
         self._live: list[Tensor] = []
@@ -29,7 +30,7 @@ class TensorBank:
 
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the tensors in; buffers are new only where a shape, dtype or device changed."""
+        """Copies the tensors; allocates new buffers only if a shape, dtype or device changed."""
         live = [local(t) for t in tensors]
         if not _same(self._live, live) or not _alike(self._saved, live):
             if not _alike(self._saved, live):
@@ -41,7 +42,7 @@ class TensorBank:
 
     @torch.no_grad()
     def restore(self, targets: Sequence[Tensor] | None = None) -> None:
-        """Copy the saved values back into the very tensors they came from, or into others."""
+        """Copies the saved values into the captured tensors, or into ``targets``."""
         same = targets is None or _same(self._live, targets)
         pairs = self._pairs if same else _in_groups(self._saved, targets or [])
         for saved, now in pairs:
@@ -49,25 +50,25 @@ class TensorBank:
 
     @property
     def saved(self) -> list[Tensor]:
-        """The copies."""
+        """Returns the copies, in the order of the captured tensors."""
         return self._saved
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """``(live, saved)`` tensors."""
+        """Returns the pairs ``(live, saved)`` of captured tensors and copies."""
         return [(t.detach(), s) for t, s in zip(self._live, self._saved, strict=True)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Returns the size of the buffers in bytes."""
         return sum(t.numel() * t.element_size() for t in self._saved)
 
 
 class ModuleSnapshot:
-    """Parameters and buffers of a module, non-persistent buffers included.
+    """Snapshot of a module's parameters and buffers, including non-persistent buffers.
 
     Args:
-        frozen: keeps the parameters that do not train, once for all snapshots that share it.
+        frozen: holds one copy of the frozen parameters for all snapshots that share it.
     """
 
     def __init__(self, frozen: FrozenWeights | None = None) -> None:
@@ -79,7 +80,7 @@ class ModuleSnapshot:
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def capture(self, module: nn.Module) -> None:
-        """Copy them in."""
+        """Copies the module's parameters and buffers."""
         self._module = module
         modules = list(module.modules())
         found = (p for m in modules for p in m._parameters.values() if p is not None)
@@ -89,20 +90,20 @@ class ModuleSnapshot:
         self.bank.capture([*self._parameters, *buffers])
 
     def restore(self) -> None:
-        """Copy them back; a buffer that was replaced by another tensor comes back itself."""
-        _put_back(self._homes)
+        """Restores all values; a buffer replaced by another tensor is reassigned first."""
+        _reassign(self._homes)
         self.bank.restore()
-        for each in self._kept:
-            each.restore()
+        for frozen in self._kept:
+            frozen.restore()
 
     def drift(self) -> dict[str, float]:
-        """Largest absolute change of any element since the capture, by parameter."""
+        """Returns the largest absolute change of any element since the capture, by parameter."""
         if self._module is None:
             return {}
         names = {id(p): name for name, p in self._module.named_parameters()}
         pairs = [
             *zip(self._parameters, self.bank.pairs, strict=False),
-            *((each.live, (each.live.detach(), each.saved)) for each in self._kept),
+            *((frozen.live, (frozen.live.detach(), frozen.saved)) for frozen in self._kept),
         ]
         return {
             names[id(p)]: float((live - saved).abs().amax()) if live.numel() else 0.0
@@ -111,21 +112,24 @@ class ModuleSnapshot:
         }
 
     def outlier(self, factor: float = 1e3) -> tuple[str, float] | None:
-        """The parameter of which an element moved ``factor`` times more than any other parameter's.
+        """Returns the parameter that changed ``factor`` times more than any other, or None.
 
-        Training moves all parameters within a few orders of magnitude; a flipped exponent bit does
-        not keep to that. Returns its name and the largest change, or None.
+        Training changes all parameters within a few orders of magnitude; a flipped exponent bit
+        exceeds that.
+
+        Returns:
+            The parameter's name and the largest absolute change of its elements.
         """
-        moved = sorted(self.drift().items(), key=lambda pair: -pair[1])
-        if len(moved) < 2 or moved[1][1] == 0 or not moved[0][1] > factor * moved[1][1]:
+        changes = sorted(self.drift().items(), key=lambda pair: -pair[1])
+        if len(changes) < 2 or changes[1][1] == 0 or not changes[0][1] > factor * changes[1][1]:
             return None
-        return moved[0]
+        return changes[0]
 
 
 class OptimizerSnapshot:
-    """Moments, step counts and group options of an optimizer.
+    """Snapshot of an optimizer's moments, step counts and group options.
 
-    State that the optimizer created after the capture is deleted at restore.
+    A restore deletes state that the optimizer created after the capture.
     """
 
     def __init__(self) -> None:
@@ -135,7 +139,7 @@ class OptimizerSnapshot:
         self._groups: list[dict[str, Any]] = []
 
     def capture(self, optimizer: Optimizer) -> None:
-        """Copy it in."""
+        """Copies the optimizer's state and group options."""
         self._keys, self._other = [], []
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
@@ -150,11 +154,12 @@ class OptimizerSnapshot:
         ]
 
     def restore(self, optimizer: Optimizer, *, drop_new_groups: bool = False) -> None:
-        """Copy it back.
+        """Restores the captured state.
 
         Args:
-            optimizer: the one captured.
-            drop_new_groups: remove parameter groups added since, for a replay that adds them again.
+            optimizer: the optimizer that was captured.
+            drop_new_groups: remove parameter groups that were added after the capture; a replay
+                adds them again.
         """
         if drop_new_groups:
             del optimizer.param_groups[len(self._groups) :]
@@ -182,40 +187,41 @@ class OptimizerSnapshot:
 
 
 class BufferGuard:
-    """Buffers as they were at the start of a step: a bad batch spoils them before its veto.
+    """Snapshot of a module's buffers at the start of a step.
 
-    All are copied at each capture: batch normalization writes its running statistics without
-    raising their version counters, so there is no telling which changed.
+    A bad batch changes them before its step is rejected. Each capture copies all of them: batch
+    normalization writes its running statistics without raising their version counters, so the
+    changed ones cannot be found.
 
     Args:
-        module: whose buffers to guard.
+        module: the module whose buffers are guarded.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # The mappings by themselves: to reach them through many modules takes longer than to copy.
+        # The dicts are stored: reaching them through many modules takes longer than the copy.
         self._owners = [(m, m._buffers) for m in module.modules()]
         self._bank = TensorBank()
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def capture(self) -> None:
-        """Remember the buffers as they are."""
+        """Copies all buffers."""
         self._homes = _buffers(self._owners)
         self._bank.capture([b for _, _, b in self._homes if b is not None])
 
     def restore(self) -> None:
-        """Put them back; one that was replaced by another tensor comes back itself."""
-        _put_back(self._homes)
+        """Restores all buffers; a buffer replaced by another tensor is reassigned first."""
+        _reassign(self._homes)
         self._bank.restore()
 
 
 def _buffers(
     owners: Iterable[tuple[nn.Module, dict[str, Tensor | None]]],
 ) -> list[tuple[nn.Module, str, Tensor | None]]:
-    return [(m, key, b) for m, held in owners if held for key, b in held.items()]
+    return [(m, key, b) for m, buffers in owners if buffers for key, b in buffers.items()]
 
 
-def _put_back(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
-    """Undo assignments such as ``self.centre = 0.9 * self.centre + 0.1 * mean``."""
+def _reassign(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
+    """Undoes assignments such as ``self.centre = 0.9 * self.centre + 0.1 * mean``."""
     for module, key, buffer in homes:
         if module._buffers.get(key) is not buffer:
             module._buffers[key] = buffer
@@ -236,7 +242,7 @@ _Pairs: TypeAlias = list[tuple[list[Tensor], list[Tensor]]]
 
 
 def _in_groups(a: Iterable[Tensor], b: Iterable[Tensor]) -> _Pairs:
-    """Both lists in parts of one dtype and device, a foreach copy each."""
+    """Splits both lists into groups of one dtype and device, for one foreach copy each."""
     groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for x, y in zip(a, b, strict=True):
         xs, ys = groups.setdefault((x.dtype, x.device), ([], []))

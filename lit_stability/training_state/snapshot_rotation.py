@@ -1,6 +1,6 @@
-"""Which snapshot may be gone back to: a candidate until enough healthy steps have confirmed it.
+"""Decides which snapshot a rollback restores: one that enough healthy steps have confirmed.
 
-Data in, data out: no torch, no Lightning.
+Pure logic on plain data; imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ S = TypeVar("S")
 
 @dataclass
 class SnapshotRotation(Generic[S]):
-    """Two snapshots in turn: the confirmed one to go back to, and a candidate on probation.
+    """Rotates two snapshots: the confirmed one for rollbacks, and an unconfirmed candidate.
 
-    While no candidate waits, the one confirmed before is still there, as ``older``.
+    While there is no candidate, the previously confirmed snapshot is still available as ``older``.
 
     Args:
         make: builds an empty snapshot; called twice.
-        confirm_after: healthy steps after which a candidate is confirmed.
+        confirm_after: number of healthy steps after which a candidate is confirmed.
 
     >>> g = SnapshotRotation(make=list, confirm_after=2)
     >>> g.begin().append("a"); g.confirm_now()
@@ -41,20 +41,20 @@ class SnapshotRotation(Generic[S]):
 
     @property
     def ready(self) -> bool:
-        """Whether no candidate is waiting for its confirmation."""
+        """Returns whether no candidate is waiting for confirmation."""
         return self.candidate is None
 
     @property
     def oldest(self) -> S | None:
-        """The snapshot furthest back."""
+        """Returns the oldest confirmed snapshot."""
         return self.confirmed if self.older is None else self.older
 
     def begin(self) -> S:
-        """The snapshot to capture into; a candidate that was still waiting is given up for it."""
+        """Returns the snapshot to capture into; it replaces a candidate not yet confirmed."""
         if self.candidate is None:
-            for each in (self._spare, self.older):
-                if each is not None:
-                    self.candidate = each
+            for snapshot in (self._spare, self.older):
+                if snapshot is not None:
+                    self.candidate = snapshot
                     break
             else:
                 self.candidate = self.make()
@@ -63,29 +63,29 @@ class SnapshotRotation(Generic[S]):
         return self.candidate
 
     def healthy(self) -> None:
-        """Count a healthy step towards the candidate's confirmation."""
+        """Counts a healthy step towards the confirmation of the candidate."""
         self._age += 1
         if self.candidate is not None and self._age >= self.confirm_after:
             self.confirm_now()
 
     def confirm_now(self) -> None:
-        """Trust the candidate as it is, as at the start of a fit."""
+        """Confirms the candidate immediately, as at the start of a fit."""
         if self.candidate is not None:
             self.older, self.confirmed = self.confirmed, self.candidate
             self.candidate = None
 
     def discard(self) -> None:
-        """Drop the candidate: something went wrong while it waited."""
+        """Drops the candidate, because an anomaly occurred before its confirmation."""
         if self.candidate is not None:
             self._spare, self.candidate = self.candidate, None
 
     def go_back(self) -> None:
-        """Trust the older one alone: the one confirmed after it was too late."""
+        """Makes the older snapshot the confirmed one: the newer was captured too late."""
         if self.older is not None:
             self._spare, self.confirmed, self.older = self.confirmed, self.older, None
 
     def restart(self) -> None:
-        """Begin as at first, with a snapshot that is yet to be taken."""
+        """Drops all snapshots, as before the first capture; buffers are reused."""
         self.discard()
         self._spare = self._spare or self.confirmed
         self.confirmed = self.older = None

@@ -10,15 +10,15 @@ from lit_stability.faults import BadBatch, FaultInjector, NanLoss, ScaleGradient
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 
 
-def scenes(root):
+def incident_folders(root):
     return sorted((root / "incidents").iterdir())
 
 
-def test_scene_holds_state_batch_history_statistics_and_versions(tmp_path):
+def test_folder_holds_state_batch_history_statistics_and_versions(tmp_path):
     """S1, S11: what a person needs in the morning, saved before anything was done about it."""
     callbacks = [FaultInjector([BadBatch(step=30)]), *stability_callbacks()]
     fit(tmp_path, callbacks, max_steps=60)
-    (folder,) = scenes(tmp_path)
+    (folder,) = incident_folders(tmp_path)
     assert folder.name == "00000030-1"
     (incident,) = read_incidents(tmp_path)
     assert incident["path"] == str(folder)
@@ -44,11 +44,11 @@ def test_scene_holds_state_batch_history_statistics_and_versions(tmp_path):
     assert "recovered" in report, "the report is written again when the outcome is known"
 
 
-def test_scene_checkpoint_loads_as_a_lightning_checkpoint(tmp_path):
+def test_incident_checkpoint_loads_as_a_lightning_checkpoint(tmp_path):
     """S11: model, optimizer, scheduler, loops and callbacks are in it."""
     callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks()]
     fit(tmp_path, callbacks, lambda: Regression(scheduler="onecycle"))
-    path = scenes(tmp_path)[0] / "checkpoint.ckpt"
+    path = incident_folders(tmp_path)[0] / "checkpoint.ckpt"
     saved = torch.load(path, weights_only=True)
     assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(saved)
     module = Regression(scheduler="onecycle")
@@ -62,7 +62,7 @@ def test_history_keeps_the_last_hundred(tmp_path):
     """S1: the last 100 losses and gradient norms, the offending one last."""
     callbacks = [FaultInjector([ScaleGradients(step=150)]), *stability_callbacks()]
     fit(tmp_path, callbacks, max_steps=160)
-    history = json.loads((scenes(tmp_path)[0] / "history.json").read_text())
+    history = json.loads((incident_folders(tmp_path)[0] / "history.json").read_text())
     assert history["steps"] == list(range(51, 151))
     assert history["grad_norms"][-1] > 100 * max(history["grad_norms"][:-1])
 
@@ -77,14 +77,18 @@ def test_folders_are_bounded_and_first_and_newest_stay(tmp_path):
     ]
     fit(tmp_path, callbacks, max_steps=120)
     assert len(read_incidents(tmp_path)) == 5
-    assert [f.name for f in scenes(tmp_path)] == ["00000020-1", "00000080-4", "00000100-5"]
+    assert [f.name for f in incident_folders(tmp_path)] == [
+        "00000020-1",
+        "00000080-4",
+        "00000100-5",
+    ]
 
 
 def test_folders_are_bounded_in_bytes(tmp_path):
     faults = [NanLoss(step=s) for s in (20, 40, 60)]
     suite = [GradientMonitor(), AnomalyCheckpoint(max_bytes=1), stability_callbacks()[-1]]
     fit(tmp_path, [FaultInjector(faults), *suite], max_steps=80)
-    assert [f.name for f in scenes(tmp_path)] == ["00000020-1", "00000060-3"]
+    assert [f.name for f in incident_folders(tmp_path)] == ["00000020-1", "00000060-3"]
 
 
 def test_unwritable_folder_is_logged_and_training_goes_on(tmp_path, caplog):
@@ -107,7 +111,7 @@ def test_full_disk_is_logged_and_leaves_no_half_folder(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert trainer.global_step == 60
     assert "was not saved" in caplog.text
-    assert scenes(tmp_path) == []
+    assert incident_folders(tmp_path) == []
 
 
 def test_batch_that_does_not_pickle_is_logged_and_training_goes_on(tmp_path, caplog):
@@ -125,7 +129,7 @@ def test_batch_that_does_not_pickle_is_logged_and_training_goes_on(tmp_path, cap
     _, trainer = fit(tmp_path, callbacks, Ignores, data)
     assert trainer.global_step == 60
     assert "was not saved" in caplog.text
-    assert scenes(tmp_path) == []
+    assert incident_folders(tmp_path) == []
 
 
 class Killed(BaseException):
@@ -143,13 +147,13 @@ def test_kill_while_saving_leaves_no_folder_that_looks_whole(tmp_path):
     callbacks = [FaultInjector([NanLoss(step=30)]), GradientMonitor(), AnomalyCheckpoint()]
     with pytest.raises(Killed):
         fit(tmp_path, callbacks, Unsaveable)
-    assert scenes(tmp_path) == []
+    assert incident_folders(tmp_path) == []
 
 
 def test_part_left_by_a_kill_is_removed_at_the_next_start(tmp_path):
     (tmp_path / "incidents" / ".part-abc").mkdir(parents=True)
     fit(tmp_path, stability_callbacks(), max_steps=2)
-    assert scenes(tmp_path) == []
+    assert incident_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -154,12 +154,12 @@ def often(callbacks, every=3):
     ],
 )
 def test_run_with_attention_after_a_fault_is_bit_identical(fault, tmp_path):
-    """Invariant 7: watched steps are taken again and replayed too."""
+    """Invariant 7: watched steps are retried and replayed too."""
     data, options = loader(Batches()), {"max_epochs": 3}
     faulty = [FaultInjector([fault()]), *often(stability_callbacks())]
-    struck = run(tmp_path, Attending, data, faulty, **options)
+    with_fault = run(tmp_path, Attending, data, faulty, **options)
     assert [i.outcome for i in faulty[1].incidents] == ["recovered"]
-    assert differences(run(tmp_path, Attending, data, **options), struck) == {}
+    assert differences(run(tmp_path, Attending, data, **options), with_fault) == {}
 
 
 class Look(Callback):

@@ -23,7 +23,7 @@ from tests.probe_models import Attending
 from tests.probe_rank_cases import both
 
 
-class Tape(Callback):
+class StepRecorder(Callback):
     """Readings by step, and whether anything was installed in a backward pass."""
 
     def __init__(self):
@@ -39,7 +39,7 @@ class Tape(Callback):
 
 
 def probed(root, module=Attending, probe=None, **options):
-    recorded_step = Tape()
+    recorded_step = StepRecorder()
     callbacks = [GradientMonitor(), probe or AttentionProbe(every=10), recorded_step]
     net, trainer = fit(root, callbacks, module, **options)
     assert not any(recorded_step.installed)
@@ -106,37 +106,37 @@ def test_one_forward_pass_of_a_probed_step_is_watched_and_no_other(accumulate, b
 
 
 def test_probe_is_silent_about_a_step_that_another_callback_takes(tmp_path):
-    """A bad step is searched and taken again beside training; the probe sees the one in it."""
-    suite, recorded_step = stability_callbacks(), Tape()
+    """A bad step is run again in isolation; the probe sees only the step in training."""
+    suite, recorded_step = stability_callbacks(), StepRecorder()
     callbacks = [FaultInjector([NanLoss(step=10)]), *suite, AttentionProbe(every=10), recorded_step]
     _, trainer = fit(tmp_path, callbacks, Attending, max_steps=30)
     assert trainer.global_step == 30
     assert list(recorded_step.readings) == [0, 10, 20]
 
 
-def test_compiled_model_is_said_once_and_left_alone(tmp_path, caplog):
+def test_compiled_model_is_reported_once_and_not_measured(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
         _, _, recorded_step = probed(
             tmp_path, Compiled, max_steps=12, probe=AttentionProbe(every=5)
         )
     assert recorded_step.readings == {}
     assert [r for r in caplog.messages if "compiled parts" in r] == [
-        "AttentionProbe measures nothing: the model has compiled parts, which cannot be seen into"
+        "AttentionProbe measures nothing: it cannot see into compiled parts of the model"
     ]
     torch.compiler.reset()
 
 
-def test_model_without_attention_is_said_once(tmp_path, caplog):
+def test_model_without_attention_is_reported_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
         fit(tmp_path, [GradientMonitor(), AttentionProbe(every=5)], max_steps=12)
     assert [r for r in caplog.messages if "AttentionProbe" in r] == [
-        "AttentionProbe measures nothing: no attention was seen in modules='*'"
+        "AttentionProbe measures nothing: no attention ran in modules='*'"
     ]
 
 
 def test_glob_that_fits_no_module_is_refused_at_the_start(tmp_path):
     with pytest.raises(
-        ValueError, match=r"modules='decoder\.\*' fits no module; there are 'embed'"
+        ValueError, match=r"modules='decoder\.\*' matches no module; there are 'embed'"
     ):
         probed(tmp_path, probe=AttentionProbe("decoder.*"))
 
@@ -154,7 +154,7 @@ def test_every_out_of_range_is_refused():
         (1e-2, 121, []),
     ],
 )
-def test_logits_that_grow_at_a_high_learning_rate_are_told(rate, steps, kinds, tmp_path):
+def test_logits_that_grow_at_a_high_learning_rate_are_reported(rate, steps, kinds, tmp_path):
     """S5: an architectural cause, known by what it does long before the run is lost."""
     config = ByteGPTConfig(width=64, layers=1, length=32)
     monitor = GradientMonitor()
@@ -173,7 +173,7 @@ def test_healthy_translation_is_silent(tmp_path):
     shape = TransformerConfig(
         d_model=32, n_heads=4, d_feedforward=64, n_encoder_layers=1, n_decoder_layers=1
     )
-    monitor, recorded_step = GradientMonitor(), Tape()
+    monitor, recorded_step = GradientMonitor(), StepRecorder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(

@@ -82,7 +82,7 @@ def test_veto_in_manual_optimization_leaves_a_schedule_whose_rate_is_scaled_alon
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 20 and not rollback.backoff.active:
                 rollback.backoff.cut(0.5, 1.0)
-                rollback._apply(trainer)
+                rollback._executor.apply_learning_rates()
 
     rollback = AutoRollback(relax_after=1000)
     callbacks = [FaultInjector([NanLoss(step=40)]), Cut(), GradientMonitor(), rollback]
@@ -169,7 +169,7 @@ def test_infinite_learning_rate_ends_in_a_stop_with_finite_weights(tmp_path):
                 trainer.optimizers[0].param_groups[0]["lr"] = float("inf")
 
     modules = []
-    with pytest.raises(TrainingStopped, match="mend the scheduler"):
+    with pytest.raises(TrainingStopped, match="fix the scheduler"):
         fit(
             tmp_path,
             [Infinite(), *stability_callbacks()],

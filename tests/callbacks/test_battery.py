@@ -14,7 +14,7 @@ from torch import nn
 import lit_stability
 from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.faults import FaultInjector, NanLoss
-from tests.conftest import Regression, fit, make_trainer, regression_data
+from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 
 PUBLIC = [
     cls
@@ -124,20 +124,38 @@ def test_callback_with_loggers_trains_through_an_incident(cls, loggers, tmp_path
     assert len(list(tmp_path.rglob("incidents.jsonl"))) == 1
 
 
+CHANGES_A_HEALTHY_RUN = {"AdaptiveGradientClipping"}
+"""Callbacks whose purpose is to change healthy steps; all others leave every bit as it is."""
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_callback_with_accumulation_trains(cls, accumulate, tmp_path):
-    _, trainer = fit(
-        tmp_path,
-        suite_with(cls),
-        accumulate_grad_batches=accumulate,
-        max_steps=15,
-    )
+def test_callback_with_accumulation_trains_as_the_run_without_it(cls, accumulate, tmp_path):
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 15, "max_epochs": 1}
+    callbacks = suite_with(cls)
+    module, trainer = fit(tmp_path / "with", callbacks, **options)
+    bare, _ = fit(tmp_path / "bare", **options)
     assert trainer.global_step == 15
+    assert len(module.losses) == 15 * accumulate
+    assert callbacks[0].incidents == []
+    if cls.__name__ not in CHANGES_A_HEALTHY_RUN:
+        assert module.losses == bare.losses
+        assert torch.equal(flat(module), flat(bare))
+    assert module.losses[-1] < module.losses[0]
 
 
-def test_callback_with_manual_optimization_and_two_optimizers_trains(cls, tmp_path):
-    _, trainer = fit(tmp_path, suite_with(cls), TwoOptimizers, max_steps=60)
+def test_callback_with_manual_optimization_and_two_optimizers_trains_as_without_it(cls, tmp_path):
+    """The number of steps of each optimizer, its scheduler, and every weight."""
+    callbacks = suite_with(cls)
+    module, trainer = fit(tmp_path / "with", callbacks, TwoOptimizers, max_steps=60)
+    bare, alone = fit(tmp_path / "bare", (), TwoOptimizers, max_steps=60)
     assert trainer.global_step == 60
+    assert callbacks[0].incidents == []
+    steps = [int(s["step"]) for s in trainer.optimizers[0].state.values()]
+    assert steps == [30, 30], "Adam's own count: every second step is that of the other optimizer"
+    rates = [[g["lr"] for o in t.optimizers for g in o.param_groups] for t in (trainer, alone)]
+    assert rates[0] == rates[1] == [pytest.approx(1e-5), 1e-2], "lowered tenfold every 10 of 30"
+    if cls.__name__ not in CHANGES_A_HEALTHY_RUN:
+        assert torch.equal(flat(module), flat(bare))
 
 
 def test_suite_with_two_optimizers_skips_the_bad_one_only(tmp_path):

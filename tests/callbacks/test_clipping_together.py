@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit_stability import (
     AdaptiveGradientClipping,
     AutoRollback,
+    CrashPrediction,
     GradientMonitor,
     PrecisionFallback,
     read_incidents,
@@ -38,7 +39,7 @@ def test_clip_that_a_rollback_tightened_holds_too_and_the_smaller_wins(norm, ord
     class Tighten(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             rollback.backoff.clip_factor = 0.25 if trainer.global_step >= 20 else 1.0
-            self.threshold = rollback._now.baselines[0].clip_threshold(0.25)
+            self.threshold = rollback._executor.baselines[0].clip_threshold(0.25)
             seen.append(self.threshold)
 
     seen, norms, rollback = [], Norms(), AutoRollback(relax_after=1000)
@@ -50,6 +51,32 @@ def test_clip_that_a_rollback_tightened_holds_too_and_the_smaller_wins(norm, ord
         assert norms.clipped[step] == pytest.approx(min(norms.measured[step], largest), rel=1e-5)
 
 
+@pytest.mark.parametrize("norm", [0.05, 5.0])
+def test_clip_of_a_step_that_changes_the_regime_is_the_smaller_too(norm, tmp_path):
+    """The monitor replaces the measurement of that step between the two callbacks."""
+    prediction, norms, accepted, thresholds = CrashPrediction(), Norms(), [], {}
+
+    class Tighten(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            prediction.prevention.clip_factor = 0.25
+
+        def on_regime_change(self, trainer, pl_module, stats):
+            accepted.append(len(norms.measured) - 1)
+
+        def on_step_measured(self, trainer, pl_module, stats):
+            baseline = prediction._baselines[0]
+            thresholds[len(norms.measured)] = baseline.clip_threshold(0.25)
+
+    louder = FaultInjector([ScaleLoss(step=30, steps=1000, factor=200.0)])
+    clipping = AdaptiveGradientClipping(rule=FixedClip(norm=norm))
+    suite = [GradientMonitor(), prediction, clipping, AutoRollback()]
+    fit(tmp_path, [louder, Tighten(), *suite, norms], max_steps=80, max_epochs=-1)
+    (index,) = accepted
+    smallest = min(norm, thresholds[index])
+    assert norms.measured[index] > smallest
+    assert norms.clipped[index] == pytest.approx(smallest, rel=1e-5)
+
+
 def test_learning_rate_cuts_of_both_multiply_and_neither_undoes_the_other(tmp_path):
     """K3, N2."""
     rollback, norms = AutoRollback(relax_after=12), Norms()
@@ -59,7 +86,7 @@ def test_learning_rate_cuts_of_both_multiply_and_neither_undoes_the_other(tmp_pa
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 16 and not rollback.backoff.active:
                 rollback.backoff.cut(0.5, 1.0)
-                rollback._apply(trainer)
+                rollback._executor.apply_learning_rates()
 
     faults = FaultInjector([ScaleGradients(step=20, factor=10.0)])
     fit(tmp_path, [faults, Cut(), *suite(rule, rollback, norms)], max_steps=40)
@@ -99,8 +126,8 @@ def test_recovered_run_that_clips_equals_one_that_never_met_the_fault(case, rule
     assert read_incidents(tmp_path / "faulty")
 
 
-def test_vetoed_step_is_taken_again_by_itself_and_not_by_way_of_a_snapshot(tmp_path):
-    """The smallest remedy: a rule that never learns from a vetoed step has nothing to take back."""
+def test_skipped_step_is_retried_without_restoring_a_snapshot(tmp_path):
+    """The smallest remedy: a rule that never learns from a skipped step has nothing to restore."""
     norms = Norms()
     faults = FaultInjector([NanLoss(step=35)])
     fit(

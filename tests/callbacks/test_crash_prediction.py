@@ -121,27 +121,26 @@ def test_prediction_halves_the_rate_and_says_why_once(tmp_path, caplog):
     column = head.index("stability/learning_rate_factor")
     factors = [float(row[column]) for row in rows if row[column]]
     assert factors == [1.0] * 20 + [0.5] * 10
-    said = [m for m in caplog.messages if "learning rate x" in m]
-    assert len(said) == 1
-    assert "of a divergence within 20 steps (" in said[0]
-    assert said[0].endswith("learning rate x0.5, clip x0.5")
+    (line,) = [m for m in caplog.messages if "learning rate x" in m]
+    assert "of a divergence within 20 steps (" in line
+    assert line.endswith("learning rate x0.5, clip x0.5")
     risks = [float(row[head.index("stability/risk")] or -1) for row in rows]
     assert sum(0 <= risk <= 1 for risk in risks) == 30
 
 
 @pytest.mark.parametrize(
-    ("precision", "more", "during", "said"),
+    ("precision", "more", "during", "message"),
     [
         ("bf16-mixed", [], "32-true", "precision bf16-mixed -> 32-true"),
         ("bf16-mixed", [PrecisionFallback], "bf16-mixed", "PrecisionFallback changes it"),
-        ("bf16-true", [], "bf16-true", "would become so for good"),
+        ("bf16-true", [], "bf16-true", "would be permanent"),
         ("32-true", [], "32-true", None),
     ],
 )
 def test_prediction_widens_mixed_precision_and_gives_it_back(
-    tmp_path, caplog, precision, more, during, said
+    tmp_path, caplog, precision, more, during, message
 ):
-    """S16: where it cannot, that is said once."""
+    """S16: where it cannot, the reason is logged once."""
     seen = []
 
     class Spy(CrashPrediction):
@@ -153,8 +152,8 @@ def test_prediction_widens_mixed_precision_and_gives_it_back(
     assert seen[:20] == [precision] * 20
     assert seen[20:] == [during] * 20
     assert str(trainer.precision) == precision
-    assert sum("precision" in m for m in caplog.messages) == (said is not None)
-    assert said is None or any(said in m for m in caplog.messages)
+    assert sum("precision" in m for m in caplog.messages) == (message is not None)
+    assert message is None or any(message in m for m in caplog.messages)
 
 
 def test_prediction_gives_the_precision_back_when_the_episode_is_over(tmp_path):
@@ -215,7 +214,7 @@ def test_prediction_beside_the_suite_takes_a_bad_batch_as_if_it_never_came(tmp_p
 
 
 def learnt(state):
-    """But for the update's signal: of a step that is taken again it has not been measured."""
+    """But for the update's signal: of a step that is retried it has not been measured."""
     signals = state["learnt"]["0"]["risk"]["trends"]["signals"]
     return {name: signals[name] for name in ("loss", "gradient", "rate")}
 

@@ -20,6 +20,7 @@ from lit_stability import (
 )
 from lit_stability.detectors import Anomaly, default_detectors
 from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
+from lit_stability.incidents.report import responses_text
 from lit_stability.measurement.step_stats import ProbeReading
 from tests.conftest import Regression, fit, flat, regression_data
 
@@ -51,7 +52,7 @@ def test_poisoned_batch_is_named_in_incident_record_and_report(tmp_path):
     assert record["since"] == 30
     json.dumps(record["hypotheses"])
     report = next((tmp_path / "incidents").glob("*/report.md")).read_text(encoding="utf8")
-    for part in ("1. **bad batch** (certain)", "to try: look at the batch", "leave it alone? if"):
+    for part in ("1. **bad batch** (certain)", "to try: look at the batch", "when to ignore: if"):
         assert part in report
 
 
@@ -66,7 +67,7 @@ def test_fault_that_does_not_return_is_a_glitch_and_data_are_not_blamed(tmp_path
 def test_likely_cause_is_in_the_line_on_the_console(tmp_path, caplog):
     fit(tmp_path, suite(), data=poisoned(30), max_steps=50)
     opened = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("incident"))
-    assert "; certain cause: bad batch -> step taken again" in opened
+    assert "; certain cause: bad batch -> step retried" in opened
 
 
 class TooFast(Regression):
@@ -99,7 +100,7 @@ def test_learning_rate_that_is_too_high_is_lowered_at_once_and_not_tried_again(t
     first = callbacks[0].incidents[0]
     assert first.cause == "learning rate too high", [h.text() for h in first.likely_causes]
     assert first.responses[0].startswith("rolled back and replayed, learning rate x")
-    assert not any("skipped" in i.done for i in callbacks[0].incidents)
+    assert not any("skipped" in responses_text(i) for i in callbacks[0].incidents)
 
 
 class Finds:
@@ -135,13 +136,13 @@ def test_certain_architectural_cause_ends_the_fit_with_its_diagnosis(warn_only, 
     assert stop.value.incident.outcome == "stopped"
 
 
-def test_certain_architectural_cause_is_only_told_of_where_no_stop_is_wanted(tmp_path):
+def test_certain_architectural_cause_is_only_reported_where_no_stop_is_wanted(tmp_path):
     finds = Finds("attention collapse", 30, warn_only=True)
     callbacks = [GradientMonitor(detectors=[finds]), *suite(stop=False)[1:]]
     _, trainer = fit(tmp_path, callbacks, max_steps=50)
     assert trainer.global_step == 50
     (incident,) = callbacks[0].incidents
-    assert (incident.cause, incident.done) == ("attention-logit growth", "")
+    assert (incident.cause, responses_text(incident)) == ("attention-logit growth", "")
 
 
 def test_without_a_diagnosis_nothing_is_stopped_but_the_cause_is_named(tmp_path):
@@ -179,7 +180,7 @@ def test_readings_reach_the_loggers_whatever_steps_they_log(tmp_path):
     assert [float(x) for x in seen if x] == [0.0, 10.0, 20.0, 30.0]
 
 
-def test_phase_and_its_range_are_told(tmp_path):
+def test_phase_and_its_range_are_reported(tmp_path):
     """V3."""
     callbacks = [FaultInjector([ScaleGradients(step=130, factor=1e4)]), *suite()]
     fit(tmp_path, callbacks, max_steps=150, max_epochs=-1)

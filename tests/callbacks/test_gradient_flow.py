@@ -120,15 +120,15 @@ def test_monitor_without_details_is_refused_with_the_line_to_write(tmp_path):
         fit(tmp_path, flow_of(details_every=0))
 
 
-def test_norms_by_phase_are_told_saved_and_printed_by_the_doctor(tmp_path, caplog, capsys):
+def test_norms_by_phase_are_logged_saved_and_printed_by_the_doctor(tmp_path, caplog, capsys):
     """V3: warm-up and descent of a OneCycle run, from its own history."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch.lit_stability")
     callbacks = flow_of(every=1000)
     _, trainer = fit(tmp_path, callbacks, lambda: Regression(scheduler="onecycle"))
-    told = callbacks[1].phases.range_of("warm-up")
-    assert (told.first_step, told.last_step) == (1, 59)
-    assert 0 < told.low < told.middle < told.high
-    assert f"gradient norms by phase\n{told.in_words()}" in caplog.text
+    phase_range = callbacks[1].phases.range_of("warm-up")
+    assert (phase_range.first_step, phase_range.last_step) == (1, 59)
+    assert 0 < phase_range.low < phase_range.middle < phase_range.high
+    assert f"gradient norms by phase\n{phase_range.in_words()}" in caplog.text
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     resumed = flow_of(every=1000)
     fit_on = make_trainer(tmp_path, resumed, max_steps=61)
@@ -136,9 +136,9 @@ def test_norms_by_phase_are_told_saved_and_printed_by_the_doctor(tmp_path, caplo
         Regression(scheduler="onecycle"), regression_data(), ckpt_path=tmp_path / "saved.ckpt"
     )
     assert resumed[1].phases.range_of("warm-up").first_step == 1
-    assert resumed[1].phases.range_of("warm-up").steps == told.steps + 1
+    assert resumed[1].phases.range_of("warm-up").steps == phase_range.steps + 1
     assert main(["doctor", str(tmp_path / "saved.ckpt")]) == 0
-    assert told.in_words() in capsys.readouterr().out
+    assert phase_range.in_words() in capsys.readouterr().out
 
 
 def test_steps_taken_again_after_a_rollback_count_once(tmp_path):

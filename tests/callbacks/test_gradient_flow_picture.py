@@ -207,7 +207,7 @@ def test_rows_are_neighbours_joined_at_the_deepest_level_that_fits(names, most, 
 @pytest.mark.parametrize(
     ("details", "options", "message"),
     [
-        ([], {}, "no gradient to draw"),
+        ([], {}, "details is empty"),
         ([detail("a")], {"layers": 0}, "most=0 must be at least 1"),
     ],
 )

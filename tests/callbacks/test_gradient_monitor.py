@@ -206,7 +206,7 @@ def test_checkpoint_of_non_finite_weights_is_spoken_of(tmp_path, caplog):
                 trainer.save_checkpoint(tmp_path / "bad.ckpt")
 
     fit(tmp_path, [GradientMonitor(), Spoils()], max_steps=5)
-    assert "saved at step 5 holds non-finite weights, first net.0.weight" in caplog.text
+    assert "saved at step 5 has non-finite weights, first net.0.weight" in caplog.text
 
 
 def test_damage_done_by_the_very_last_step_is_spoken_of(tmp_path, caplog):

@@ -57,7 +57,7 @@ class Crash(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         if trainer.global_step == self.step:
-            raise self.kind("struck")
+            raise self.kind("failed on purpose")
 
 
 class Rates(Callback):
@@ -90,7 +90,7 @@ def test_copy_is_of_the_step_it_names_however_slow_the_disk_is(tmp_path, monkeyp
     """The copy does not change while it is written, and training does not wait for it."""
     seen = {}
 
-    class Tape(Callback):
+    class StepRecorder(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen[trainer.global_step] = torch.cat(
                 [p.detach().flatten() for p in pl_module.parameters()]
@@ -104,7 +104,7 @@ def test_copy_is_of_the_step_it_names_however_slow_the_disk_is(tmp_path, monkeyp
 
     monkeypatch.setattr(writer.torch, "save", slow)
     started = time.perf_counter()
-    _, trainer = fit(tmp_path, [*suite(every_n_steps=1, keep=99), Tape()], max_steps=60)
+    _, trainer = fit(tmp_path, [*suite(every_n_steps=1, keep=99), StepRecorder()], max_steps=60)
     files = good_files(tmp_path / "good")
     assert 1 <= len(files) <= 1 + (time.perf_counter() - started) / 0.5
     for file in files:
@@ -126,7 +126,7 @@ def test_damage_that_no_detector_sees_is_refused(tmp_path, caplog):
     callbacks = [FaultInjector([fault]), GradientMonitor(detectors=[]), *suite()[1:2], Join()]
     fit(tmp_path, callbacks, max_steps=60)
     assert steps(tmp_path) == [0, 10]
-    assert "the state of step 20 is refused: net.0.weight is non-finite" in caplog.text
+    assert "no good checkpoint written at step 20: net.0.weight is non-finite" in caplog.text
 
 
 def test_rollback_discards_the_copy_and_counts_from_there(tmp_path):
@@ -150,17 +150,17 @@ def test_constant_of_infinities_is_not_taken_for_damage(tmp_path):
     assert steps(tmp_path) == [0, 10]
 
 
-def test_disk_that_fails_is_told_of_once_and_training_goes_on(tmp_path, caplog):
+def test_disk_that_fails_is_reported_once_and_training_continues(tmp_path, caplog):
     (tmp_path / "good").write_text("in the way")
     _, trainer = fit(tmp_path, [*suite(), Join()], max_steps=60)
     assert trainer.global_step == 60
-    told = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert len(told) == 2
-    assert "cannot be written" in told[0].getMessage()
-    assert "was not written" in told[1].getMessage()
+    warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 2
+    assert "cannot be written" in warnings[0].getMessage()
+    assert "was not written" in warnings[1].getMessage()
 
 
-def test_hook_that_fails_is_told_of_once_and_training_goes_on(tmp_path, caplog):
+def test_hook_that_fails_is_reported_once_and_training_continues(tmp_path, caplog):
     class Fails(Regression):
         def on_save_checkpoint(self, checkpoint):
             raise ValueError("not now")
@@ -172,14 +172,14 @@ def test_hook_that_fails_is_told_of_once_and_training_goes_on(tmp_path, caplog):
 
 def test_run_that_failed_goes_on_with_care_and_one_that_was_interrupted_does_not(tmp_path, caplog):
     """S12: learning rate and clip x0.5 after a crash, more with each further failure in a row."""
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="failed on purpose"):
         fit(tmp_path, [*suite(), Crash(28), Join()])
     end = RunEnd.read(tmp_path / "good")
     assert (end.state, end.step, end.failures) == ("failed", 28, 1)
-    assert end.reason == "RuntimeError: struck"
+    assert end.reason == "RuntimeError: failed on purpose"
     for factor, again in ((0.5, "failed:"), (0.25, "failed 2 times in a row:")):
         rates = Rates()
-        with pytest.raises(RuntimeError, match="struck"):
+        with pytest.raises(RuntimeError, match="failed on purpose"):
             resume(tmp_path, [*suite(), rates, Crash(25), Join()])
         assert rates.seen == [factor] * 5
         assert f"{again} learning rate and clip x{factor}" in caplog.text
@@ -196,7 +196,7 @@ def test_run_that_failed_goes_on_with_care_and_one_that_was_interrupted_does_not
 
 
 def test_care_is_relaxed_within_tens_of_steps(tmp_path):
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="failed on purpose"):
         fit(tmp_path, [*suite(), Crash(28), Join()])
     rates = Rates()
     resume(tmp_path, [*suite(), rates])
@@ -205,10 +205,10 @@ def test_care_is_relaxed_within_tens_of_steps(tmp_path):
 
 def test_care_without_a_rollback_says_that_nothing_is_lowered(tmp_path, caplog):
     pair = lambda: suite()[:2]  # noqa: E731
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="failed on purpose"):
         fit(tmp_path, [*pair(), Crash(28), Join()])
     resume(tmp_path, pair())
-    assert "stay as they are: only an AutoRollback can lower them" in caplog.text
+    assert "are unchanged: only an AutoRollback can lower them" in caplog.text
 
 
 def test_failure_is_remembered_when_each_run_has_a_folder_of_its_own(tmp_path):
@@ -216,7 +216,7 @@ def test_failure_is_remembered_when_each_run_has_a_folder_of_its_own(tmp_path):
     rates = Rates()
     for _ in range(3):
         logger = CSVLogger(tmp_path)
-        with pytest.raises(RuntimeError, match="struck"):
+        with pytest.raises(RuntimeError, match="failed on purpose"):
             resume(tmp_path, [*suite(), rates, Crash(18), Join()], logger=logger)
     assert rates.seen == [1.0] * 18 + [0.5] * 8 + [0.25] * 8
 
@@ -271,25 +271,25 @@ def test_batch_that_is_a_named_tuple_is_kept_and_compared(tmp_path, caplog, monk
     assert "cannot verify" not in caplog.text
     caplog.set_level(logging.INFO)
     resume(tmp_path, suite(), Named(), data)
-    assert "the data go on with the batch that came next" in caplog.text
+    assert "the data continue with the next batch" in caplog.text
     monkeypatch.delattr(sys.modules[__name__], "Pair")
     _, trainer = resume(tmp_path, suite(), Named(), data, max_steps=62)
     assert trainer.global_step == 62
-    assert f"not verified: the batch was a Pair, which {__name__} has no longer" in caplog.text
+    assert f"not verified: the batch was a Pair, which {__name__} no longer defines" in caplog.text
 
 
-def test_data_that_changed_are_told_of(tmp_path, caplog):
+def test_data_that_changed_are_reported(tmp_path, caplog):
     """S12: the state is the saved one; the batch that comes is another."""
     fit(tmp_path, [*suite(), Join()], max_steps=30)
     resume(tmp_path, suite(), data=regression_data(seed=7))
-    (told,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "the data go on with another batch than the one that came next" in told
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "but the next batch differs" in warning
 
 
 def test_data_that_got_shorter_end_the_fit_with_both_numbers(tmp_path):
     fit(tmp_path, [*suite(), Join()], max_steps=30)
     with pytest.raises(
-        RuntimeError, match="end after 5 batches, the checkpoint was taken after 20"
+        RuntimeError, match="end after 5 batches, but the checkpoint was saved after 20"
     ):
         resume(tmp_path, suite(), data=regression_data(5))
 
@@ -316,7 +316,7 @@ def test_kept_batch_is_bounded_and_plain(tmp_path, caplog):
 
     data = DataLoader(regression_data().dataset, 16, collate_fn=collate)
     fit(tmp_path / "b", [*suite(), Join()], Odd, data, max_steps=30)
-    assert caplog.text.count("a checkpoint can hold no set as the batch has one") == 1
+    assert caplog.text.count("the batch contains a set, which a checkpoint cannot store") == 1
     for root in (tmp_path / "a", tmp_path / "b"):
         state = torch.load(find_last_good(root), weights_only=True)
         assert "kept" not in state["callbacks"]["LastKnownGood"]
@@ -332,7 +332,7 @@ def test_manual_optimization_goes_on_exactly_but_unverified(tmp_path, caplog):
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
-def test_module_that_reads_ahead_on_its_own_cannot_be_positioned_and_is_told_so(tmp_path, caplog):
+def test_module_that_reads_ahead_on_its_own_cannot_be_positioned_and_is_reported(tmp_path, caplog):
     class Reader(Regression):
         def training_step(self, dataloader_iter):
             (x, y), _, _ = next(dataloader_iter)

@@ -86,7 +86,7 @@ def test_search_of_the_scaler_is_told_of_once_and_counted(tmp_path, caplog):
     left_out = int(last["stability/overflows"])
     assert left_out > 5
     assert lines == [
-        f"step {left_out}: the loss scaler left {left_out} steps out, as is usual at the start, "
+        f"step {left_out}: the loss scaler skipped {left_out} steps, as is usual at the start, "
         f"and found its scale: {2.0 ** (24 - left_out):g}"
     ]
     assert float(last["stability/loss_scale"]) <= 2.0 ** (25 - left_out)

@@ -85,7 +85,7 @@ def test_nan_from_outside_is_not_found_again_and_that_is_evidence(tmp_path):
     fit(tmp_path, callbacks, max_steps=50)
     (incident,) = callbacks[1].incidents
     assert incident.origin is None
-    assert "taken again beside training, the step is finite" in incident.evidence
+    assert "run again in isolation, the step is finite" in incident.evidence
     assert incident.verdict == "transient"
 
 
@@ -102,7 +102,7 @@ def test_step_that_cannot_be_run_twice_does_not_end_the_run(tmp_path, caplog):
     callbacks = [GradientMonitor(), NonFiniteLocator(), AutoRollback(data="skip")]
     _, trainer = fit(tmp_path, callbacks, Fragile, max_steps=50)
     assert trainer.global_step == 50
-    assert "not found (RuntimeError: seen already); training goes on" in caplog.text
+    assert "not found (RuntimeError: seen already); training continues" in caplog.text
 
 
 def test_nothing_is_searched_for_in_manual_optimization(tmp_path):
@@ -110,7 +110,7 @@ def test_nothing_is_searched_for_in_manual_optimization(tmp_path):
     module, _ = fit(tmp_path, callbacks, by_hand(Logarithm), max_steps=50)
     (incident,) = callbacks[0].incidents
     assert incident.origin is None
-    assert not any("beside training" in line for line in incident.evidence)
+    assert not any("run again in isolation" in line for line in incident.evidence)
     assert torch.isfinite(flat(module)).all()
 
 

@@ -11,6 +11,7 @@ from lit_stability import (
     PrecisionFallback,
     stability_callbacks,
 )
+from lit_stability.incidents.report import responses_text
 from tests.conftest import flat, make_trainer
 from tests.precision import Net, data, fp16, suite, train
 
@@ -21,7 +22,7 @@ def test_faster_precision_is_tried_again_and_stays_if_it_holds(tmp_path):
     callbacks = suite(max_fp32_modules=0, try_again_after=40)
     module, trainer = train(tmp_path, callbacks, loader, **fp16())
     (incident,) = callbacks[0].incidents
-    assert incident.done == "precision 16-mixed -> bf16-mixed, step taken again"
+    assert responses_text(incident) == "precision 16-mixed -> bf16-mixed, step retried"
     assert trainer.precision == "16-mixed"
     assert torch.isfinite(flat(module)).all()
 
@@ -37,7 +38,7 @@ class Precisions(Callback):
 
 
 def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(tmp_path):
-    """Invariant 4: tries are bounded; each costs one step, taken again."""
+    """Invariant 4: tries are bounded; each costs one step, retried."""
     seen = Precisions()
     callbacks = [*suite(max_fp32_modules=0, try_again_after=20, failures=2), seen]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), 200, **fp16())
@@ -57,7 +58,7 @@ def test_faster_precision_that_fails_again_is_tried_ever_later_and_then_no_more(
         (lambda: Net(lr=1e-4), data, lambda: {"precision": "bf16-true"}, "bf16-mixed"),
         (Net, data, lambda: {"precision": "16-true"}, "bf16-mixed"),
     ],
-    ids=["an island in fp16", "fp16", "bf16 weights", "fp16 weights"],
+    ids=["a module kept in fp32", "fp16", "bf16 weights", "fp16 weights"],
 )
 def test_choice_survives_a_resume_bit_for_bit(module, loader, options, precision, tmp_path):
     """With dropout and in mid-epoch, by way of `LastKnownGood`'s data position."""
@@ -89,15 +90,16 @@ def test_next_fit_of_the_same_callbacks_begins_where_the_last_one_ended(tmp_path
         assert all(x == x for x in module.losses[-29:])
 
 
-def test_run_resumed_on_the_last_rung_can_fall_back_again_after_it_has_come_up(tmp_path):
+def test_run_resumed_on_the_last_level_can_fall_back_again_after_it_has_come_up(tmp_path):
     """bf16 rounds 0.999 to 1, and the logarithm of its rest is infinite."""
     options = {"precision": "bf16-mixed", "module": Rounded}
     callbacks = [GradientMonitor(), PrecisionFallback(try_again_after=20), AutoRollback()]
     _, trainer = train(tmp_path, callbacks, data(), 10, **options)
     assert trainer.precision == "32-true"
     _, trainer = train(tmp_path, callbacks, data(), 60, **options)
-    fallen = "precision bf16-mixed -> 32-true, step taken again"
-    assert [(i.first.step, i.done) for i in callbacks[0].incidents] == [(10, fallen), (50, fallen)]
+    fallen = "precision bf16-mixed -> 32-true, step retried"
+    incidents = callbacks[0].incidents
+    assert [(i.first.step, responses_text(i)) for i in incidents] == [(10, fallen), (50, fallen)]
     assert trainer.precision == "32-true"
 
 

@@ -12,6 +12,7 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.faults import CorruptGradient, CorruptWeight, FaultInjector
+from lit_stability.incidents.report import responses_text
 from tests.conftest import flat
 from tests.precision import Net, data, evaluate, fp16, suite, train
 
@@ -20,9 +21,9 @@ DYING = {
         lambda: Net(own_loss=True, lr=3e-2),
         lambda: data(targets=2000.0),
         fp16,
-        "precision 16-mixed -> bf16-mixed, step taken again",
+        "precision 16-mixed -> bf16-mixed, step retried",
     ),
-    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "fp32 island net.0, step taken again"),
+    "inputs x1e5": (Net, lambda: data(inputs=1e5), fp16, "net.0 kept in fp32, step retried"),
     "half-precision weights, Adam's eps 0 in float16": (
         Net,
         data,
@@ -63,7 +64,7 @@ def test_run_that_dies_of_its_precision_reaches_the_loss_of_its_fp32_twin(name, 
     assert losses["suite"] == pytest.approx(losses["clean"], rel=0.05) or (
         losses["suite"] < losses["clean"]
     )
-    assert [i.done for i in callbacks[0].incidents] == ([] if done is None else [done])
+    assert [responses_text(i) for i in callbacks[0].incidents] == ([] if done is None else [done])
     for incident in callbacks[0].incidents:
         cause = CAUSES.get(incident.first.kind, "numeric precision")
         assert (incident.outcome, incident.cause) == ("recovered", cause)
@@ -111,7 +112,7 @@ def test_step_that_failed_is_taken_again_as_if_the_run_had_begun_in_the_new_prec
     [
         (lambda: data(poison=(40, float("nan"))), [], fp16(), "in float32 too"),
         (lambda: data(poison=(40, 1e6)), [], fp16(), "times its median"),
-        (data, [CorruptGradient(step=40)], {"precision": "bf16-mixed"}, "it is finite"),
+        (data, [CorruptGradient(step=40)], {"precision": "bf16-mixed"}, "the step is finite"),
     ],
     ids=["a NaN in the batch", "a batch out of range", "a fault from outside"],
 )
@@ -144,7 +145,7 @@ def test_snapshot_of_half_precision_weights_is_put_back_exactly_after_they_were_
         tmp_path, callbacks, data(), 160, module=lambda: Net(lr=1e-4), precision="bf16-true"
     )
     (incident,) = callbacks[1].incidents
-    assert incident.done == "precision bf16-true -> bf16-mixed, rolled back and replayed"
+    assert responses_text(incident) == "precision bf16-true -> bf16-mixed, rolled back and replayed"
     assert all(p.dtype == torch.float32 for p in after.weights)
     assert all(torch.equal(p, p.bfloat16().float()) for p in after.weights)
     assert trainer.precision == "bf16-mixed"
@@ -161,7 +162,7 @@ def test_half_precision_weights_that_overflow_in_mid_run_become_float32_with_the
         tmp_path, callbacks, data(targets=75.0), module=module, precision="16-true"
     )
     incident = callbacks[0].incidents[0]
-    assert incident.done == "precision 16-true -> bf16-mixed, step taken again"
+    assert responses_text(incident) == "precision 16-true -> bf16-mixed, step retried"
     assert incident.first.step > 1, "there are moments to convert"
     moments = trainer.optimizers[0].state_dict()["state"].values()
     assert {m["exp_avg"].dtype for m in moments} == {torch.float32}
@@ -173,7 +174,7 @@ def test_without_autorollback_the_failing_step_is_lost_and_training_goes_on(tmp_
     callbacks = [GradientMonitor(), PrecisionFallback(max_fp32_modules=0)]
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
     (incident,) = callbacks[0].incidents
-    assert incident.done == "precision 16-mixed -> bf16-mixed"
+    assert responses_text(incident) == "precision 16-mixed -> bf16-mixed"
     assert trainer.precision == "bf16-mixed"
     assert torch.isfinite(flat(module)).all()
     assert module.losses[-1] < 1.0
@@ -200,7 +201,7 @@ def test_step_that_cannot_be_run_twice_is_no_proof_and_does_not_end_the_run(tmp_
     _, trainer = train(tmp_path, callbacks, loader, 90, module=Fragile, **fp16())
     (incident,) = callbacks[0].incidents
     assert (trainer.precision, incident.outcome) == ("16-mixed", "recovered")
-    assert any("cannot be taken again: RuntimeError('seen" in line for line in incident.evidence)
+    assert any("cannot be run again: RuntimeError('seen" in line for line in incident.evidence)
 
 
 def test_precision_that_lightning_alone_converts_is_left_alone_with_the_reason(tmp_path, caplog):

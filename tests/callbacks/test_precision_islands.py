@@ -9,17 +9,18 @@ from lit_stability import (
     GradientMonitor,
     PrecisionFallback,
 )
+from lit_stability.incidents.report import responses_text
 from lit_stability.training_state.fp32_modules import fp32_modules_of
 from tests.conftest import flat
 from tests.precision import Net, data, fp16, suite, train
 
 
-def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_path):
+def test_module_that_overflows_is_kept_in_fp32_and_the_rest_stays_fast(tmp_path):
     """S9: found by running the step again, with the line that overflowed as evidence."""
     callbacks = suite()
     module, trainer = train(tmp_path, callbacks, data(inputs=1e5), **fp16())
     (incident,) = callbacks[0].incidents
-    assert incident.done == "fp32 island net.0, step taken again"
+    assert responses_text(incident) == "net.0 kept in fp32, step retried"
     assert "linear made" in incident.evidence[1]
     assert "overflow of float16, finite in float32" in incident.evidence[1]
     assert trainer.precision == "16-mixed"
@@ -27,7 +28,7 @@ def test_module_that_overflows_becomes_an_island_and_the_rest_stays_fast(tmp_pat
     assert torch.isfinite(flat(module)).all()
 
 
-def test_islands_are_not_made_where_they_are_not_enough(tmp_path):
+def test_modules_are_not_kept_in_fp32_where_that_is_not_enough(tmp_path):
     """The loss overflows in the module's own code."""
     module, trainer = train(
         tmp_path, suite(), data(targets=2000.0), module=lambda: Net(own_loss=True), **fp16()

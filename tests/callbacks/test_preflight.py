@@ -196,7 +196,9 @@ def test_preflight_of_a_frozen_backbone_reports_the_share_that_trains(tmp_path):
 
 
 def test_preflight_with_a_pattern_that_fits_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"frozen='trunk.\*' fits no parameter.*backbone.weight"):
+    with pytest.raises(
+        ValueError, match=r"frozen='trunk.\*' matches no parameter.*backbone.weight"
+    ):
         fit(tmp_path, [Preflight(frozen=["trunk.*"])], Backbone, max_steps=1)
 
 

@@ -19,12 +19,12 @@ class Poisoned(Net):
 
 
 def fits(root, name, cases):
-    """What this rank tells of each fit."""
+    """The result of each fit on this rank."""
     warnings.simplefilter("ignore")
-    return {label: told(root / label, name, *case) for label, case in cases.items()}
+    return {label: result_of(root / label, name, *case) for label, case in cases.items()}
 
 
-def told(root, name, callbacks, module):
+def result_of(root, name, callbacks, module):
     """Weights, buffers and report of a fit, or what it raised."""
     try:
         net, _ = fit_rank(root, name, callbacks, module=module, max_steps=4)
@@ -47,7 +47,7 @@ def test_preflight_under_ddp_changes_nothing_and_stops_all_ranks_if_one_has_an_e
         assert torch.equal(buffers, each["bare"][1])
         assert "gradients" in report.ran
         assert not report.errors
-        expected = ("another rank has the errors", "the first loss is")[rank]
+        expected = ("another rank found the errors", "the first loss is")[rank]
         assert expected in each["poisoned"]
 
 
@@ -56,4 +56,4 @@ def test_preflight_under_fsdp2_says_why_it_did_not_look(tmp_path):
     for each in run_ranks(fits, tmp_path, "fsdp2", cases, folder=tmp_path):
         weights, _, report = each["checked"]
         assert torch.equal(weights, each["bare"][0])
-        assert "no whole copy of the weights" in report.skipped["all"]
+        assert "no rank has all weights" in report.skipped["all"]

@@ -111,7 +111,7 @@ def test_step_that_is_clean_the_second_time_is_called_transient(tmp_path):
     callbacks = [FaultInjector([NanLoss(step=30)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, Net, marked(), callbacks, max_epochs=1)
     (incident,) = read_incidents(tmp_path)
-    assert (incident["verdict"], incident["responses"]) == ("transient", ["step taken again"])
+    assert (incident["verdict"], incident["responses"]) == ("transient", ["step retried"])
 
 
 def late():
@@ -224,12 +224,11 @@ def ours(caplog):
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
-def test_module_that_draws_its_batches_itself_is_told_at_fit_start(tmp_path, caplog):
+def test_module_that_draws_its_batches_itself_is_reported_at_fit_start(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=20)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, DrawsItself, marked(), callbacks, max_epochs=1)
-    told = ours(caplog)
-    assert told[0] == (
-        "training_step draws from dataloader_iter: data are not replayed, only skipped"
+    assert ours(caplog)[0] == (
+        "training_step draws from dataloader_iter: batches are skipped, not replayed"
     )
     (incident,) = read_incidents(tmp_path)
     assert incident["responses"] == ["step skipped"]
@@ -274,7 +273,7 @@ def test_ring_and_ledger_do_not_grow_with_the_run(tmp_path):
         seen, files = (), ()
 
         def on_train_batch_end(self, trainer, *args):
-            self.seen = (*self.seen, len(rollback._now.engine.ring.entries))
+            self.seen = (*self.seen, rollback._executor.kept_batches)
             self.files = (
                 *self.files,
                 len(list((tmp_path / "c").glob("*"))),
@@ -328,7 +327,7 @@ def test_damage_that_always_returns_ends_in_a_stop(tmp_path):
         seen.append(Net())
         return seen[-1]
 
-    with pytest.raises(TrainingStopped, match="came back after 8 rollbacks"):
+    with pytest.raises(TrainingStopped, match="recurred after 8 rollbacks"):
         run(tmp_path, make, marked(), suite, max_epochs=10)
     assert torch.isfinite(flat(seen[0])).all()
     (incident,) = read_incidents(tmp_path)

@@ -194,8 +194,8 @@ def test_option_of_the_right_type_is_taken_as_annotated(option, value, expected)
             "model.hook='print': expected a mapping whose _target_ is a Callable or null, got str",
         ),
         ("network", {"width": "x"}, "model.network.width='x': expected int, got str"),
-        ("count", "???", "model.count: has no value yet; give it one in a file or with "),
-        ("free", ["???"], "model.free[0]: has no value yet; give it one in a file or with "),
+        ("count", "???", "model.count: has no value; set it in a config file or with "),
+        ("free", ["???"], "model.free[0]: has no value; set it in a config file or with "),
         ("count", "x" * 99, f"model.count='{'x' * 56}...: expected int, got str"),
     ],
 )
@@ -286,7 +286,7 @@ def test_target_that_cannot_serve_is_named_with_the_reason(target, problem):
 
 
 @pytest.mark.parametrize("source", ["import not_installed", "raise RuntimeError('broken')"])
-def test_target_whose_module_fails_is_told_from_one_that_is_absent(source, cwd, monkeypatch):
+def test_target_whose_module_fails_differs_from_one_that_is_absent(source, cwd, monkeypatch):
     name = f"failing_{abs(hash(source))}"
     (cwd / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(cwd)
@@ -377,7 +377,7 @@ def test_environment_is_interpolated(cwd, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["other"], "other: expected KEY=VALUE; to add a config file write -c other"),
+        (["other"], "other: expected KEY=VALUE; to add a config file use -c other"),
         (["=3"], "=3: '' is not a dotted key"),
         (["a..b=3"], "a..b=3: 'a..b' is not a dotted key"),
         (["a[0]=3"], r"a\[0\]=3: 'a\[0\]' is not a dotted key"),
@@ -404,7 +404,7 @@ def test_malformed_override_is_an_error_that_repeats_it(overrides, problem, cwd)
         ({"base": "- 1"}, "expected a mapping of options, got a list"),
         ({"base": "compose: model"}, "compose='model': expected a list of file names"),
         ({"base": "compose: [other]"}, "other: no such config file"),
-        ({"base": "compose: [other]", "other": "compose: [base]"}, "composes itself, by way of"),
+        ({"base": "compose: [other]", "other": "compose: [base]"}, "composes itself, through"),
     ],
 )
 def test_unusable_file_is_an_error_that_names_it(files, problem, cwd):

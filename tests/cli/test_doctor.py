@@ -34,7 +34,7 @@ def doctor(*arguments):
     return main(["doctor", *map(str, arguments)])
 
 
-def test_healthy_checkpoint_exits_with_0_and_is_told(run, capsys):
+def test_healthy_checkpoint_exits_with_0_and_is_printed(run, capsys):
     """V4."""
     assert doctor(run / "saved.ckpt") == 0
     printed = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_damaged_checkpoint_exits_with_1_and_says_what_to_do(damaged, capsys):
     """S3, V4."""
     assert doctor(damaged) == 1
     printed = capsys.readouterr().out
-    assert "error: non-finite weight: net.0.weight" in printed
+    assert "error: non-finite weight\n  where: net.0.weight\n" in printed
     assert "lit-stability resume RUN" in printed
     assert "found: 1 error" in printed
 
@@ -61,7 +61,7 @@ def test_two_checkpoints_are_compared_and_the_worse_one_counts(run, damaged, cap
     assert "9 tensors compared, step 40 to step 40" in printed
     assert "0 -> 1" in printed
     assert doctor(run / "saved.ckpt", run / "saved.ckpt") == 0
-    assert "9 of them not at all" in capsys.readouterr().out
+    assert "9 of them are unchanged" in capsys.readouterr().out
 
 
 def test_folder_of_a_run_means_its_last_known_good(run, capsys):
@@ -96,15 +96,15 @@ def test_all_prints_every_row(tmp_path, capsys):
     assert "w39 " in printed
 
 
-def test_scene_of_an_incident_shows_its_gradients(tmp_path, capsys):
+def test_folder_of_an_incident_shows_its_gradients(tmp_path, capsys):
     """S3: NaN gradients, by name, of the step that went wrong."""
     pytest.importorskip("matplotlib")
     checkpoint_of(tmp_path, Regression, fault=NanLoss(step=20))
-    (scene,) = (tmp_path / "incidents").iterdir()
+    (folder,) = (tmp_path / "incidents").iterdir()
     plot = tmp_path / "flow.png"
-    assert doctor(scene, "--plot", plot) == 1
+    assert doctor(folder, "--plot", plot) == 1
     printed = capsys.readouterr().out
-    assert "error: non-finite gradient: net.0.weight, net.0.bias" in printed
+    assert "error: non-finite gradient\n  where: net.0.weight, net.0.bias" in printed
     assert "6 of 6 gradients of the offending step are NaN or Inf" in printed
     assert plot.stat().st_size > 10_000
 
@@ -113,7 +113,7 @@ class Attached:
     """What a checkpoint may carry, and runs when it is unpickled."""
 
     def __reduce__(self):
-        return (print, ("struck",))
+        return (print, ("was run",))
 
 
 def write_object(path):
@@ -134,14 +134,20 @@ REFUSED = {
     "nothing": (lambda path: None, "no such file; give a checkpoint, or the folder of a run"),
     "folder": (
         lambda path: path.mkdir(),
-        "no good checkpoint there; `lit_stability.LastKnownGood`",
+        "contains no known good checkpoint; give the path of a checkpoint file",
     ),
-    "shards": (write_shards, "a checkpoint in shards"),
-    "cut": (write_cut, "not a checkpoint, or cut short"),
-    "text": (lambda path: path.write_text("hello"), "not a checkpoint, or cut short"),
-    "object": (write_object, "may run code that the file carries, and is not done here"),
-    "number": (lambda path: torch.save(3, path), "holds a int, and no dict of a checkpoint"),
-    "no tensor": (lambda path: torch.save({"epoch": 3}, path), "no tensor among ['epoch']"),
+    "shards": (write_shards, "is a sharded checkpoint"),
+    "cut": (write_cut, "is no checkpoint, or is truncated"),
+    "text": (lambda path: path.write_text("hello"), "is no checkpoint, or is truncated"),
+    "object": (write_object, "other objects are not loaded, because they may run code"),
+    "number": (
+        lambda path: torch.save(3, path),
+        "contains the type int; expected the dict of a checkpoint",
+    ),
+    "no tensor": (
+        lambda path: torch.save({"epoch": 3}, path),
+        "no tensor among the keys ['epoch']",
+    ),
 }
 
 
@@ -154,7 +160,7 @@ def test_what_cannot_be_examined_is_a_message_and_code_2(what, tmp_path, capsys)
     printed = capsys.readouterr()
     assert f"lit-stability: {tmp_path / 'given'}: " in printed.err
     assert message in printed.err
-    assert "struck" not in printed.out
+    assert "was run" not in printed.out
     assert "Traceback" not in printed.err
 
 

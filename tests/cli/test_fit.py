@@ -99,7 +99,7 @@ class Note(Callback):
 
 class Fails(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        raise RuntimeError("struck")
+        raise RuntimeError("crashed")
 
 
 class FailsOnce(Callback):
@@ -111,7 +111,7 @@ class FailsOnce(Callback):
         if trainer not in [each() for each in self.fits]:
             self.fits.append(weakref.ref(trainer))
         if len(self.fits) == 1 and trainer.global_step == 3:
-            raise RuntimeError("struck")
+            raise RuntimeError("crashed")
         if len(self.fits) == 2:
             assert self.fits[0]() is None, "what failed must not stay in memory"
 
@@ -219,10 +219,10 @@ def test_null_callbacks_are_none(cwd):
         (["trainer.max_epoch=3"], "did you mean max_epochs?"),
         (["trainer.max_steps=x"], "trainer.max_steps='x': expected int, got str"),
         (["trainer.precision=fp16"], "trainer.precision='fp16': expected null or one of 64, 32"),
-        (["trainer.callbacks=[]"], "trainer.callbacks: stands at the top level of a config, as"),
-        (["trainer.logger=false"], "trainer.logger: stands at the top level of a config, as"),
+        (["trainer.callbacks=[]"], "trainer.callbacks: belongs at the top level of a config, as"),
+        (["trainer.logger=false"], "trainer.logger: belongs at the top level of a config, as"),
         (["trainer=fast"], "trainer='fast': expected a mapping whose _target_ is a Trainer"),
-        (["trainer.accelerator=abacus"], "trainer: Trainer refused: "),
+        (["trainer.accelerator=abacus"], "trainer: Trainer cannot be built: "),
         (["trianer.max_steps=3"], "trianer={'max_steps': 3}: unknown option of"),
         (["trianer.max_steps=3"], "did you mean trainer?"),
         (["model=null"], "model=None: expected a mapping whose _target_ is a LightningModule"),
@@ -236,10 +236,10 @@ def test_null_callbacks_are_none(cwd):
         ([f"callbacks.a._target_={HERE}.Note"], "callbacks.a.word: missing; "),
         (
             [f"callbacks.a={{_target_: {HERE}.Note, word: ''}}"],
-            "callbacks.a: Note refused: word=''",
+            "callbacks.a: Note cannot be built: word=''",
         ),
         (["ckpt_path=gone.ckpt"], "resume=gone.ckpt: no such checkpoint"),
-        (["ckpt_path=last"], "resume=last: no checkpoint under runs/base; start without it"),
+        (["ckpt_path=last"], "resume=last: no checkpoint under runs/base; start without resume"),
     ],
 )
 def test_bad_option_is_an_error_before_anything_is_written(overrides, problem, cwd):
@@ -262,7 +262,7 @@ def test_every_problem_of_a_config_is_reported_at_once():
 
 
 def test_failure_of_a_run_is_not_swallowed(cwd):
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="crashed"):
         run(f"callbacks.a._target_={HERE}.Fails")
     assert (cwd / "runs/base/config.yaml").exists()
     assert not (cwd / "runs/base/metrics.json").exists()
@@ -280,7 +280,7 @@ def test_run_that_recovers_ends_as_one_that_never_failed(recover, cwd, monkeypat
 
 
 def test_failure_that_cannot_be_recovered_from_is_not_swallowed(cwd):
-    with pytest.raises(RuntimeError, match="struck") as caught:
+    with pytest.raises(RuntimeError, match="crashed") as caught:
         run(f"callbacks.a._target_={HERE}.Fails", "recover={}")
     assert "it is deterministic" in caught.value.__notes__[0]
     assert not (cwd / "runs/base/metrics.json").exists()
@@ -437,7 +437,7 @@ def test_checkpoints_all_cut_short_are_counted(cwd):
     folder = cwd / "runs/base/checkpoints"
     folder.mkdir(parents=True)
     (folder / "last.ckpt").write_bytes(b"half")
-    assert "no checkpoint under runs/base (1 cut short)" in problems(resume="last")
+    assert "no checkpoint under runs/base (1 truncated)" in problems(resume="last")
 
 
 def test_model_checkpoint_of_the_config_is_the_only_one():

@@ -20,7 +20,7 @@ class Local(BoringModel):
     def __init__(self, size: int = 1, fail: bool = False) -> None:
         super().__init__()
         if fail:
-            raise RuntimeError("struck")
+            raise RuntimeError("crashed")
 
 
 class Broken(BoringModel):
@@ -83,12 +83,12 @@ def good_run(cwd):
     return cwd / "runs/good"
 
 
-def test_resume_goes_on_from_the_last_known_good_with_the_run_s_own_config(good_run, capsys):
+def test_resume_uses_the_last_good_checkpoint_and_the_config_of_the_run(good_run, capsys):
     """S12."""
     good = find_last_good("runs/good")
     assert main(["resume", "runs/good", "trainer.max_steps=40"]) == 0
     printed = capsys.readouterr().out
-    assert f"step {step_of(good)} is the last known good; the run finished at step 30" in printed
+    assert f"good checkpoint of step {step_of(good)}; the run finished at step 30" in printed
     assert f"resumed from {good}" in printed
     assert OmegaConf.load(good_run / "config.yaml").trainer.max_steps == 40
     assert OmegaConf.load(good_run / "config.1.yaml").trainer.max_steps == 30
@@ -108,12 +108,12 @@ def test_resume_without_a_good_checkpoint_says_what_can_be_done(cwd, capsys):
     assert main(["fit", "-c", "small"]) == 0
     assert main(["resume", "runs/small"]) == 2
     error = capsys.readouterr().err
-    assert "runs/small: no good checkpoint there" in error
+    assert "runs/small: has no good checkpoint" in error
     assert "lit-stability fit -c runs/small/config.yaml --resume last" in error
     assert main(["fit", "-c", "small", "--resume", "good"]) == 2
     assert "resume=good: no good checkpoint under runs/small" in capsys.readouterr().err
     assert main(["resume", "runs/smal"]) == 2
-    assert "runs/smal: no config.yaml there" in capsys.readouterr().err
+    assert "runs/smal: has no config.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_print_config_prints_it_resolved_and_starts_nothing(arguments, cwd, caps
     ("arguments", "message"),
     [
         (["-c", "smal"], "lit-stability: smal: no such config file; did you mean small?"),
-        (["-c", "small", "longer"], "longer: expected KEY=VALUE; to add a config file write -c"),
+        (["-c", "small", "longer"], "longer: expected KEY=VALUE; to add a config file use -c"),
         (["-c", "small", "trainer.max_step=3"], "trainer.max_step=3: unknown option of"),
         (["-c", "small", "model.size=x"], "model.size='x': expected int, got str"),
         (["-c", "small", "run_dir=${x}", "--print-config"], "run_dir: Interpolation key 'x'"),
@@ -168,7 +168,7 @@ def test_bad_command_line_exits_with_code_2(arguments, cwd, capsys):
 
 
 def test_failure_inside_a_run_is_raised(cwd):
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="crashed"):
         main(["fit", "-c", "small", "model.fail=true"])
 
 
@@ -178,8 +178,8 @@ def test_run_that_preflight_stops_exits_with_code_3(cwd, capsys):
         "  preflight: {_target_: lit_stability.Preflight, on_error: stop}\n"
     )
     assert main(["fit", "-c", "broken"]) == 3
-    assert "lit-stability: preflight: 1 error" in (told := capsys.readouterr().err)
-    assert "the first loss is nan" in told
+    assert "lit-stability: preflight: 1 error" in (err := capsys.readouterr().err)
+    assert "the first loss is nan" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["experiments", "--help"]])

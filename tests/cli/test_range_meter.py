@@ -64,10 +64,10 @@ def test_hooks_come_off_after_an_exception(tmp_path):
     class Module(Regression):
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
-            raise RuntimeError("struck")
+            raise RuntimeError("step failed")
 
     module = Module()
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="step failed"):
         fit(tmp_path, [RangeMeter()], module=lambda: module)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
@@ -112,10 +112,10 @@ def test_module_in_16_bits_is_widened_before_its_weights_are_loaded(checkpoint, 
     [
         (b"not a checkpoint", "cannot be read"),
         ([1, 2], "expected a checkpoint or state dict, got a list"),
-        ({"state_dict": {"net.0.weight": torch.ones(2, 2)}}, "does not fit Regression.*Missing"),
+        ({"state_dict": {"net.0.weight": torch.ones(2, 2)}}, "does not match Regression.*Missing"),
     ],
 )
-def test_checkpoint_that_does_not_fit_is_told_with_its_path(content, message, tmp_path):
+def test_checkpoint_that_does_not_fit_is_reported_with_its_path(content, message, tmp_path):
     path = tmp_path / "bad.ckpt"
     if isinstance(content, bytes):
         path.write_bytes(content)

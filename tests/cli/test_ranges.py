@@ -36,7 +36,7 @@ def files_in(folder):
 
 
 def test_command_prints_a_verdict_and_writes_report_and_picture_alone(ranges, tmp_path, capsys):
-    """S9, K5: on a config of three faults, which do not strike, in bf16-true, which is not used."""
+    """S9, K5: on a config of three faults, which do not occur, in bf16-true, which is not used."""
     pytest.importorskip("matplotlib")
     assert ranges("--batches", 2) == 0
     printed = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_callbacks_and_logger_of_the_config_are_not_even_built(ranges):
         (["--checkpoint", "nowhere/a.ckpt"], "checkpoint=nowhere/a.ckpt: no such checkpoint"),
         (["--checkpoint", "last"], "checkpoint=last: no checkpoint under"),
         (["--batches", "0"], "--batches 0: must be at least 1"),
-        (["trainer.max_steps=0", "model.schedule=none"], "the config's trainer takes no step"),
+        (["trainer.max_steps=0", "model.schedule=none"], "trainer: takes no training step"),
         (["trainer.max_step=1"], "trainer.max_step=1: unknown option"),
     ],
 )
@@ -98,7 +98,7 @@ def test_checkpoint_of_another_shape_is_a_message_and_code_2(ranges, tmp_path, c
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {"network.projection.weight": torch.ones(2, 2)}}, path)
     assert ranges("--checkpoint", path) == 2
-    assert f"checkpoint={path}: does not fit TranslationModule" in capsys.readouterr().err
+    assert f"checkpoint={path}: does not match TranslationModule" in capsys.readouterr().err
     assert files_in(tmp_path) == ["other.ckpt"]
 
 
@@ -110,5 +110,5 @@ def test_without_matplotlib_the_report_is_written_and_the_extra_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert ranges("--batches", 1) == 0
     error = capsys.readouterr().err
-    assert "no ranges.png: matplotlib is not installed; pip install 'lit-stability[plots]'" in error
+    assert "ranges.png was not written: matplotlib is not installed; pip install" in error
     assert files_in(tmp_path) == ["run/ranges/ranges.json"]

@@ -1,4 +1,4 @@
-"""Rows in, objections out: how the tests of this folder drive a detector."""
+"""Helpers of this folder that run a detector on a stream of rows."""
 
 import io
 
@@ -11,8 +11,8 @@ def step(i, **fields):
     return StepStats(**({"step": i, "loss": 1.0, "grad_norm": 1.0} | fields))
 
 
-def told(detector, rows, start=0):
-    """The anomalies of a stream; what a detector only tells of is learnt, as the monitor does."""
+def anomalies_of(detector, rows, start=0):
+    """Returns the anomalies of a stream; like the monitor, learns steps with only a warning."""
     found = []
     for i, row in enumerate(rows, start):
         stats = row if isinstance(row, StepStats) else step(i, **row)
@@ -29,16 +29,16 @@ def steps_of(anomalies):
 
 
 def through_a_checkpoint(state):
-    """What a checkpoint makes of a state, read as Lightning reads it."""
+    """Saves a state and loads it as Lightning does."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
 
-def told_with_a_resume(make, rows, at):
-    """As `told` of a fresh detector, which is replaced by another at a step."""
+def anomalies_with_a_resume(make, rows, at):
+    """Like `anomalies_of`, with a resume into a new detector before row ``at``."""
     first, second = make(), make()
-    before = told(first, rows[:at])
+    before = anomalies_of(first, rows[:at])
     second.load_state_dict(through_a_checkpoint(first.state_dict()))
-    return before + told(second, rows[at:], at)
+    return before + anomalies_of(second, rows[at:], at)

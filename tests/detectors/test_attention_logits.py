@@ -25,16 +25,16 @@ def steps(logits, losses, entropy=None, every=10, first_entropy=0.9):
 
 
 def run(stream, detector=None):
-    """What it says: step, kind and module."""
+    """Returns step, kind and module of each anomaly."""
     detector = detector or AttentionLogits(window=10)
-    said = []
+    found = []
     for stats in stream:
         anomaly = detector.check(stats)
         if anomaly is not None:
-            said.append((anomaly.step, anomaly.kind, anomaly.layers[0][0]))
+            found.append((anomaly.step, anomaly.kind, anomaly.layers[0][0]))
         if anomaly is None or anomaly.warn_only:
             detector.update(stats)
-    return said
+    return found
 
 
 FALLING = [4.0 * 0.99**i for i in range(200)]
@@ -45,7 +45,7 @@ GROWTH, COLLAPSE = "attention-logit growth", "attention collapse"
 
 
 @pytest.mark.parametrize(
-    ("logits", "losses", "entropy", "said"),
+    ("logits", "losses", "entropy", "expected"),
     [
         (GROWING, FALLING, 0.0, [(60, GROWTH, "blocks.0")]),
         (GROWING, STUCK, 0.3, [(60, GROWTH, "blocks.0")]),
@@ -63,8 +63,8 @@ GROWTH, COLLAPSE = "attention-logit growth", "attention collapse"
         ([10.0, 2000.0, float("inf")], FALLING, None, [(20, GROWTH, "blocks.0")]),
     ],
 )
-def test_attention_logits_stream(logits, losses, entropy, said):
-    assert run(steps(logits, losses, entropy)) == said
+def test_attention_logits_stream(logits, losses, entropy, expected):
+    assert run(steps(logits, losses, entropy)) == expected
 
 
 NOISY = [1500.0 * (1 + 0.3 * (i % 3)) for i in range(20)]
@@ -75,7 +75,7 @@ NOISY = [1500.0 * (1 + 0.3 * (i % 3)) for i in range(20)]
     ("logits", "first_entropy"),
     [(NOISY, 0.9), (NOISY, 0.01), ([5.0, *FALLEN], 0.04)],
 )
-def test_attention_that_was_so_from_the_start_is_left_alone(logits, first_entropy):
+def test_attention_that_was_so_from_the_start_is_ignored(logits, first_entropy):
     """A healthy run: frozen and pretrained trunks are fine-tuned until the loss stands."""
     assert run(steps(logits, STUCK, 0.01, first_entropy=first_entropy)) == []
 
@@ -91,13 +91,13 @@ def test_collapse_is_bad_state_and_names_module_logit_and_entropy():
     assert "blocks.0 has collapsed: logits of 2000, entropy 1.0% of the largest" in anomaly.message
 
 
-def test_nothing_is_read_and_nothing_is_said():
-    """Without a probe the default set has nothing to judge."""
+def test_without_readings_nothing_is_flagged():
+    """Without a probe the detector has no readings."""
     assert run(steps([], STUCK)) == []
     assert "AttentionLogits" in [type(d).__name__ for d in default_detectors()]
 
 
-def test_what_was_told_is_not_told_again_after_a_resume():
+def test_warning_is_not_repeated_after_a_resume():
     first, second = AttentionLogits(window=10), AttentionLogits(window=10)
     stream = list(steps(GROWING, STUCK, 0.0))
     assert len(run(stream[:100], first)) == 2
@@ -106,13 +106,13 @@ def test_what_was_told_is_not_told_again_after_a_resume():
 
 
 def test_all_ranks_find_it_before_they_look_at_gradients():
-    panel = DetectorSet([AttentionLogits(window=10)], [0], print)
-    said = []
+    detectors = DetectorSet([AttentionLogits(window=10)], [0], print)
+    found = []
     for stats in steps(GROWING, FALLING, 0.0):
-        anomaly, shared = panel.verdict(stats, voting=True)
-        said += [(anomaly.step, shared)] if anomaly else []
-        panel.learn(stats)
-    assert said == [(60, False)], "an observation is told of when all ranks have voted for the step"
+        anomaly, shared = detectors.verdict(stats, voting=True)
+        found += [(anomaly.step, shared)] if anomaly else []
+        detectors.learn(stats)
+    assert found == [(60, False)], "a warning is reported after all ranks have voted for the step"
 
 
 @pytest.mark.parametrize(

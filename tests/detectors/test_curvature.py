@@ -32,11 +32,11 @@ def run(ratios, detector=None):
         ([None] * 9, []),
     ],
 )
-def test_ratio_above_the_edge_for_some_readings_is_told_once(ratios, steps):
+def test_ratio_above_the_edge_for_some_readings_is_reported_once(ratios, steps):
     assert run(ratios) == steps
 
 
-def test_what_was_told_is_not_told_again_after_a_resume():
+def test_warning_is_not_repeated_after_a_resume():
     first, second = Curvature(persist=3), Curvature(persist=3)
     assert run([1.1] * 5, first) == [2]
     second.load_state_dict(first.state_dict())

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, StandardLibrary
 from lit_stability.detectors import DeadGradients
 from lit_stability.measurement.step_meter import StepMeter
-from tests.detectors.streams import steps_of, told, told_with_a_resume
+from tests.detectors.streams import anomalies_of, anomalies_with_a_resume, steps_of
 
 NAMES = ("a", "b", "head")
 
@@ -34,9 +34,9 @@ ONE = row(0.0, 1.0, 1.0)
         # An expert that is chosen now and then: ten times its longest rest.
         (([ONE] * 4 + [LIVE]) * 8, []),
         ([ONE] * 4 + [LIVE] + [ONE] * 50, [44]),
-        # The second joins the first, and is told of for itself.
+        # The second joins the first and is reported separately.
         ([ONE] * 10 + [DEAD] * 10, [4, 14]),
-        # Told again only where it lived in between, and after ten times as long.
+        # Reported again only after a gradient in between, and after ten times as long.
         ([ONE] * 10 + [LIVE] + [ONE] * 120, [4, 110]),
         # Without a learning rate nothing can wake up.
         ([DEAD | {"learning_rates": (0.0,)}] * 20, []),
@@ -47,8 +47,8 @@ ONE = row(0.0, 1.0, 1.0)
         ([row(1e-30, 1e-30, 1.0)] * 20, []),
     ],
 )
-def test_dead_parameters_of_a_stream_are_told_of(rows, expected):
-    assert steps_of(told(DeadGradients(persist=5), rows)) == expected
+def test_dead_parameters_of_a_stream_are_reported(rows, expected):
+    assert steps_of(anomalies_of(DeadGradients(persist=5), rows)) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_dead_parameters_of_a_stream_are_told_of(rows, expected):
 )
 def test_unused_vector_of_a_used_module_is_not_dead(names, rows, expected):
     rows = [each | {"names": names} for each in rows]
-    assert steps_of(told(DeadGradients(persist=5), rows)) == expected
-    assert steps_of(told_with_a_resume(lambda: DeadGradients(persist=5), rows, 3)) == expected
+    assert steps_of(anomalies_of(DeadGradients(persist=5), rows)) == expected
+    assert steps_of(anomalies_with_a_resume(lambda: DeadGradients(persist=5), rows, 3)) == expected
 
 
 def test_parameters_are_named_with_the_first_that_lives_behind_them():
-    (anomaly,) = told(DeadGradients(persist=5), [DEAD] * 9)
+    (anomaly,) = anomalies_of(DeadGradients(persist=5), [DEAD] * 9)
     assert anomaly.layers == (("a", 0.0), ("b", 0.0))
     assert anomaly.value == pytest.approx(2 / 3)
     assert anomaly.signal == "grad_norm"
-    assert "2 of 3 parameters, a to b, receive" in anomaly.message
-    assert anomaly.message.endswith("the next that receives one is head")
+    assert "2 of 3 parameters, a to b, have" in anomaly.message
+    assert anomaly.message.endswith("the next with a gradient is head")
     assert anomaly.warn_only
 
 
@@ -95,7 +95,7 @@ def test_parameters_are_named_with_the_first_that_lives_behind_them():
 )
 def test_weight_of_zero_that_cannot_move_is_named_first(weights, signal, first):
     rows = [DEAD | {"weight_norms": weights}, *[DEAD] * 9]
-    (anomaly,) = told(DeadGradients(persist=5), rows)
+    (anomaly,) = anomalies_of(DeadGradients(persist=5), rows)
     assert (anomaly.signal, anomaly.layers[0]) == (signal, (first, 0.0))
     assert (f"{first} is exactly 0 itself" in anomaly.message) is (signal == "weight_norm")
 
@@ -103,7 +103,7 @@ def test_weight_of_zero_that_cannot_move_is_named_first(weights, signal, first):
 def test_resume_neither_forgets_nor_tells_twice():
     rows = [LIVE] * 5 + [DEAD] * 20
     for at in (3, 7, 10, 20):
-        assert steps_of(told_with_a_resume(lambda: DeadGradients(persist=5), rows, at)) == [9]
+        assert steps_of(anomalies_with_a_resume(lambda: DeadGradients(persist=5), rows, at)) == [9]
 
 
 def run(net, loss_of, steps=40, optimizer=lambda p: torch.optim.AdamW(p, 1e-3)):
@@ -118,7 +118,7 @@ def run(net, loss_of, steps=40, optimizer=lambda p: torch.optim.AdamW(p, 1e-3)):
         scan = (i + 1) % 10 == 0
         rows.append(meter.measure(i, loss, learning_rates=rates, scan_weights=scan))
         optimizer.step()
-    return told(DeadGradients(persist=15), rows)
+    return anomalies_of(DeadGradients(persist=15), rows)
 
 
 @pytest.mark.parametrize("zeroed", [False, True])

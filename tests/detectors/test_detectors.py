@@ -66,7 +66,7 @@ def monitored(detectors, rows):
         ([*CALM, INF, 900.0, -INF, 900.0, *CALM, 900.0], [41, 43, 84]),
         ([*CALM, 900.0, 900.0, 900.0, 1.0, 900.0, *CALM], [40, 41, 42, 44]),
         ([*CALM, 1e-12, 0.0, -1.0, 1.0, 900.0], [44]),
-        # Nothing is said before there is a history.
+        # Nothing is flagged before there is a history.
         ([1.0] * 19 + [900.0], []),
         ([1.0] * 20 + [900.0], [20]),
         # Twenty times the median counts, not less, however quiet the window was.
@@ -111,7 +111,7 @@ def test_spike_of_a_stream_is_flagged(signal, values, expected):
         ([-2.0] * 30 + [-1.1] * 10, []),
         # The loss of a run that learns.
         ([10 / (1 + i / 20) for i in range(300)], []),
-        # Said twice, then it is the new normal.
+        # Flagged twice, then accepted as normal.
         ([1.0] * 30 + [9.0] * 100, [39, 49]),
         ([1.0] * 30 + [9.0] * 100 + [90.0] * 10, [39, 49, 139]),
     ],
@@ -152,7 +152,7 @@ def test_update_spike_of_a_stream_is_flagged(rows, expected):
     assert update_alarms(rows) == expected
 
 
-def test_update_spike_says_that_the_state_is_bad():
+def test_update_spike_marks_the_state_as_corrupted():
     detector = UpdateSpike()
     update_alarms([(4e-3, 0.1)] * 30, detector)
     found = detector.check(stats(30, update_ratio=0.2, update_learning_rate=0.1))
@@ -194,14 +194,14 @@ def rate_alarms(rates, per_lr=1.0, detector=None):
         ([1e-3] * 50 + [0.3] * 5 + [1e-3] * 5, 10.0, [50, 51, 52, 53, 54]),
         # Large, but the weights would hardly move.
         ([1e-3] * 50 + [0.3] * 5, 0.1, []),
-        # The weights would move, but the run has borne nearly as much.
+        # The weights would move, but the run has tolerated nearly as much.
         ([1e-2] * 50 + [0.09] * 5, 10.0, []),
         # Warm-up from zero, from almost nothing; warm restarts; a long pause at a thousandth.
         ([1e-3 * i / 4000 for i in range(4000)] + [1e-3] * 50, 20.0, []),
         ([1e-9] * 30 + [1e-3] * 30, 20.0, []),
         ([1e-3 * (1 + math.cos(math.pi * (i % 50) / 50)) for i in range(500)], 20.0, []),
         ([1e-6] * 100 + [1e-3] * 100, 20.0, []),
-        # A group that was frozen at zero has borne nothing, and says nothing.
+        # A group that was frozen at zero has no largest rate and is ignored.
         ([0.0] * 30 + [1e-3] * 30 + [0.5], 20.0, [60]),
         # Too early to say.
         ([1e-3] * 20 + [0.3], 10.0, []),
@@ -418,14 +418,14 @@ def test_default_set_after_any_burst_passes_healthy_steps_and_catches_the_next(b
     }
 
 
-def test_spike_that_stays_is_a_new_regime_after_give_up():
+def test_spike_that_stays_is_a_change_of_regime_after_give_up():
     detector = Spike(give_up=5, min_history=10)
     stream = [1.0] * 20 + [100.0] * 30 + [9000.0]
     assert alarms(detector, stream, "grad_norm") == [20, 21, 22, 23, 24, 50]
     assert detector.regimes == 1
 
 
-def test_refusals_not_in_a_row_are_no_new_regime():
+def test_rejections_not_in_a_row_are_no_change_of_regime():
     detector = Spike(give_up=2)
     stream = [1.0] * 20 + [100.0, 100.0, 1.0] * 10
     assert len(alarms(detector, stream, "grad_norm")) == 20
@@ -510,7 +510,7 @@ def test_option_out_of_range_is_refused_and_repeated(make, options, message):
         make(**options)
 
 
-def test_default_set_is_made_of_detectors_and_made_anew():
+def test_default_set_is_made_of_new_detectors_each_time():
     one, other = default_detectors(), default_detectors()
     assert all(isinstance(d, Detector) for d in one)
     assert not {id(d) for d in one} & {id(d) for d in other}
@@ -659,15 +659,15 @@ def test_healthy_run_of_100000_steps_raises_no_alarm(name):
         ([101.0, 1.0, 101.0], [0, 2]),
     ],
 )
-def test_layer_bounds_of_a_stream_are_told(norms, expected):
+def test_layer_bounds_of_a_stream_are_reported(norms, expected):
     """S6, V1: (1e-8, 100), three steps of patience; a gradient of exactly 0 is not small."""
     detector = LayerBounds({"w": (1e-8, 100.0)}, persist=3)
-    told = [
+    found = [
         detector.check(stats(i, names=("w",), grad_norms=(norm,), grad_norm=norm))
         for i, norm in enumerate(norms)
     ]
-    assert [i for i, anomaly in enumerate(told) if anomaly] == expected
-    assert all(a.warn_only == (a.value < 1) for a in told if a)
+    assert [i for i, anomaly in enumerate(found) if anomaly] == expected
+    assert all(a.warn_only == (a.value < 1) for a in found if a)
 
 
 @pytest.mark.parametrize("bounds", [(5.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])
@@ -676,23 +676,23 @@ def test_layer_bounds_out_of_order_are_refused_with_their_value(bounds):
         LayerBounds({"w": bounds})
 
 
-class TellsOnce:
-    """Tells of every step from one on, until it has learnt that it did."""
+class WarnsOnce:
+    """Warns of every step from ``since`` on until it has learnt one."""
 
     def __init__(self, kind, since):
-        self.kind, self.since, self.told = kind, since, False
+        self.kind, self.since, self.reported = kind, since, False
 
-    def _tells(self, step):
-        return step >= self.since and not self.told
+    def _warns(self, step):
+        return step >= self.since and not self.reported
 
     def check(self, seen):
-        if not self._tells(seen.step):
+        if not self._warns(seen.step):
             return None
         options = {"value": 1.0, "signal": "x", "message": self.kind, "warn_only": True}
         return Anomaly(kind=self.kind, step=seen.step, **options)
 
     def update(self, seen):
-        self.told = self.told or self._tells(seen.step)
+        self.reported = self.reported or self._warns(seen.step)
 
     def state_dict(self):
         return {}
@@ -701,13 +701,13 @@ class TellsOnce:
         pass
 
 
-def test_two_that_tell_of_the_same_step_are_heard_one_after_the_other():
-    """Invariant 8: what was seen is said once, and not lost because another spoke first."""
-    panel = DetectorSet([TellsOnce("first", 3), TellsOnce("second", 3)], [0], print)
-    heard = []
+def test_two_warnings_about_the_same_step_are_reported_one_after_the_other():
+    """Invariant 8: a warning is reported once, and not lost because another came first."""
+    detectors = DetectorSet([WarnsOnce("first", 3), WarnsOnce("second", 3)], [0], print)
+    reported = []
     for step in range(8):
-        anomaly, _ = panel.verdict(stats(step), voting=False)
+        anomaly, _ = detectors.verdict(stats(step), voting=False)
         if anomaly is not None:
-            heard.append((anomaly.step, anomaly.kind))
-        panel.learn(stats(step))
-    assert heard == [(3, "first"), (4, "second")]
+            reported.append((anomaly.step, anomaly.kind))
+        detectors.learn(stats(step))
+    assert reported == [(3, "first"), (4, "second")]

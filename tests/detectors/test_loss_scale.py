@@ -59,7 +59,7 @@ def test_scale_of_zero_is_a_collapse():
     assert "loss scale of 0," in LossScale().check(stats).message
 
 
-def test_fall_of_eight_halvings_from_what_was_borne_is_told_of():
+def test_fall_of_eight_halvings_from_a_stable_scale_is_reported():
     assert found(scaler([False] * 30 + [True] * 10))[:2] == [
         ("loss-scale fall", 38, True),
         ("loss-scale fall", 39, True),
@@ -79,7 +79,7 @@ def test_infinite_loss_with_finite_gradients_is_named_and_the_step_is_good():
 
 
 @pytest.mark.parametrize("loss", [INF, 1.0])
-def test_nothing_is_said_without_a_scaler(loss):
+def test_nothing_is_flagged_without_a_scaler(loss):
     assert LossScale().check(StepStats(step=0, loss=loss, grad_norm=INF)) is None
 
 

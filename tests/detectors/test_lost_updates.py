@@ -32,7 +32,7 @@ def run(shares, rates=None, detector=None):
         ([0.5] * 9, []),
     ],
 )
-def test_median_of_the_window_decides_and_it_is_told_once(shares, steps):
+def test_median_of_the_window_decides_and_it_is_reported_once(shares, steps):
     assert run(shares) == steps
 
 
@@ -42,7 +42,7 @@ def test_end_of_a_decay_is_not_objected_to():
     assert run([0.1] * 5 + [1.0] * 20, rates) == []
 
 
-def test_what_was_told_is_not_told_again_after_a_resume():
+def test_warning_is_not_repeated_after_a_resume():
     first, second = LostUpdates(window=3), LostUpdates(window=3)
     assert run([0.9] * 5, detector=first) == [3]
     second.load_state_dict(first.state_dict())

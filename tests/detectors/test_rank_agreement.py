@@ -32,8 +32,8 @@ def step(i=7, **fields):
         ([(True, NAN), (True, INF)], None),
         ([(False, INF), (False, INF)], None),
         ([(True, 900.0), (True, 900.0)], None),
-        ([(True, 900.0), (False, 1.0)], "rank 0 objects to its gradients"),
-        ([(False, 1.0), (True, NAN), (True, NAN)], "ranks 1, 2 object to their gradients"),
+        ([(True, 900.0), (False, 1.0)], "rank 0 rejects its gradients"),
+        ([(False, 1.0), (True, NAN), (True, NAN)], "ranks 1, 2 reject their gradients"),
         ([(False, 1.0), (False, 1.002)], "the ranks' averaged gradients differ"),
         ([(False, 1.0), (False, NAN)], "norms by rank: 1, nan"),
     ],
@@ -78,7 +78,7 @@ def test_weights_that_were_equal_and_differ_are_flagged(checksums, flags, given_
 def test_rank_outside_the_majority_is_named():
     replicas = Replicas(trust=0)
     anomaly = replicas.check(step(rank_weights=(5.0, 5.0, 4.0)))
-    assert "the weights of rank 2 are no longer those of the others" in anomaly.message
+    assert "the weights of rank 2 differ from those of the others" in anomaly.message
     anomaly = replicas.check(step(rank_weights=(5.0, 4.0)))
     assert "the ranks' weights are no longer the same" in anomaly.message
 
@@ -121,23 +121,23 @@ class Mine:
         ({"bad_weights": ("w",), "grad_norm": NAN}, "non-finite weight", True),
         ({"rank_rates": (1.0, 2.0), "grad_norm": NAN}, KIND, True),
         ({"rank_weights": (1.0, 2.0), "grad_norm": NAN}, KIND, True),
-        # Under a loss scaler what is to be made of a bad loss depends on the gradients.
+        # Under a loss scaler the verdict on a bad loss depends on the gradients.
         ({"loss": INF, "grad_norm": NAN, "loss_scale": 8.0}, "non-finite loss", False),
         ({"loss": INF, "loss_scale": 8.0}, None, False),
     ],
 )
 def test_what_a_rank_alone_may_have_seen_is_never_called_shared(fields, kind, shared):
     """Invariant 5: a rank whose own gradients are bad as well finds the same shared anomaly."""
-    panel = DetectorSet([Spike(min_history=3), NonFinite(), Mine()], [0], print)
+    detectors = DetectorSet([Spike(min_history=3), NonFinite(), Mine()], [0], print)
     for i in range(5):
-        panel.verdict(step(i, rank_weights=(1.0, 1.0)), voting=True)
-        panel.learn(step(i))
-    anomaly, is_shared = panel.verdict(step(**fields), voting=True)
+        detectors.verdict(step(i, rank_weights=(1.0, 1.0)), voting=True)
+        detectors.learn(step(i))
+    anomaly, is_shared = detectors.verdict(step(**fields), voting=True)
     assert (anomaly and anomaly.kind, is_shared) == (kind, shared)
 
 
 def test_detector_that_says_nothing_of_ranks_is_asked_once_and_not_before_the_shared_ones():
-    panel = DetectorSet([Mine()], [0], print)
-    panel.verdict(step(), voting=True)
-    panel.verdict(step(loss=NAN), voting=False)
-    assert panel.state_dict() == {"0": [["Mine 0", {"asked": 2}]]}
+    detectors = DetectorSet([Mine()], [0], print)
+    detectors.verdict(step(), voting=True)
+    detectors.verdict(step(loss=NAN), voting=False)
+    assert detectors.state_dict() == {"0": [["Mine 0", {"asked": 2}]]}

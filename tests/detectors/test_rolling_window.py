@@ -1,4 +1,4 @@
-"""A window's statistics against those of the same values, sorted anew."""
+"""A window's statistics against those of the same values, sorted each time."""
 
 import random
 from collections import deque

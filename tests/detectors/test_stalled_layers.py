@@ -10,7 +10,7 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from lit_stability.detectors import Stall
 from lit_stability.detectors.stalled_layers import stacks
 from lit_stability.measurement.step_meter import StepMeter
-from tests.detectors.streams import steps_of, told, told_with_a_resume
+from tests.detectors.streams import anomalies_of, anomalies_with_a_resume, steps_of
 
 NAMES = tuple("abcdef")
 EVEN, FADED = (1.0,) * 6, (1e-3, 2e-3, 0.01, 0.1, 0.5, 1.0)
@@ -36,7 +36,7 @@ def rows(norms, losses=3.1, rate=0.1):
         # While the loss falls, lower layers may have what they need.
         ([FADED] * 200, [5.0 - 0.02 * i for i in range(200)], []),
         ([EVEN] * 100 + [FADED] * 100, 3.1, [120]),
-        # Told again where the gradient came through in between.
+        # Reported again after the gradient came through in between.
         ([FADED] * 100 + [EVEN] * 20 + [FADED] * 80, 3.1, [60, 140]),
         ([FADED] * 15 + ([EVEN] * 10 + [FADED] * 20) * 5, 3.1, []),
         # Zeros are for another detector; NaN neither counts nor clears.
@@ -45,13 +45,13 @@ def rows(norms, losses=3.1, rate=0.1):
         ([(1.0, 1.0)] * 200, 3.1, []),
     ],
 )
-def test_gradient_that_dies_on_its_way_down_is_told_of(norms, losses, expected):
+def test_gradient_that_fades_towards_the_input_is_reported(norms, losses, expected):
     stream = rows(norms, losses)
     if len(norms[0]) == 2:
         stream = [row | {"names": ("a", "b")} for row in stream]
     if math.isnan(norms[0][0]):
         stream = [row | {"grad_norm": math.nan} for row in stream]
-    assert steps_of(told(small(), stream)) == expected
+    assert steps_of(anomalies_of(small(), stream)) == expected
 
 
 def both_stacks(encoder, decoder, layers=6):
@@ -64,7 +64,7 @@ def both_stacks(encoder, decoder, layers=6):
 
 
 @pytest.mark.parametrize(
-    ("encoder", "decoder", "said"),
+    ("encoder", "decoder", "expected"),
     [
         (1.0, 1.0, []),
         # Halved from layer to layer, a sixteenth arrives.
@@ -76,17 +76,19 @@ def both_stacks(encoder, decoder, layers=6):
         (2.0, 2.0, []),
     ],
 )
-def test_stack_of_an_encoder_decoder_in_which_the_gradient_dies_is_named(encoder, decoder, said):
-    found = told(small(), both_stacks(encoder, decoder))
-    assert [(a.step, a.message.split(" of ")[2].split()[0]) for a in found] == said
+def test_stack_of_an_encoder_decoder_in_which_the_gradient_fades_is_named(
+    encoder, decoder, expected
+):
+    found = anomalies_of(small(), both_stacks(encoder, decoder))
+    assert [(a.step, a.message.split(" of ")[2].split()[0]) for a in found] == expected
     for anomaly in found:
-        assert [name.split(".")[0] for name, _ in anomaly.layers] == [said[0][1][:7]] * 2
+        assert [name.split(".")[0] for name, _ in anomaly.layers] == [expected[0][1][:7]] * 2
 
 
 def test_stacks_that_are_low_in_turns_are_no_episode():
     low, high = both_stacks(0.1, 1.0)[0], both_stacks(1.0, 0.1)[0]
     stream = ([low] * 20 + [high] * 20) * 10
-    assert told(small(), stream) == []
+    assert anomalies_of(small(), stream) == []
 
 
 @pytest.mark.parametrize(
@@ -101,21 +103,21 @@ def test_stacks_that_are_low_in_turns_are_no_episode():
         (("0.w", "2.w", "4.w"), {"": [0, 1, 2]}),
     ],
 )
-def test_stacks_are_told_from_the_names(names, expected):
+def test_stacks_are_found_from_the_names(names, expected):
     assert stacks(names, least=3) == expected
 
 
-def test_state_from_before_stacks_were_told_apart_is_taken_over():
+def test_state_without_separate_stacks_is_loaded():
     first, second = small(), small()
     stream = rows([FADED] * 200)
-    assert steps_of(told(first, stream[:45])) == []
+    assert steps_of(anomalies_of(first, stream[:45])) == []
     state = first.state_dict()
     second.load_state_dict(state | {"low_for": state["low_for"][""]})
     assert second.state_dict() == state
 
 
 def test_lowest_layers_are_named():
-    (anomaly,) = told(small(), rows([FADED] * 200))
+    (anomaly,) = anomalies_of(small(), rows([FADED] * 200))
     assert anomaly.layers == (("a", 1e-3), ("b", 2e-3))
     assert anomaly.value == pytest.approx(1.5e-3 / 0.75)
     assert anomaly.warn_only
@@ -124,12 +126,12 @@ def test_lowest_layers_are_named():
 def test_warm_up_is_silent():
     """V1."""
     stream = [row | {"learning_rates": (i / 1e6,)} for i, row in enumerate(rows([FADED] * 200))]
-    assert told(small(), stream) == []
+    assert anomalies_of(small(), stream) == []
 
 
 def test_resume_neither_forgets_nor_tells_twice():
     for at in (35, 59, 61, 100):
-        assert steps_of(told_with_a_resume(small, rows([FADED] * 200), at)) == [60]
+        assert steps_of(anomalies_with_a_resume(small, rows([FADED] * 200), at)) == [60]
 
 
 @pytest.mark.parametrize("warm_up", [1, 100])

@@ -1,4 +1,4 @@
-"""Rates and losses in, what is settled and what has fallen out."""
+"""Trends of learning rate and loss: what is stable, what has fallen."""
 
 import math
 
@@ -10,7 +10,7 @@ from tests.detectors.streams import step, through_a_checkpoint
 
 
 def stable(rates, **options):
-    """Steps after which the rate counts as settled."""
+    """Steps after which the rate counts as stable."""
     trend, out = LearningRateTrend(**options), []
     for i, rate in enumerate(rates):
         trend.update(step(i, learning_rates=(rate / 7,), nominal_learning_rates=(0.0, rate)))
@@ -29,12 +29,12 @@ def stable(rates, **options):
         ([0.0] * 5, [2, 3, 4]),
     ],
 )
-def test_rate_is_settled_neither_in_a_warm_up_nor_at_the_end_of_a_decay(rates, expected):
+def test_rate_is_stable_neither_in_a_warm_up_nor_at_the_end_of_a_decay(rates, expected):
     """V1."""
     assert stable(rates, stable_after=3) == expected
 
 
-def test_rate_that_is_not_told_is_settled_in_time():
+def test_unknown_rate_becomes_stable_in_time():
     trend = LearningRateTrend(stable_after=2)
     for i in range(2):
         trend.update(step(i))
@@ -58,7 +58,7 @@ def course_of(losses, **options):
         ([4.0 - 0.005 * i for i in range(40)], True, 1),
         # Fallen within the first block.
         ([4.0] * 3 + [1.0] * 13, True, 2),
-        # What is not finite is left out.
+        # Non-finite losses are ignored.
         ([4.0, math.nan] * 4 + [math.inf, 3.0] * 4, True, 0),
         ([4.0] * 4 + [5.0] * 8, False, 2),
         ([-2.0] * 4 + [-2.1] * 4, True, 0),
@@ -76,7 +76,7 @@ def test_noise_alone_is_no_fall_and_more_than_a_sigma_is(seed):
     assert course_of((10 + noise - 1.2 * (np.arange(1000) > 500)).tolist()).learnt
 
 
-def test_loss_above_its_lowest_is_told_from_noise():
+def test_loss_above_its_lowest_is_distinguished_from_noise():
     noise = 0.1 * np.random.default_rng(0).standard_normal(400)
     level = np.repeat([3.0, 2.0, 2.05, 2.5], 100)
     trend = course_of((level + noise)[:300].tolist())

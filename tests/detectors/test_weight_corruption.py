@@ -16,7 +16,7 @@ from lit_stability.detectors import WeightCorruption
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import WeightMoves
 from tests.conftest import fit, flat
-from tests.detectors.streams import step, steps_of, through_a_checkpoint, told
+from tests.detectors.streams import anomalies_of, step, steps_of, through_a_checkpoint
 
 
 def rows(norms, distance=0.02, rate=0.01, gradient=0.1):
@@ -57,8 +57,8 @@ STEADY = [10.0 + 0.01 * i for i in range(9)]
         ([*STEADY, math.inf, 11.0], {}, []),
     ],
 )
-def test_change_of_a_norm_that_nothing_explains_is_told_of(norms, options, expected):
-    assert steps_of(told(WeightCorruption(), rows(norms, **options))) == expected
+def test_change_of_a_norm_that_nothing_explains_is_flagged(norms, options, expected):
+    assert steps_of(anomalies_of(WeightCorruption(), rows(norms, **options))) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,18 +74,18 @@ def test_change_of_a_norm_that_nothing_explains_is_told_of(norms, options, expec
         (0.06, 0.02, False, [90]),
     ],
 )
-def test_element_that_moved_far_beyond_all_others_is_told_of(moved, rate, adaptive, expected):
+def test_element_that_moved_far_beyond_all_others_is_flagged(moved, rate, adaptive, expected):
     stream = rows([*STEADY, 10.09], rate=rate)
     near = {"moment_ratio": 1.0 if adaptive else None}
     for i, stats in enumerate(stream):
         farthest = ((moved if i == 8 else 0.001, 0.001),)
         moves = dataclasses.replace(stats.weight_moves, farthest=farthest)
         stream[i] = dataclasses.replace(stats, weight_moves=moves, **near)
-    assert steps_of(told(WeightCorruption(), stream)) == expected
+    assert steps_of(anomalies_of(WeightCorruption(), stream)) == expected
 
 
-def test_state_is_bad_since_the_scan_before():
-    (anomaly,) = told(WeightCorruption(), rows([*STEADY, 11.0]))
+def test_state_is_corrupted_since_the_scan_before():
+    (anomaly,) = anomalies_of(WeightCorruption(), rows([*STEADY, 11.0]))
     assert anomaly.state_corrupted
     assert not anomaly.warn_only
     assert (anomaly.since, anomaly.layers) == (80, (("w", 11.0),))
@@ -95,7 +95,7 @@ def test_state_is_bad_since_the_scan_before():
 def test_what_comes_back_when_the_steps_are_taken_again_is_accepted():
     """The memory is not wrong twice in one place: it is the run's own code, such as pruning."""
     detector, stream = WeightCorruption(), rows([*STEADY, 11.0])
-    told(detector, stream[:-1])
+    anomalies_of(detector, stream[:-1])
     state = through_a_checkpoint(detector.state_dict())
     assert detector.check(stream[-1]) is not None
     detector.load_state_dict(state)
@@ -103,25 +103,25 @@ def test_what_comes_back_when_the_steps_are_taken_again_is_accepted():
     assert detector.regimes == 1
 
 
-def test_next_corruption_of_the_same_weight_is_told_of_again():
+def test_next_corruption_of_the_same_weight_is_flagged_again():
     stream = rows([*STEADY, 11.0, 11.01, 11.02, 11.03, 14.0])
-    assert steps_of(told(WeightCorruption(), stream)) == [90, 130]
+    assert steps_of(anomalies_of(WeightCorruption(), stream)) == [90, 130]
 
 
 def test_overflow_of_a_loss_scaler_does_not_blind_it():
     stream = rows([*STEADY, 11.0])
     overflow = dataclasses.replace(stream[5], step=55, grad_norm=math.inf, grad_norms=(math.inf,))
     overflow = dataclasses.replace(overflow, weight_norms=(), weight_moves=None)
-    assert steps_of(told(WeightCorruption(), [*stream[:5], overflow, *stream[5:]])) == [90]
+    assert steps_of(anomalies_of(WeightCorruption(), [*stream[:5], overflow, *stream[5:]])) == [90]
 
 
 def test_rejected_step_teaches_nothing_and_state_survives_a_checkpoint():
     detector, stream = WeightCorruption(), rows([*STEADY, 11.0])
-    told(detector, stream[:-1])
+    anomalies_of(detector, stream[:-1])
     before = detector.state_dict()
     twin = WeightCorruption()
     twin.load_state_dict(through_a_checkpoint(before))
-    assert told(detector, stream[-1:]) == told(twin, stream[-1:])
+    assert anomalies_of(detector, stream[-1:]) == anomalies_of(twin, stream[-1:])
     assert detector.state_dict() == before
 
 
@@ -165,7 +165,7 @@ class Run:
 
     def train(self, steps):
         for _ in range(steps):
-            self.found += told(self.detector, [self.measure()])
+            self.found += anomalies_of(self.detector, [self.measure()])
             self.optimizer.step()
             if self.schedule:
                 self.schedule.step()
@@ -173,7 +173,7 @@ class Run:
         return self
 
     def finds(self, name, index, bit):
-        """Whether a bit flipped before the next scan is found, and how; all is put back."""
+        """Whether a bit flipped before the next scan is found, and how; restores all."""
         memory = dict(self.net.named_parameters())[name].data.view(-1).view(torch.int32)
         memory[index] ^= 1 << bit
         stats = self.measure(copy.copy(self.meter))
@@ -298,11 +298,11 @@ class Flip(Callback):
 def test_flipped_bit_of_a_run_is_taken_back_as_if_it_had_never_been(tmp_path):
     clean, _ = fit(tmp_path, stability_callbacks(), max_steps=80)
     suite = stability_callbacks()
-    struck, _ = fit(tmp_path, [*suite, Flip()], max_steps=80)
+    damaged, _ = fit(tmp_path, [*suite, Flip()], max_steps=80)
     (incident,) = suite[0].incidents
     assert (incident.first.kind, incident.outcome) == ("weight corruption", "recovered")
     assert incident.first.layers[0][0] == "net.1.weight"
-    assert torch.equal(flat(clean), flat(struck))
+    assert torch.equal(flat(clean), flat(damaged))
 
 
 def test_change_that_the_run_makes_itself_is_accepted_after_one_rollback(tmp_path):

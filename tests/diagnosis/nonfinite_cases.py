@@ -1,7 +1,7 @@
 """Steps that go wrong, each with the line where it does, and steps that only look as if they did.
 
 A case is a function that gives a model and a step. The line to be named carries the comment
-``# origin``; what else is to be named stands in the decorator. A case without is a healthy step.
+``# origin``; other expected values are in the decorator. A case without is a healthy step.
 """
 
 import inspect
@@ -17,7 +17,7 @@ INF = float("inf")
 
 
 def bad(**expected):
-    """A step whose origin is to be found."""
+    """A step whose origin must be found."""
 
     def note(build):
         lines, start = inspect.getsourcelines(build)
@@ -29,7 +29,7 @@ def bad(**expected):
 
 
 def healthy(build):
-    """A step of which nothing is to be said."""
+    """A step without an origin."""
     HEALTHY.append(build)
     return build
 

@@ -1,4 +1,4 @@
-"""How a loss goes wrong, told from its last values."""
+"""Patterns of a diverging loss."""
 
 import math
 import random

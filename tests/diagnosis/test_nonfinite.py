@@ -140,7 +140,7 @@ def test_locate_step_with_dropout_draws_the_same_numbers_again():
     assert torch.equal(drawn[0], drawn[1])
 
 
-def test_locate_overflow_that_float32_would_bear_is_told_from_one_it_would_not():
+def test_locate_distinguishes_overflow_that_is_finite_in_float32():
     """S9, S15: what keeping an operation in float32 cures."""
     model = nn.Linear(4, 4).half()
 
@@ -195,7 +195,7 @@ def test_locate_runs_compiled_modules_without_their_compiled_code():
     assert runs == [1, 1]
 
 
-def test_locate_inputs_are_told_with_their_ranges():
+def test_locate_reports_inputs_with_their_ranges():
     """S15."""
     model = nn.Linear(4, 4)
     with torch.no_grad():
@@ -243,7 +243,14 @@ def test_origin_describes_itself_in_two_lines_and_in_json():
         ("overflow", "exp", "Linear", "forward", False, "subtract the maximum"),
         ("overflow", "matmul", "SelfAttention", "forward", False, "normalise queries and keys"),
         ("overflow", "linear", "LMHeadLinear", "forward", False, "lower the learning rate"),
-        ("division by zero", "layer_norm", "LayerNorm", "forward", False, "an eps above 0"),
+        (
+            "division by zero",
+            "layer_norm",
+            "LayerNorm",
+            "forward",
+            False,
+            "eps of the norm above 0",
+        ),
         ("division by zero", "sqrt", "RMSNorm", "backward", False, "inside the root"),
         ("division by zero", "div", "Loss", "forward", False, "add an epsilon"),
     ],

@@ -1,4 +1,4 @@
-"""Phases of a run, told from learning rate and loss, and the norms that each has had."""
+"""Phases of a run, by learning rate and loss, and the norms of each."""
 
 import copy
 import math

@@ -146,14 +146,14 @@ def test_suite_from_yaml_trains_with_objects_inside_of_options(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "option", "said"),
+    ("name", "option", "message"),
     [
         ("GradientMonitor", "close_afer", "close_afer"),
         ("GradientMonitor", "detectors", "detectors"),
         ("AutoRollback", "budget", "budget"),
     ],
 )
-def test_wrong_option_in_yaml_is_refused_by_name(name, option, said, tmp_path, capsys):
+def test_wrong_option_in_yaml_is_refused_by_name(name, option, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, [{"class_path": f"lit_stability.{name}", "init_args": {option: "many"}}])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

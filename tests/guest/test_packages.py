@@ -49,8 +49,10 @@ def test_trainer_of_pytorch_lightning_is_refused_with_the_import_to_change(name,
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    said = f"{name} is a callback of lightning.pytorch.*a Trainer of pytorch_lightning.*from light"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        f"{name} is a callback of lightning.pytorch.*a Trainer of pytorch_lightning.*from light"
+    )
+    with pytest.raises(ValueError, match=message):
         trainer.fit(Foreign(), regression_data(2))
 
 
@@ -89,13 +91,13 @@ def installed_with(folder, **versions):
     ("name", "version"), [("lightning", "2.5.1"), ("lightning", "2.6.2"), ("torch", "2.4.0")]
 )
 def test_version_that_will_not_do_is_refused_at_import_with_the_command(name, version, tmp_path):
-    code, said = installed_with(tmp_path, **{name: version})
+    code, message = installed_with(tmp_path, **{name: version})
     assert code == 1
-    assert said.startswith(f"ImportError: lit_stability needs {name}>=")
-    assert f"found {version}; run pip install '{name}{NEEDED[name]}'" in said
+    assert message.startswith(f"ImportError: lit_stability needs {name}>=")
+    assert f"found {version}; run pip install '{name}{NEEDED[name]}'" in message
 
 
-def test_versions_needed_are_those_that_pip_is_told():
+def test_versions_needed_are_those_that_pip_gets():
     with (ROOT / "pyproject.toml").open("rb") as file:
-        told = tomllib.load(file)["project"]["dependencies"]
-    assert {f"{name}{wanted}" for name, wanted in NEEDED.items()} <= set(told)
+        dependencies = tomllib.load(file)["project"]["dependencies"]
+    assert {f"{name}{wanted}" for name, wanted in NEEDED.items()} <= set(dependencies)

@@ -46,7 +46,7 @@ def test_trainer_is_given_nothing_unless_asked(value, tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", ["yes", "true", "2"])
 def test_value_that_means_nothing_is_refused_with_what_to_write(value, tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_STABILITY_AUTO", value)
-    with pytest.raises(ValueError, match=f"got '{value}'; write LIT_STABILITY_AUTO=1, or unset"):
+    with pytest.raises(ValueError, match=f"got '{value}'; set LIT_STABILITY_AUTO=1, or unset"):
         make_trainer(tmp_path)
 
 

@@ -46,7 +46,7 @@ class Tables(Logger):
         self.tables.append((key, columns, data, step))
 
 
-def struck(*suite):
+def with_fault(*suite):
     return [FaultInjector([NanLoss(step=20)]), *suite]
 
 
@@ -57,7 +57,7 @@ def test_suite_of_the_module_takes_the_place_of_the_trainers(tmp_path):
         def configure_callbacks(self):
             return [GradientMonitor(close_after=3), AutoRollback()]
 
-    callbacks = struck(GradientMonitor(), AutoRollback(snapshot_every=5))
+    callbacks = with_fault(GradientMonitor(), AutoRollback(snapshot_every=5))
     _, trainer = fit(tmp_path, callbacks, Guarded, max_steps=30)
     assert [type(c).__name__ for c in trainer.callbacks[1:]] == ["GradientMonitor", "AutoRollback"]
     assert trainer.callbacks[1].close_after == 3
@@ -67,7 +67,13 @@ def test_suite_of_the_module_takes_the_place_of_the_trainers(tmp_path):
 def test_logger_with_tables_is_given_scalars_and_the_incident(tmp_path):
     """As to wandb, whose experiment takes no text."""
     logger = Tables()
-    fit(tmp_path, struck(*stability_callbacks()), logger=logger, log_every_n_steps=5, max_steps=40)
+    fit(
+        tmp_path,
+        with_fault(*stability_callbacks()),
+        logger=logger,
+        log_every_n_steps=5,
+        max_steps=40,
+    )
     assert {"stability/grad_norm", "stability/incidents"} <= {
         k for _, m in logger.metrics for k in m
     }
@@ -81,7 +87,7 @@ def test_logger_with_tables_is_given_scalars_and_the_incident(tmp_path):
 def test_several_loggers_are_all_given_the_same_scalars(tmp_path):
     loggers = [CSVLogger(tmp_path / "a"), Tables(), TensorBoardLogger(tmp_path / "b")]
     suite = stability_callbacks()
-    fit(tmp_path, struck(*suite), logger=loggers, log_every_n_steps=5, max_steps=40)
+    fit(tmp_path, with_fault(*suite), logger=loggers, log_every_n_steps=5, max_steps=40)
     header = (tmp_path / "a/lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
     assert "stability/grad_norm" in header.split(",")
     assert read_incidents(tmp_path / "a/lightning_logs/version_0")[0]["outcome"] == "recovered"
@@ -103,20 +109,20 @@ def test_names_of_all_that_is_written_are_names_on_windows_too(tmp_path):
             assert not PureWindowsPath(part).is_reserved(), path
 
 
-def test_run_on_a_dumb_terminal_with_a_progress_bar_is_told_of_the_incident(
+def test_run_on_a_dumb_terminal_with_a_progress_bar_reports_the_incident(
     tmp_path, monkeypatch, capsys, caplog
 ):
     monkeypatch.setenv("TERM", "dumb")
-    fit(tmp_path, struck(*stability_callbacks()), max_steps=40, enable_progress_bar=True)
+    fit(tmp_path, with_fault(*stability_callbacks()), max_steps=40, enable_progress_bar=True)
     assert "incident 1 at step 20" in caplog.text
     assert "\x1b[" not in caplog.text
 
 
 SCRIPT = """
 from tests.conftest import fit
-from tests.guest.test_surroundings import struck
+from tests.guest.test_surroundings import with_fault
 from lit_stability import stability_callbacks
-_, trainer = fit({root!r}, struck(*stability_callbacks()), max_steps=40)
+_, trainer = fit({root!r}, with_fault(*stability_callbacks()), max_steps=40)
 raise SystemExit(trainer.global_step)
 """
 
@@ -138,10 +144,10 @@ def test_run_with_stdout_and_stderr_closed_goes_on_through_an_incident(tmp_path)
 
 
 def test_trainer_is_reused_after_a_fit_in_the_same_kernel(tmp_path):
-    """A cell is run twice: the callbacks begin anew, and what they wrote is kept."""
+    """A cell is run twice: the callbacks start again, and what they wrote is kept."""
     suite = stability_callbacks()
     for _ in range(2):
-        trainer = make_trainer(tmp_path, struck(*suite), max_steps=30)
+        trainer = make_trainer(tmp_path, with_fault(*suite), max_steps=30)
         trainer.fit(Regression(), regression_data())
         assert trainer.global_step == 30
     assert len(read_incidents(tmp_path)) == 2

@@ -6,8 +6,15 @@ import pytest
 
 from lit_stability import detectors
 from lit_stability.detectors import Anomaly
+from lit_stability.diagnosis import CAUSES, Cause, DiagnosisContext, register_cause
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.incidents.report import markdown, summary_table
+from lit_stability.incidents.report import (
+    closing_line,
+    markdown,
+    opening_line,
+    responses_text,
+    summary_table,
+)
 from lit_stability.policies.actions import HoldLearningRate, RollBack, SkipStep, Stop
 
 
@@ -26,17 +33,17 @@ def incident(number=1, **options):
     return Incident(number, anomaly(**options), epoch=3, batch_idx=17)
 
 
-def test_settle_twice_is_an_error_that_names_the_first_response():
+def test_resolve_twice_is_an_error_that_names_the_first_response():
     trouble = incident()
     assert not trouble.resolved
     trouble.resolve(RollBack(0.5, 0.5))
     assert trouble.resolved
-    with pytest.raises(RuntimeError, match=r"incident 1 is resolved already \(rolled back"):
+    with pytest.raises(RuntimeError, match=r"incident 1 is already resolved \(rolled back"):
         trouble.resolve(SkipStep())
     assert trouble.responses == ["rolled back, learning rate x0.5, clip x0.5"]
 
 
-def test_strike_needs_a_response_of_its_own_and_keeps_the_first_anomaly():
+def test_recurrence_needs_a_response_of_its_own_and_keeps_the_first_anomaly():
     trouble = incident()
     trouble.resolve(SkipStep())
     second = anomaly(kind="divergence", step=12433)
@@ -67,41 +74,81 @@ def test_done_counts_runs_of_equal_responses(responses, done):
         if i:
             trouble.recur(anomaly())
         trouble.resolve(response)
-    assert trouble.done == done
+    assert responses_text(trouble) == done
 
 
 def test_cause_that_was_shown_comes_before_all_that_speaks_for_another():
     """S15, S5."""
     trouble = incident()
     assert trouble.cause == "exploding gradient"
-    trouble.note("numeric precision", "float32 bears it")
+    trouble.note("numeric precision", "it is finite in float32")
     trouble.note("numeric precision", "once more")
     assert trouble.cause == "numeric precision"
-    assert trouble.likely_causes[0].evidence[0] == "float32 bears it"
-    assert trouble.evidence == ["float32 bears it", "once more"]
+    assert trouble.likely_causes[0].evidence[0] == "it is finite in float32"
+    assert trouble.evidence == ["it is finite in float32", "once more"]
 
 
-def test_cause_that_was_shown_and_is_in_no_registry_is_told_all_the_same():
+def test_cause_that_was_shown_and_is_in_no_registry_is_reported_all_the_same():
     trouble = incident()
     trouble.note("cosmic ray", "a neutron was seen")
     assert trouble.cause == "cosmic ray"
 
 
+@pytest.fixture
+def weighed():
+    """Contexts for which a registered cause was weighed."""
+    seen = []
+    rule = (1, lambda context: seen.append(context))
+    register_cause(Cause(name="counts", rules=(rule,), remedy="none", ignore_when="always"))
+    yield seen
+    del CAUSES["counts"]
+
+
+def test_causes_are_weighed_once_for_each_change(weighed):
+    trouble = incident()
+    for read in (trouble.as_dict, trouble.as_dict, lambda: trouble.recommended_action):
+        read()
+    assert len(weighed) == 1
+    trouble.resolve(SkipStep())
+    trouble.evidence.append("no cause depends on this")
+    assert (trouble.cause, len(weighed)) == ("exploding gradient", 1)
+    trouble.verdict = "transient"
+    assert (trouble.cause, len(weighed)) == ("glitch", 2)
+    trouble.note("numeric precision", "finite in float32")
+    assert (trouble.cause, len(weighed)) == ("numeric precision", 3)
+    trouble.recur(anomaly())
+    trouble.context = DiagnosisContext(anomaly=trouble.first, precision="16-mixed")
+    assert "mixed precision? yes" in trouble.checks[1]
+    assert len(weighed) == 4
+    trouble.verdict = ""
+    assert trouble.likely_causes
+    assert len(weighed) == 5
+
+
+def test_diagnosis_is_final_once_sealed(weighed):
+    trouble = incident()
+    trouble.close("recovered", 12450)
+    trouble.seal()
+    trouble.verdict = "transient"
+    assert (trouble.cause, trouble.as_dict()["verdict"]) == ("exploding gradient", "transient")
+    assert len(weighed) == 1
+
+
 def test_lines_for_the_console_say_where_what_and_what_was_done():
     """S15, V5."""
     trouble = incident()
-    assert trouble.opening_line() == (
+    assert opening_line(trouble) == (
         "incident 1 at step 12431 (epoch 3, batch 17): gradient spike: gradient norm 900 is 90 "
         "times its median 10 -> observed, nothing changed"
     )
     trouble.resolve(SkipStep())
     trouble.path = "logs/incidents/00012431-1"
-    assert trouble.opening_line().endswith("-> step skipped | scene in logs/incidents/00012431-1")
+    assert opening_line(trouble).endswith("-> step skipped | saved to logs/incidents/00012431-1")
     trouble.recur(anomaly())
     trouble.resolve(SkipStep())
-    trouble.outcome, trouble.closed_step = "recovered", 12450
-    closing = trouble.closing_line()
-    for part in ("incident 1", "recovered", "after 2 strikes", "step skipped (2x)", "12450"):
+    trouble.close("recovered", 12450)
+    closing = closing_line(trouble)
+    for part in ("incident 1", "recovered", "after 2 occurrences", "step skipped (2x)", "12450"):
         assert part in closing
 
 
@@ -116,7 +163,7 @@ def test_summary_of_a_stop_keeps_its_columns_narrow():
     assert len(second) < 140
 
 
-def test_markdown_of_text_with_line_ends_in_it_stays_one_item_for_each_thing_known():
+def test_markdown_of_text_with_line_ends_keeps_one_item_per_fact():
     trouble = incident(message="a | b\n  * c", layers=(("x|y", 1.0),))
     known = markdown(trouble).partition("### Causes")[0].splitlines()
     items = [line.partition("**:")[0] for line in known if line.startswith("* **")]
@@ -124,23 +171,23 @@ def test_markdown_of_text_with_line_ends_in_it_stays_one_item_for_each_thing_kno
     assert "* **what**: gradient spike: a | b; * c" in known
 
 
-def test_markdown_of_a_closed_incident_tells_the_whole_story():
+def test_markdown_of_a_closed_incident_has_outcome_and_remedy():
     """S17, V5."""
     trouble = incident(layers=(("head.weight", 880.0),))
     trouble.resolve(SkipStep())
-    trouble.outcome, trouble.closed_step = "recovered", 12450
+    trouble.close("recovered", 12450)
     for part in ("`head.weight` 880", "step skipped", "recovered at step 12450", "not saved"):
         assert part in markdown(trouble)
     assert trouble.remedy in markdown(trouble)
 
 
 @pytest.mark.parametrize("kind", get_args(detectors.Kind))
-def test_remedy_of_what_did_not_return_blames_neither_data_nor_model(kind):
+def test_remedy_of_what_did_not_recur_blames_neither_data_nor_model(kind):
     trouble = incident(kind=kind)
     trouble.verdict = "transient"
     damaged = kind in ("non-finite weight", "weight corruption")
-    said = "go on from a state before it" if damaged else "nothing in data or model"
-    assert trouble.remedy.startswith(said)
+    remedy = "continue from an earlier state" if damaged else "nothing in data or model"
+    assert trouble.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize("kind", get_args(detectors.Kind))

@@ -49,13 +49,13 @@ def test_record_is_strict_json_one_line_an_event_readable_by_people(record):
         json.loads(line, parse_constant=pytest.fail)
 
 
-def test_record_gives_the_last_word_on_each_incident_in_order(record):
+def test_record_gives_the_last_line_of_each_incident_in_order(record):
     """S17: what happened, what was done, did it help."""
     first, second = incident(1), incident(2, kind="divergence")
     record.append("open", first)
     record.append("open", second)
     first.resolve(SkipStep())
-    first.outcome, first.closed_step = "recovered", 12450
+    first.close("recovered", 12450)
     record.append("close", first)
     rows = read_incidents(record.path)
     assert [(r["id"], r["kind"], r["event"], r["outcome"]) for r in rows] == [
@@ -100,7 +100,7 @@ def every_cut(record, step=1):
         yield end == len(text) - 1
 
 
-def test_read_passes_over_a_last_line_cut_anywhere(record):
+def test_read_skips_a_last_line_cut_anywhere(record):
     """A crash while writing, also in the middle of a character."""
     for complete in every_cut(record):
         assert len(read_incidents(record.path)) == 1 + complete

@@ -40,15 +40,15 @@ def column(window, name):
         ([0, 1, 2, 1, 2, 3, 2, 3], [], [[2, 3], [5, 6]]),
         ([0, 1, 2, 3, 2, 1, 2], [], [[3, 4], [2, 5]]),
     ],
-    ids=["calm", "taken again", "rolled back", "after a veto", "vetoes", "twice", "further"],
+    ids=["calm", "retried", "rolled back", "after a skip", "skips", "twice", "further"],
 )
-def test_attempts_that_a_rollback_takes_back_are_known_by_their_steps(steps, skipped, spans):
+def test_attempts_that_were_rolled_back_are_found_by_their_steps(steps, skipped, spans):
     attempts = StepHistory()
     found = [take(attempts, s, taken=i not in skipped) for i, s in enumerate(steps)]
     assert [span for span in found if span] == spans
 
 
-def test_rollback_further_than_the_memory_reaches_is_counted_on():
+def test_rollback_further_than_the_kept_history_is_extrapolated():
     attempts = StepHistory()
     for step in range(MOST + 100):
         take(attempts, step)
@@ -66,7 +66,7 @@ def test_rollback_belongs_to_the_incidents_that_are_open():
 
 
 def test_window_holds_what_came_before_the_incident_and_what_came_after():
-    """S1: the scene, attempt by attempt."""
+    """S1: attempt by attempt."""
     attempts = StepHistory()
     for step in range(100):
         take(attempts, step)

@@ -36,7 +36,7 @@ def statistics(rows):
         ([[5.0, 5.0, -1e9]], 5.0, 1.0, 1),
         ([[5.0, 5.0, torch.finfo(torch.float32).min]], 5.0, 1.0, 1),
         ([[-1e9, -1e9], [1.0, 1.0]], 1.0, 1.0, 1),
-        # A mask of -10000 cannot be told from a logit by itself: it is a key, of weight 0.
+        # A mask of -10000 cannot be distinguished from a logit by itself: it is a key, of weight 0.
         ([[5.0, 5.0, -9995.0, -9995.0]], 5.0, 0.5, 1),
         ([[-9995.0, -9997.0], [1.0, 1.0]], 1.0, None, 2),
         ([[9000.0, -9000.0, 0.0]], 9000.0, 0.0, 1),

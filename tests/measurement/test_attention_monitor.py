@@ -142,7 +142,9 @@ def test_modules_that_fit_stand_for_all_inside(modules, wanted):
 
 def test_glob_that_fits_nothing_is_refused_with_the_names_there_are():
     net = nn.ModuleDict({"decoder": SelfAttention()})
-    with pytest.raises(ValueError, match=r"modules='encoder\*' fits no module.*'decoder', 'decod"):
+    with pytest.raises(
+        ValueError, match=r"modules='encoder\*' matches no module.*'decoder', 'decod"
+    ):
         measure_attention(net, lambda: None, ["decoder", "encoder*"])
 
 

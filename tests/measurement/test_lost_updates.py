@@ -30,7 +30,7 @@ def test_weights_of_one_stand_still_below_half_a_unit_in_the_last_place(dtype, s
     seen = []
     for _ in range(2 * EVERY):
         pull([p], step)
-        seen += rounding.look()
+        seen += rounding.count_stuck()
     (counts,) = seen
     assert counts[0] / counts[1] == share
 
@@ -46,7 +46,7 @@ def test_half_of_the_weights_stuck_is_a_half_and_dead_or_turning_gradients_do_no
         pull([moving], 1e-2)
         dead.grad = torch.zeros_like(dead)
         turning.grad = torch.full_like(turning, (-1.0) ** (i // EVERY))
-        seen += rounding.look()
+        seen += rounding.count_stuck()
     assert seen[0].tolist() == [40, 80]
 
 
@@ -55,10 +55,10 @@ def test_float32_weights_are_not_looked_at():
     rounding = Rounding([p])
     for _ in range(3 * EVERY):
         pull([p], 1e-9)
-        assert rounding.look() == []
+        assert rounding.count_stuck() == []
 
 
-def test_nothing_is_said_of_weights_that_were_put_back():
+def test_nothing_is_reported_of_weights_that_were_restored():
     p = torch.nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
     rounding = Rounding([p])
     seen = []
@@ -66,7 +66,7 @@ def test_nothing_is_said_of_weights_that_were_put_back():
         if i == EVERY:
             rounding.forget()
         pull([p], 1e-4)
-        seen += rounding.look()
+        seen += rounding.count_stuck()
     assert seen == []
 
 

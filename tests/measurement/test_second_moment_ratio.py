@@ -82,7 +82,7 @@ def test_meter_keeps_the_sum_of_the_second_moment_that_the_optimizer_has(make):
         assert stats.moment_rms == pytest.approx(wanted[stats.moment_rms_name], rel=1e-4)
 
 
-def test_meter_learns_no_gradient_whose_update_was_vetoed():
+def test_meter_learns_no_gradient_whose_update_was_skipped():
     net = nn.Linear(3, 3)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     meter = StepMeter(net.named_parameters(), optimizer)

@@ -75,7 +75,7 @@ def test_sample_of_many_tensors_is_that_of_each_with_the_largest_first(sizes, bl
     assert torch.equal(gathered, torch.cat([parts[i] for i in order]))
     sums = [float(part.double().sum()) for part in parts]
     found = samples.sums(gathered).tolist()
-    assert [found[i] for i in samples.places] == pytest.approx(sums, rel=1e-5, abs=1e-4)
+    assert [found[i] for i in samples.positions] == pytest.approx(sums, rel=1e-5, abs=1e-4)
     apart = [
         WeightSampler([t], blocks).extents(part) for t, part in zip(tensors, parts, strict=True)
     ]

@@ -4,9 +4,9 @@ from lit_stability.policies.backoff import Backoff, Baseline
 
 
 def calm_steps(backoff, count, nominal=(1.0,)):
-    """Drive it through calm steps; the factors after each, and what it said."""
-    said = [backoff.calm(0, nominal) for _ in range(count)]
-    return [s for s in said if s]
+    """Counts calm steps; returns what was relaxed."""
+    relaxed = [backoff.calm(0, nominal) for _ in range(count)]
+    return [r for r in relaxed if r]
 
 
 def test_cut_is_relaxed_by_doubling_until_it_is_gone():
@@ -23,7 +23,7 @@ def test_cut_is_relaxed_by_doubling_until_it_is_gone():
     assert not backoff.active
 
 
-def test_cuts_multiply_and_a_disturbance_starts_the_wait_anew():
+def test_cuts_multiply_and_a_disturbance_restarts_the_wait():
     backoff = Backoff(relax_after=10)
     backoff.cut(0.5, 0.5)
     backoff.cut(0.5, 0.5)

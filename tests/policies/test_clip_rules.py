@@ -81,7 +81,7 @@ def test_tiers_have_known_answers(norm, threshold, lr_factor):
     ],
 )
 def test_cut_of_the_learning_rate_lasts_and_comes_back(norms, factors):
-    """N2: for a while, and never deeper than its tier however often it strikes."""
+    """N2: for a while, and never deeper than its tier however often it recurs."""
     rule = TieredClip(tiers=((50.0, 5.0, 0.1), (10.0, 5.0, 0.5), (5.0, 2.0, 1.0)), lr_steps=3)
     seen = []
     for norm in norms:

@@ -203,7 +203,7 @@ def test_prevention_state_round_trip_goes_on_as_before():
     assert second.state_dict() == whole.state_dict()
 
 
-def test_ceiling_holds_a_schedule_that_climbs_and_lets_one_fall():
+def test_lr_cap_holds_a_schedule_that_climbs_and_lets_one_fall():
     lr_cap = LearningRateCap()
     lr_cap.lower({0: [1.0, 0.1]})
     for scheduled, expected in (([4.0, 0.4], [0.5, 0.05]), ([0.2, 0.02], [0.2, 0.02])):
@@ -218,7 +218,7 @@ def test_ceiling_holds_a_schedule_that_climbs_and_lets_one_fall():
         ({"save": 0.0}, "save must be in \\(0, 1\\], or None, got 0.0"),
         ({"stop": 1.5}, "stop must be in \\(0, 1\\], or None, got 1.5"),
         ({"save": math.nan}, "save must be in"),
-        ({"slow": 0.2}, "slow must be at least the level before it, 0.3, got 0.2"),
+        ({"slow": 0.2}, "slow must be at least the previous level, 0.3, got 0.2"),
     ],
 )
 def test_risk_levels_out_of_range_are_refused(options, message):

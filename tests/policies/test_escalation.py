@@ -44,7 +44,7 @@ STOP = "stop"
 
 
 def drive(escalation, events):
-    """Respond to each anomaly; an int is so many healthy steps, a stop is given as STOP."""
+    """Responds to each anomaly; an int is a number of healthy steps, a stop becomes STOP."""
     given = []
     for event in events:
         if isinstance(event, int):
@@ -63,7 +63,7 @@ def drive(escalation, events):
         ({}, [JUMP], [HOLD]),
         ({}, [DAMAGE], [PLAIN]),
         ({}, [DIVERGENCE], [CUT]),
-        # The second strike within probation blames learning rate and clip, a later one does not.
+        # The second anomaly within probation blames learning rate and clip, a later one does not.
         ({"probation": 50}, [DAMAGE, DAMAGE], [PLAIN, CUT]),
         ({"probation": 50}, [DAMAGE, 49, DAMAGE], [PLAIN, CUT]),
         ({"probation": 50}, [DAMAGE, 50, DAMAGE], [PLAIN, PLAIN]),
@@ -82,18 +82,18 @@ def drive(escalation, events):
         ({"rollbacks": 1, "refill_every": 10}, [500, DAMAGE, DAMAGE], [PLAIN, STOP]),
     ],
 )
-def test_ladder_of_a_stream_gives_the_smallest_response_in_budget(budget, events, responses):
+def test_escalation_of_a_stream_gives_the_smallest_response_in_budget(budget, events, responses):
     """K3."""
     assert drive(EscalationPolicy(Budget(**budget)), events) == responses
 
 
-def test_ladder_of_a_jump_on_damaged_weights_rolls_back():
+def test_escalation_of_a_jump_on_damaged_weights_rolls_back():
     escalation = EscalationPolicy()
     assert escalation.respond(JUMP, state_corrupted=True) == PLAIN
     assert escalation.respond(JUMP) == HOLD
 
 
-def test_ladder_of_a_bad_batch_on_damaged_weights_rolls_back():
+def test_escalation_of_a_bad_batch_on_damaged_weights_rolls_back():
     assert EscalationPolicy().respond(BAD_BATCH, state_corrupted=True) == PLAIN
 
 
@@ -122,9 +122,7 @@ def test_stop_repeats_the_anomaly_and_the_number_of_rollbacks():
     escalation = EscalationPolicy(Budget(rollbacks=2))
     drive(escalation, [DAMAGE, DAMAGE])
     stop = escalation.respond(DAMAGE)
-    assert describe(stop) == (
-        "stopped: non-finite weight came back after 2 rollbacks (9 against 1)"
-    )
+    assert describe(stop) == ("stopped: non-finite weight recurred after 2 rollbacks (9 against 1)")
 
 
 @pytest.mark.parametrize(
@@ -206,13 +204,13 @@ def test_responses_to_any_stream_are_bounded(budget, events):
     ("events", "words"),
     [
         # (kind, step) of each anomaly; an int is a healthy step of that number.
-        ([("bad", 7)], ["step taken again"]),
-        ([("bad", 7), ("bad", 7)], ["step taken again", "step skipped"]),
-        # The batch that takes the place of one left out has its own trial.
-        ([("bad", 7)] * 4, ["step taken again", "step skipped"] * 2),
-        ([("bad", 7), 7, ("bad", 8)], ["step taken again"] * 2),
+        ([("bad", 7)], ["step retried"]),
+        ([("bad", 7), ("bad", 7)], ["step retried", "step skipped"]),
+        # The batch that replaces a skipped one is checked on its own.
+        ([("bad", 7)] * 4, ["step retried", "step skipped"] * 2),
+        ([("bad", 7), 7, ("bad", 8)], ["step retried"] * 2),
         ([("damage", 30)], ["rolled back and replayed"]),
-        # What returns within ten steps of where it was found is the same.
+        # What recurs within ten steps of where it was found is the same anomaly.
         (
             [("damage", 30), 29, ("damage", 30), 30, 39, ("damage", 40)],
             [
@@ -231,12 +229,12 @@ def test_responses_to_any_stream_are_bounded(budget, events):
                 "clip x0.5",
             ],
         ),
-        # A bad batch among the steps that are taken again is not the damage's return, nor its end.
+        # A bad batch among the replayed steps is neither a recurrence of the damage nor its end.
         (
             [("damage", 30), ("bad", 25), 25, ("damage", 30)],
             [
                 "rolled back and replayed",
-                "step taken again",
+                "step retried",
                 "rolled back and replayed without the suspect",
             ],
         ),
@@ -251,7 +249,7 @@ def test_responses_to_any_stream_are_bounded(budget, events):
         ),
     ],
 )
-def test_ladder_with_replay_blames_only_what_returns(events, words):
+def test_escalation_with_replay_blames_only_what_recurs(events, words):
     """S17: nothing is changed before the same steps have shown the trouble again."""
     kinds = {"bad": BAD_BATCH, "damage": DAMAGE, "divergence": DIVERGENCE}
     escalation, given = EscalationPolicy(), []
@@ -264,7 +262,7 @@ def test_ladder_with_replay_blames_only_what_returns(events, words):
     assert given == words
 
 
-def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
+def test_escalation_without_an_older_snapshot_goes_to_the_next_level():
     escalation = EscalationPolicy()
     responses = [escalation.respond(DAMAGE, replay=True, older=False) for _ in range(3)]
     assert responses == [
@@ -287,7 +285,7 @@ def test_ladder_without_an_older_snapshot_goes_to_the_next_rung():
         (BAD_BATCH, "usual", False, SKIP),
     ],
 )
-def test_cause_chooses_the_course(found, recommended_action, replay, expected):
+def test_cause_chooses_the_action(found, recommended_action, replay, expected):
     """S17: an architectural cause ends in a diagnosis, not in a loop of rollbacks."""
     escalation = EscalationPolicy()
     response = escalation.respond(
@@ -344,14 +342,14 @@ def test_what_was_tried_on_a_change_of_regime_is_forgotten_and_what_it_cost_is_n
     assert escalation.respond(DAMAGE) == RollBack()  # as the first, without a cut
 
 
-COURSES = st.sampled_from(["usual", "usual", "lower"])
+ACTIONS = st.sampled_from(["usual", "usual", "lower"])
 
 
 @given(
     BUDGETS,
     st.lists(
         st.one_of(
-            st.tuples(ANOMALIES, st.integers(0, 30), st.booleans(), st.booleans(), COURSES),
+            st.tuples(ANOMALIES, st.integers(0, 30), st.booleans(), st.booleans(), ACTIONS),
             st.integers(0, 30),
         ),
         max_size=80,
@@ -366,9 +364,9 @@ def test_responses_to_any_stream_are_bounded_with_replay_too(budget, events):
             healthy += 1
             continue
         found, step, replay, older, recommended_action = event
-        struck = replace(found, step=step)
+        recurred = replace(found, step=step)
         response = escalation.respond(
-            struck, replay=replay, older=older, recommended_action=recommended_action
+            recurred, replay=replay, older=older, recommended_action=recommended_action
         )
         if isinstance(response, Stop):
             healthy = spent = 0
@@ -436,7 +434,7 @@ def test_state_of_a_larger_budget_is_cut_to_todays():
     assert twin.left == {"skips": 3, "rollbacks": 2, "holds": 1}
 
 
-def test_state_of_a_spent_ladder_stays_spent_under_a_larger_budget():
+def test_state_of_a_spent_budget_stays_spent_under_a_larger_budget():
     escalation = EscalationPolicy(Budget(rollbacks=1))
     drive(escalation, [DAMAGE])
     twin = EscalationPolicy(Budget(rollbacks=5))

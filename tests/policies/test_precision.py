@@ -1,4 +1,4 @@
-"""Down, and up again: a ladder driven by hand."""
+"""The precision policy, driven by hand."""
 
 import random
 
@@ -21,16 +21,16 @@ def escalation(home="16-mixed", levels=("bf16-mixed", "32-true"), wait=3, failur
         ("64-true", ()),
     ],
 )
-def test_default_rungs_hold_more_numbers_than_home(home, levels):
+def test_default_levels_hold_more_numbers_than_home(home, levels):
     assert lower_precisions(home) == levels
 
 
-def test_it_goes_down_a_rung_at_a_time_to_the_last():
+def test_it_goes_down_a_level_at_a_time_to_the_last():
     it = escalation()
     assert [it.down(), it.down(), it.next] == ["bf16-mixed", "32-true", None]
 
 
-def test_calm_brings_it_up_a_rung_at_a_time():
+def test_calm_brings_it_up_a_level_at_a_time():
     it = escalation()
     it.down(), it.down()
     assert [it.healthy() for _ in range(7)] == [
@@ -58,7 +58,7 @@ def test_overflow_long_after_a_try_is_no_failure_of_it():
     assert [it.healthy() for _ in range(3)][-1] == "16-mixed"
 
 
-def test_trouble_begins_the_calm_anew():
+def test_trouble_restarts_the_count():
     it = escalation()
     it.down()
     it.healthy(), it.healthy()

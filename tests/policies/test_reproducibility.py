@@ -17,7 +17,7 @@ from lit_stability.policies.reproducibility import ReproducibilityCheck
         ([3], [None]),
     ],
 )
-def test_trial_tells_what_returns_from_what_does_not(events, verdicts):
+def test_check_distinguishes_what_recurs(events, verdicts):
     reproducibility, given = ReproducibilityCheck(slack=0), []
     for event in events:
         if isinstance(event, int):
@@ -27,7 +27,7 @@ def test_trial_tells_what_returns_from_what_does_not(events, verdicts):
     assert given == verdicts
 
 
-def test_trial_waits_for_damage_that_shows_late():
+def test_check_waits_for_damage_that_shows_late():
     reproducibility = ReproducibilityCheck(slack=3)
     reproducibility.begin(10)
     assert reproducibility.returns(13)
@@ -37,7 +37,7 @@ def test_trial_waits_for_damage_that_shows_late():
     assert not reproducibility.returns(10)
 
 
-def test_trial_ends_when_another_batch_takes_the_place():
+def test_check_ends_when_another_batch_takes_the_place():
     reproducibility = ReproducibilityCheck(slack=0)
     reproducibility.begin(10)
     reproducibility.end()

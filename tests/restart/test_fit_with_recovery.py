@@ -1,4 +1,4 @@
-"""Fits that crash, and go on: each kind of crash in a real, small fit."""
+"""Fits that crash and are restarted: each kind of crash in a real, small fit."""
 
 import gc
 import hashlib
@@ -26,6 +26,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.incidents import Incident
 from lit_stability.restart.crashes import kind_of
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.conftest import flat, make_trainer
 
 SAMPLES, SIZE = 64, 8
@@ -33,7 +34,7 @@ EPOCH = SAMPLES // SIZE
 
 
 class Net(LightningModule):
-    """Linear regression in double precision; notes the samples of every optimizer step."""
+    """Linear regression in double precision; records the samples of every optimizer step."""
 
     def __init__(self, optimizer=torch.optim.AdamW, limit=None, recur=None, every=2):
         super().__init__()
@@ -95,10 +96,10 @@ class Data(LightningDataModule):
         return DataLoader(Numbered(), 64)
 
 
-class Strike:
-    """Raises at a step, so many times."""
+class Crashes:
+    """Raises at a step, ``times`` times."""
 
-    def __init__(self, step, error=lambda: RuntimeError("struck"), times=1):
+    def __init__(self, step, error=lambda: RuntimeError("crashed"), times=1):
         self.step, self.error, self.times = step, error, times
 
     def __call__(self, module):
@@ -161,7 +162,7 @@ def steps(module):
     return found
 
 
-def test_fit_without_a_crash_is_what_it_is_without_recovery(tmp_path):
+def test_fit_without_a_crash_equals_one_without_recovery(tmp_path):
     options = {"callbacks": stability_callbacks}
     module, result = recovered(tmp_path / "a", data=Data(shuffle=True, num_workers=1), **options)
     generators = torch.get_rng_state()
@@ -234,10 +235,10 @@ class Resumable(DataLoader):
 
 
 class Keeper(Callback):
-    """Counts batches in a state of its own, saves in mid-epoch, is told of halved batches."""
+    """Counts batches in a state of its own, saves in mid-epoch, records halved batches."""
 
     def __init__(self, at):
-        self.at, self.batches, self.told = at, 0, []
+        self.at, self.batches, self.rescaled = at, 0, []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches += 1
@@ -251,12 +252,12 @@ class Keeper(Callback):
         self.batches = state["batches"]
 
     def rescale_batch_counts(self, state, parts):
-        self.told.append(parts)
+        self.rescaled.append(parts)
         state["batches"] *= parts
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_out_of_memory_from_mid_epoch_goes_on_at_the_same_sample(twice, tmp_path):
+def test_out_of_memory_in_mid_epoch_resumes_at_the_same_sample(twice, tmp_path):
     class Late(Net):
         def training_step(self, batch, batch_idx):
             late = self.trainer.global_step >= 13
@@ -280,13 +281,13 @@ def test_out_of_memory_from_mid_epoch_goes_on_at_the_same_sample(twice, tmp_path
     assert torch.allclose(flat(module), flat(wanted), rtol=1e-12, atol=0)
     factor = 4 if twice else 2
     assert data.batch_size == 8 // factor
-    assert [k.told for k in keepers] == [[], [2], [4]][: len(keepers)]
+    assert [k.rescaled for k in keepers] == [[], [2], [4]][: len(keepers)]
     assert keepers[-1].batches == factor * 3 * EPOCH
     assert result.trainer.global_step == 3 * EPOCH
 
 
-def test_checkpoint_of_halved_batches_is_gone_on_from_with_batches_as_small(tmp_path):
-    kill = Strike(13, lambda: KeyboardInterrupt())
+def test_checkpoint_of_halved_batches_is_resumed_with_batches_as_small(tmp_path):
+    kill = Crashes(13, lambda: KeyboardInterrupt())
     with pytest.raises(SystemExit):
         recovered(tmp_path, lambda: Net(limit=4, recur=kill))
     net, data = Net(limit=4), Data()
@@ -296,7 +297,7 @@ def test_checkpoint_of_halved_batches_is_gone_on_from_with_batches_as_small(tmp_
     wanted = plain(tmp_path / "b", lambda: Net(every=4), Data(4), accumulate_grad_batches=2)
     assert torch.equal(flat(net), flat(wanted))
     with pytest.raises(
-        ValueError, match=r"cut into 2, and .*batch_size=7 cannot be halved.*resume"
+        ValueError, match=r"split into 2, and .*batch_size=7 cannot be halved.*resume"
     ):
         recovered(tmp_path, data=Data(7), ckpt_path=newest(tmp_path))
 
@@ -346,7 +347,7 @@ def test_out_of_memory_of_an_odd_batch_checkpoints_activations(net, tmp_path):
     ("data", "callbacks", "message"),
     [
         (lambda: Data(1), lambda: [], "batch_size=1 cannot be halved"),
-        (lambda: Data(7), lambda: [], "offers no activation checkpointing: give it a method"),
+        (lambda: Data(7), lambda: [], "has no activation checkpointing: define a method"),
         (Data, lambda: [GradientAccumulationScheduler({0: 1})], "GradientAccumulationScheduler"),
     ],
 )
@@ -356,7 +357,7 @@ def test_out_of_memory_with_no_remedy_says_what_to_add(data, callbacks, message,
     assert message in caught.value.__notes__[0]
 
 
-def test_out_of_memory_of_loaders_handed_over_says_what_to_add(tmp_path):
+def test_out_of_memory_of_loaders_passed_to_fit_says_what_to_add(tmp_path):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         fit_with_recovery(
             maker(tmp_path), Net(limit=4), train_dataloaders=DataLoader(Numbered(), 8), find=newest
@@ -395,7 +396,7 @@ def test_memory_of_a_failed_fit_is_free_before_the_next(tmp_path):
     error = lambda: torch.OutOfMemoryError("out of memory")  # noqa: E731
     gc.disable()
     try:
-        net = Hungry(recur=Strike(3, error))
+        net = Hungry(recur=Crashes(3, error))
         fit_with_recovery(make, net, Data(), find=newest)
         assert all(p.grad is None or p.grad.numel() for p in net.parameters())
     finally:
@@ -408,15 +409,15 @@ def test_memory_of_a_failed_fit_is_free_before_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batch_that_cannot_be_read_is_left_out_and_named(workers, tmp_path, caplog):
+def test_batch_that_cannot_be_read_is_skipped_and_named(workers, tmp_path, caplog):
     data = Data(bad=(19,), num_workers=workers)
     module, result = recovered(tmp_path / "a", data=data)
     kept = [i for i in range(SAMPLES) if i // SIZE != 19 // SIZE]
     seen = [samples for _, samples in module.seen]
     again = seen.index(list(range(SIZE)), 1)
     assert seen[again:] == 3 * [kept[i : i + SIZE] for i in range(0, len(kept), SIZE)]
-    assert result.remedies == ("batch 2 of epoch 0 is left out, samples 16 to 23",)
-    assert "batch 2 of epoch 0 is left out, samples 16 to 23" in caplog.text
+    assert result.remedies == ("batch 2 of epoch 0 is skipped, samples 16 to 23",)
+    assert "batch 2 of epoch 0 is skipped, samples 16 to 23" in caplog.text
     (line,) = record(tmp_path / "a")
     assert (line["kind"], line["error"], line["batch_idx"]) == ("data", "OSError", 2)
     assert line["samples"] == list(range(16, 24))
@@ -470,7 +471,7 @@ def test_shuffled_bad_sample_costs_one_batch_of_each_epoch(tmp_path):
     assert not any(19 in samples for _, samples in module.seen)
 
 
-def test_data_of_a_stream_cannot_be_left_out_and_it_is_said(tmp_path):
+def test_data_of_a_stream_cannot_be_skipped_and_it_is_reported(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             yield from (Numbered()[i] for i in range(16))
@@ -483,7 +484,7 @@ def test_data_of_a_stream_cannot_be_left_out_and_it_is_said(tmp_path):
     assert "catch the error where the data are read" in caught.value.__notes__[0]
 
 
-def test_error_of_validation_data_leaves_no_training_batch_out(tmp_path):
+def test_error_of_validation_data_skips_no_training_batch(tmp_path):
     class Bad(Data):
         def val_dataloader(self):
             return DataLoader(Numbered(bad=(9,)), 8)
@@ -497,7 +498,7 @@ def test_error_of_validation_data_leaves_no_training_batch_out(tmp_path):
 
 
 def nan_at(step, times):
-    return Strike(step, lambda: RuntimeError("Function 'MulBackward0' returned nan values"), times)
+    return Crashes(step, lambda: RuntimeError("Function 'MulBackward0' returned nan values"), times)
 
 
 def test_instability_halves_the_learning_rate_then_forgets_moments_then_leaves_bf16(tmp_path):
@@ -543,11 +544,24 @@ def test_instability_cuts_by_way_of_the_suite_where_it_is_attached(tmp_path):
     assert (backoff.lr_factor, backoff.clip_factor) == (0.5, 0.5)
 
 
+def test_cut_of_a_restart_multiplies_with_the_factor_of_a_rollback(tmp_path):
+    held = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            scale = learning_rate_multiplier(trainer.optimizers[0])
+            scale.set([0.25], "rollback")
+            held.append((scale.held_by("restart"), scale.held_by("rollback"), scale.factors))
+
+    recovered(tmp_path, lambda: Net(recur=nan_at(12, 1)), callbacks=lambda: [Watch()])
+    assert held == [((), (0.25,), (0.25,)), ((0.5,), (0.25,), (0.125,))]
+
+
 # --- everything else
 
 
 def test_transient_error_is_restarted_and_the_result_is_that_of_a_clean_run(tmp_path):
-    module, result = recovered(tmp_path / "a", lambda: Net(recur=Strike(13)))
+    module, result = recovered(tmp_path / "a", lambda: Net(recur=Crashes(13)))
     assert torch.equal(flat(module), flat(plain(tmp_path / "b")))
     assert result.attempts == 2
     assert result.remedies == ("plain restart",)
@@ -556,21 +570,21 @@ def test_transient_error_is_restarted_and_the_result_is_that_of_a_clean_run(tmp_
 
 def test_crash_before_any_checkpoint_begins_from_the_initial_state(tmp_path):
     data = Data(shuffle=True)
-    module, result = recovered(tmp_path / "a", lambda: Net(recur=Strike(5)), data)
+    module, result = recovered(tmp_path / "a", lambda: Net(recur=Crashes(5)), data)
     assert torch.equal(flat(module), flat(plain(tmp_path / "b", data=Data(shuffle=True))))
     assert record(tmp_path / "a")[0]["checkpoint"] is None
     assert result.crashes[0].step == 5
 
 
-def test_checkpoint_of_an_earlier_run_is_not_gone_on_from(tmp_path):
+def test_checkpoint_of_an_earlier_run_is_not_resumed(tmp_path):
     plain(tmp_path)
-    module, _ = recovered(tmp_path, lambda: Net(recur=Strike(5)))
+    module, _ = recovered(tmp_path, lambda: Net(recur=Crashes(5)))
     assert [step for step, _ in module.seen] == [*range(6), *range(3 * EPOCH)]
 
 
-def test_given_checkpoint_is_gone_on_from_until_there_is_a_better(tmp_path):
+def test_given_checkpoint_is_resumed_until_there_is_a_better(tmp_path):
     plain(tmp_path, max_epochs=1)
-    net = Net(recur=Strike(10))
+    net = Net(recur=Crashes(10))
     fit_with_recovery(maker(tmp_path), net, Data(), ckpt_path=newest(tmp_path), find=newest)
     assert [step for step, _ in net.seen] == [8, 9, 10, *range(EPOCH, 3 * EPOCH)]
 
@@ -578,7 +592,7 @@ def test_given_checkpoint_is_gone_on_from_until_there_is_a_better(tmp_path):
 def test_deterministic_error_is_raised_as_it_came_with_what_was_tried(tmp_path):
     error = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug") as caught:
-        recovered(tmp_path, lambda: Net(recur=Strike(5, lambda: error, times=9)))
+        recovered(tmp_path, lambda: Net(recur=Crashes(5, lambda: error, times=9)))
     assert caught.value is error
     assert any(entry.name == "__call__" for entry in caught.traceback)
     (note,) = error.__notes__
@@ -590,20 +604,20 @@ def test_deterministic_error_is_raised_as_it_came_with_what_was_tried(tmp_path):
 @pytest.mark.parametrize(
     ("error", "limit", "reason"),
     [
-        (RuntimeError("CUDA error: device-side assert triggered"), 3, "the device is lost"),
+        (RuntimeError("CUDA error: device-side assert triggered"), 3, "cannot use the device"),
         (torch.OutOfMemoryError("out of memory"), 0, "1 crashes in a row, max_crashes=0"),
     ],
 )
 def test_error_that_nothing_can_be_done_about_is_raised_at_once(error, limit, reason, tmp_path):
     with pytest.raises(RuntimeError) as caught:
-        recovered(tmp_path, lambda: Net(recur=Strike(5, lambda: error)), max_crashes=limit)
+        recovered(tmp_path, lambda: Net(recur=Crashes(5, lambda: error)), max_crashes=limit)
     assert caught.value is error
     assert reason in error.__notes__[0]
     assert [line["event"] for line in record(tmp_path)] == ["give up"]
 
 
-def test_several_devices_are_refused_before_the_first_fit(tmp_path):
-    with pytest.raises(RuntimeError, match="works on one device, this trainer has 2"):
+def test_several_devices_are_rejected_before_the_first_fit(tmp_path):
+    with pytest.raises(RuntimeError, match="supports one device, this trainer has 2"):
         recovered(tmp_path, devices=2)
 
 
@@ -618,12 +632,12 @@ def test_crashes_in_a_row_are_limited(tmp_path):
 
 
 @pytest.mark.parametrize(("progress", "in_a_row"), [(3, [1, 1, 1]), (5, [1, 2, 3]), (4, [1, 1, 1])])
-def test_progress_beyond_the_furthest_crash_counts_anew(progress, in_a_row, tmp_path):
+def test_progress_past_the_furthest_crash_resets_the_count(progress, in_a_row, tmp_path):
     at = [EPOCH + 1, EPOCH + 5, EPOCH + 9]
 
     def recur(module):
         if at and module.global_step == at[0]:
-            raise RuntimeError(f"struck at {at.pop(0)}")
+            raise RuntimeError(f"crashed at {at.pop(0)}")
 
     _, result = recovered(tmp_path, lambda: Net(recur=recur), progress_steps=progress)
     assert [crash.in_a_row for crash in result.crashes] == in_a_row
@@ -634,10 +648,10 @@ def test_crash_in_validation_leaves_no_module_in_eval_mode(tmp_path):
         def validation_step(self, batch, batch_idx):
             if self.global_step == 2 * EPOCH and self.recur.times:
                 self.recur.times = 0
-                raise RuntimeError("struck")
+                raise RuntimeError("crashed")
             super().validation_step(batch, batch_idx)
 
-    module, result = recovered(tmp_path / "a", lambda: Fragile(recur=Strike(-1)))
+    module, result = recovered(tmp_path / "a", lambda: Fragile(recur=Crashes(-1)))
     assert result.attempts == 2
     assert all(module.modes)
     assert torch.equal(flat(module), flat(plain(tmp_path / "b")))
@@ -652,7 +666,7 @@ def test_nothing_good_on_disk_is_modified(tmp_path):
 
     saved = tmp_path / "saved"
     errors = [RuntimeError("out of memory"), RuntimeError("nan"), RuntimeError("returned nan")]
-    recur = Strike(EPOCH + 3, lambda: errors.pop(), times=3)
+    recur = Crashes(EPOCH + 3, lambda: errors.pop(), times=3)
     result = fit_with_recovery(make, Net(recur=recur), Data(), find=newest)
     assert result.attempts == 4
     last = {p.name: hashlib.sha256(p.read_bytes()).digest() for p in saved.glob("*")}
@@ -661,9 +675,9 @@ def test_nothing_good_on_disk_is_modified(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_interruption_passes_through(error, tmp_path):
+def test_interruption_is_not_recovered_from(error, tmp_path):
     with pytest.raises(SystemExit):
-        recovered(tmp_path, lambda: Net(recur=Strike(5, error)))
+        recovered(tmp_path, lambda: Net(recur=Crashes(5, error)))
     assert not (tmp_path / "recoveries.jsonl").exists()
 
 
@@ -674,7 +688,7 @@ def test_failing_callback_does_not_hide_what_it_failed_over(tmp_path):
 
     _, result = recovered(
         tmp_path,
-        lambda: Net(recur=Strike(5, lambda: torch.OutOfMemoryError("out of memory"))),
+        lambda: Net(recur=Crashes(5, lambda: torch.OutOfMemoryError("out of memory"))),
         callbacks=lambda: [Fails()],
     )
     assert [crash.kind for crash in result.crashes] == ["out of memory"]
@@ -688,24 +702,24 @@ def test_failing_callback_does_not_hide_what_it_failed_over(tmp_path):
         (lambda **overrides: None, "must return a Trainer, got None"),
     ],
 )
-def test_unfit_make_trainer_is_refused_before_the_first_fit(make, message):
+def test_unfit_make_trainer_is_rejected_before_the_first_fit(make, message):
     with pytest.raises(ValueError, match=message):
         fit_with_recovery(make, Net(), Data())
 
 
 @pytest.mark.parametrize(("name", "value"), [("max_crashes", -1), ("progress_steps", 0)])
-def test_limit_out_of_range_is_refused(name, value, tmp_path):
+def test_limit_out_of_range_is_rejected(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
         fit_with_recovery(maker(tmp_path), Net(), Data(), **{name: value})
 
 
-def test_trainer_that_is_not_new_or_ignores_overrides_is_said_in_the_note(tmp_path):
+def test_trainer_that_is_not_new_or_ignores_overrides_is_reported_in_the_note(tmp_path):
     one = maker(tmp_path)()
     shared = Callback()
     for make, message in (
         (lambda **overrides: one, "the Trainer of an earlier fit"),
         (maker(tmp_path, lambda: [shared]), "the Callback of an earlier fit"),
-        (lambda **overrides: maker(tmp_path)(), "let the overrides win"),
+        (lambda **overrides: maker(tmp_path)(), "the overrides must take precedence"),
     ):
         with pytest.raises(torch.OutOfMemoryError) as caught:
             fit_with_recovery(make, Net(limit=4), Data(), find=newest)

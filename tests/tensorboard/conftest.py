@@ -39,7 +39,7 @@ def tab(browser, server):
 
 @pytest.fixture
 def loud(browser, server):
-    """A tab in which a failed request is to be expected."""
+    """A tab in which a failed request is expected."""
     tab = Tab(browser, server)
     yield tab
     tab.page.close()

@@ -11,9 +11,9 @@ from tests.conftest import Regression, fit, regression_data
 
 STEPS = 300
 """Of the run that is zoomed into, and of its twin."""
-STRUCK = 200
+FAULT_AT = 200
 """The step of the NaN loss that it meets; attempts are counted from 1."""
-MARKUP = '<img src=x onerror="struck=1">'
+MARKUP = '<img src=x onerror="faulty=1">'
 SHORT = ["data.n_train=64", "data.n_val=8", "data.n_test=8", "data.batch_size=8", "evaluate=null"]
 SHORT += ["model.network.d_model=32", "model.warmup_steps=20", "trainer.max_steps=90"]
 SHORT += ["trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false"]
@@ -59,7 +59,7 @@ def write_runs(root):
     """The main job, cut short; a long run and its twin; two networks; a hostile name."""
     job = ["fit", "-c", "translation_rescue", f"run_dir={root / 'main'}", *SHORT, FAULTS]
     assert main(job) == 0
-    for name, faults in (("struck", [FaultInjector([NanLoss(step=STRUCK)])]), ("twin", [])):
+    for name, faults in (("faulty", [FaultInjector([NanLoss(step=FAULT_AT)])]), ("twin", [])):
         train(root, name, [*faults, *stability_callbacks()], steps=STEPS)
     train(root, "gan", [GradientMonitor()], Gan, steps=80)
     faults = FaultInjector([NanLoss(step=30)])

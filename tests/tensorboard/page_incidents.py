@@ -1,6 +1,6 @@
 """The incidents of the made-up run: one of each sort of knowledge that the page can show."""
 
-from tests.tensorboard.page_runs import NAN_AT, RATE_AT, WEIGHT_AT, hypothesis, incident
+from tests.tensorboard.page_runs import NAN_AT, RATE_AT, WEIGHT_AT, incident, likely_cause
 
 ORIGIN = {
     "op": "log",
@@ -40,18 +40,18 @@ def nan_batch(rows):
         message="loss is nan; 26 parameters have a non-finite gradient",
         origin=ORIGIN,
         layers=[["network.decoder.layers.0.self_attention.query.weight", "nan"]],
-        likely_causes=[
-            hypothesis(
+        hypotheses=[
+            likely_cause(
                 "operation outside its domain",
                 "certain",
                 "log met a number below 0 in network.decoder.layers.0.self_attention",
                 do="clamp the argument into the range where the function is defined",
                 leave="if it came with one batch and did not return",
             ),
-            hypothesis("bad batch", "possible", "the loss alone is out of the ordinary"),
+            likely_cause("bad batch", "possible", "the loss alone is out of the ordinary"),
         ],
-        responses=["step taken again", "step skipped"],
-        occurrences=2,
+        responses=["step retried", "step skipped"],
+        strikes=2,
         verdict="deterministic",
         path="runs/translation/incidents/00000150-1",
     )
@@ -65,8 +65,8 @@ def damaged_weight(rows):
         rows,
         message="loss is nan; 1 parameter is non-finite, first encoder.layers.2.norm.weight",
         layers=[["network.encoder.layers.2.norm.weight", "nan"]],
-        likely_causes=[
-            hypothesis(
+        hypotheses=[
+            likely_cause(
                 "weights damaged from outside",
                 "likely",
                 "a weight is non-finite and the step before it was healthy",
@@ -89,11 +89,11 @@ def rate_jump(rows):
         "learning-rate jump",
         rows[RATE_AT],
         rows,
-        message="learning rate 0.297 is 99 times the largest the run has borne; "
+        message="learning rate 0.297 is 99 times the largest the run has tolerated; "
         "the update would move the weights by 0.4 of their norm",
         layers=[["network.decoder.layers.1.norm.weight", 81.0]],
-        likely_causes=[
-            hypothesis("learning rate jumped", "certain", "0.003 became 0.297 in one step")
+        hypotheses=[
+            likely_cause("learning rate jumped", "certain", "0.003 became 0.297 in one step")
         ],
         responses=["learning rate held, x0.0101", "stopped: the learning rate stays where it is"],
         outcome="stopped",

@@ -10,7 +10,7 @@ FIELDS += ["clip_threshold", "loss_scale", "precision", "optimizer", "taken"]
 PRECISIONS = ["16-mixed", "bf16-mixed"]
 NAN_AT, WEIGHT_AT, RATE_AT = 150, 251, 383
 """Attempts at which the three incidents open."""
-MARKUP = '<img src=x onerror="window.parent.struck=1">'
+MARKUP = '<img src=x onerror="window.parent.faulty=1">'
 
 
 def plain(value):
@@ -93,7 +93,9 @@ def run_layers(rows, seed=1, markup=False, every=1, skipped=False):
     return layers_of(names, *where, values[kept])
 
 
-def hypothesis(cause, certainty, *evidence, do="look at the batch", leave="it happens once a day"):
+def likely_cause(
+    cause, certainty, *evidence, do="look at the batch", leave="it happens once a day"
+):
     return {
         "cause": cause,
         "certainty": certainty,
@@ -123,7 +125,7 @@ def incident(number, kind, row, rows, **known):
         "phase": "descent",
         "checks": ["within the first 1000 steps? yes: check initialisation and warm-up"],
         "evidence": [],
-        "remedy": "look at the scene in the incident's folder",
+        "remedy": "look at the batch in the incident's folder",
         "responses": [],
         "path": None,
         "verdict": "",

@@ -60,8 +60,8 @@ window.reloadData = () => window.port.postMessage(JSON.stringify(
 def info(run, rows, layers, incidents, parts=("",)):
     last = rows[-1][1] if rows else 0
     optimizers = [{"index": i, "part": part} for i, part in enumerate(parts)]
-    told = {"run": run, "steps": len(rows), "layers": layers, "incidents": incidents, "last": last}
-    return told | {"optimizers": optimizers}
+    entry = {"run": run, "steps": len(rows), "layers": layers, "incidents": incidents, "last": last}
+    return entry | {"optimizers": optimizers}
 
 
 @cache
@@ -79,7 +79,7 @@ def normal():
 
 @cache
 def sampled():
-    """The run of `normal` with one step in ten kept, and of layers the vetoed ones too."""
+    """The run of `normal` with one step in ten kept, and of layers the rejected ones too."""
     rows = run_rows()
     kept = [row for row in rows if row[0] % 10 == 9]
     layers = run_layers(rows, every=10, skipped=True)
@@ -105,7 +105,7 @@ def markup():
     """A run in which every text that comes from outside is markup."""
     rows = run_rows(200)
     first = three_incidents(run_rows())[0]
-    struck = first | {
+    faulty = first | {
         "message": MARKUP,
         "cause": MARKUP,
         "layers": [[MARKUP, 1.0]],
@@ -114,7 +114,7 @@ def markup():
         "origin": first["origin"] | {"module": MARKUP, "file": MARKUP},
         "hypotheses": [first["hypotheses"][0] | {"cause": MARKUP, "evidence": [MARKUP]}],
     }
-    data = {MARKUP: (steps_of(rows, [MARKUP, MARKUP]), run_layers(rows, markup=True), [struck])}
+    data = {MARKUP: (steps_of(rows, [MARKUP, MARKUP]), run_layers(rows, markup=True), [faulty])}
     return [info(MARKUP, rows, 35, 1)], data
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_stability import GradientMonitor
 from lit_stability.tensorboard.layout import LAYOUT
 from tests.tensorboard.live import search_path, tensorboard, wait_for
-from tests.tensorboard.live_runs import MARKUP, STEPS, STRUCK, train, write_runs
+from tests.tensorboard.live_runs import FAULT_AT, MARKUP, STEPS, train, write_runs
 from tests.tensorboard.page_tab import HEATMAP, TIMELINE, Tab
 
 pytestmark = pytest.mark.slow
@@ -54,39 +54,39 @@ def tab(browser, live):
     tab = LiveTab(browser, live)
     yield tab
     tab.page.close()
-    assert [said for said in tab.complaints if "Three.js" not in said] == []
+    assert [c for c in tab.complaints if "Three.js" not in c] == []
 
 
-def test_incident_of_the_main_job_is_told(tab):
+def test_incident_of_the_main_job_is_shown(tab):
     tab.open("&p.stability.run=main")
     cells = tab.text(".incidents tbody tr").split("\t")
     assert cells[2:4] == ["60", "non-finite loss"]
     assert "recovered" in cells[-1]
     tab.all(".incidents tbody button").first.press("Enter")
-    said = tab.see(".detail").text(".detail")
-    for part in ("Incident 1: non-finite loss", "glitch", "step taken again", "torch.load"):
-        assert part in said
+    text = tab.see(".detail").text(".detail")
+    for part in ("Incident 1: non-finite loss", "glitch", "step retried", "torch.load"):
+        assert part in text
     assert "p.stability.incident=1" in tab.hash()
 
 
 def test_stretch_dragged_over_is_shown_step_by_step(tab):
-    tab.open("&p.stability.run=struck")
+    tab.open("&p.stability.run=faulty")
     before, far = tab.pixels(HEATMAP), tab.attempt_at(630) - tab.attempt_at(600)
     box = tab.all(TIMELINE).bounding_box()
-    edges = [tab.px(TIMELINE, STRUCK + by, (1, STEPS + 1)) for by in (-10, 12)]
+    edges = [tab.px(TIMELINE, FAULT_AT + by, (1, STEPS + 1)) for by in (-10, 12)]
     tab.page.mouse.move(box["x"] + edges[0], box["y"] + 80)
     tab.page.mouse.down()
     tab.page.mouse.move(box["x"] + edges[1], box["y"] + 90, steps=3)
     tab.page.mouse.up()
     first, last = tab.range()
-    assert (abs(first - STRUCK + 10) <= 1, abs(last - STRUCK - 12) <= 1) == (True, True)
+    assert (abs(first - FAULT_AT + 10) <= 1, abs(last - FAULT_AT - 12) <= 1) == (True, True)
     assert tab.attempt_at(630) - tab.attempt_at(600) <= 1 < far
     assert tab.pixels(HEATMAP) != before
-    assert "Vetoed" in tab.hover(TIMELINE, STRUCK + 1, shown=(first, last))
+    assert "Rejected" in tab.hover(TIMELINE, FAULT_AT + 1, shown=(first, last))
 
 
 def test_keyboard_zooms_and_shows_all_again(tab):
-    tab.open("&p.stability.run=struck").all(HEATMAP).focus()
+    tab.open("&p.stability.run=faulty").all(HEATMAP).focus()
     for _ in range(3):
         tab.page.keyboard.press("+")
     first, last = tab.range()
@@ -99,24 +99,24 @@ def test_keyboard_zooms_and_shows_all_again(tab):
 
 def test_run_switched_and_compared_with_its_twin(tab):
     """S17: after the rescue the run is its twin, to the digit."""
-    tab.open("&p.stability.run=main").all("#run").select_option("struck")
+    tab.open("&p.stability.run=main").all("#run").select_option("faulty")
     tab.see(f".summary:has-text('step {STEPS - 1}')")
     tab.all("#other").select_option("twin")
     tab.see(".comparison .plot")
-    told = tab.hover(".comparison .plot", STRUCK + 50, shown=(0, STEPS - 1))
-    loss, other = re.search(r"loss\s+([\d.]+) \| ([\d.]+)", told).groups()
+    text = tab.hover(".comparison .plot", FAULT_AT + 50, shown=(0, STEPS - 1))
+    loss, other = re.search(r"loss\s+([\d.]+) \| ([\d.]+)", text).groups()
     assert loss == other
-    assert "p.stability.run=struck&p.stability.compare=twin" in tab.hash()
+    assert "p.stability.run=faulty&p.stability.compare=twin" in tab.hash()
 
 
 def test_link_opens_run_incident_and_stretch_and_back_returns(tab):
-    link = "&p.stability.run=struck&p.stability.incident=1&p.stability.quantity=update_ratio"
+    link = "&p.stability.run=faulty&p.stability.incident=1&p.stability.quantity=update_ratio"
     link += "&p.stability.from=150&p.stability.to=250"
     tab.open(link)
     assert "Incident 1" in tab.text(".detail h2")
     assert tab.range() == (150, 250)
     tab.see(f'{HEATMAP}[data-drawn="update_ratio"]')
-    assert f"attempt {STRUCK} " in tab.hover(TIMELINE, STRUCK, shown=(150, 250))
+    assert f"attempt {FAULT_AT} " in tab.hover(TIMELINE, FAULT_AT, shown=(150, 250))
     tab.all("#run").select_option("twin")
     tab.see(".incidents .message:has-text('No incident in this run')")
     tab.page.go_back()
@@ -126,7 +126,7 @@ def test_link_opens_run_incident_and_stretch_and_back_returns(tab):
     tab.see(".incidents .message:has-text('No incident in this run')").gone(".detail")
 
 
-def test_optimizers_of_a_run_are_told_apart(tab):
+def test_optimizers_of_a_run_are_separate(tab):
     tab.open("&p.stability.run=gan")
     assert tab.all("#optimizer option").all_inner_texts() == ["0: generator", "1: critic"]
     assert tab.attempt_at(600) % 2 == 1
@@ -137,10 +137,10 @@ def test_optimizers_of_a_run_are_told_apart(tab):
 
 def test_markup_in_the_name_of_a_layer_stays_text(tab):
     tab.open("&p.stability.run=hostile&p.stability.incident=1")
-    told = tab.hover(HEATMAP, 30, y=tab.row('[data-group*="img"]'), shown=(1, 61))
-    assert MARKUP in told
+    text = tab.hover(HEATMAP, 30, y=tab.row('[data-group*="img"]'), shown=(1, 61))
+    assert MARKUP in text
     assert tab.all("img").count() == 0
-    assert tab.all("body").evaluate("() => window.struck ?? window.parent.struck") is None
+    assert tab.all("body").evaluate("() => window.faulty ?? window.parent.faulty") is None
 
 
 def test_dark_mode_of_tensorboard_darkens_the_page(tab):
@@ -186,7 +186,7 @@ def test_those_without_the_plugin_find_incidents_as_text_and_the_layout_of_scala
     tab.page.goto(f"{tab.url}/#text")
     tab.page.locator("h2:text-is('Incident 1')").first.wait_for()
     items = tab.page.locator("td ul > li strong").all_inner_texts()
-    assert {"what", "born in", "outcome"} <= {*items}
+    assert {"what", "origin", "outcome"} <= {*items}
     cause = tab.page.locator("td ol > li", has=tab.page.locator("strong")).first
     assert cause.locator("ul > li").count() == 2
     tab.page.goto(f"{tab.url}/#custom_scalars")

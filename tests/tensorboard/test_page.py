@@ -28,26 +28,26 @@ def test_list_of_three_incidents_tells_kind_cause_layer_response_and_outcome(tab
 
 
 @pytest.mark.parametrize(
-    ("attempt", "said"),
+    ("attempt", "parts"),
     [
         (20, ["attempt 20 · step 20", "gradient norm", "effective LR", "2^16", "16-mixed"]),
-        (NAN_AT, ["attempt 150", "NaN", "Incident 1: non-finite loss", "Vetoed"]),
-        (WEIGHT_AT - 5, ["Taken back by the rollback of incident 2"]),
+        (NAN_AT, ["attempt 150", "NaN", "Incident 1: non-finite loss", "Rejected"]),
+        (WEIGHT_AT - 5, ["Undone by the rollback of incident 2"]),
         (WEIGHT_AT + 20, ["LR factor", "÷2", "2^15"]),
         (RATE_AT + 5, ["÷99", "bf16-mixed"]),
     ],
 )
-def test_timeline_hovered_reads_the_values_of_that_attempt(tab, attempt, said):
-    told = tab.open().hover(TIMELINE, attempt)
-    assert [part for part in said if part not in told] == []
+def test_timeline_hovered_reads_the_values_of_that_attempt(tab, attempt, parts):
+    text = tab.open().hover(TIMELINE, attempt)
+    assert [part for part in parts if part not in text] == []
 
 
 @pytest.mark.parametrize(
     ("attempt", "read"), [(NAN_AT, NAN_AT), (61, 59), (NAN_AT + 7, NAN_AT + 7)]
 )
 def test_timeline_of_a_sampled_run_has_every_attempt_around_an_incident(tab, attempt, read):
-    told = tab.open("sampled").hover(TIMELINE, attempt, shown=(9, 499))
-    assert f"attempt {read} " in told
+    text = tab.open("sampled").hover(TIMELINE, attempt, shown=(9, 499))
+    assert f"attempt {read} " in text
 
 
 def test_timeline_dragged_over_shows_that_stretch_and_double_click_shows_all(tab):
@@ -108,10 +108,10 @@ def test_pin_clicked_opens_the_detail_of_its_incident(tab):
     assert "p.stability.incident=2" in tab.hash()
 
 
-def test_detail_tells_origin_causes_what_was_tried_and_how_to_load_the_scene(tab):
-    """S15, V5: where it was born, what to try, when to leave it alone."""
+def test_detail_tells_origin_causes_what_was_tried_and_how_to_load_the_folder(tab):
+    """S15, V5: origin, what to try, when to ignore it."""
     tab.open(link="&p.stability.incident=1")
-    told = tab.text(".detail")
+    text = tab.text(".detail")
     for part in (
         "attention.py:87, forward pass",
         "log made nan",
@@ -119,12 +119,12 @@ def test_detail_tells_origin_causes_what_was_tried_and_how_to_load_the_scene(tab
         "weights float16[8, 4, 64, 64] in [-0.0012, 1]",
         "operation outside its domain",
         "Try: clamp the argument",
-        "Leave it alone: if it came with one batch",
-        "step taken again",
-        "It returned when the same steps were taken again.",
+        "When to ignore: if it came with one batch",
+        "step retried",
+        "It recurred when the same steps were run again.",
         "runs/translation/incidents/00000150-1",
     ):
-        assert part in told
+        assert part in text
     causes = tab.all(".causes > li strong:first-child").all_inner_texts()
     assert [causes[0], causes[3]] == ["operation outside its domain", "bad batch"]
     compile(tab.text(".code pre"), "scene", "exec")
@@ -139,7 +139,7 @@ def test_detail_reads_every_step_around_the_incident(tab):
     tab.all(WINDOW).hover(position={"x": middle, "y": 60})
     assert "attempt 251" in tab.text(f"{WINDOW} .tooltip")
     tab.all(".detail summary").first.click()
-    assert tab.all(".detail tbody tr.vetoed td").first.inner_text() == str(WEIGHT_AT)
+    assert tab.all(".detail tbody tr.rejected td").first.inner_text() == str(WEIGHT_AT)
     tab.all('.detail button:text("Show on the time line")').click()
     assert tab.range()[0] > 100
 
@@ -169,10 +169,10 @@ def test_comparison_lays_two_runs_over_each_other_by_step(tab):
     tab.see(".comparison .plot")
     assert "no incident" in tab.text(".comparison .legend")
     plot = ".comparison .plot"
-    told = tab.hover(plot, 300, shown=(0, 476))
-    assert re.search(r"loss\s+[\d.]+ \| [\d.]+ \([×÷][\d.]+\)", told)
-    told = tab.hover(plot, 240, shown=(0, 476))
-    assert "0.0015 | 0.003 (×2)" in told, "what a rollback took back is left out"
+    text = tab.hover(plot, 300, shown=(0, 476))
+    assert re.search(r"loss\s+[\d.]+ \| [\d.]+ \([×÷][\d.]+\)", text)
+    text = tab.hover(plot, 240, shown=(0, 476))
+    assert "0.0015 | 0.003 (×2)" in text, "undone steps are excluded"
     assert "p.stability.compare=twin" in tab.hash()
     tab.all("#other").select_option("")
     tab.gone(".comparison")

@@ -76,7 +76,9 @@ def test_host_that_has_reloaded_is_answered_and_data_fetched_again(tab, server):
     assert tab.page.evaluate("[answered.id, answered.isReply]") == [7, True]
     tab.page.wait_for_timeout(300)
     routes = sorted(route for route, _ in server.requests)
-    assert routes == ["incidents", "runs", "steps"], "layers are left alone while no step has come"
+    assert routes == ["incidents", "runs", "steps"], (
+        "layers are not fetched again until a step arrives"
+    )
     assert "Incident 2" in tab.text(".detail h2")
     assert tab.range() == (100, 300)
 
@@ -88,19 +90,19 @@ def test_markup_in_names_stays_text(tab):
     assert MARKUP in tab.text(".detail .headline")
     assert MARKUP in tab.text(".incidents tbody")
     assert tab.all("img").count() == 0
-    assert tab.page.evaluate("window.struck") is None
+    assert tab.page.evaluate("window.faulty") is None
 
 
 def test_no_run_says_what_to_add(tab):
     tab.open("empty", state="empty")
-    told = tab.text(".page-message")
-    assert "No run with stability data" in told
-    assert "Add GradientMonitor() to Trainer(callbacks=...) and a TensorBoardLogger" in told
+    text = tab.text(".page-message")
+    assert "No run with stability data" in text
+    assert "Add GradientMonitor() to Trainer(callbacks=...) and a TensorBoardLogger" in text
 
 
 def test_run_without_a_step_says_that_it_has_only_begun(tab):
     tab.open(link="&p.stability.run=begun", state="ready", drawn=False)
-    assert "No step of this run was written yet" in tab.text(".page-message")
+    assert "No step of this run has been written yet" in tab.text(".page-message")
 
 
 def test_run_that_cannot_be_read_says_why_what_to_do_and_tries_again(loud, server):

@@ -28,9 +28,9 @@ def warmth(tab, x, y):
 def test_heatmap_hovered_tells_layer_value_and_ratio_to_its_median(tab):
     """S8: layer by layer, on a logarithmic scale."""
     tab.open()
-    told = tab.hover(HEATMAP, RATE_AT + 1, y=tab.row('[data-group="decoder.layers.1"]'))
-    assert "network.decoder.layers.1.self_attention.query.weight" in told
-    ratio = float(re.search(r"ratio\s*×([\d.]+)", told)[1])
+    text = tab.hover(HEATMAP, RATE_AT + 1, y=tab.row('[data-group="decoder.layers.1"]'))
+    assert "network.decoder.layers.1.self_attention.query.weight" in text
+    ratio = float(re.search(r"ratio\s*×([\d.]+)", text)[1])
     assert ratio > 20
     assert "NaN" in tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.0"]'))
 
@@ -46,9 +46,9 @@ def test_heatmap_group_folded_takes_one_row_and_says_how_many_layers(tab):
     assert group.evaluate("each => each === document.activeElement")
     tab.all('button:text-is("Fold all")').click()
     assert rows.count() == 0
-    told = tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.1"]'))
-    assert "NaN" in told
-    assert "The most striking of 4 layers" in told
+    text = tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.1"]'))
+    assert "NaN" in text
+    assert "The most extreme of 4 layers" in text
 
 
 def test_heatmap_marks_zero_and_nonfinite_unlike_any_ratio(tab):
@@ -80,23 +80,23 @@ def test_heatmap_colours_a_layer_by_its_own_median(tab):
 
 def test_heatmap_colours_stay_wherever_one_zooms(tab):
     """The median is that of the run, not that of the stretch in view."""
-    told = []
+    levels = []
     for first, last in ((0, 499), (RATE_AT, RATE_AT + 20)):
         tab.open(link=f"&p.stability.from={first}&p.stability.to={last}")
         at = tab.px(HEATMAP, RATE_AT + 2, (first, last))
-        told.append(warmth(tab, at, tab.row('[data-group="decoder.layers.1"]')))
+        levels.append(warmth(tab, at, tab.row('[data-group="decoder.layers.1"]')))
         tab.page.goto("about:blank")
-    assert told[0] == told[1] > 60
+    assert levels[0] == levels[1] > 60
 
 
-@pytest.mark.parametrize(("by", "struck"), [(0.3, True), (-1, False), (2, False)])
-def test_vetoed_step_covers_no_healthy_ones_up_to_the_next_sample(tab, by, struck):
-    """Samples are 10 attempts apart, but for the one that was written as it was vetoed."""
+@pytest.mark.parametrize(("by", "faulty"), [(0.3, True), (-1, False), (2, False)])
+def test_rejected_step_covers_no_healthy_ones_up_to_the_next_sample(tab, by, faulty):
+    """Samples are 10 attempts apart, except for the rejected one."""
     shown = (WEIGHT_AT - 11, WEIGHT_AT + 13)
     tab.open("sampled", link=f"&p.stability.from={shown[0]}&p.stability.to={shown[1]}")
     row = tab.row('[data-group="encoder.layers.0"]')
     found = colour(tab, tab.px(HEATMAP, WEIGHT_AT + by, shown), row)
-    assert (found == [0xB0, 0x00, 0x6D]) is struck
+    assert (found == [0xB0, 0x00, 0x6D]) is faulty
 
 
 def test_quantity_switched_reads_the_update_ratio_and_says_where_there_is_none(tab, server):

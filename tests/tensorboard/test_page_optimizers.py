@@ -10,8 +10,8 @@ from tests.tensorboard.page_tab import HEATMAP, TIMELINE
 END = 498
 
 
-def norm(told):
-    return float(re.search(r"gradient norm\s+([\d.]+)", told)[1])
+def norm(text):
+    return float(re.search(r"gradient norm\s+([\d.]+)", text)[1])
 
 
 def test_single_optimizer_offers_no_choice(tab):
@@ -32,9 +32,9 @@ def test_optimizer_chosen_by_keyboard_shows_its_steps_and_layers(tab, server):
     tab.page.keyboard.press("ArrowDown")
     tab.see(".page[data-state=ready]").see(HEATMAP)
     assert tab.hash().endswith("p.stability.optimizer=1&p.stability.from=0&p.stability.to=100")
-    told = tab.hover(TIMELINE, 41, shown=(0, 100))
-    assert "attempt 41 " in told
-    assert norm(told) > 1000
+    text = tab.hover(TIMELINE, 41, shown=(0, 100))
+    assert "attempt 41 " in text
+    assert norm(text) > 1000
     asked = {
         (route, query["optimizer"]) for route, query in server.requests if route != "incidents"
     }
@@ -47,8 +47,8 @@ def test_attempts_around_an_incident_are_those_of_the_optimizer_shown(tab, optim
     tab.open(
         "gan", link=f"&p.stability.optimizer={optimizer}&p.stability.from=140&p.stability.to=260"
     )
-    told = tab.hover(TIMELINE, attempt, shown=(140, 260))
-    assert (norm(told) > 1000) is bool(optimizer)
+    text = tab.hover(TIMELINE, attempt, shown=(140, 260))
+    assert (norm(text) > 1000) is bool(optimizer)
 
 
 @pytest.mark.parametrize(("incident", "optimizer"), [(1, 0), (2, 1)])

@@ -39,16 +39,16 @@ def write(folder, steps, *, names=("a", "b"), first=1, norms=None, incidents=(),
     for index, step in enumerate(steps):
         number = attempts.begin()
         own = [float(number)] * len(names) if norms is None else norms[index]
-        told = {"names": names, "grad_norms": tuple(own), "optimizer": optimizer}
-        stats = StepStats(step=step, loss=float(number), grad_norm=1.0, **told)
+        fields = {"names": names, "grad_norms": tuple(own), "optimizer": optimizer}
+        stats = StepStats(step=step, loss=float(number), grad_norm=1.0, **fields)
         row = row_of(number, stats, clip_threshold=None, precision="32-true", taken=True)
         attempts.add(row)
         tab.write_step_attempt(row, stats, None)
         if number in incidents:
             window = attempts.open(number, number)
-            told = {"id": number, "time": float(number), "message": "loss is nan"}
-            told |= window.as_dict()
-            tab.write_incident(number, float(number), number, functools.partial(to_json, told))
+            record = {"id": number, "time": float(number), "message": "loss is nan"}
+            record |= window.as_dict()
+            tab.write_incident(number, float(number), number, functools.partial(to_json, record))
     logger.experiment.close()
 
 
@@ -130,7 +130,7 @@ def test_incidents_come_with_their_windows(plugin):
 
 
 def test_data_of_a_newer_version_and_damaged_ones_are_passed_over(tmp_path, monkeypatch, caplog):
-    """Said once, and the rest is shown."""
+    """Reported once, and the rest is shown."""
     write(tmp_path / "old", [0, 1], incidents=(2,))
     logger = Logger(tmp_path / "old")
     StabilityTab([logger]).write_incident(5, 5.0, 5, lambda: "{cut")
@@ -142,7 +142,7 @@ def test_data_of_a_newer_version_and_damaged_ones_are_passed_over(tmp_path, monk
         assert [run["run"] for run in ask(plugin, "runs")[1]] == ["old"]
         assert [i["id"] for i in ask(plugin, "incidents?run=old")[1]] == [2]
     assert caplog.text.count("upgrade lit-stability") == 1
-    assert caplog.text.count("is damaged and left out") == 1
+    assert caplog.text.count("is damaged and ignored") == 1
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_data_of_a_newer_version_and_damaged_ones_are_passed_over(tmp_path, monk
         ("incidents?run=<b>", 404, "'<b>'"),
     ],
 )
-def test_bad_request_is_told_what_is_wrong_and_what_to_do(plugin, route, code, says):
+def test_bad_request_is_answered_with_the_problem_and_what_to_do(plugin, route, code, says):
     found, answer = ask(plugin, route)
     assert found == code
     assert says in answer["error"]
@@ -216,15 +216,15 @@ def test_second_optimizer_is_served_on_request(tmp_path):
 def test_long_run_of_many_layers_loses_no_incident(tmp_path):
     """20,000 attempts of 300 layers: samples are dropped, incidents never."""
     names = tuple(f"layer.{i}" for i in range(300))
-    struck = {*range(100, 20_000, 500)}
+    faulty = {*range(100, 20_000, 500)}
     norms = [(float(i),) * 300 for i in range(7)]
-    write(tmp_path / "r", range(20_000), names=names, norms=norms * 3000, incidents=struck)
+    write(tmp_path / "r", range(20_000), names=names, norms=norms * 3000, incidents=faulty)
     plugin = plugin_on(tmp_path)
     (run,) = ask(plugin, "runs")[1]
-    assert (run["steps"], run["layers"], run["incidents"]) == (SAMPLES, 300, len(struck))
+    assert (run["steps"], run["layers"], run["incidents"]) == (SAMPLES, 300, len(faulty))
     assert run["last"] == 19_999
     incidents = ask(plugin, "incidents?run=r")[1]
-    assert {i["attempt"] for i in incidents} == struck
+    assert {i["attempt"] for i in incidents} == faulty
     assert all(len(i["window"]["rows"]) == 51 for i in incidents)
     layers = ask(plugin, "layers?run=r&quantity=grad_norm")[1]
     assert layers_of(layers).shape == (SAMPLES, 300)
@@ -285,7 +285,7 @@ def test_plugin_that_cannot_be_loaded_leaves_tensorboard_alone(monkeypatch, capl
     monkeypatch.setitem(__import__("sys").modules, "lit_stability.tensorboard.plugin", None)
     with caplog.at_level(logging.WARNING, "tensorboard"):
         assert StabilityLoader().load(TBContext()) is None
-    assert "goes on without the Stability tab" in caplog.text
+    assert "the Stability tab cannot be loaded" in caplog.text
 
 
 def test_package_says_where_the_plugin_is_and_takes_the_page_along():

@@ -46,7 +46,7 @@ def test_incident_is_written_as_markdown_once_more_when_closed(run):
     assert tag in accumulator.Tags()["tensors"]
     texts = [e.tensor_proto.string_val[0].decode() for e in accumulator.Tensors(tag)]
     assert len(texts) == 2
-    assert "step taken again" in texts[0]
+    assert "step retried" in texts[0]
     assert "recovered" in texts[1]
 
 

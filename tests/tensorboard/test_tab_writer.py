@@ -97,7 +97,7 @@ def test_update_ratios_are_those_of_the_scan_that_was_given(tmp_path):
     found = written(tmp_path, lambda tab: attempt(tab, 12, scan=scan))
     tag = layers_tag(0, "update_ratio", ("a", "b"))
     np.testing.assert_array_equal(values(found, tag), np.array([[0.1, math.nan]], "f4"))
-    assert update_ratios(moves, 5)[0] == 0.5, "a scan anew of the same step"
+    assert update_ratios(moves, 5)[0] == 0.5, "a second scan of the same step"
 
 
 def test_second_optimizer_has_series_of_its_own(tmp_path):
@@ -124,8 +124,8 @@ os._exit(9)
 
 def test_incident_of_a_job_that_is_killed_is_on_the_disk(tmp_path):
     """S1: whatever is in a queue then is lost."""
-    told = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
-    assert told.returncode == 9
+    result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert result.returncode == 9
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     (event,) = accumulator.Tensors("stability/incident/3/1700000000")
@@ -145,7 +145,7 @@ class Broken(SummaryWriter):
         return super()._get_file_writer()
 
 
-def test_logger_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, caplog):
+def test_logger_that_fails_is_reported_once_and_the_others_go_on(tmp_path, caplog):
     broken, sound = Broken(str(tmp_path / "a")), SummaryWriter(str(tmp_path / "b"))
     tab = StabilityTab([Logger(broken), Logger(sound), Logger(None), object()])
     with caplog.at_level(logging.WARNING):
@@ -154,7 +154,7 @@ def test_logger_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, caplog
     broken.close()
     sound.close()
     (line,) = (r.message for r in caplog.records if "Stability tab" in r.message)
-    assert "Broken (OSError: No space left on device); training goes on" in line
+    assert "Broken failed (OSError: No space left on device); it gets no more" in line
     accumulator = EventAccumulator(str(tmp_path / "b"))
     accumulator.Reload()
     assert len(accumulator.Tensors(steps_tag(0))) == 5
@@ -169,7 +169,7 @@ def test_attempt_that_cannot_be_put_in_an_event_stops_no_training(tmp_path, capl
         attempt(tab, 2, names=("a",), norms=())
         attempt(tab, 3)
     experiment.close()
-    assert caplog.text.count("gets nothing more") == 1
+    assert caplog.text.count("writing Stability tab data to") == 1
 
 
 def test_loggers_without_event_files_are_left_alone():

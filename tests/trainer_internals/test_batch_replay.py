@@ -1,4 +1,4 @@
-"""The replay ring by itself: what is kept, what is given up, what comes again, in which order."""
+"""The replay ring alone: which batches are recorded, dropped and replayed, and in which order."""
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def queued(ring):
 
 
 @pytest.mark.parametrize(
-    ("position", "left_out", "queue"),
+    ("position", "skipped", "queue"),
     [
-        # Batches before the first left out come with their generators, those after without.
+        # Batches before the first skipped one come with their generators, those after without.
         (2, [], [(2, True), (3, True), (4, True)]),
         (2, [3], [(2, True), (4, False)]),
         (2, [2], [(3, False), (4, False)]),
@@ -31,16 +31,16 @@ def queued(ring):
         (5, [], []),
     ],
 )
-def test_rewind_queues_what_came_since_but_for_what_is_left_out(position, left_out, queue):
+def test_rewind_queues_all_batches_since_a_position_except_skipped_ones(position, skipped, queue):
     ring, entries = ring_of(5)
-    ring.rewind(position, [entries[i] for i in left_out])
+    ring.rewind(position, [entries[i] for i in skipped])
     assert queued(ring) == queue
     assert ring.position == position
-    assert ring.left_out[0] == len(left_out)
+    assert ring.skipped[0] == len(skipped)
     assert ring.nbytes == 8 * position
 
 
-def test_rewind_during_a_replay_puts_the_served_before_the_waiting():
+def test_rewind_during_a_replay_queues_served_batches_before_waiting_ones():
     ring, _ = ring_of(5)
     ring.rewind(1)
     for _ in range(2):
@@ -49,12 +49,12 @@ def test_rewind_during_a_replay_puts_the_served_before_the_waiting():
     assert [item for item, _ in queued(ring)] == [2, 3, 4]
 
 
-def test_bytes_are_bounded_and_what_was_given_up_cannot_be_replayed():
+def test_bytes_are_bounded_and_dropped_batches_cannot_be_replayed():
     ring, _ = ring_of(10, max_bytes=40)
     assert (ring.nbytes, ring.first, ring.position) == (40, 5, 10)
     assert ring.replayable(5)
     assert not ring.replayable(4)
-    with pytest.raises(LookupError, match="batches before 5 are no longer kept, 4 asked"):
+    with pytest.raises(LookupError, match="batches before 5 were dropped, 4 requested"):
         ring.since(4)
 
 
@@ -63,7 +63,7 @@ def test_one_batch_larger_than_the_bound_is_kept_alone():
     assert (ring.first, len(ring.entries)) == (2, 1)
 
 
-def test_prune_gives_up_what_lies_before_a_position():
+def test_prune_drops_the_entries_before_a_position():
     ring, _ = ring_of(6)
     ring.prune(4)
     assert (ring.first, [e.item for e in ring.entries]) == (4, [4, 5])
@@ -71,7 +71,7 @@ def test_prune_gives_up_what_lies_before_a_position():
     assert ring.first == 4
 
 
-def test_batch_written_into_is_noted_and_only_its_own_absence_heals_it():
+def test_modified_batch_is_detected_and_only_replayable_without_it():
     ring = ReplayRing(10**6, clone=False)
     batch = {"x": torch.zeros(3), "y": [torch.zeros(2)]}
     entry = RecordedBatch(batch, 0, 0, None, size_of(batch), (0, 0))
@@ -81,7 +81,7 @@ def test_batch_written_into_is_noted_and_only_its_own_absence_heals_it():
     batch["y"][0].add_(1)
     ring.check_modified()
     assert not ring.replayable(0)
-    assert ring.replayable(0, leave_out=[entry])
+    assert ring.replayable(0, skipped=[entry])
 
 
 def test_size_counts_tensors_in_containers_and_batch_objects():

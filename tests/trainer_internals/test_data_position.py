@@ -1,4 +1,4 @@
-"""A resumed fit trains on the batches that would have come: every step of every kind of loader."""
+"""A resumed fit continues with the next batch: every step of every kind of loader."""
 
 import random
 import threading
@@ -132,7 +132,7 @@ class Batches:
 
 
 class Buckets(Sampler):
-    """A sampler of batches that draws as it goes."""
+    """A sampler of batches that draws during its iteration."""
 
     def __init__(self, draw):
         self.draw = draw
@@ -202,8 +202,8 @@ OPTIONS = {
 }
 
 
-class Tape(Callback):
-    """Every batch with its step, its index and all that was logged."""
+class Recorder(Callback):
+    """Records every batch with its step, its index and all logged values."""
 
     def __init__(self):
         self.seen = []
@@ -236,16 +236,16 @@ def validation():
 
 
 def run(root, loader, *, ckpt=None, seed=0, callbacks=(), module=Net, good=True, **options):
-    """A fit in which every state between two batches is kept; returns all that can differ."""
+    """Runs a fit that saves the state between any two batches; returns all that can differ."""
     seed_everything(seed, verbose=False)
-    net, recorded_step = module(), Tape()
+    net, recorder = module(), Recorder()
     if "reload_dataloaders_every_n_epochs" in options:
         net.train_dataloader = loader
         data = None
     else:
         data = loader()
     manager = LastKnownGood(every_n_steps=1, confirm_after=1, keep=10**6)
-    suite = [GradientMonitor(), manager, recorded_step] if good else [recorded_step]
+    suite = [GradientMonitor(), manager, recorder] if good else [recorder]
     trainer = make_trainer(
         root, [*suite, *callbacks], **({"max_steps": -1, "max_epochs": 4} | options)
     )
@@ -256,7 +256,7 @@ def run(root, loader, *, ckpt=None, seed=0, callbacks=(), module=Net, good=True,
         optimizer_state(trainer),
         torch.get_rng_state(),
         random.getstate(),
-        recorded_step.seen,
+        recorder.seen,
     )
 
 
@@ -272,7 +272,7 @@ def assert_same_end(whole, resumed, logged=True):
 
 
 def check_resumes(tmp_path, caplog, loader, **options):
-    """Resume from a file of each epoch's start, middle and end, and compare the rest."""
+    """Resumes from a file of each epoch's start, middle and end, and compares the rest."""
     whole = run(tmp_path, loader, **options)
     files = good_files(tmp_path / "good")
     assert len(files) >= 8
@@ -281,7 +281,7 @@ def check_resumes(tmp_path, caplog, loader, **options):
         root = tmp_path / f"from {step_of(files[i])}"
         resumed = run(root, loader, ckpt=files[i], seed=9, **options)
         assert_same_end(whole, resumed)
-        assert "the data go on with the batch that came next" in caplog.text
+        assert "the data continue with the next batch" in caplog.text
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -314,7 +314,7 @@ def test_resumed_fit_ends_bit_identical_with_options(loader, name, tmp_path, cap
     ids=["batch", "epoch"],
 )
 def test_any_checkpoint_of_the_trainer_carries_the_position(when, loader, tmp_path):
-    """S12: also those at the last batch and at the end of an epoch, where Lightning begins anew."""
+    """S12: also those at the last batch and at the end of an epoch, where Lightning restarts."""
 
     def saver():
         return ModelCheckpoint(tmp_path / "any", "{step}", save_top_k=-1, **when)
@@ -324,21 +324,21 @@ def test_any_checkpoint_of_the_trainer_carries_the_position(when, loader, tmp_pa
     files = sorted((tmp_path / "any").glob("*.ckpt"), key=lambda f: int(f.stem.split("=")[1]))
     assert len(files) == (21 if "every_n_train_steps" in when else 3)
     for file in files[:-1][-8:]:
-        again = {"ckpt": file, "seed": 9, "callbacks": [saver()]}
-        resumed = run(tmp_path / file.stem, LOADERS[loader], **again, **options)
+        resume = {"ckpt": file, "seed": 9, "callbacks": [saver()]}
+        resumed = run(tmp_path / file.stem, LOADERS[loader], **resume, **options)
         # From a file of an epoch's last batch Lightning goes on without the end of that epoch.
         assert_same_end(whole, resumed, logged=False)
 
 
-def test_states_kept_are_bounded_and_it_is_said_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data_position, "MOST_STATES", 3)
+def test_states_saved_are_bounded_and_this_is_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(data_position, "MAX_STATES", 3)
     run(tmp_path, LOADERS["stream shuffled by torch"], max_epochs=3)
     states = [
         torch.load(f, weights_only=True)["callbacks"]["LastKnownGood"]["position"]["states"]
         for f in good_files(tmp_path / "good")
     ]
     assert max(map(len, states)) == 4, "and the one before the batch that is read ahead"
-    assert caplog.text.count("its order may be another") == 1
+    assert caplog.text.count("may change their order") == 1
 
 
 def test_steps_of_a_plateau_scheduler_are_not_taken_twice(tmp_path, caplog):

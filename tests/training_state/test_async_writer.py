@@ -1,4 +1,4 @@
-"""Checkpoints written in the background, whole or not at all."""
+"""Checkpoints written in the background, completely or not at all."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ def names(folder):
     return sorted(f.name for f in folder.iterdir())
 
 
-def test_newest_files_stay_and_later_ones_are_left_alone(tmp_path):
+def test_newest_files_stay_and_later_ones_are_unchanged(tmp_path):
     writer = AsyncCheckpointWriter(tmp_path / "good", keep=2)
     for step in (50, 10, 20, 30):
         write(writer, {"step": step}, step)
@@ -28,7 +28,7 @@ def test_newest_files_stay_and_later_ones_are_left_alone(tmp_path):
     assert torch.load(writer.newest, weights_only=True) == {"step": 30}
 
 
-def test_writing_goes_on_beside_and_the_thread_ends_with_it(tmp_path, monkeypatch):
+def test_write_runs_in_the_background_and_its_thread_ends_with_it(tmp_path, monkeypatch):
     gate = threading.Event()
     save = torch.save
     monkeypatch.setattr(async_writer.torch, "save", lambda *args: gate.wait(10) and save(*args))
@@ -67,7 +67,7 @@ def test_non_finite_state_is_refused_and_named(tmp_path, caplog):
     state = {"state_dict": {"w": torch.tensor([float("nan")])}}
     write(writer, state, 5)
     assert names(tmp_path) == []
-    assert "the state of step 5 is refused: w is non-finite" in caplog.text
+    assert "no good checkpoint written at step 5: w is non-finite" in caplog.text
     write(writer, state, 5, constants=["w"])
     assert names(tmp_path) == ["step=00000005.ckpt"]
 
@@ -77,10 +77,10 @@ def test_file_has_its_name_only_once_it_is_on_the_disk(tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         original = getattr(os, name)
 
-        def told(*args, name=name, original=original):
+        def recorded(*args, name=name, original=original):
             order.append(name)
             return original(*args)
 
-        monkeypatch.setattr(os, name, told)
+        monkeypatch.setattr(os, name, recorded)
     write_whole({"a": 1}, tmp_path / "x.ckpt")
     assert order == ["fsync", "replace", "fsync"], "the file, its name, the folder"

@@ -68,7 +68,7 @@ def autocast(model, x, dtype=torch.float16):
         return model(x)
 
 
-def test_island_overflows_no_more_and_the_rest_stays_in_16_bits():
+def test_module_kept_in_fp32_overflows_no_more_and_the_rest_stays_in_16_bits():
     linear = nn.Linear(4, 4)
     nn.init.constant_(linear.weight, 300.0)
     x = torch.full((1, 4), 300.0)
@@ -79,7 +79,7 @@ def test_island_overflows_no_more_and_the_rest_stays_in_16_bits():
     assert torch.equal(out, linear(x))
 
 
-def test_island_in_a_half_precision_model_converts_its_own_weights_and_gives_halves_back():
+def test_module_kept_in_fp32_in_a_half_precision_model_converts_its_weights_and_returns_halves():
     model = Model().bfloat16()
     keep_in_fp32(model.final_norm)
     assert model.final_norm.weight.dtype == torch.float32
@@ -87,7 +87,7 @@ def test_island_in_a_half_precision_model_converts_its_own_weights_and_gives_hal
     assert model(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_island_leaves_names_values_and_hooks_as_they_were():
+def test_module_kept_in_fp32_has_the_same_names_values_and_hooks():
     model, reference = Model(), Model()
     reference.load_state_dict(model.state_dict())
     keep_in_fp32(model.blocks[0])
@@ -99,7 +99,7 @@ def test_island_leaves_names_values_and_hooks_as_they_were():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copy_of_an_island_is_one_and_computes_with_its_own_weights(duplicate):
+def test_copy_of_a_module_kept_in_fp32_is_one_and_computes_with_its_own_weights(duplicate):
     model = Model()
     keep_in_fp32(model.head)
     other = duplicate(model)
@@ -124,7 +124,7 @@ def test_released_module_computes_as_before_even_if_its_forward_was_replaced_bef
     assert torch.equal(linear(x), x * 2)
 
 
-def test_island_compiles_without_a_graph_break():
+def test_module_kept_in_fp32_compiles_without_a_graph_break():
     model = Model()
     keep_in_fp32(model.final_norm)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -1,6 +1,7 @@
 """Clipping from a norm that is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lit_stability.training_state.gradient_clipping import (
     clip_coefficient,
     clip_step,
     clip_threshold,
+    gradients_are_new,
     scale_gradients,
 )
 
@@ -47,7 +49,7 @@ def test_clip_coefficient_never_enlarges_and_never_leaves_too_much(norm, max_nor
 )
 def test_clip_coefficient_of_what_cannot_be_clipped_is_refused(norm, max_norm):
     """C4: no clipping mends a NaN."""
-    with pytest.raises(ValueError, match=f"norm of {norm!r} to {max_norm!r}"):
+    with pytest.raises(ValueError, match=f"norm={norm!r} to max_norm={max_norm!r}"):
         clip_coefficient(norm, max_norm)
 
 
@@ -115,9 +117,9 @@ def one_weight(norm):
 def test_step_clipped_by_several_keeps_the_smallest_threshold(order):
     """K3: never the product of what each would multiply by."""
     optimizer, stats = one_weight(16.0)
-    told = [clip_step(optimizer, stats, threshold) for threshold in order]
+    totals = [clip_step(optimizer, stats, threshold) for threshold in order]
     assert float(optimizer.param_groups[0]["params"][0].grad.norm()) == min(order)
-    assert told[-1] == min(order) / 16
+    assert totals[-1] == min(order) / 16
 
 
 def test_threshold_of_a_step_is_the_smallest_that_was_asked_for_it_alone():
@@ -129,7 +131,28 @@ def test_threshold_of_a_step_is_the_smallest_that_was_asked_for_it_alone():
     assert clip_threshold(optimizer, StepStats(step=1, loss=1.0, grad_norm=16.0)) is None
 
 
-def test_next_step_and_other_optimizers_are_clipped_anew():
+def test_step_whose_measurement_was_replaced_is_still_the_same_step():
+    """At a change of regime the monitor hands out other learning rates for the step at hand."""
+    optimizer, stats = one_weight(16.0)
+    assert clip_step(optimizer, stats, 8.0) == 0.5
+    assert clip_step(optimizer, replace(stats, learning_rates=(0.1,)), 6.4) == 0.4
+    weight = optimizer.param_groups[0]["params"][0]
+    assert float(weight.grad.norm()) == pytest.approx(6.4)
+    assert clip_threshold(optimizer, stats) == 6.4
+
+
+def test_step_that_is_retried_has_gradients_that_nobody_has_clipped():
+    optimizer, stats = one_weight(16.0)
+    clip_step(optimizer, stats, 4.0)
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.full((4,), 8.0)
+    gradients_are_new(optimizer)
+    assert clip_threshold(optimizer, stats) is None
+    assert clip_step(optimizer, stats, 4.0) == 0.25
+    assert float(weight.grad.norm()) == 4.0
+
+
+def test_next_step_and_other_optimizers_are_clipped_from_scratch():
     optimizer, stats = one_weight(16.0)
     clip_step(optimizer, stats, 1.0)
     other, _ = one_weight(16.0)

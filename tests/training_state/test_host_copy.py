@@ -92,7 +92,7 @@ def test_first_nonfinite_looks_at_weights_buffers_and_moments():
     assert first_nonfinite(state, ["1.running_var"]) == "optimizer 0.state.1.exp_avg"
 
 
-def test_packed_generators_are_told_apart_by_a_single_draw():
+def test_packed_generators_differ_after_a_single_draw():
     before = capture_rng()
     assert same_rng(before, capture_rng())
     for draw in ("torch.rand(1)", "random.random()", "np.random.rand()"):

@@ -17,6 +17,7 @@ from lit_stability.training_state.lr_multiplier import (
 )
 
 STEPS = 12
+OWNER = "rollback"
 SCHEDULERS = {
     "lambda": lambda o: s.LambdaLR(o, lambda i: 1 / (1 + i)),
     "multiplicative": lambda o: s.MultiplicativeLR(o, lambda i: 0.9),
@@ -82,7 +83,7 @@ def test_scale_under_any_scheduler_is_exact_and_leaves_the_schedule_alone(name, 
 
     scaled, optimizer = make(lr=[nominal_lr(), nominal_lr()], momentum=0.9)
     schedule = SCHEDULERS[name](optimizer)
-    learning_rate_multiplier(optimizer).set([factor] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([factor] * len(optimizer.param_groups), OWNER)
     seen = []
     for i in range(STEPS):
         seen.append(rates(optimizer))
@@ -121,7 +122,7 @@ def update(lr, scale, lr_type=float):
 )
 @pytest.mark.parametrize("lr_type", [float, torch.tensor])
 def test_set_scales_each_group(lr, factors, effective, lr_type):
-    used, left = update(lr, lambda scale: scale.set(factors), lr_type)
+    used, left = update(lr, lambda scale: scale.set(factors, OWNER), lr_type)
     assert used == effective
     assert left == lr
 
@@ -129,7 +130,7 @@ def test_set_scales_each_group(lr, factors, effective, lr_type):
 def test_effective_and_nominal_tell_what_the_next_update_uses():
     _, optimizer = make(lr=[0.5, 0.25])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5, 0.25])
+    scale.set([0.5, 0.25], OWNER)
     assert scale.nominal() == [0.5, 0.25]
     assert scale.effective() == [0.25, 0.0625]
 
@@ -147,9 +148,9 @@ def test_effective_and_nominal_tell_what_the_next_update_uses():
 def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factors, message):
     _, optimizer = make(lr=[0.5, 0.25])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5] * len(optimizer.param_groups))
+    scale.set([0.5] * len(optimizer.param_groups), OWNER)
     with pytest.raises(ValueError, match=message):
-        scale.set(factors)
+        scale.set(factors, OWNER)
     assert scale.effective() == [0.25, 0.125]
 
 
@@ -167,11 +168,11 @@ def test_set_refuses_what_makes_no_sense_and_keeps_what_was(factors, message):
 def test_set_inside_the_closure_is_obeyed_by_that_very_update(before, inside, used, lr_type):
     weights, optimizer = make(lr=[lr_type(0.5), lr_type(0.5)])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([before] * len(optimizer.param_groups))
+    scale.set([before] * len(optimizer.param_groups), OWNER)
 
     def closure():
         for factor in inside:
-            scale.set([factor] * len(optimizer.param_groups))
+            scale.set([factor] * len(optimizer.param_groups), OWNER)
             assert scale.nominal() == [0.5, 0.5]
         for w in weights:
             w.data.zero_()
@@ -191,13 +192,13 @@ def test_exception_inside_a_step_leaves_the_next_step_at_the_nominal_rate(change
     """S13."""
     weights, optimizer = make(lr=[0.5, 0.5])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5] * len(optimizer.param_groups))
+    scale.set([0.5] * len(optimizer.param_groups), OWNER)
     for _ in range(3):
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step(fail)
     assert scale.nominal() == [0.5, 0.5]
     if change:
-        scale.set([change] * len(optimizer.param_groups))
+        scale.set([change] * len(optimizer.param_groups), OWNER)
     for w in weights:
         w.data.zero_()
         w.grad = torch.ones(4)
@@ -208,7 +209,7 @@ def test_exception_inside_a_step_leaves_the_next_step_at_the_nominal_rate(change
 
 def test_exception_inside_a_step_then_a_rate_of_someone_elses_is_kept():
     _, optimizer = make(lr=[0.5, 0.5])
-    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups), OWNER)
     with pytest.raises(RuntimeError):
         optimizer.step(fail)
     for group in optimizer.param_groups:
@@ -221,7 +222,7 @@ def test_exception_inside_a_step_then_a_rate_of_someone_elses_is_kept():
 def test_detach_leaves_the_optimizer_at_its_nominal_rate(raised):
     weights, optimizer = make(lr=[0.5, 0.5])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5] * len(optimizer.param_groups))
+    scale.set([0.5] * len(optimizer.param_groups), OWNER)
     if raised:
         with pytest.raises(RuntimeError):
             optimizer.step(fail)
@@ -244,7 +245,7 @@ def test_scale_of_an_optimizer_is_the_same_for_everybody():
 
 def test_scale_does_not_keep_its_optimizer_alive():
     _, optimizer = make()
-    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups), OWNER)
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()
@@ -254,7 +255,7 @@ def test_scale_does_not_keep_its_optimizer_alive():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copy_of_a_scaled_optimizer_steps_at_its_nominal_rate(copied):
     weights, optimizer = make(lr=[0.5, 0.5])
-    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups), OWNER)
     step(weights, optimizer, 0)
     twin = copied(optimizer)
     assert rates(twin) == [0.5, 0.5]
@@ -267,7 +268,7 @@ def test_copy_of_a_scaled_optimizer_steps_at_its_nominal_rate(copied):
 
 def test_state_dict_of_a_scaled_optimizer_holds_the_nominal_rate():
     weights, optimizer = make(AdamW, lr=[0.5, 0.25])
-    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups))
+    learning_rate_multiplier(optimizer).set([0.5] * len(optimizer.param_groups), OWNER)
     step(weights, optimizer, 0)
     assert [g["lr"] for g in optimizer.state_dict()["param_groups"]] == [0.5, 0.25]
 
@@ -276,22 +277,42 @@ def test_owners_hold_factors_at_once_and_neither_undoes_the_other():
     """K3, N2: factors multiply; who relaxes its own leaves the other's in force."""
     _, optimizer = make(lr=[1.0, 1.0])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5, 0.25])
+    scale.set([0.5, 0.25], OWNER)
     scale.set([0.5, 1.0], "clipping")
     assert scale.effective() == [0.25, 0.25]
-    scale.set([1.0, 1.0])
+    scale.set([1.0, 1.0], OWNER)
     assert scale.effective() == [0.5, 1.0]
-    scale.set([0.25, 0.25])
+    scale.set([0.25, 0.25], OWNER)
     scale.set([1.0, 1.0], "clipping")
     assert scale.effective() == [0.25, 0.25]
-    assert (scale.held_by("throttle"), scale.held_by("clipping")) == ((0.25, 0.25), (1.0, 1.0))
+    assert (scale.held_by("rollback"), scale.held_by("clipping")) == ((0.25, 0.25), (1.0, 1.0))
     assert scale.held_by("nobody") == ()
+
+
+def test_factors_of_a_restart_and_a_rollback_multiply_and_neither_overwrites_the_other():
+    _, optimizer = make(lr=[1.0, 0.5])
+    scale = learning_rate_multiplier(optimizer)
+    scale.set([0.5, 0.5], "restart")
+    scale.set([0.25, 1.0], "rollback")
+    assert scale.factors == (0.125, 0.5)
+    assert scale.effective() == [0.125, 0.25]
+    scale.set([1.0, 1.0], "rollback")
+    assert scale.factors == scale.held_by("restart") == (0.5, 0.5)
+    scale.set([0.25, 0.25], "rollback")
+    scale.set([1.0, 1.0], "restart")
+    assert scale.factors == scale.held_by("rollback") == (0.25, 0.25)
+
+
+def test_owner_is_a_required_argument():
+    _, optimizer = make()
+    with pytest.raises(TypeError, match="owner"):
+        learning_rate_multiplier(optimizer).set([0.5, 0.5])
 
 
 def test_group_added_since_is_scaled_by_those_owners_who_know_it():
     _, optimizer = make(lr=[1.0, 1.0])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5, 0.5])
+    scale.set([0.5, 0.5], OWNER)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
     assert scale.effective() == [0.5, 0.5, 1.0]
     scale.set([0.25] * 3, "clipping")
@@ -299,11 +320,11 @@ def test_group_added_since_is_scaled_by_those_owners_who_know_it():
 
 
 def test_owner_that_cuts_inside_a_step_scales_this_update_on_top_of_the_other():
-    used, left = update([1.0, 1.0], lambda scale: scale.set([0.5, 0.5]))
+    used, left = update([1.0, 1.0], lambda scale: scale.set([0.5, 0.5], OWNER))
     assert used == [0.5, 0.5]
     weights, optimizer = make(lr=[1.0, 1.0])
     scale = learning_rate_multiplier(optimizer)
-    scale.set([0.5, 0.5])
+    scale.set([0.5, 0.5], OWNER)
 
     def closure():
         scale.set([0.5, 0.5], "clipping")

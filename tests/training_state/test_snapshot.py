@@ -1,4 +1,4 @@
-"""A state put back is the state there was, and training from it goes the same way again."""
+"""A restored state equals the captured one, and training from it repeats exactly."""
 
 import copy
 import math
@@ -190,7 +190,7 @@ def test_buffers_of_a_bank_are_reused_from_capture_to_capture():
     assert not {t.data_ptr() for t in tensors} & set(places)
 
 
-def test_bank_of_other_shapes_starts_anew():
+def test_bank_of_other_shapes_starts_from_scratch():
     bank = TensorBank()
     bank.capture([torch.zeros(3)])
     later = torch.ones(4, dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_drift_is_the_largest_change_by_parameter():
     assert snapshot.drift() == {"weight": pytest.approx(0.5), "bias": 0.0}
 
 
-def test_generators_put_back_draw_the_same_numbers():
+def test_restored_generators_draw_the_same_numbers():
     saved = capture_rng()
 
     def draw():
@@ -392,7 +392,7 @@ def run_generations(events, confirm_after=3):
         ("sc", "-0"),
         ("schhshhh", "-0000004"),
         ("scshhdhhhh", "-000000000"),
-        ("scshhshhh", "-00000005"),  # begun again before it was confirmed: counts anew
+        ("scshhshhh", "-00000005"),  # begun again before it was confirmed: the count restarts
         ("scshhhshhh", "-000022226"),
         ("d", "-"),
         ("c", "-"),

@@ -1,171 +1,342 @@
-"""What `AutoRollback` does about an incident: asks the ladder, and carries the response out."""
+"""Chooses the response to an incident, by the escalation policy, and carries it out.
+
+May import Lightning.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import call_hook
+from lit_stability.callbacks.requirements import gather_of
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
-from lit_stability.policies.actions import Response, RetryStep, RollBack, SkipStep, Stop
+from lit_stability.measurement.step_stats import StepStats
+from lit_stability.policies.actions import (
+    HoldLearningRate,
+    Response,
+    RetryStep,
+    RollBack,
+    SkipStep,
+    Stop,
+)
 from lit_stability.policies.backoff import Backoff, Baseline
 from lit_stability.policies.escalation import EscalationPolicy
 from lit_stability.trainer_internals import RecordedBatch, parameters_of
+from lit_stability.training_state.gradient_clipping import clip_step
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
+
+_OWNER = "rollback"
+"""Of its factor on the learning rate."""
 
 
 class ResponseExecutor:
-    """The incident of a fit that is being treated, and how far the treatment is.
+    """Everything that `AutoRollback` does in one fit.
+
+    A response has two parts: what must happen before the update (the step is skipped, or the
+    learning rate is held), in `respond`, and what must happen after the batch (the step is undone,
+    retried or rolled back), in `batch_ended`.
 
     Args:
-        engine: takes the fit back.
-        escalation: chooses.
-        backoff: lowers learning rate and clip.
-        optimizers: how many there are.
+        trainer: in its fit.
+        pl_module: the module in training.
+        engine: undoes steps and restores snapshots.
+        escalation: chooses the response.
+        backoff: lowers learning rate and clip, and raises both again.
     """
 
     def __init__(
         self,
+        trainer: Trainer,
+        pl_module: LightningModule,
         engine: RollbackEngine,
         escalation: EscalationPolicy,
         backoff: Backoff,
-        optimizers: int,
     ) -> None:
-        self.engine, self._escalation, self._backoff = engine, escalation, backoff
-        self.baselines = [Baseline() for _ in range(optimizers)]
-        self.finder = BadMicroBatchFinder()
-        self.due: tuple[Response, Incident] | None = None
-        """What is to be done at the end of the batch."""
-        self.checked: Incident | None = None
-        """The incident for which steps were taken again last."""
-        self.trouble = 0
-        """The step of the anomaly last rolled back for; until then, no relaxing."""
+        self._trainer, self._module, self._engine = trainer, pl_module, engine
+        self._escalation, self._backoff = escalation, backoff
+        self._gather = gather_of(trainer)
+        self.baselines = [Baseline() for _ in trainer.optimizers]
+        """Of each optimizer's healthy steps."""
+        self._finder = BadMicroBatchFinder()
+        self._pending: tuple[Response, Incident] | None = None
+        """The response to carry out at the end of the batch."""
+        self._checked: Incident | None = None
+        """The incident for which steps were retried last; whether it recurs is its verdict."""
+        self._relax_from = 0
+        """Step of the anomaly last rolled back for: replayed steps before it relax nothing."""
+        self._drop_foreign_holds()
+        self.apply_learning_rates()
 
-    def choose(self, incident: Incident) -> Response:
-        """Ask the ladder, with what is known of the damage and of the data."""
-        anomaly, engine = incident.anomaly, self.engine
+    def _drop_foreign_holds(self) -> None:
+        """Drop held learning rates, restored from a checkpoint, that fit no optimizer."""
+        groups = {i: len(o.param_groups) for i, o in enumerate(self._trainer.optimizers)}
+        for index, factors in [*self._backoff.holds.items()]:
+            if groups.get(index) != len(factors):
+                del self._backoff.holds[index]
+                log.info(
+                    "optimizer %d has other parameter groups than the checkpoint: its held "
+                    "learning rates are dropped",
+                    index,
+                )
+
+    def apply_learning_rates(self) -> None:
+        """Puts the factors on the learning rates in force."""
+        for index, optimizer in enumerate(self._trainer.optimizers):
+            factors = self._backoff.factors(index, len(optimizer.param_groups))
+            learning_rate_multiplier(optimizer).set(factors, _OWNER)
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether there is a confirmed snapshot."""
+        return self._engine.confirmed is not None
+
+    @property
+    def kept_batches(self) -> int:
+        """Batches that are kept to be replayed."""
+        return self._engine.kept_batches
+
+    def epoch_started(self) -> None:
+        """Records the batches of a new epoch, which may have another loader."""
+        self._engine.attach_to_data()
+
+    def batch_started(self) -> None:
+        """Records to which optimizer step the batch belongs."""
+        self._engine.batch_started()
+
+    def backward_ended(self) -> None:
+        """Looks for the bad batch while an accumulation window is retried."""
+        if self._finder.active:
+            self._finder.measure(self._trainer)
+
+    def epoch_ended(self) -> None:
+        """Releases the schedulers that were held for a rejected batch."""
+        self._engine.epoch_ended()
+
+    def skip(self, optimizer: int) -> None:
+        """Skips the step that an optimizer is about to take."""
+        self._engine.skip_step(self._trainer.optimizers[optimizer])
+
+    def accept(self, stats: StepStats) -> None:
+        """Counts a healthy step; clips it if the clip is tightened; relaxes what was tightened."""
+        if self._pending is not None and self._engine.replay:
+            # The step of another optimizer in this batch was rejected: the whole batch is undone.
+            self.skip(stats.optimizer)
+            return
+        self._engine.healthy()
+        self._count(stats.step)
+        baseline = self.baselines[stats.optimizer]
+        threshold = baseline.clip_threshold(self._backoff.clip_factor)
+        if threshold is not None and stats.finite_gradients:
+            clip_step(self._trainer.optimizers[stats.optimizer], stats, threshold)
+        baseline.add(stats.grad_norm, stats.update_ratio)
+        if stats.step < self._relax_from:
+            return
+        relaxed = self._backoff.calm(stats.optimizer, stats.nominal_learning_rates)
+        if relaxed is not None:
+            self.apply_learning_rates()
+            log.info("step %d: %s", stats.step, relaxed)
+
+    def _count(self, step: int) -> None:
+        """Count a healthy step; it may decide whether the retried anomaly is deterministic."""
+        verdict = self._escalation.healthy(step)
+        if verdict is not None and self._checked is not None:
+            self._checked.verdict = self._checked.verdict or verdict
+        self._engine.snapshots_paused = self._escalation.reproducibility.active
+
+    def accept_regime(self, stats: StepStats) -> None:
+        """Restores what was lowered for steps that turn out to be the new normal."""
+        self._escalation.regime_change()
+        self._engine.snapshots_paused, self._relax_from = False, 0
+        self.baselines[stats.optimizer] = Baseline()
+        if self._backoff.put_back():
+            self.apply_learning_rates()
+            log.info("step %d: learning rate and clip are restored", stats.step)
+
+    def respond(self, incident: Incident) -> None:
+        """Chooses the response, and does the part of it that must come before the update."""
+        if incident.occurrences == 1:
+            self._backoff.remember()
+        ignored = incident.anomaly.warn_only and incident.recommended_action != "stop"
+        if incident.resolved or ignored:
+            return
+        self._backoff.disturbed()
+        if self._pending is not None:
+            # The step of another optimizer in this batch was rejected already.
+            incident.resolve(self._pending[0])
+            self.skip(incident.anomaly.optimizer)
+            return
+        response = self._choose(incident)
+        incident.resolve(response)
+        if isinstance(response, HoldLearningRate):
+            self._backoff.hold(incident.anomaly.optimizer, response.factors)
+            self.apply_learning_rates()
+            self._engine.stepped = True
+            return
+        self._pending = (response, incident)
+        self.skip(incident.anomaly.optimizer)
+
+    def _choose(self, incident: Incident) -> Response:
+        """Ask the escalation policy, with what is known of the damage and of the data."""
+        anomaly, engine = incident.anomaly, self._engine
         ratio = None if incident.stats is None else incident.stats.update_ratio
-        damaged = incident.agree(self._damaged(incident))
-        if damaged or anomaly.state_corrupted:
+        corrupted = incident.agree(self._is_corrupted(incident), self._gather)
+        if corrupted or anomaly.state_corrupted:
             replay = engine.can_replay(engine.snapshot_for(anomaly.suspect, older=False))
         else:
             replay = engine.can_retry()
-        replay = not incident.agree(not replay)
-        if self._escalation.returns(anomaly, state_corrupted=damaged):
+        replay = not incident.agree(not replay, self._gather)
+        if self._escalation.returns(anomaly, state_corrupted=corrupted):
             incident.verdict = "deterministic"
-        self.checked = incident
+        self._checked = incident
         return self._escalation.respond(
             anomaly,
-            state_corrupted=damaged,
+            state_corrupted=corrupted,
             excess=self.baselines[anomaly.optimizer].excess(ratio),
             replay=replay,
-            older=engine.snapshots.older is not None,
+            older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
             recommended_action=incident.recommended_action,
             cause=incident.cause,
         )
 
-    def reached(self, step: int) -> None:
-        """Count a healthy step; it may tell what the incident on trial is."""
-        verdict = self._escalation.healthy(step)
-        if verdict is not None and self.checked is not None:
-            self.checked.verdict = self.checked.verdict or verdict
-        self.engine.snapshots_paused = self._escalation.reproducibility.active
-
-    def carry_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is due, at the end of the batch.
-
-        Raises:
-            TrainingStopped: when the ladder has nothing left.
-        """
-        if self.due is None:
-            return
-        (response, incident), self.due = self.due, None
-        match response:
-            case RetryStep():
-                self.finder.begin(len(self.engine.window))
-                self.engine.to_step_start(())
-            case SkipStep():
-                self._skip(incident)
-            case RollBack():
-                self._roll_back(response, incident)
-                call_hook("on_rollback", trainer, pl_module)
-                lasting = incident.recommended_action == "lower"
-                self._backoff.cut(response.lr_factor, response.clip_factor, lasting=lasting)
-            case Stop():
-                suspect = incident.anomaly.suspect
-                self.engine.to_snapshot_only(self.engine.snapshot_for(suspect, older=False))
-                call_hook("on_rollback", trainer, pl_module)
-                context = f", scene: {incident.path}" if incident.path else ""
-                raise TrainingStopped(
-                    f"training stopped at step {trainer.global_step}: {response.reason}. "
-                    f"What to try: {incident.remedy}. Record: {incident.record}{context}",
-                    incident,
-                )
-
-    def _skip(self, incident: Incident) -> None:
-        offenders = self.finder.offenders(self.engine.window, incident)
-        self.finder.end()
-        possible = bool(offenders) and self.engine.can_retry(offenders)
-        if incident.agree(not possible):
-            self.engine.drop_step()
-        else:
-            self.engine.to_step_start(offenders)
-
-    def _roll_back(self, response: RollBack, incident: Incident) -> None:
-        engine, suspect = self.engine, incident.anomaly.suspect
-        snapshot = engine.snapshot_for(suspect, older=response.older)
-        if not response.replay:
-            engine.to_snapshot_only(snapshot)
-            return
-        self.trouble = max(self.trouble, incident.anomaly.step)
-        engine.snapshots_paused = True
-        batches = engine.ring.since(snapshot.position)
-        left_out = [e for e in batches if response.leave_out and e.step == suspect]
-        engine.to_snapshot(snapshot, left_out)
-
-    def _damaged(self, incident: Incident) -> bool:
+    def _is_corrupted(self, incident: Incident) -> bool:
         """Whether a weight moved further since the snapshot than training can have moved it."""
-        confirmed = self.engine.snapshots.confirmed
-        outlier = None if confirmed is None else confirmed.module.outlier()
-        if confirmed is None or outlier is None:
+        outlier = self._engine.outlier()
+        if outlier is None:
             return False
-        name, moved = outlier
+        name, moved, step = outlier
         incident.note(
             "weights damaged from outside",
-            f"an element of {name} moved by {moved:.3g} since step {confirmed.step}, "
+            f"an element of {name} moved by {moved:.3g} since step {step}, "
             "a thousand times more than any of another parameter",
         )
         return True
 
+    def batch_ended(self) -> None:
+        """Does the part of the response that comes after the batch.
+
+        Raises:
+            TrainingStopped: if no response in budget is left.
+        """
+        if self._pending is not None:
+            (response, incident), self._pending = self._pending, None
+            self._carry_out(response, incident)
+            self.apply_learning_rates()
+        elif self._engine.stepped:
+            self._finder.end()
+        self._engine.batch_ended()
+
+    def _carry_out(self, response: Response, incident: Incident) -> None:
+        match response:
+            case RetryStep():
+                self._finder.begin(len(self._engine.window))
+                self._engine.to_step_start(())
+            case SkipStep():
+                self._skip_batch(incident)
+            case RollBack():
+                self._roll_back(response, incident)
+                call_hook("on_rollback", self._trainer, self._module)
+                lasting = incident.recommended_action == "lower"
+                self._backoff.cut(response.lr_factor, response.clip_factor, lasting=lasting)
+            case Stop():
+                self._stop(response, incident)
+
+    def _skip_batch(self, incident: Incident) -> None:
+        bad = self._finder.bad_batches(self._engine.window, self._gather)
+        self._finder.end()
+        possible = bool(bad) and self._engine.can_retry(bad)
+        if incident.agree(not possible, self._gather):
+            self._engine.drop_step()
+        else:
+            self._engine.to_step_start(bad)
+
+    def _roll_back(self, response: RollBack, incident: Incident) -> None:
+        engine, suspect = self._engine, incident.anomaly.suspect
+        snapshot = engine.snapshot_for(suspect, older=response.older)
+        if not response.replay:
+            engine.to_snapshot_only(snapshot)
+            return
+        self._relax_from = max(self._relax_from, incident.anomaly.step)
+        engine.snapshots_paused = True
+        batches = engine.batches_since(snapshot)
+        skipped = [each for each in batches if response.leave_out and each.step == suspect]
+        engine.to_snapshot(snapshot, skipped)
+
+    def _stop(self, response: Stop, incident: Incident) -> None:
+        suspect = incident.anomaly.suspect
+        self._engine.to_snapshot_only(self._engine.snapshot_for(suspect, older=False))
+        call_hook("on_rollback", self._trainer, self._module)
+        folder = f", details: {incident.path}" if incident.path else ""
+        raise TrainingStopped(
+            f"training stopped at step {self._trainer.global_step}: {response.reason}. "
+            f"What to try: {incident.remedy}. Record: {incident.record}{folder}",
+            incident,
+        )
+
+    def consensus_state(self) -> dict[str, Any]:
+        """Returns what the ranks must agree on, beyond what a checkpoint holds."""
+        policy = self._escalation
+        return {
+            "checks": (policy.reproducibility, policy.retried, policy.lowered),
+            "before": self._backoff.before,
+            "baselines": [baseline.state_dict() for baseline in self.baselines],
+        }
+
+    def load_consensus_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over the `consensus_state` of rank 0."""
+        policy = self._escalation
+        policy.reproducibility, policy.retried, policy.lowered = state["checks"]
+        self._backoff.before = state["before"]
+        for baseline, saved in zip(self.baselines, state["baselines"], strict=True):
+            baseline.load_state_dict(saved)
+        self._engine.snapshots_paused, self._checked = policy.reproducibility.active, None
+        self._finder.end()
+
+    def close(self) -> None:
+        """Leaves the trainer as it was before the fit."""
+        self._engine.close()
+
 
 class BadMicroBatchFinder:
-    """Which batch of an accumulation window is to blame, seen while it is taken again."""
+    """Finds the bad batch of an accumulation window while the window is retried."""
 
     def __init__(self) -> None:
         self.active = False
         self._norms: list[float] = []
-        """Norm of the gradients accumulated, after each batch."""
+        """Norm of the accumulated gradients after each batch."""
 
     def begin(self, batches: int) -> None:
-        """Look at the gradients after each batch, where a window has several."""
+        """Measures after each batch from now on, if the window has several."""
         self.active, self._norms = batches > 1, []
 
     def end(self) -> None:
-        """The window is through."""
+        """Stops measuring: the window is over."""
         self.active, self._norms = False, []
 
-    def look(self, trainer: Trainer) -> None:
-        """Note the norm of this rank's gradients, or of its shards of them."""
+    def measure(self, trainer: Trainer) -> None:
+        """Measures the norm of this rank's gradients, or of its shards of them."""
         found = [p.grad for o in trainer.optimizers for p in parameters_of(o) if p.grad is not None]
         norms = to_host({"norms": norms_of([dense(grad) for grad in found])})
         self._norms.append(total(norms["norms"]))
 
-    def offenders(self, window: list[RecordedBatch], incident: Incident) -> list[RecordedBatch]:
-        """The batch that is to blame for a bad step, of any rank, or all of its window."""
-        ranks = incident.gather(self._norms if len(window) == len(self._norms) else [])
+    def bad_batches(
+        self, window: list[RecordedBatch], gather: Callable[[Any], list[Any]]
+    ) -> list[RecordedBatch]:
+        """Returns the batch that made a step bad, on any rank, or the whole window.
+
+        The first batch with non-finite gradients, or else the one that changed the norm of the
+        accumulated gradients most.
+        """
+        ranks = gather(self._norms if len(window) == len(self._norms) else [])
         if not all(ranks):
             return window
         steps = [[b - a for a, b in zip([0.0, *n], n, strict=False)] for n in ranks]

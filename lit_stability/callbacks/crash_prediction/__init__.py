@@ -1,4 +1,4 @@
-"""`CrashPrediction`, and what it does before a divergence."""
+"""`CrashPrediction`, and the preventive actions that it takes before a divergence."""
 
 from lit_stability.callbacks.crash_prediction.callback import CrashPrediction
 

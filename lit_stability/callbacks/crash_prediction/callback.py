@@ -1,6 +1,6 @@
-"""`CrashPrediction`: acts by degrees while a divergence is still ahead.
+"""`CrashPrediction`: takes preventive actions, step by step, before a run diverges.
 
-May import Lightning; the risk and the choice of responses are `lit_stability.policies.crash_risk`.
+May import Lightning. `lit_stability.policies.crash_risk` computes the risk and chooses the actions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.callbacks.crash_prediction.preventive_actions import PreventiveActions, stopped
+from lit_stability.callbacks.crash_prediction.preventive_actions import (
+    PreventiveActions,
+    training_stopped,
+)
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.detectors import Anomaly
@@ -30,41 +33,41 @@ _OWNER = "prediction"
 
 
 class CrashPrediction(StabilityCallback):
-    """Estimates the risk that the run diverges within 20 steps, and responds to it by degrees.
+    """Estimates the risk that the run diverges within 20 steps, and acts on it in several levels.
 
-    After each accepted step the risk follows from the trends of loss, gradient norm, update and
-    learning rate; see `CrashRisk` for what it means and what it cannot know: a jump comes
-    without a trend. Where it reaches a level, a response is given that is in force from the next
-    step on, once an episode and said once, with the reason:
+    After each accepted step the risk is computed from the trends of loss, gradient norm, update and
+    learning rate. `CrashRisk` explains what it means and what it cannot predict: a sudden jump has
+    no trend. When the risk reaches a level, an action takes effect from the next step on. Each
+    action is taken and logged once per episode, with the reason:
 
-    * ``save``, 0.3: a checkpoint, whole or not at all, in ``risk/`` in ``trainer.log_dir``. It is
-      one of a run in danger, not one known to be good; with non-finite weights it is refused,
-      under FSDP2 left to ModelCheckpoint.
-    * ``slow``, 0.5: learning rate x0.5, and no more than that whatever the scheduler writes; clip
-      x0.5, to the median gradient norm. Both again where the risk still asks for it 20 steps later;
-      both come back by degrees once it has gone, see `Prevention`.
+    * ``save``, 0.3: saves a checkpoint, completely or not at all, in ``risk/`` in
+      ``trainer.log_dir``. It is from a run in danger, not known to be good. Non-finite weights are
+      not saved; under FSDP2 ModelCheckpoint saves instead.
+    * ``slow``, 0.5: learning rate x0.5, which then caps what the scheduler sets; clip x0.5, to the
+      median gradient norm. Both are halved again if the risk is still as high 20 steps later, and
+      restored step by step once it is gone, see `Prevention`.
     * ``precision``, 0.7: float32 instead of 16-mixed or bf16-mixed, until the episode is over.
-      Weights in half precision, and trainers with a `PrecisionFallback`, are left as they are.
+      Weights in half precision, and trainers with a `PrecisionFallback`, are unchanged.
     * ``stop``, never by default: the fit ends with `TrainingStopped`.
 
-    A step that an incident was opened for teaches nothing. A run whose risk stays below all levels
-    is bit-identical to one without this callback. The learning rates of all optimizers are lowered
-    whichever the risk is of, with those that other callbacks have lowered: the factors multiply.
+    Steps that opened an incident are ignored. A run whose risk stays below all levels is
+    bit-identical to one without this callback. The learning rates of all optimizers are lowered,
+    whichever optimizer the risk belongs to; they multiply with the factors of other callbacks.
 
-    Metrics recorded, every ``trainer.log_every_n_steps`` accepted steps, to every logger:
+    Metrics logged every ``trainer.log_every_n_steps`` accepted steps, to every logger:
 
-    * ``stability/risk``: largest risk since it was recorded last, in [0, 1].
+    * ``stability/risk``: largest risk since it was last logged, in [0, 1].
 
     Args:
-        levels: risk from which on each response is given; None for the defaults of `RiskLevels`.
+        levels: the risk at which each action is taken; None for the defaults of `RiskLevels`.
         relax_after: steps below all levels after which learning rate and clip are raised by half,
-            and again, until they are back.
-        keep: checkpoints kept.
+            repeatedly, until they are restored.
+        keep: number of checkpoints kept.
 
     Raises:
         ValueError: if an argument is out of its range; at ``setup``, without a `GradientMonitor`
             before it.
-        RuntimeError: at ``setup``, under a strategy that was not tried.
+        RuntimeError: at ``setup``, under a strategy that is not supported.
     """
 
     ignores_skipped_steps = True
@@ -81,18 +84,18 @@ class CrashPrediction(StabilityCallback):
         self._restored: Mapping[str, Any] = {}
         self._pending: list[StepStats] = []
         self._rejected = False
-        """Whether somebody objected to a step of the batch at hand."""
+        """Whether a step of the current batch was rejected."""
         self._actions: PreventiveActions | None = None
         self._peak, self._count, self._saved = 0.0, 0, ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Refuses a trainer without a `GradientMonitor` or with an unsupported strategy."""
         if stage == "fit":
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with what was learnt, and what was in force, before a restart."""
+        """Restores trends and actions in force from a checkpoint, and applies them."""
         self._risks = {i: CrashRisk() for i, _ in enumerate(trainer.optimizers)}
         self._baselines = {i: Baseline() for i, _ in enumerate(trainer.optimizers)}
         self.load_rewindable_state(self._restored.get("learnt", {}))
@@ -108,7 +111,7 @@ class CrashPrediction(StabilityCallback):
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Clip where the clip is tightened; learn from the step once all have accepted it."""
+        """Clips the step if the clip is tightened; keeps it until all ranks have accepted it."""
         factor = self.prevention.clip_factor
         threshold = self._baselines[stats.optimizer].clip_threshold(factor)
         if threshold is not None and stats.finite_gradients:
@@ -118,20 +121,20 @@ class CrashPrediction(StabilityCallback):
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
-        """Learn nothing from a step that is objected to."""
+        """Marks the step as rejected, so that it is ignored."""
         self._rejected = True
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Learn nothing from a step that is objected to."""
+        """Marks the step as rejected, unless the anomaly is only reported."""
         self._rejected = self._rejected or not incident.anomaly.warn_only
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take up what all ranks have accepted, and respond.
+        """Updates the risk with the steps that all ranks accepted, and acts on it.
 
         Raises:
-            TrainingStopped: where the risk reaches the level for that.
+            TrainingStopped: if the risk reaches the level ``stop``.
         """
         pending, self._pending = self._pending, []
         rejected, self._rejected = self._rejected, False
@@ -145,38 +148,39 @@ class CrashPrediction(StabilityCallback):
 
     @property
     def risk(self) -> float:
-        """After the last accepted step, of the optimizer for which it is largest, in [0, 1]."""
+        """The largest risk of any optimizer after the last accepted step, in [0, 1]."""
         return max((risk.value for risk in self._risks.values()), default=0.0)
 
     def _respond(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         decision = self.prevention.step(self.risk, _scheduled(trainer))
         factor, actions = self._scale(trainer), self._actions
         assert actions is not None
-        bounds = f"learning rate x{factor:.3g}, clip x{self.prevention.clip_factor:.3g}"
+        factors = f"learning rate x{factor:.3g}, clip x{self.prevention.clip_factor:.3g}"
         done: list[str] = []
         if "save" in decision.due:
             self._saved = actions.save()
             done.append(self._saved)
         if "slow" in decision.due:
-            done.append(bounds)
+            done.append(factors)
         if "precision" in decision.due:
             done.append(actions.widen(pl_module))
         worst = max(self._risks.values(), key=lambda risk: risk.value)
         if done:
-            self._say(trainer, f"step {step}: {worst.in_words()}", done)
+            self._log_actions(trainer, f"step {step}: {worst.in_words()}", done)
         if "stop" in decision.due:
-            raise stopped(trainer, worst, step, self._saved)
-        back = actions.narrow(pl_module) if decision.over else ""
-        self._say(trainer, f"step {step}: calm", [bounds if decision.raised else "", back])
+            raise training_stopped(trainer, worst, step, self._saved)
+        switched = actions.narrow(pl_module) if decision.over else ""
+        relaxed = [factors if decision.raised else "", switched]
+        self._log_actions(trainer, f"step {step}: risk has decreased", relaxed)
 
     @staticmethod
-    def _say(trainer: Trainer, head: str, done: Sequence[str]) -> None:
-        said = ", ".join(each for each in done if each)
-        if said and trainer.is_global_zero:
-            log.info("%s: %s", head, said)
+    def _log_actions(trainer: Trainer, head: str, done: Sequence[str]) -> None:
+        line = ", ".join(action for action in done if action)
+        if line and trainer.is_global_zero:
+            log.info("%s: %s", head, line)
 
     def _scale(self, trainer: Trainer) -> float:
-        """Put the factors in force for the next step; returns the smallest."""
+        """Applies the factors for the next step; returns the smallest."""
         factors = self.prevention.factors(_scheduled(trainer))
         for index, each in factors.items():
             learning_rate_multiplier(trainer.optimizers[index]).set(each, _OWNER)
@@ -194,51 +198,51 @@ class CrashPrediction(StabilityCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no scaled learning rate behind in an optimizer that somebody may save now."""
+        """Restores the nominal learning rates, as somebody may save the optimizers now."""
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer).recover()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave optimizers and precision as they were found."""
+        """Leaves optimizers and precision as they were before the fit."""
         if stage != "fit":
             return
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer).detach()
         if self._actions is not None:
-            self._actions.leave()
+            self._actions.close()
         self._actions = None
 
     def rewindable_state(self) -> dict[str, Any]:
-        """What was learnt of each optimizer's steps."""
+        """Returns the trends and baselines of each optimizer."""
         return {
             str(i): {"risk": risk.state_dict(), "baseline": self._baselines[i].state_dict()}
             for i, risk in self._risks.items()
         }
 
     def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
+        """Restores the trends and baselines of each optimizer."""
         for i, risk in self._risks.items():
             if str(i) in state:
                 risk.load_state_dict(state[str(i)]["risk"])
                 self._baselines[i].load_state_dict(state[str(i)]["baseline"])
 
     def consensus_state(self) -> dict[str, Any]:
-        """What was learnt and what is in force, for ranks that disagree."""
+        """Returns trends, baselines and actions in force, for ranks that disagree."""
         return {"learnt": self.rewindable_state(), "prevention": self.prevention.state_dict()}
 
     def load_consensus_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what another rank has learnt and has in force."""
+        """Takes over trends, baselines and actions in force from rank 0."""
         self.load_rewindable_state(state["learnt"])
         self.prevention.load_state_dict(state["prevention"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt, and the responses in force; the options come from the constructor."""
+        """Returns trends, baselines and actions in force; options come from the constructor."""
         learnt = self.rewindable_state() or self._restored.get("learnt", {})
         scalers = {} if self._actions is None else self._actions.scalers()
         return {"learnt": learnt, "prevention": self.prevention.state_dict(), "scalers": scalers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until the optimizers are there."""
+        """Keeps the state until training starts and the optimizers exist."""
         self._restored = state_dict
         self.prevention.load_state_dict(state_dict["prevention"])
 

@@ -1,4 +1,4 @@
-"""What `CrashPrediction` does to a trainer: saves a checkpoint, widens the precision, stops it.
+"""The actions of `CrashPrediction`: save a checkpoint, switch to float32, stop the training.
 
 May import Lightning.
 """
@@ -29,47 +29,47 @@ from lit_stability.training_state.good_checkpoints import free_path, good_files,
 from lit_stability.training_state.host_copy import first_nonfinite, is_finite
 
 FOLDER = "risk"
-"""Name of the folder, in the run's own, for checkpoints of a run in danger."""
-_WIDE = "32-true"
+"""Name of the folder, in the run's folder, for checkpoints of a run in danger."""
+_FLOAT32 = "32-true"
 
 
 class PreventiveActions:
-    """Carries out, on one trainer, what a risk asks for; after a batch that an update came with.
+    """Carries out preventive actions on one trainer, after a batch with an optimizer step.
 
     Args:
         trainer: at the start of its training, in its own precision.
-        keep: checkpoints kept, the newest.
+        keep: number of checkpoints kept; the oldest are deleted.
     """
 
     def __init__(self, trainer: Trainer, keep: int) -> None:
         self._trainer, self._keep = trainer, keep
-        self._home = str(trainer.precision)
+        self._configured = str(trainer.precision)
         self._switch = PrecisionSwitch(trainer)
         buffers = trainer.lightning_module.named_buffers()
-        self._constants = [name for name, buffer in buffers if not is_finite(buffer)]
-        """Buffers that hold such values on purpose, as a mask of -inf does."""
-        self._told = False
-        """Whether it was said why the precision stays."""
+        self._nonfinite_buffers = [name for name, buffer in buffers if not is_finite(buffer)]
+        """Buffers that are non-finite on purpose, such as a mask of -inf."""
+        self._reason_logged = False
+        """Whether the reason for which the precision cannot change was logged."""
 
     def save(self) -> str:
-        """Save the state after the step that was just taken; on all ranks or none.
+        """Saves the state after the last step; to be called on all ranks or none.
 
         Returns:
-            What came of it, in words: a disk that is full ends no run.
+            The result, in words. A failure such as a full disk does not end the run.
         """
         if sharing(self._trainer) == "shards":
-            return "no checkpoint, as the weights are sharded: ModelCheckpoint saves those"
+            return "no checkpoint saved (the weights are sharded: use ModelCheckpoint)"
         state, directory = full_checkpoint(self._trainer), run_directory(self._trainer)
         if directory is None or not self._trainer.is_global_zero:
-            return "no checkpoint"
+            return "no checkpoint saved"
         try:
-            bad = first_nonfinite(state, self._constants)
+            bad = first_nonfinite(state, self._nonfinite_buffers)
             if bad is not None:
-                return f"no checkpoint, as {bad} is non-finite"
+                return f"no checkpoint saved ({bad} is non-finite)"
             path = self._write(state, directory / FOLDER)
         except Exception as error:
-            # A full disk, an object that does not pickle: never what ends the run.
-            return f"no checkpoint ({error})"
+            # A full disk or an object that cannot be pickled must never end the run.
+            return f"no checkpoint saved ({error})"
         return f"saved {path}"
 
     def _write(self, state: dict[str, Any], folder: Path) -> Path:
@@ -82,56 +82,64 @@ class PreventiveActions:
         return path
 
     def widen(self, pl_module: LightningModule) -> str:
-        """Compute in float32 from the next step on; returns that, or why not, or nothing."""
-        if self._home == _WIDE:
+        """Switches to float32 from the next step on.
+
+        Returns:
+            The change, or the reason against it (once only); empty if there is nothing to report.
+        """
+        if self._configured == _FLOAT32:
             return ""
-        reason = self._why_not()
+        reason = self._obstacle()
         if reason is None:
-            self._put(pl_module, _WIDE)
-            return f"precision {self._home} -> {_WIDE}"
-        told, self._told = self._told, True
-        return "" if told else f"precision stays {self._home}: {reason}"
+            self._switch_to(pl_module, _FLOAT32)
+            return f"precision {self._configured} -> {_FLOAT32}"
+        logged, self._reason_logged = self._reason_logged, True
+        return "" if logged else f"precision stays {self._configured}: {reason}"
 
     def narrow(self, pl_module: LightningModule) -> str:
-        """Go back to the trainer's own precision, if another was put in force here."""
-        if self._home == _WIDE or self._why_not() or str(self._trainer.precision) != _WIDE:
+        """Switches back to the configured precision, if `widen` has changed it; returns that."""
+        if (
+            self._configured == _FLOAT32
+            or self._obstacle()
+            or str(self._trainer.precision) != _FLOAT32
+        ):
             return ""
-        self._put(pl_module, self._home)
-        return f"precision {_WIDE} -> {self._home}"
+        self._switch_to(pl_module, self._configured)
+        return f"precision {_FLOAT32} -> {self._configured}"
 
-    def _put(self, pl_module: LightningModule, precision: str) -> None:
+    def _switch_to(self, pl_module: LightningModule, precision: str) -> None:
         self._switch.put(precision)
         call_hook("on_precision_changed", self._trainer, pl_module)
 
-    def _why_not(self) -> str | None:
-        if not self._home.endswith("-mixed"):
-            return "weights that are not float32 would become so for good"
+    def _obstacle(self) -> str | None:
+        if not self._configured.endswith("-mixed"):
+            return "the change of half-precision weights to float32 would be permanent"
         if any(isinstance(c, PrecisionFallback) for c in callbacks_of(self._trainer)):
-            return "PrecisionFallback changes it, where it finds that it is the cause"
+            return "PrecisionFallback changes it if precision is the cause"
         return why_fixed(self._trainer)
 
-    def leave(self) -> None:
-        """Give the trainer its own precision back, at the end of a fit."""
-        if str(self._trainer.precision) == _WIDE != self._home:
-            self._switch.put(self._home)
+    def close(self) -> None:
+        """Restores the configured precision at the end of a fit."""
+        if str(self._trainer.precision) == _FLOAT32 != self._configured:
+            self._switch.put(self._configured)
 
     def scalers(self) -> dict[str, dict[str, Any]]:
-        """States of the loss scalers, by precision, of the one put aside too."""
+        """Returns the states of the loss scalers by precision, including the inactive one."""
         return self._switch.scalers()
 
     def load_scalers(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Put them back."""
+        """Restores the states of the loss scalers."""
         self._switch.load_scalers(dict(states))
 
 
-def stopped(trainer: Trainer, risk: CrashRisk, step: int, saved: str) -> TrainingStopped:
-    """The exception that ends a fit which is about to diverge.
+def training_stopped(trainer: Trainer, risk: CrashRisk, step: int, saved: str) -> TrainingStopped:
+    """Returns the exception that ends a fit before it diverges.
 
     Args:
         trainer: of the fit.
-        risk: that reached the level for it.
-        step: after which it did.
-        saved: what became of the last checkpoint, in words.
+        risk: the risk that reached the level ``stop``.
+        step: the step after which it did.
+        saved: the result of the last `PreventiveActions.save`, or empty.
     """
     anomaly = Anomaly(
         kind="divergence",
@@ -143,6 +151,6 @@ def stopped(trainer: Trainer, risk: CrashRisk, step: int, saved: str) -> Trainin
     incident = Incident(0, anomaly, epoch=trainer.current_epoch)
     return TrainingStopped(
         f"training stopped at step {trainer.global_step}: {risk.in_words()}. What to try: "
-        f"{incident.remedy}. Weights are those of the last step; {saved or 'nothing was saved'}",
+        f"{incident.remedy}. Weights are those of the last step; {saved or 'no checkpoint saved'}",
         incident,
     )

@@ -1,4 +1,4 @@
-"""`GradientFlow`, and its picture: gradients layer by layer."""
+"""`GradientFlow`, and its picture: the gradients of every layer."""
 
 from lit_stability.callbacks.gradient_flow.callback import GradientFlow
 

@@ -1,4 +1,4 @@
-"""Parameters joined to as many rows as a picture holds, in the order of the model.
+"""Groups parameters into as many rows as a picture holds, in the order of the model.
 
 Imports neither torch nor Lightning.
 """
@@ -15,7 +15,7 @@ from lit_stability.measurement.step_stats import GradientDetail
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row: a parameter, or those that were joined."""
+    """One row of a picture: one parameter, or several neighbours joined."""
 
     name: str
     members: tuple[GradientDetail, ...]
@@ -47,22 +47,22 @@ class LayerRow:
 
     @property
     def zero_share(self) -> float:
-        """Share of zeros of the member that has most, in [0, 1]."""
+        """Largest share of zeros of any finite member, in [0, 1]."""
         return max((each.zero_share for each in self.finite), default=0.0)
 
     def norm_among(self, norms: Mapping[str, float]) -> float | None:
-        """The norm of the same members among others; None where one of them is missing."""
-        found = [norms.get(each.name) for each in self.members]
-        return None if None in found else joined_norm([norm for norm in found if norm is not None])
+        """Norm of the same members in `norms`; None if one of them is missing."""
+        own = [norms.get(each.name) for each in self.members]
+        return None if None in own else joined_norm([norm for norm in own if norm is not None])
 
 
 def norm_of(detail: GradientDetail) -> float:
-    """The norm, or the largest magnitude where all squares were too small for float32 to add."""
+    """Returns the norm, or the largest magnitude if all squares are below float32's range."""
     return detail.norm or max(abs(detail.minimum), abs(detail.maximum))
 
 
 def joined_norm(norms: Sequence[float]) -> float:
-    """Norm of the whole from those of its parts.
+    """Returns the norm of the whole from the norms of its parts; NaN if one of them is NaN.
 
     >>> joined_norm([3.0, 4.0]), joined_norm([math.inf, math.nan])
     (5.0, nan)
@@ -71,15 +71,18 @@ def joined_norm(norms: Sequence[float]) -> float:
 
 
 def layer_rows(details: Sequence[GradientDetail], most: int = 40) -> list[LayerRow]:
-    """Join parameters to at most so many rows: neighbours only, so that their order stays.
+    """Joins neighbouring parameters into at most `most` rows, in the order of the model.
 
-    Where there are too many parameters, names are cut at the deepest level at which few enough
-    rows are left. Where that leaves less than a quarter of what there is room for, as in a model
-    that is one long list, the rows of the level below are joined in runs of equal length instead.
+    If there are too many parameters, names are cut at the deepest level that leaves at most `most`
+    rows. If that leaves less than a quarter of `most`, as in a model that is one long list, the
+    rows one level deeper are joined in runs of equal length instead.
 
     Args:
-        details: of gradients, in the order of the model.
-        most: rows.
+        details: gradient details, in the order of the model.
+        most: largest number of rows.
+
+    Returns:
+        The rows; a joined row has the common part of the names, or the first and the last name.
 
     Raises:
         ValueError: if `most` is less than 1.
@@ -101,14 +104,14 @@ def layer_rows(details: Sequence[GradientDetail], most: int = 40) -> list[LayerR
     for level in range(deepest, 0, -1):
         rows = _cut(details, level)
         if len(rows) <= most:
-            # A quarter, rounded up: of one row for hundreds of layers nothing can be read.
+            # At least a quarter, rounded up: one row for hundreds of layers would show nothing.
             return rows if 4 * len(rows) >= most or not finer else _runs(finer, most)
         finer = rows
     return _runs(finer, most)
 
 
 def _cut(details: Sequence[GradientDetail], level: int) -> list[LayerRow]:
-    """Neighbours whose names agree in their first parts."""
+    """Joins neighbours whose names agree in their first `level` parts."""
     cut = groupby(details, key=lambda each: ".".join(each.name.split(".")[:level]))
     return [LayerRow(name, tuple(members)) for name, members in cut]
 

@@ -1,7 +1,7 @@
-"""Gradients as a picture: how much of the signal arrives in which layer.
+"""Draws gradients per layer, which shows where they vanish or explode.
 
-Needs matplotlib, which the extra ``plots`` installs; it is loaded when something is drawn. Imports
-neither torch nor Lightning.
+Needs matplotlib, which the extra ``plots`` installs; it is imported when something is drawn.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DECADES = 3
-"""Powers of ten above and below the median layer at which the colours end."""
+"""The colour scale spans this many powers of ten above and below the median layer."""
 _EARLIER = "#dfe6ee"
-"""Tint of the norms that a layer had before."""
+"""Tint of the range of norms in earlier steps."""
 
 
 def draw_gradient_flow(
@@ -37,41 +37,44 @@ def draw_gradient_flow(
     history: Sequence[Sequence[GradientDetail]] = (),
     layers: int = 40,
 ) -> Figure:
-    """Draw the gradients layer by layer, the first layer on top, on a logarithmic axis.
+    """Draws the gradients layer by layer, the first layer on top, on a logarithmic axis.
 
-    Of each row the dot is the norm, coloured by its ratio to the median of all rows; dots are
-    joined by a line, so that a gradient that vanishes or explodes on its way leans to a side.
-    Beside it, the elements: a bar from the magnitude of the mean over a stroke at the root mean
-    square to the largest, and triangles at the smallest and the largest element, without their
-    signs. The tint behind a dot spans the norms that the layer had before. The panel on the right
-    has the share of elements that are exactly 0. A gradient that is not finite is a red cross at
-    the right end, one that is all zero a blue square at the left end.
+    In each row a dot marks the norm, coloured by its ratio to the median of all rows. A line joins
+    the dots, so that a gradient that vanishes or explodes along the layers is a slanted line. Next
+    to the dot are the elements: a bar from the magnitude of the mean to the largest magnitude, with
+    a stroke at the root mean square, and triangles at the smallest and largest element, without
+    their signs. The tint behind a dot spans the norms of earlier steps. The right panel shows the
+    share of elements that are exactly 0. A non-finite gradient is a red cross at the right end; a
+    gradient that is all zero is a blue square at the left end.
 
-    More parameters than `layers` are joined as `layer_rows` says. Each has a small dot at its norm
-    then, the bar begins at the smallest of their root mean squares, and the share of zeros is that
-    of the parameter that has most.
+    If there are more parameters than `layers`, `layer_rows` joins them. Then each parameter has a
+    small dot at its norm, the bar starts at their smallest root mean square, and the share of zeros
+    is the largest of any parameter.
 
     Drawing and rendering take 0.35 to 0.55 s for 22 rows of 198 parameters, 0.55 to 0.7 s for 40
     rows of 414 (110 dpi, 20 earlier steps; medians of 9, two runs on a shared 2-core CPU machine).
 
     Args:
-        details: of the gradients of one step, in the order of the model.
-        title: of the picture.
+        details: gradient details of one step, in the order of the model.
+        title: title of the picture.
         history: details of earlier steps.
-        layers: most rows.
+        layers: largest number of rows.
+
+    Returns:
+        The figure.
 
     Raises:
         MatplotlibMissing: if matplotlib is not installed.
         ValueError: if there are no details, or `layers` is less than 1.
     """
     if not details:
-        raise ValueError("no gradient to draw; GradientMonitor(details_every=...) measures some")
+        raise ValueError("details is empty; measure some with GradientMonitor(details_every=50)")
     rows = layer_rows(details, layers)
     figure = new_figure()
     figure.set_size_inches(9.0, 2.0 + 0.2 * max(4, len(rows)))
     flow, zeros = figure.subplots(1, 2, sharey=True, width_ratios=[6, 1])
-    before = [{each.name: norm_of(each) for each in step} for step in history]
-    earlier = [_earlier(row, before) for row in rows]
+    earlier_norms = [{each.name: norm_of(each) for each in step} for step in history]
+    earlier = [_earlier(row, earlier_norms) for row in rows]
     limits = _limits(rows, earlier)
     _draw_earlier(flow, earlier)
     mesh = _draw_norms(flow, rows, limits)
@@ -85,16 +88,17 @@ def draw_gradient_flow(
 
 
 def _limits(rows: Sequence[LayerRow], earlier: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Ends of the axis, whole powers of ten: norms, elements, root mean squares of single rows.
+    """Returns the ends of the axis, whole powers of ten, from norms and elements of all rows.
 
-    A parameter far below the others of its row, such as the bias of the keys in attention, whose
-    gradient is zero but for rounding, does not stretch the axis for all.
+    Root mean squares count only in rows of one parameter. Otherwise a parameter far below the
+    others of its row would stretch the axis for all, such as the bias of the attention keys, whose
+    gradient is zero except for rounding.
     """
     values = [row.norm for row in rows] + [norm for norms in earlier for norm in norms]
     values += [abs(end) for row in rows for end in (row.minimum, row.maximum)]
     values += [_rms(each) for row in rows if len(row.members) == 1 for each in row.finite]
-    good = [value for value in values if 0 < value < math.inf] or [1.0]
-    low, high = math.log10(min(good)), math.log10(max(good))
+    drawable = [value for value in values if 0 < value < math.inf] or [1.0]
+    low, high = math.log10(min(drawable)), math.log10(max(drawable))
     return 10.0 ** max(-300, math.floor(low - 0.3)), 10.0 ** min(300, math.ceil(high + 0.1))
 
 
@@ -102,9 +106,9 @@ def _rms(detail: GradientDetail) -> float:
     return math.hypot(detail.mean, detail.std)
 
 
-def _earlier(row: LayerRow, before: Sequence[Mapping[str, float]]) -> list[float]:
-    """Norms of the same parameters in earlier steps, those above zero and finite."""
-    norms = (row.norm_among(norms) for norms in before)
+def _earlier(row: LayerRow, earlier_norms: Sequence[Mapping[str, float]]) -> list[float]:
+    """Returns the norms of the same parameters in earlier steps, if finite and above zero."""
+    norms = (row.norm_among(norms) for norms in earlier_norms)
     return [norm for norm in norms if norm and math.isfinite(norm)]
 
 
@@ -116,11 +120,11 @@ def _draw_earlier(axis: Axes, earlier: Sequence[Sequence[float]]) -> None:
 
 
 def _draw_norms(axis: Axes, rows: Sequence[LayerRow], limits: tuple[float, float]) -> Any:
-    """The dots and the line that joins them; returns what the colour bar belongs to."""
+    """Draws the dots and the line that joins them; returns the artist for the colour bar."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    good = [(row.norm, y) for y, row in enumerate(rows) if 0 < row.norm < math.inf]
-    middle = median(norm for norm, _ in good) if good else 1.0
+    drawable = [(row.norm, y) for y, row in enumerate(rows) if 0 < row.norm < math.inf]
+    middle = median(norm for norm, _ in drawable) if drawable else 1.0
     colours = LinearSegmentedColormap.from_list("flow", [BLUE, "#b0b0b0", RED])
     ratio = LogNorm(10.0**-_DECADES, 10.0**_DECADES, clip=True)
     for y, row in enumerate(rows):
@@ -128,15 +132,15 @@ def _draw_norms(axis: Axes, rows: Sequence[LayerRow], limits: tuple[float, float
             members = [norm_of(each) for each in row.finite if norm_of(each)]
             axis.plot(members, [y] * len(members), ".", color=MUTED, markersize=2.5, zorder=2)
         if not math.isfinite(row.norm):
-            _mark_bad(axis, y, row, limits[1])
+            _mark_nonfinite(axis, y, row, limits[1])
         elif row.norm == 0:
             axis.plot(limits[0], y, "s", color=BLUE, clip_on=False, markersize=5, zorder=4)
     along = [row.norm if 0 < row.norm < math.inf else math.nan for row in rows]
     axis.plot(along, range(len(rows)), color=MUTED, linewidth=0.8, zorder=1)
     return axis.scatter(
-        [norm for norm, _ in good],
-        [y for _, y in good],
-        c=[norm / middle for norm, _ in good],
+        [norm for norm, _ in drawable],
+        [y for _, y in drawable],
+        c=[norm / middle for norm, _ in drawable],
         norm=ratio,
         cmap=colours,
         s=34,
@@ -146,15 +150,15 @@ def _draw_norms(axis: Axes, rows: Sequence[LayerRow], limits: tuple[float, float
     )
 
 
-def _mark_bad(axis: Axes, y: int, row: LayerRow, end: float) -> None:
-    """A cross at the end of the axis, and which parts are not finite."""
+def _mark_nonfinite(axis: Axes, y: int, row: LayerRow, end: float) -> None:
+    """Draws a cross at the end of the axis, with the number of non-finite parameters."""
     bad = [each for each in row.members if not math.isfinite(each.norm)]
-    what = "NaN" if any(math.isnan(each.norm) for each in bad) else "Inf"
-    of = f" in {len(bad)} of {len(row.members)}" if len(row.members) > 1 else ""
+    kind = "NaN" if any(math.isnan(each.norm) for each in bad) else "Inf"
+    count = f" in {len(bad)} of {len(row.members)}" if len(row.members) > 1 else ""
     axis.axhspan(y - 0.5, y + 0.5, color=RED, alpha=0.08, linewidth=0, zorder=0)
     axis.plot(end, y, "X", color=RED, clip_on=False, markersize=7, zorder=4)
     axis.annotate(
-        what + of,
+        kind + count,
         (end, y),
         xytext=(-7, 0),
         textcoords="offset points",
@@ -168,7 +172,7 @@ def _mark_bad(axis: Axes, y: int, row: LayerRow, end: float) -> None:
 
 
 def _draw_elements(axis: Axes, y: int, row: LayerRow) -> None:
-    """The spread of the elements, of joined parameters that of all together."""
+    """Draws the spread of the elements; for joined parameters, of all of them together."""
     if not row.finite or row.all_zero:
         return
     largest = max(abs(row.minimum), abs(row.maximum))
@@ -214,7 +218,7 @@ def _set_axes(
     zeros.tick_params(axis="y", labelleft=False)
 
 
-def _draw_legend(figure: Figure, mesh: Any, beside: Axes, *, earlier: bool, joined: bool) -> None:
+def _draw_legend(figure: Figure, mesh: Any, axis: Axes, *, earlier: bool, joined: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -242,7 +246,7 @@ def _draw_legend(figure: Figure, mesh: Any, beside: Axes, *, earlier: bool, join
         handletextpad=0.3,
         handlelength=1.4,
     )
-    bar = figure.colorbar(mesh, ax=beside, aspect=30, pad=0.08, extend="both")
+    bar = figure.colorbar(mesh, ax=axis, aspect=30, pad=0.08, extend="both")
     bar.set_label("norm over that of the median row", fontsize=7, color=INK)
     bar.ax.tick_params(labelsize=7, labelcolor=INK)
     bar.outline.set_visible(False)
@@ -252,9 +256,9 @@ def _heading(details: Sequence[GradientDetail], rows: Sequence[LayerRow], title:
     bad = sum(not math.isfinite(each.norm) for each in details)
     zero = sum(norm_of(each) == 0 for each in details)
     norm = joined_norm([norm_of(each) for each in details])
-    told = [f"norm of all gradients {'NaN' if math.isnan(norm) else format(norm, '.3g')}"]
-    told += [f"{bad} of {len(details)} not finite"] if bad else []
-    told += [f"{zero} of {len(details)} all zero"] if zero else []
+    facts = [f"norm of all gradients {'NaN' if math.isnan(norm) else format(norm, '.3g')}"]
+    facts += [f"{bad} of {len(details)} not finite"] if bad else []
+    facts += [f"{zero} of {len(details)} all zero"] if zero else []
     if len(rows) < len(details):
-        told.append(f"{len(details)} parameters in {len(rows)} rows")
-    return "\n".join([*([title] if title else []), "; ".join(told)])
+        facts.append(f"{len(details)} parameters in {len(rows)} rows")
+    return "\n".join([*([title] if title else []), "; ".join(facts)])

@@ -36,12 +36,12 @@ from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 
 class GradientMonitor(StabilityCallback):
-    """Watches loss, gradients, weights and updates of every optimizer step; changes nothing.
+    """Monitors loss, gradients, weights and updates of every optimizer step; changes nothing.
 
     Each step is measured before its update: accumulated, unscaled, unclipped. A step that passes
-    all detectors is offered to the callbacks as ``on_healthy_step``; one that does not opens an
-    `Incident`, offered as ``on_incident``. Without a callback that responds the step is taken as
-    it is. An incident is closed after ``close_after`` healthy steps; a burst is one incident.
+    all detectors is passed to the callbacks as ``on_healthy_step``; one that does not opens an
+    `Incident`, passed as ``on_incident``. Without a callback that responds, the step is taken as it
+    is. An incident is closed after ``close_after`` healthy steps; a burst is one incident.
 
     Metrics recorded, every ``trainer.log_every_n_steps`` steps, to every logger:
 
@@ -51,31 +51,31 @@ class GradientMonitor(StabilityCallback):
     * ``stability/learning_rate``: largest effective learning rate of the groups.
     * ``stability/learning_rate_factor``: effective over nominal learning rate, 1 when untouched.
     * ``stability/loss_scale``: factor of the loss scaler; only in fp16.
-    * ``stability/overflows``: steps of this fit that the loss scaler left out; only in fp16.
-    * ``stability/stuck_share``: share of 16-bit weights that stand still while their gradient
-      pulls, in [0, 1]; only with 16-bit weights, and on the steps that measure it.
+    * ``stability/overflows``: steps of this fit that the loss scaler skipped; only in fp16.
+    * ``stability/stuck_share``: share of 16-bit weights that do not change although their gradient
+      is not zero, in [0, 1]; only with 16-bit weights, and on the steps that measure it.
     * ``stability/incidents``: incidents so far.
-    * ``stability/QUANTITY/MODULE``: what a probe has read there, on the steps that it measures.
+    * ``stability/QUANTITY/MODULE``: what a probe measured there, on the steps that it measures.
 
-    On several ranks all decide the same, from numbers added up over the ranks, see
-    `lit_stability.distributed.collectives`; under a strategy that is neither run nor allowed each
-    observes its own.
+    On several ranks all decide the same, from numbers summed over the ranks, see
+    `lit_stability.distributed.collectives`. Under a strategy that is neither supported nor allowed
+    each rank observes its own numbers.
 
-    With several optimizers, those of the second carry ``_1`` and so on. Incidents go to
-    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text; with
-    attempts and layers to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
+    With several optimizers, the metrics of the second end in ``_1``, and so on. Incidents go to
+    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text. Step
+    attempts and layers go to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
 
     Args:
-        detectors: what to ask, in order, the first objection counts; None for the default set.
+        detectors: those to ask, in order; the first anomaly counts. None for the default set.
         layer_bounds: glob of parameter names -> largest gradient norm, or the smallest and the
-            largest, on top of the detectors; see `LayerBounds`.
+            largest, in addition to the detectors; see `LayerBounds`.
         close_after: healthy steps that close an incident.
         scan_weights_every: optimizer steps between full scans of the weights for NaN and Inf.
         details_every: optimizer steps between measurements of every parameter's gradient mean,
             standard deviation, range and share of zeros; 0 for never.
-        history: details kept for `details`.
-        allow_strategies: names of strategy classes that the suite was never run under and is to
-            work with all the same; it adds up its numbers over the ranks at every step, then.
+        history: measurements kept in `details`.
+        allow_strategies: names of strategy classes that are not supported and are tried all the
+            same; numbers are then summed over the ranks at every step.
 
     Raises:
         ValueError: if an argument is out of its range; before the first step, if the Trainer is of
@@ -110,12 +110,12 @@ class GradientMonitor(StabilityCallback):
         """The last measurements that carry details."""
         self.allow_strategies = tuple(allow_strategies)
         self._restored: Mapping[str, Any] = {}
-        self._detector_set = DetectorSet([], [], log.info)
-        self._measuring: StepMeasurer | None = None
+        self._detectors = DetectorSet([], [], log.info)
+        self._measurer: StepMeasurer | None = None
         self._consensus = RankConsensus(None)
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
-        self._voted: PendingVerdict | None = None
+        self._pending: PendingVerdict | None = None
 
     @property
     def incidents(self) -> list[Incident]:
@@ -127,62 +127,75 @@ class GradientMonitor(StabilityCallback):
         """The incident that is open, if one is."""
         return self._tracker.current
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns a value of every rank, in their order; on one rank, a list of its own.
+
+        Every rank must call it, or none: in `on_incident` for one, which all ranks run for the
+        same step.
+
+        Args:
+            value: of this rank, picklable.
+        """
+        return self._consensus.gather(value)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer of another package; report hooks whose name is misspelt."""
+        """Refuses a Trainer of another package; reports hooks whose name is misspelt."""
         require_package(trainer, self)
         if stage == "fit":
             report_misspelt_hooks(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare one meter and one set of detectors per optimizer."""
+        """Creates one meter and one set of detectors per optimizer."""
         require_watchable(trainer, pl_module, self.detectors)
         if sharing(trainer) == "shards":
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)
         self._consensus = RankConsensus(ranks)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
-        self._measuring = StepMeasurer(trainer, pl_module, ranks, **every)
+        self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
         self._reporter = Reporter(trainer, self._history)
-        self._detector_set = DetectorSet(self.detectors, self._measuring.meters, self._reporter.say)
-        self._detector_set.load_state_dict(self._restored)
+        self._detectors = DetectorSet(
+            self.detectors, self._measurer.meters, self._reporter.log_line
+        )
+        self._detectors.load_state_dict(self._restored)
         self._restored = {}
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
-        self._voted = None
+        self._pending = None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Another batch, another measurement."""
-        assert self._measuring is not None
-        self._measuring.batch_started(batch, batch_idx)
+        """Records the batch that the next measurement belongs to."""
+        assert self._measurer is not None
+        self._measurer.batch_started(batch, batch_idx)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Add up the loss of the accumulation window."""
-        if self._measuring is not None:
-            self._measuring.take_loss(trainer, loss, scan=self.current is not None)
+        """Adds the loss of a batch to that of the accumulation window."""
+        if self._measurer is not None:
+            self._measurer.take_loss(trainer, loss, scan=self.current is not None)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Measure, ask, and pass the verdict on."""
-        assert self._measuring is not None
-        stats = self._measuring.measure(trainer, optimizer, scan=self.current is not None)
+        """Measures the step, asks the detectors, and calls the hooks for the verdict."""
+        assert self._measurer is not None
+        stats = self._measurer.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
         call_hook("on_step_measured", trainer, pl_module, stats)
         if stats.details:
             self.details.append(stats)
-        anomaly, shared = self._detector_set.verdict(stats, voting=self._consensus.votes)
-        if self._detector_set.regime_change:
+        anomaly, shared = self._detectors.verdict(stats, voting=self._consensus.votes)
+        if self._detectors.regime_change:
             stats = self._accept_regime(trainer, pl_module, stats)
-        decide = self._judge if shared else self._suspect
+        decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
         self._reporter.history.judged(stats, optimizer)
 
-    def _judge(self, trainer: Trainer, pl_module: LightningModule, voted: PendingVerdict) -> None:
-        anomaly, stats = voted.anomaly, voted.stats
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict) -> None:
+        anomaly, stats = pending.anomaly, pending.stats
         if anomaly is not None:
             anomaly = self._raise(trainer, pl_module, anomaly, stats)
         if anomaly is None or anomaly.warn_only:
@@ -195,46 +208,49 @@ class GradientMonitor(StabilityCallback):
         if self.current is not None:
             first, occurrences = self.current.first.step, self.current.occurrences
             self.current.note(
-                "change of regime", f"it stays: {occurrences} strikes in a row from step {first} on"
+                "change of regime",
+                f"it stays: {occurrences} rejections in a row from step {first} on",
             )
             if self.current.responses:
                 self.current.adjust(AcceptNewRegime())
         call_hook("on_regime_change", trainer, pl_module, stats)
-        # Learning rates may have been put back: it is these that the coming update is held against.
+        # Callbacks may have restored learning rates: the next update is compared with these.
         rates = learning_rate_multiplier(trainer.optimizers[stats.optimizer]).effective()
         self._meters[stats.optimizer].expect(rates)
         return replace(stats, learning_rates=tuple(rates))
 
-    def _suspect(self, trainer: Trainer, pl_module: LightningModule, voted: PendingVerdict) -> None:
-        """Veto or accept a step for this rank alone, until all have voted on it."""
-        self._voted = voted
-        if voted.vote.objected:
-            call_hook("on_local_anomaly", trainer, pl_module, voted.anomaly)
+    def _judge_alone(
+        self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict
+    ) -> None:
+        """Skip or accept a step for this rank alone, until all ranks have voted on it."""
+        self._pending = pending
+        if pending.vote.objected:
+            call_hook("on_local_anomaly", trainer, pl_module, pending.anomaly)
         else:
-            self._accept(trainer, pl_module, voted.stats)
-        self._consensus.vote(voted.vote)
+            self._accept(trainer, pl_module, pending.stats)
+        self._consensus.vote(pending.vote)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the votes on the step, if it was voted on, before anything else sees it."""
-        assert self._measuring is not None
-        voted, self._voted = self._voted, None
-        if voted is not None:
-            self._count(trainer, pl_module, voted)
+        """Counts the votes on the step, if there are any, before other callbacks act on it."""
+        assert self._measurer is not None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._count(trainer, pl_module, pending)
         self._reporter.history.batch_ended()
-        self._measuring.batch_ended(trainer)
+        self._measurer.batch_ended(trainer)
 
-    def _count(self, trainer: Trainer, pl_module: LightningModule, voted: PendingVerdict) -> None:
-        votes, stats, anomaly = self._consensus.count(), voted.stats, voted.anomaly
-        apart = disagreement(stats, votes)
-        if apart is not None:
+    def _count(self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict) -> None:
+        votes, stats, anomaly = self._consensus.count(), pending.stats, pending.anomaly
+        disagreeing = disagreement(stats, votes)
+        if disagreeing is not None:
             self._consensus.sync_from_rank_0(callbacks_of(trainer))
-            self._raise(trainer, pl_module, apart, stats)
+            self._raise(trainer, pl_module, disagreeing, stats)
             return
-        if anomaly is not None and all(vote.objected or vote.told for vote in votes):
+        if anomaly is not None and all(vote.objected or vote.warned for vote in votes):
             anomaly = self._raise(trainer, pl_module, anomaly, stats)
-        if not voted.vote.objected and (anomaly is None or anomaly.warn_only):
+        if not pending.vote.objected and (anomaly is None or anomaly.warn_only):
             self._learn(trainer, pl_module, stats)
 
     def _accept(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
@@ -244,20 +260,20 @@ class GradientMonitor(StabilityCallback):
         call_hook("on_healthy_step", trainer, pl_module, stats)
 
     def _learn(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
-        """Learn from a step that all ranks have accepted."""
-        self._detector_set.learn(stats)
+        """Teach the detectors a step that all ranks accepted."""
+        self._detectors.learn(stats)
         self._tracker.healthy(trainer, pl_module, stats.step)
 
     def _raise(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
     ) -> Anomaly:
-        """Open an incident, or strike again; on all ranks or none."""
+        """Open an incident, or add to the open one; on all ranks or none."""
         meter = self._meters[stats.optimizer]
         anomaly = with_damage(anomaly, *self._consensus.audit(*meter.audit()))
         opening = self.current is None
         incident = self._tracker.recur(trainer, anomaly)
-        incident.stats, incident.gather = stats, self._consensus.gather
-        incident.recorded_step = None if self._measuring is None else self._measuring.recorded_step
+        incident.stats = stats
+        incident.recorded_step = None if self._measurer is None else self._measurer.recorded_step
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_multiplier(trainer.optimizers[stats.optimizer])
         meter.expect(scale.effective())
@@ -267,21 +283,21 @@ class GradientMonitor(StabilityCallback):
 
     @property
     def _meters(self) -> dict[int, StepMeter]:
-        return {} if self._measuring is None else self._measuring.meters
+        return {} if self._measurer is None else self._measurer.meters
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The weights were put back: the next update cannot be measured against the last."""
-        self._reporter.history.went_back()
+        """Forgets the last weights: the next update cannot be measured against them."""
+        self._reporter.history.rolled_back()
         for meter in self._meters.values():
             meter.forget()
 
     def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Weights and optimizer state may be other memory now."""
-        if self._measuring is not None:
-            self._measuring.renew(trainer)
+        """Replaces the meters: weights and optimizer state may be other tensors now."""
+        if self._measurer is not None:
+            self._measurer.renew(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close what is open, say so if the weights are damaged, and print the summary."""
+        """Closes the open incident, reports non-finite weights, and prints the summary."""
         self._reporter.ends_with(self._consensus.bad_weights(self._meters.values()))
         self._tracker.close(trainer, pl_module, "unresolved")
         self._reporter.end(self.incidents)
@@ -289,8 +305,8 @@ class GradientMonitor(StabilityCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Keep the record complete when the fit ends in an exception."""
-        if self._measuring is None:
+        """Closes the open incident and the record when the fit ends in an exception."""
+        if self._measurer is None:
             return
         stopped = isinstance(exception, TrainingStopped)
         self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
@@ -299,30 +315,30 @@ class GradientMonitor(StabilityCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say so when somebody saves weights that are non-finite, outside of an incident."""
+        """Reports non-finite weights that are saved outside of an incident."""
         if self.current is None:
             self._reporter.saved_with(self._consensus.bad_weights(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the parameters and the other ranks."""
-        self._measuring = None
+        """Releases the parameters and the process group."""
+        self._measurer = None
         self._consensus.close()
 
     def rewindable_state(self) -> dict[str, Any]:
-        """The detectors' windows."""
-        return self._detector_set.state_dict()
+        """Returns the windows of the detectors."""
+        return self._detectors.state_dict()
 
     def load_rewindable_state(self, state: Mapping[str, Any]) -> None:
-        """Put the detectors' windows back."""
-        self._detector_set.load_state_dict(state)
+        """Restores the windows of the detectors."""
+        self._detectors.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Incidents and attempts so far, and the detectors' windows."""
+        """Returns the counts of incidents and step attempts, and the windows of the detectors."""
         counts = {"incidents": self._tracker.count, "attempts": self._history.count}
         return {**counts, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put them back; the windows once the detectors exist."""
+        """Restores the counts; the windows are restored when the detectors exist."""
         self._tracker.count = int(state_dict["incidents"])
         self._history.count = int(state_dict.get("attempts", 0))
         self._restored = state_dict["detectors"]

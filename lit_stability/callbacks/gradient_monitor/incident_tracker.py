@@ -1,4 +1,7 @@
-"""Where incidents are opened, struck again and closed."""
+"""Opens incidents, records their recurrences, and closes them.
+
+May import Lightning.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.trainer_internals import batch_index
 
 
 class IncidentTracker:
-    """The incidents of a fit, of which one at most is open.
+    """The incidents of a fit, of which at most one is open.
 
     Args:
-        reporter: who tells people, None before a fit.
+        reporter: reports to the console, the record and the loggers; None before a fit.
         close_after: healthy steps that close an incident.
         count: incidents of the run before this fit.
     """
@@ -29,7 +33,7 @@ class IncidentTracker:
         self._healthy = 0
 
     def recur(self, trainer: Trainer, anomaly: Anomaly) -> Incident:
-        """Open an incident, or take the anomaly up in the open one."""
+        """Opens an incident for an anomaly, or adds the anomaly to the open one."""
         self._healthy = 0
         if self.current is not None:
             self.current.recur(anomaly)
@@ -39,28 +43,28 @@ class IncidentTracker:
             self.count,
             anomaly,
             epoch=trainer.current_epoch,
-            batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+            batch_idx=batch_index(trainer),
             record=None if self.reporter is None else self.reporter.record_path,
         )
         self.incidents.append(self.current)
         return self.current
 
     def healthy(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Count a healthy step; enough of them close the open incident."""
+        """Counts a healthy step; ``close_after`` of them in a row close the open incident."""
         self._healthy += 1
         if self.current is None or self._healthy < self.close_after:
             return
-        # A rollback comes by the step of the anomaly again: it is not over before.
+        # After a rollback the run passes the step of the anomaly again: it is open until then.
         if step >= self.current.anomaly.step + self.close_after:
             outcome: Outcome = "recovered" if self.current.responses else "observed"
             self.close(trainer, pl_module, outcome)
 
     def close(self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome) -> None:
-        """Close the open incident, if there is one, and tell everybody."""
+        """Closes the open incident, if there is one, and calls ``on_incident_closed``."""
         incident, self.current = self.current, None
         if incident is None:
             return
-        incident.outcome, incident.closed_step = outcome, trainer.global_step
+        incident.close(outcome, trainer.global_step)
         if self.reporter is not None:
             self.reporter.closed(incident)
         call_hook("on_incident_closed", trainer, pl_module, incident)
@@ -69,14 +73,14 @@ class IncidentTracker:
 
 @dataclass(frozen=True)
 class PendingVerdict:
-    """A step whose votes are on their way."""
+    """A step whose votes are still being exchanged between the ranks."""
 
     stats: StepStats
     anomaly: Anomaly | None
-    """What this rank makes of it."""
+    """What the detectors of this rank found."""
 
     @property
     def vote(self) -> Vote:
-        """In numbers."""
-        told = self.anomaly is not None and self.anomaly.warn_only
-        return Vote(self.anomaly is not None and not told, self.stats.grad_norm, told)
+        """The vote of this rank."""
+        warned = self.anomaly is not None and self.anomaly.warn_only
+        return Vote(self.anomaly is not None and not warned, self.stats.grad_norm, warned)

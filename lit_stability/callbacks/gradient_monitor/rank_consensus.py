@@ -1,6 +1,6 @@
-"""What a `GradientMonitor` and its fellows on the other ranks say to each other.
+"""What the `GradientMonitor` of each rank exchanges with those of the other ranks.
 
-The protocol is told in `lit_stability.distributed.collectives`.
+`lit_stability.distributed.collectives` describes the protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class RankConsensus:
     """Findings, votes and state of several ranks; on one rank, its own.
 
     Args:
-        ranks: the ranks, None for one on its own.
+        ranks: the ranks; None for a single one.
     """
 
     def __init__(self, ranks: Ranks | None) -> None:
@@ -27,44 +27,44 @@ class RankConsensus:
 
     @property
     def votes(self) -> bool:
-        """Whether a step that looks good in the shared numbers is voted on."""
+        """Whether the ranks vote on a step that looks healthy in the shared numbers."""
         return self._ranks is not None and self._ranks.overlapped
 
     @property
     def sharded(self) -> bool:
-        """Whether a rank holds a part of the weights only."""
+        """Whether each rank holds only a part of the weights."""
         return self._ranks is not None and not self._ranks.replicas
 
-    def gather(self, said: Any) -> list[Any]:
-        """What each rank says; to be called by all of them or none."""
-        return [said] if self._ranks is None else self._ranks.gather(said)
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the value of each rank; all ranks must call it, or none."""
+        return [value] if self._ranks is None else self._ranks.gather(value)
 
     def audit(
         self, weights: Sequence[str], moments: Sequence[str]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names that any rank found something bad in; to be called by all of them or none."""
-        said = self.gather((tuple(weights), tuple(moments)))
-        return _union(w for w, _ in said), _union(m for _, m in said)
+        """Returns the names that any rank found non-finite; all ranks must call it, or none."""
+        found = self.gather((tuple(weights), tuple(moments)))
+        return _union(w for w, _ in found), _union(m for _, m in found)
 
     def bad_weights(self, meters: Iterable[StepMeter]) -> tuple[str, ...]:
-        """Names of non-finite weights, of all ranks where each holds a part of them."""
+        """Returns the names of non-finite weights, from all ranks if weights are sharded."""
         bad = tuple(name for meter in meters for name in meter.bad_weights())
         return self.audit(bad, ())[0] if self.sharded else bad
 
     def vote(self, vote: Vote) -> None:
-        """Send this rank's vote on the step."""
+        """Sends the vote of this rank on the step."""
         assert self._ranks is not None
         self._votes = self._ranks.vote(vote.row())
 
     def count(self) -> list[Vote]:
-        """The votes of all ranks on the step."""
+        """Returns the votes of all ranks on the step."""
         assert self._votes is not None
         votes, self._votes = self._votes, None
         _, rows = votes.split(votes.wait().tolist())
         return [Vote.from_row(row) for row in rows]
 
     def sync_from_rank_0(self, callbacks: Iterable[Any]) -> None:
-        """Give every callback the state of rank 0: what is spent, and what is in force."""
+        """Gives every callback the state of rank 0: what is spent, and what is in force."""
         assert self._ranks is not None
         owners = [each for each in callbacks if implements(each, "load_consensus_state")]
         states = self._ranks.from_first([owner.consensus_state() for owner in owners])
@@ -72,7 +72,7 @@ class RankConsensus:
             owner.load_consensus_state(state)
 
     def close(self) -> None:
-        """Part."""
+        """Destroys the process group."""
         if self._ranks is not None:
             self._ranks.close()
             self._ranks = None

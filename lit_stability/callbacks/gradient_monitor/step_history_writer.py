@@ -1,4 +1,4 @@
-"""Attempts at optimizer steps as a fit goes on, from their verdict to the Stability tab.
+"""Writes every step attempt of a fit, from its verdict to the Stability tab.
 
 May import Lightning.
 """
@@ -16,123 +16,124 @@ from lit_stability.incidents.log import to_json
 from lit_stability.incidents.step_history import StepHistory, row_of
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.tab_writer import StabilityTab
-from lit_stability.trainer_internals import parameters_of
+from lit_stability.trainer_internals import is_skipped
 from lit_stability.training_state.gradient_clipping import clip_threshold
 
 
 @dataclass(frozen=True)
 class PendingAttempt:
-    """An attempt whose batch is not over."""
+    """A step attempt whose batch is not over."""
 
-    attempt: int
+    number: int
     stats: StepStats
     optimizer: Optimizer
     taken: bool
-    due: bool
-    """Whether it is to be written."""
+    written: bool
+    """Whether its row goes to the tab."""
 
 
 class StepHistoryWriter:
-    """Counts the attempts, on all ranks alike, and on the first writes what became of them.
+    """Counts the step attempts on all ranks alike, and writes them on rank 0.
 
-    Written are the steps that other metrics are written for, every attempt that was vetoed, and
-    those at which an incident was opened. Their rows are complete only with the end of the batch,
-    when everybody has clipped. An incident is written when it has opened, when it has closed, and
-    once more with the attempts that followed.
+    Written are the steps for which other metrics are written, every attempt that was skipped, and
+    those at which an incident was opened. A row is complete only at the end of its batch, when all
+    callbacks have clipped. An incident is written when it opens, when it closes, and once more with
+    the attempts after it.
 
     Args:
         trainer: in its fit.
-        attempts: the count, which outlives the fit.
+        history: the count, which outlives the fit.
     """
 
     def __init__(self, trainer: Trainer, history: StepHistory) -> None:
         self._trainer, self._history = trainer, history
         history.start()
         self._tab = StabilityTab(trainer.loggers if trainer.is_global_zero else [])
-        self._judged: list[PendingAttempt] = []
-        self._due = False
-        self._told: list[Incident] = []
-        """Opened or closed in the batch at hand."""
+        self._pending: list[PendingAttempt] = []
+        self._write_current = False
+        self._changed: list[Incident] = []
+        """Incidents that were opened or closed in the current batch."""
         self._incidents: dict[int, Incident] = {}
-        """Whose episodes are not complete."""
+        """Incidents whose window is not complete, by id."""
         self._scans: dict[int, StepStats] = {}
-        """The last of each optimizer that was not written yet."""
+        """For each optimizer, its last scan of the weights that was not written yet."""
 
-    def due(self) -> None:
-        """The step that is being judged is to be written."""
-        self._due = True
+    def write_current(self) -> None:
+        """Has the current step written."""
+        self._write_current = True
 
     def judged(self, stats: StepStats, optimizer: Optimizer) -> None:
-        """Take up an attempt, once it is known whether it was vetoed, before the update.
+        """Adds an attempt, when it is known whether it was skipped, before the update.
 
         Args:
             stats: its measurement.
             optimizer: whose step it is.
         """
         self._history.went_back(stats.step)
-        attempt, due = self._history.begin(), self._due
-        self._due = False
+        number, written = self._history.begin(), self._write_current
+        self._write_current = False
         if not self._tab:
             return
         if stats.weight_moves is not None:
             self._scans[stats.optimizer] = stats
-        taken = any(p.grad is not None for p in parameters_of(optimizer))
-        due = due or not taken or any(i.outcome == "open" for i in self._told)
-        self._note_told(attempt)
-        self._judged.append(PendingAttempt(attempt, stats, optimizer, taken, due))
+        taken = not is_skipped(optimizer)
+        opened = any(incident.outcome == "open" for incident in self._changed)
+        self._record_changes(number)
+        written = written or not taken or opened
+        self._pending.append(PendingAttempt(number, stats, optimizer, taken, written))
 
-    def told(self, incident: Incident) -> None:
-        """An incident has opened or closed."""
+    def incident_changed(self, incident: Incident) -> None:
+        """Records an incident that was opened or closed."""
         if self._tab:
-            self._told.append(incident)
+            self._changed.append(incident)
             self._incidents[incident.id] = incident
 
-    def went_back(self) -> None:
-        """A snapshot was put back."""
+    def rolled_back(self) -> None:
+        """Records that a snapshot was restored."""
         self._history.went_back(self._trainer.global_step)
 
     def batch_ended(self) -> None:
-        """Write what is due, now that rows are complete."""
-        judged, self._judged = self._judged, []
+        """Writes the attempts of the batch, now that their rows are complete."""
+        pending, self._pending = self._pending, []
         if not self._tab:
             return
-        for each in judged:
-            self._take_up(each)
-        self._note_told(self._history.count)
-        told, self._told = self._told, []
-        for incident in told:
+        for attempt in pending:
+            self._add(attempt)
+        self._record_changes(self._history.count)
+        changed, self._changed = self._changed, []
+        for incident in changed:
             self._write(incident)
-        self._finish_episodes(everything=False)
+        self._finish_windows(everything=False)
 
     def end(self) -> None:
-        """The fit is over."""
+        """Writes what is left at the end of the fit."""
         self.batch_ended()
-        self._finish_episodes(everything=True)
+        self._finish_windows(everything=True)
 
-    def _take_up(self, judged: PendingAttempt) -> None:
-        stats = judged.stats
+    def _add(self, attempt: PendingAttempt) -> None:
+        stats = attempt.stats
         row = row_of(
-            judged.attempt,
+            attempt.number,
             stats,
-            clip_threshold=self._threshold(judged),
+            clip_threshold=self._threshold(attempt),
             precision=str(self._trainer.precision),
-            taken=judged.taken,
+            taken=attempt.taken,
         )
         self._history.add(row)
-        if judged.due:
+        if attempt.written:
             self._tab.write_step_attempt(row, stats, self._scans.pop(stats.optimizer, None))
 
-    def _threshold(self, judged: PendingAttempt) -> float | None:
-        """What callbacks have clipped to and what the Trainer has; None where nobody clips."""
-        own = clip_threshold(judged.optimizer, judged.stats)
+    def _threshold(self, attempt: PendingAttempt) -> float | None:
+        """The norm that callbacks or the Trainer clipped to; None if neither clips."""
+        own = clip_threshold(attempt.optimizer, attempt.stats)
         value, algorithm = self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
         if not value or (algorithm is not None and str(algorithm).lower().endswith("value")):
             return own
         return min(float(value), math.inf if own is None else own)
 
-    def _note_told(self, attempt: int) -> None:
-        """Note at which attempt an incident has opened or closed."""
-        for incident in self._told:
+    def _record_changes(self, attempt: int) -> None:
+        """Record at which attempt incidents were opened or closed."""
+        for incident in self._changed:
             window = self._history.windows.get(incident.id)
             if window is None:
                 window = self._history.open(incident.id, attempt)
@@ -148,7 +149,7 @@ class StepHistoryWriter:
             lambda: to_json({**incident.as_dict(), **window.as_dict()}),
         )
 
-    def _finish_episodes(self, *, everything: bool) -> None:
+    def _finish_windows(self, *, everything: bool) -> None:
         """Write for the last time the incidents that enough attempts have followed."""
         for key, window in [*self._history.windows.items()]:
             if window.complete or everything:

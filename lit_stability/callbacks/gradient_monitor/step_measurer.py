@@ -1,4 +1,4 @@
-"""What `GradientMonitor` measures, and when in Lightning's step."""
+"""Measures each optimizer step, at the right places of Lightning's loop. May import Lightning."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from lit_stability.trainer_internals import (
     RecordedStep,
     callbacks_of,
     ends_window,
+    loss_scale_on_device,
     loss_scaler,
     unscale,
 )
+from lit_stability.training_state.gradient_clipping import gradients_are_new
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
-Taken: TypeAlias = list[ProbeReading] | DeviceReadings | None
-"""What a probe answers: None where it is not its turn."""
+ProbeAnswer: TypeAlias = list[ProbeReading] | DeviceReadings | None
+"""What a probe returns: None for a step that it does not measure."""
 
 
 class StepMeasurer:
@@ -34,8 +36,8 @@ class StepMeasurer:
 
     Args:
         trainer: at the start of its fit.
-        pl_module: in training.
-        ranks: those who measure together, None for a rank on its own.
+        pl_module: the module in training.
+        ranks: the ranks that measure together; None for a single one.
         scan_weights_every: optimizer steps between full scans of the weights.
         details_every: optimizer steps between measurements of distributions; 0 for never.
     """
@@ -58,10 +60,10 @@ class StepMeasurer:
         self._measured: set[int] = set()
         wanted = any(getattr(c, "needs_recorded_step", False) for c in callbacks_of(trainer))
         self.recorded_step = RecordedStep() if wanted else None
-        """The step at hand, where a callback may want to take it again."""
+        """The current step, if a callback may need to run it again; else None."""
 
     def renew(self, trainer: Trainer) -> None:
-        """Measure with new meters, where tensors were replaced; they go on counting."""
+        """Replaces the meters, after tensors were replaced; their counts go on."""
         for index, optimizer in enumerate(trainer.optimizers):
             count = self.meters[index].count
             self.meters[index].forget()
@@ -69,24 +71,24 @@ class StepMeasurer:
             self.meters[index].count = count
 
     def batch_started(self, batch: Any, batch_idx: int) -> None:
-        """Another batch, another measurement."""
+        """Records the batch that the next measurement belongs to."""
         self._measured.clear()
         if self.recorded_step is not None:
             self.recorded_step.batch_started(batch, batch_idx)
 
     def batch_ended(self, trainer: Trainer) -> None:
-        """Let go of the batches, if an optimizer step came with this one."""
+        """Releases the recorded batches if an optimizer step was taken with this one."""
         if self.recorded_step is not None and ends_window(trainer):
             self.recorded_step.forget()
 
     def take_loss(self, trainer: Trainer, loss: Tensor, *, scan: bool) -> None:
-        """Add up the loss; with the last of the window the ranks begin to measure.
+        """Adds the loss of a batch; with the last of the window the ranks start to measure.
 
         Args:
             trainer: before backward.
             loss: of the batch.
-            scan: scan the weights, whether it is their turn or not: while an incident is open,
-                what returns is to be found at its origin.
+            scan: whether to scan the weights even if no scan is due: while an incident is open,
+                damage that recurs is found in the step in which it happens.
         """
         detached = loss.detach()
         self._loss = detached if self._loss is None else self._loss + detached
@@ -97,13 +99,13 @@ class StepMeasurer:
         scaler = loss_scaler(trainer)
         meter.begin(
             self._loss,
-            loss_scale=None if scaler is None else scaler._scale,
+            loss_scale=loss_scale_on_device(scaler),
             learning_rates=learning_rate_multiplier(trainer.optimizers[0]).effective(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
         )
 
     def measure(self, trainer: Trainer, optimizer: Optimizer, *, scan: bool) -> StepStats | None:
-        """Measure a step, before it is taken; None for one that was measured already.
+        """Measures a step before its update; returns None if it was measured already.
 
         Args:
             trainer: in the optimizer's step.
@@ -112,10 +114,11 @@ class StepMeasurer:
         """
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
         if isinstance(optimizer, LBFGS) and index in self._measured:
-            # Its closure runs many times per step; the first run sees the state of the step.
+            # Its closure runs many times per step; only the first run has the weights of the step.
             self._loss = None
             return None
         self._measured.add(index)
+        gradients_are_new(optimizer)
         scaler = loss_scaler(trainer)
         if scaler is not None:
             unscale(scaler, optimizer)
@@ -123,26 +126,28 @@ class StepMeasurer:
         meter = self._meter(index, optimizer)
         loss, self._loss = self._loss, None
         probes = [c for c in callbacks_of(trainer) if implements(c, "probe_readings")]
-        taken = [probe.probe_readings(trainer, self._module) for probe in probes]
+        answers = [probe.probe_readings(trainer, self._module) for probe in probes]
         stats = meter.measure(
             trainer.global_step,
             loss,
-            loss_scale=None if scaler is None else scaler._scale,
+            loss_scale=loss_scale_on_device(scaler),
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
-            also=[each.numbers for each in taken if isinstance(each, DeviceReadings)],
+            also=[each.numbers for each in answers if isinstance(each, DeviceReadings)],
         )
-        readings = self._readings(taken, meter.also)
+        readings = self._readings(answers, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
 
-    def _readings(self, taken: Sequence[Taken], also: Sequence[float]) -> list[ProbeReading]:
-        """What probes have measured, by the mean over the ranks; each is asked by all ranks."""
-        if all(each is None for each in taken):
+    def _readings(
+        self, answers: Sequence[ProbeAnswer], also: Sequence[float]
+    ) -> list[ProbeReading]:
+        """Returns what probes measured, as means over the ranks; all ranks call it alike."""
+        if all(each is None for each in answers):
             return []
         own: list[ProbeReading] = []
-        for each in taken:
+        for each in answers:
             if isinstance(each, DeviceReadings):
                 count = each.numbers.numel()
                 own, also = [*own, *each.read(also[:count])], also[count:]

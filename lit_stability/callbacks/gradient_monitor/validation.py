@@ -1,4 +1,4 @@
-"""What a `GradientMonitor` accepts to watch, and to ask; it refuses anything else before step 1.
+"""Checks the detectors, the Trainer and the optimizers that a `GradientMonitor` is given.
 
 May import Lightning.
 """
@@ -16,28 +16,28 @@ def asked_detectors(
     detectors: Sequence[Detector] | None,
     bounds: Mapping[str, float | tuple[float, float]] | None,
 ) -> list[Detector]:
-    """The detectors to ask, in order.
+    """Returns the detectors to ask, in order.
 
     Args:
         detectors: as the user gave them, None for the default set.
         bounds: of `LayerBounds`, which come last; None or empty for none.
 
     Raises:
-        ValueError: if one is no detector, as the name or the class of one is not.
+        ValueError: if one is no detector object, but a name or a class.
     """
     asked = default_detectors() if detectors is None else list(detectors)
     for each in asked:
         if isinstance(each, type) or not isinstance(each, Detector):
             raise ValueError(
                 f"detectors must be objects with check, update, state_dict and load_state_dict, "
-                f"got {each!r}; write detectors=[*default_detectors(), WeightDrift()], all of "
-                "lit_stability.detectors"
+                f"got {each!r}; write detectors=[*default_detectors(), LayerBounds({{...}})], all "
+                "of lit_stability.detectors"
             )
     return [*asked, LayerBounds(bounds)] if bounds else asked
 
 
 def require_package(trainer: Trainer, callback: Callback) -> None:
-    """Refuse the Trainer of `pytorch_lightning`, whose classes are not those of `lightning`.
+    """Refuses the Trainer of `pytorch_lightning`, whose classes are not those of `lightning`.
 
     Args:
         trainer: as it calls ``setup``.
@@ -60,21 +60,21 @@ def require_package(trainer: Trainer, callback: Callback) -> None:
 def require_watchable(
     trainer: Trainer, pl_module: LightningModule, detectors: Sequence[Detector]
 ) -> None:
-    """Refuse a fit that updates nothing, and bounds on parameters that are not there.
+    """Refuses a fit that updates nothing, and bounds on parameters that do not exist.
 
     Args:
         trainer: at the start of its fit.
-        pl_module: in training.
-        detectors: that are going to be asked.
+        pl_module: the module in training.
+        detectors: those that are asked.
 
     Raises:
-        ValueError: saying what was found in place of it.
+        ValueError: naming what was found instead.
     """
-    # What Lightning puts in the place of an optimizer where there is none; it has no groups.
+    # Without an optimizer Lightning uses a mock, which has no parameter groups.
     if all(not optimizer.param_groups for optimizer in trainer.optimizers):
         raise ValueError(
             f"configure_optimizers of {type(pl_module).__name__} returned no optimizer: nothing is "
-            "trained, and nothing can be watched; return one, or fit without the suite"
+            "trained, so nothing can be monitored; return one, or fit without the suite"
         )
     names = [name for name, _ in pl_module.named_parameters()]
     for each in detectors:

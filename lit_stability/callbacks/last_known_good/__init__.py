@@ -1,4 +1,4 @@
-"""`LastKnownGood`, and its parts: keeping good checkpoints, and verifying a resume from one."""
+"""`LastKnownGood`: keeps good checkpoints, and verifies a resume from one of them."""
 
 from lit_stability.callbacks.last_known_good.callback import LastKnownGood
 

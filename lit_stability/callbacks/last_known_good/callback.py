@@ -1,4 +1,4 @@
-"""`LastKnownGood`: a checkpoint on disk that healthy steps confirmed, and the way back to it."""
+"""`LastKnownGood`: keeps checkpoints on disk that healthy steps confirmed, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -28,43 +28,42 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class LastKnownGood(StabilityCallback):
-    """Keeps checkpoints on disk that are known to be good, and goes on from them exactly.
+    """Keeps checkpoints on disk that are known to be good, and resumes from them exactly.
 
-    On one device; on several it keeps nothing and says so.
+    Works on one device. On several devices it keeps nothing and logs that.
 
-    Between two batches the complete state is copied to memory; after ``confirm_after`` healthy
-    steps without an incident it is written in the background, to ``good/step=<step>.ckpt`` in
-    ``trainer.log_dir``. An incident or a rollback discards a copy that is not confirmed yet. One
-    with a NaN or Inf in weights, buffers or optimizer state is refused; buffers that were
-    non-finite when the fit began, such as a mask of -inf, are taken for constants. The first copy
-    is taken before the first step. What cannot be written is told of once; training goes on.
+    Between two batches the callback copies the complete state to memory. After ``confirm_after``
+    healthy steps without an incident it writes the copy in the background, to
+    ``good/step=<step>.ckpt`` in ``trainer.log_dir``. An incident or a rollback discards a copy that
+    is not confirmed yet. A copy with a NaN or Inf in weights, buffers or optimizer state is
+    rejected; buffers that were non-finite when the fit began, such as a mask of -inf, count as
+    constants. The first copy is taken before the first step. If a write fails, the callback warns
+    once and training continues.
 
-    ``Trainer.fit(ckpt_path=find_last_good(folder))`` goes on where the copy was taken: generators,
-    the batch that came next, aggregates of the epoch. Before the first step the loss of one kept
-    batch is computed again and compared with the one it had. If the run behind the checkpoint
-    ended in an exception, learning rate and clip are lowered for a while, where the trainer has an
-    `AutoRollback`; after an interruption (a kill, SIGTERM, Ctrl-C) the run is the one that was
-    interrupted, bit for bit.
+    ``Trainer.fit(ckpt_path=find_last_good(folder))`` resumes where the copy was taken: with the RNG
+    states, the next batch and the epoch's aggregated metrics. Before the first step it recomputes
+    the loss of one kept batch and compares it with the saved loss. If the previous run ended in an
+    exception, learning rate and clip are lowered for a while, if the trainer has an `AutoRollback`.
+    After an interruption (a kill, SIGTERM, Ctrl-C) the run continues bit for bit.
 
-    What does not come back: data that `DataPosition` says it cannot position; what a module,
-    a data module or a data set counts in its own attributes without saving it. The batches that
-    the epoch has had are read again and dropped. ``training_step`` runs once more on the kept
-    batch, with ``self.log`` silenced; what else it does happens once more.
+    Not restored: data that `DataPosition` cannot position, and what a module, a data module or a
+    data set counts in its own attributes without saving it. A resume reads the earlier batches of
+    the epoch again and drops them. ``training_step`` runs one extra time on the kept batch, with
+    ``self.log`` silenced; its other side effects happen twice.
 
-    With this callback every checkpoint of the trainer carries the position in the data. From one
-    that was saved at the end of a batch before its validation, Lightning goes on without that
-    validation, and the generators stand where they stood before it.
+    With this callback every checkpoint of the trainer holds the position in the data. A checkpoint
+    that was saved at the end of a batch, before its validation, resumes in Lightning without that
+    validation, and with the RNG states from before it.
 
     Args:
         every_n_steps: optimizer steps between copies. A run that is killed loses at most these,
-            ``confirm_after`` and the steps taken during one write.
+            ``confirm_after`` and the steps that run during one write.
         confirm_after: healthy steps after which a copy is good.
-        keep: files kept.
-        max_batch_bytes: a larger batch is not kept to verify a restore with.
-        on_mismatch: what to do when the restored state gives another loss.
-        after_crash: what learning rate and clip are multiplied by, once for every failure in a
-            row, three at most, when the run behind the checkpoint failed; 1 to go on as if it had
-            not.
+        keep: number of files kept.
+        max_batch_bytes: a larger batch is not kept, and a resume is then not verified.
+        on_mismatch: what to do if the restored state gives another loss.
+        after_crash: factor on learning rate and clip if the previous run failed, applied once for
+            each failure in a row, at most three times; 1 to change nothing.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -104,7 +103,7 @@ class LastKnownGood(StabilityCallback):
         self._lowers_after_crash = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; follow the data from their first iteration on.
+        """Starts to record the position in the data.
 
         Raises:
             ValueError: without a `GradientMonitor` before it.
@@ -114,18 +113,18 @@ class LastKnownGood(StabilityCallback):
         require_monitor(trainer, self)
         self._restored = {}
         if trainer.world_size > 1:
-            # The position in the data is one for each rank, the file is of rank zero.
+            # Each rank has its own position in the data, but only rank 0 writes the file.
             if trainer.is_global_zero:
                 log.info("LastKnownGood keeps nothing on several devices: use ModelCheckpoint")
             return
         self._fit = _Fit(self, trainer, pl_module)
 
     def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it to the remedy how careful this fit is: it knows the crash, this does not."""
+        """Turns off `after_crash`: the remedy chosen for the crash replaces it."""
         self._lowers_after_crash = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look how the run behind the checkpoint ended, and be careful if it failed."""
+        """Lowers learning rate and clip if the previous run failed."""
         if self._fit is not None:
             self._fit.previous = PreviousRun(trainer)
             self._fit.previous.lower_after_crash(
@@ -133,7 +132,7 @@ class LastKnownGood(StabilityCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Arrange that a resumed fit goes on where its checkpoint was taken."""
+        """Prepares a resumed fit to continue where its checkpoint was taken."""
         if self._fit is not None:
             self._fit.start(self._restored)
         self._restored = {}
@@ -141,59 +140,59 @@ class LastKnownGood(StabilityCallback):
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Count towards the copy's confirmation."""
+        """Counts a healthy step, which may confirm the copy."""
         if self._fit is not None and self._fit.manager is not None:
             self._fit.manager.healthy(self.state_key)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Trust no copy that is not confirmed."""
+        """Discards a copy that is not confirmed."""
         if incident.anomaly.warn_only:
             return
         if self._fit is not None and self._fit.manager is not None:
             self._fit.manager.discard()
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Trust no copy that is not confirmed; count from the step that was gone back to."""
+        """Discards a copy that is not confirmed; counts from the step rolled back to."""
         if self._fit is not None and self._fit.manager is not None:
             self._fit.manager.rolled_back()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a resume, complete the epoch's aggregates and tell of it."""
+        """After a resume, completes the epoch's aggregates and reports the result."""
         if self._fit is not None:
             self._fit.epoch.add(trainer)
             self._fit.verification.after_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of what belonged to the epoch."""
+        """Clears the aggregates of the epoch."""
         if self._fit is not None:
             self._fit.epoch.forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish writing."""
+        """Waits until the last file is written."""
         if self._fit is not None:
             self._fit.end("finished")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Finish writing, and note how the run ended."""
+        """Waits until the last file is written, and records how the run ended."""
         if self._fit is None:
             return
-        # Lightning ends a fit at SIGTERM with a kind of SystemExit.
+        # Lightning ends a fit at SIGTERM with a subclass of SystemExit.
         interrupted = isinstance(exception, (KeyboardInterrupt, SystemExit))
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0][:500]
         self._fit.end("interrupted" if interrupted else "failed", reason)
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave trainer and memory as they were found."""
+        """Leaves trainer and memory as they were before the fit."""
         if stage == "fit":
             self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data, the generators and the epoch's aggregates; {} outside a fit."""
+        """Returns data position, RNG states and the epoch's aggregates; {} outside a fit."""
         position = {} if self._fit is None else self._fit.position.state_dict()
         if self._fit is None or not position:
             return {}
@@ -206,24 +205,24 @@ class LastKnownGood(StabilityCallback):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keep such a state until the training starts."""
+        """Keeps the state until training starts."""
         self._restored = state_dict
 
     def rescale_batch_counts(self, state: dict[str, Any], micro_batches: int) -> None:
-        """Change a state of this callback to one that counts each batch as so many.
+        """Changes a state in place, after each batch was split into micro-batches.
 
         Args:
             state: what `state_dict` returned.
-            micro_batches: what every batch has been cut into.
+            micro_batches: how many there are for each former batch.
         """
         position = state["position"]
         position["batches"] *= micro_batches
         position["states"] = {i * micro_batches: s for i, s in position["states"].items()}
-        # The whole batch would not fit into memory, nor give the loss of a part.
+        # The former batch may not fit into memory, and its loss is not that of a micro-batch.
         state.pop("kept", None)
 
     def checkpoint(self, trainer: Trainer) -> dict[str, Any]:
-        """Lightning's checkpoint between two batches; its tensors are the live ones."""
+        """Returns Lightning's checkpoint between two batches; it aliases the live tensors."""
         self._capturing = True
         try:
             return full_checkpoint(trainer)
@@ -238,7 +237,7 @@ class LastKnownGood(StabilityCallback):
 
 
 class _Fit:
-    """What lives as long as one fit."""
+    """The state of one fit."""
 
     def __init__(self, owner: LastKnownGood, trainer: Trainer, pl_module: LightningModule) -> None:
         self.owner, self.trainer, self.module = owner, trainer, pl_module
@@ -251,7 +250,7 @@ class _Fit:
         self._begun = False
 
     def start(self, restored: Mapping[str, Any]) -> None:
-        """Prepare to write, and to take up the position."""
+        """Prepares the writer, and a resume if there is a restored state."""
         directory, owner = run_directory(self.trainer), self.owner
         if directory is not None:
             self.manager = CheckpointManager(
@@ -281,18 +280,18 @@ class _Fit:
             if self.manager is not None and self.previous is not None:
                 self.previous.clear(self.manager.writer.folder)
             self._begun = True
-            self._note("running")
+            self._record_state("running")
         if self.manager is not None:
             self.manager.between_batches(lambda: self.owner.checkpoint(self.trainer))
 
     def end(self, state: State, reason: str = "") -> None:
-        """Finish writing; note how the fit ended, if it had begun."""
+        """Waits for the writer; records how the fit ended, if it had begun."""
         if self.manager is not None:
             self.manager.close()
         if self._begun:
-            self._note(state, reason)
+            self._record_state(state, reason)
 
-    def _note(self, state: State, reason: str = "") -> None:
+    def _record_state(self, state: State, reason: str = "") -> None:
         if self.manager is not None and self.previous is not None:
             writer = self.manager.writer
             self.previous.note(writer.folder, writer.newest, state, reason)

@@ -1,4 +1,4 @@
-"""Takes copies of the state, has healthy steps confirm them, and hands them to the writer."""
+"""Copies the state, waits for healthy steps to confirm the copy, and hands it to the writer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class CheckpointManager:
-    """One copy of the state at a time: due, taken, on probation, being written.
+    """Manages one copy of the state at a time: due, taken, waiting for confirmation, written.
 
     Args:
         trainer: of the fit.
-        pl_module: in training.
-        writer: of confirmed copies.
+        pl_module: the module in training.
+        writer: writes confirmed copies.
         every_n_steps: optimizer steps between copies.
         confirm_after: healthy steps after which a copy is good.
-        max_batch_bytes: of the batch that is kept with a copy.
+        max_batch_bytes: largest size of the batch that is kept with a copy.
     """
 
     def __init__(
@@ -42,86 +42,86 @@ class CheckpointManager:
         """Step of the newest confirmed copy, or of the checkpoint that the fit resumed from."""
         self._trainer, self._module = trainer, pl_module
         self._every_n_steps, self._confirm_after = every_n_steps, confirm_after
-        self._constants = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
+        self._nonfinite_buffers = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
         self._copy = HostCopy()
         self._reference = ReferenceStep(max_batch_bytes)
-        self._calm = True
-        self._age: int | None = None
+        self._healthy = True
+        self._healthy_steps: int | None = None
         self._step = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def between_batches(self, checkpoint: Callable[[], dict[str, Any]]) -> None:
-        """Take a copy if one is due.
+        """Takes a copy if one is due.
 
         Args:
-            checkpoint: makes the checkpoint that is copied.
+            checkpoint: returns the checkpoint to copy.
         """
         if not self._due():
             return
         try:
             self._copy.capture(checkpoint())
         except Exception as error:
-            # A hook of the user's that raises, an object that cannot be copied.
-            self._tell("no good checkpoint can be taken", repr(error))
+            # A user's hook that raises, or an object that cannot be copied.
+            self._warn_once("no good checkpoint can be taken", repr(error))
             self.last = self._trainer.global_step
             return
         if self.last is None:
             mib = self._copy.nbytes / 2**20
             log.info("LastKnownGood holds one copy of the checkpoint in memory, %.1f MiB now", mib)
-        self._age, self._step = 0, self._trainer.global_step
+        self._healthy_steps, self._step = 0, self._trainer.global_step
         self._reference.begin(self._trainer, self._module)
 
     def _due(self) -> bool:
         waited = self.last is None or self._trainer.global_step - self.last >= self._every_n_steps
         return (
             waited
-            and self._age is None
-            and self._calm
+            and self._healthy_steps is None
+            and self._healthy
             and not self.writer.busy
             and ends_window(self._trainer)
         )
 
     def healthy(self, state_key: str) -> None:
-        """Count a healthy step; hand the copy to the writer once it is confirmed.
+        """Counts a healthy step; hands the copy to the writer once it is confirmed.
 
         Args:
-            state_key: of the callback whose state the kept step goes into.
+            state_key: state key of the callback whose state the kept step is added to.
         """
-        self._calm = True
-        if self._age is None:
+        self._healthy = True
+        if self._healthy_steps is None:
             return
-        self._age += 1
-        if self._age < self._confirm_after:
+        self._healthy_steps += 1
+        if self._healthy_steps < self._confirm_after:
             return
-        self._age, self.last = None, self._step
+        self._healthy_steps, self.last = None, self._step
         self._reference.cancel()
         kept = self._reference.kept
         if kept is None:
-            self._tell(
-                "a resume cannot verify the state", self._reference.obstacle or "no step came"
+            self._warn_once(
+                "a resume cannot verify the state", self._reference.obstacle or "no step followed"
             )
         else:
             kept |= {"loss": kept["loss"].cpu(), "step": self._step}
             self._copy.state["callbacks"][state_key]["kept"] = kept
-        self.writer.write(self._copy.state, self._step, constants=self._constants)
+        self.writer.write(self._copy.state, self._step, constants=self._nonfinite_buffers)
 
     def discard(self) -> None:
-        """Give up a copy that is not confirmed, and take none before a healthy step."""
-        self._calm, self._age = False, None
+        """Discards a copy that is not confirmed, and takes none before the next healthy step."""
+        self._healthy, self._healthy_steps = False, None
         self._reference.cancel()
 
     def rolled_back(self) -> None:
-        """Discard, and count from the step that was gone back to."""
+        """Discards the copy, and counts from the step rolled back to."""
         self.discard()
         if self.last is not None:
             self.last = min(self.last, self._trainer.global_step)
 
     def close(self) -> None:
-        """Wait for the writer, and leave the module as it was found."""
+        """Waits for the writer, and leaves the module as it was before the fit."""
         self._reference.cancel()
         self.writer.join()
 
-    def _tell(self, what: str, why: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            log.warning("%s: %s", what, why)
+    def _warn_once(self, problem: str, reason: str) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
+            log.warning("%s: %s", problem, reason)

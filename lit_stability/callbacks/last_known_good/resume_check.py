@@ -1,4 +1,4 @@
-"""Going on from a good checkpoint: what ended the run behind it, and whether all came back."""
+"""Checks of a resume from a good checkpoint: how the previous run ended, and what is restored."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lit_stability.training_state.good_checkpoints import FOLDER, RunEnd, State,
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 _MOST_FAILURES = 3
-"""Failures in a row that make a resume more careful; a further one is told of and no more."""
+"""After this many failures in a row, further ones are reported but lower nothing more."""
 
 
 class RestoredStateDiffers(RuntimeError):
-    """Raised before the first step when a restored state gives another loss than the saved one."""
+    """Raised before the first step if the restored state gives another loss than the saved one."""
 
 
 class PreviousRun:
-    """What a fit resumes from, if it does, and the note it leaves for the next one.
+    """The run that a fit resumes from, if any, and the record of this fit for the next resume.
 
     Args:
         trainer: of the fit.
@@ -43,10 +43,10 @@ class PreviousRun:
         """The good checkpoint that the fit resumes from, or None."""
         end = None if self.source is None else RunEnd.read(self.source.parent)
         self._failures = 0 if end is None or path is None else end.failures_behind(path)
-        self._told = False
+        self._warned = False
 
     def lower_after_crash(self, after_crash: float) -> None:
-        """Lower learning rate and clip if the run behind failed, and say so."""
+        """Lowers learning rate and clip if the previous run failed, and logs it."""
         if not self._failures or after_crash == 1:
             return
         factor = after_crash ** min(self._failures, _MOST_FAILURES)
@@ -54,33 +54,32 @@ class PreviousRun:
         done = (
             f"learning rate and clip x{factor:.3g} for a while"
             if lowered
-            else "learning rate and clip stay as they are: only an AutoRollback can lower them"
+            else "learning rate and clip are unchanged: only an AutoRollback can lower them"
         )
-        again = "" if self._failures == 1 else f" {self._failures} times in a row"
-        log.info("the run behind %s failed%s: %s", self.source, again, done)
+        count = "" if self._failures == 1 else f" {self._failures} times in a row"
+        log.info("the run that wrote %s failed%s: %s", self.source, count, done)
 
     def clear(self, folder: Path) -> None:
-        """Remove what a kill left half-written; move away the files of another run."""
+        """Removes partial files of a killed run; moves the files of another run away."""
         try:
             for part in folder.glob(".part-*"):
                 part.unlink(missing_ok=True)
-            isolated_step = put_aside(folder) if self._trainer.ckpt_path is None else None
-            if isolated_step is not None:
+            moved_to = put_aside(folder) if self._trainer.ckpt_path is None else None
+            if moved_to is not None:
                 log.info(
-                    "the good checkpoints of another run in this folder are in %s now",
-                    isolated_step,
+                    "good checkpoints of another run in this folder were moved to %s", moved_to
                 )
         except OSError as error:
-            self._tell(folder, error)
+            self._warn_once(folder, error)
 
     def note(self, folder: Path, newest: Path | None, state: State, reason: str = "") -> None:
-        """Write down how the fit stands, for the next one to `lower_after_crash`.
+        """Writes the state of the fit to disk, for `lower_after_crash` of the next resume.
 
         Args:
-            folder: of this fit's good checkpoints.
-            newest: the last good checkpoint of this fit.
-            state: running, or how it ended.
-            reason: the exception, where there was one.
+            folder: the folder of this fit's good checkpoints.
+            newest: the last good checkpoint of this fit, or None.
+            state: running, or how the fit ended.
+            reason: the exception, if there was one.
         """
         previous = newest or self.source
         end = RunEnd(
@@ -92,27 +91,27 @@ class PreviousRun:
         )
         self._write(end, folder)
         if previous is not None and previous == self.source and folder != previous.parent:
-            # As long as nothing is written here, the next resume looks where this one did.
+            # Until this fit writes a checkpoint, the next resume reads the previous folder.
             self._write(end, previous.parent)
 
     def _write(self, end: RunEnd, folder: Path) -> None:
         try:
             end.write(folder)
         except OSError as error:
-            self._tell(folder, error)
+            self._warn_once(folder, error)
 
-    def _tell(self, folder: Path, error: OSError) -> None:
-        if not self._told:
-            log.warning("%s cannot be written (%s); training goes on", folder, error)
-        self._told = True
+    def _warn_once(self, folder: Path, error: OSError) -> None:
+        if not self._warned:
+            log.warning("%s cannot be written (%s); training continues", folder, error)
+        self._warned = True
 
 
 class ResumeVerification:
-    """Shows that a resumed fit is the one that was saved: first its state, then its data.
+    """Verifies that a resumed fit continues the saved one: first its state, then its data.
 
     Args:
         kept: the step that followed the copy, or None if none was kept.
-        on_mismatch: what to do when the restored state gives another loss.
+        on_mismatch: what to do if the restored state gives another loss.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class ResumeVerification:
         self._checked: float | None = None
 
     def before_first_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the loss of the kept batch with the one it had.
+        """Compares the loss of the kept batch with the saved loss.
 
         Raises:
             RestoredStateDiffers: if they differ.
@@ -143,38 +142,37 @@ class ResumeVerification:
             self._checked = loss
             self._first.begin(trainer, pl_module)
         else:
-            self._refuse(loss)
+            self._reject(loss)
 
-    def _refuse(self, loss: float) -> None:
+    def _reject(self, loss: float) -> None:
         assert self._kept is not None
         message = (
-            "the restored state is not the one that was saved: the loss of the kept batch is "
+            "the restored state differs from the saved state: the loss of the kept batch is "
             f"{loss:.9g}, it was {float(self._kept['loss']):.9g} at step {self._kept['step']}. "
             "The model or its options have changed, or the file is damaged; if the change is "
-            "meant, resume with LastKnownGood(on_mismatch='warn')"
+            "intended, resume with LastKnownGood(on_mismatch='warn')"
         )
         if self._on_mismatch == "raise":
             raise RestoredStateDiffers(message)
         log.warning("%s", message)
 
     def after_batch(self) -> None:
-        """Tell, once, that the fit goes on where it stood, or that the data have changed."""
+        """Logs once that the fit continues exactly, or warns that the data have changed."""
         checked, self._checked = self._checked, None
         if checked is None or self._kept is None:
             return
-        head = f"resumed at step {self._kept['step']}: the kept batch has its loss of {checked:.6g}"
-        now = self._first.kept
-        if now is not None and same_batch(self._kept["batch"], now["batch"]):
-            log.info("%s, and the data go on with the batch that came next", head)
+        head = f"resumed at step {self._kept['step']}: the loss {checked:.6g} is as saved"
+        first = self._first.kept
+        if first is not None and same_batch(self._kept["batch"], first["batch"]):
+            log.info("%s, and the data continue with the next batch", head)
         else:
             log.warning(
-                "%s, but the data go on with another batch than the one that came next: data, "
-                "their order or their augmentation have changed",
+                "%s, but the next batch differs: the data, their order or augmentation changed",
                 head,
             )
         self.close()
 
     def close(self) -> None:
-        """Leave the module as it was found, and let go of the batch."""
+        """Leaves the module as it was before the fit, and releases the batch."""
         self._first.cancel()
         self._kept = None

@@ -1,4 +1,4 @@
-"""`PrecisionFallback`, and its proof: the failing step, run again in float32."""
+"""`PrecisionFallback`, and its evidence: the failing step, run again in float32."""
 
 from lit_stability.callbacks.precision_fallback.callback import PrecisionFallback
 

@@ -1,4 +1,4 @@
-"""`PrecisionFallback`: another precision where numbers overflow, and the faster one again later."""
+"""`PrecisionFallback`: changes the precision if it makes steps fail, and tries it again later."""
 
 from __future__ import annotations
 
@@ -23,50 +23,52 @@ from lit_stability.trainer_internals import (
     apply_fp32_modules,
     ends_window,
     is_supported,
+    remove_gradients,
     why_fixed,
 )
 from lit_stability.training_state.fp32_modules import matching
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
-_FAILED = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "loss-scale fall")
-"""Kinds of anomaly for which the step is taken again in float32."""
+_RERUN_KINDS = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "loss-scale fall")
+"""Kinds of anomaly for which the step is run again in float32."""
 _CAUSES = {
     "infinite loss": "loss computed in 16 bits",
     "lost updates": "updates lost to rounding",
 }
-"""Rows of `lit_stability.diagnosis`, by kind of anomaly; of all others it is "numeric
-precision"."""
+"""Names of causes in `lit_stability.diagnosis` by kind of anomaly; default "numeric precision"."""
 
 
 class PrecisionFallback(StabilityCallback):
-    """Changes to a precision that holds more numbers when, and only when, precision is the cause.
+    """Switches to a wider numeric format if, and only if, precision is the cause of an incident.
 
-    That is proven first: a failing step is taken again beside training, in its own precision and
-    in float32. If float32 makes an ordinary step of it, the model goes down a rung, such as from
-    16-mixed to bf16-mixed, and the step is taken anew by the `AutoRollback` that follows in the
-    list; without one, that step is lost. A batch that is bad in float32 too is left to others, and
-    so is the scaler's search for a scale. After ``try_again_after`` healthy steps the faster
-    precision is tried again; each failure doubles that wait, and after ``failures`` of them it
-    stays down. What is in force is saved in checkpoints and holds on resume, and beyond the fit.
+    The callback verifies this first: it runs the failing step again in isolation, in its own
+    precision and in float32. If the step is normal in float32, the callback switches to the next
+    precision level, such as from 16-mixed to bf16-mixed. The `AutoRollback` after it in the list
+    then retries the step; without one, the step is lost. A batch that also fails in float32 is left
+    to other callbacks, and so is the loss scaler's search for a scale. After ``try_again_after``
+    healthy steps the callback tries the faster precision again. Each failure doubles that wait, and
+    after ``failures`` of them the change is permanent. Checkpoints save the precision in force; it
+    is kept on resume, and after the fit.
 
-    Weights in half precision (``16-true``, ``bf16-true``) become float32 for good, with the
-    optimizer state: when the proof says so; when rounding swallows most updates; and before the
-    first step if Adam's ``eps`` is 0 in their format, which makes 0 / 0 of the first update.
+    Weights in half precision (``16-true``, ``bf16-true``) become float32 permanently, with the
+    optimizer state, in three cases: if the rerun shows that precision is the cause; if rounding
+    cancels most updates; and before the first step if Adam's ``eps`` is 0 in their format, so that
+    the first update is 0 / 0.
 
     Args:
-        precisions: those to go down to, in order, by Lightning's names; None for bf16-mixed and
-            32-true. Those that are not below the trainer's precision, or that the device lacks,
-            are left out.
+        precisions: precision levels to switch to, in order, by Lightning's names; None for
+            bf16-mixed and 32-true. Levels that are not below the trainer's precision, or that the
+            device does not support, are skipped.
         fp32_modules: modules that compute in float32 from the start while the rest is in 16 bits:
             names, globs or class names, or classes; see
             `lit_stability.training_state.fp32_modules`.
-        try_again_after: healthy steps.
-        failures: tries of the faster precision that may fail.
-        max_fp32_modules: modules that may be made float32 islands in the course of a run before the
-            whole model goes down a rung; 0 for never.
-        infinite_losses: strikes of an infinite loss with finite gradients before it is acted upon;
-            training goes on meanwhile.
+        try_again_after: healthy steps before the faster precision is tried again.
+        failures: how often the faster precision may fail when it is tried again.
+        max_fp32_modules: modules that may be kept in float32 during a run before the whole model
+            switches to the next level; 0 for none.
+        infinite_losses: occurrences of an infinite loss with finite gradients before the callback
+            acts; training continues meanwhile.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -93,7 +95,7 @@ class PrecisionFallback(StabilityCallback):
         for precision in precisions or ():
             if precision not in PRECISIONS or precision in ("16-true", "bf16-true"):
                 raise ValueError(
-                    "precisions must be of '16-mixed', 'bf16-mixed' and '32-true', got "
+                    "precisions accepts '16-mixed', 'bf16-mixed' and '32-true' only, got "
                     f"{precision!r}"
                 )
         if isinstance(fp32_modules, str):
@@ -111,16 +113,16 @@ class PrecisionFallback(StabilityCallback):
         self._float32_rerun = Float32Rerun()
         self._restored: Mapping[str, Any] = {}
         self._scalers: dict[str, dict[str, Any]] = {}
-        self._made = 0
-        self._due: str | None = None
-        self._counted = -1
+        self._modules_added = 0
+        self._pending_precision: str | None = None
+        self._counted_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the rungs, and refuse what cannot work.
+        """Chooses the precision levels, and refuses a fit in which this callback cannot work.
 
         Raises:
             ValueError: without a `GradientMonitor` before it, or if ``fp32_modules`` match nothing.
-            RuntimeError: under a strategy that was not tried.
+            RuntimeError: under a strategy that is not supported.
         """
         if stage != "fit":
             return
@@ -151,68 +153,73 @@ class PrecisionFallback(StabilityCallback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the precision in force before the module is made to fit the one configured."""
+        """Applies the saved precision before Lightning sets up the module in the configured one."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None and trainer.state.fn == "fit":
             self.load_state_dict(state)
-            self._now.before_setup(self._active_policy.current, checkpoint)
+            self._active_switch.before_setup(self._active_policy.current, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put precision and islands in force, and look at the optimizers' epsilons."""
-        self._due = None
-        self._now.load_scalers(self._scalers)
+        """Applies precision and modules kept in fp32, and checks the optimizers' epsilons."""
+        self._pending_precision = None
+        self._active_switch.load_scalers(self._scalers)
         self._scalers = {}
         if "16" in self._active_policy.home:
             chosen = matching(pl_module, self.fp32_modules)
             self.kept_in_fp32 = list(dict.fromkeys([*chosen, *self.kept_in_fp32]))
-        self._put(trainer, pl_module, self._active_policy.current)
+        self._set_precision(trainer, pl_module, self._active_policy.current)
         lost = lost_epsilon(trainer.optimizers)
         if lost is None:
             return
         if self._active_policy.next is None:
             log.warning("%s: raise it to 1e-4", lost)
             return
-        was, precision = self._active_policy.current, self._active_policy.down()
-        log.info("%s: precision %s -> %s before the first step", lost, was, precision)
-        self._put(trainer, pl_module, precision)
+        previous, precision = self._active_policy.current, self._active_policy.down()
+        log.info("%s: precision %s -> %s before the first step", lost, previous, precision)
+        self._set_precision(trainer, pl_module, precision)
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Count the calm, and learn what a healthy step looks like."""
+        """Counts the step; after enough of them, schedules a try of the faster precision."""
         if self._active_policy.next is not None:
             self._float32_rerun.learn(stats)
-        if stats.step == self._counted:
+        if stats.step == self._counted_step:
             return
-        self._counted = stats.step
-        was, precision = self._active_policy.current, self._active_policy.healthy()
+        self._counted_step = stats.step
+        previous, precision = self._active_policy.current, self._active_policy.healthy()
         if precision is not None:
-            self._due = precision
-            log.info("step %d: calm, precision %s -> %s again", stats.step, was, precision)
+            self._pending_precision = precision
+            log.info(
+                "step %d: healthy steps, precision %s -> %s is tried again",
+                stats.step,
+                previous,
+                precision,
+            )
 
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
-        """Take no step that is not finite, until all ranks have voted."""
-        if self._active_policy.next is not None and anomaly.kind in _FAILED:
-            trainer.optimizers[anomaly.optimizer].zero_grad(set_to_none=True)
+        """Skips a non-finite step; the response is chosen when all ranks have voted."""
+        if self._active_policy.next is not None and anomaly.kind in _RERUN_KINDS:
+            remove_gradients(trainer.optimizers[anomaly.optimizer])
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
-        """Go down a rung if precision is the cause; the step is for others to take again."""
+        """Switches to the next level if precision is the cause; does not retry the step itself."""
         self._active_policy.disturbed()
-        self._due = None
+        self._pending_precision = None
         if incident.resolved or self._active_policy.next is None:
             return
         if not self._is_cause(trainer, pl_module, incident):
             return
         cause = _CAUSES.get(incident.anomaly.kind, "numeric precision")
-        incident.shown.setdefault(cause, "a wider format makes an ordinary step of it")
+        incident.shown.setdefault(cause, "the step is normal in a wider format")
         if not self._keep_modules_in_fp32(trainer, pl_module, incident):
-            was = self._active_policy.current
-            self._due = self._active_policy.down()
-            incident.adjust(LowerPrecision(was, self._due))
+            previous = self._active_policy.current
+            self._pending_precision = self._active_policy.down()
+            incident.adjust(LowerPrecision(previous, self._pending_precision))
         if not incident.anomaly.warn_only:
-            trainer.optimizers[incident.anomaly.optimizer].zero_grad(set_to_none=True)
+            remove_gradients(trainer.optimizers[incident.anomaly.optimizer])
 
     def _is_cause(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> bool:
         kind = incident.anomaly.kind
@@ -221,29 +228,29 @@ class PrecisionFallback(StabilityCallback):
         if kind == "infinite loss":
             if incident.occurrences < self.infinite_losses:
                 return False
-        elif kind not in _FAILED:
+        elif kind not in _RERUN_KINDS:
             return False
         finding = self._float32_rerun.find(trainer, pl_module, incident)
         if finding == "precision":
             incident.verdict = "deterministic"
         return finding == "precision" or (
-            # What cannot be taken again: the scaler's own verdict has to do.
+            # The step cannot be run again: trust the loss scaler, which found no scale.
             finding == "unknown" and kind == "loss-scale collapse"
         )
 
     def _keep_modules_in_fp32(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> bool:
-        """Whether islands of the modules that overflow are enough; they are in force then."""
-        left = self.max_fp32_modules - self._made
+        """Keeps the modules that overflow in fp32; returns whether that is enough."""
+        allowed = self.max_fp32_modules - self._modules_added
         if (
-            left < 1
-            or incident.anomaly.kind not in _FAILED
+            allowed < 1
+            or incident.anomaly.kind not in _RERUN_KINDS
             or "true" in self._active_policy.current
         ):
             return False
-        names = self._float32_rerun.modules_to_keep_in_fp32(trainer, pl_module, incident, left)
-        self._made += len(names)
+        names = self._float32_rerun.modules_to_keep_in_fp32(trainer, pl_module, incident, allowed)
+        self._modules_added += len(names)
         self.kept_in_fp32 += names
         for name in names:
             incident.adjust(KeepInFloat32(name))
@@ -252,21 +259,21 @@ class PrecisionFallback(StabilityCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Change the precision, between two optimizer steps."""
-        if self._due is not None and ends_window(trainer):
-            self._put(trainer, pl_module, self._due)
-            self._due = None
+        """Applies a due change of precision, between two optimizer steps."""
+        if self._pending_precision is not None and ends_window(trainer):
+            self._set_precision(trainer, pl_module, self._pending_precision)
+            self._pending_precision = None
 
-    def _put(self, trainer: Trainer, pl_module: LightningModule, precision: str) -> None:
+    def _set_precision(self, trainer: Trainer, pl_module: LightningModule, precision: str) -> None:
         if str(trainer.precision) != precision:
-            self._now.put(precision)
+            self._active_switch.put(precision)
             call_hook("on_precision_changed", trainer, pl_module)
         if precision != "32-true":
             apply_fp32_modules(trainer, self.kept_in_fp32)
 
     @property
     def needs_recorded_step(self) -> bool:
-        """Whether steps are to be kept for it: not where there is no precision to fall back to."""
+        """Returns whether steps are recorded for a rerun: only if there is a level to switch to."""
         return self._policy is not None and self._policy.has_lower_precision
 
     @property
@@ -275,24 +282,24 @@ class PrecisionFallback(StabilityCallback):
         return self._policy
 
     @property
-    def _now(self) -> PrecisionSwitch:
+    def _active_switch(self) -> PrecisionSwitch:
         assert self._switch is not None, "after setup only"
         return self._switch
 
     def state_dict(self) -> dict[str, Any]:
-        """The precision in force and what it has cost, islands, and scalers put aside."""
+        """Returns precision level and failures, modules kept in fp32, and inactive loss scalers."""
         if self._policy is None or self._switch is None:
             return {}
         return {
             "ladder": self._policy.state_dict(),
             "islands": list(self.kept_in_fp32),
-            "made": self._made,
+            "made": self._modules_added,
             "scalers": self._switch.scalers(),
             "proof": self._float32_rerun.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put such a state back; it is in force from the start of training."""
+        """Restores the state; it is in force from the start of training."""
         self._restored = state_dict
         if self._policy is not None:
             self._restore()
@@ -301,6 +308,6 @@ class PrecisionFallback(StabilityCallback):
         state, self._restored = self._restored, {}
         if not state or not self._active_policy.load_state_dict(state["ladder"]):
             return
-        self.kept_in_fp32, self._made = list(state["islands"]), int(state["made"])
+        self.kept_in_fp32, self._modules_added = list(state["islands"]), int(state["made"])
         self._scalers = dict(state["scalers"])
         self._float32_rerun.load_state_dict(state["proof"])

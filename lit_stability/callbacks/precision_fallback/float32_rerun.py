@@ -1,4 +1,4 @@
-"""Whether a step failed for want of precision: taken again, in its own precision and in float32."""
+"""Reruns a failing step in its own precision and in float32, to see if precision is the cause."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.callbacks.requirements import gather_of
 from lit_stability.detectors import Spike
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
@@ -19,37 +20,37 @@ Finding: TypeAlias = Literal["precision", "not precision", "not reproduced", "un
 
 
 class Float32Rerun:
-    """Takes failing steps again beside training, and judges by what float32 makes of them.
+    """Reruns failing steps in isolation, and compares their own precision with float32.
 
-    Precision is to blame if the step fails again in its own precision, is finite in float32, and
-    has there a gradient norm and a loss like those of healthy steps before it. A batch of which
-    float32 makes a spike is bad data whatever the precision.
+    Precision is the cause if the step fails again in its own precision, is finite in float32, and
+    has a gradient norm and a loss in float32 like those of earlier healthy steps. If it is a spike
+    in float32, the batch is bad in any precision.
     """
 
     def __init__(self) -> None:
-        self._usual = (Spike("grad_norm"), Spike("loss"))
+        self._healthy = (Spike("grad_norm"), Spike("loss"))
 
     def learn(self, stats: StepStats) -> None:
-        """Take up what a healthy step looks like."""
-        for each in self._usual:
+        """Learns gradient norm and loss of a healthy step."""
+        for each in self._healthy:
             each.update(stats)
 
     def find(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Finding:
-        """Judge the step of an incident, on all ranks alike; its evidence goes to the incident."""
-        recorded_step = incident.recorded_step
+        """Returns whether precision is the cause, the same on all ranks; adds evidence."""
+        recorded_step, gather = incident.recorded_step, gather_of(trainer)
         if recorded_step.obstacle(trainer) is not None:
             return "unknown"
         try:
             own = recorded_step.rerun(trainer, pl_module, float32=False)
             wide = recorded_step.rerun(trainer, pl_module, float32=True)
-            finding, words = self._judge(str(trainer.precision), own, wide, incident)
+            finding, evidence = self._judge(str(trainer.precision), own, wide, incident)
         except Exception as error:
-            # A training_step that cannot be run twice must not be what ends the run.
-            finding, words = "unknown", f"the step cannot be taken again: {error!r}"
-        if words not in incident.evidence:
-            incident.evidence.append(words)
-        found: list[Finding] = incident.gather(finding)
-        incident.agree(True)
+            # A training_step that cannot be run twice must not end the run.
+            finding, evidence = "unknown", f"the step cannot be run again: {error!r}"
+        if evidence not in incident.evidence:
+            incident.evidence.append(evidence)
+        found: list[Finding] = gather(finding)
+        incident.agree(True, gather)
         for worst in ("not precision", "precision"):
             if worst in found:
                 return worst
@@ -58,34 +59,36 @@ class Float32Rerun:
     def modules_to_keep_in_fp32(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, most: int
     ) -> list[str]:
-        """Make islands of the modules that overflow, until the step is finite, on all ranks alike.
+        """Keeps modules that overflow in float32, one by one, until the step is finite.
+
+        The result is the same on all ranks.
 
         Args:
-            trainer: at the incident.
-            pl_module: in training, with float32 weights.
-            incident: that `find` has blamed on precision.
-            most: islands that may be made.
+            trainer: the Trainer.
+            pl_module: the module in training, with float32 weights.
+            incident: an incident for which `find` returned "precision".
+            most: how many modules may be kept in float32.
 
         Returns:
-            Their names; nothing, and no island made, where that many are not enough.
+            Their names. If `most` modules are not enough, the list is empty and none is changed.
         """
         made: list[str] = []
-        recorded_step = incident.recorded_step
+        recorded_step, gather = incident.recorded_step, gather_of(trainer)
         if recorded_step.obstacle(trainer) is not None:
             return made
         while len(made) < most:
-            origin = recorded_step.locate(trainer, pl_module, incident.gather)
+            origin = recorded_step.locate(trainer, pl_module, gather)
             blamed = _module_of(origin)
-            names = sorted({n for n in incident.gather(blamed) if n and n not in made})
+            names = sorted({n for n in gather(blamed) if n and n not in made})
             if not names:
                 break
             if origin is not None and blamed in names:
                 incident.evidence.append(origin.describe().splitlines()[0])
-            incident.agree(True)
+            incident.agree(True, gather)
             made += names
             apply_fp32_modules(trainer, names)
             own = recorded_step.rerun(trainer, pl_module, float32=False)
-            if all(incident.gather(own.finite or _is_for_the_scaler(own, incident))):
+            if all(gather(own.finite or _is_for_the_scaler(own, incident))):
                 return made
         for name in made:
             release_from_fp32(pl_module.get_submodule(name))
@@ -95,37 +98,37 @@ class Float32Rerun:
         self, precision: str, own: Outcome, wide: Outcome, incident: Incident
     ) -> tuple[Finding, str]:
         if own.finite:
-            return "not reproduced", f"taken again in {precision} beside training, it is finite"
+            return "not reproduced", f"run again in {precision} in isolation, the step is finite"
         seen = (
-            f"taken again in {precision} it fails (loss {own.loss:.4g}, gradient norm "
+            f"run again in {precision}, the step fails (loss {own.loss:.4g}, gradient norm "
             f"{own.grad_norm:.4g}), in float32 "
         )
         if not wide.finite:
             return "not precision", f"{seen}too"
-        seen += f"it is loss {wide.loss:.4g}, gradient norm {wide.grad_norm:.4g}"
+        seen += f"it has loss {wide.loss:.4g}, gradient norm {wide.grad_norm:.4g}"
         stats = StepStats(step=incident.anomaly.step, loss=wide.loss, grad_norm=wide.grad_norm)
-        unusual = [a.message for each in self._usual if (a := each.check(stats)) is not None]
+        unusual = [a.message for each in self._healthy if (a := each.check(stats)) is not None]
         if unusual:
             return "not precision", f"{seen}: {unusual[0]}"
-        return "precision", f"{seen}, as is usual"
+        return "precision", f"{seen}, which is normal"
 
     def state_dict(self) -> dict[str, Any]:
-        """What healthy steps look like."""
-        return {each.signal: each.state_dict() for each in self._usual}
+        """Returns the statistics of healthy steps."""
+        return {spike.signal: spike.state_dict() for spike in self._healthy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
-        for each in self._usual:
-            each.load_state_dict(state[each.signal])
+        """Restores the statistics of healthy steps."""
+        for spike in self._healthy:
+            spike.load_state_dict(state[spike.signal])
 
 
 def _module_of(origin: NonFiniteOrigin | None) -> str:
-    """The module that overflows, or "" where none does, or where it is the model's own code."""
+    """Returns the module that overflows; "" if none does, or if it is the root module itself."""
     return origin.module if origin is not None and origin.overflow else ""
 
 
 def _is_for_the_scaler(outcome: Outcome, incident: Incident) -> bool:
-    """Whether nothing overflows any more but gradients whose scale is still being searched for."""
+    """Whether only gradients still overflow, and the loss scaler is still searching for a scale."""
     scaled = incident.stats is not None and incident.stats.loss_scale is not None
     searching = not incident.anomaly.kind.startswith("loss-scale")
     return scaled and searching and math.isfinite(outcome.loss)

@@ -1,10 +1,11 @@
-"""What a checkpoint says of the health of its run, and what lies between two of them.
+"""Examines a checkpoint for damage, and compares two checkpoints.
 
-    checkpoint --examine--> HealthReport (tensors, moments, run) --find_problems--> findings
-    two of them --compare--> Comparison
-    either --format_report, format_comparison--> tables, --draw_health, draw_comparison--> a picture
+    checkpoint      --examine--> HealthReport: tensors, moments, run, findings
+    two checkpoints --compare--> Comparison
+    HealthReport    --format_report--> text        --draw_health--> figure
+    Comparison      --format_comparison--> text    --draw_comparison--> figure
 
-Names arrive on first use: a misspelt command line is answered before torch is loaded.
+Names are imported on first use, so that a wrong command line is reported without loading torch.
 """
 
 from importlib import import_module

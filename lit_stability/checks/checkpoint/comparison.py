@@ -1,4 +1,4 @@
-"""What lies between two checkpoints, and how it is told.
+"""The difference between two checkpoints, and its printed form.
 
 Imports neither torch nor Lightning.
 """
@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lit_stability.checks.checkpoint.table import aligned, few, number
+from lit_stability.checks.text_table import align, format_number, join_names, more_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One tensor, before and after. Of its elements that are finite on both sides."""
+    """The change of one tensor; computed from the elements that are finite in both checkpoints."""
 
     name: str
     elements: int
     difference: float
     """Norm of the difference."""
     relative: float
-    """The same over the norm of the tensor before; Inf where that was all zero."""
+    """Norm of the difference, divided by the norm before; Inf if the tensor was all zero before."""
     cosine: float | None
-    """Cosine of the angle between the two, in [-1, 1]; None where one of them is all zero."""
+    """Cosine of the angle between the tensors, in [-1, 1]; None if one of them is all zero."""
     largest: float
-    """Largest magnitude of an element's difference."""
+    """Largest absolute difference of an element."""
     norm_before: float
     norm_after: float
     non_finite_before: int = 0
@@ -33,85 +33,87 @@ class Change:
 
     @property
     def frozen(self) -> bool:
-        """Whether not one element has changed."""
+        """Whether no element has changed."""
         return self.largest == 0 and self.non_finite_before == self.non_finite_after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two checkpoints, tensor by tensor: ``changes``, the largest first, and what only one has."""
+    """The differences between two checkpoints, tensor by tensor."""
 
     changes: tuple[Change, ...]
-    """Of the tensors that can be compared; non-finite ones first, then what changed most."""
+    """Of the tensors that can be compared; non-finite ones first, then the largest changes."""
     relative: float
-    """Norm of all differences over that of all tensors before; Inf where those were all zero."""
+    """Norm of all differences, divided by the norm of all tensors before; Inf if that is 0."""
     only_before: tuple[str, ...] = ()
+    """Names of tensors that only the first checkpoint has."""
     only_after: tuple[str, ...] = ()
+    """Names of tensors that only the second checkpoint has."""
     reshaped: tuple[tuple[str, str, str], ...] = ()
-    """Name, shape before, shape after: these were not compared."""
+    """Name, shape before, shape after; these tensors were not compared."""
     retyped: tuple[tuple[str, str, str], ...] = ()
-    """Name, dtype before, dtype after: these were compared all the same."""
+    """Name, dtype before, dtype after; these tensors were compared."""
     steps: tuple[int | None, int | None] = (None, None)
+    """``global_step`` of the first and of the second checkpoint."""
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names that have not changed at all, joined to ``module.*`` where a module is whole."""
-        same = [each.name for each in self.changes if each.frozen]
-        moved = [each.name for each in self.changes if not each.frozen]
-        return grouped(same, moved)
+        """Names of unchanged tensors; ``module.*`` if all tensors of a module are unchanged."""
+        unchanged = [change.name for change in self.changes if change.frozen]
+        changed = [change.name for change in self.changes if not change.frozen]
+        return grouped(unchanged, changed)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self) | {"schema": 1, "frozen": self.frozen}
 
 
 def grouped(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    """Names, where all that begins alike is among them under that beginning.
+    """Returns names, with ``prefix.*`` in place of all names of a module.
 
     Args:
-        names: to be grouped.
-        others: names that are not among them.
+        names: Names to group.
+        others: All other names of the model.
 
     >>> grouped(["encoder.0.weight", "encoder.0.bias", "head.bias"], ["head.weight"])
     ('encoder.*', 'head.bias')
     """
     taken = {".".join(parts[:i]) for o in others for parts in [o.split(".")] for i in range(9)}
-    found = []
+    groups = []
     for name in names:
         parts = name.split(".")
-        starts = (".".join(parts[:i]) for i in range(len(parts)))
-        start = next((each for each in starts if each not in taken), None)
-        found.append(name if start is None else f"{start}.*".removeprefix("."))
-    return tuple(dict.fromkeys(found))
+        prefixes = (".".join(parts[:i]) for i in range(len(parts)))
+        prefix = next((p for p in prefixes if p not in taken), None)
+        groups.append(name if prefix is None else f"{prefix}.*".removeprefix("."))
+    return tuple(dict.fromkeys(groups))
 
 
 def format_comparison(comparison: Comparison, limit: int | None = 20) -> str:
-    """Put a comparison in words and a table, what changed most first.
+    """Returns a comparison as text: a summary and a table, largest changes first.
 
     Args:
-        comparison: of two checkpoints.
-        limit: most rows of the table and names of a list; None for all.
+        comparison: Of two checkpoints.
+        limit: Largest number of rows of the table and of names in a list; None for all.
 
     Raises:
-        ValueError: if `limit` is less than 1.
+        ValueError: If `limit` is less than 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1, or None for every row")
-    moved = [each for each in comparison.changes if not each.frozen]
+    changed = [change for change in comparison.changes if not change.frozen]
     lines = [_heading(comparison), *_lists(comparison, limit)]
-    if moved:
+    if changed:
         head = ("tensor", "change", "cosine", "largest", "norm before", "norm after", "NaN/Inf")
-        lines += ["", *aligned([head, *(_cells(each) for each in moved[:limit])], left=1)]
-        if len(moved) > len(moved[:limit]):
-            lines.append(f"{len(moved) - len(moved[:limit])} more tensors; --all shows them")
+        lines += ["", *align([head, *(_cells(change) for change in changed[:limit])], left=1)]
+        lines += more_rows(len(changed) - len(changed[:limit]), "tensors")
     return "\n".join(lines)
 
 
 def _heading(comparison: Comparison) -> str:
     before, after = comparison.steps
     steps = "" if before is None or after is None else f", step {before} to step {after}"
-    frozen = sum(each.frozen for each in comparison.changes)
-    unchanged = f", {frozen} of them not at all" if frozen else ""
+    frozen = sum(change.frozen for change in comparison.changes)
+    unchanged = f"; {frozen} of them are unchanged" if frozen else ""
     return (
         f"{len(comparison.changes)} tensors compared{steps}: together they changed by "
         f"{comparison.relative:.3g} of their norm{unchanged}"
@@ -121,24 +123,24 @@ def _heading(comparison: Comparison) -> str:
 def _lists(comparison: Comparison, limit: int | None) -> list[str]:
     reshaped = tuple(f"{n} {before} -> {after}" for n, before, after in comparison.reshaped)
     retyped = tuple(f"{n} {before} -> {after}" for n, before, after in comparison.retyped)
-    told = (
-        ("unchanged to the last bit", comparison.frozen),
+    lists = (
+        ("bitwise unchanged", comparison.frozen),
         ("only before", comparison.only_before),
         ("only after", comparison.only_after),
-        ("of another shape, not compared", reshaped),
-        ("of another dtype", retyped),
+        ("different shape, not compared", reshaped),
+        ("different dtype", retyped),
     )
-    return [f"{what}: {few(names, limit)}" for what, names in told if names]
+    return [f"{what}: {join_names(names, limit)}" for what, names in lists if names]
 
 
 def _cells(change: Change) -> tuple[str, ...]:
     bad = change.non_finite_before, change.non_finite_after
     return (
         change.name,
-        number(change.relative),
+        format_number(change.relative),
         "-" if change.cosine is None else f"{change.cosine:.4f}",
-        number(change.largest),
-        number(change.norm_before),
-        number(change.norm_after),
+        format_number(change.largest),
+        format_number(change.norm_before),
+        format_number(change.norm_after),
         f"{bad[0]} -> {bad[1]}" if any(bad) else ".",
     )

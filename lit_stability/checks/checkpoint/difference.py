@@ -1,4 +1,4 @@
-"""Comparing the weights of two checkpoints, tensor by tensor.
+"""Compares the weights of two checkpoints, tensor by tensor.
 
 May import torch.
 """
@@ -19,19 +19,19 @@ from lit_stability.checks.checkpoint.measure import pieces
 
 @torch.no_grad()
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
-    """Compare the weights and buffers of two checkpoints; nothing in them is changed.
+    """Compares the weights and buffers of two checkpoints, without changing them.
 
     Args:
-        before: as Lightning saves one, or a bare state dict, loaded to the CPU.
-        after: the same; its names are looked up in the first.
+        before: A Lightning checkpoint or a bare state dict, loaded to the CPU.
+        after: The same; its tensors are matched by name with those of `before`.
 
     Raises:
-        ValueError: if there is no tensor in one of them.
+        ValueError: If one of them contains no tensor.
     """
     a, b = state_dict_of(before), state_dict_of(after)
     both = [name for name in a if name in b]
-    alike = [name for name in both if a[name].shape == b[name].shape]
-    changes = [_change(name, a[name], b[name]) for name in alike]
+    comparable = [name for name in both if a[name].shape == b[name].shape]
+    changes = [_change(name, a[name], b[name]) for name in comparable]
     changes.sort(key=lambda c: (c.non_finite_after + c.non_finite_before, c.relative), reverse=True)
     difference = math.hypot(*(change.difference for change in changes))
     return Comparison(
@@ -46,7 +46,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
         ),
         retyped=tuple(
             (name, _type(a[name]), _type(b[name]))
-            for name in alike
+            for name in comparable
             if a[name].dtype != b[name].dtype
         ),
         steps=(before.get("global_step"), after.get("global_step")),

@@ -1,4 +1,4 @@
-"""Examining a checkpoint that is loaded.
+"""Examines a loaded checkpoint: measures its tensors and state, and looks for problems.
 
 May import torch.
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lit_stability.checks.checkpoint.measure import measure_tensors
 from lit_stability.checks.checkpoint.optimizer_state import measure_moments
-from lit_stability.checks.checkpoint.report import SEVERITIES, HealthReport, RunHealth
+from lit_stability.checks.checkpoint.report import HealthReport, RunHealth
 from lit_stability.checks.checkpoint.run_findings import moment_findings, run_findings
 from lit_stability.checks.checkpoint.tensor_findings import gradient_findings, tensor_findings
+from lit_stability.checks.finding import worst_first
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.measurement.step_stats import GradientDetail
 
@@ -25,14 +26,14 @@ _PLAIN = (bool, int, float, str)
 def examine(
     checkpoint: Mapping[str, Any], *, gradients: Sequence[GradientDetail] = ()
 ) -> HealthReport:
-    """Measure a checkpoint and look for what is wrong with it; nothing in it is changed.
+    """Measures a checkpoint and looks for problems, without changing it.
 
     Args:
-        checkpoint: as Lightning saves one, or a bare state dict, loaded to the CPU.
-        gradients: of the offending step, where the checkpoint is the scene of an incident.
+        checkpoint: A Lightning checkpoint or a bare state dict, loaded to the CPU.
+        gradients: Of the offending step, if the checkpoint is an incident checkpoint.
 
     Raises:
-        ValueError: if there is no tensor in it.
+        ValueError: If it contains no tensor.
     """
     state = state_dict_of(checkpoint)
     run = _run(checkpoint)
@@ -45,19 +46,18 @@ def examine(
         *run_findings(run, moments),
     ]
     report = HealthReport(run=run, tensors=tensors, moments=moments, gradients=tuple(gradients))
-    rank = SEVERITIES.index
-    return replace(report, findings=tuple(sorted(findings, key=lambda f: rank(f.severity))))
+    return replace(report, findings=tuple(worst_first(findings)))
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's model.
+    """Returns the tensors of the model in a checkpoint.
 
     Args:
-        checkpoint: of Lightning, another one with a ``state_dict``, ``model`` or
-            ``model_state_dict`` in it, or a bare state dict.
+        checkpoint: A Lightning checkpoint, another one with the key ``state_dict``, ``model`` or
+            ``model_state_dict``, or a bare state dict.
 
     Raises:
-        ValueError: if there is no tensor in it.
+        ValueError: If it contains no tensor.
     """
     keys = [k for k in ("state_dict", "model_state_dict", "model") if k in checkpoint]
     inner: Any = next((checkpoint[k] for k in keys if isinstance(checkpoint[k], Mapping)), None)
@@ -65,8 +65,8 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(
-            f"no tensor among {sorted(map(str, state))[:8]}; give a checkpoint of Lightning or a "
-            "state dict"
+            f"no tensor among the keys {sorted(map(str, state))[:8]}; give a Lightning checkpoint "
+            "or a state dict"
         )
     return tensors
 
@@ -81,7 +81,7 @@ def _run(checkpoint: Mapping[str, Any]) -> RunHealth:
         epoch=checkpoint.get("epoch"),
         global_step=checkpoint.get("global_step"),
         groups=tuple(_groups(checkpoint.get("optimizer_states", ()))),
-        schedulers=tuple(_plain(each) for each in checkpoint.get("lr_schedulers", ())),
+        schedulers=tuple(_plain(state) for state in checkpoint.get("lr_schedulers", ())),
         scaler=_scaler(checkpoint),
         callbacks=_callbacks(callbacks),
         history=tuple(
@@ -92,19 +92,19 @@ def _run(checkpoint: Mapping[str, Any]) -> RunHealth:
 
 
 def _groups(optimizers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    groups = []
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.get("param_groups", ())):
             rate = group.get("lr")
             numbers = {"lr": float(rate)} if isinstance(rate, Tensor) else {}
             place = {"where": f"optimizer {number}, group {index}", "optimizer": number}
             rest = {"params": list(group.get("params", ())), "betas": group.get("betas")}
-            found.append(_plain(group) | numbers | rest | place)
-    return found
+            groups.append(_plain(group) | numbers | rest | place)
+    return groups
 
 
 def _plain(state: Any) -> dict[str, Any]:
-    """The numbers and strings of a state, and lists of them."""
+    """Returns the entries of a state that are numbers, strings, or lists of them."""
     if not isinstance(state, Mapping):
         return {}
     return {
@@ -116,7 +116,7 @@ def _plain(state: Any) -> dict[str, Any]:
 
 
 def _scaler(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """State of the loss scaler, which Lightning keeps under the class name of its plugin."""
+    """Returns the loss scaler's state, which Lightning saves under the class name of its plugin."""
     for value in checkpoint.values():
         if isinstance(value, Mapping) and {"scale", "growth_factor"} <= set(value):
             return {str(k): float(v) for k, v in value.items() if not isinstance(v, str)}
@@ -124,7 +124,7 @@ def _scaler(checkpoint: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _state_of(callbacks: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The state of a callback, found by its class: a state key may carry options behind it."""
+    """Returns the state of a callback by its class name; a state key may also contain options."""
     for key, state in callbacks.items():
         if str(key).split("{")[0] == name and isinstance(state, Mapping):
             return state
@@ -132,25 +132,25 @@ def _state_of(callbacks: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _callbacks(callbacks: Mapping[str, Any]) -> dict[str, Any]:
-    """What this package's callbacks have saved, in the words of the report."""
+    """Returns what this package's callbacks saved, under the names that the report uses."""
     monitor = _state_of(callbacks, "GradientMonitor")
     rollback = _state_of(callbacks, "AutoRollback")
     precision = _state_of(callbacks, "PrecisionFallback")
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if "incidents" in monitor:
-        found["incidents"] = int(monitor["incidents"])
+        entries["incidents"] = int(monitor["incidents"])
     if "ladder" in precision:
         names, at = precision["ladder"]["names"], int(precision["ladder"]["at"])
-        found |= {"precision": names[at], "precision of the run": names[0]}
-        found["float32 islands"] = list(precision.get("islands", ()))
+        entries |= {"precision": names[at], "precision of the run": names[0]}
+        entries["modules in float32"] = list(precision.get("islands", ()))
     if "ladder" in rollback:
-        found["budget left"] = {str(k): int(n) for k, n in rollback["ladder"]["left"].items()}
+        entries["budget left"] = {str(k): int(n) for k, n in rollback["ladder"]["left"].items()}
     phases = _state_of(callbacks, "GradientFlow").get("phases")
     if phases:
-        counted = PhaseRanges()
-        counted.load_state_dict(phases)
-        found["gradient norms by phase"] = [each.in_words() for each in counted.ranges()]
+        ranges = PhaseRanges()
+        ranges.load_state_dict(phases)
+        entries["gradient norms by phase"] = [phase.in_words() for phase in ranges.ranges()]
     if "throttle" in rollback:
-        found["learning-rate factor"] = float(rollback["throttle"]["lr_factor"])
-        found["clip factor"] = float(rollback["throttle"]["clip_factor"])
-    return found
+        entries["learning-rate factor"] = float(rollback["throttle"]["lr_factor"])
+        entries["clip factor"] = float(rollback["throttle"]["clip_factor"])
+    return entries

@@ -1,4 +1,4 @@
-"""Loading a checkpoint for study: tensors and plain values alone, and no code that it carries.
+"""Loads a checkpoint for examination: only tensors and plain values, without running its code.
 
 May import torch.
 """
@@ -16,18 +16,18 @@ from lit_stability.errors import ConfigError
 from lit_stability.measurement.step_stats import GradientDetail
 from lit_stability.training_state.good_checkpoints import find_last_good
 
-_RETELL = 300
-"""Characters of torch's own message that are passed on."""
+_LONGEST = 300
+"""Characters of torch's error message that are repeated."""
 
 
 def find_file(given: Path) -> Path:
-    """The checkpoint that is meant: the file itself, or of a run's folder the last known good.
+    """Returns the checkpoint file for a path: the file itself, or the last known good one of a run.
 
     Args:
-        given: a file, a run's folder, or the folder of an incident.
+        given: A file, the folder of a run, or the folder of an incident.
 
     Raises:
-        ConfigError: if there is none, or it is a folder of shards.
+        ConfigError: If there is no checkpoint, or the path is a sharded checkpoint.
     """
     if given.is_file():
         return given
@@ -35,61 +35,64 @@ def find_file(given: Path) -> Path:
         raise ConfigError(f"{given}: no such file; give a checkpoint, or the folder of a run")
     if (given / ".metadata").exists() or (given / "meta.pt").exists():
         raise ConfigError(
-            f"{given}: a checkpoint in shards, of which no part is a whole tensor; put it together "
-            f"first: python -m lightning.pytorch.utilities.consolidate_checkpoint {given}"
+            f"{given}: is a sharded checkpoint, which cannot be examined; consolidate it first: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {given}"
         )
     if (given / "checkpoint.ckpt").exists() and (given / "scene.pt").exists():
         return find_file(given / "checkpoint.ckpt")
     good = find_last_good(given)
     if good is None:
         raise ConfigError(
-            f"{given}: no good checkpoint there; `lit_stability.LastKnownGood` among the callbacks "
-            "writes one after some healthy steps. Any other file has to be named"
+            f"{given}: contains no known good checkpoint; give the path of a checkpoint file, or "
+            "train with the callback `lit_stability.LastKnownGood`, which writes one"
         )
     return good
 
 
 def load(file: Path) -> Mapping[str, Any]:
-    """Load a checkpoint to the CPU, without running any code that it may carry.
+    """Loads a checkpoint to the CPU, without running any code that it may contain.
 
     Args:
-        file: written by ``torch.save``; one in its older format is read whole into memory.
+        file: Written by ``torch.save``; a file in its legacy format is read into memory as a whole.
 
     Raises:
-        ConfigError: if it is no checkpoint, is cut short, or holds objects that take code to load.
+        ConfigError: If it is no checkpoint, is truncated, or contains objects that need code to
+            load.
     """
     try:
         loaded = _read(file)
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"{file}: cannot be loaded with weights_only=True, which admits tensors and plain "
-            "values: loading anything else may run code that the file carries, and is not done "
-            f"here. {_retold(error)} If you trust the file, load it yourself with "
-            "weights_only=False, and save its state_dict and optimizer_states alone"
+            f"{file}: cannot be loaded with weights_only=True, which accepts only tensors and "
+            "plain values; other objects are not loaded, because they may run code. "
+            f"{_shortened(error)} If you trust the file, load it yourself with "
+            "weights_only=False, and save only its state_dict and optimizer_states"
         ) from error
     except Exception as error:
-        # Of bytes that are no pickle the reader raises whatever they happen to lead it to.
+        # Bytes that are not a pickle can raise any exception.
         raise ConfigError(
-            f"{file}: not a checkpoint, or cut short ({type(error).__name__}: {_retold(error)}); "
-            "another one may be whole"
+            f"{file}: is no checkpoint, or is truncated ({type(error).__name__}: "
+            f"{_shortened(error)}); try another checkpoint"
         ) from error
     if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{file}: holds a {type(loaded).__name__}, and no dict of a checkpoint")
+        kind = type(loaded).__name__
+        raise ConfigError(f"{file}: contains the type {kind}; expected the dict of a checkpoint")
     return loaded
 
 
 def load_gradients(checkpoint: Path) -> tuple[GradientDetail, ...]:
-    """Gradients of the offending step, where the file lies in the folder of an incident.
+    """Returns the gradients of the offending step, if the file is in the folder of an incident.
 
-    The scene is left alone, too, where it holds what takes code to load, as a batch may.
+    Returns no gradients if the incident file contains objects that need code to load, as a batch
+    may.
     """
-    scene = checkpoint.with_name("scene.pt")
-    if not scene.is_file():
+    incident_file = checkpoint.with_name("scene.pt")
+    if not incident_file.is_file():
         return ()
     try:
-        with torch.serialization.safe_globals(_arrays()):
-            found = torch.load(scene, weights_only=True, map_location="cpu")
-        return tuple(GradientDetail(**each) for each in found["gradients"])
+        with torch.serialization.safe_globals(_numpy_types()):
+            saved = torch.load(incident_file, weights_only=True, map_location="cpu")
+        return tuple(GradientDetail(**gradient) for gradient in saved["gradients"])
     except Exception:
         return ()
 
@@ -103,18 +106,18 @@ def _read(file: Path) -> Any:
         return torch.load(file, weights_only=True, map_location="cpu")
 
 
-def _arrays() -> list[Any]:
-    """What numpy's arrays of plain numbers are made by; the states of generators hold one."""
+def _numpy_types() -> list[Any]:
+    """Returns the types that numpy arrays need for loading; random generator states contain one."""
     import numpy as np
 
-    make = np.zeros(1).__reduce__()[0]
-    return [make, np.ndarray, np.dtype, type(np.dtype("uint32"))]
+    reconstruct = np.zeros(1).__reduce__()[0]
+    return [reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
 
 
-def _retold(error: BaseException) -> str:
+def _shortened(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    # Torch's own advice, to switch the check off, is not passed on.
+    # Torch advises to disable the check; this advice is removed.
     start = text.rfind("WeightsUnpickler error:")
     text = text[start:] if start >= 0 else text
     text = text.split(" Please ")[0].split(" Check the documentation")[0]
-    return text if len(text) <= _RETELL else text[:_RETELL] + " ..."
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."

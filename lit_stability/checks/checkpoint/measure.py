@@ -1,4 +1,4 @@
-"""Measuring the tensors of a state dict, one after the other, in pieces that fit the memory.
+"""Measures the tensors of a state dict, one after the other, in pieces that fit into memory.
 
 May import torch.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 from lit_stability.checks.checkpoint.report import Kind, TensorHealth
 
 _CHUNK = 2**16
-"""Elements looked at in one piece: as float64 0.5 MiB, memory that is used again."""
+"""Elements per piece: 0.5 MiB as float64, memory that the allocator reuses."""
 _LARGEST = 9
-"""Magnitudes kept, to look for a gap among them."""
+"""Number of largest magnitudes to keep, in order to find a gap between them."""
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers of torch's own layers, which a state dict does not tell from parameters."""
+"""Buffers of torch's own layers, which a state dict does not distinguish from parameters."""
 
 
 def measure_tensors(state: Mapping[str, Any]) -> tuple[TensorHealth, ...]:
-    """Measure every tensor of a state dict, tied ones once.
+    """Measures every tensor of a state dict; tied tensors are measured once.
 
     Args:
-        state: names to tensors; what is no tensor, as a module's extra state, is passed over.
+        state: Tensors by name; other values, such as a module's extra state, are ignored.
     """
-    found: list[TensorHealth] = []
+    measured: list[TensorHealth] = []
     memory: dict[Any, TensorHealth] = {}
     values: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, tensor in state.items():
@@ -38,24 +38,24 @@ def measure_tensors(state: Mapping[str, Any]) -> tuple[TensorHealth, ...]:
             continue
         first = memory.get(memory_of(tensor))
         if first is not None:
-            found.append(replace(first, name=name, same_memory=first.name))
+            measured.append(replace(first, name=name, same_memory=first.name))
             continue
         health = measure(name, tensor)
         health = replace(health, same_values=_twin(health, tensor, values))
         memory[memory_of(tensor)] = health
-        found.append(health)
-    return tuple(found)
+        measured.append(health)
+    return tuple(measured)
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """What two tensors have in common that are the same memory seen the same way."""
+    """Returns a key that is equal for two tensors with the same memory, dtype, shape and stride."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def kind_of(name: str, tensor: Tensor) -> Kind:
-    """What a tensor of a state dict is taken for; see `TensorHealth.kind`."""
+    """Returns the kind of a tensor of a state dict; see `TensorHealth.kind`."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return "integer"
     return "buffer" if name.rsplit(".", 1)[-1] in _BUFFERS else "parameter"
@@ -63,11 +63,11 @@ def kind_of(name: str, tensor: Tensor) -> Kind:
 
 @torch.no_grad()
 def measure(name: str, tensor: Tensor) -> TensorHealth:
-    """Measure one tensor.
+    """Measures one tensor.
 
     Args:
-        name: in the state dict.
-        tensor: of any type and layout; a complex one is measured as real and imaginary parts.
+        name: Its name in the state dict.
+        tensor: Of any dtype and layout; a complex one is measured as real and imaginary parts.
     """
     kind, dtype = kind_of(name, tensor), str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
@@ -102,7 +102,7 @@ def measure(name: str, tensor: Tensor) -> TensorHealth:
 
 
 def widest_gap(largest: list[float]) -> tuple[int, float]:
-    """Where the widest gap among the largest magnitudes is: how many are above it, and its ratio.
+    """Returns how many of the largest magnitudes are above their widest gap, and its ratio.
 
     >>> widest_gap([4.0, 2.0, 1.0, 1.0])
     (1, 2.0)
@@ -110,18 +110,18 @@ def widest_gap(largest: list[float]) -> tuple[int, float]:
     (2, 5e+37)
     """
     ratios = [(a / b, i) for i, (a, b) in enumerate(pairwise(largest), 1) if b]
-    ratio, count = max(ratios, key=lambda each: each[0], default=(1.0, 0))
+    ratio, count = max(ratios, key=lambda pair: pair[0], default=(1.0, 0))
     return (count, ratio) if ratio > 1 else (0, 1.0)
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements in float64, in pieces of one dimension that are small beside the memory."""
+    """Yields the elements in float64, in one-dimensional pieces of limited size."""
     for piece in torch.split(tensor.reshape(-1), _CHUNK):
         yield piece.double()
 
 
 class _Sums:
-    """What the pieces of one tensor add up to; sums in float64, which no float32 overflows."""
+    """Statistics over the pieces of one tensor, in float64, so that no float32 value overflows."""
 
     def __init__(self) -> None:
         self.finite = self.zeros = self.nan = self.positive_inf = self.negative_inf = 0
@@ -130,13 +130,13 @@ class _Sums:
         self.largest: list[float] = []
 
     def add(self, wide: Tensor) -> None:
-        """Add a piece."""
-        good = torch.isfinite(wide)
-        if not bool(good.all()):
+        """Adds a piece, in float64."""
+        finite = torch.isfinite(wide)
+        if not bool(finite.all()):
             self.nan += int(torch.isnan(wide).sum())
             self.positive_inf += int(torch.isposinf(wide).sum())
             self.negative_inf += int(torch.isneginf(wide).sum())
-            wide = wide[good]
+            wide = wide[finite]
         if wide.numel() == 0:
             return
         self.finite += wide.numel()
@@ -167,7 +167,7 @@ def _zero_rows(flat: Tensor) -> int:
 def _twin(
     health: TensorHealth, tensor: Tensor, seen: dict[Any, list[tuple[str, Tensor]]]
 ) -> str | None:
-    """The first tensor seen that has the same values; constant ones, such as gains of 1, do not."""
+    """Returns the name of an earlier tensor with the same values; ignores constant tensors."""
     if health.kind != "parameter" or health.std == 0 or health.damaged or health.elements < 2:
         return None
     others = seen.setdefault((health.shape, health.dtype, health.norm, health.largest), [])

@@ -1,7 +1,7 @@
-"""The optimizer's state of a checkpoint: which parameter each entry belongs to, and its health.
+"""Measures the optimizer state of a checkpoint, and assigns each entry to its parameter.
 
-A checkpoint stores the state by the parameter's index over the optimizer's groups, without names.
-May import torch.
+A checkpoint stores the state by the index of the parameter in the optimizer's groups, without
+names. May import torch.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ _Shape = tuple[int, ...]
 def measure_moments(
     optimizers: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
 ) -> tuple[MomentHealth, ...]:
-    """Measure the state of every parameter that has one.
+    """Measures the optimizer state of every parameter that has one.
 
     Args:
-        optimizers: state dicts, as ``optimizer_states`` of a checkpoint holds them.
-        state: the model's state dict, for the names.
+        optimizers: State dicts, as in ``optimizer_states`` of a checkpoint.
+        state: State dict of the model, for the names.
     """
     names = name_entries(optimizers, state)
-    found: list[MomentHealth] = []
+    measured: list[MomentHealth] = []
     for number, optimizer in enumerate(optimizers):
         options = _options(optimizer)
         for index, entry in optimizer.get("state", {}).items():
             if not isinstance(entry, Mapping):
                 continue
             name = names.get((number, index), f"unnamed {index}")
-            found.append(_measure(name, number, index, entry, options.get(index, {})))
-    return tuple(found)
+            measured.append(_measure(name, number, index, entry, options.get(index, {})))
+    return tuple(measured)
 
 
 def name_entries(
     optimizers: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
 ) -> dict[tuple[int, Any], str]:
-    """Which parameter each entry belongs to, where no other order-keeping assignment fits.
+    """Assigns parameter names to the entries of optimizer states, if the assignment is unique.
 
-    An optimizer that was given ``named_parameters()`` has stored the names itself. Otherwise each
-    group is taken to hold its parameters in the order of the model, as those do that are made from
-    ``parameters()`` by whatever filter. The shapes are laid along those of the model as early as
-    they fit, and as late as they fit: where both agree, no third assignment exists, and that is
-    the name. Where they do not agree the entry stays unnamed.
+    An optimizer that was created from ``named_parameters()`` has saved the names. Otherwise each
+    group is assumed to contain its parameters in the order of the model, as filters over
+    ``parameters()`` do. The shapes are matched with those of the model as early as possible, and
+    as late as possible. If both matches agree on an entry, no other match exists, and the entry is
+    named; otherwise it stays unnamed.
 
     Args:
-        optimizers: state dicts.
-        state: the model's state dict; its integers and the buffers of torch's layers are left out,
-            and so is the second of two that share their memory.
+        optimizers: State dicts.
+        state: State dict of the model. Integer tensors, buffers of torch's layers, and further
+            tensors with the same memory are ignored.
 
     Returns:
         Names by the optimizer's number and the entry's index.
     """
-    left = _candidates(state)
+    candidates = _candidates(state)
     named: dict[tuple[int, Any], str] = {}
-    waiting = []
+    unnamed = []
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.get("param_groups", ()):
             indices = list(group.get("params", ()))
@@ -72,69 +72,73 @@ def name_entries(
             if stored is not None and len(stored) == len(indices):
                 named |= {(number, i): str(n) for i, n in zip(indices, stored, strict=True)}
             else:
-                waiting.append((number, indices, optimizer.get("state", {})))
+                unnamed.append((number, indices, optimizer.get("state", {})))
     progress = True
     while progress:
         progress = False
         taken = set(named.values())
-        left = {name: shape for name, shape in left.items() if name not in taken}
-        for number, indices, entries in waiting:
-            open_ = [i for i in indices if (number, i) not in named]
-            fits = _certain(left, [_shape(entries.get(i)) for i in open_])
-            found = {(number, i): n for i, n in zip(open_, fits, strict=True) if n}
-            if found:
-                named |= found
+        candidates = {name: shape for name, shape in candidates.items() if name not in taken}
+        for number, indices, entries in unnamed:
+            missing = [i for i in indices if (number, i) not in named]
+            names = _unique_names(candidates, [_shape(entries.get(i)) for i in missing])
+            new = {(number, i): n for i, n in zip(missing, names, strict=True) if n}
+            if new:
+                named |= new
                 progress = True
                 break
     return named
 
 
-def _certain(left: Mapping[str, _Shape], shapes: Sequence[_Shape | None]) -> list[str | None]:
-    """The only candidate of each shape, in order; None where there are several, or none fits."""
-    candidates = list(left.items())
-    early = _earliest([s for _, s in candidates], shapes)
-    late = _earliest([s for _, s in reversed(candidates)], list(reversed(shapes)))
+def _unique_names(
+    candidates: Mapping[str, _Shape], shapes: Sequence[_Shape | None]
+) -> list[str | None]:
+    """Returns the only candidate for each shape, in order; None if there are several or none."""
+    items = list(candidates.items())
+    early = _earliest([s for _, s in items], shapes)
+    late = _earliest([s for _, s in reversed(items)], list(reversed(shapes)))
     if early is None or late is None:
         return [None] * len(shapes)
-    last = [len(candidates) - 1 - i for i in reversed(late)]
-    return [candidates[a][0] if a == b else None for a, b in zip(early, last, strict=True)]
+    last = [len(items) - 1 - i for i in reversed(late)]
+    return [items[a][0] if a == b else None for a, b in zip(early, last, strict=True)]
 
 
-def _earliest(there: Sequence[_Shape], wanted: Sequence[_Shape | None]) -> list[int] | None:
-    """Positions of the shapes, in order, each as early as can be; None where they do not fit."""
-    found: list[int] = []
+def _earliest(available: Sequence[_Shape], wanted: Sequence[_Shape | None]) -> list[int] | None:
+    """Returns the earliest position of each shape, in order; None if they do not fit."""
+    positions: list[int] = []
     start = 0
     for shape in wanted:
-        at = next((i for i in range(start, len(there)) if shape in (None, there[i])), None)
+        at = next((i for i in range(start, len(available)) if shape in (None, available[i])), None)
         if at is None:
             return None
-        found.append(at)
+        positions.append(at)
         start = at + 1
-    return found
+    return positions
 
 
 def _candidates(state: Mapping[str, Any]) -> dict[str, _Shape]:
-    found: dict[str, _Shape] = {}
+    """Returns the shapes of the tensors that may be parameters, by name; tied ones once."""
+    shapes: dict[str, _Shape] = {}
     seen = set()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or kind_of(name, tensor) != "parameter":
             continue
         if memory_of(tensor) not in seen:
             seen.add(memory_of(tensor))
-            found[name] = tuple(tensor.shape)
-    return found
+            shapes[name] = tuple(tensor.shape)
+    return shapes
 
 
 def _shape(entry: Any) -> _Shape | None:
-    """The parameter's shape, as its state tells it; None where it does not."""
+    """Returns the shape of the parameter, taken from its state, or None if it is unknown."""
     if not isinstance(entry, Mapping):
         return None
-    like = (entry[key] for key in _LIKE_PARAMETER if isinstance(entry.get(key), Tensor))
-    tensor = next(like, None)
+    tensors = (entry[key] for key in _LIKE_PARAMETER if isinstance(entry.get(key), Tensor))
+    tensor = next(tensors, None)
     return None if tensor is None else tuple(tensor.shape)
 
 
 def _options(optimizer: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
+    """Returns the options of the group of each parameter, by the parameter's index."""
     groups = optimizer.get("param_groups", ())
     return {index: group for group in groups for index in group.get("params", ())}
 
@@ -173,28 +177,28 @@ def _measure(
 
 
 def _signal(first: Tensor, second: Tensor) -> tuple[float | None, float | None]:
-    """``|m| / sqrt(v)`` of the whole, and the largest of an element.
+    """Returns ``|m| / sqrt(v)`` of the whole tensor, and the largest ratio of an element.
 
-    Where the square of a gradient is so small that the format loses bits of it, or all of it, the
-    ratio says nothing: those elements are left out of the second number.
+    The second number ignores elements whose squared gradient is too small for the format, because
+    their second moment has lost bits, or is zero.
     """
-    kept = FORMATS.get(str(second.dtype).removeprefix("torch."))
-    # (1 - beta2) g^2 is to be a normal number, with room for beta2 of up to 0.999999.
-    least = 1e3 * math.sqrt(0.0 if kept is None else kept.smallest_normal)
+    number_format = FORMATS.get(str(second.dtype).removeprefix("torch."))
+    # (1 - beta2) g^2 must be a normal number, for beta2 up to 0.999999.
+    least = 1e3 * math.sqrt(0.0 if number_format is None else number_format.smallest_normal)
     squares = variances = 0.0
     ratio: float | None = None
     for m, v in zip(pieces(first), pieces(second), strict=True):
         squares += float(torch.dot(m, m))
         variances += float(v.clamp(min=0).sum())
-        told = m.abs() > least
-        if bool(told.any()):
-            largest = float((m[told].abs() / v[told].clamp(min=0).sqrt()).max())
+        exact = m.abs() > least
+        if bool(exact.any()):
+            largest = float((m[exact].abs() / v[exact].clamp(min=0).sqrt()).max())
             ratio = largest if ratio is None else max(ratio, largest)
     return (math.sqrt(squares / variances) if variances > 0 else None), ratio
 
 
 def _norm_and_bad(tensor: Tensor) -> tuple[float, int]:
-    """Norm, and how many elements are NaN or Inf."""
+    """Returns the norm, and how many elements are NaN or Inf."""
     squares, bad = 0.0, 0
     for piece in pieces(tensor):
         squares += float(torch.dot(piece, piece))
@@ -203,7 +207,7 @@ def _norm_and_bad(tensor: Tensor) -> tuple[float, int]:
 
 
 def _corrected(signal: float | None, step: float | None, betas: Any) -> float | None:
-    """The ratio of the moments without their bias towards 0 (Kingma & Ba 2015, section 3)."""
+    """Returns the ratio of the moments after bias correction (Kingma & Ba 2015, section 3)."""
     if signal is None or not step or not isinstance(betas, (list, tuple)):
         return signal
     b1, b2 = float(betas[0]), float(betas[1])
@@ -211,7 +215,7 @@ def _corrected(signal: float | None, step: float | None, betas: Any) -> float | 
 
 
 def ratio_bound(betas: Any) -> float | None:
-    """What ``|m| / sqrt(v)`` of Adam cannot exceed, or None where it has no bound.
+    """Returns the upper bound of Adam's ``|m| / sqrt(v)``, or None if there is no bound.
 
     ``m = (1 - b1) sum b1^k g_k`` and ``v = (1 - b2) sum b2^k g_k^2`` (Kingma & Ba 2015, Algorithm
     1), so by the Cauchy-Schwarz inequality

@@ -1,6 +1,6 @@
-"""The health report and the comparison as pictures, layer by layer in the order of the state dict.
+"""Draws the health report and the comparison, layer by layer in the order of the state dict.
 
-Needs matplotlib, which the extra ``plots`` installs; it is loaded when something is drawn. Imports
+Needs matplotlib, which the extra ``plots`` installs; it is imported on the first drawing. Imports
 neither torch nor Lightning.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_stability.checks.checkpoint.comparison import Comparison
 from lit_stability.checks.checkpoint.report import HealthReport, MomentHealth, TensorHealth
+from lit_stability.checks.finding import count_by_severity
 from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _ORANGE = "#d9822b"
 
 @dataclass(frozen=True)
 class _Mark:
-    """One value of a row: where, how drawn, and what the legend says."""
+    """One value of a row, with its marker and its label in the legend."""
 
     value: float
     marker: str
@@ -33,80 +34,82 @@ class _Mark:
 
 
 def draw_health(report: HealthReport, *, title: str = "", layers: int = 40) -> Figure:
-    """Draw weights and, where there are any, the optimizer's moments, on logarithmic axes.
+    """Draws the weights and, if there are any, the optimizer's moments, on logarithmic axes.
 
-    On the left the root mean square of each tensor and its largest element, its name red with a
-    finding that is an error, orange with a warning; a cross at the right end where elements are
-    NaN or Inf, a square at the left end where all are 0. On the right the root mean squares of the
-    two moments, that of the second under its root.
+    The left axis shows the root mean square and the largest element of each tensor. Names with an
+    error are red, names with a warning orange. A cross at the right end marks NaN or Inf elements,
+    a square at the left end marks tensors that are all 0. The right axis shows the root mean square
+    of the first moment, and the square root of that of the second.
 
-    Of more than `layers` tensors those with a finding are kept, then those with most elements.
+    If there are more than `layers` tensors, those with a finding are drawn, then the largest.
 
     Args:
-        report: of a checkpoint.
-        title: of the picture.
-        layers: most rows.
+        report: Of a checkpoint.
+        title: Title of the figure.
+        layers: Largest number of rows.
 
     Raises:
-        MatplotlibMissing: if matplotlib is not installed.
-        ValueError: if `layers` is less than 1.
+        MatplotlibMissing: If matplotlib is not installed.
+        ValueError: If `layers` is less than 1.
     """
     shown = _shown(report, layers)
-    moments = {each.name: each for each in report.moments}
-    panels = [("weights", [_weight_marks(each) for each in shown])]
-    if any(each.name in moments for each in shown):
+    moments = {moment.name: moment for moment in report.moments}
+    panels = [("weights", [_weight_marks(tensor) for tensor in shown])]
+    if any(tensor.name in moments for tensor in shown):
         panels.append(
-            ("optimizer state", [_moment_marks(moments.get(each.name)) for each in shown])
+            ("optimizer state", [_moment_marks(moments.get(tensor.name)) for tensor in shown])
         )
     colors = _colors(report)
-    bad = [bool(each.damaged) for each in shown]
-    figure, axes = _panels([each.name for each in shown], panels, bad)
-    for text, each in zip(axes[0].get_yticklabels(), shown, strict=True):
-        text.set_color(colors.get(each.name, INK))
-    all_ = [each for each in report.tensors if _drawable(each)]
-    of = f", {len(shown)} of {len(all_)} tensors" if len(shown) < len(all_) else ""
-    told = [f"{len(report.of(s))} {s}s" for s in ("error", "warning") if report.of(s)]
-    _title(figure, title, (", ".join(told) or "nothing found") + of)
+    bad = [bool(tensor.damaged) for tensor in shown]
+    figure, axes = _panels([tensor.name for tensor in shown], panels, bad)
+    for text, tensor in zip(axes[0].get_yticklabels(), shown, strict=True):
+        text.set_color(colors.get(tensor.name, INK))
+    drawable = [tensor for tensor in report.tensors if _drawable(tensor)]
+    of = f", {len(shown)} of {len(drawable)} tensors" if len(shown) < len(drawable) else ""
+    counts = count_by_severity([*report.of("error"), *report.of("warning")])
+    _title(figure, title, (counts or "nothing found") + of)
     return figure
 
 
 def draw_comparison(comparison: Comparison, *, title: str = "", layers: int = 40) -> Figure:
-    """Draw by how much each tensor has changed, relative to its norm, on a logarithmic axis.
+    """Draws the change of each tensor, relative to its norm, on a logarithmic axis.
 
-    Of more than `layers` tensors those that changed most are kept; unchanged ones are left out. A
-    cross at the right end where elements are NaN or Inf, or where a tensor was all zero before.
+    Unchanged tensors are not drawn; if more than `layers` tensors changed, those that changed most
+    are. A cross at the right end marks tensors with NaN or Inf, or that were all zero before.
 
     Args:
-        comparison: of two checkpoints.
-        title: of the picture.
-        layers: most rows.
+        comparison: Of two checkpoints.
+        title: Title of the figure.
+        layers: Largest number of rows.
 
     Raises:
-        MatplotlibMissing: if matplotlib is not installed.
-        ValueError: if `layers` is less than 1, or nothing has changed.
+        MatplotlibMissing: If matplotlib is not installed.
+        ValueError: If `layers` is less than 1, or no tensor has changed.
     """
     _require(layers)
-    moved = [each for each in comparison.changes if not each.frozen]
-    if not moved:
+    changed = [change for change in comparison.changes if not change.frozen]
+    if not changed:
         raise ValueError(f"none of {len(comparison.changes)} tensors has changed")
-    shown = moved[:layers]
+    shown = changed[:layers]
     panels = [
         ("norm of the change over the norm before", [[_Mark(c.relative, "o", "")] for c in shown]),
         ("largest change of an element", [[_Mark(c.largest, ">", "")] for c in shown]),
     ]
-    bad = [bool(each.non_finite_after) or not math.isfinite(each.relative) for each in shown]
-    figure, _ = _panels([each.name for each in shown], panels, bad)
-    of = f", the {len(shown)} that changed most of {len(moved)}" if len(shown) < len(moved) else ""
+    bad = [bool(c.non_finite_after) or not math.isfinite(c.relative) for c in shown]
+    figure, _ = _panels([c.name for c in shown], panels, bad)
+    part = len(shown) < len(changed)
+    of = f", the {len(shown)} that changed most of {len(changed)}" if part else ""
     _title(figure, title, f"together {comparison.relative:.3g} of their norm{of}")
     return figure
 
 
 def _shown(report: HealthReport, most: int) -> list[TensorHealth]:
     _require(most)
-    rows = [each for each in report.tensors if _drawable(each)]
-    suspects = _colors(report)
-    kept = sorted(rows, key=lambda each: (each.name not in suspects, -each.elements))[:most]
-    return [each for each in rows if each in kept]
+    """Returns the tensors to draw: those with a finding, then the largest, in model order."""
+    rows = [tensor for tensor in report.tensors if _drawable(tensor)]
+    named = _colors(report)
+    kept = sorted(rows, key=lambda tensor: (tensor.name not in named, -tensor.elements))[:most]
+    return [tensor for tensor in rows if tensor in kept]
 
 
 def _drawable(tensor: TensorHealth) -> bool:
@@ -119,13 +122,13 @@ def _require(layers: int) -> None:
 
 
 def _colors(report: HealthReport) -> dict[str, str]:
-    """Colours of the names that a finding has, the worse one counts."""
-    found: dict[str, str] = {}
+    """Returns the colour of each name with an error or a warning, by its worst finding."""
+    colors: dict[str, str] = {}
     for finding in report.findings:
         color = {"error": RED, "warning": _ORANGE}.get(finding.severity)
         for name in finding.where if color else ():
-            found.setdefault(name.split(" = ")[0], color or INK)
-    return found
+            colors.setdefault(name.split(" = ")[0], color or INK)
+    return colors
 
 
 def _weight_marks(tensor: TensorHealth) -> list[_Mark]:
@@ -158,7 +161,7 @@ def _panels(
     for axis, (what, rows) in zip(axes, panels, strict=True):
         _draw_rows(axis, rows)
         _set_axis(axis, what, [mark.value for marks in rows for mark in marks])
-    for y in (y for y, each in enumerate(bad) if each):
+    for y in (y for y, is_bad in enumerate(bad) if is_bad):
         _mark_end(axes[0], 1.0, y, "X", RED)
         axes[0].axhspan(y - 0.5, y + 0.5, color=RED, alpha=0.08, linewidth=0, zorder=0)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
@@ -169,11 +172,11 @@ def _panels(
 
 def _draw_rows(axis: Axes, rows: Sequence[Sequence[_Mark]]) -> None:
     for y, marks in enumerate(rows):
-        good = [mark for mark in marks if 0 < mark.value < math.inf]
-        if len(good) > 1:
-            ends = [mark.value for mark in good]
+        inside = [mark for mark in marks if 0 < mark.value < math.inf]
+        if len(inside) > 1:
+            ends = [mark.value for mark in inside]
             axis.plot([min(ends), max(ends)], [y, y], color="#c9c9c9", linewidth=1.4, zorder=1)
-        for mark in good:
+        for mark in inside:
             size = 3 if mark.marker == ">" else 4.5
             axis.plot(mark.value, y, mark.marker, color=mark.color, markersize=size, zorder=2)
         for mark in (mark for mark in marks if mark.value == 0 and mark.marker == "s"):
@@ -181,7 +184,7 @@ def _draw_rows(axis: Axes, rows: Sequence[Sequence[_Mark]]) -> None:
 
 
 def _mark_end(axis: Axes, end: float, y: int, marker: str, color: str) -> None:
-    """A mark at an end of the axis, 0 or 1, for what has no place on it."""
+    """Draws a mark at an end of the axis, 0 or 1, for a value that a log axis cannot show."""
     place = axis.get_yaxis_transform()
     axis.plot(end, y, marker, color=color, transform=place, clip_on=False, markersize=6, zorder=3)
 
@@ -220,5 +223,5 @@ def _draw_legend(figure: Figure, panels: Sequence[tuple[str, Any]], crossed: boo
     )
 
 
-def _title(figure: Figure, title: str, told: str) -> None:
-    figure.suptitle("\n".join([*([title] if title else []), told]), fontsize=9, color=INK)
+def _title(figure: Figure, title: str, summary: str) -> None:
+    figure.suptitle("\n".join([*([title] if title else []), summary]), fontsize=9, color=INK)

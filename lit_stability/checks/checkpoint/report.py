@@ -1,37 +1,34 @@
-"""What was measured of a checkpoint, and what was found wrong with it.
+"""The measurements of a checkpoint and the findings, as plain counts, floats and strings.
 
-Counts, floats and strings only; imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from lit_stability.checks.finding import Finding, Severity
 from lit_stability.measurement.step_stats import GradientDetail
-
-Severity = Literal["error", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-"""From the worst on. An error is what no healthy run has; a warning, what few have on purpose."""
 
 Kind = Literal["parameter", "buffer", "integer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHealth:
-    """One tensor of the state dict. All but the counts is of its finite elements."""
+    """Measurements of one tensor of a state dict; all except counts are of its finite elements."""
 
     name: str
     kind: Kind
-    """A state dict does not tell parameters from buffers: those that torch's own layers keep are
-    known by name, anything else of floats counts as a parameter."""
+    """A state dict does not distinguish parameters from buffers: buffers of torch's own layers are
+    recognised by name, every other floating-point tensor counts as a parameter."""
     shape: tuple[int, ...]
     dtype: str
-    """Without the ``torch.`` in front."""
+    """Without the prefix ``torch.``."""
     elements: int
     norm: float = 0.0
-    """Euclidean."""
+    """Euclidean norm."""
     mean: float = 0.0
     std: float = 0.0
     minimum: float = 0.0
@@ -44,17 +41,17 @@ class TensorHealth:
     zero_rows: int = 0
     """Rows along the first dimension that are all zero; 0 for fewer than two dimensions."""
     torn: int = 0
-    """Elements above the widest gap among the largest magnitudes, where it is `torn_ratio` wide."""
+    """Number of elements above the widest gap among the largest magnitudes."""
     torn_ratio: float = 1.0
-    """Largest ratio of one of the eight largest magnitudes to the next smaller one."""
+    """Ratio at this gap: the largest of one of the eight largest magnitudes to the next smaller."""
     same_memory: str | None = None
-    """The first tensor that shares its memory, as tied weights do."""
+    """Name of the first tensor with the same memory (tied weights), or None."""
     same_values: str | None = None
-    """The first tensor of another memory that has the same values, not all of them equal."""
+    """Name of the first tensor with the same values in other memory; None for constant tensors."""
 
     @property
     def finite(self) -> int:
-        """Finite elements."""
+        """Number of finite elements."""
         return self.elements - self.nan - self.positive_inf - self.negative_inf
 
     @property
@@ -74,57 +71,58 @@ class TensorHealth:
 
     @property
     def is_mask(self) -> bool:
-        """Whether it holds 0 and -inf only, as an attention mask does on purpose."""
+        """Whether all elements are 0 or -inf, as in an attention mask."""
         return self.negative_inf > 0 and self.negative_inf + self.zeros == self.elements
 
     @property
     def damaged(self) -> int:
-        """Elements that are NaN or Inf where no mask put them."""
+        """Number of elements that are NaN or Inf; 0 if the tensor is a mask."""
         return 0 if self.is_mask else self.elements - self.finite
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        more = {"rms": self.rms, "largest": self.largest, "zero_share": self.zero_share}
-        return asdict(self) | more
+        """Returns plain values for JSON."""
+        derived = {"rms": self.rms, "largest": self.largest, "zero_share": self.zero_share}
+        return asdict(self) | derived
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentHealth:
-    """The optimizer's state of one parameter."""
+    """Measurements of the optimizer state of one parameter."""
 
     name: str
-    """Of the parameter, or ``unnamed 3`` after its index where that cannot be told."""
+    """Name of the parameter; ``unnamed 3`` with its index if the name is unknown."""
     optimizer: int
     """Index among the checkpoint's optimizers."""
     index: int
-    """Index over the optimizer's groups, as its state dict counts."""
+    """Index of the parameter in the optimizer's groups, as in its state dict."""
     step: float | None = None
-    """Updates so far, None where the optimizer does not count."""
+    """Number of updates; None if the optimizer does not count them."""
     norms: Mapping[str, float] = field(default_factory=dict)
-    """Norm of each tensor of the state, such as ``exp_avg``, by its key."""
+    """Norm of each tensor of the state by its key, such as ``exp_avg``."""
     non_finite: Mapping[str, int] = field(default_factory=dict)
-    """NaN and Inf elements by key, those that have some."""
+    """Number of NaN and Inf elements by key; keys without any are omitted."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Dtype of each tensor by its key."""
     negative: int = 0
-    """Elements of the second moment below zero: a mean of squares cannot be."""
+    """Number of negative elements in the second moment, which is a mean of squares."""
     elements: int = 0
     signal: float | None = None
-    """Norm of ``exp_avg`` over that of ``sqrt(exp_avg_sq)``, both corrected for their start from 0:
-    near 1 gradients agree from step to step, near 0 they are noise, or the first moment is stale;
-    None without both."""
+    """Norm of ``exp_avg`` divided by that of ``sqrt(exp_avg_sq)``, with bias correction. Near 1
+    the gradients of successive steps agree; near 0 they are noise, or the first moment is stale.
+    None without both moments."""
     ratio: float | None = None
-    """Largest ``|exp_avg| / sqrt(exp_avg_sq)`` of an element, as they are; None without both."""
+    """Largest ``|exp_avg| / sqrt(exp_avg_sq)`` of an element, uncorrected; None without both."""
     ratio_bound: float | None = None
-    """What `ratio` cannot exceed under the betas in the checkpoint; None where there is none."""
+    """Upper bound of `ratio` for the betas in the checkpoint; None if there is no bound."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunHealth:
-    """What a Lightning checkpoint says of its run; empty for a bare state dict."""
+    """The training state in a Lightning checkpoint; empty for a bare state dict."""
 
     source: str = "a bare state dict"
     epoch: int | None = None
@@ -134,67 +132,52 @@ class RunHealth:
     schedulers: tuple[Mapping[str, Any], ...] = ()
     scaler: Mapping[str, float] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
-    """What this package's callbacks have saved: plain values by a name each."""
+    """Plain values that this package's callbacks saved, by name."""
     history: tuple[tuple[int, float, float], ...] = ()
-    """Step, loss and gradient norm of the last steps, where `AnomalyCheckpoint` has kept them."""
+    """Step, loss and gradient norm of the last steps, if `AnomalyCheckpoint` recorded them."""
 
     @property
     def trained(self) -> bool:
-        """Whether ten steps were taken: the first of a warm-up may have a learning rate of 0."""
+        """Whether at least ten steps were taken; the first may have a learning rate of 0."""
         return (self.global_step or 0) >= 10
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One problem that the doctor names in a checkpoint or in its run."""
-
-    severity: Severity
-    what: str
-    where: tuple[str, ...]
-    """Names of tensors or parameters, the worst first, or of a part of the run."""
-    why: str
-    """What was seen, and why it matters."""
-    remedy: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealthReport:
-    """A checkpoint, measured, with what was found.
-
-    ``findings`` come first to a reader; ``tensors`` and ``moments`` are the measurements that they
-    rest on, ``run`` what the checkpoint says of its run.
-    """
+    """The measurements of a checkpoint, and the findings that follow from them."""
 
     run: RunHealth
     tensors: tuple[TensorHealth, ...]
     """In the order of the state dict."""
     moments: tuple[MomentHealth, ...] = ()
     gradients: tuple[GradientDetail, ...] = ()
-    """Of the offending step, where the checkpoint is the scene of an incident."""
+    """Of the offending step, if the checkpoint is an incident checkpoint."""
     findings: tuple[Finding, ...] = ()
-    """The worst first."""
+    """Worst first."""
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found that is an error."""
+        """Whether there is no finding of severity ``error``."""
         return not self.of("error")
 
     def of(self, severity: Severity) -> tuple[Finding, ...]:
-        """Findings of one severity."""
-        return tuple(each for each in self.findings if each.severity == severity)
+        """Returns the findings of one severity."""
+        return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN and Inf are still floats."""
+        """Returns plain values for JSON; NaN and Inf stay floats."""
         return {
             "schema": 1,
             "healthy": self.healthy,
-            "findings": [each.as_dict() for each in self.findings],
+            "findings": [_finding_as_dict(finding) for finding in self.findings],
             "run": asdict(self.run),
-            "tensors": [each.as_dict() for each in self.tensors],
-            "moments": [each.as_dict() for each in self.moments],
-            "gradients": [asdict(each) for each in self.gradients],
+            "tensors": [tensor.as_dict() for tensor in self.tensors],
+            "moments": [moment.as_dict() for moment in self.moments],
+            "gradients": [asdict(gradient) for gradient in self.gradients],
         }
+
+
+def _finding_as_dict(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    del values["check"]  # findings of a checkpoint name no check
+    return values

@@ -1,4 +1,4 @@
-"""What is wrong with the optimizer's state, learning rates, the loss scaler, and the run.
+"""Finds problems in the optimizer state, the learning rates, the loss scaler, and the run.
 
 Imports neither torch nor Lightning.
 """
@@ -8,167 +8,170 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
-from lit_stability.checks.checkpoint.report import Finding, MomentHealth, RunHealth
+from lit_stability.checks.checkpoint.report import MomentHealth, RunHealth
 from lit_stability.checks.checkpoint.tensor_findings import LARGE_GRADIENT
+from lit_stability.checks.finding import Finding
 from lit_stability.measurement.float_formats import FORMATS
 
 RATIO_SLACK = 10.0
-"""Times the bound on ``|m| / sqrt(v)``: rounding, and betas that a schedule has moved since."""
+"""Tolerated factor above the bound on ``|m| / sqrt(v)``, for rounding and scheduled betas."""
 LOWEST_SCALE = 2.0**-10
-"""Loss scale under which no training is known to work: what still overflows is above 6e7."""
+"""Loss scale below which no training is known to work: gradients that still overflow exceed 6e7."""
 
 
 def moment_findings(moments: Sequence[MomentHealth]) -> list[Finding]:
-    """Look at the optimizer's state.
+    """Returns the findings on the optimizer state.
 
     Args:
-        moments: measured.
+        moments: The measured state.
     """
     return [*_damaged(moments), *_impossible(moments), *_idle(moments), *_unnamed(moments)]
 
 
 def run_findings(run: RunHealth, moments: Sequence[MomentHealth]) -> list[Finding]:
-    """Look at learning rates, the loss scaler, and what this package's callbacks have saved.
+    """Returns the findings on learning rates, loss scaler, and this package's callbacks.
 
     Args:
-        run: of the checkpoint.
-        moments: measured; for the formats that the optimizer computes in.
+        run: Of the checkpoint.
+        moments: The measured state; gives the formats that the optimizer computes in.
     """
     return [*_rates(run), *_epsilon(run, moments), *_scaler(run), *_past(run), *_budget(run)]
 
 
 def _damaged(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
-    bad = [each for each in moments if each.non_finite]
+    bad = [moment for moment in moments if moment.non_finite]
     if bad:
-        keys = ", ".join(dict.fromkeys(key for each in bad for key in each.non_finite))
+        keys = ", ".join(dict.fromkeys(key for moment in bad for key in moment.non_finite))
         yield Finding(
-            "error",
-            "non-finite moment",
-            tuple(each.name for each in bad),
-            f"NaN or Inf in {keys}: the next update carries it into the weights",
-            "go on from an earlier checkpoint, or with a new optimizer state",
+            severity="error",
+            what="non-finite moment",
+            where=tuple(moment.name for moment in bad),
+            why=f"NaN or Inf in {keys}: the next update makes the weights non-finite",
+            remedy="resume from an earlier checkpoint, or with a new optimizer state",
         )
-    negative = [each for each in moments if each.negative]
+    negative = [moment for moment in moments if moment.negative]
     if negative:
         yield Finding(
-            "error",
-            "negative second moment",
-            tuple(each.name for each in negative),
-            "a mean of squares cannot be below zero; its root in the next update is NaN",
-            "go on from an earlier checkpoint, or with a new optimizer state",
+            severity="error",
+            what="negative second moment",
+            where=tuple(moment.name for moment in negative),
+            why="a mean of squares cannot be negative; its square root in the next update is NaN",
+            remedy="resume from an earlier checkpoint, or with a new optimizer state",
         )
 
 
 def _impossible(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
-    """The second moment too small for the first: a bound that betas alone set."""
+    """Finds second moments that are smaller than the betas allow for the first moment."""
     over = [
-        (each.ratio / each.ratio_bound, each)
-        for each in moments
-        if each.ratio is not None and each.ratio_bound and not each.negative
+        (moment.ratio / moment.ratio_bound, moment)
+        for moment in moments
+        if moment.ratio is not None and moment.ratio_bound and not moment.negative
     ]
     over = [pair for pair in over if pair[0] > RATIO_SLACK]
     if over:
         over.sort(key=lambda pair: -pair[0])
         ratio, bound = over[0][1].ratio, over[0][1].ratio_bound
         yield Finding(
-            "error",
-            "damaged second moment",
-            tuple(each.name for _, each in over),
-            f"|exp_avg| / sqrt(exp_avg_sq) is up to {ratio:.3g}, and no gradients whatever take "
-            f"it beyond {bound:.3g}: the second moment was zeroed or overwritten, and the next "
-            "update would be that much too large",
-            "go on from an earlier checkpoint, or with a new optimizer state and a warm-up",
+            severity="error",
+            what="damaged second moment",
+            where=tuple(moment.name for _, moment in over),
+            why=f"|exp_avg| / sqrt(exp_avg_sq) is up to {ratio:.3g}, but gradients can make it at "
+            f"most {bound:.3g}: the second moment was zeroed or overwritten, and the next update "
+            "would be too large by that factor",
+            remedy="resume from an earlier checkpoint, or with a new optimizer state and a warm-up",
         )
 
 
 def _idle(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
+    """Finds parameters that never got a gradient, or got one in fewer steps than others."""
     idle = [
-        each
-        for each in moments
-        if each.step != 0 and each.norms and not any(each.norms.values()) and each.elements
+        moment
+        for moment in moments
+        if moment.step != 0 and moment.norms and not any(moment.norms.values()) and moment.elements
     ]
     if idle:
         yield Finding(
-            "warning",
-            "no gradient",
-            tuple(each.name for each in idle),
-            "all moments are exactly 0: in every step that the optimizer took for it the gradient "
-            "was",
-            "see whether its output reaches the loss; requires_grad_(False) if it is not meant to",
+            severity="warning",
+            what="no gradient",
+            where=tuple(moment.name for moment in idle),
+            why="all moments are exactly 0, so the gradient was 0 in every step of the optimizer",
+            remedy="check that its output reaches the loss; if it should not train, use "
+            "requires_grad_(False)",
         )
-    for optimizer in sorted({each.optimizer for each in moments}):
-        counted = [each for each in moments if each.optimizer == optimizer and each.step]
-        most = max((each.step or 0.0 for each in counted), default=0.0)
-        fewer = [each for each in counted if each.step != most]
+    for optimizer in sorted({moment.optimizer for moment in moments}):
+        counted = [moment for moment in moments if moment.optimizer == optimizer and moment.step]
+        most = max((moment.step or 0.0 for moment in counted), default=0.0)
+        fewer = [moment for moment in counted if moment.step != most]
         if fewer:
-            least = min(each.step or 0.0 for each in fewer)
+            least = min(moment.step or 0.0 for moment in fewer)
             yield Finding(
-                "note",
-                "fewer updates",
-                tuple(each.name for each in fewer),
-                f"from {least:g} of {most:g}: in the other steps there was no gradient",
-                "nothing, if they were frozen or unused for a while",
+                severity="note",
+                what="fewer updates",
+                where=tuple(moment.name for moment in fewer),
+                why=f"from {least:g} of {most:g} updates; the other steps had no gradient",
+                remedy="nothing, if they were frozen or unused for some time",
             )
 
 
 def _unnamed(moments: Sequence[MomentHealth]) -> Iterable[Finding]:
-    unnamed = tuple(each.name for each in moments if each.name.startswith("unnamed "))
+    unnamed = tuple(moment.name for moment in moments if moment.name.startswith("unnamed "))
     if unnamed:
         yield Finding(
-            "note",
-            "unnamed moments",
-            unnamed,
-            "a checkpoint counts the optimizer's parameters without naming them, and more than one "
-            "order fits these shapes",
-            "give the optimizer named_parameters(): it stores the names then",
+            severity="note",
+            what="unnamed moments",
+            where=unnamed,
+            why="a checkpoint numbers the optimizer's parameters without names, and more than one "
+            "assignment fits these shapes",
+            remedy="pass named_parameters() to the optimizer; it then saves the names",
         )
 
 
 def _rates(run: RunHealth) -> Iterable[Finding]:
-    rates = [(group["where"], group.get("lr")) for group in run.groups]
-    told = [(where, float(rate)) for where, rate in rates if isinstance(rate, (int, float))]
-    bad = [(where, rate) for where, rate in told if not isfinite(rate) or rate < 0]
+    groups = [(group["where"], group.get("lr")) for group in run.groups]
+    rates = [(where, float(rate)) for where, rate in groups if isinstance(rate, (int, float))]
+    bad = [(where, rate) for where, rate in rates if not isfinite(rate) or rate < 0]
     if bad:
         yield Finding(
-            "error",
-            "impossible learning rate",
-            tuple(where for where, _ in bad),
-            f"the learning rate is {bad[0][1]}",
-            "look at the scheduler; set the learning rate anew when going on",
+            severity="error",
+            what="impossible learning rate",
+            where=tuple(where for where, _ in bad),
+            why=f"the learning rate is {bad[0][1]}",
+            remedy="check the scheduler; set the learning rate explicitly when you resume",
         )
-    if told and not any(rate for _, rate in told):
+    if rates and not any(rate for _, rate in rates):
         yield Finding(
-            "note",
-            "learning rate of zero",
-            tuple(where for where, _ in told),
-            "a step from here moves nothing: usual at the end of a schedule, or before its start",
-            "to go on, give the scheduler more steps",
+            severity="note",
+            what="learning rate of zero",
+            where=tuple(where for where, _ in rates),
+            why="the next step changes nothing; usual at the end of a schedule, or before its "
+            "start",
+            remedy="to continue training, give the scheduler more steps",
         )
 
 
 def _epsilon(run: RunHealth, moments: Sequence[MomentHealth]) -> Iterable[Finding]:
-    """Adam's epsilon where its format makes 0 of it; see `measurement.float_formats`."""
+    """Finds an epsilon of Adam that its format rounds to 0; see `measurement.float_formats`."""
     epsilon = {
         (group["optimizer"], index): group["eps"]
         for group in run.groups
         for index in group["params"]
-        # A fused one computes in float32, whatever it stores.
+        # A fused optimizer computes in float32, whatever the format of its state.
         if isinstance(group.get("eps"), float) and not group.get("fused")
     }
-    lost = []
-    for each in moments:
-        kept = FORMATS.get(each.dtypes.get("exp_avg_sq", ""))
-        eps = epsilon.get((each.optimizer, each.index))
-        if kept is not None and eps is not None and kept.vanishes(eps):
-            lost.append((each.name, f"eps={eps:g} is 0 in {kept.name}"))
-    if lost:
+    vanished = []
+    for moment in moments:
+        number_format = FORMATS.get(moment.dtypes.get("exp_avg_sq", ""))
+        eps = epsilon.get((moment.optimizer, moment.index))
+        if number_format is not None and eps is not None and number_format.vanishes(eps):
+            vanished.append((moment.name, f"eps={eps:g} is 0 in {number_format.name}"))
+    if vanished:
         yield Finding(
-            "warning",
-            "vanished epsilon",
-            tuple(name for name, _ in lost),
-            f"{lost[0][1]}, in which the optimizer computes: where a second moment is 0 too, the "
-            "update is 0 / 0 or x / 0",
-            "train in 16-mixed, with weights in float32, or set eps=1e-4",
+            severity="warning",
+            what="vanished epsilon",
+            where=tuple(name for name, _ in vanished),
+            why=f"{vanished[0][1]}, the format the optimizer computes in: where a second moment is "
+            "0 too, the update is 0 / 0 or x / 0",
+            remedy="train in 16-mixed, which keeps weights in float32, or set eps=1e-4",
         )
 
 
@@ -176,12 +179,13 @@ def _scaler(run: RunHealth) -> Iterable[Finding]:
     scale = run.scaler.get("scale")
     if scale is not None and not LOWEST_SCALE <= scale < float("inf"):
         yield Finding(
-            "error",
-            "loss-scale collapse",
-            ("loss scaler",),
-            f"the loss scale is {scale:g}: it was halved at overflow after overflow, and under "
-            f"{LOWEST_SCALE:g} every step is left out or its gradients are 0",
-            "go on in bf16-mixed or 32-true from before, and look for NaN, which no scale cures",
+            severity="error",
+            what="loss-scale collapse",
+            where=("loss scaler",),
+            why=f"the loss scale is {scale:g}, because every overflow halves it; below "
+            f"{LOWEST_SCALE:g} every step is skipped or its gradients are 0",
+            remedy="resume in bf16-mixed or 32-true from an earlier checkpoint, and look for NaN, "
+            "which no loss scale prevents",
         )
 
 
@@ -194,16 +198,16 @@ def _past(run: RunHealth) -> Iterable[Finding]:
     ):
         if steps:
             yield Finding(
-                severity,  # type: ignore[arg-type]
-                what,
-                tuple(f"step {step}" for step in steps),
-                f"{len(steps)} of the last {len(run.history)} steps had "
+                severity=severity,  # type: ignore[arg-type]
+                what=what,
+                where=tuple(f"step {step}" for step in steps),
+                why=f"{len(steps)} of the last {len(run.history)} steps had "
                 + (
                     "a loss or gradient norm that is NaN or Inf"
                     if what == "non-finite step"
                     else f"a gradient norm above {LARGE_GRADIENT:g}, before clipping"
                 ),
-                "read incidents.jsonl of the run: what was found, and what was done",
+                remedy="read incidents.jsonl of the run: it records what was detected and done",
             )
 
 
@@ -212,12 +216,12 @@ def _budget(run: RunHealth) -> Iterable[Finding]:
     spent = [sort for sort, left in state.get("budget left", {}).items() if left <= 0]
     if spent:
         yield Finding(
-            "warning",
-            "budget spent",
-            tuple(spent),
-            "AutoRollback has none of these responses left, and the next anomaly that needs one "
-            "stops the run",
-            "find the cause in incidents.jsonl before going on",
+            severity="warning",
+            what="budget spent",
+            where=tuple(spent),
+            why="AutoRollback has used up these responses; the next anomaly that needs one stops "
+            "the run",
+            remedy="find the cause in incidents.jsonl before you resume",
         )
     changed = [
         f"{name} is {state[name]:g}"
@@ -226,13 +230,13 @@ def _budget(run: RunHealth) -> Iterable[Finding]:
     ]
     if state.get("precision") != state.get("precision of the run"):
         changed.append(f"precision is {state['precision']}")
-    if state.get("float32 islands"):
-        changed.append("modules compute in float32: " + ", ".join(state["float32 islands"]))
+    if state.get("modules in float32"):
+        changed.append("modules compute in float32: " + ", ".join(state["modules in float32"]))
     if changed or state.get("incidents"):
         yield Finding(
-            "note",
-            "incidents",
-            ("run",),
-            "; ".join([f"{state.get('incidents', 0)} so far", *changed]),
-            "nothing: what is in force is restored on resume",
+            severity="note",
+            what="incidents",
+            where=("run",),
+            why="; ".join([f"{state.get('incidents', 0)} so far", *changed]),
+            remedy="nothing; a resume restores these settings",
         )

@@ -1,16 +1,16 @@
-"""What a model spans, and which floating-point formats would hold it.
+"""Measures the magnitudes in a model, and judges which floating-point formats can represent them.
 
     batches --measure_ranges--> RangeReport --judge--> Verdict
-                                    |-- format_report: a table    |-- draw_ranges: a picture
+                                RangeReport --format_report--> text    --draw_ranges--> figure
 
-Names arrive on first use: the command that measures a checkpoint answers before torch is loaded.
+Names are imported on first use, so that a wrong command line is reported without loading torch.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "LossScale": "findings",
+    "LossScale": "limits",
     "RangeReport": "report",
     "RangeRow": "report",
     "Verdict": "verdict",

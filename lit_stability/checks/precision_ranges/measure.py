@@ -1,7 +1,7 @@
-"""What a model spans: its weights, and over some batches its activations and gradients.
+"""Measures the magnitudes of a model: its weights, and its activations and gradients over batches.
 
-The model runs in float32, whatever it is stored in: a value that has overflowed in fp16 is Inf
-and no longer tells by how much, one that has vanished is zero. May import torch; knows no
+The model runs in float32, whatever its own dtype, because fp16 turns overflowing values into Inf
+and vanishing ones into zero, so that their size is unknown. May import torch; does not import
 Lightning.
 """
 
@@ -30,7 +30,7 @@ _PRODUCTS = frozenset(
         *(Tensor.addmm, Tensor.baddbmm),
     )
 )
-"""Functions that autocast runs in 16 bits, and which models call outside of any submodule."""
+"""Functions that autocast runs in 16 bits, and that models call outside of submodules."""
 
 
 def measure_ranges(
@@ -40,71 +40,71 @@ def measure_ranges(
     *,
     adam_epsilon: float = 1e-8,
 ) -> RangeReport:
-    """Measure weights, activations and gradients over some batches, and update nothing.
+    """Measures weights, activations and gradients over some batches, without an update.
 
-    A float32 copy of the model takes the steps, in training mode. The model itself, its
-    gradients, buffers and mode, and the random generators are left as they are.
+    The steps run on a float32 copy of the model in training mode. The model itself, its gradients,
+    buffers and mode, and the random generators stay unchanged.
 
     Args:
-        model: on the device of the batches.
-        step: from the copy and a batch to the loss, a scalar; it must call the copy that it is
-            given. Gradients are those of this loss, without a loss scale.
-        batches: what is given to `step`, one at a time; floating-point tensors in float32.
-        adam_epsilon: of the optimizer that the model is trained with.
+        model: On the device of the batches.
+        step: Computes the loss, a scalar, from the copy and a batch; it must call the copy that it
+            receives. Gradients are those of this loss, without a loss scale.
+        batches: Passed to `step` one at a time; floating-point tensors in float32.
+        adam_epsilon: Epsilon of the optimizer that trains the model.
 
     Raises:
-        ValueError: if there is no batch, or a loss is no scalar, or it gives no gradients.
+        ValueError: If there is no batch, a loss is no scalar, or a loss gives no gradients.
 
     >>> model = nn.Linear(2, 1)
     >>> report = measure_ranges(model, lambda m, x: m(x).sum(), [torch.ones(3, 2)])
     >>> report.row("weight gradients", "(model)").largest
     3.0
     """
-    twin = deepcopy(model).float().train()  # which leaves the gradients behind
+    model_copy = deepcopy(model).float().train()  # without gradients
     generators = capture_rng()
-    probe = Probe(twin)
+    probe = Probe(model_copy)
     try:
         with probe, torch.enable_grad():
             for batch in batches:
-                _take_step(probe, twin, step, batch)
+                _take_step(probe, model_copy, step, batch)
     finally:
         restore_rng(generators)
     if not probe.batches:
-        raise ValueError("batches is empty; give at least one, a few if they differ")
+        raise ValueError("batches is empty; give at least one, or several if they differ")
     return probe.report(adam_epsilon)
 
 
 def _take_step(
-    probe: Probe, twin: nn.Module, step: Callable[[nn.Module, Any], Tensor], batch: Any
+    probe: Probe, model_copy: nn.Module, step: Callable[[nn.Module, Any], Tensor], batch: Any
 ) -> None:
-    probe.saw_batch(batch)
-    loss = step(twin, batch)
+    probe.add_batch(batch)
+    loss = step(model_copy, batch)
     if not (isinstance(loss, Tensor) and loss.numel() == 1):
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
         raise ValueError(f"step returned {shape}; return the loss, a tensor with one element")
-    probe.saw_loss(loss)
+    probe.add_loss(loss)
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
-    if all(p.grad is None for p in twin.parameters()):
+    if all(p.grad is None for p in model_copy.parameters()):
         raise ValueError(
             "the loss gives the model no gradient: step(model, batch) has to call the model that "
-            "it is given, a float32 copy, and return a loss that is not detached"
+            "it receives, a float32 copy, and return a loss that is not detached"
         )
-    probe.saw_gradients()
-    twin.zero_grad()
+    probe.add_gradients()
+    model_copy.zero_grad()
 
 
 class Probe:
-    """Measures a model as it is trained, from the beginning of a ``with`` block to its end.
+    """Measures a model during training, while the context is active.
 
-    Activations are what submodules return, each counted once however many modules hand it on, and
-    the matrix products that a module computes without a submodule, such as attention scores. What
-    happens inside a fused kernel, such as `scaled_dot_product_attention`, cannot be seen.
-    Weights and gradients are those of the parameters that a module owns itself; a shared one
-    belongs to the first.
+    Activations are the outputs of submodules, each counted once even if an outer module returns the
+    same tensor, and the matrix products that a module computes without a submodule, such as
+    attention scores. Values inside a fused kernel, such as `scaled_dot_product_attention`, are not
+    visible. A module has the weights and gradients of its own parameters; a shared parameter
+    belongs to the first module.
 
     Args:
-        model: in float32, its parameters at their final place.
+        model: In float32; its parameters must not be replaced while the context is active.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,10 +116,10 @@ class Probe:
         self._owners: list[tuple[str, nn.Parameter]] = []
         self._order: list[str] = []
         self.batches = 0
-        """Batches seen."""
+        """Number of batches measured so far."""
 
     def __enter__(self) -> Probe:
-        """Measure the weights, and begin to listen."""
+        """Measures the weights, and registers the hooks."""
         self._order = [INPUT, *(name or ROOT for name, _ in self._model.named_modules()), LOSS]
         self._owners = _owned(self._model)
         for layer, parameter in self._owners:
@@ -129,43 +129,43 @@ class Probe:
             self._attached.callback(module.register_forward_pre_hook(before).remove)
             handle = module.register_forward_hook(after, always_call=True)
             self._attached.callback(handle.remove)
-        self._attached.enter_context(_Products(self._saw_product))
+        self._attached.enter_context(_Products(self._add_product))
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take every hook off again."""
+        """Removes all hooks."""
         self._attached.close()
         self._last = []
 
-    def saw_batch(self, batch: Any) -> None:
-        """Count the floating-point tensors of a batch."""
+    def add_batch(self, batch: Any) -> None:
+        """Counts the floating-point tensors of a batch."""
         self.batches += 1
         self._running = []
         for tensor in _floating(batch):
             self._count("activations", INPUT, tensor)
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """Count the loss, before any scaling."""
+    def add_loss(self, loss: Tensor) -> None:
+        """Counts the loss, before any scaling."""
         self._count("activations", LOSS, loss)
 
-    def saw_gradients(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Count the gradients of the weights, those of one batch.
+    def add_gradients(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Counts the weight gradients of one batch.
 
         Args:
-            parameters: whose gradients; by default those of all.
+            parameters: The parameters to count; all by default.
         """
-        held = None if parameters is None else {id(p) for p in parameters}
+        selected = None if parameters is None else {id(p) for p in parameters}
         for layer, parameter in self._owners:
-            if parameter.grad is not None and (held is None or id(parameter) in held):
+            if parameter.grad is not None and (selected is None or id(parameter) in selected):
                 self._count("weight gradients", layer, parameter.grad)
 
     def report(self, adam_epsilon: float = 1e-8) -> RangeReport:
-        """What was measured so far, in the order of the model."""
-        place = {name: i for i, name in enumerate(self._order)}
-        keys = sorted(self._tallies, key=lambda key: (KINDS.index(key[0]), place[key[1]]))
+        """Returns the measurements so far, in the order of the model."""
+        position = {name: i for i, name in enumerate(self._order)}
+        keys = sorted(self._tallies, key=lambda key: (KINDS.index(key[0]), position[key[1]]))
         rows = tuple(self._tallies[key].row(*key) for key in keys)
-        found = {row.layer for row in rows}
-        layers = tuple(name for name in self._order if name in found)
+        measured = {row.layer for row in rows}
+        layers = tuple(name for name in self._order if name in measured)
         return RangeReport(rows, layers, self.batches, adam_epsilon)
 
     def _before(self, layer: str, module: nn.Module, args: Any) -> None:
@@ -174,21 +174,21 @@ class Probe:
     def _after(self, layer: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._running:
             self._running.pop()
-        self._saw_activations(layer, output)
+        self._add_activations(layer, output)
 
-    def _saw_product(self, result: Any) -> None:
-        self._saw_activations(self._running[-1] if self._running else ROOT, result)
+    def _add_product(self, result: Any) -> None:
+        self._add_activations(self._running[-1] if self._running else ROOT, result)
 
-    def _saw_activations(self, layer: str, output: Any) -> None:
-        found = _floating(output)
-        for tensor in found:
-            if any(tensor is each for each in self._last):  # handed on by the module around
+    def _add_activations(self, layer: str, output: Any) -> None:
+        tensors = _floating(output)
+        for tensor in tensors:
+            if any(tensor is last for last in self._last):  # an outer module returns it unchanged
                 continue
             self._count("activations", layer, tensor)
             if tensor.requires_grad:
                 hook = partial(self._count, "activation gradients", layer)
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-        self._last = found
+        self._last = tensors
 
     def _count(self, kind: Kind, layer: str, tensor: Tensor) -> None:
         if tensor.numel():
@@ -196,17 +196,17 @@ class Probe:
 
 
 class _Products(TorchFunctionMode):
-    """Shows the result of every matrix product."""
+    """Passes the result of every matrix product to a callback."""
 
-    def __init__(self, saw: Callable[[Any], None]) -> None:
+    def __init__(self, add: Callable[[Any], None]) -> None:
         super().__init__()
-        self._saw = saw
+        self._add = add
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function as it would have been called."""
+        """Calls the function, and reports its result if it is a matrix product."""
         result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
-            self._saw(result)
+            self._add(result)
         return result
 
 
@@ -215,7 +215,7 @@ def _floating(value: Any) -> list[Tensor]:
 
 
 def _owned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Each floating-point parameter once, with the name of the module that owns it."""
+    """Returns each floating-point parameter once, with the name of the module that owns it."""
     seen: set[int] = set()
     owned = []
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""The report as a picture: how the magnitudes of each layer lie in the formats.
+"""Draws the magnitudes of each layer next to the ranges of the formats.
 
-Needs matplotlib, which the extra ``plots`` installs; it is loaded when something is drawn. Draws
-on a figure of its own and touches no state of pyplot. Imports neither torch nor Lightning.
+Needs matplotlib, which the extra ``plots`` installs; it is imported on the first drawing. Does not
+use or change the state of pyplot. Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from math import log2
 from typing import TYPE_CHECKING, Any
 
-from lit_stability.checks.precision_ranges.findings import TOLERATED
+from lit_stability.checks.precision_ranges.limits import TOLERATED
 from lit_stability.checks.precision_ranges.report import KINDS, Kind, RangeReport, RangeRow
-from lit_stability.checks.precision_ranges.table import in_percent, worst_first
+from lit_stability.checks.precision_ranges.table import worst_first
 from lit_stability.checks.precision_ranges.verdict import Verdict, judge
+from lit_stability.checks.text_table import format_share
 from lit_stability.figures import (
     BLUE,
     INK,
@@ -36,33 +37,33 @@ if TYPE_CHECKING:
 
 _RULERS = (FLOAT16, BFLOAT16, FLOAT8_E5M2, FLOAT8_E4M3FN)
 _FAINTEST = 1e-5
-"""Share of a layer's elements with the faintest colour; what is rarer has it too."""
-_ROOM = 9
-"""Powers of two left free at both ends of the axis, for the shares."""
-_INK, _MUTED, _OVERFLOW, _LOST = INK, MUTED, RED, BLUE
+"""Share of a layer's elements that has the faintest colour; smaller shares have the same."""
+_MARGIN = 9
+"""Powers of two kept free at both ends of the axis, for the printed shares."""
+_OVERFLOW, _LOST = RED, BLUE
 _LINES: tuple[tuple[Any, str, Callable[[FloatFormat], float]], ...] = (
-    ("-", "largest", lambda each: each.overflow_limit),
-    ("--", "smallest normal", lambda each: each.smallest_normal),
-    (":", "smallest subnormal", lambda each: each.smallest_subnormal),
+    ("-", "largest", lambda number_format: number_format.overflow_limit),
+    ("--", "smallest normal", lambda number_format: number_format.smallest_normal),
+    (":", "smallest subnormal", lambda number_format: number_format.smallest_subnormal),
 )
 
 
 def draw_ranges(report: RangeReport, *, title: str = "", layers: int = 40) -> Figure:
-    """Draw a panel for weights, activations and gradients, a line for each layer.
+    """Draws one plot each for weights, activations and gradients, with one line per layer.
 
-    The darker, the larger the share of a layer's elements above zero with that magnitude. Above
-    each panel lie the ranges of the formats, the subnormal numbers in a lighter tone; the limits
-    of fp16 go down through the panel. Beside a layer stands the share that overflows in fp16, and
-    of gradients the share that becomes zero in it without a loss scale.
+    A darker colour means a larger share of the layer's nonzero elements with that magnitude. Bars
+    above each plot show the ranges of the formats, with subnormal numbers in a lighter tone;
+    vertical lines show the limits of fp16. Next to a layer is the share that overflows in fp16 and,
+    for gradients, the share that becomes zero in fp16 without a loss scale.
 
     Args:
-        report: what was measured.
-        title: of the picture.
-        layers: most layers shown; the worst are kept, in the order of the model.
+        report: The measurement.
+        title: Title of the figure.
+        layers: Largest number of layers; the worst are drawn, in the order of the model.
 
     Raises:
-        MatplotlibMissing: if matplotlib is not installed.
-        ValueError: if `layers` is less than 1.
+        MatplotlibMissing: If matplotlib is not installed.
+        ValueError: If `layers` is less than 1.
     """
     if layers < 1:
         raise ValueError(f"layers={layers} must be at least 1")
@@ -81,7 +82,7 @@ def draw_ranges(report: RangeReport, *, title: str = "", layers: int = 40) -> Fi
         axes[1][column].set_yticks(range(len(shown)), [""] * len(shown))
     label_rows(axes[1][0], shown)
     _draw_legend(figure, axes, mesh)
-    figure.suptitle(_heading(report, title, len(shown)), fontsize=9, color=_INK)
+    figure.suptitle(_heading(report, title, len(shown)), fontsize=9, color=INK)
     return figure
 
 
@@ -91,38 +92,40 @@ def _worst_layers(report: RangeReport, most: int) -> list[str]:
 
 
 def _limits(rows: Sequence[RangeRow]) -> tuple[int, int]:
-    """Exponents at the ends of the axis: fp16, all that is large, the small unless very rare."""
+    """Returns the exponents at the ends of the axis: fp16, and all values but rare small ones."""
     high, low = 17, -26
     for row in rows:
         spread = row.exponents()
         high = max([high, *spread])
         low = min([low, *(k - 1 for k, n in spread.items() if n > 1e-4 * row.nonzero)])
-    return low - _ROOM, high + _ROOM
+    return low - _MARGIN, high + _MARGIN
 
 
 def _draw_rulers(axis: Axes, kind: Kind, first: bool) -> None:
-    """The ranges of the formats, one under the other."""
-    for y, each in enumerate(_RULERS):
-        low, normal = log2(each.smallest_subnormal), log2(each.smallest_normal)
-        color = _INK if each == FLOAT16 else _MUTED
-        axis.barh(y, log2(each.overflow_limit) - normal, left=normal, height=0.55, color=color)
+    """Draws the ranges of the formats, one below the other."""
+    for y, number_format in enumerate(_RULERS):
+        low, normal = log2(number_format.smallest_subnormal), log2(number_format.smallest_normal)
+        color = INK if number_format == FLOAT16 else MUTED
+        axis.barh(
+            y, log2(number_format.overflow_limit) - normal, left=normal, height=0.55, color=color
+        )
         axis.barh(y, normal - low, left=low, height=0.55, color=color, alpha=0.35)
     axis.set_ylim(len(_RULERS) - 0.5, -0.5)
     axis.set_yticks(range(len(_RULERS)), [r.name if first else "" for r in _RULERS], fontsize=7)
-    axis.set_title(kind, fontsize=9, color=_INK)
-    axis.tick_params(bottom=False, left=False, labelbottom=False, labelcolor=_INK)
+    axis.set_title(kind, fontsize=9, color=INK)
+    axis.tick_params(bottom=False, left=False, labelbottom=False, labelcolor=INK)
     axis.spines[:].set_visible(False)
 
 
 def _draw_panel(axis: Axes, rows: Sequence[RangeRow | None], limits: tuple[int, int]) -> Any:
-    """The layers of one kind; returns what the colour bar belongs to."""
+    """Draws the layers of one kind; returns the mesh for the colour bar."""
     from matplotlib.colors import LogNorm
 
     low, high = limits
     image = [[0.0] * (high - low) for _ in rows]
     for line, row in zip(image, rows, strict=True):
         for exponent, count in row.exponents().items() if row else ():
-            if row and exponent > low + _ROOM:
+            if row and exponent > low + _MARGIN:
                 line[exponent - 1 - low] = max(count / row.nonzero, _FAINTEST)
     masked = [[value or float("nan") for value in line] for line in image]
     norm = LogNorm(_FAINTEST, 1.0)
@@ -137,31 +140,31 @@ def _draw_panel(axis: Axes, rows: Sequence[RangeRow | None], limits: tuple[int, 
     axis.set_xlim(low, high)
     ticks = range(-(-low // 10) * 10, high + 1, 10)
     axis.set_xticks(ticks, [f"$2^{{{t}}}$" for t in ticks], fontsize=7)
-    axis.tick_params(left=False, labelcolor=_INK, color=_MUTED)
+    axis.tick_params(left=False, labelcolor=INK, color=MUTED)
     axis.spines[:].set_color("#d0d0d0")
     return mesh
 
 
-def _draw_limits(axis: Axes, each: FloatFormat, limits: tuple[int, int]) -> None:
-    """Lines at the limits of a format, a tint where values are lost."""
-    end, lost = log2(each.overflow_limit), log2(each.zero_limit)
+def _draw_limits(axis: Axes, number_format: FloatFormat, limits: tuple[int, int]) -> None:
+    """Draws lines at the limits of a format, and a tint where values are lost."""
+    end, lost = log2(number_format.overflow_limit), log2(number_format.zero_limit)
     for style, _, limit in _LINES:
-        at = log2(limit(each))
-        axis.axvline(at, color="white", linewidth=2.0)  # to be seen on dark cells too
-        axis.axvline(at, linestyle=style, color=_INK, linewidth=0.9)
+        at = log2(limit(number_format))
+        axis.axvline(at, color="white", linewidth=2.0)  # visible on dark cells
+        axis.axvline(at, linestyle=style, color=INK, linewidth=0.9)
     axis.axvspan(end, limits[1], color=_OVERFLOW, alpha=0.10, linewidth=0, zorder=0)
     axis.axvspan(limits[0], lost, color=_LOST, alpha=0.10, linewidth=0, zorder=0)
 
 
 def _write_shares(axis: Axes, y: int, row: RangeRow, limits: tuple[int, int]) -> None:
-    """What fp16 would lose of a layer, at the end of the axis where it is lost."""
+    """Writes the shares of a layer that fp16 loses, each at its end of the axis."""
     style: dict[str, Any] = {"va": "center", "fontsize": 6.5, "fontweight": "bold"}
     if row.overflowing(FLOAT16):
-        share = in_percent(row.overflowing(FLOAT16) / row.elements)
+        share = format_share(row.overflowing(FLOAT16) / row.elements)
         axis.text(limits[1] - 0.7, y, share, ha="right", color=_OVERFLOW, **style)
     lost = row.vanishing(FLOAT16) / max(1, row.nonzero)
     if lost > TOLERATED and "gradients" in row.kind:
-        axis.text(limits[0] + 0.7, y, in_percent(lost), ha="left", color=_LOST, **style)
+        axis.text(limits[0] + 0.7, y, format_share(lost), ha="left", color=_LOST, **style)
 
 
 def _draw_legend(figure: Figure, axes: Any, mesh: Any) -> None:
@@ -169,7 +172,7 @@ def _draw_legend(figure: Figure, axes: Any, mesh: Any) -> None:
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
-        Line2D([], [], linestyle=style, color=_INK, linewidth=0.8, label=f"{name} in float16")
+        Line2D([], [], linestyle=style, color=INK, linewidth=0.8, label=f"{name} in float16")
         for style, name, _ in _LINES
     ]
     handles += [
@@ -178,17 +181,17 @@ def _draw_legend(figure: Figure, axes: Any, mesh: Any) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     bar = figure.colorbar(mesh, ax=axes[:, -1], aspect=30, pad=0.02)
-    bar.set_label("share of the elements above zero", fontsize=7, color=_INK)
-    bar.ax.tick_params(labelsize=7, labelcolor=_INK)
+    bar.set_label("share of the elements above zero", fontsize=7, color=INK)
+    bar.ax.tick_params(labelsize=7, labelcolor=INK)
     bar.outline.set_visible(False)
 
 
 def _heading(report: RangeReport, title: str, shown: int) -> str:
-    told = "; ".join(_in_short(judge(report, each)) for each in (FLOAT16, BFLOAT16))
+    verdicts = "; ".join(_in_short(judge(report, judged)) for judged in (FLOAT16, BFLOAT16))
     of = f", the {shown} worst of {len(report.layers)} layers" if shown < len(report.layers) else ""
     batches = f"{report.batches} batch{'es' if report.batches != 1 else ''}"
     first = [title] if title else []
-    return "\n".join([*first, told, f"magnitudes in float32 over {batches}{of}"])
+    return "\n".join([*first, verdicts, f"magnitudes in float32 over {batches}{of}"])
 
 
 def _in_short(verdict: Verdict) -> str:

@@ -1,6 +1,6 @@
-"""What was measured: the magnitudes of each layer, and what a format would make of them.
+"""The measured magnitudes of each layer, and how many of them a format would lose.
 
-Counts and floats only; imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lit_stability.measurement.float_formats import FloatFormat
 Kind = Literal["weights", "activations", "weight gradients", "activation gradients"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 INPUT, LOSS, ROOT = "(input)", "(loss)", "(model)"
-"""Rows that are no submodule: the batch, what the step returns, the model itself."""
+"""Names of rows that are not submodules: the batch, the returned loss, the model itself."""
 
 
 @dataclass(frozen=True)
@@ -42,37 +42,37 @@ class RangeRow:
 
     kind: Kind
     layer: str
-    """Name of the submodule, as in ``named_modules()``, or one in parentheses."""
+    """Name of the submodule, as in ``named_modules()``, or a name in parentheses."""
     counts: tuple[int, ...]
-    """Elements in each bin of `EDGES`; those that are not finite come last."""
+    """Number of elements in each bin of `EDGES`, and of non-finite elements last."""
     smallest: float
-    """Smallest magnitude above zero; 0 where there is none."""
+    """Smallest magnitude above zero; 0 if there is none."""
     largest: float
     """Largest finite magnitude."""
 
     @property
     def elements(self) -> int:
-        """Elements counted, over all batches."""
+        """Number of all elements, over all batches."""
         return sum(self.counts)
 
     @property
     def zeros(self) -> int:
-        """Elements that are zero."""
+        """Number of elements that are zero."""
         return self.counts[0]
 
     @property
     def non_finite(self) -> int:
-        """Elements that are Inf or NaN in float32 already."""
+        """Number of elements that are Inf or NaN in float32 already."""
         return self.counts[-1]
 
     @property
     def nonzero(self) -> int:
-        """Finite elements other than zero."""
+        """Number of finite elements other than zero."""
         return self.elements - self.zeros - self.non_finite
 
     @property
     def median(self) -> float:
-        """Median of the magnitudes above zero, to a factor of 1.5: the middle of its bin."""
+        """Median of the magnitudes above zero, within a factor of 1.5: the middle of its bin."""
         if not self.nonzero:
             return 0.0
         half = self.zeros + (self.nonzero + 1) // 2
@@ -80,44 +80,46 @@ class RangeRow:
         middle = math.sqrt(EDGES[index - 1]) * math.sqrt(EDGES[index])
         return min(max(middle, self.smallest), self.largest)
 
-    def overflowing(self, each: FloatFormat) -> int:
-        """Finite elements that round beyond the format's largest number."""
-        return self.elements - self.non_finite - self._at_most(finite_edge(each))
+    def overflowing(self, number_format: FloatFormat) -> int:
+        """Returns the number of finite elements that round beyond the format's largest number."""
+        return self.elements - self.non_finite - self._at_most(finite_edge(number_format))
 
-    def subnormal(self, each: FloatFormat) -> int:
-        """Elements that round to a subnormal number, and lose bits."""
-        return self._at_most(subnormal_edge(each)) - self._at_most(zero_edge(each))
+    def subnormal(self, number_format: FloatFormat) -> int:
+        """Returns the number of elements that round to a subnormal number, and so lose bits."""
+        return self._at_most(subnormal_edge(number_format)) - self._at_most(
+            zero_edge(number_format)
+        )
 
-    def vanishing(self, each: FloatFormat, scale: int = 0) -> int:
-        """Elements other than zero that round to zero.
+    def vanishing(self, number_format: FloatFormat, scale: int = 0) -> int:
+        """Returns the number of nonzero elements that round to zero.
 
         Args:
-            each: the format.
-            scale: exponent of a power of two that the values are multiplied by first.
+            number_format: The format.
+            scale: Exponent of a power of two by which the values are multiplied first.
         """
-        return max(0, self._at_most(zero_edge(each) * 2.0**-scale) - self.zeros)
+        return max(0, self._at_most(zero_edge(number_format) * 2.0**-scale) - self.zeros)
 
-    def squares_vanishing(self, each: FloatFormat) -> int:
-        """Elements other than zero whose square rounds to zero."""
-        return self._at_most(square_edge(each)) - self.zeros
+    def squares_vanishing(self, number_format: FloatFormat) -> int:
+        """Returns the number of nonzero elements whose square rounds to zero."""
+        return self._at_most(square_edge(number_format)) - self.zeros
 
     def exponents(self) -> dict[int, int]:
-        """How many elements lie in ``(2**(k - 1), 2**k]``, by ``k``."""
-        found: dict[int, int] = {}
+        """Returns the number of elements in ``(2**(k - 1), 2**k]`` by ``k``."""
+        counts: dict[int, int] = {}
         for edge, count in zip(EDGES[1:], self.counts[1:-1], strict=True):
             if count:
-                found[exponent_of(edge)] = found.get(exponent_of(edge), 0) + count
-        return found
+                counts[exponent_of(edge)] = counts.get(exponent_of(edge), 0) + count
+        return counts
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the shares of every format."""
+        """Returns plain values for JSON, with the losses in every format."""
         formats = {
-            each.name: {
-                "overflow": self.overflowing(each),
-                "subnormal": self.subnormal(each),
-                "to_zero": self.vanishing(each),
+            number_format.name: {
+                "overflow": self.overflowing(number_format),
+                "subnormal": self.subnormal(number_format),
+                "to_zero": self.vanishing(number_format),
             }
-            for each in JUDGED
+            for number_format in JUDGED
         }
         return {
             "kind": self.kind,
@@ -138,26 +140,26 @@ class RangeRow:
 
 @dataclass(frozen=True)
 class RangeReport:
-    """What a model spans in training, measured in float32 whatever it is stored in."""
+    """The magnitudes of a model in training, measured in float32 whatever its own dtype."""
 
     rows: tuple[RangeRow, ...]
-    """In the order of the model, the kinds of `KINDS` one after the other."""
+    """Sorted by kind in the order of `KINDS`, then by layer in the order of the model."""
     layers: tuple[str, ...]
     """Names of all layers that have a row, in the order of the model."""
     batches: int
-    """Batches measured."""
+    """Number of measured batches."""
     adam_epsilon: float = 1e-8
-    """What Adam adds to the root of the second moment; torch's default where none was seen."""
+    """Epsilon of Adam; torch's default if the optimizer has none."""
 
     def of(self, *kinds: Kind) -> tuple[RangeRow, ...]:
-        """The rows of some kinds."""
+        """Returns the rows of the given kinds."""
         return tuple(row for row in self.rows if row.kind in kinds)
 
     def row(self, kind: Kind, layer: str) -> RangeRow:
-        """One row.
+        """Returns the row of one kind and layer.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: If there is no such row.
         """
         for row in self.rows:
             if (row.kind, row.layer) == (kind, layer):
@@ -165,7 +167,7 @@ class RangeReport:
         raise KeyError(f"no {kind} of {layer!r}; there are {[r.layer for r in self.of(kind)]}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             "schema": 1,
             "measured_in": "float32",
@@ -176,7 +178,7 @@ class RangeReport:
 
 
 def pooled(rows: Sequence[RangeRow]) -> RangeRow | None:
-    """The rows in one, under the name of the first; None where there is none."""
+    """Returns all rows merged into one, with the name of the first; None without rows."""
     if not rows:
         return None
     counts = tuple(sum(column) for column in zip(*(row.counts for row in rows), strict=True))

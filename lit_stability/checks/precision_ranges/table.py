@@ -1,46 +1,49 @@
-"""The report in words and as a table, the worst layers first.
+"""Prints a range report: a verdict on each format, then the layers, worst first.
 
 Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.precision_ranges.limits import not_finite
 from lit_stability.checks.precision_ranges.report import RangeReport, RangeRow
 from lit_stability.checks.precision_ranges.verdict import Verdict, judge
+from lit_stability.checks.text_table import align, format_share, wrap
 from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, FloatFormat
 
 SHOWN = (FLOAT16, BFLOAT16)
-"""The formats that the table has columns for, the narrower range first."""
+"""The formats that the table has columns for, the one with the narrower range first."""
 _HEAD = (
     *("layer", "of", "smallest", "median", "largest", "zero"),
     *("fp16 overflow", "fp16 subnormal", "fp16 to zero", "bf16 overflow", "bf16 to zero"),
 )
-_WIDTH = 100
 
 
 def format_report(report: RangeReport, limit: int | None = 15) -> str:
-    """Put a report in words: a verdict on fp16 and bf16, then the layers.
+    """Returns a report as text: a verdict on fp16 and bf16, then a table of the layers.
 
-    Shares are of all elements, those that become zero of the elements above zero; a column with
-    nothing in it is left out. Gradients are shown as they are, without a loss scale.
+    Shares are of all elements, except that shares of elements that become zero are of the elements
+    above zero. Columns without values are omitted. Gradients are shown without a loss scale.
 
     Args:
-        report: what was measured.
-        limit: most rows of the table; None for all.
+        report: The measurement.
+        limit: Largest number of rows of the table; None for all.
 
     Raises:
-        ValueError: if `limit` is less than 1.
+        ValueError: If `limit` is less than 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1, or None for every row")
-    verdicts = [judge(report, each) for each in SHOWN]
+    verdicts = [judge(report, number_format) for number_format in SHOWN]
     rows = worst_first(report.rows)
-    lines = [line for verdict in verdicts for line in [*_in_words(verdict), ""]]
-    lines += _on_non_finite(rows)
-    lines += _aligned(_telling([_HEAD, *(_cells(row) for row in rows[:limit])]))
+    lines = [line for verdict in verdicts for line in [*_verdict(verdict), ""]]
+    if finding := _non_finite(report, rows):
+        lines += [finding.text(), ""]
+    table = _without_empty_columns([_HEAD, *(_cells(row) for row in rows[:limit])])
+    lines += align(table, left=2)
     hidden = len(rows) - len(rows[:limit])
     end = f"{hidden} more rows; " if hidden else ""
     plural = "es" if report.batches != 1 else ""
@@ -49,43 +52,45 @@ def format_report(report: RangeReport, limit: int | None = 15) -> str:
 
 
 def worst_first(rows: Sequence[RangeRow]) -> list[RangeRow]:
-    """Rows by what the formats would lose: non-finite, overflow, then what becomes zero."""
-    return sorted(rows, key=_severity, reverse=True)
+    """Returns rows sorted by what the formats lose: non-finite, overflow, then rounded to zero."""
+    return sorted(rows, key=_loss_of_formats, reverse=True)
 
 
-def _severity(row: RangeRow) -> tuple[float, ...]:
-    overflows = (row.overflowing(each) / row.elements for each in reversed(SHOWN))
-    lost = row.vanishing(FLOAT16) / max(1, row.nonzero)
-    return (row.non_finite / row.elements, *overflows, lost, row.largest)
+def _loss_of_formats(row: RangeRow) -> tuple[float, ...]:
+    overflows = (row.overflowing(number_format) / row.elements for number_format in reversed(SHOWN))
+    to_zero = row.vanishing(FLOAT16) / max(1, row.nonzero)
+    return (row.non_finite / row.elements, *overflows, to_zero, row.largest)
 
 
-def _in_words(verdict: Verdict, most: int = 5) -> list[str]:
-    """The verdict, the layers that overflow, and the advice, wrapped."""
+def _verdict(verdict: Verdict, most: int = 5) -> list[str]:
+    """Returns the verdict, the layers that overflow, and the advice, wrapped."""
     lines = [f"{verdict.format}: {verdict.status}"]
     lines += [
-        f"    {one.kind} of {one.layer}: {in_percent(one.share)}, up to {one.largest:.3g}"
-        for one in verdict.overflows[:most]
+        f"    {overflow.kind} of {overflow.layer}: {format_share(overflow.share)}, "
+        f"up to {overflow.largest:.3g}"
+        for overflow in verdict.overflows[:most]
     ]
     if len(verdict.overflows) > most:
         lines.append(f"    and {len(verdict.overflows) - most} more")
     for sentence in verdict.advice:
-        lines += textwrap.wrap(
-            sentence,
-            _WIDTH,
-            initial_indent="  - ",
-            subsequent_indent="    ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += wrap(sentence, first="  - ", following="    ")
     return lines
 
 
-def _on_non_finite(rows: Sequence[RangeRow]) -> list[str]:
-    names = list(dict.fromkeys(row.layer for row in rows if row.non_finite))
+def _non_finite(report: RangeReport, rows: Sequence[RangeRow]) -> Finding | None:
+    """Returns a finding on values that are Inf or NaN in float32 already, or None."""
+    names = tuple(dict.fromkeys(row.layer for row in rows if row.non_finite))
     if not names:
-        return []
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return [f"not finite in float32 already, left out of the shares: {shown}", ""]
+        return None
+    damaged = bool(not_finite(report))
+    return Finding(
+        severity="error" if damaged else "note",
+        what="values are Inf or NaN in float32",
+        where=names,
+        why="no format can represent them; they are excluded from the shares below",
+        remedy="fix the model or the data first" if damaged else "nothing, if a mask contains -inf",
+        check="finite",
+    )
 
 
 def _cells(row: RangeRow) -> tuple[str, ...]:
@@ -94,46 +99,19 @@ def _cells(row: RangeRow) -> tuple[str, ...]:
         row.layer,
         row.kind,
         *magnitudes,
-        in_percent(row.zeros / row.elements),
-        in_percent(row.overflowing(FLOAT16) / row.elements),
-        in_percent(row.subnormal(FLOAT16) / row.elements),
-        _lost(row, FLOAT16),
-        in_percent(row.overflowing(BFLOAT16) / row.elements),
-        _lost(row, BFLOAT16),
+        format_share(row.zeros / row.elements),
+        format_share(row.overflowing(FLOAT16) / row.elements),
+        format_share(row.subnormal(FLOAT16) / row.elements),
+        _share_to_zero(row, FLOAT16),
+        format_share(row.overflowing(BFLOAT16) / row.elements),
+        _share_to_zero(row, BFLOAT16),
     )
 
 
-def _lost(row: RangeRow, each: FloatFormat) -> str:
-    return in_percent(row.vanishing(each) / max(1, row.nonzero))
+def _share_to_zero(row: RangeRow, number_format: FloatFormat) -> str:
+    return format_share(row.vanishing(number_format) / max(1, row.nonzero))
 
 
-def in_percent(value: float) -> str:
-    """Put a share in percent; a dot for none, so that what there is stands out.
-
-    >>> in_percent(0.0), in_percent(1.0), in_percent(0.1234), in_percent(1e-6)
-    ('.', '100%', '12%', '<0.1%')
-    """
-    if value == 0:
-        return "."
-    if value < 1e-3:
-        return "<0.1%"
-    return f"{value:.1%}" if value < 0.095 else f"{value:.0%}"
-
-
-def _telling(table: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """The table without the columns in which there is nothing."""
+def _without_empty_columns(table: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     columns = [column for column in zip(*table, strict=True) if set(column[1:]) != {"."}]
     return list(zip(*columns, strict=True))
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side, two words to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for cells in table:
-        padded = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines

@@ -1,4 +1,4 @@
-"""Counts the magnitudes of tensors on their own device, without a copy to the host in between.
+"""Counts the magnitudes of tensors on their own device, without copies to the host.
 
 May import torch.
 """
@@ -16,7 +16,7 @@ from lit_stability.checks.precision_ranges.report import Kind, RangeRow
 from lit_stability.measurement.norms import dense
 
 _CHUNK = 2**22
-"""Elements counted at once: what counting needs is three times their memory, not the tensor's."""
+"""Elements counted at once; counting needs three times the memory of these, not of the tensor."""
 
 
 @cache
@@ -25,7 +25,7 @@ def _edges(device: torch.device) -> Tensor:
 
 
 class Tally:
-    """The magnitudes of one kind of value in one layer, counted up over tensors and batches."""
+    """Counts the magnitudes of one kind of value in one layer, over tensors and batches."""
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
@@ -33,14 +33,14 @@ class Tally:
 
     @torch.no_grad()
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor of any floating dtype; of a sparse one the stored elements."""
+        """Counts a tensor of any floating-point dtype; of a sparse one, the stored elements."""
         flat = dense(tensor.detach()).reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
             self._add(flat[start : start + _CHUNK].float().abs())
 
     def row(self, kind: Kind, layer: str) -> RangeRow:
-        """What was counted so far."""
-        assert self._counts is not None, "a layer has a tally from its first tensor on"
+        """Returns the counts so far."""
+        assert self._counts is not None, "`Probe` creates a tally together with its first tensor"
         smallest = self._smallest.item()
         return RangeRow(
             kind,
@@ -51,7 +51,7 @@ class Tally:
         )
 
     def _add(self, magnitudes: Tensor) -> None:
-        """Count some magnitudes, float32 of shape ``(n,)`` with n at least 1."""
+        """Counts magnitudes, float32 of shape ``(n,)`` with n at least 1."""
         bins = torch.bucketize(magnitudes, _edges(magnitudes.device), out_int32=True)
         counts = torch.bincount(bins, minlength=N_BINS)
         finite = magnitudes.isfinite()

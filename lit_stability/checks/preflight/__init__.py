@@ -1,24 +1,24 @@
-"""Checks before the first step, as pure functions over a model and its first batch.
+"""Checks a model and its first batch before the first training step.
 
     subject = Subject(model, step=lambda model, batch: loss(model, batch), batch=batch)
     print(preflight(subject).text())
 
-Each check is in the file of its family, with the reason of each threshold beside it; each has a
-healthy twin in the tests on which it is silent. May import torch; knows no Lightning.
+Checks are pure functions, grouped by topic into files; each threshold states its reason. In the
+tests, each check also runs on healthy models, where it must find nothing. May import torch; does
+not import Lightning.
 """
 
+from lit_stability.checks.finding import Finding, Severity
 from lit_stability.checks.preflight.checklist import Expectations, preflight
-from lit_stability.checks.preflight.finding import (
-    DeclarationError,
-    Finding,
-    NotApplicableError,
-    PreflightError,
-    Report,
-    Severity,
-)
 from lit_stability.checks.preflight.masks import MaskProbe, nudged
 from lit_stability.checks.preflight.memorise import Memorise
 from lit_stability.checks.preflight.positions import PositionProbe
+from lit_stability.checks.preflight.report import (
+    DeclarationError,
+    NotApplicableError,
+    PreflightError,
+    Report,
+)
 from lit_stability.checks.preflight.subject import StepError, Subject, rehearsing
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""All checks in their order, over one subject, with what could not run and why.
+"""Runs all checks on a model in order, and records which checks were skipped and why.
 
-May import torch; knows no Lightning.
+May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight import (
     branches,
     inputs,
@@ -22,14 +23,9 @@ from lit_stability.checks.preflight import (
     sharing,
     trainable,
 )
-from lit_stability.checks.preflight.finding import (
-    DeclarationError,
-    Finding,
-    NotApplicableError,
-    Report,
-)
 from lit_stability.checks.preflight.memorise import Memorise, check_memory
 from lit_stability.checks.preflight.observation import Observation, observe
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError, Report
 from lit_stability.checks.preflight.subject import StepError, Subject, rehearsing
 
 Check = Callable[[], list[Finding]]
@@ -37,24 +33,24 @@ Check = Callable[[], list[Finding]]
 
 @dataclass(frozen=True, kw_only=True)
 class Expectations:
-    """What the checks cannot know by themselves; the options of `Preflight` say what each is.
+    """What the user declares, because the checks cannot find it out from the model.
 
     Raises:
-        ValueError: an option is out of its range, or two contradict each other.
+        ValueError: If an option is out of range, or two options contradict each other.
     """
 
     classes: int | None = None
-    """V of a cross entropy that torch's functions do not compute: ln V nats are expected."""
+    """Number of classes V of a custom cross entropy; the expected first loss is ln V nats."""
     one_vs_rest: int | None = None
-    """K + 1 binary terms that are summed: (K + 1) ln 2 nats are expected."""
+    """Number of summed binary terms, K + 1; the expected first loss is (K + 1) ln 2 nats."""
     pretrained: bool = False
-    """Whether the head has been trained: a first loss below a guess is welcome."""
+    """Whether the head is pretrained, so that a first loss below that of a guess is accepted."""
     frozen: Sequence[str] = ()
     """Names of parameters meant to be frozen, with wildcards, such as ``backbone.*``."""
     memorise: Memorise | None = None
-    """Samples to learn by heart; None for none, as it costs steps."""
+    """Settings of the memorisation check; None skips it, because it runs many steps."""
     probes: Sequence[masks.MaskProbe | positions.PositionProbe] = field(default=())
-    """What may and must be seen, and what is added to positions."""
+    """Mask probes (which inputs an output may depend on) and position probes."""
 
     def __post_init__(self) -> None:
         for name in ("classes", "one_vs_rest"):
@@ -69,37 +65,37 @@ class Expectations:
 
 
 def preflight(subject: Subject, expect: Expectations | None = None) -> Report:
-    """Run every check that applies; the subject is as it was afterwards, and so are generators.
+    """Runs every check that applies; the subject and the random generators are unchanged.
 
-    A step that cannot be taken is a finding, and the checks that need one are told as not run.
+    A failing step is reported as a finding; the checks that need a step are reported as skipped.
 
     Args:
-        subject: the model, its batch and its optimizers.
-        expect: what cannot be known from them.
+        subject: The model, its batch and its optimizers.
+        expect: What the checks cannot find out from these.
     """
     expect = expect or Expectations()
     report, start = Report(), time.monotonic()
     with rehearsing():
-        _run(report, _static(subject, expect))
+        _run(report, _checks_without_step(subject, expect))
         try:
             first, second = observe(subject)
         except StepError as error:
             report.findings.append(error.finding)
-            report.skipped |= dict.fromkeys(_PASS, "the first step cannot be taken")
+            report.skipped |= dict.fromkeys(_NEED_STEP, "the first step failed")
         except NotApplicableError as reason:
-            report.skipped |= dict.fromkeys(_PASS, str(reason))
+            report.skipped |= dict.fromkeys(_NEED_STEP, str(reason))
         except Exception as error:  # as in `_try`
-            report.skipped |= dict.fromkeys(_PASS, f"the first pass failed: {error!r}")
+            report.skipped |= dict.fromkeys(_NEED_STEP, f"the first pass failed: {error!r}")
         else:
-            _run(report, _of_passes(subject, expect, first, second))
+            _run(report, _checks_with_step(subject, expect, first, second))
     report.seconds = time.monotonic() - start
     return report
 
 
 def _run(report: Report, checks: dict[str, Check]) -> None:
     for name, check in checks.items():
-        reason, found = _try(check)
-        report.findings += found
+        reason, findings = _try(check)
+        report.findings += findings
         if reason is None:
             report.ran.append(name)
         else:
@@ -107,9 +103,9 @@ def _run(report: Report, checks: dict[str, Check]) -> None:
 
 
 def _try(check: Check) -> tuple[str | None, list[Finding]]:
-    """Why a check could not run, or None, and what it found.
+    """Returns the reason why a check did not run (None if it ran), and its findings.
 
-    A check is no reason for a run to end: one that fails, as for want of memory, is told as such.
+    A check must not end the run: if it fails, for example without memory, it counts as skipped.
     """
     try:
         return None, check()
@@ -118,13 +114,13 @@ def _try(check: Check) -> tuple[str | None, list[Finding]]:
     except DeclarationError:
         raise
     except Exception as error:
-        return f"it failed: {error!r}", []
+        return f"the check failed: {error!r}", []
 
 
-def _static(subject: Subject, expect: Expectations) -> dict[str, Check]:
-    """Checks that need no pass."""
+def _checks_without_step(subject: Subject, expect: Expectations) -> dict[str, Check]:
+    """Returns the checks that need neither a forward nor a backward pass."""
     model, optimizers = subject.original, subject.optimizers
-    tables = [p for p in expect.probes if isinstance(p, positions.PositionProbe)]
+    probes = [p for p in expect.probes if isinstance(p, positions.PositionProbe)]
     return {
         "batch": lambda: inputs.check_batch(subject.batch),
         "frozen": lambda: trainable.check_frozen(model, expect.frozen),
@@ -132,14 +128,14 @@ def _static(subject: Subject, expect: Expectations) -> dict[str, Check]:
         "duplicates": lambda: sharing.check_duplicates(model, optimizers),
         "copies": lambda: sharing.check_copies(model),
         "initialisation": lambda: scales.check_initialisation(model),
-        "positions": lambda: positions.check_positions(model, tables),
+        "positions": lambda: positions.check_positions(model, probes),
     }
 
 
-def _of_passes(
+def _checks_with_step(
     subject: Subject, expect: Expectations, first: Observation, second: Observation
 ) -> dict[str, Check]:
-    """Checks that look at passes, or make their own."""
+    """Returns the checks that use the observed passes, or run their own."""
     model = subject.original
     probes: list[Any] = [p for p in expect.probes if isinstance(p, masks.MaskProbe)]
     checks: dict[str, Check] = {
@@ -163,11 +159,11 @@ def _of_passes(
         "masks": lambda: masks.check_masks(subject, probes),
         "memorise": lambda: check_memory(subject, expect.memorise),
     }
-    assert tuple(checks) == _PASS, "what cannot run without a step is listed once more below"
+    assert tuple(checks) == _NEED_STEP, "_NEED_STEP must list the same checks"
     return checks
 
 
-_PASS = (
+_NEED_STEP = (
     *("finite", "initial loss", "operations", "targets", "scales", "gradients", "gains", "weights"),
     *("relus", "constant output", "modes", "learning rate", "masks", "memorise"),
 )

@@ -1,8 +1,9 @@
-"""Masks probed by perturbation: what may not be seen must change nothing, what must be seen must.
+"""Tests masks by perturbation: masked inputs must not change the outputs, unmasked inputs must.
 
-A probe runs the model twice and says where the outputs may differ and where they must. So an
-inverted boolean mask (True = masked where True = may attend is meant) is named in a second,
-whatever implements the attention. May import torch; knows no Lightning.
+A probe runs the model twice, on an input and on a changed input, and declares where the outputs
+must be equal and where they must differ. This finds an inverted boolean mask (True = masked instead
+of True = may attend) with any attention implementation. May import torch; does not import
+Lightning.
 """
 
 from __future__ import annotations
@@ -15,42 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_stability.checks.preflight.finding import DeclarationError, Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import take_small_steps
 from lit_stability.checks.preflight.operations import WithoutDropout
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.subject import StepError, Subject
 
 TOLERANCE = 1e-3
-"""Largest change, relative to the rms of the outputs, that is rounding: kernels sum in another
-order when a length changes. A token that is seen changes outputs by a hundred times that."""
+"""Largest change, relative to the rms of the outputs, that counts as rounding: kernels sum in
+another order if a length changes. A visible token changes the outputs by a hundred times more."""
 _ONE_LOSS = 1e-5
-"""The same for one loss over the batch, in which a position's part is small. Shapes are equal, so
-that what is masked out changes nothing to the bit on most devices."""
-_NOTHING = 1e-3
-"""Share of the tolerance below which what must be seen is not; a far token may count for little."""
+"""Tolerance for the mean loss of a batch, to which one position contributes little. Shapes are
+equal, so masked inputs leave the loss bitwise unchanged on most devices."""
+_NO_EFFECT = 1e-3
+"""Share of the tolerance; smaller changes mean that an input has no effect. It is this small
+because a distant token may have little effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskProbe:
-    """What a change of the input may do to the outputs.
+    """Declares which outputs may depend on a part of the input, and which outputs must.
 
-    ``plain`` and ``changed`` run a model and return outputs of the same shape; ``hidden`` and
-    ``seen`` are boolean, of the outputs' leading dimensions: where the change may not show, and
-    where, at each place, it must. A LightningModule declares its probes in
-    ``preflight_probes(batch)``.
+    ``plain`` and ``changed`` run a model and return outputs of the same shape. ``hidden`` and
+    ``seen`` are boolean tensors with the leading dimensions of the outputs. A LightningModule
+    declares its probes in ``preflight_probes(batch)``.
 
     Args:
-        name: what is changed, such as "source padding".
-        plain: outputs as they are.
-        changed: outputs after the change.
-        hidden: where nothing may change, or None.
-        seen: where something must change, or None.
-        where: the mask, or the module that applies it; probes of one are judged together, so that
-            one that shows what it should hide and hides what it should show is called inverted.
-        tolerance: largest change that is rounding, in units of the rms of the outputs.
+        name: The part of the input that is changed, such as "source padding".
+        plain: Returns the outputs for the unchanged input.
+        changed: Returns the outputs for the changed input.
+        hidden: Where the outputs must not change, or None.
+        seen: Where each output must change, or None.
+        where: Name of the mask, or of the module that applies it. Probes with the same name are
+            judged together: if one finds a leak and one finds a missing effect, the mask is
+            reported as inverted.
+        tolerance: Largest change that counts as rounding, in units of the rms of the outputs.
 
     Raises:
-        ValueError: if it says neither what is hidden nor what is seen.
+        ValueError: If both `hidden` and `seen` are None.
     """
 
     name: str
@@ -63,19 +66,22 @@ class MaskProbe:
 
     def __post_init__(self) -> None:
         if self.hidden is None and self.seen is None:
-            raise ValueError(f"the probe {self.name!r} asks nothing; give hidden=, seen= or both")
+            raise ValueError(
+                f"the probe {self.name!r} tests nothing: hidden and seen are both None; give "
+                "hidden=, seen= or both"
+            )
 
 
 @contextlib.contextmanager
 def nudged(module: nn.Module, positions: Tensor, size: float = 1.0) -> Iterator[None]:
-    """Change the output of a module at some positions while the context is open.
+    """Changes the output of a module at some positions while the context is active.
 
-    Ids cannot be changed where the mask is made from them; what is embedded can.
+    Use it on an embedding if the mask is computed from the ids, so that the ids cannot be changed.
 
     Args:
-        module: gives a tensor of shape (*positions.shape, width), such as an embedding.
-        positions: boolean, where to change it.
-        size: in units of the rms of the output.
+        module: Returns a tensor of shape (*positions.shape, width), such as an embedding.
+        positions: Boolean; where to change the output.
+        size: Size of the change, in units of the rms of the output.
     """
 
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
@@ -93,58 +99,58 @@ def nudged(module: nn.Module, positions: Tensor, size: float = 1.0) -> Iterator[
 
 
 def check_masks(subject: Subject, probes: Sequence[MaskProbe]) -> list[Finding]:
-    """Run every probe in eval mode, under the same random numbers.
+    """Runs every probe in eval mode, with the same random numbers.
 
-    What is not seen where it must be is looked for once more after small steps on every weight: a
-    sublayer whose gain starts at zero lets nothing through at first, and learns to.
+    Probes that find a missing effect run a second time after small steps on all weights, because a
+    sublayer whose gain starts at zero passes nothing through at first.
 
     Raises:
-        NotApplicableError: there is no probe, and the batch has no ``attention_mask``.
-        DeclarationError: a probe returns outputs of different shapes.
+        NotApplicableError: If there is no probe, and the batch has no ``attention_mask``.
+        DeclarationError: If a probe returns outputs of different shapes.
     """
     probes = [*probes, *padding_probes(subject)]
     if not probes:
         raise NotApplicableError(
             "no probe is declared (preflight_probes on the module), and the batch has no "
-            "attention_mask beside ids"
+            "attention_mask next to ids"
         )
     model = subject.model().eval()
-    shown = [(probe, _try(subject, model, probe)) for probe in probes]
-    if any(change.blind for _, change in shown):
-        shown = _without_the_sleeping(subject, shown)
-    leaking = {probe.where for probe, change in shown if change.leaks}
-    inverted = leaking & {probe.where for probe, change in shown if change.blind}
+    results = [(probe, _try(subject, model, probe)) for probe in probes]
+    if any(change.blind for _, change in results):
+        results = _retry_after_small_steps(subject, results)
+    leaking = {probe.where for probe, change in results if change.leaks}
+    inverted = leaking & {probe.where for probe, change in results if change.blind}
     return [
         _finding(probe, change, inverted=probe.where in inverted)
-        for probe, change in shown
+        for probe, change in results
         if change.leaks or change.blind
     ]
 
 
-def _without_the_sleeping(
-    subject: Subject, shown: list[tuple[MaskProbe, _Change]]
+def _retry_after_small_steps(
+    subject: Subject, results: list[tuple[MaskProbe, _Change]]
 ) -> list[tuple[MaskProbe, _Change]]:
-    """Probe what was not seen again on a model that has moved; where none can, all stays."""
+    """Repeats probes with a missing effect after small steps; keeps the results if these fail."""
     model = subject.model()
     try:
         take_small_steps(subject, model)
     except (StepError, NotApplicableError):
-        return shown
+        return results
     model.eval()
     return [
         (probe, _try(subject, model, probe) if change.blind and not change.leaks else change)
-        for probe, change in shown
+        for probe, change in results
     ]
 
 
 @dataclass(frozen=True)
 class _Change:
-    """What a probe's change did, in units of the outputs' rms."""
+    """The change of the outputs under a probe, in units of their rms."""
 
     hidden: float | None
-    """The largest where nothing may change, or None."""
+    """Largest change where the outputs must not change, or None."""
     seen: float | None
-    """The smallest, over the places where something must."""
+    """Smallest change where the outputs must change, or None."""
     tolerance: float
 
     @property
@@ -153,7 +159,7 @@ class _Change:
 
     @property
     def blind(self) -> bool:
-        return self.seen is not None and self.seen < self.tolerance * _NOTHING
+        return self.seen is not None and self.seen < self.tolerance * _NO_EFFECT
 
 
 def _try(subject: Subject, model: nn.Module, probe: MaskProbe) -> _Change:
@@ -165,7 +171,7 @@ def _try(subject: Subject, model: nn.Module, probe: MaskProbe) -> _Change:
             f"{tuple(after.shape)}; return the same positions from plain and changed"
         )
     rms = before[before.isfinite()].square().mean().sqrt()
-    # A query that sees nothing but what is masked is NaN in both: that is a change that shows.
+    # The output of a query with only masked keys is NaN in both runs; this counts as a change.
     change = ((after - before).abs() / rms.clamp(min=1e-12)).nan_to_num(nan=torch.inf)
     hidden, seen = _places(change, probe.hidden), _places(change, probe.seen)
     return _Change(
@@ -176,53 +182,53 @@ def _try(subject: Subject, model: nn.Module, probe: MaskProbe) -> _Change:
 
 
 def _places(change: Tensor, where: Tensor | None) -> Tensor | None:
-    """The largest change at each of some places, or None if there is no place."""
+    """Returns the largest change at each selected position, or None if no position is selected."""
     if where is None or not bool(where.any()):
         return None
     return change[where].reshape(int(where.sum()), -1).amax(1)
 
 
 def _finding(probe: MaskProbe, change: _Change, *, inverted: bool) -> Finding:
-    fault = _INVERTED if inverted else _LEAK if change.leaks else _BLIND
+    what, why, remedy = _INVERTED if inverted else _LEAK if change.leaks else _BLIND
     numbers = []
     if change.leaks:
-        numbers.append(f"outputs that may not see it change by {change.hidden:.3g} of their rms")
+        numbers.append(f"outputs that must not see it change by {change.hidden:.3g} of their rms")
     if change.blind:
         numbers.append(f"outputs that must see it change by {change.seen:.3g} of their rms")
     return Finding(
         check="masks",
         severity="error",
-        what=f"{probe.name}: {fault[0]}; {', '.join(numbers)}",
+        what=f"{probe.name}: {what}; {', '.join(numbers)}",
         where=(probe.where,) if probe.where else (),
-        why=fault[1],
-        do=fault[2],
+        why=why,
+        remedy=remedy,
     )
 
 
 _INVERTED = (
     "the mask is inverted",
-    "the model sees padding or the future alone, still trains after a fashion, and is of no use",
+    "the model sees only padding or the future; the loss still falls, but the model is useless",
     "pass ~mask: True means 'may attend' to scaled_dot_product_attention, and 'masked' to "
     "nn.MultiheadAttention and nn.Transformer",
 )
 _LEAK = (
     "it is seen where it must not be",
-    "the answer, or noise, is among the inputs: the training loss is too good, or depends on what "
-    "else is in the batch",
+    "the target or padding leaks into the inputs: the training loss is too low, or depends on the "
+    "other samples in the batch",
     "apply the mask in every layer; if it is applied, it may be inverted: try ~mask",
 )
 _BLIND = (
     "it is not seen where it must be",
-    "the model cannot use what it is given",
-    "look for a mask that covers too much, or is inverted, and for an input that is not used",
+    "the model cannot use this part of its input",
+    "check for a mask that covers too much or is inverted, and for an input that is not used",
 )
 
 
 def padding_probes(subject: Subject) -> list[MaskProbe]:
-    """The probe of a batch that has ``attention_mask`` beside ids of its shape.
+    """Returns probes for a batch with ``attention_mask`` next to ids of the same shape.
 
-    By that name 1 means "may attend" throughout the field. The loss may not change with what is
-    embedded at masked positions, and must with what is embedded at one that is not.
+    By convention, 1 in a tensor of that name means "may attend". The loss must not depend on
+    embeddings at masked positions, and must depend on embeddings at the others.
     """
     batch = subject.batch
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -1,7 +1,7 @@
-"""Learning a few samples by heart: what a model that works does in seconds.
+"""Overfits a copy of the model on a few samples, which a working model does within seconds.
 
-One that cannot has a fault between its input and its loss that no amount of data mends. May import
-torch; knows no Lightning.
+A model that cannot has a fault between its input and its loss that more data does not fix. May
+import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.inputs import named_tensors
 from lit_stability.checks.preflight.operations import WithoutDropout, quiet_dropout
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.checks.preflight.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memorise:
-    """How much is to be learnt by heart, and in what time.
+    """Settings of the memorisation check.
 
-    Dropout and label smoothing are off, the learning rate is constant.
+    Dropout and label smoothing are disabled; the learning rate is constant.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: If an option is out of range.
     """
 
     samples: int = 20
-    """Samples of the first batch; all, if it has fewer."""
+    """Number of samples from the first batch; all samples if it has fewer."""
     steps: int = 200
-    """Steps at most; fewer, once the loss is low enough."""
+    """Largest number of steps; training ends earlier if the loss is low enough."""
     fraction: float = 0.1
-    """Share of the first loss that the loss must fall below."""
+    """The loss must fall below this share of the first loss."""
     lr: float = 1e-3
-    """Of the optimizer."""
+    """Learning rate of the optimizer."""
     optimizer: Callable[..., Optimizer] = AdamW
-    """Called with parameters and ``lr=``."""
+    """Called with the parameters and ``lr=``."""
     clip: float = 1.0
-    """Largest norm of a gradient."""
+    """Gradients are clipped to this total norm."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "lr", "clip"):
@@ -52,13 +53,13 @@ class Memorise:
 
 
 def check_memory(subject: Subject, plan: Memorise | None) -> list[Finding]:
-    """Train a copy on a few samples and see whether the loss falls.
+    """Trains a copy on a few samples and checks that the loss falls.
 
     Raises:
-        NotApplicableError: it is not asked for.
+        NotApplicableError: If `plan` is None.
     """
     if plan is None:
-        raise NotApplicableError("it costs steps; ask for it with memorise=Memorise()")
+        raise NotApplicableError("it runs many steps; enable it with memorise=Memorise()")
     samples = take(subject.batch, plan.samples)
     model = subject.model()
     quiet_dropout(model)
@@ -79,11 +80,11 @@ def check_memory(subject: Subject, plan: Memorise | None) -> list[Finding]:
         Finding(
             check="memorise",
             severity="error",
-            what=f"{plan.samples} samples are not learnt by heart: the loss goes from {first:.4g} "
+            what=f"{plan.samples} samples are not memorised: the loss goes from {first:.4g} "
             f"to {last:.4g} in {plan.steps} steps, not below {100 * plan.fraction:.3g} %",
-            why="a model that cannot overfit a handful of samples will not fit more",
-            do="look at the other findings first; then at the labels (do equal inputs have "
-            "different ones?), the masks and what is frozen; try more steps, or another lr",
+            why="a model that cannot overfit a few samples cannot fit more",
+            remedy="fix the other findings first; then check the labels (do equal inputs have "
+            "different ones?), the masks and the frozen parts; try more steps, or another lr",
         )
     ]
 
@@ -103,7 +104,7 @@ def _step(
 
 
 def take(batch: Any, count: int) -> Any:
-    """The first samples of a batch; tensors of another first dimension are left whole.
+    """Returns the first samples of a batch; tensors with another first dimension are not cut.
 
     >>> [len(t) for t in take((torch.zeros(8, 3), torch.zeros(8), torch.zeros(5)), 2)]
     [2, 2, 5]
@@ -119,9 +120,9 @@ def take(batch: Any, count: int) -> Any:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(cut, value))
         if isinstance(value, (list, tuple)):
-            rest = [v for v in value if not isinstance(v, Tensor)]
-            parallel = len(value) == rows and len(rest) == rows
-            return type(value)(value[:count]) if parallel else type(value)(map(cut, value))
+            others = [v for v in value if not isinstance(v, Tensor)]
+            one_per_sample = len(value) == rows and len(others) == rows
+            return type(value)(value[:count]) if one_per_sample else type(value)(map(cut, value))
         return value
 
     return cut(batch)

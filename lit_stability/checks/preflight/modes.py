@@ -1,6 +1,6 @@
-"""train() against eval() with dropout off: a module that differs is named.
+"""Compares train() with eval() without dropout, and names the first module that differs.
 
-May import torch; knows no Lightning.
+May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -14,42 +14,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lit_stability.checks.preflight.finding import Finding
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.operations import WithoutDropout, quiet_dropout
 from lit_stability.checks.preflight.subject import Subject, first_tensor
 
 TOLERANCE = 1e-3
-"""Relative difference that is rounding: torch runs other kernels in eval mode."""
+"""Relative difference that counts as rounding: torch may run other kernels in eval mode."""
 
 _SAMPLE = 4096
-"""Elements of an output that are looked at, evenly spread; twice as many at most."""
+"""Approximate number of elements sampled from an output, evenly spaced; at most twice as many."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: numbers by which its input and output are told from others."""
+    """One call of a module, with checksums of its inputs and output."""
 
     module: str
-    given: Tensor
-    gave: Tensor
+    inputs: Tensor
+    output: Tensor
 
 
 def check_modes(subject: Subject) -> list[Finding]:
-    """Compare the modules' outputs in train and in eval mode, call by call.
+    """Compares the outputs of all modules in train and in eval mode, call by call.
 
-    Dropout is off in both, and BatchNorm takes its running statistics in both. What draws random
-    numbers in train mode beside that (stochastic depth, noise as augmentation) differs on purpose:
-    it is told apart by running train mode twice, and nothing after it is compared.
+    Dropout is disabled and BatchNorm uses its running statistics in both modes. Modules that draw
+    other random numbers in train mode (stochastic depth, noise as augmentation) differ on purpose;
+    a second run in train mode identifies them, and modules after them are not compared.
     """
-    trained, again = _calls(subject, training=True), _calls(subject, training=True, seed=1)
-    asked = _calls(subject, training=False)
-    for one, two, other in zip(trained, again, asked, strict=False):
-        if one.module != other.module:
-            return [_finding(one.module, "other modules are called from here on")]
-        if not _same(one.gave, two.gave):
-            return [_random(one.module)] if _same(one.given, two.given) else []
-        if _same(one.given, other.given) and not _same(one.gave, other.gave):
-            return [_finding(one.module, "it gives another output for the same input")]
+    train_calls = _calls(subject, training=True)
+    repeated_calls = _calls(subject, training=True, seed=1)
+    eval_calls = _calls(subject, training=False)
+    for train, repeated, evaluated in zip(train_calls, repeated_calls, eval_calls, strict=False):
+        if train.module != evaluated.module:
+            return [_finding(train.module, "other modules are called from here on")]
+        if not _same(train.output, repeated.output):
+            return [_random(train.module)] if _same(train.inputs, repeated.inputs) else []
+        same_inputs = _same(train.inputs, evaluated.inputs)
+        if same_inputs and not _same(train.output, evaluated.output):
+            return [_finding(train.module, "its output differs for the same input")]
     return []
 
 
@@ -59,8 +61,8 @@ def _finding(module: str, what: str) -> Finding:
         severity="warning",
         what=f"train() and eval() differ without dropout: {what}",
         where=(module or "training_step",),
-        why="what is validated and used is not what is trained",
-        do="look for self.training in the module; a difference that is meant needs no change",
+        why="the model that is validated and deployed differs from the model that is trained",
+        remedy="look for self.training in the module; nothing, if the difference is intended",
     )
 
 
@@ -68,11 +70,11 @@ def _random(module: str) -> Finding:
     return Finding(
         check="modes",
         severity="note",
-        what="in train mode random numbers are drawn beside dropout; modules after it were not "
-        "compared with eval mode",
+        what="the module draws random numbers in train mode in addition to dropout; modules after "
+        "it were not compared with eval mode",
         where=(module or "training_step",),
-        why="it may be meant, as noise or stochastic depth are",
-        do="nothing, if it is meant",
+        why="it may be intended, like noise or stochastic depth",
+        remedy="nothing, if it is intended",
     )
 
 
@@ -84,22 +86,23 @@ def _calls(subject: Subject, *, training: bool, seed: int | None = None) -> list
         module.training = training and not statistics
     with _recording(model) as calls, torch.no_grad(), WithoutDropout():
         loss = subject.loss(model, seed=seed)
-    calls.append(Call("", torch.zeros(1), _print(loss)))
+    calls.append(Call("", torch.zeros(1), _checksum(loss)))
     return calls
 
 
 @contextlib.contextmanager
 def _recording(model: nn.Module) -> Iterator[list[Call]]:
+    """Records every call of a submodule while the context is active."""
     calls: list[Call] = []
 
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, given: Any, named: Any, gave: Any) -> None:
-            calls.append(Call(name, _print((given, named)), _print(gave)))
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append(Call(name, _checksum((args, kwargs)), _checksum(output)))
 
         return hook
 
     handles = [
-        module.register_forward_hook(keep(name), with_kwargs=True)
+        module.register_forward_hook(hook_for(name), with_kwargs=True)
         for name, module in model.named_modules()
         if name
     ]
@@ -110,13 +113,13 @@ def _recording(model: nn.Module) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def _print(value: Any) -> Tensor:
-    """Sums over a sample of a value's first floating tensor: rms, and two projections."""
-    found = first_tensor(value)
-    if found is None or not found.numel():
+def _checksum(value: Any) -> Tensor:
+    """Returns rms, two projections and size of a sample of the first floating-point tensor."""
+    tensor = first_tensor(value)
+    if tensor is None or not tensor.numel():
         return torch.zeros(1)
-    flat = found.flatten()
-    # What is NaN is another check's.
+    flat = tensor.flatten()
+    # `loss.check_finite` reports NaN; here it only must not break the comparison.
     flat = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().nan_to_num(nan=0.5)
     wave = torch.arange(len(flat), dtype=torch.double)
     rms = flat.square().mean().sqrt()
@@ -128,7 +131,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     scale = float(torch.maximum(a[0].abs(), b[0].abs()))
-    # A projection of n independent errors is smaller than their rms by sqrt(n).
+    # The mean projection of n independent errors is smaller than their rms by a factor sqrt(n).
     root = float(a[-1]) ** 0.5 if len(a) > 1 else 1.0
-    near = ((a - b).abs()[1:] * root <= TOLERANCE * scale + 1e-12).all()
-    return bool(near) and abs(float(a[0] - b[0])) <= TOLERANCE * scale + 1e-12
+    close = ((a - b).abs()[1:] * root <= TOLERANCE * scale + 1e-12).all()
+    return bool(close) and abs(float(a[0] - b[0])) <= TOLERANCE * scale + 1e-12

@@ -1,8 +1,7 @@
-"""One forward and backward pass, watched: what each module gave, what each parameter got.
+"""Observes forward and backward passes: the output of each module, the gradient of each parameter.
 
-A pass after small steps on every weight tells what stands still for now, as a head that starts at
-zero lets nothing through at first, from what is dead. May import torch; knows no
-Lightning.
+A head that starts at zero passes no gradient at first. A second pass, after small steps on all
+weights, distinguishes such modules from dead ones. May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -19,39 +18,39 @@ from lit_stability.checks.preflight.operations import Watch
 from lit_stability.checks.preflight.subject import Subject, first_tensor
 
 _STEPS = 2
-"""Small steps before the second pass: of two matrices in a row that start at 0, the last moves
-first, the other next."""
+"""Small steps before the second pass: of two successive matrices that start at 0, the last one
+changes in the first step, the other one in the second."""
 _NUDGE = 1e-3
-"""Size of the small step: that of a first step of Adam at a common learning rate."""
+"""Size of the small steps: that of a first step of Adam at a common learning rate."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a module gave, over all of its elements."""
+    """Statistics of all elements of a module's output."""
 
     rms: float
-    """Root of the mean square."""
+    """Root mean square."""
     finite: bool
 
 
 @dataclass
 class Observation:
-    """What one pass showed."""
+    """Measurements of one forward and backward pass."""
 
     loss: float = float("nan")
     outputs: dict[str, Output] = field(default_factory=dict)
-    """By module, of the last call, in the order of completion."""
+    """Output of the last call of each module, in the order in which the calls end."""
     gradients: dict[str, float | None] = field(default_factory=dict)
-    """Norm by trainable parameter; None where the backward pass did not come by."""
+    """Gradient norm of each trainable parameter; None if the loss does not depend on it."""
     watch: Watch = field(default_factory=lambda: Watch(str), repr=False)
-    """Facts about the operations."""
+    """Facts about the operations of the forward pass."""
 
 
 def observe(subject: Subject) -> tuple[Observation, Observation]:
-    """Watch a pass, and one more after small steps down the gradients' signs.
+    """Observes a pass, and a second one after small steps against the signs of the gradients.
 
     Raises:
-        StepError: the step cannot be taken.
+        StepError: If the step fails.
     """
     model = subject.model()
     first = _pass(subject, model)
@@ -60,15 +59,16 @@ def observe(subject: Subject) -> tuple[Observation, Observation]:
 
 
 def take_small_steps(subject: Subject, model: nn.Module) -> None:
-    """Move what stands still for now: small steps down the gradients' signs.
+    """Takes small steps against the signs of the gradients, so that zero-initialised parts change.
 
     Args:
-        subject: whose step is taken.
-        model: a copy made by it, changed in place; gradients that it has are those of the first.
+        subject: Runs the step.
+        model: A copy made by the subject, changed in place; if it has gradients, the first small
+            step uses them.
 
     Raises:
-        StepError: the step cannot be taken.
-        NotApplicableError: there is no step that could be tried.
+        StepError: If the step fails.
+        NotApplicableError: If the step cannot be run for a check.
     """
     for step in range(_STEPS):
         if step > 0 or all(p.grad is None for p in model.parameters()):
@@ -108,17 +108,16 @@ def _dense(gradient: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def running(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules whose ``forward`` is running, the innermost last."""
+    """Yields a list of the modules whose ``forward`` is running, innermost last."""
     stack: list[str] = []
 
-    def leave(*_: Any) -> None:
+    def pop(*_: Any) -> None:
         stack.pop()
 
     handles = []
     for name, module in model.named_modules():
-        enter = _Push(stack, name)
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(_Push(stack, name)))
+        handles.append(module.register_forward_hook(pop, always_call=True))
     try:
         yield stack
     finally:
@@ -127,7 +126,7 @@ def running(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Push:
-    """A hook that notes that a module begins to run."""
+    """A forward pre-hook that adds a module's name to the stack of running modules."""
 
     def __init__(self, stack: list[str], name: str) -> None:
         self._stack, self._name = stack, name
@@ -156,21 +155,22 @@ def _outputs(model: nn.Module, into: dict[str, Output]) -> Iterator[None]:
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The top-level modules that hold parameters; a lone wrapper is looked through.
+    """Returns the top-level modules with parameters; a module that only wraps one other is skipped.
 
     >>> list(parts(nn.ModuleDict({"net": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))})))
     ['net.0', 'net.1']
     """
-    prefix, children = "", _holding(model)
+    prefix, children = "", _with_parameters(model)
     while len(children) == 1:
         name, only = children[0]
-        if not (inner := _holding(only)) or next(only.parameters(recurse=False), None) is not None:
+        inner = _with_parameters(only)
+        if not inner or next(only.parameters(recurse=False), None) is not None:
             break
         prefix, children = f"{prefix}{name}.", inner
     return {f"{prefix}{name}": child for name, child in children}
 
 
-def _holding(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _with_parameters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, child)
         for name, child in model.named_children()

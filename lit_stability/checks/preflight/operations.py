@@ -1,9 +1,9 @@
-"""Facts about the operations of one forward pass: losses, logarithms, softmaxes, masks, indices.
+"""Records facts about the operations of a forward pass: losses, logarithms, softmaxes, masks.
 
-Operations are seen where they are called (`torch.overrides.TorchFunctionMode`), so a loss written
-in a `training_step` is seen as well as one in a module; those that torch runs inside its own
-functions are not. What would crash a kernel, an index out of range, is found before it runs: on a
-GPU that would be the end of the process. May import torch; knows no Lightning.
+Operations are intercepted where they are called (`torch.overrides.TorchFunctionMode`), in a module
+or in a `training_step`; operations inside torch's own functions are not visible. An index out of
+range raises an error before its kernel runs, because on a GPU it would end the process. May import
+torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_stability.checks.preflight.finding import Finding
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.subject import StepError
 
 _LOGS = {torch.log, torch.log2, torch.log10, Tensor.log, Tensor.log2, Tensor.log10, Tensor.log_}
@@ -31,47 +31,48 @@ _DROPOUTS = {
 
 @dataclass(frozen=True)
 class LossCall:
-    """A classification loss as it was called."""
+    """One call of a classification loss."""
 
     kind: str
     """"cross entropy" or "binary"."""
     module: str
     classes: int
-    """Classes of the cross entropy; 2 for a binary one."""
+    """Number of classes; 2 for a binary loss."""
     targets: int
-    """Targets that count; those ignored do not."""
+    """Number of targets, without ignored ones."""
     mean: float
     """Mean loss per target, nats."""
     constant: bool
-    """Whether every target was given the very same logits."""
+    """Whether the logits are identical for all targets."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An operation given what it has no good answer to."""
+    """An operation called with arguments that give a non-finite or meaningless result."""
 
     operation: str
     module: str
     elements: int
-    """How many of its elements, or rows."""
+    """Number of affected elements or rows."""
     total: int
+    """Number of all elements or rows."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A ReLU's output."""
+    """The output of one ReLU call."""
 
     module: str
     zeros: float
-    """Share of its elements, from 0 to 1."""
+    """Share of zero elements, from 0 to 1."""
     elements: int
 
 
 class Watch(TorchFunctionMode):
-    """Keeps facts of the operations called while it is entered.
+    """Records facts about the operations that are called while the context is active.
 
     Args:
-        current: gives the name of the module that is running.
+        current: Returns the name of the module that is running.
     """
 
     def __init__(self, current: Callable[[], str]) -> None:
@@ -88,17 +89,17 @@ class Watch(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Look at an operation's arguments, then run it."""
+        """Inspects the arguments of an operation, then runs it."""
         kwargs = kwargs or {}
         with torch.no_grad():
-            self._look_before(func, args, kwargs)
+            self._inspect(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _RELUS:
             zeros = float((result.detach() == 0).float().mean())
             self.relus.append(Activation(self._current(), zeros, result.numel()))
         return result
 
-    def _look_before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _inspect(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if func is F.embedding:
             self._indices(*args[:2], **{k: v for k, v in kwargs.items() if k in _EMBEDDING})
         elif func is F.cross_entropy:
@@ -155,36 +156,36 @@ class Watch(TorchFunctionMode):
         if not target.is_floating_point():
             counted = target != ignore_index
             _require_range(target[counted], classes, "a cross entropy", self._current())
-        each = F.cross_entropy(
+        losses = F.cross_entropy(
             input.detach().float(),
             target if not target.is_floating_point() else target.float(),
             ignore_index=ignore_index,
             reduction="none",
         )[counted]
-        spread = input.movedim(1, -1).flatten(0, -2) if input.ndim > 1 else input[None]
-        self._loss("cross entropy", classes, each, spread)
+        logits = input.movedim(1, -1).flatten(0, -2) if input.ndim > 1 else input[None]
+        self._loss("cross entropy", classes, losses, logits)
 
     def _binary(self, func: Any, input: Tensor, target: Tensor, *_: Any, **__: Any) -> None:
-        each = func(input.detach().float(), target.float(), reduction="none")
+        losses = func(input.detach().float(), target.float(), reduction="none")
         self._loss(
-            "binary", 2, each.flatten(), input.flatten(1) if input.ndim > 1 else input[:, None]
+            "binary", 2, losses.flatten(), input.flatten(1) if input.ndim > 1 else input[:, None]
         )
 
-    def _loss(self, kind: str, classes: int, each: Tensor, logits: Tensor) -> None:
-        n = each.numel()
-        same = len(logits) > 1 and bool((logits == logits[:1]).all())
-        mean = float(each.mean()) if n else float("nan")
-        self.losses.append(LossCall(kind, self._current(), classes, n, mean, same))
+    def _loss(self, kind: str, classes: int, losses: Tensor, logits: Tensor) -> None:
+        n = losses.numel()
+        constant = len(logits) > 1 and bool((logits == logits[:1]).all())
+        mean = float(losses.mean()) if n else float("nan")
+        self.losses.append(LossCall(kind, self._current(), classes, n, mean, constant))
 
 
 _EMBEDDING = ("input", "weight")
 
 
 def _require_range(indices: Tensor, size: int, what: str, module: str) -> None:
-    """Refuse indices that a table of ``size`` rows has no row for.
+    """Raises an error if an index is outside of a table with `size` rows, before a kernel reads it.
 
     Raises:
-        StepError: on any device, before a kernel reads them.
+        StepError: If an index is negative, or not less than `size`.
     """
     if not indices.numel():
         return
@@ -198,14 +199,14 @@ def _require_range(indices: Tensor, size: int, what: str, module: str) -> None:
             severity="error",
             what=f"{what} of {size} rows or classes is given the index {bad}",
             where=(module,),
-            why="a CPU raises an error for it; a GPU ends the process, or reads foreign memory",
-            do="compare the vocabulary or the label map of the data with the size of the model",
+            why="a CPU raises an error; a GPU ends the process, or reads memory out of bounds",
+            remedy="compare the vocabulary or the label map of the data with the size of the model",
         )
     )
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Runs every dropout, in a module or in an attention, with probability 0."""
+    """Disables dropout and label smoothing in all functions called while the context is active."""
 
     def __torch_function__(
         self,
@@ -214,7 +215,7 @@ class WithoutDropout(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Leave dropout, and label smoothing, out."""
+        """Runs an operation without dropout and label smoothing."""
         options = dict(kwargs or {})
         if func in _DROPOUTS:
             return args[0] if args else options["input"]
@@ -227,7 +228,7 @@ class WithoutDropout(TorchFunctionMode):
 
 
 def quiet_dropout(model: nn.Module) -> None:
-    """Set the probability of dropout that torch keeps to itself to 0, in recurrent modules."""
+    """Sets the dropout probability to 0 in modules whose dropout `WithoutDropout` cannot see."""
     for module in model.modules():
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
             module.dropout = 0.0

@@ -1,6 +1,6 @@
-"""One update on a copy: whether the learning rate tears the weights, or leaves them where they are.
+"""Runs one update on a copy to find learning rates that are far too high or too low.
 
-May import torch; knows no Lightning.
+May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -16,55 +16,57 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.checks.preflight.subject import Subject
 
 TORN = 1.0
-"""An update as large as the weights themselves leaves nothing of the initialisation."""
+"""Relative update above which nothing of the initialisation remains."""
 LARGE = 0.1
-"""A tenth of the weights in one step, after which the loss is no lower; 0.001 is usual, a first
-step of Adam at 1e-3 is at 0.05 of normal draws of 0.02."""
+"""Relative update that is too large if the loss does not fall. 0.001 is usual; the first step of
+Adam at 1e-3 on normal weights with standard deviation 0.02 is 0.05."""
 NONE = 1e-7
-"""Below the rounding of fp32, 1.2e-7, weights stay where they are to the bit."""
+"""Relative update below the rounding of fp32, 1.2e-7: the weights stay bitwise unchanged."""
 STILL = 1e-3
-"""A thousandth of the weights in a whole run: fine-tuning at 1e-6 does so in twenty steps."""
+"""Relative update of a whole run that is too small: fine-tuning at 1e-6 exceeds it in 20 steps."""
 _FEW = 50
-"""Planned steps below which a run is a trial, of which nothing is asked."""
+"""Planned steps below which a run counts as a test run, whose total update is not judged."""
 WORSE = 3.0
-"""Factor on the loss of the very batch that the step went down on. A step that overshoots into the
-mirror image of where it was leaves the loss as it was; three times as much is beyond doubt."""
+"""Factor on the loss of the batch that the step was computed from. A step that overshoots to the
+opposite side of the minimum leaves the loss unchanged, so a factor of three is clearly too much."""
 _AHEAD = 1000
-"""Steps for which schedulers are followed."""
+"""Number of steps for which schedulers are simulated."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one step did to a copy."""
+    """The effect of one step on a copy."""
 
     ratio: float
-    """Norm of the change of all matrices over their norm."""
+    """Relative update: norm of the change of all matrices, divided by their norm."""
     before: float
-    """Loss."""
+    """Loss before the step."""
     after: float
-    """Loss of the same batch under the same random numbers."""
+    """Loss after the step, on the same batch with the same random numbers."""
 
 
 def check_rates(subject: Subject) -> list[Finding]:
-    """Take one step at the first learning rate, and one at the highest of the warm-up.
+    """Takes one step at the first learning rate, and one at the highest of the warm-up.
 
-    Both are held against the weights; the second also against the steps that are planned.
+    Both updates are compared with the weights. The one at the highest rate must also be large
+    enough for the number of planned steps.
 
     Raises:
-        NotApplicableError: there is no optimizer, more than one, or one that needs a closure.
+        NotApplicableError: If there is not exactly one optimizer, or it is LBFGS.
     """
     if len(subject.optimizers) != 1:
-        raise NotApplicableError(f"there are {len(subject.optimizers)} optimizers, not one")
+        raise NotApplicableError(f"there are {len(subject.optimizers)} optimizers; it needs one")
     if isinstance(subject.optimizers[0], torch.optim.LBFGS):
-        raise NotApplicableError("LBFGS searches for its step itself")
+        raise NotApplicableError("LBFGS chooses its step size itself")
     first = [float(g["lr"]) for g in subject.optimizers[0].param_groups]
     peak = peak_rates(subject, _AHEAD)
     if max(peak) == 0.0:
-        return [_dead(f"the learning rate is 0, and stays so for {_AHEAD} steps")]
+        return [_dead(f"the learning rate is 0, and stays 0 for {_AHEAD} steps")]
     if max(first) > 0:
         done = update(subject, first)
         if findings := _judge(done, max(first)):
@@ -74,7 +76,9 @@ def check_rates(subject: Subject) -> list[Finding]:
         if findings := _judge_peak(done, max(peak)):
             return findings
     if done.ratio < NONE:
-        return [_dead(f"an update at {max(peak):.3g}, the highest learning rate, moves no weight")]
+        return [
+            _dead(f"an update at {max(peak):.3g}, the highest learning rate, changes no weight")
+        ]
     if subject.steps >= _FEW and done.ratio * subject.steps < STILL:
         return [_still(done, max(peak), subject.steps)]
     return []
@@ -86,8 +90,8 @@ def _still(done: Update, rate: float, steps: float) -> Finding:
         severity="warning",
         what=f"at {rate:.3g}, the highest learning rate, an update is {done.ratio:.2g} of the "
         f"weights; all {steps:.0f} planned steps together come to {done.ratio * steps:.2g} at most",
-        why="the model is as good as dead: the run ends where it began",
-        do="raise the learning rate, or plan more steps",
+        why="the weights hardly change during the whole run",
+        remedy="raise the learning rate, or plan more steps",
     )
 
 
@@ -102,8 +106,8 @@ def _judge(done: Update, rate: float) -> list[Finding]:
             severity="error" if worse or (rose and done.ratio > TORN) else "warning",
             what=f"the first update, at a learning rate of {rate:.3g}, is {done.ratio:.3g} of the "
             f"weights; on the same batch the loss goes from {done.before:.4g} to {done.after:.4g}",
-            why="steps of that size leave the region in which the gradient means anything",
-            do="lower the learning rate, or warm it up",
+            why="steps of this size leave the region in which the gradient is meaningful",
+            remedy="lower the learning rate, or warm it up",
         )
     ]
 
@@ -117,8 +121,8 @@ def _judge_peak(done: Update, rate: float) -> list[Finding]:
             severity="warning",
             what=f"at {rate:.3g}, the highest learning rate of the first {_AHEAD} steps, an update "
             f"would be {done.ratio:.3g} of the weights now",
-            why="a warm-up ends there, and gradients seldom shrink enough meanwhile",
-            do="lower the highest learning rate of the schedule",
+            why="the warm-up reaches this rate, and gradients rarely shrink enough before it does",
+            remedy="lower the highest learning rate of the schedule",
         )
     ]
 
@@ -128,22 +132,22 @@ def _dead(what: str) -> Finding:
         check="learning rate",
         severity="error",
         what=what,
-        why="the model is dead: nothing will be learnt, whatever the loss shows",
-        do="raise the learning rate; look for a schedule that multiplies it by 0, and for weights "
-        "in half precision, which small updates round away",
+        why="no weight changes, so the model does not learn, whatever the loss shows",
+        remedy="raise the learning rate; look for a schedule that multiplies it by 0, and for "
+        "weights in half precision, in which small updates round to nothing",
     )
 
 
 def update(subject: Subject, rates: Sequence[float]) -> Update:
-    """Take one step on copies.
+    """Takes one step on copies of the model and its optimizer.
 
     Args:
-        subject: with one optimizer.
-        rates: learning rate of each of its groups.
+        subject: With one optimizer.
+        rates: Learning rate of each parameter group.
 
     Raises:
-        NotApplicableError: the loss is not finite, or all weights are 0, of which no share can be
-            told.
+        NotApplicableError: If the loss is not finite, or all matrices are 0, so that the relative
+            update is undefined.
     """
     model, (optimizer,) = subject.model_and_optimizers()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -159,24 +163,26 @@ def update(subject: Subject, rates: Sequence[float]) -> Update:
     old = [p.detach().clone() for p in weights]
     optimizer.step()
     with torch.no_grad():
-        moved = _norm([p - was for p, was in zip(weights, old, strict=True)])
+        change = _norm([p - previous for p, previous in zip(weights, old, strict=True)])
         after = float(subject.loss(model))
     size = _norm(old)
     if size == 0.0:
-        raise NotApplicableError("all matrices are 0, and no share of them can be told")
-    return Update(moved / size, float(before.detach()), after)
+        raise NotApplicableError("all matrices are 0, so the relative update is undefined")
+    return Update(change / size, float(before.detach()), after)
 
 
 def peak_rates(subject: Subject, steps: int) -> list[float]:
-    """The highest learning rate of each group within some steps, by running copies of schedulers.
+    """Returns the highest learning rate of each group within `steps`, from copies of schedulers.
 
-    Schedulers that ask for a metric are not followed, as they only lower the rate.
+    Schedulers that need a metric are not simulated, because they only lower the rate.
     """
     original = subject.optimizers[0]
     memo: dict[int, Any] = {id(p): p for group in original.param_groups for p in group["params"]}
-    optimizer = copy.deepcopy(original, memo)  # with the very parameters: none is moved
+    optimizer = copy.deepcopy(original, memo)  # shares the parameters, as no step is taken
     schedulers = [
-        copy.deepcopy(each, memo) for each in subject.schedulers if isinstance(each, LRScheduler)
+        copy.deepcopy(scheduler, memo)
+        for scheduler in subject.schedulers
+        if isinstance(scheduler, LRScheduler)
     ]
     best = [float(g["lr"]) for g in optimizer.param_groups]
     for _ in range(steps if schedulers else 0):
@@ -188,9 +194,9 @@ def peak_rates(subject: Subject, steps: int) -> list[float]:
 
 
 def _advance(schedulers: Sequence[LRScheduler]) -> bool:
-    """Step schedulers; False where one is at its end, as OneCycle, or asks for a metric."""
+    """Steps all schedulers; returns False if one has ended (OneCycleLR) or needs a metric."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of steps that the optimizer did not take
+        warnings.simplefilter("ignore")  # schedulers warn that the optimizer took no step
         try:
             for scheduler in schedulers:
                 scheduler.step()

@@ -1,6 +1,6 @@
-"""Parameters that are shared, listed twice, or equal where they were meant to be one.
+"""Finds parameters that are updated twice, share memory, or are equal without being tied.
 
-May import torch; knows no Lightning.
+May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 
 
 def check_duplicates(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Finding]:
-    """Parameters that one step, or two optimizers, would move twice.
+    """Finds parameters that are listed twice in one optimizer, or in more than one.
 
     Raises:
-        NotApplicableError: there is no optimizer.
+        NotApplicableError: If there is no optimizer.
     """
     if not optimizers:
         raise NotApplicableError("there is no optimizer")
@@ -29,33 +30,33 @@ def check_duplicates(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 owners[id(parameter)].append(i)
-    twice = [p for p, held in owners.items() if max(Counter(held).values()) > 1]
-    shared = [p for p, held in owners.items() if len(set(held)) > 1]
+    twice = [p for p, numbers in owners.items() if max(Counter(numbers).values()) > 1]
+    shared = [p for p, numbers in owners.items() if len(set(numbers)) > 1]
     findings = []
     if twice:
-        findings.append(_moved_twice("listed twice in one optimizer", _named(names, twice)))
+        findings.append(_updated_twice("listed twice in one optimizer", _names(names, twice)))
     if shared:
-        findings.append(_moved_twice("in more than one optimizer", _named(names, shared)))
+        findings.append(_updated_twice("in more than one optimizer", _names(names, shared)))
     return findings
 
 
-def _named(names: dict[int, str], ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(names.get(each, "a parameter that the model has not") for each in ids)
+def _names(names: dict[int, str], ids: Sequence[int]) -> tuple[str, ...]:
+    return tuple(names.get(i, "a parameter that is not in the model") for i in ids)
 
 
-def _moved_twice(how: str, where: tuple[str, ...]) -> Finding:
+def _updated_twice(how: str, where: tuple[str, ...]) -> Finding:
     return Finding(
         check="duplicates",
         severity="warning",
         what=f"{len(where)} parameter{'s' if len(where) > 1 else ''} {how}",
         where=where,
-        why="each step moves and decays them twice, and their moments are at odds",
-        do="build the groups from named_parameters(), which gives each parameter once",
+        why="each step updates and decays them twice, with inconsistent moments",
+        remedy="build the groups from named_parameters(), which lists each parameter once",
     )
 
 
 def check_copies(model: nn.Module) -> list[Finding]:
-    """Parameters that overlap in memory, and matrices that are equal without being one."""
+    """Finds parameters that share memory, and matrices that are equal but not tied."""
     parameters = dict(model.named_parameters())
     findings = []
     by_memory: dict[tuple[str, int], list[str]] = defaultdict(list)
@@ -68,10 +69,10 @@ def check_copies(model: nn.Module) -> list[Finding]:
             Finding(
                 check="copies",
                 severity="warning",
-                what="parameters share memory without being one parameter",
+                what="different parameters share memory",
                 where=tuple(" = ".join(names) for names in overlapping),
-                why="an optimizer moves the same memory once for each of them",
-                do="tie them by assigning the parameter itself: b.weight = a.weight",
+                why="an optimizer updates the same memory once for each of them",
+                remedy="tie them by assigning the parameter itself: b.weight = a.weight",
             )
         )
     if equal := _equal_matrices(model, [n for names in overlapping for n in names]):
@@ -79,29 +80,29 @@ def check_copies(model: nn.Module) -> list[Finding]:
             Finding(
                 check="copies",
                 severity="note",
-                what="matrices are equal to the bit and are not tied",
+                what="matrices are bitwise equal but not tied",
                 where=tuple(" = ".join(names) for names in equal),
-                why="tied weights that were copied drift apart from the first step; layers made by "
-                "copying one (as nn.TransformerEncoder does) begin alike",
-                do="tie them by assigning the parameter itself, or initialise each; nothing, if "
-                "copies are meant",
+                why="weights that are copied instead of tied diverge from the first step on; "
+                "layers made by copying one (as nn.TransformerEncoder does) start equal",
+                remedy="tie them by assigning the parameter itself, or initialise each; nothing, "
+                "if copies are intended",
             )
         )
     return findings
 
 
-def _equal_matrices(model: nn.Module, leave_out: Sequence[str]) -> list[list[str]]:
-    """Groups of trainable matrices with the same values, other than one value throughout."""
-    by_look: dict[tuple[torch.Size, float, float], list[str]] = defaultdict(list)
+def _equal_matrices(model: nn.Module, exclude: Sequence[str]) -> list[list[str]]:
+    """Returns groups of trainable matrices with the same values; constant matrices are ignored."""
+    candidates: dict[tuple[torch.Size, float, float], list[str]] = defaultdict(list)
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for name, p in parameters.items():
-        if p.ndim > 1 and p.numel() > 1 and not p.is_meta and name not in leave_out:
-            first = p.flatten()
-            if bool((first != first[0]).any()):
-                by_look[p.shape, float(first[0]), float(p.float().sum())].append(name)
+        if p.ndim > 1 and p.numel() > 1 and not p.is_meta and name not in exclude:
+            flat = p.flatten()
+            if bool((flat != flat[0]).any()):
+                candidates[p.shape, float(flat[0]), float(p.float().sum())].append(name)
     groups = []
-    for names in by_look.values():
-        alike = [n for n in names if torch.equal(parameters[n], parameters[names[0]])]
-        if len(alike) > 1:
-            groups.append(alike)
+    for names in candidates.values():
+        equal = [n for n in names if torch.equal(parameters[n], parameters[names[0]])]
+        if len(equal) > 1:
+            groups.append(equal)
     return groups

@@ -1,8 +1,8 @@
-"""What the checks look at: a copy of the model, and how to run it on a batch.
+"""Copies a model for the checks, and runs the copy on a batch.
 
-Everything is done to copies: a check may write into weights, buffers, gradients, modes and
-attributes without the model that is going to train ever knowing. Only the random generators are
-shared, and `rehearsing` puts them back. May import torch; knows no Lightning.
+All checks run on copies, so they may write to weights, buffers, gradients, modes and attributes
+without any effect on the model that will be trained. Only the random generators are shared;
+`rehearsing` restores them. May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_stability.checks.preflight.finding import Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 Step = Callable[[nn.Module, Any], Tensor]
-"""Gives the loss, 0-d, of a model on a batch."""
+"""Returns the loss of a model on a batch, a tensor with one element."""
 
 
 class StepError(Exception):
-    """A step that cannot be taken; it carries the finding that says why."""
+    """Raised if a training step fails; `finding` contains the reason."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.what)
@@ -37,18 +38,19 @@ class StepError(Exception):
 
 @dataclass
 class Subject:
-    """A model before its first step.
+    """The model to check, with everything that its first training step needs.
 
     Args:
-        original: the model that will train; read, never run.
-        step: runs a model on a batch and returns the loss.
-        batch: the first batch; every run is given a copy of it.
-        optimizers: of the original; read, never stepped.
-        schedulers: of those optimizers, stepped once per step; read, never stepped.
-        clip: clips the gradients of a model for an optimizer, as training will.
-        context: what a step runs under, such as autocast.
-        scale: factor on the loss before the backward pass, for fp16 gradients; divided out again.
-        steps: optimizer steps that are planned; infinite where nobody knows.
+        original: The model that will be trained; it is read, but never run.
+        step: Runs a model on a batch and returns the loss.
+        batch: The first batch; each run receives a copy.
+        optimizers: Of the original; read, never stepped.
+        schedulers: Of these optimizers, with one step per optimizer step; read, never stepped.
+        clip: Clips the gradients of a model for an optimizer, as training will.
+        context: Context manager that a step runs in, such as autocast.
+        scale: Factor on the loss before the backward pass, for fp16 gradients; gradients are
+            divided by it afterwards.
+        steps: Number of planned optimizer steps; infinite if it is unknown.
     """
 
     original: nn.Module
@@ -65,66 +67,69 @@ class Subject:
     _rng: dict[str, Any] = field(default_factory=capture_rng, repr=False)
 
     def model(self) -> nn.Module:
-        """A new copy, with its modes; gradients are not copied."""
+        """Returns a new copy of the model in the same train and eval modes, without gradients."""
         model, _ = self._copy()
         return model
 
     def model_and_optimizers(self) -> tuple[nn.Module, list[Optimizer]]:
-        """A new copy, and copies of the optimizers that step it."""
+        """Returns a new copy of the model, and copies of the optimizers that update this copy."""
         model, memo = self._copy()
-        return model, [copy.deepcopy(each, memo) for each in self.optimizers]
+        return model, [copy.deepcopy(optimizer, memo) for optimizer in self.optimizers]
 
     def _copy(self) -> tuple[nn.Module, dict[int, Any]]:
-        memo: dict[int, Any] = {id(each): each for each in self.shared}
+        memo: dict[int, Any] = {id(shared): shared for shared in self.shared}
         try:
             model = copy.deepcopy(self.original, memo)
-        except Exception as error:  # locks, files, tensors of a graph: whatever a module may hold
+        except Exception as error:  # a module may hold anything: locks, files, non-leaf tensors
             raise NotApplicableError(f"the model cannot be copied: {error!r}") from error
         return model, memo
 
     def loss(self, model: nn.Module, batch: Any = None, seed: int | None = None) -> Tensor:
-        """Run a model on a copy of the batch, always under the same random numbers.
+        """Runs a model on a copy of the batch, always with the same random numbers.
 
         Args:
-            model: a copy made by this subject.
-            batch: another batch than the first.
-            seed: other random numbers than those of the first step.
+            model: A copy made by this subject.
+            batch: Replaces the first batch.
+            seed: Replaces the random state of the first step.
+
+        Returns:
+            The loss, 0-d.
 
         Raises:
-            StepError: the step raises, or gives no loss.
-            NotApplicableError: there is no memory for it, or the batch cannot be copied.
+            StepError: If the step raises an error, or returns no scalar loss.
+            NotApplicableError: If memory runs out, or the batch cannot be copied.
         """
         restore_rng(self._rng)
         if seed is not None:
             torch.manual_seed(seed)
-        batch = self._own(self.batch if batch is None else batch)
+        batch = self._copy_batch(self.batch if batch is None else batch)
         try:
             with self.context():
                 loss = self.step(model, batch)
         except (StepError, NotApplicableError):
             raise
-        except torch.OutOfMemoryError as error:  # training has no copies beside it
+        except torch.OutOfMemoryError as error:  # training itself needs no copy of the model
             raise NotApplicableError(
                 f"there is no memory for a copy of the model: {error}"
             ) from error
-        except Exception as error:  # whatever the user's code raises is what there is to tell
-            raise StepError(_raised(error)) from error
+        except Exception as error:  # user code may raise anything
+            raise StepError(_step_raises(error)) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise StepError(_no_loss(loss))
         return loss.reshape(())
 
     @staticmethod
-    def _own(batch: Any) -> Any:
+    def _copy_batch(batch: Any) -> Any:
         try:
             return copy.deepcopy(batch)
-        except Exception as error:  # whatever a batch may hold
+        except Exception as error:  # a batch may hold anything
             raise NotApplicableError(f"the batch cannot be copied: {error!r}") from error
 
     def backward(self, model: nn.Module, loss: Tensor) -> None:
-        """Leave the gradients of a loss in a model, unscaled.
+        """Runs the backward pass of a loss; the gradients in the model are unscaled.
 
         Raises:
-            StepError: there is nothing to differentiate.
+            StepError: If the loss does not require a gradient.
         """
         if not loss.requires_grad:
             raise StepError(_detached())
@@ -137,7 +142,7 @@ class Subject:
 
 @contextlib.contextmanager
 def rehearsing() -> Iterator[None]:
-    """Put generators and warnings back as they were; compiled modules run as they are written."""
+    """Restores random generators and warning filters on exit; runs compiled modules eagerly."""
     rng = capture_rng()
     try:
         with (
@@ -152,22 +157,22 @@ def rehearsing() -> Iterator[None]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating tensor of what a module is given or returns, or None."""
+    """Returns the first floating-point tensor in a module's inputs or outputs, or None."""
     if isinstance(value, Tensor):
         return value.detach() if value.is_floating_point() else None
     parts = value.values() if isinstance(value, Mapping) else value
     if not isinstance(value, (Mapping, list, tuple)):
         return None
-    return next((found for each in parts if (found := first_tensor(each)) is not None), None)
+    return next((tensor for part in parts if (tensor := first_tensor(part)) is not None), None)
 
 
-def _raised(error: Exception) -> Finding:
+def _step_raises(error: Exception) -> Finding:
     return Finding(
         check="step",
         severity="error",
         what=f"the step raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-        why="training will raise it too",
-        do="run the step on one batch by hand, and mend it",
+        why="training will fail with the same error",
+        remedy="run the step on a single batch and fix the error",
     )
 
 
@@ -177,8 +182,8 @@ def _no_loss(loss: Any) -> Finding:
         check="step",
         severity="error",
         what=f"the step returns no scalar loss, got {got}",
-        why="there is nothing to minimise",
-        do="return a tensor of one element, or a dict that has it under 'loss'",
+        why="the optimizer has nothing to minimise",
+        remedy="return a tensor with one element, or a dict with that tensor under 'loss'",
     )
 
 
@@ -187,6 +192,7 @@ def _detached() -> Finding:
         check="step",
         severity="error",
         what="the loss depends on no trainable parameter",
-        why="its backward pass raises, or moves nothing",
-        do="look for detach(), .item(), no_grad() on the way to the loss, and for frozen modules",
+        why="the backward pass fails, or the step updates no weight",
+        remedy="look for detach(), .item(), no_grad() on the way to the loss, and for frozen "
+        "modules",
     )

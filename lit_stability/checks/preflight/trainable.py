@@ -1,6 +1,6 @@
-"""What trains, what is frozen, and whether the optimizer and the backward pass agree.
+"""Compares trainable and frozen parameters with the optimizer, the modes and the backward pass.
 
-May import torch; knows no Lightning.
+May import torch; does not import Lightning.
 """
 
 from __future__ import annotations
@@ -13,58 +13,59 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from lit_stability.checks.preflight.finding import DeclarationError, Finding, NotApplicableError
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 
 
 def check_gradients(first: Observation, second: Observation, model: nn.Module) -> list[Finding]:
-    """Trainable parameters that a backward pass gives nothing, before and after small steps.
+    """Finds trainable parameters without a gradient, before and after small steps.
 
-    A bias that its own layer's weight makes up for (that of a key, or before a norm) has no
-    gradient by nature, and is left out.
+    A bias without effect (of a key projection, or before a norm) always has a zero gradient; biases
+    and other vectors are skipped if another parameter of the same module has a gradient.
     """
     unreached = [name for name, g in first.gradients.items() if g is None]
-    still = [n for n, g in first.gradients.items() if g == 0.0 and second.gradients[n] == 0.0]
+    zero = [n for n, g in first.gradients.items() if g == 0.0 and second.gradients[n] == 0.0]
     alive = {n.rpartition(".")[0] for n, g in second.gradients.items() if g}
-    shapes = {name: p.ndim for name, p in model.named_parameters()}
-    still = [n for n in still if shapes[n] > 1 or n.rpartition(".")[0] not in alive]
+    dimensions = {name: p.ndim for name, p in model.named_parameters()}
+    zero = [n for n in zero if dimensions[n] > 1 or n.rpartition(".")[0] not in alive]
     findings = []
     if unreached:
         findings.append(
             Finding(
                 check="gradients",
                 severity="warning",
-                what=f"{_count(unreached, 'trainable parameter')} had no part in the loss",
+                what=f"the loss does not depend on {_count(unreached, 'trainable parameter')}",
                 where=tuple(unreached),
                 why="they will not train: they are unused, detached, or run under no_grad()",
-                do="use them, or freeze them with requires_grad_(False)",
+                remedy="use them, or freeze them with requires_grad_(False)",
             )
         )
-    if still:
+    if zero:
         findings.append(
             Finding(
                 check="gradients",
                 severity="warning",
-                what=f"the gradients of {_count(still, 'trainable parameter')} are exactly 0, also "
+                what=f"the gradients of {_count(zero, 'trainable parameter')} are exactly 0, even "
                 "after small steps on all others",
-                where=tuple(still),
-                why="they will not train: what follows them is zero, saturated or masked out",
-                do="look at the first module after them whose output is zero or constant",
+                where=tuple(zero),
+                why="they will not train: the modules after them are zero, saturated or masked out",
+                remedy="check the first module after them whose output is zero or constant",
             )
         )
     return findings
 
 
 def check_frozen(model: nn.Module, patterns: Sequence[str] = ()) -> list[Finding]:
-    """Frozen modules that still change or draw, and parameters meant to be frozen that are not.
+    """Finds frozen modules in train mode, and trainable parameters that are meant to be frozen.
 
     Args:
-        model: in the modes in which it will train.
-        patterns: names of parameters meant to be frozen, with wildcards, such as ``backbone.*``.
+        model: In the train and eval modes in which it will train.
+        patterns: Names of parameters meant to be frozen, with wildcards, such as ``backbone.*``.
 
     Raises:
-        NotApplicableError: nothing is frozen or meant to be.
-        DeclarationError: a pattern fits no parameter.
+        NotApplicableError: If nothing is frozen or meant to be frozen.
+        DeclarationError: If a pattern matches no parameter.
     """
     parameters = dict(model.named_parameters())
     findings = _meant_to_be_frozen(model, patterns)
@@ -79,11 +80,11 @@ def check_frozen(model: nn.Module, patterns: Sequence[str] = ()) -> list[Finding
             check="frozen",
             severity="note",
             what=f"{trainable:,} of {total:,} weights train, {100 * trainable / total:.3g} %",
-            why="a backbone that was to be frozen, or was not, shows here first",
-            do="compare it with what you meant",
+            why="it shows whether the backbone is frozen as intended",
+            remedy="compare it with your intention",
         )
     )
-    return findings + _restless(model)
+    return findings + _frozen_in_train_mode(model)
 
 
 def _meant_to_be_frozen(model: nn.Module, patterns: Sequence[str]) -> list[Finding]:
@@ -91,47 +92,49 @@ def _meant_to_be_frozen(model: nn.Module, patterns: Sequence[str]) -> list[Findi
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise DeclarationError(
-                f"frozen={pattern!r} fits no parameter; those of the model begin {list(names)[:3]}"
+                f"frozen={pattern!r} matches no parameter; the first ones are {list(names)[:3]}"
             )
     meant = {n for pattern in patterns for n in fnmatch.filter(names, pattern)}
-    loose = [n for n in names if n in meant and names[n].requires_grad]
-    if not loose:
+    trainable = [n for n in names if n in meant and names[n].requires_grad]
+    if not trainable:
         return []
     return [
         Finding(
             check="frozen",
             severity="error",
-            what=f"{_count(loose, 'parameter')} meant to be frozen would train",
-            where=tuple(loose),
-            why="new heads send large gradients at first, which destroy what the backbone learnt",
-            do="call requires_grad_(False) on them before the optimizer is built",
+            what=f"{_count(trainable, 'parameter')} meant to be frozen would train",
+            where=tuple(trainable),
+            why="the large first gradients of new heads destroy what the backbone has learnt",
+            remedy="call requires_grad_(False) on them before the optimizer is built",
         )
     ]
 
 
-def _restless(model: nn.Module) -> list[Finding]:
-    """Frozen modules in train mode, where that makes a difference."""
-    found: dict[str, list[str]] = {}
+def _frozen_in_train_mode(model: nn.Module) -> list[Finding]:
+    """Finds frozen modules in train mode whose output depends on the mode."""
+    by_effect: dict[str, list[str]] = {}
     for name, module in frozen_modules(model):
-        for inner, each in module.named_modules():
-            effect = _effect(each)
+        for inner_name, inner in module.named_modules():
+            effect = _effect(inner)
             if effect is not None:
-                found.setdefault(effect, []).append(".".join(filter(None, (name, inner))))
+                full_name = ".".join(filter(None, (name, inner_name)))
+                by_effect.setdefault(effect, []).append(full_name)
     return [
         Finding(
             check="frozen",
             severity="warning",
             what=f"a frozen module is in train mode: {effect}",
             where=tuple(names),
-            why="it does not give what it gave when it was trained, nor the same twice",
-            do="call eval() on the frozen module at the start of every epoch (Lightning calls "
-            "train() on the whole), or override train()",
+            why="its output differs from its output after pretraining, and between two calls",
+            remedy="call eval() on the frozen module at the start of every epoch (Lightning calls "
+            "train() on the whole model), or override train()",
         )
-        for effect, names in found.items()
+        for effect, names in by_effect.items()
     ]
 
 
 def _effect(module: nn.Module) -> str | None:
+    """Returns the effect of train mode on a module, or None if there is none."""
     if not module.training:
         return None
     if isinstance(module, _DropoutNd):
@@ -142,7 +145,7 @@ def _effect(module: nn.Module) -> str | None:
 
 
 def frozen_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The outermost modules that hold parameters, none of which train."""
+    """Yields the outermost modules that have parameters, all of them frozen."""
     done: list[str] = []
     for name, module in model.named_modules():
         parameters = list(module.parameters())
@@ -154,18 +157,18 @@ def frozen_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Finding]:
-    """Trainable parameters that no optimizer has, frozen ones that one has.
+    """Finds trainable parameters without an optimizer, and frozen or foreign ones in an optimizer.
 
     Raises:
-        NotApplicableError: there is no optimizer.
+        NotApplicableError: If there is no optimizer.
     """
     if not optimizers:
         raise NotApplicableError("there is no optimizer")
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    optimized = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
-    missing = [n for n, p in named.items() if p.requires_grad and id(p) not in held]
-    frozen = [n for n, p in named.items() if not p.requires_grad and id(p) in held]
-    foreign = len(held - {id(p) for p in model.parameters()})
+    missing = [n for n, p in named.items() if p.requires_grad and id(p) not in optimized]
+    frozen = [n for n, p in named.items() if not p.requires_grad and id(p) in optimized]
+    foreign = len(optimized - {id(p) for p in model.parameters()})
     findings = []
     if missing:
         findings.append(
@@ -174,18 +177,18 @@ def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[F
                 severity="warning",
                 what=f"no optimizer has {_count(missing, 'trainable parameter')}",
                 where=tuple(missing),
-                why="they get gradients and are never moved",
-                do="hand them to the optimizer, built after the model, or freeze them",
+                why="they get gradients, but are never updated",
+                remedy="pass them to the optimizer, after the whole model is built, or freeze them",
             )
         )
     if foreign:
         findings.append(
             Finding(
                 check="optimizer",
-                severity="error" if foreign == len(held) else "warning",
-                what=f"the optimizer has {foreign} parameters that the model has not",
-                why="it moves weights that are not used: the model was replaced after it was built",
-                do="build the optimizer in configure_optimizers, from self.parameters()",
+                severity="error" if foreign == len(optimized) else "warning",
+                what=f"the optimizer has {foreign} parameters that are not in the model",
+                why="it updates unused weights: the model was replaced after it was built",
+                remedy="build the optimizer in configure_optimizers, from self.parameters()",
             )
         )
     if frozen:
@@ -195,8 +198,8 @@ def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[F
                 severity="note",
                 what=f"the optimizer has {_count(frozen, 'frozen parameter')}",
                 where=tuple(frozen),
-                why="they stand still, unless something unfreezes them",
-                do="leave them out, if nothing is to unfreeze them",
+                why="they do not train unless they are unfrozen later",
+                remedy="remove them from the optimizer, unless you unfreeze them later",
             )
         )
     return findings

@@ -1,8 +1,7 @@
-"""Experiments: configs that say beforehand what they show, and whether they have shown it.
+"""Experiments: configs with an expected result, and the comparison with the actual outcome.
 
-A config states ``about``, one line, and ``expect``, an `Expectation`. A run leaves in its folder
-what is needed to judge it, an `Outcome`; `judge` compares the two. Imports neither torch nor
-Lightning.
+A config has ``about``, one line, and ``expect``, an `Expectation`. A run writes an `Outcome` to its
+folder; `judge` compares the two. Imports neither torch nor Lightning.
 """
 
 from lit_stability.cli.experiments.expectation import Comparison, Expectation

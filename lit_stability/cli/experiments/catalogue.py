@@ -1,6 +1,6 @@
-"""Which experiments there are: the config files of a project, and what each says of itself.
+"""Finds the experiments of a project: its config files with their descriptions.
 
-May import OmegaConf. It loads neither torch nor lightning.
+May import OmegaConf, but neither torch nor lightning.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ FOLDER = Path("configs")
 
 
 def catalogue(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """What each config file in a folder states itself, by name; folders below hold parts only.
+    """Returns the content of each config file in a folder, by name; subfolders are ignored.
 
     Raises:
-        ConfigError: there is no such folder, or a file is not a YAML mapping.
+        ConfigError: if the folder does not exist, or a file is not a YAML mapping.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder here; experiments are the files in {FOLDER}/")
+        raise ConfigError(f"{folder}: no such folder; experiments are the files in {FOLDER}/")
     return {file.stem: read_own(file) for file in sorted(folder.glob("*.yaml"))}
 
 
 def listing(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each config: its name, and what it is about.
+    """Returns one line per config: its name and its description.
 
     >>> print(listing({"clean": {"about": "no fault", "expect": {}}, "part": {}}))
     clean  no fault
-    part   (states no `expect`)
+    part   (has no `expect`)
     """
     width = max(map(len, configs), default=0)
     rows = []
     for name, own in configs.items():
-        said = [str(own["about"])] if own.get("about") else []
-        said += [] if "expect" in own else ["(states no `expect`)"]
-        rows.append(f"{name:<{width}}  {' '.join(said)}".rstrip())
+        notes = [str(own["about"])] if own.get("about") else []
+        notes += [] if "expect" in own else ["(has no `expect`)"]
+        rows.append(f"{name:<{width}}  {' '.join(notes)}".rstrip())
     return "\n".join(rows)
 
 
 def choose(
     configs: Mapping[str, Mapping[str, Any]], wanted: Sequence[str], *, everything: bool = False
 ) -> list[str]:
-    """The experiments that names and patterns ask for, each once, in the order asked.
+    """Returns the experiments that match names and patterns, each once, in the order given.
 
     Args:
         configs: the catalogue.
         wanted: names, or patterns such as ``translation_*``.
-        everything: all that state an `expect`.
+        everything: select all configs with an `expect`.
 
     Raises:
-        ConfigError: a name or pattern fits none.
+        ConfigError: if a name or pattern matches none.
 
     >>> configs = {"a_1": {"expect": {}}, "a_2": {"expect": {}}, "part": {}}
     >>> choose(configs, ["a_2", "a_*"])
@@ -67,7 +67,7 @@ def choose(
         found = fnmatch.filter(experiments, pattern)
         chosen += found
         if not found and pattern in configs:
-            problems.append(f"{pattern}: states no `expect`; run it with lit-stability fit")
+            problems.append(f"{pattern}: has no `expect`; run it with lit-stability fit")
         elif not found:
             hint = suggest(pattern, experiments)
             problems.append(f"{pattern}: no such experiment in {FOLDER}/{hint}")

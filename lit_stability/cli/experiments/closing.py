@@ -1,4 +1,4 @@
-"""The end of a run: what is written into its folder, and whether it is what was expected.
+"""Writes the outcome of a run to its folder, and compares it with the expectation.
 
 May import Lightning.
 """
@@ -23,12 +23,12 @@ from lit_stability.trainer_internals import callbacks_of
 
 
 class Closing:
-    """Closes a run, whether it came through or ended by an exception; on rank zero alone.
+    """Closes a run that finished or ended with an exception; writes on rank zero only.
 
     Args:
-        run_dir: folder of everything that the run writes.
-        expect: what to judge it by, or None.
-        latest: gives the trainer that is or was at work, or None if there is none any more.
+        run_dir: folder for everything that the run writes.
+        expect: the expected result, or None.
+        latest: returns the current or last trainer, or None if it no longer exists.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Closing:
         self._started = time.time()
 
     def finished(self, metrics: Mapping[str, float]) -> None:
-        """Write and print the metrics of a run that came through, and the verdict.
+        """Writes and prints the metrics of a finished run, and prints the verdict.
 
         Args:
-            metrics: those of the fit and, over them, those of the evaluation.
+            metrics: metrics of the fit, overridden by those of the evaluation.
         """
         trainer = self._latest()
         if trainer is None or not trainer.is_global_zero:
@@ -49,10 +49,10 @@ class Closing:
         print("".join(f"{key} {value:.6g}\n" for key, value in sorted(metrics.items())), end="")
         self._close("finished", "", metrics, _report_of(trainer))
 
-    def by(self, error: Exception) -> None:
-        """Write what a run had come to when an exception ended it, and print the verdict."""
+    def failed(self, error: Exception) -> None:
+        """Writes the outcome of a run that ended with an exception, and prints the verdict."""
         trainer = self._latest()
-        if trainer is None:  # after a recovery that gave up none is kept alive
+        if trainer is None:  # a recovery that gave up keeps no trainer
             self._close(_end_by(error), f"{type(error).__name__}: {error}", {}, None)
         elif trainer.is_global_zero:
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}

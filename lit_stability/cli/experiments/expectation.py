@@ -1,6 +1,6 @@
-"""What an experiment is expected to show, as its config states it.
+"""The expected result of an experiment, as given in its config.
 
-Data in, data out: imports neither torch nor Lightning.
+Pure logic on plain data; imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 End: TypeAlias = Literal["finished", "stopped", "failed"]
-"""``finished``: the fit and its evaluation came through. ``stopped``: the suite ended the run.
-``failed``: another exception did."""
+"""``finished``: the fit and its evaluation ended normally. ``stopped``: the suite ended the run.
+``failed``: another exception ended the run."""
 
 NOT_FINITE = "not finite"
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -29,10 +29,10 @@ _COMPARISON = re.compile(r"\s*(<=|>=|==|<|>)\s*(\S+)\s*")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a number is to be, such as ``< 2.0``; NaN is nothing but ``not finite``.
+    """A condition on a number, such as ``< 2.0``; NaN only fulfils ``not finite``.
 
     Raises:
-        ValueError: the text is no comparison with a finite number.
+        ValueError: if the text is not a comparison with a finite number.
 
     >>> [Comparison(text).holds(0.5) for text in ("< 2.0", ">= 0.9", "== 0.5", "not finite")]
     [True, False, True, False]
@@ -47,7 +47,7 @@ class Comparison:
             self._parts()
 
     def holds(self, value: float | None) -> bool:
-        """Whether it is true of a value; of one that is missing nothing is."""
+        """Returns whether a value fulfils the condition; a missing value never does."""
         if value is None:
             return False
         if self.text == NOT_FINITE:
@@ -63,7 +63,7 @@ class Comparison:
             bound = math.nan
         if match is None or not math.isfinite(bound):
             raise ValueError(
-                f"{self.text!r} is no comparison; write '< 2.0' (or <=, >, >=, == and a finite "
+                f"{self.text!r} is not a comparison; write '< 2.0' (or <=, >, >=, == and a finite "
                 f"number) or '{NOT_FINITE}'"
             )
         return _OPERATORS[match[1]], bound
@@ -71,25 +71,25 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What an experiment shows; what is left out is not asked.
+    """The expected result of an experiment; fields that are not set are not checked.
 
     Raises:
-        ValueError: a comparison cannot be read, or a list of causes is empty.
+        ValueError: if a comparison cannot be parsed, or a list of causes is empty.
     """
 
     ends: End = "finished"
     """How the run ends."""
     metrics: dict[str, str] | None = None
-    """By logged name, such as ``test/loss: "< 2.0"``; see `Comparison`."""
+    """Conditions by logged name, such as ``test/loss: "< 2.0"``; see `Comparison`."""
     incidents: list[str] | None = None
-    """Kinds of the incidents: these and no others, in any order; ``[]`` for no incident."""
+    """Kinds of the incidents: exactly these, in any order; ``[]`` for no incident."""
     causes: list[str] | None = None
-    """Each is part of the name of some incident's leading cause."""
+    """Parts of names of leading causes; each must occur in some incident."""
     locates: str | None = None
-    """Part of the operation, module or source line in which some non-finite value was born."""
+    """Part of the operation, module or source line that produced a non-finite value first."""
     preflight: dict[str, str] | None = None
-    """By name of the check, words of what it found, or "": these checks and no others found
-    something worse than a note; ``{}`` where `Preflight` ran and had nothing to say."""
+    """Text of a finding, or "", by name of the check: exactly these checks found more than a note;
+    ``{}`` if `Preflight` ran and found nothing."""
 
     def __post_init__(self) -> None:
         if self.ends not in get_args(End):
@@ -97,16 +97,16 @@ class Expectation:
         for name, text in (self.metrics or {}).items():
             _readable(name, text)
         if self.causes is not None and not self.causes:
-            raise ValueError("causes=[] asks nothing; leave it out, or write incidents: []")
+            raise ValueError("causes=[] checks nothing; remove it, or write incidents: []")
         if "" in (self.causes or []) or self.locates == "":
             raise ValueError(
-                f"causes={self.causes}, locates={self.locates!r}: an empty name fits anything; "
-                "fill it in"
+                f"causes={self.causes}, locates={self.locates!r}: an empty name matches anything; "
+                "give a name"
             )
 
 
 def _readable(metric: str, text: str) -> None:
-    """Refuse a comparison that cannot be read, by the name of its metric."""
+    """Raises an error with the name of the metric if its comparison cannot be parsed."""
     try:
         Comparison(text)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""An expectation held against an outcome, point by point.
+"""Compares an expectation with an outcome, item by item.
 
-Data in, data out: imports neither torch nor Lightning.
+Pure logic on plain data; imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from lit_stability.cli.experiments.expectation import Comparison, Expectation
 from lit_stability.cli.experiments.outcome import Outcome
 
 _LONGEST = 80
-"""Characters of a finding that a verdict repeats."""
+"""Maximum number of characters of a finding in a verdict."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One thing that was expected, what was seen of it, and whether they agree."""
+    """One expected item, what was observed, and whether they agree."""
 
     expected: str
     observed: str
@@ -28,11 +28,11 @@ class Verdict:
 
 
 def judge(expect: Expectation, outcome: Outcome) -> list[Verdict]:
-    """Hold each part of an expectation against what a run has left; how it ended comes first.
+    """Compares each item of an expectation with the outcome of a run; how it ended comes first.
 
     Args:
-        expect: of a config.
-        outcome: what the folder of a run tells.
+        expect: the expectation of a config.
+        outcome: the outcome from the folder of a run.
 
     >>> from lit_stability.cli.experiments.outcome import Ending
     >>> ending = Ending(ends="finished", started=0.0, seconds=3.0)
@@ -52,7 +52,7 @@ def judge(expect: Expectation, outcome: Outcome) -> list[Verdict]:
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """One line: all met, or each that was not.
+    """Returns one line: that all items were met, or the items that were not.
 
     >>> summary([Verdict("loss < 2", "2.5", False), Verdict("no incident", "none", True)])
     'expectation NOT met: loss < 2, observed 2.5'
@@ -64,7 +64,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 
 def kinds_of(incidents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The kinds of some incidents, each once, in order of appearance."""
+    """Returns the kinds of incidents, each once, in order of appearance."""
     return list(dict.fromkeys(str(each["kind"]) for each in incidents))
 
 
@@ -72,7 +72,7 @@ def _end(expect: Expectation, outcome: Outcome) -> Verdict:
     ending = outcome.ending
     first_line = next(iter(ending.why.splitlines()), "")
     met = ending.ends == expect.ends
-    # What ended a run that was meant to end so is no news.
+    # The reason is shown only if the run ended in an unexpected way.
     why = f": {first_line}" if first_line and not met else ""
     return Verdict(expect.ends, f"{ending.ends}{why}", met)
 
@@ -95,11 +95,11 @@ def _incidents(expect: Expectation, found: Sequence[Mapping[str, Any]]) -> Itera
     if expect.locates is not None:
         places = list(dict.fromkeys(_place(each["origin"]) for each in found if each["origin"]))
         met = any(expect.locates in each for each in places)
-        yield Verdict(f"born in {expect.locates}", _listed(places), met)
+        yield Verdict(f"origin in {expect.locates}", _listed(places), met)
 
 
 def _place(origin: Mapping[str, Any]) -> str:
-    """Operation, module, what was bad before and source line of a `NonFiniteOrigin`."""
+    """Returns operation, module, bad tensor and source line of a `NonFiniteOrigin`."""
     line = f"{Path(origin['file']).name}:{origin['line']}" if origin["file"] else ""
     parts = (origin["op"], origin["module"], origin["module_type"], origin["tensor"], line)
     return " ".join(each for each in parts if each)
@@ -118,10 +118,10 @@ def _preflight(
     if not wanted:
         yield Verdict("preflight: nothing", observed, report is not None and not found)
     for check, words in wanted.items():
-        said = [each for each in found.get(check, []) if words in each]
+        matching = [finding for finding in found.get(check, []) if words in finding]
         text = f"preflight {check}{f': {words}' if words else ''}"
-        seen = textwrap.shorten(said[0], _LONGEST, placeholder=" ...") if said else observed
-        yield Verdict(text, seen, bool(said))
+        seen = textwrap.shorten(matching[0], _LONGEST, placeholder=" ...") if matching else observed
+        yield Verdict(text, seen, bool(matching))
     others = [check for check in found if check not in wanted]
     if wanted and others:
         yield Verdict("preflight: no other finding", _listed(others), False)

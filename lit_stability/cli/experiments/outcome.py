@@ -1,4 +1,4 @@
-"""What a run leaves of itself in its folder, for people and for the judge of its expectation.
+"""The outcome of a run, as files in its folder for users and for the expectation check.
 
 Imports neither torch nor Lightning.
 """
@@ -22,38 +22,38 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How a run came to its end, as ``outcome.json`` says."""
+    """How a run ended, as recorded in ``outcome.json``."""
 
     ends: End
     started: float
-    """Unix time at which the run began, s; incidents from before are those of an earlier run."""
+    """Unix time of the start, in s; earlier incidents belong to another run in the same folder."""
     seconds: float
-    """Wall-clock time from there to the end."""
+    """Wall-clock time from start to end, in s."""
     why: str = ""
-    """The exception that ended it, where there was one."""
+    """The exception that ended the run, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """All that an expectation is judged by."""
+    """Everything that an expectation is compared with."""
 
     ending: Ending
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last of each name; NaN for what is not finite."""
+    """Last value of each metric; NaN if it is not finite."""
     incidents: list[dict[str, Any]] = field(default_factory=list)
-    """As `read_incidents` gives them, of this run only."""
+    """Incidents of this run, in the format of `read_incidents`."""
     preflight: dict[str, Any] | None = None
-    """The report as `Report.as_dict` gives it; None where no `Preflight` ran."""
+    """The report in the format of `Report.as_dict`; None if no `Preflight` ran."""
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
-        """Read what a run has left, or None where it left no `Ending`, as when it was killed.
+        """Reads the outcome of a run; returns None if it wrote no `Ending`, e.g. if it was killed.
 
         Args:
-            folder: its ``run_dir``.
+            folder: the ``run_dir`` of the run.
 
         Raises:
-            ValueError: a file there is damaged or was written by a newer version.
+            ValueError: if a file is damaged or has another format version.
         """
         if not (folder / FILE).is_file():
             return None
@@ -69,24 +69,25 @@ class Outcome:
 
 
 def incidents_since(folder: Path, started: float) -> list[dict[str, Any]]:
-    """The incidents in the records below a folder, of a run that began at a time.
+    """Returns the recorded incidents below a folder since a run was started.
 
     Args:
-        folder: searched whole, as a logger may have a folder of its own there.
-        started: Unix time, s.
+        folder: searched with its subfolders, because a logger may use one of its own.
+        started: Unix time of the start, in s.
     """
     found = [each for file in folder.rglob("incidents.jsonl") for each in read_incidents(file)]
     return [each for each in found if each["time"] >= started]
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Write what `Outcome.read` reads but for the incidents, which are recorded as they happen.
+    """Writes the files for `Outcome.read`, except the incidents, which the run has recorded.
 
-    Files of an earlier run are kept, renamed. ``metrics.json`` is for runs that came through.
+    Files of an earlier run are renamed and kept. ``metrics.json`` is written for finished runs
+    only.
 
     Args:
-        folder: the ``run_dir``.
-        outcome: null in the files for a metric that is not finite.
+        folder: the ``run_dir`` of the run.
+        outcome: the outcome; non-finite metrics become null in the files.
     """
     finite = {key: each if math.isfinite(each) else None for key, each in outcome.metrics.items()}
     finite = dict(sorted(finite.items()))
@@ -115,6 +116,6 @@ def _read(file: Path) -> dict[str, Any]:
     version = raw.get("version") if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or version != _VERSION:
         raise ValueError(
-            f"{file}: version {version!r}, this one reads {_VERSION}; run the experiment again"
+            f"{file}: has version {version!r}, expected {_VERSION}; run the experiment again"
         )
     return raw

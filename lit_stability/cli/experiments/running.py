@@ -1,6 +1,6 @@
-"""Experiments run one after another, each in a process of its own, and judged by what they leave.
+"""Runs each experiment in its own process, and compares its outcome with its expectation.
 
-Imports neither torch nor Lightning: a run that takes its interpreter down takes no other with it.
+Imports neither torch nor Lightning: a run that crashes its interpreter does not affect the others.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lit_stability.cli.instantiate import bind
 from lit_stability.errors import ConfigError
 
 OUTPUT = "output.txt"
-"""What a run prints, in its folder."""
+"""Name of the file in the run's folder that receives its console output."""
 _GRACE = 10.0
-"""Seconds that an interrupted run has to end by itself."""
+"""Seconds that an interrupted run is given to end by itself."""
 _SHOWN_INCIDENT = ("step", "kind", "cause", "outcome", "responses")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """An experiment about to be run."""
+class Experiment:
+    """An experiment that is ready to run."""
 
     name: str
     about: str
@@ -41,37 +41,37 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """An experiment that was run."""
+    """The result of an experiment that was run."""
 
     name: str
     about: str
     verdicts: tuple[Verdict, ...]
     incidents: tuple[dict[str, Any], ...]
-    """Step, kind, leading cause, outcome and responses of each."""
+    """Step, kind, leading cause, outcome and responses of each incident."""
     seconds: float
-    """Wall-clock time of the process, imports included."""
+    """Wall-clock time of the process in s, including imports."""
     run_dir: str
 
     @property
     def met(self) -> bool:
-        """Whether all was as expected."""
+        """Returns whether every item was as expected."""
         return all(each.met for each in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON types."""
+        """Returns the result as JSON types."""
         return {"met": self.met, **asdict(self)}
 
 
-def plan(name: str, folder: Path, overrides: Sequence[str]) -> Trial:
-    """Compose an experiment and read what it expects; nothing else of it is checked here.
+def plan(name: str, folder: Path, overrides: Sequence[str]) -> Experiment:
+    """Composes an experiment and checks its expectation, but no other option.
 
     Args:
-        name: of a config.
-        folder: that is to hold the folder of the run.
-        overrides: ``KEY=VALUE``, laid over the config.
+        name: name of a config.
+        folder: parent folder of the run's folder.
+        overrides: ``KEY=VALUE`` items that override the config.
 
     Raises:
-        ConfigError: it cannot be composed, or its expectation cannot be read.
+        ConfigError: if the config cannot be composed, or its expectation is invalid.
     """
     run_dir = folder / name
     config = resolve(compose([name], [*overrides, f"run_dir={run_dir}"]))
@@ -84,61 +84,63 @@ def plan(name: str, folder: Path, overrides: Sequence[str]) -> Trial:
     except ValueError as error:
         raise ConfigError(f"{name}: expect: {error}") from error
     about = str(config.get("about") or "")
-    return Trial(name=name, about=about, expect=expect, run_dir=run_dir, overrides=tuple(overrides))
+    return Experiment(
+        name=name, about=about, expect=expect, run_dir=run_dir, overrides=tuple(overrides)
+    )
 
 
-def run(trial: Trial) -> Result:
-    """Run an experiment in a process of its own and judge it; its failure is a verdict, no error.
+def run(experiment: Experiment) -> Result:
+    """Runs an experiment in its own process and judges it; a failure is a verdict, not an error.
 
-    What it prints is appended to ``output.txt`` in its folder.
+    Its output is appended to ``output.txt`` in its folder.
 
     Raises:
         KeyboardInterrupt: after the process, which is interrupted as well, has ended.
     """
-    trial.run_dir.mkdir(parents=True, exist_ok=True)
+    experiment.run_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    with (trial.run_dir / OUTPUT).open("ab") as output:
-        process = subprocess.Popen(_command(trial), stdout=output, stderr=subprocess.STDOUT)
+    with (experiment.run_dir / OUTPUT).open("ab") as output:
+        process = subprocess.Popen(_command(experiment), stdout=output, stderr=subprocess.STDOUT)
         try:
             process.wait()
         except KeyboardInterrupt:
-            # A terminal interrupts the whole group; whoever signals this process alone does not.
+            # Ctrl-C in a terminal also reaches the child; a signal to this process alone does not.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
             process.terminate()
             process.wait()
             raise
     seconds = time.time() - started
-    outcome = Outcome.read(trial.run_dir)
+    outcome = Outcome.read(experiment.run_dir)
     if outcome is None or outcome.ending.started < started:
-        return _broken(trial, process.returncode, seconds)
+        return _broken(experiment, process.returncode, seconds)
     incidents = [{key: each[key] for key in _SHOWN_INCIDENT} for each in outcome.incidents]
     return Result(
-        name=trial.name,
-        about=trial.about,
-        verdicts=tuple(judge(trial.expect, outcome)),
+        name=experiment.name,
+        about=experiment.about,
+        verdicts=tuple(judge(experiment.expect, outcome)),
         incidents=tuple(incidents),
         seconds=seconds,
-        run_dir=str(trial.run_dir),
+        run_dir=str(experiment.run_dir),
     )
 
 
-def _command(trial: Trial) -> list[str]:
-    quiet = "trainer.enable_progress_bar=false"  # in a file, a bar is one line per step
-    own = [quiet, *trial.overrides, f"run_dir={trial.run_dir}"]
-    return [sys.executable, "-m", "lit_stability.cli.main", "fit", "-c", trial.name, *own]
+def _command(experiment: Experiment) -> list[str]:
+    quiet = "trainer.enable_progress_bar=false"  # in a file, it adds one line per step
+    own = [quiet, *experiment.overrides, f"run_dir={experiment.run_dir}"]
+    return [sys.executable, "-m", "lit_stability.cli.main", "fit", "-c", experiment.name, *own]
 
 
-def _broken(trial: Trial, code: int, seconds: float) -> Result:
-    """The result of a run that left no outcome, with the last line that it printed."""
-    lines = (trial.run_dir / OUTPUT).read_text(encoding="utf8", errors="replace").splitlines()
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
-    observed = f"exit code {code}: {said[:300]}"
+def _broken(experiment: Experiment, code: int, seconds: float) -> Result:
+    """Returns the result of a run that wrote no outcome, with the last line of its output."""
+    lines = (experiment.run_dir / OUTPUT).read_text(encoding="utf8", errors="replace").splitlines()
+    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
+    observed = f"exit code {code}: {last_line[:300]}"
     return Result(
-        name=trial.name,
-        about=trial.about,
-        verdicts=(Verdict(trial.expect.ends, observed, False),),
+        name=experiment.name,
+        about=experiment.about,
+        verdicts=(Verdict(experiment.expect.ends, observed, False),),
         incidents=(),
         seconds=seconds,
-        run_dir=str(trial.run_dir),
+        run_dir=str(experiment.run_dir),
     )

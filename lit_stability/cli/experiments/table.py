@@ -1,6 +1,6 @@
-"""The table of experiments: for a terminal, as markdown, as JSON types.
+"""The table of experiments, as text for a terminal, as markdown, or as JSON types.
 
-Data in, data out: imports neither torch nor Lightning.
+Pure logic on plain data; imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 _HEAD = ("experiment", "", "expected", "observed", "incidents", "time")
 _SHARES = (3, 4, 3)
-"""Of what names and figures leave of a terminal's width: expected, observed, incidents."""
+"""Shares of the remaining terminal width: expected, observed, incidents."""
 _MARK, _NAME = 2, 32
-"""Width of the marks, and the largest of the names."""
+"""Width of the marks, and maximum width of the names."""
 _TIME = 7
 
 
 def as_text(results: Sequence[Result], width: int = 110) -> str:
-    """The table for a terminal, each cell wrapped.
+    """Returns the table for a terminal, with wrapped cells.
 
     Args:
         results: one row each.
-        width: of the terminal, in characters; the table is no narrower than 80.
+        width: width of the terminal in characters; at least 80 are used.
     """
     name = min(_NAME, max([len(_HEAD[0]), *(len(each.name) for each in results)]))
     room = max(80, width) - 2 * (len(_HEAD) - 1) - name - _MARK - _TIME
@@ -38,14 +38,14 @@ def as_text(results: Sequence[Result], width: int = 110) -> str:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """How many are as expected, and which are not."""
+    """Returns how many results are as expected, and which are not."""
     others = [each.name for each in results if not each.met]
     count = f"{len(results) - len(others)} of {len(results)} as expected"
     return f"{count}; not: {', '.join(others)}" if others else count
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """The same as a markdown table, with what each experiment is about."""
+    """Returns the table as markdown, with the description of each experiment."""
     lines = ["| experiment | about | expected | observed | incidents | time |"]
     lines.append("|---|---|---|---|---|---|")
     for each in results:
@@ -58,12 +58,12 @@ def as_markdown(results: Sequence[Result]) -> str:
 
 
 def as_dict(results: Sequence[Result]) -> dict[str, Any]:
-    """The same in JSON types."""
+    """Returns the results as JSON types."""
     return {"version": 1, "experiments": [each.as_dict() for each in results]}
 
 
 def _rows(result: Result, widths: Sequence[int]) -> Iterator[str]:
-    """The lines of one experiment: a block for each verdict, the rest beside them."""
+    """Yields the lines of one experiment: a block per verdict, with the other cells next to it."""
     name = textwrap.wrap(result.name, widths[0])
     verdicts: list[tuple[str, str, str]] = []
     for each in result.verdicts:
@@ -77,15 +77,15 @@ def _rows(result: Result, widths: Sequence[int]) -> Iterator[str]:
 
 
 def _incidents(result: Result) -> list[str]:
-    """Each kind of incident with its leading cause and how often it was, or "none"."""
+    """Returns each kind of incident with its leading cause and its count, or "none"."""
     counts: dict[str, int] = {}
-    for each in result.incidents:
-        text = _told(each)
+    for incident in result.incidents:
+        text = _describe(incident)
         counts[text] = counts.get(text, 0) + 1
     return [text if n == 1 else f"{text} ({n}x)" for text, n in counts.items()] or ["none"]
 
 
-def _told(incident: Mapping[str, Any]) -> str:
+def _describe(incident: Mapping[str, Any]) -> str:
     cause = f": {incident['cause']}" if incident["cause"] else ""
     return f"{incident['kind']}{cause}, {incident['outcome']}"
 

@@ -1,4 +1,4 @@
-"""The causes that are known: one row each, with its clues, what to try, and when to leave it alone.
+"""The catalogue of causes, with their evidence rules, what to try, and when to ignore them.
 
 No file of this folder imports torch or Lightning.
 """
@@ -12,6 +12,6 @@ __all__ = ["DATA", "LEARNING_RATE", "MACHINE", "MODEL", "NUMERICS", "OPTIMIZER"]
 
 
 def register_catalogue() -> None:
-    """Fill the registry."""
+    """Registers all causes of the catalogue."""
     for row in (*DATA, *NUMERICS, *LEARNING_RATE, *OPTIMIZER, *MODEL, *MACHINE):
         register_cause(row)

@@ -1,6 +1,6 @@
-"""Causes in the data, in numerics and in the machine.
+"""Causes in the data, in numerics and in the hardware.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from lit_stability.diagnosis.cause import Cause
 from lit_stability.diagnosis.context import DiagnosisContext
 
 
-def _as_the_origin_says(context: DiagnosisContext) -> str:
-    return str(context.origin.advice) if context.origin else "look at the operation that is named"
+def _advice_for_origin(context: DiagnosisContext) -> str:
+    return str(context.origin.advice) if context.origin else "check the operation that is named"
 
 
 DATA = (
@@ -29,32 +29,30 @@ DATA = (
             (-4, c.overflow),
             (-6, c.other_batches),
         ),
-        remedy="look at the batch in the incident's folder: values and labels out of range, empty "
-        "or overlong samples; mend it where it is loaded",
-        ignore_when="if it is one of thousands: it was left out of the run",
+        remedy="look at the batch in the incident folder: values and labels out of range, empty or "
+        "very long samples; fix it where it is loaded",
+        ignore_when="if it is one of thousands: it was skipped",
     ),
     Cause(
         name="batches too different from each other",
         rules=((2, c.SWINGS), (1, c.ordinary_gradient)),
-        remedy="shuffle, sort no longer by length or source, make batches larger, or pad "
-        "dynamically with an attention mask",
-        ignore_when="if the swings come with a change of the data that is meant, such as a "
-        "curriculum",
+        remedy="shuffle, do not sort by length or source, use larger batches, or pad dynamically "
+        "with an attention mask",
+        ignore_when="if the data change on purpose, as in a curriculum",
     ),
     Cause(
         name="change of regime",
         rules=((-8, c.transient),),
-        remedy="look for what changes there: the loss and its weights, the data or their scale, "
-        "the parts that train; let it come gradually, or train in stages, each with a fit of its "
-        "own",
-        ignore_when="if it is meant",
+        remedy="find what changes at this step: the loss and its weights, the data or their scale, "
+        "the trainable parts; change it gradually, or train in stages with one fit each",
+        ignore_when="if the change is intended",
     ),
     Cause(
         name="loss or labels",
         rules=((1, c.kind("non-finite loss", "loss spike")), (1, c.ordinary_gradient)),
-        remedy="look at the loss function for log(0), division by a count of zero and labels out "
-        "of range",
-        ignore_when="never, if it returns",
+        remedy="check the loss function for log(0), division by a count of zero and labels out of "
+        "range",
+        ignore_when="never, if it recurs",
     ),
 )
 
@@ -62,8 +60,8 @@ NUMERICS = (
     Cause(
         name="operation outside its domain",
         rules=((8, c.operation), (-8, c.transient)),
-        remedy=_as_the_origin_says,
-        ignore_when="never: the next such batch does it again",
+        remedy=_advice_for_origin,
+        ignore_when="never: the next batch of this kind fails as well",
     ),
     Cause(
         name="numeric precision",
@@ -74,23 +72,23 @@ NUMERICS = (
             (2, c.both(c.BROKEN, c.mixed_precision)),
             (-4, c.transient),
         ),
-        remedy="use bf16 or 32-bit precision, or compute the module that is named in float32 "
-        "(PrecisionFallback does either); bring inputs and targets to about 1",
-        ignore_when="during the first steps in fp16: the loss scaler looks for its scale by "
-        "overflowing",
+        remedy="use bf16 or 32-bit precision, or compute the named module in float32 "
+        "(PrecisionFallback can do both); scale inputs and targets to about 1",
+        ignore_when="during the first steps in fp16: the loss scaler overflows until it has found "
+        "its scale",
     ),
     Cause(
         name="loss computed in 16 bits",
         rules=((8, c.kind("infinite loss")),),
         remedy="compute the loss in float32: cast outputs and targets before it, or scale the "
         "targets",
-        ignore_when="never: the loss tells nothing while it is infinite",
+        ignore_when="never: an infinite loss is useless for monitoring",
     ),
     Cause(
         name="updates lost to rounding",
         rules=((8, c.kind("lost updates")),),
         remedy="train in bf16-mixed, which keeps float32 weights, or raise the learning rate",
-        ignore_when="at the end of a decay of the learning rate",
+        ignore_when="at the end of a learning-rate decay",
     ),
 )
 
@@ -98,8 +96,8 @@ MACHINE = (
     Cause(
         name="glitch",
         rules=((11, c.transient), (-8, c.DAMAGE)),
-        remedy="nothing in data or model: it did not return when the same steps were taken again; "
-        "if it happens often, suspect the hardware or a nondeterministic kernel",
+        remedy="nothing in data or model: it did not recur when the same steps were run again; if "
+        "it happens often, check the hardware and look for nondeterministic kernels",
         ignore_when="if it happens once",
     ),
     Cause(
@@ -111,15 +109,15 @@ MACHINE = (
             (2, c.kind("update spike")),
             (3, c.both(c.DAMAGE, c.transient)),
         ),
-        remedy="go on from a state before it; if it returns without a bad batch, suspect memory, a "
-        "custom kernel, or code that writes into the weights",
-        ignore_when="if it happens once: the weights were put back",
+        remedy="continue from an earlier state; if it recurs without a bad batch, check memory, "
+        "custom kernels, and code that writes to the weights",
+        ignore_when="if it happens once: the weights were restored",
     ),
     Cause(
         name="rank out of step",
         rules=((8, c.kind("rank disagreement")),),
-        remedy="suspect the memory, the driver or the network of the rank that is named; look for "
-        "code that runs on one rank only and changes weights, gradients or schedulers",
-        ignore_when="if it happens once: all ranks went back to the same state",
+        remedy="check memory, driver and network of the named rank; look for code that runs on one "
+        "rank only and changes weights, gradients or schedulers",
+        ignore_when="if it happens once: all ranks were restored to the same state",
     ),
 )

@@ -1,6 +1,6 @@
 """Causes in the model.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -18,44 +18,30 @@ MODEL = (
         ),
         remedy="normalise queries and keys (qk-norm), or lower the learning rate of their "
         "projections; clipping gradients does not help",
-        ignore_when="while entropy stays well above 0 and the logits no longer grow",
+        ignore_when="if the entropy stays well above 0 and the logits no longer grow",
         recommended_action="stop",
     ),
     Cause(
         name="zeroed gain",
         rules=((8, c.zero_gain),),
-        remedy="initialise the gain with 1 and let it train; nothing before it gets a gradient as "
-        "it is",
-        ignore_when="if a schedule is to open it later: `Diagnosis(stop=False)`",
+        remedy="initialise the gain with 1 and let it train; with a gain of 0, no layer before it "
+        "receives a gradient",
+        ignore_when="if a schedule raises it later: use `Diagnosis(stop=False)`",
         recommended_action="stop",
     ),
     Cause(
         name="dead part of the model",
         rules=((4, c.kind("dead gradients")),),
-        remedy="look for a weight that is all 0, units that never fire, a branch that is not used, "
-        "a detach() or a mask that is all zero, behind the layers named",
-        ignore_when="if that part is meant to rest, such as the head of a task that comes later",
-    ),
-    Cause(
-        name="frozen by mistake",
-        rules=((8, c.both(c.kind("no learning"), c.signal("update_ratio"))),),
-        remedy="look at requires_grad, at what the optimizer was given, and at the learning rate; "
-        "`lit-stability check` lists them",
-        ignore_when="while a schedule keeps the learning rate at zero",
-    ),
-    Cause(
-        name="model that cannot learn",
-        rules=((4, c.kind("no learning")), (-4, c.signal("update_ratio", "weight_path"))),
-        remedy="run `lit-stability check`: masks, dead branches, labels, the first loss against "
-        "that of a guess; have 20 samples learnt by heart",
-        ignore_when="if the task is as hard as the loss says",
+        remedy="look for a weight that is all 0, inactive units, an unused branch, a detach() or a "
+        "mask that is all 0, after the named layers",
+        ignore_when="if that part is unused on purpose, such as the head of a later task",
     ),
     Cause(
         name="vanishing gradient",
         rules=((6, c.kind("vanishing gradient")),),
-        remedy="look at the gradient flow layer by layer; norms before the sublayers, residual "
-        "connections and a larger initialisation keep it alive; in fp16 raise the loss scale",
-        ignore_when="during warm-up, and when the loss has converged: small gradients are due "
+        remedy="check the gradient flow layer by layer; use norms before the sublayers, residual "
+        "connections or a larger initialisation; in fp16 raise the loss scale",
+        ignore_when="during warm-up, and after the loss has converged: small gradients are normal "
         "then; lower `Vanishing(bound=...)`",
     ),
     Cause(
@@ -69,7 +55,7 @@ MODEL = (
         ),
         remedy="run `lit-stability check`; initialise so that the first loss is that of a guess, "
         "and warm up",
-        ignore_when="if the loss falls as it should",
+        ignore_when="if the loss decreases as expected",
     ),
     Cause(
         name="exploding gradient",
@@ -81,19 +67,13 @@ MODEL = (
             (-2, c.transient),
         ),
         remedy="set gradient_clip_val, or add AdaptiveGradientClipping; lower the learning rate if "
-        "it returns",
-        ignore_when="if it was one step: it was not taken",
-    ),
-    Cause(
-        name="weights drift",
-        rules=((6, c.kind("weight drift")),),
-        remedy="add weight decay, lower the learning rate, or normalise what grows",
-        ignore_when="if weights grow slowly and the loss falls",
+        "it recurs",
+        ignore_when="if it was one step: it was skipped",
     ),
     Cause(
         name="layer out of its bounds",
         rules=((6, c.kind("layer bound")),),
         remedy="clip gradients, or raise the bound if the run is healthy",
-        ignore_when="if the bound was a guess and the loss falls",
+        ignore_when="if the bound was a guess and the loss decreases",
     ),
 )

@@ -1,6 +1,6 @@
 """Causes in the learning rate and the optimizer.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEARNING_RATE = (
                     "curvature_ratio",
                     1.0,
                     "the curvature along the gradient is {value:.3g}"
-                    " times what the learning rate bears",
+                    " times what the learning rate allows",
                 ),
             ),
             (4, c.other_batches),
@@ -33,22 +33,22 @@ LEARNING_RATE = (
             (-4, c.kind("learning-rate jump", "optimizer state", "rank disagreement")),
         ),
         remedy="lower the learning rate by 2 to 10, warm up longer, or clip gradients",
-        ignore_when="if the loss swings and falls all the same: full-batch descent trains on the "
+        ignore_when="if the loss oscillates and still decreases: full-batch descent trains at the "
         "edge of stability",
         recommended_action="lower",
     ),
     Cause(
         name="learning rate jumped",
         rules=((8, c.kind("learning-rate jump")),),
-        remedy="mend the scheduler: it wrote a learning rate far above any before",
-        ignore_when="if the jump is meant: raise `LearningRateJump(ratio=...)`",
+        remedy="fix the scheduler: it set a learning rate far above all earlier ones",
+        ignore_when="if the jump is intended: raise `LearningRateJump(ratio=...)`",
     ),
     Cause(
         name="schedule of the learning rate",
         rules=((2, c.SWINGS), (3, c.rate_changed)),
-        remedy="look at the scheduler's options and at `interval`: a schedule meant for epochs "
-        "that is stepped by batch runs through in a moment",
-        ignore_when="if the changes are meant, such as warm restarts",
+        remedy="check the scheduler's options and `interval`: a schedule for epochs that is "
+        "stepped every batch ends much too early",
+        ignore_when="if the changes are intended, such as warm restarts",
     ),
     Cause(
         name="no warm-up",
@@ -60,16 +60,9 @@ LEARNING_RATE = (
             (4, c.kind("stalled layers")),
             (-8, c.kind("learning-rate jump", "optimizer state", "rank disagreement")),
         ),
-        remedy="warm up over some hundred steps (post-norm Transformers with Adam do not train "
-        "without), or put the norms first",
-        ignore_when="if the loss falls as it should",
-    ),
-    Cause(
-        name="learning rate too low",
-        rules=((8, c.both(c.kind("no learning"), c.signal("weight_path"))),),
-        remedy="raise the learning rate tenfold; look whether it is meant to be divided twice, by "
-        "a scheduler and by hand",
-        ignore_when="while the learning rate warms up",
+        remedy="warm up over a few hundred steps (post-norm Transformers with Adam do not train "
+        "without warm-up), or use pre-norm layers",
+        ignore_when="if the loss decreases as expected",
     ),
 )
 
@@ -78,12 +71,12 @@ OPTIMIZER = (
         name="optimizer state damaged",
         rules=((8, c.kind("optimizer state")), (3, c.kind("update spike")), (2, c.SWINGS)),
         remedy="find what writes to the optimizer's moments (a hook, a partly loaded checkpoint), "
-        "or suspect memory",
-        ignore_when="never, if it returns",
+        "or check the memory",
+        ignore_when="never, if it recurs",
     ),
     Cause(
         name="stale second moment",
-        rules=((6, c.kind("stale second moment")), (3, c.stale_moments), (1, c.large_update)),
+        rules=((3, c.stale_moments), (1, c.large_update)),
         remedy="lower Adam's beta2 (0.95 is usual for language models, 0.9 on a full batch), raise "
         "its epsilon, or clip updates",
         ignore_when="if the data or the scale of the loss changed once, and it passes within "
@@ -92,14 +85,14 @@ OPTIMIZER = (
     Cause(
         name="momentum too high",
         rules=((2, c.both(c.GROWS, c.high_momentum)), (2, c.both(c.SWINGS, c.high_momentum))),
-        remedy="lower the momentum to 0.9, or the learning rate by as much as 1 - momentum rises",
-        ignore_when="if the loss comes back by itself",
+        remedy="lower the momentum to 0.9, or divide the learning rate by 0.1 / (1 - momentum)",
+        ignore_when="if the loss recovers by itself",
     ),
     Cause(
         name="gradients added up and not averaged",
         rules=((2, c.both(c.GROWS, c.accumulates)),),
         remedy="divide the loss by the number of accumulated batches; Lightning does it in "
-        "automatic optimization, in manual optimization it is yours to do",
+        "automatic optimization only",
         ignore_when="if the learning rate was chosen for the sum",
     ),
 )

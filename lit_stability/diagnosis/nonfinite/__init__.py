@@ -1,6 +1,6 @@
-"""Which operation made the first non-finite value that reached the loss or a gradient.
+"""Finds the operation that made the first non-finite value which reached the loss or a gradient.
 
-May import torch; knows no Lightning.
+May import torch, but not Lightning.
 """
 
 from lit_stability.diagnosis.nonfinite.origin import NonFiniteOrigin, TensorRange

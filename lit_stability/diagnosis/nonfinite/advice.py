@@ -1,6 +1,6 @@
-"""What kind of accident an operation met, and what to try against it.
+"""Kinds of numerical errors, and what to try against each.
 
-Data in, data out: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Kind = Literal[
     "non-finite input",
     "unseen",
 ]
-"""``overflow``: too large for the format. ``domain error``: log or root of a number it is not
-defined for. ``mean of nothing``: an average over no elements. ``fully masked row``: a softmax over
-nothing but -inf. ``indeterminate form``: inf - inf, 0 * inf or inf / inf of infinities put there on
-purpose. ``non-finite constant``: a NaN or Inf that the program itself writes reached the loss.
-``unseen``: it came from another rank, from code outside torch, or from memory never written."""
+"""``overflow``: too large for the data type. ``domain error``: log or root of a number for which it
+is not defined. ``mean of nothing``: an average over no elements. ``fully masked row``: a softmax
+over only -inf. ``indeterminate form``: inf - inf, 0 * inf or inf / inf of intended infinities.
+``non-finite constant``: a NaN or Inf in the program itself reached the loss. ``unseen``: it came
+from another rank, from code outside of torch, or from uninitialised memory."""
 
 _DIVIDING = ("div", "reciprocal", "rsqrt", "norm", "var", "std", "remainder", "fmod")
 _POLES = (
@@ -42,67 +42,67 @@ _POLES = (
 )
 
 ADVICE: dict[str, str] = {
-    "overflow": "bound what goes in: normalise it, lower the learning rate, clip the gradients",
+    "overflow": "bound the inputs: normalise them, lower the learning rate, clip the gradients",
     "domain error": "clamp the argument into the range where the function is defined",
-    "division by zero": "add an epsilon to what is divided by",
-    "mean of nothing": "divide a sum by max(count, 1), or leave out a batch without targets",
-    "fully masked row": "let every row attend to at least one position; look whether True in the "
+    "division by zero": "add an epsilon to the divisor",
+    "mean of nothing": "divide a sum by max(count, 1), or skip batches without targets",
+    "fully masked row": "let every row attend to at least one position; check whether True in the "
     "mask means masked or attend",
-    "indeterminate form": "put the infinity in with masked_fill or where instead of a product or "
-    "a difference, or use the smallest finite number of the format",
-    "non-finite constant": "look whether a target is among the masked-out positions",
-    "non-finite parameter": "go back to weights from before; the damage is older than this step",
-    "non-finite buffer": "go back to a state from before, or reset the module's running "
+    "indeterminate form": "set the infinity with masked_fill or where instead of a product or a "
+    "difference, or use the smallest finite number of the data type",
+    "non-finite constant": "check whether a target is among the masked positions",
+    "non-finite parameter": "restore earlier weights; the damage is older than this step",
+    "non-finite buffer": "restore an earlier state, or reset the module's running "
     "statistics; the damage is older than this step",
-    "non-finite input": "look at the data: leave the sample out or mend it where it is loaded",
-    "unseen": "look at what the other ranks found, and at code that computes outside torch",
+    "non-finite input": "check the data: skip the sample, or fix it where it is loaded",
+    "unseen": "check what the other ranks report, and code that computes outside of torch",
 }
-"""By kind of accident. The first that applies is given: half precision, `OPS`, `LAYERS`, this."""
+"""Kind -> what to try. Used last, after the advice for half precision, `OPS` and `LAYERS`."""
 
 OPS: dict[tuple[str, str], str] = {
     ("overflow", "exp"): "subtract the maximum first, or use softmax, logsumexp, softplus",
     ("domain error", "log"): "clamp the argument above 0 before the log, or use log_softmax",
     ("domain error", "sqrt"): "clamp the argument at a positive epsilon before the root",
     ("domain error", "pow"): "clamp the base at a positive epsilon before the power",
-    ("division by zero", "log"): "clamp the argument before the log: torch.where after it keeps "
-    "its value out of the loss, and not its gradient",
-    ("division by zero", "sqrt"): "add the epsilon inside the root: outside it the slope at 0 is "
-    "infinite all the same",
-    ("domain error", "ctc_loss"): "leave out targets that are longer than their inputs allow, or "
+    ("division by zero", "log"): "clamp the argument before the log: torch.where after it "
+    "removes its value from the loss, but not its gradient",
+    ("division by zero", "sqrt"): "add the epsilon inside the root: outside, the slope at 0 is "
+    "still infinite",
+    ("domain error", "ctc_loss"): "skip targets that are longer than their inputs allow, or "
     "set zero_infinity=True",
     ("division by zero", "acos"): "keep the argument inside (-1, 1): the slope is infinite at 1",
     ("division by zero", "asin"): "keep the argument inside (-1, 1): the slope is infinite at 1",
     ("division by zero", "linalg_svd"): "its gradient divides by differences of singular values: "
-    "use svdvals, or keep them apart",
-    ("division by zero", "std"): "a deviation needs two elements, or correction=0",
+    "use svdvals, or keep the values apart",
+    ("division by zero", "std"): "a standard deviation needs two elements, or correction=0",
     ("division by zero", "var"): "a variance needs two elements, or correction=0",
     ("division by zero", "pow"): "add the epsilon to the base: the slope at 0 is infinite",
 }
-"""By kind of accident and operation."""
+"""Kind and operation -> what to try."""
 
 LAYERS: dict[tuple[str, str], str] = {
     ("overflow", "attention"): "normalise queries and keys, or scale them before their product",
-    ("overflow", "embedding"): "look at the norm of the embeddings; lower their learning rate",
+    ("overflow", "embedding"): "check the norm of the embeddings; lower their learning rate",
     ("overflow", "linear"): "weights or inputs have grown: lower the learning rate, normalise "
-    "what goes in",
-    ("division by zero", "norm"): "give the norm an eps above 0: what it divides by is 0",
-    ("non-finite parameter", "embedding"): "go back to weights from before; a row was spoiled, so "
-    "only the batches that use it show it",
+    "the inputs",
+    ("division by zero", "norm"): "set eps of the norm above 0: its divisor is 0",
+    ("non-finite parameter", "embedding"): "restore earlier weights; a row is damaged, and only "
+    "batches that use it fail",
 }
-"""By kind of accident and a part of the module's class name, in lower case; yours to extend."""
+"""Kind and lower-case part of the module's class name -> what to try. You may extend it."""
 
 
 def kind_of(
     kernel: str, *, is_nan: bool, wider_is_finite: bool, from_infinity: bool, zero_base: bool
 ) -> Kind:
-    """Classify an operation that made a non-finite value of values that were as they should be.
+    """Classifies an operation that made a non-finite value from valid inputs.
 
     Args:
         kernel: name of the kernel, such as ``_softmax``.
-        is_nan: whether there is a NaN among the results.
-        wider_is_finite: whether the same in a wider format is finite.
-        from_infinity: whether there was an Inf, put there on purpose, among the inputs.
-        zero_base: whether the first input has an element that is 0.
+        is_nan: whether a result is NaN.
+        wider_is_finite: whether the result is finite in a wider data type.
+        from_infinity: whether an input contains an intended Inf.
+        zero_base: whether the first input contains a 0.
 
     >>> kind_of("exp", is_nan=False, wider_is_finite=False, from_infinity=False, zero_base=False)
     'overflow'
@@ -124,19 +124,26 @@ def kind_of(
 
 
 def advise(kind: str, op: str, module_type: str, phase: str, *, overflow: bool) -> str:
-    """One sentence: what to try, by kind of accident, operation and kind of layer.
+    """Returns what to try, in one sentence.
+
+    Args:
+        kind: a `Kind`.
+        op: name of the operation.
+        module_type: class name of the module.
+        phase: ``forward`` or ``backward``.
+        overflow: whether the operation is finite in float32.
 
     >>> advise("overflow", "linear", "Linear", "forward", overflow=True)
     'run linear in float32, or the whole step in bfloat16'
     """
     if overflow and phase == "backward":
-        return f"lower the loss scale; if it is low already, run {op} in float32"
+        return f"lower the loss scale; if it is already low, run {op} in float32"
     if overflow:
         return f"run {op} in float32, or the whole step in bfloat16"
     if (kind, op) in OPS:
         return OPS[kind, op]
     layer = module_type.lower()
-    for (met, part), sentence in LAYERS.items():
-        if met == kind and part in layer:
+    for (listed, part), sentence in LAYERS.items():
+        if listed == kind and part in layer:
             return sentence
     return ADVICE[kind]

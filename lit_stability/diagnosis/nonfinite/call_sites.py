@@ -1,7 +1,7 @@
-"""Where in the program a kernel runs: the torch function, the module and the source line.
+"""The place in the program where a kernel runs: torch function, module and source line.
 
-In the forward pass the Python stack tells. The backward pass has none, so each node of the autograd
-graph is labelled, as it is made, with the call it belongs to. May import torch.
+In the forward pass it is read from the Python stack. The backward pass has no Python stack, so each
+node of the autograd graph is labelled with its call when it is created. May import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LIBRARIES = tuple(
 _PASSIVE = frozenset({"__get__", "__set__", "__delete__", "backward", "grad", "_set_grad_enabled"})
 """Functions that compute nothing themselves."""
 _COMPOSITE = frozenset({"multi_head_attention_forward"})
-"""Functions that do so much that the kernel's name says more."""
+"""Functions of many kernels: the name of the kernel says more."""
 _OPERATORS = {"truediv": "div", "getitem": "index", "setitem": "index_put"}
 
 
@@ -36,7 +36,7 @@ class Site:
     """A place in the program."""
 
     op: str = ""
-    """Torch function, "" where only the kernel is known."""
+    """Torch function; "" if only the kernel is known."""
     module: str = ""
     file: str = ""
     line: int = 0
@@ -44,11 +44,11 @@ class Site:
 
 
 class CallSites(TorchFunctionMode):
-    """While entered, knows the call that is under way, and the call behind each autograd node.
+    """Tracks the current call, and the call that created each autograd node, while it is entered.
 
     Args:
-        model: its modules get their paths; a module outside of it counts as its caller's code.
-        on_leaf: told of each tensor that gradients would accumulate in.
+        model: provides the paths of modules; a module outside of it counts as its caller's code.
+        on_leaf: called with each leaf tensor in which gradients would accumulate.
     """
 
     def __init__(self, model: nn.Module, on_leaf: Callable[[Tensor], None]) -> None:
@@ -63,7 +63,7 @@ class CallSites(TorchFunctionMode):
         self._key = object()
 
     def __enter__(self) -> CallSites:
-        """Watch calls of functions and modules."""
+        """Starts tracking calls of functions and modules."""
         self._floor = sys._getframe(1)
         for path, module in self._named:
             if not isinstance(module, torch.jit.ScriptModule):
@@ -76,7 +76,7 @@ class CallSites(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Watch no more."""
+        """Stops tracking."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
@@ -94,7 +94,7 @@ class CallSites(TorchFunctionMode):
         return self._modules[-1] if self._modules else ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, and label the nodes it makes."""
+        """Runs a torch function and labels the autograd nodes that it creates."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _PASSIVE:
             return func(*args, **kwargs)
@@ -106,14 +106,14 @@ class CallSites(TorchFunctionMode):
             for tensor in given:
                 if tensor.is_leaf and tensor.requires_grad:
                     self._on_leaf(tensor)
-            # An operation in place gives its tensor another node than it had.
+            # An in-place operation gives its tensor a new node.
             self._label(_nodes([*_tensors([out]), *given]), self._site(self._function))
         finally:
             self._function = outer
         return out
 
     def _label_unknown(self, nodes: Iterable[Any]) -> None:
-        """A node that no watched function made is a custom Function's, or made by autograd."""
+        """Labels nodes that no watched function made: custom Functions, or autograd itself."""
         for node in nodes:
             if self._key not in node.metadata:
                 node.metadata[self._key] = self._site("")
@@ -127,16 +127,16 @@ class CallSites(TorchFunctionMode):
                 continue
             if self._key not in node.metadata:
                 node.metadata[self._key] = site
-                todo.extend(below for below, _ in node.next_functions)
+                todo.extend(parent for parent, _ in node.next_functions)
 
     def here(self) -> Site:
-        """The place in the program whose kernel runs now."""
+        """Returns the place in the program of the kernel that is running."""
         node = torch._C._current_autograd_node()
         label: Site | None = _metadata(node).get(self._key) if node is not None else None
         if self._function is None and label is not None and not _is_custom(node):
             return replace(label, op=label.op or _node_name(node), phase="backward")
         site = self._site(self._function or "")
-        if node is not None:  # a custom backward, of which its kernels say more than its name
+        if node is not None:  # in a custom backward, the kernels say more than its name
             op = site.op or ("" if _is_custom(node) else _node_name(node))
             site = replace(site, phase="backward", op=op)
         if label is None:
@@ -149,14 +149,14 @@ class CallSites(TorchFunctionMode):
         frame = next(self.frames(), None)
         if frame is None:
             return Site(op, self._module)
-        # A method that is called directly runs in its module too, and no hook tells.
+        # A method that is called directly runs in its module too, but no hook is called.
         owner = self._paths.get(id(frame.f_locals.get("self")), "")
         is_below = owner.startswith(f"{self._module}." if self._module else "")
         module = owner if owner and is_below else self._module
         return Site(op, module, frame.f_code.co_filename, frame.f_lineno)
 
     def frames(self) -> Iterator[FrameType]:
-        """The program's own frames, the deepest first: neither torch's nor ours."""
+        """Yields the frames outside of torch and this package, the innermost first."""
         return (f for f in self._all_frames() if not _is_library(f.f_code.co_filename))
 
     def _all_frames(self) -> Iterator[FrameType]:
@@ -187,7 +187,7 @@ def _leaves(output: Any) -> list[Any]:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Tensors among values, and one level down in lists and tuples."""
+    """Returns the tensors among values, and one level down in lists and tuples."""
     found = []
     for value in values:
         if isinstance(value, Tensor):
@@ -203,7 +203,7 @@ def _nodes(tensors: Iterable[Tensor]) -> list[Any]:
 
 @lru_cache(maxsize=1024)
 def _function_name(name: str) -> str:
-    """Torch's name for a function or operator, in place or reflected; "" for a composite."""
+    """Returns torch's name of a function, in-place or reflected operator; "" for a composite."""
     plain = name.strip("_")
     if name.startswith("__"):
         # __rtruediv__ and __itruediv__ are divisions.
@@ -212,14 +212,14 @@ def _function_name(name: str) -> str:
 
 
 def _node_name(node: Any) -> str:
-    """``SqrtBackward0`` is ``sqrt``."""
+    """Returns the operation of an autograd node: ``SqrtBackward0`` is ``sqrt``."""
     name = re.sub(r"Backward\d*$", "", node.name().rsplit("::")[-1])
     return kernel_name(re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
 
 
 @lru_cache(maxsize=1024)
 def kernel_name(name: str) -> str:
-    """What a kernel computes: ``_safe_softmax`` and ``_softmax_backward_data`` are ``softmax``."""
+    """Returns what a kernel computes, such as ``softmax`` for ``_softmax_backward_data``."""
     name = re.sub("^(native|fused|safe|to)_", "", name.strip("_")).removesuffix("_forward")
     if name.startswith("scaled_dot_product"):
         return "scaled_dot_product_attention"

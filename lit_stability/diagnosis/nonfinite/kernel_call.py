@@ -1,4 +1,4 @@
-"""One call of a kernel: what went in, under which names, as it was before the call.
+"""One call of a kernel: its arguments by name, as they were before the call.
 
 May import torch.
 """
@@ -18,20 +18,20 @@ from lit_stability.diagnosis.nonfinite.values import storage_of, tensors_of
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a kernel does to memory."""
+    """How a kernel uses memory."""
 
     is_view: bool = False
     is_blank: bool = False
-    """Gives memory that was not written to yet."""
+    """Whether it returns uninitialised memory."""
     writes: frozenset[str] = frozenset()
-    """Arguments that it writes to."""
+    """Names of arguments that it writes to."""
     overwrites: frozenset[str] = frozenset()
-    """Those among them that it does not read."""
+    """Names of arguments that it writes to without reading them."""
 
 
 @lru_cache(maxsize=4096)
 def traits_of(func: Any) -> Traits:
-    """Read them from the kernel's schema; higher-order operators have none."""
+    """Returns the traits from the kernel's schema; higher-order operators have no schema."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return Traits()
@@ -52,35 +52,35 @@ class Operand(NamedTuple):
     """A tensor that a kernel reads."""
 
     name: str
-    """What the kernel's schema calls it."""
+    """Name of the argument in the kernel's schema."""
     tensor: Tensor
-    """As it was before the call."""
+    """The tensor, or its copy from before the call if the kernel wrote to it."""
     memory: int
-    """Address of its storage, which its views share."""
+    """Address of its storage, which it shares with its views."""
 
 
 class KernelCall:
-    """A call about to be made; `run` makes it.
+    """A call of a kernel, made by `run`.
 
     Args:
         func: the kernel, an ``OpOverload``.
-        args: as it is called.
-        kwargs: as it is called.
+        args: positional arguments.
+        kwargs: keyword arguments.
     """
 
     def __init__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.func, self._args, self._kwargs = func, args, kwargs
         self.traits = traits_of(func)
         self._before: dict[int, Tensor] = {}
-        """Copies of what the call writes to, by id of the tensor."""
+        """Id of a tensor that the call writes to -> copy from before the call."""
 
     def written(self) -> list[Tensor]:
-        """Tensors that the call writes to."""
+        """Returns the tensors that the call writes to."""
         names = self.traits.writes
         return [t for name, t in self._named() if name in names] if names else []
 
     def run(self) -> tuple[Any, list[Tensor]]:
-        """What the call returns, and all tensors that it made or wrote to."""
+        """Makes the call; returns its result, and all tensors that it made or wrote to."""
         written = self.written()
         self._before = {id(t): t.clone() for t in written}
         out = self.func(*self._args, **self._kwargs)
@@ -90,16 +90,16 @@ class KernelCall:
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel without overload, such as ``_softmax``."""
+        """Name of the kernel without its overload, such as ``_softmax``."""
         return str(getattr(self.func, "_opname", None) or self.func.__name__).split(".")[0]
 
     @property
     def is_collective(self) -> bool:
-        """Whether the result depends on what other ranks hold."""
+        """Whether the result depends on other ranks."""
         return str(self.func).startswith(("c10d.", "_c10d_functional."))
 
     def operands(self) -> list[Operand]:
-        """Tensors that the call reads, as they were before it."""
+        """Returns the tensors that the call reads, as they were before it."""
         return [
             Operand(name, self._before.get(id(t), t), storage_of(t)._cdata)
             for name, t in self._named()
@@ -107,11 +107,11 @@ class KernelCall:
         ]
 
     def arguments(self) -> tuple[Any, Any]:
-        """All arguments as they were before, to make the call once more."""
-        return self._then(self._args), self._then(self._kwargs)
+        """Returns all arguments as they were before, to repeat the call."""
+        return self._before_call(self._args), self._before_call(self._kwargs)
 
     def constants(self) -> list[float]:
-        """NaN and Inf that the program wrote as a number."""
+        """Returns the NaN and Inf among the plain numbers of the arguments."""
         values = [*self._args, *self._kwargs.values()]
         return [v for v in values if isinstance(v, float) and not math.isfinite(v)]
 
@@ -123,9 +123,9 @@ class KernelCall:
             for tensor in tensors_of(value):
                 yield name, tensor
 
-    def _then(self, value: Any) -> Any:
+    def _before_call(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._before.get(id(value), value)
         if isinstance(value, dict):
-            return {key: self._then(each) for key, each in value.items()}
-        return [self._then(v) for v in value] if isinstance(value, (list, tuple)) else value
+            return {key: self._before_call(v) for key, v in value.items()}
+        return [self._before_call(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,6 @@
-"""What is told of the operation in which a NaN or Inf was born.
+"""The description of an operation that made a NaN or Inf.
 
-Data only: imports neither torch nor Lightning.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ Cause = Literal["input", "parameter", "buffer", "operation"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRange:
-    """One tensor that went into the operation: its name, its shape, and the range of its values."""
+    """An input tensor of the operation, with the range of its values."""
 
     name: str
-    """The parameter's or the variable's name; else what the kernel calls it."""
+    """Name of the parameter or variable, else the name of the kernel's argument."""
     shape: tuple[int, ...]
     dtype: str
     minimum: float | None
-    """Smallest finite element (of real and imaginary parts), None where there is none."""
+    """Smallest finite element (of real and imaginary parts); None if there is none."""
     maximum: float | None
+    """Largest finite element."""
     nonfinite: int
     """Number of elements that are NaN or Inf."""
 
@@ -38,45 +39,41 @@ class TensorRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NonFiniteOrigin:
-    """The first operation that made a non-finite value which reached the loss or a gradient.
-
-    ``op``, ``module``, ``file`` and ``line`` say where, ``phase`` in which pass, ``cause`` by what,
-    ``inputs`` what went in; `describe` says it in words and ``advice`` what to try.
-    """
+    """The first operation that made a non-finite value which reached the loss or a gradient."""
 
     op: str
-    """As the program calls it: ``log``, ``softmax``, ``linear``; in the backward pass the
-    operation of the forward pass whose gradient it is."""
+    """Name in the program: ``log``, ``softmax``, ``linear``; in the backward pass, the operation of
+    the forward pass whose gradient is computed."""
     kernel: str
-    """The ATen kernel that was seen to do it, such as ``aten._softmax.default``."""
+    """The ATen kernel, such as ``aten._softmax.default``."""
     phase: Phase
-    """``forward`` if the loss is non-finite, ``backward`` if it is finite and gradients are not."""
+    """``forward`` if the loss is non-finite, ``backward`` if only gradients are."""
     cause: Cause
-    """``operation``: all that went in was finite, or an Inf put there on purpose. Else the values
-    were bad before the step: a ``parameter``, a ``buffer``, or an ``input`` (any other tensor, also
-    one that another rank sent)."""
+    """``operation``: its inputs were finite, or contained an Inf on purpose. Else the values were
+    non-finite before the step: a ``parameter``, a ``buffer``, or an ``input`` (any other tensor,
+    also one from another rank)."""
     kind: Kind
-    """What went wrong: see `Kind`."""
+    """Kind of numerical error; see `Kind`."""
     value: str
-    """What it made: ``nan``, ``inf`` or ``-inf``."""
+    """Value it made: ``nan``, ``inf`` or ``-inf``."""
     overflow: bool
-    """Whether the same operation on the same inputs is finite in float32, and not in ``dtype``."""
+    """Whether the same operation on the same inputs is finite in float32 but not in ``dtype``."""
     dtype: str
-    """Format of the result, such as ``float16``."""
+    """Data type of the result, such as ``float16``."""
     module: str
     """Path of the innermost module, for ``model.get_submodule``; "" for the model's own code and
-    all that runs outside its modules, such as the loss."""
+    for code outside of its modules, such as the loss."""
     module_type: str
     file: str
-    """Source file of the line below; "" where the step calls nothing but torch."""
+    """Source file of ``line``; "" if the step calls only torch."""
     line: int
-    """The deepest line that is neither torch's nor this package's; in the backward pass that of
-    the forward operation, or the line inside a custom ``backward``."""
+    """The innermost line outside of torch and this package; in the backward pass, the line of the
+    forward operation, or the line inside a custom ``backward``."""
     tensor: str = ""
-    """The parameter, buffer or input that was non-finite before; "" for an operation."""
+    """Parameter, buffer or input that was non-finite before the step; "" for an operation."""
     inputs: tuple[TensorRange, ...] = ()
     note: str = ""
-    """What else there is to know: parts run eagerly, a value that the loss did not take."""
+    """Remark: compiled parts were run eagerly, or the loss is finite."""
 
     @property
     def advice(self) -> str:
@@ -84,11 +81,11 @@ class NonFiniteOrigin:
         return advise(self.kind, self.op, self.module_type, self.phase, overflow=self.overflow)
 
     def describe(self) -> str:
-        """Two lines for a log: what, where and why; and what to try."""
+        """Returns two lines for a log: operation, place and reason; and what to try."""
         module = f"{self.module} ({self.module_type})" if self.module else self.module_type
         where = f", {PurePath(self.file).name}:{self.line}" if self.file else ""
         text = f"{self.op} made {self.value} in {module}{where}, {self.phase} pass: {self._why()}"
-        ranges = "; ".join(str(each) for each in self.inputs[:3])
+        ranges = "; ".join(str(tensor) for tensor in self.inputs[:3])
         text += f"; {ranges}" if ranges else ""
         text += f" ({self.note})" if self.note else ""
         return f"{text}\n  try: {self.advice}"
@@ -101,7 +98,7 @@ class NonFiniteOrigin:
         return f"{self.kind} {self.tensor}".rstrip()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the advice among them."""
+        """Returns the fields and the advice as JSON types."""
         plain = asdict(self) | {"advice": self.advice}
         plain["inputs"] = [r | {"shape": list(r["shape"])} for r in plain["inputs"]]
         return plain

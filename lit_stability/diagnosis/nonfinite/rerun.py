@@ -1,6 +1,6 @@
-"""Runs one bad step again, watched, and tells where its NaN or Inf was born.
+"""`locate_nonfinite`: runs a bad step again and finds the operation that made its NaN or Inf.
 
-May import torch; knows no Lightning.
+May import torch, but not Lightning.
 """
 
 from __future__ import annotations
@@ -18,73 +18,73 @@ from torch.autograd.graph import _engine_run_backward
 from lit_stability.diagnosis.nonfinite.call_sites import CallSites
 from lit_stability.diagnosis.nonfinite.kernel_call import Operand
 from lit_stability.diagnosis.nonfinite.origin import NonFiniteOrigin
-from lit_stability.diagnosis.nonfinite.step_state import StepState
 from lit_stability.diagnosis.nonfinite.values import is_nonfinite, storage_of
-from lit_stability.diagnosis.nonfinite.watch import Birth, Watch
+from lit_stability.diagnosis.nonfinite.watch import Source, Watch
 from lit_stability.measurement.compiled import has_compiled_parts
+from lit_stability.training_state.isolated_model import IsolatedModel
 
 
 def locate_nonfinite(
     model: nn.Module, step: Callable[[], Tensor | Mapping[str, Any]]
 ) -> NonFiniteOrigin | None:
-    """Find the operation in which the NaN or Inf of one bad step was born.
+    """Finds the operation that made the NaN or Inf of one bad step.
 
-    The step is run again: forward, and if its loss is finite backward. Where loss and gradients
-    are finite there is nothing to tell, whatever infinities the step used on the way. Where nothing
-    but the gradients is non-finite, the backward pass is to blame, and the operation named is the
-    one of the forward pass whose gradient it is.
+    The step is run again: forward, and if its loss is finite, backward. If loss and gradients are
+    finite, the result is None, whatever infinities the step used in between. If only gradients are
+    non-finite, the backward pass is the cause, and the operation is the one of the forward pass
+    whose gradient it is.
 
-    Afterwards all is as it was, also if the step raises: gradients, buffers, generators, training
-    flags, and any other tensor that was there before and was written to. Objects that are no
-    tensors are not. Parts that were compiled run eagerly, as a compiled part hides its operations.
-    For the same values as the first time, generators and buffers must be in the state they were in
-    when the bad step began; with several ranks whose parameters are sharded, all must call this.
+    Afterwards the state is restored, even if the step raises: gradients, buffers, generators,
+    training flags, and every other existing tensor that was written to. Objects that are not
+    tensors are not restored. Compiled parts run eagerly, since a compiled part hides its
+    operations. To compute the same values as the first time, generators and buffers must be in the
+    state in which the bad step began. If parameters are sharded, all ranks must call this.
 
     Args:
-        model: names and types of modules, parameters and buffers are taken from it, and its
-            parameters' gradients are what has to be finite.
-        step: computes the loss and returns it, a scalar tensor or a mapping with one as ``loss``,
-            without a backward pass; precision contexts and loss scaling are its own affair.
+        model: provides the names and types of modules, parameters and buffers; the gradients of
+            its parameters are checked.
+        step: computes the loss without a backward pass and returns it, a scalar tensor or a mapping
+            with one as ``loss``; it must enter precision contexts and scale the loss by itself.
 
     Returns:
-        The first operation which made a non-finite value that reached the loss or a gradient.
+        The first operation that made a non-finite value which reached the loss or a gradient.
 
     Raises:
-        ValueError: where the step returns no scalar loss.
+        ValueError: if the step does not return a scalar loss.
     """
-    state = StepState(model)
+    state = IsolatedModel(model)
     try:
         with torch.inference_mode(False), torch.enable_grad(), _eager():
-            torch.clear_autocast_cache()  # what was cast before was not watched
+            torch.clear_autocast_cache()  # earlier casts were not watched
             return _run(model, step, state)
     finally:
         torch.clear_autocast_cache()
         state.restore()
 
 
-def _run(model: nn.Module, step: Callable[[], Any], state: StepState) -> NonFiniteOrigin | None:
-    with CallSites(model, state.set_aside) as calls, Watch(model, calls, state) as watch:
+def _run(model: nn.Module, step: Callable[[], Any], state: IsolatedModel) -> NonFiniteOrigin | None:
+    with CallSites(model, state.remove_gradient) as calls, Watch(model, calls, state) as watch:
         loss = _scalar(step())
         if is_nonfinite(loss):
-            return _finished(model, _birth(watch, loss).origin)
+            return _finished(model, _source(watch, loss).origin)
         if not loss.requires_grad:
             return None
         watch.in_backward = True
         _backward(loss)
-        births = [
-            _birth(watch, p.grad)
+        sources = [
+            _source(watch, p.grad)
             for p in model.parameters()
             if p.grad is not None and is_nonfinite(p.grad)
         ]
-    if not births:
+    if not sources:
         return None
-    first = min(births, key=lambda b: (b.excused, b.order))
-    return _finished(model, _spoiling_gradients(first.origin))
+    first = min(sources, key=lambda s: (s.intended, s.order))
+    return _finished(model, _seen_in_gradients(first.origin))
 
 
 def _backward(loss: Tensor) -> None:
-    # torch.autograd.backward is a watched function itself, within which no other is watched: the
-    # operations of custom Functions would go unnamed.
+    # torch.autograd.backward is itself a watched function, and no function is watched inside of
+    # another: the operations of custom Functions would have no name.
     _engine_run_backward(
         (loss,),
         (torch.ones_like(loss),),
@@ -103,23 +103,21 @@ def _scalar(loss: Any) -> Tensor:
         return loss
     shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
     raise ValueError(
-        f"step() must return its loss, a tensor of one element or a mapping that has it as 'loss'; "
+        f"step() must return its loss, a tensor of one element or a mapping with it as 'loss'; "
         f"it returned {shown}"
     )
 
 
-def _birth(watch: Watch, tensor: Tensor) -> Birth:
-    """Also of a tensor that no watched operation made."""
+def _source(watch: Watch, tensor: Tensor) -> Source:
+    """Returns the source of a non-finite tensor, whether a watched operation made it or not."""
     memory = storage_of(tensor)._cdata
-    return watch.birth_of(tensor) or watch.birth_outside(Operand("loss", tensor, memory))
+    return watch.source_of(tensor) or watch.source_outside(Operand("loss", tensor, memory))
 
 
-def _spoiling_gradients(origin: NonFiniteOrigin) -> NonFiniteOrigin:
+def _seen_in_gradients(origin: NonFiniteOrigin) -> NonFiniteOrigin:
     if origin.phase == "backward":
         return origin
-    return replace(
-        origin, phase="backward", note="made in the forward pass; the loss does not show it"
-    )
+    return replace(origin, phase="backward", note="made in the forward pass; the loss is finite")
 
 
 def _finished(model: nn.Module, origin: NonFiniteOrigin) -> NonFiniteOrigin:
@@ -130,7 +128,7 @@ def _finished(model: nn.Module, origin: NonFiniteOrigin) -> NonFiniteOrigin:
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Loading the compiler takes seconds; without it nothing can have been compiled."""
+    """Returns a context that runs compiled parts eagerly; does not load the compiler needlessly."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""What the elements of a tensor are: finite or not, in which range, a mask or data.
+"""Properties of the elements of a tensor: finite or not, their range, mask or data.
 
 May import torch.
 """
@@ -26,7 +26,7 @@ _WIDER = {
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Tensors among the arguments or results of a kernel."""
+    """Yields the tensors among the arguments or results of a kernel."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -35,7 +35,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def elements(tensor: Tensor) -> Tensor:
-    """The numbers that this rank holds of it; a sparse tensor's values."""
+    """Returns the elements that this rank holds; of a sparse tensor, its values."""
     held = _held(tensor)
     return held.float() if held.is_floating_point() and held.dtype.itemsize == 1 else held
 
@@ -48,32 +48,32 @@ def _held(tensor: Tensor) -> Tensor:
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    """The memory that a tensor shares with its views."""
+    """Returns the storage that a tensor shares with its views."""
     return _held(tensor).untyped_storage()
 
 
 def is_nonfinite(tensor: Tensor) -> bool:
-    """Whether any element is NaN or Inf; integers never are."""
+    """Returns whether any element is NaN or Inf; integers never are."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return False
     numbers = elements(tensor)
-    # A sum shows every NaN and Inf in one pass without a copy; but it may overflow itself.
+    # A sum finds every NaN and Inf in one pass without a copy, but the sum itself may overflow.
     total = numbers.sum(dtype=_WIDER.get(numbers.dtype) if numbers.dtype in HALF else None)
     return not bool(torch.isfinite(total)) and not bool(torch.isfinite(numbers).all())
 
 
 def has_nan(tensor: Tensor) -> bool:
-    """Whether any element is NaN."""
+    """Returns whether any element is NaN."""
     return bool(torch.isnan(elements(tensor)).any())
 
 
 def has_zero(tensor: Tensor) -> bool:
-    """Whether any element is 0."""
+    """Returns whether any element is 0."""
     return bool((elements(tensor) == 0).any())
 
 
 def value_of(tensor: Tensor) -> str:
-    """The worst there is in it: ``nan``, ``inf`` or ``-inf``."""
+    """Returns the worst non-finite value in a tensor: ``nan``, ``inf`` or ``-inf``."""
     numbers = real(elements(tensor))
     if bool(torch.isnan(numbers).any()):
         return "nan"
@@ -81,7 +81,7 @@ def value_of(tensor: Tensor) -> str:
 
 
 def is_mask(tensor: Tensor) -> bool:
-    """Whether it is made of infinities and 0 alone, to be added to scores or written over them."""
+    """Returns whether a tensor contains only infinities and 0, as a mask for scores does."""
     numbers = real(elements(tensor))
     zeros = numbers == 0
     is_made_of_them = bool((zeros | torch.isinf(numbers)).all())
@@ -89,7 +89,7 @@ def is_mask(tensor: Tensor) -> bool:
 
 
 def range_of(name: str, tensor: Tensor) -> TensorRange:
-    """Shape, format, range of the finite elements, and how many others there are."""
+    """Returns shape, data type, range of the finite elements, and number of non-finite ones."""
     numbers = real(elements(tensor))
     finite = numbers[torch.isfinite(numbers)]
     low, high = (float(v) for v in torch.aminmax(finite)) if finite.numel() else (None, None)
@@ -104,13 +104,13 @@ def range_of(name: str, tensor: Tensor) -> TensorRange:
 
 
 def is_finite_when_wider(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a kernel's result is finite if computed in the next wider format."""
+    """Returns whether a kernel's result is finite in the next wider data type."""
     if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
         return False
     try:
         with torch._C._DisableAutocast(), torch.no_grad():
             out = func(*_widened(args), **_widened(kwargs))
-    except (RuntimeError, TypeError):  # not every kernel knows every format
+    except (RuntimeError, TypeError):  # not every kernel supports every data type
         return False
     return not any(is_nonfinite(t) for t in tensors_of(out))
 

@@ -1,4 +1,4 @@
-"""What the program calls a tensor: the variable that holds it.
+"""Names of tensors: the variables of the program that hold them.
 
 May import torch.
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 from lit_stability.diagnosis.nonfinite.values import storage_of
 
 _MOST = 64
-"""Elements of a container that are looked at."""
+"""Largest number of elements examined in a container."""
 
 
 def variable_of(memory: int, frames: Iterable[FrameType]) -> str:
-    """The variable that holds a tensor, or a view of it: ``y`` or ``batch['x']``; "" if none does.
+    """Returns the variable that holds a tensor or a view of it, such as ``batch['x']``; else "".
 
     Args:
         memory: address of the tensor's storage.
-        frames: the deepest first. The outermost name is given, as it is closest to the data.
+        frames: the innermost first. The outermost name is returned, as it is closest to the data.
     """
     for frame in reversed(list(frames)):
         variables = [*frame.f_locals.items(), *_globals_of(frame)]
-        # Containers first: a batch says more than the name that a part of it was given.
+        # Containers first: a path in the batch says more than the name of a local variable.
         for name, value in sorted(variables, key=lambda v: isinstance(v[1], Tensor)):
             for path, held in _tensors_by_path(name, value):
                 if _memory_of(held) == memory:
@@ -35,7 +35,7 @@ def variable_of(memory: int, frames: Iterable[FrameType]) -> str:
 
 
 def _globals_of(frame: FrameType) -> Iterator[tuple[str, Any]]:
-    """Global variables that the frame's code names."""
+    """Yields the global variables that the code of a frame uses."""
     for name in frame.f_code.co_names:
         if name in frame.f_globals:
             yield name, frame.f_globals[name]
@@ -44,12 +44,12 @@ def _globals_of(frame: FrameType) -> Iterator[tuple[str, Any]]:
 def _memory_of(tensor: Tensor) -> int | None:
     try:
         return int(storage_of(tensor)._cdata)
-    except (RuntimeError, NotImplementedError):  # tensors without memory of their own
+    except (RuntimeError, NotImplementedError):  # tensors without storage
         return None
 
 
 def _tensors_by_path(path: str, value: Any, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in a variable, with the expression that gives each."""
+    """Yields the tensors in a variable, each with its expression."""
     if isinstance(value, Tensor):
         yield path, value
     elif depth and isinstance(value, Mapping):

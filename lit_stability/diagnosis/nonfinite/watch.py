@@ -1,12 +1,12 @@
-"""Watches every kernel of a step for the birth of non-finite values, and follows them.
+"""Watches every kernel of a step for new non-finite values, and tracks where they come from.
 
-A non-finite value inherits its origin from what it was computed of, so that the origin of whatever
-reaches the loss is at hand when the step has run. Whose origin, where several meet:
+A non-finite value inherits the source of the values that it was computed from, so the source of
+whatever reaches the loss is known after the step. If several sources meet:
 
-* A NaN comes from the NaNs that went in, else from the Infs; an Inf from what was not finite.
-* An Inf put there on purpose (a constant, a mask of -inf) is *excused*: it is passed on, but where
-  a NaN is made of excused values alone, the operation that makes it is the origin.
-* Of several the earliest.
+* A NaN comes from the NaNs among the inputs, else from the Infs; an Inf from any non-finite input.
+* An Inf that is there on purpose (a constant, a mask of -inf) is *intended*: it is passed on, but
+  if a NaN is made from intended values alone, the operation that makes it is the source.
+* The earliest source counts.
 
 May import torch.
 """
@@ -25,7 +25,6 @@ from lit_stability.diagnosis.nonfinite.advice import Kind, kind_of
 from lit_stability.diagnosis.nonfinite.call_sites import CallSites, Site, kernel_name
 from lit_stability.diagnosis.nonfinite.kernel_call import KernelCall, Operand, traits_of
 from lit_stability.diagnosis.nonfinite.origin import Cause, NonFiniteOrigin, TensorRange
-from lit_stability.diagnosis.nonfinite.step_state import StepState
 from lit_stability.diagnosis.nonfinite.values import (
     has_nan,
     has_zero,
@@ -38,6 +37,7 @@ from lit_stability.diagnosis.nonfinite.values import (
 )
 from lit_stability.diagnosis.nonfinite.variables import variable_of
 from lit_stability.measurement.half_precision import HALF
+from lit_stability.training_state.isolated_model import IsolatedModel
 
 _KINDS: dict[Cause, Kind] = {
     "input": "non-finite input",
@@ -47,26 +47,26 @@ _KINDS: dict[Cause, Kind] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Birth:
-    """Where non-finite values came from."""
+class Source:
+    """Where non-finite values came from; a smaller ``order`` is earlier."""
 
     order: int
-    excused: bool
+    intended: bool
     origin: NonFiniteOrigin
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, looks at the result of every kernel, forward and backward.
+    """Checks the result of every kernel, forward and backward, while it is entered.
 
     Args:
-        model: its parameters and buffers get their names.
-        calls: knows the place in the program.
-        state: is told what the step writes to that it did not make itself.
+        model: provides the names of parameters and buffers.
+        calls: provides the current place in the program.
+        state: copies what the step writes to and did not make itself.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, calls: CallSites, state: StepState) -> None:
+    def __init__(self, model: nn.Module, calls: CallSites, state: IsolatedModel) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls, self._state = calls, state
         self._types = {path: type(m).__name__ for path, m in model.named_modules()}
@@ -75,15 +75,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known[storage_of(tensor)._cdata] = ("buffer", name)
         for name, tensor in model.named_parameters():
             self._known[storage_of(tensor)._cdata] = ("parameter", name)
-        # Weak references keep addresses from being given away, not the memory behind them.
+        # A weak reference keeps the address from being reused, but does not keep the memory alive.
         self._made: dict[int, StorageWeakRef] = {}
-        self._births: dict[int, tuple[StorageWeakRef, Birth]] = {}
+        self._sources: dict[int, tuple[StorageWeakRef, Source]] = {}
         self._count = 0
         self.in_backward = False
-        self._first_in_backward: Birth | None = None
+        self._first_in_backward: Source | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a kernel and look at what it made."""
+        """Runs a kernel and checks its result."""
         kwargs = kwargs or {}
         traits = traits_of(func)
         if traits.is_view:
@@ -91,10 +91,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = KernelCall(func, args, kwargs)
         for tensor in call.written():
             if storage_of(tensor)._cdata not in self._made:
-                self._state.keep(tensor)
+                self._state.copy_memory(tensor)
         out, made = call.run()
         if not traits.is_blank:
-            self._judge(call, made)
+            self._check(call, made)
         if not traits.writes:
             self._remember(call, made)
         return out
@@ -104,46 +104,46 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = storage_of(tensor)
             if storage._cdata not in self._made:
                 self._made[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            if call.kernel == "_to_copy":  # a cast of a parameter goes by its name
-                source = self._known.get(call.operands()[0].memory)
-                if source is not None:
-                    self._known[storage._cdata] = source
+            if call.kernel == "_to_copy":  # a cast of a parameter has its name
+                known = self._known.get(call.operands()[0].memory)
+                if known is not None:
+                    self._known[storage._cdata] = known
 
-    def _judge(self, call: KernelCall, made: list[Tensor]) -> None:
+    def _check(self, call: KernelCall, made: list[Tensor]) -> None:
         bad = [t for t in made if is_nonfinite(t)]
         if bad:
-            birth = self._birth_of_result(call, bad)
+            source = self._source_of_result(call, bad)
             for tensor in bad:
-                self._note(tensor, birth)
+                self._note(tensor, source)
 
-    def _note(self, tensor: Tensor, birth: Birth) -> None:
+    def _note(self, tensor: Tensor, source: Source) -> None:
         storage = storage_of(tensor)
-        self._births[storage._cdata] = (StorageWeakRef(storage), birth)  # type: ignore[no-untyped-call]
+        self._sources[storage._cdata] = (StorageWeakRef(storage), source)  # type: ignore[no-untyped-call]
 
-    def _birth_of_result(self, call: KernelCall, made: list[Tensor]) -> Birth:
+    def _source_of_result(self, call: KernelCall, made: list[Tensor]) -> Source:
         is_nan = any(has_nan(t) for t in made)
         parents = [
-            (self._birth_of_operand(call, operand), has_nan(operand.tensor))
+            (self._source_of_operand(call, operand), has_nan(operand.tensor))
             for operand in call.operands()
             if is_nonfinite(operand.tensor)
         ]
-        pool = [b for b, nan in parents if nan] if is_nan else []
-        pool = pool or [b for b, _ in parents]
-        guilty = [b for b in pool if not b.excused]
-        if guilty or (pool and not is_nan):
-            return min(guilty or pool, key=lambda b: b.order)
-        return self._birth_of_operation(call, made, is_nan=is_nan, from_infinity=bool(pool))
+        pool = [s for s, nan in parents if nan] if is_nan else []
+        pool = pool or [s for s, _ in parents]
+        unintended = [s for s in pool if not s.intended]
+        if unintended or (pool and not is_nan):
+            return min(unintended or pool, key=lambda s: s.order)
+        return self._source_of_operation(call, made, is_nan=is_nan, from_infinity=bool(pool))
 
-    def _birth_of_operand(self, call: KernelCall, operand: Operand) -> Birth:
-        if operand.memory in self._births:
-            return self._births[operand.memory][1]
-        return self.birth_outside(operand, call)
+    def _source_of_operand(self, call: KernelCall, operand: Operand) -> Source:
+        if operand.memory in self._sources:
+            return self._sources[operand.memory][1]
+        return self.source_outside(operand, call)
 
-    def birth_outside(self, operand: Operand, call: KernelCall | None = None) -> Birth:
-        """Of a tensor that was non-finite before the step, or was filled by what is not watched."""
+    def source_outside(self, operand: Operand, call: KernelCall | None = None) -> Source:
+        """Returns the source of a tensor that no watched kernel has made non-finite."""
         cause, name = self._known.get(operand.memory, ("input", ""))
         name = name or variable_of(operand.memory, self._calls.frames())
-        # Collectives fill memory of the step later on; nothing else comes into a backward pass.
+        # Collectives fill memory of the step later; a backward pass has no other unknown input.
         unknown = operand.memory in self._made or (self.in_backward and not name)
         lost = cause == "input" and unknown
         if lost and self._first_in_backward is not None:
@@ -159,20 +159,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor=name or operand.name,
             inputs=(range_of(name or operand.name, operand.tensor),),
         )
-        birth = self._birth(origin, excused=is_meant and cause != "parameter")
-        self._note(operand.tensor, birth)
-        return birth
+        source = self._new_source(origin, intended=is_meant and cause != "parameter")
+        self._note(operand.tensor, source)
+        return source
 
-    def _birth_of_operation(
+    def _source_of_operation(
         self, call: KernelCall, made: list[Tensor], *, is_nan: bool, from_infinity: bool
-    ) -> Birth:
+    ) -> Source:
         if call.is_collective:
             origin = self._origin(call, made[0], cause="input", kind="unseen", tensor="other ranks")
-            return self._birth(origin, excused=False)
+            return self._new_source(origin, intended=False)
         constant = bool(call.constants())
         if constant and not (is_nan and any(map(math.isinf, call.constants()))):
             origin = self._origin(call, made[0], cause="operation", kind="non-finite constant")
-            return self._birth(origin, excused=not is_nan)
+            return self._new_source(origin, intended=not is_nan)
         operands, (args, kwargs) = call.operands(), call.arguments()
         wider = not from_infinity and is_finite_when_wider(call.func, args, kwargs)
         kind = kind_of(
@@ -192,14 +192,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 range_of(self._known.get(o.memory, ("", o.name))[1], o.tensor) for o in operands
             ),
         )
-        birth = self._birth(origin, excused=False)
+        source = self._new_source(origin, intended=False)
         if self.in_backward and self._first_in_backward is None:
-            self._first_in_backward = birth
-        return birth
+            self._first_in_backward = source
+        return source
 
-    def _birth(self, origin: NonFiniteOrigin, *, excused: bool) -> Birth:
+    def _new_source(self, origin: NonFiniteOrigin, *, intended: bool) -> Source:
         self._count += 1
-        return Birth(self._count, excused, origin)
+        return Source(self._count, intended, origin)
 
     def _origin(
         self,
@@ -232,7 +232,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inputs=inputs,
         )
 
-    def birth_of(self, tensor: Tensor) -> Birth | None:
-        """Where the non-finite values in a tensor came from; None if the step did not make it."""
-        found = self._births.get(storage_of(tensor)._cdata)
+    def source_of(self, tensor: Tensor) -> Source | None:
+        """Returns the source of a tensor's non-finite values; None if no watched kernel made it."""
+        found = self._sources.get(storage_of(tensor)._cdata)
         return found[1] if found else None

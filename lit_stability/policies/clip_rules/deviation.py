@@ -1,4 +1,4 @@
-"""Thresholds some standard deviations above a mean of norms.
+"""Clipping rules with a threshold of some standard deviations above the mean of recent norms.
 
 Imports neither torch nor Lightning.
 """
@@ -15,16 +15,17 @@ from lit_stability.detectors.anomaly import require
 from lit_stability.policies.clip_rules.rule import teaches
 
 _LEAST_SPREAD = 0.01
-"""Smallest standard deviation that counts, over the mean. Norms that hardly vary are not clipped
-for their noise, and a spread that was learnt away cannot keep a threshold down for ever."""
+"""Smallest standard deviation, relative to the mean. Nearly constant norms are then not clipped for
+their noise, and a spread that has shrunk to 0 does not fix the threshold for the rest of the run.
+"""
 
 _MAD_TO_SIGMA = 1.4826
-"""Median absolute deviation of a Gaussian times this is its standard deviation."""
+"""Ratio of standard deviation to median absolute deviation, for a Gaussian."""
 
 
 @dataclass
 class _Learnt:
-    """Norms, and the threshold that follows from them once it was asked for."""
+    """Recent norms and their threshold; None until it is computed."""
 
     norms: list[float] = field(default_factory=list)
     threshold: float | None = None
@@ -32,12 +33,12 @@ class _Learnt:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanSigmaClip:
-    """Clips to the mean of the last norms plus some standard deviations.
+    """Clips to the mean of recent norms plus some standard deviations.
 
-    A norm beyond the threshold is learnt as the threshold: had a spike of 1000 among a thousand
-    norms of 1 been learnt as it is, it would have doubled the mean and brought the threshold to 97
-    for a thousand steps. Norms that stay high raise the threshold until they pass. The first
-    ``known_after`` norms are held against their own median in the same way.
+    A norm above the threshold is learned as the threshold: a spike of 1000 among a thousand norms
+    of 1, learned as it is, would double the mean and raise the threshold to 97 for a thousand
+    steps. Norms that stay high raise the threshold until they are no longer clipped. Spikes among
+    the first ``known_after`` norms are limited in the same way, relative to the median.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -53,13 +54,13 @@ class MeanSigmaClip:
     """
 
     sigmas: float = 3.0
-    """Standard deviations above the mean."""
+    """Distance of the threshold from the mean, in standard deviations."""
     window: int = 1000
-    """Norms remembered."""
+    """Number of norms kept."""
     until_known: float = 10.0
-    """Threshold until enough norms are known; Inf for none."""
+    """Threshold until ``known_after`` norms are known; Inf for no clipping."""
     known_after: int = 100
-    """Norms that are enough."""
+    """Number of norms needed for mean and deviation."""
     _learnt: _Learnt = field(default_factory=_Learnt, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class MeanSigmaClip:
         require(enough, "known_after", self.known_after, f"in 1..window={self.window}")
 
     def threshold(self, grad_norm: float) -> float:
-        """See `ClipRule`; the coming norm itself plays no part in it."""
+        """See `ClipRule`; does not depend on ``grad_norm``."""
         if self._learnt.threshold is None:
             self._learnt.threshold = self._compute()
         return self._learnt.threshold
@@ -84,7 +85,7 @@ class MeanSigmaClip:
         return _above(mean, self.sigmas, sigma) or self.until_known
 
     def update(self, grad_norm: float) -> None:
-        """Learn a norm, or the threshold where it is beyond that."""
+        """Learns a norm, or the threshold if the norm is above it."""
         if not teaches(grad_norm):
             return
         norms = list(self._learnt.norms)
@@ -97,11 +98,11 @@ class MeanSigmaClip:
         self._learnt.norms, self._learnt.threshold = list(norms[-self.window :]), None
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt."""
+        """Returns the norms."""
         return {"norms": list(self._learnt.norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back, or as much of its end as there is room for."""
+        """Restores the norms, limited to the last ``window``."""
         self._hold([float(norm) for norm in state["norms"] if teaches(norm)])
 
 
@@ -112,7 +113,7 @@ class _Moments:
     mean: float = 0.0
     variance: float = 0.0
     first: list[float] = field(default_factory=list)
-    """The norms that they are to begin with, until these are enough."""
+    """First norms, from which the averages are initialised once there are enough."""
     known: bool = False
 
 
@@ -121,13 +122,13 @@ class ZScoreClip:
     """Clips norms whose z-score is too large, the harder the larger they are.
 
     Mean and variance are exponential averages (Finch 2009, "Incremental calculation of weighted
-    mean and variance", equations 124 and 143), begun as those of the first ``known_after`` norms,
-    of which spikes over their median count as its ``z_max`` standard deviations.
+    mean and variance", equations 124 and 143), initialised from the first ``known_after`` norms;
+    spikes among these are limited to ``z_max`` robust standard deviations above their median.
     With ``z = (norm - mean) / sigma``, a norm of ``z > z_max`` is clipped to
-    ``mean + z_max**2 / z * sigma``. After ZClip (Kumar et al. 2025, arXiv 2504.02507), but for
-    two things. What is not finite is never learnt, so that no NaN stays in the averages. And a
-    clipped norm is learnt as ``mean + z_max * sigma`` and not as what it was clipped to: learnt so
-    close to the mean, norms that have risen for good would narrow sigma and be clipped for ever.
+    ``mean + z_max**2 / z * sigma``. After ZClip (Kumar et al. 2025, arXiv 2504.02507), with two
+    differences. Non-finite norms are never learned, so no NaN stays in the averages. And a clipped
+    norm is learned as ``mean + z_max * sigma``, not as the norm it was clipped to: that is so close
+    to the mean that norms which stay high would shrink sigma and always be clipped.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -147,11 +148,11 @@ class ZScoreClip:
     z_max: float = 2.5
     """Largest z-score that is not clipped."""
     decay: float = 0.97
-    """What averages keep of themselves per step, in [0, 1)."""
+    """Weight of the previous average per step, in [0, 1)."""
     until_known: float = 10.0
-    """Threshold until enough norms are known; Inf for none."""
+    """Threshold until ``known_after`` norms are known; Inf for no clipping."""
     known_after: int = 25
-    """Norms that are enough."""
+    """Number of norms needed for the averages."""
     _moments: _Moments = field(default_factory=_Moments, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -170,16 +171,16 @@ class ZScoreClip:
         return mean + (largest - mean) * ((largest - mean) / (grad_norm - mean))
 
     def update(self, grad_norm: float) -> None:
-        """Learn a norm, or the largest that is not clipped where it is beyond that."""
+        """Learns a norm, or the largest unclipped norm if it is above that."""
         if not teaches(grad_norm):
             return
-        moments, rest = self._moments, 1 - self.decay
+        moments, weight = self._moments, 1 - self.decay
         if not moments.known:
             self._begin(grad_norm)
             return
-        away = min(grad_norm, self._largest()) - moments.mean
-        moments.mean += rest * away
-        moments.variance = self.decay * (moments.variance + rest * away * away)
+        distance = min(grad_norm, self._largest()) - moments.mean
+        moments.mean += weight * distance
+        moments.variance = self.decay * (moments.variance + weight * distance * distance)
 
     def _begin(self, grad_norm: float) -> None:
         moments = self._moments
@@ -192,30 +193,30 @@ class ZScoreClip:
         moments.first, moments.known = [], True
 
     def _largest(self) -> float:
-        """The largest norm that is not clipped."""
+        """Returns the largest norm that is not clipped."""
         if not self._moments.known:
             return self.until_known
         sigma = math.sqrt(self._moments.variance)
         return _above(self._moments.mean, self.z_max, sigma) or self.until_known
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, or the norms that they are to begin with."""
+        """Returns the averages, and the first norms until there are enough."""
         return {**vars(self._moments), "first": list(self._moments.first)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores what `state_dict` returned."""
         self._moments.mean, self._moments.variance = float(state["mean"]), float(state["variance"])
         self._moments.first = [float(norm) for norm in state["first"]]
         self._moments.known = bool(state["known"])
 
 
 def _above(mean: float, sigmas: float, sigma: float) -> float:
-    """So many standard deviations above a mean; 0 where nothing but zeros is known."""
+    """Returns a mean plus some standard deviations; 0 if all norms are 0."""
     return mean + sigmas * max(sigma, _LEAST_SPREAD * mean)
 
 
 def _without_spikes(norms: Sequence[float], sigmas: float) -> list[float]:
-    """Norms, at most so many robust standard deviations above their median.
+    """Limits norms to some robust standard deviations above their median.
 
     >>> _without_spikes([1.0, 2.0, 3.0, 1e6], sigmas=3)
     [1.0, 2.0, 3.0, 6.9478]

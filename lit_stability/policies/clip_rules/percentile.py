@@ -1,4 +1,4 @@
-"""A percentile of the last norms as threshold. Imports neither torch nor Lightning."""
+"""Clipping to a percentile of recent norms. Imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lit_stability.policies.clip_rules.rule import teaches
 
 
 class SortedWindow:
-    """The last values, in the order in which they came and sorted.
+    """The last values, in their order and sorted.
 
-    A value is added in two binary searches and two moves of memory.
+    Adding a value takes two binary searches and two moves of memory.
 
     >>> window = SortedWindow()
     >>> for value in (9.0, 1.0, 3.0, 2.0):
@@ -32,16 +32,16 @@ class SortedWindow:
         return len(self._sorted)
 
     def add(self, value: float, size: int) -> None:
-        """Take a value in, and let go of the oldest beyond ``size``."""
+        """Adds a value, and removes the oldest ones beyond ``size``."""
         self._values.append(value)
         insort(self._sorted, value)
         while len(self._values) > size:
             del self._sorted[bisect_left(self._sorted, self._values.popleft())]
 
     def percentile(self, q: float) -> float:
-        """The ``q``-th percentile, as NumPy's ``method="lower"``: always one of the values.
+        """Returns the ``q``-th percentile, as NumPy's ``method="lower"``: always one of the values.
 
-        Interpolated, it would hold a share of the next larger value, which may be a spike.
+        An interpolated percentile would depend on the next larger value, which may be a spike.
 
         Args:
             q: in [0, 100].
@@ -49,11 +49,11 @@ class SortedWindow:
         return self._sorted[int((len(self._sorted) - 1) * q / 100)]
 
     def values(self) -> list[float]:
-        """In the order in which they came."""
+        """Returns the values, the oldest first."""
         return list(self._values)
 
     def replace(self, values: Iterable[float], size: int) -> None:
-        """Hold the last of these values instead."""
+        """Replaces the values by the last ``size`` of these."""
         self._values = deque(list(values)[-size:])
         self._sorted = sorted(self._values)
 
@@ -62,10 +62,10 @@ class SortedWindow:
 class PercentileClip:
     """Clips to a percentile of the last norms, within bounds.
 
-    After AutoClip (Seetharaman et al. 2020, arXiv 2007.14469). Norms are learnt as they are
-    measured, before clipping: a burst of at most ``(100 - percentile) / 100`` of the norms known (5
-    of 1000, but 1 of 200) moves the threshold no further than to the largest norm that was there
-    before; a longer one raises it, at most to the upper bound.
+    After AutoClip (Seetharaman et al. 2020, arXiv 2007.14469). It learns norms before clipping: a
+    burst of at most ``(100 - percentile) / 100`` of the known norms (5 of 1000, but 1 of 200) moves
+    the threshold no further than to the largest norm before the burst; a longer burst raises it, at
+    most to the upper bound.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -81,15 +81,15 @@ class PercentileClip:
     """
 
     percentile: float = 99.5
-    """In (0, 100]: of a hundred healthy steps, those above it are clipped."""
+    """Percentile in (0, 100] of recent norms that is the threshold."""
     window: int = 1000
-    """Norms remembered."""
+    """Number of norms kept."""
     bounds: tuple[float, float] = (1.0, 100.0)
     """Smallest and largest threshold."""
     until_known: float = 10.0
-    """Threshold until enough norms are known; Inf for none."""
+    """Threshold until ``known_after`` norms are known; Inf for no clipping."""
     known_after: int = 100
-    """Norms that are enough."""
+    """Number of norms needed for a percentile."""
     _norms: SortedWindow = field(
         default_factory=SortedWindow, init=False, repr=False, compare=False
     )
@@ -105,21 +105,21 @@ class PercentileClip:
         require(enough, "known_after", self.known_after, f"in 1..window={self.window}")
 
     def threshold(self, grad_norm: float) -> float:
-        """See `ClipRule`; the coming norm itself plays no part in it."""
+        """See `ClipRule`; does not depend on ``grad_norm``."""
         if len(self._norms) < self.known_after:
             return self.until_known
         low, high = self.bounds
         return min(max(self._norms.percentile(self.percentile), low), high)
 
     def update(self, grad_norm: float) -> None:
-        """Learn a norm."""
+        """Adds a norm to the window."""
         if teaches(grad_norm):
             self._norms.add(grad_norm, self.window)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window."""
+        """Returns the window."""
         return {"norms": self._norms.values()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put a window back, or as much of its end as there is room for."""
+        """Restores a window, limited to the last ``window`` norms."""
         self._norms.replace(filter(teaches, map(float, state["norms"])), self.window)

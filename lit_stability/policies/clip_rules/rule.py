@@ -1,4 +1,4 @@
-"""What a clipping rule is. Imports neither torch nor Lightning."""
+"""The interface of clipping rules. Imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -6,52 +6,52 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 _LARGEST = 1e100
-"""Norms beyond it teach nothing: their squares would be Inf, and a mean of them for ever."""
+"""Largest norm that is learned: the square of a huge one is Inf, and so is every later mean."""
 
 
 @runtime_checkable
 class ClipRule(Protocol):
-    """What `AdaptiveGradientClipping` asks of a rule.
+    """Interface that `AdaptiveGradientClipping` requires of a rule.
 
-    ``threshold`` is apart from ``update``: asking for it changes nothing, and a step that is
-    rejected is never learnt from. Neither may fail, or be spoilt, whatever the norm is.
+    ``threshold`` changes no state, and ``update`` is called for accepted steps only, so a rule
+    never learns from a rejected step. Both must handle any norm, NaN and Inf included.
     """
 
     def threshold(self, grad_norm: float) -> float:
-        """Largest norm, greater than 0, that the coming step's gradients may keep.
+        """Returns the largest norm, greater than 0, of the gradients of the coming step.
 
         Args:
-            grad_norm: their norm, not clipped yet.
+            grad_norm: their norm before clipping.
         """
 
     def update(self, grad_norm: float) -> None:
-        """Learn from a step that is taken.
+        """Learns from an accepted step.
 
         Args:
-            grad_norm: its norm before clipping; one that is not finite teaches nothing.
+            grad_norm: its norm before clipping; a non-finite norm must be ignored.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What evolves, as plain floats, ints and lists; the options come from the constructor."""
+        """Returns what was learned as plain floats, ints and lists, without the options."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
 
 
 @runtime_checkable
 class CutsLearningRate(Protocol):
-    """A rule that lowers the learning rate as well."""
+    """A rule that also lowers the learning rate."""
 
     def lr_factor(self, grad_norm: float = 0.0) -> float:
-        """What to multiply the nominal learning rate of the coming step by, in (0, 1].
+        """Returns the factor in (0, 1] on the nominal learning rate of the coming step.
 
         Args:
-            grad_norm: of the coming step; 0 for what is in force whatever it will be.
+            grad_norm: norm of the coming step; 0 for the factor that holds for any norm.
         """
 
 
 def teaches(grad_norm: float) -> bool:
-    """Whether a norm is a number that can be learnt from.
+    """Returns whether a norm can be learned: it is finite, not negative and not huge.
 
     >>> [teaches(norm) for norm in (0.0, 2.5, float("nan"), float("inf"), 1e200, -1.0)]
     [True, True, False, False, False, False]

@@ -1,4 +1,4 @@
-"""Thresholds given beforehand: one for all norms, or one for each range of them.
+"""Constant thresholds: one for all norms, or one for each range of norms.
 
 Imports neither torch nor Lightning.
 """
@@ -26,7 +26,7 @@ class FixedClip:
     """
 
     norm: float = 1.0
-    """Largest norm that gradients may keep."""
+    """Largest norm of the clipped gradients."""
 
     def __post_init__(self) -> None:
         require(self.norm > 0, "norm", self.norm, "greater than 0")
@@ -36,32 +36,32 @@ class FixedClip:
         return self.norm
 
     def update(self, grad_norm: float) -> None:
-        """There is nothing to learn."""
+        """Does nothing: the threshold is constant."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing evolves."""
+        """Returns an empty state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to put back."""
+        """Does nothing: the state is empty."""
 
 
 @dataclass
 class _Cut:
-    """A cut of the learning rate that is in force."""
+    """The current cut of the learning rate."""
 
     factor: float = 1.0
     left: int = 0
-    """Steps that it is still to last."""
+    """Steps until it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TieredClip:
-    """A threshold for each range of norms; the largest norms lower the learning rate too.
+    """A threshold for each range of norms; the largest norms also lower the learning rate.
 
-    The learning rate of the step in question is lowered and stays so for ``lr_steps`` steps; then
-    it is what the schedule says, at once. Another large norm meanwhile starts the count anew, and
-    lowers it no further: of two cuts the deeper one is in force.
+    The learning rate is lowered for ``lr_steps`` steps, the step with the large norm included;
+    then it returns to the schedule at once. Another large norm during these steps restarts the
+    count. Cuts do not multiply: of two cuts, the deeper one applies.
 
     Raises:
         ValueError: if an option is out of its range, or the tiers are not in order.
@@ -77,12 +77,12 @@ class TieredClip:
     """
 
     tiers: Sequence[tuple[float, float, float]] = ((10.0, 5.0, 0.5), (5.0, 2.0, 1.0))
-    """``(above, clip_to, lr_factor)`` each, the highest first: a norm larger than ``above`` is
+    """``(above, clip_to, lr_factor)`` tuples, the highest first: a norm larger than ``above`` is
     clipped to ``clip_to``, and the learning rate is multiplied by ``lr_factor``."""
     otherwise: float = 1.0
-    """What norms below all tiers are clipped to."""
+    """Threshold of norms below all tiers."""
     lr_steps: int = 20
-    """Steps that a lowered learning rate lasts, with the one that lowered it."""
+    """Number of steps with a lowered learning rate, the one that lowered it included."""
     _cut: _Cut = field(default_factory=_Cut, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,26 +106,26 @@ class TieredClip:
         return min(self._tier(grad_norm)[1], self._cut.factor)
 
     def update(self, grad_norm: float) -> None:
-        """Count the step, and begin a cut of the learning rate where its norm asks for one."""
+        """Counts the step, and starts a cut of the learning rate if its norm requires one."""
         if not teaches(grad_norm):
             return
-        cut, asked = self._cut, self._tier(grad_norm)[1]
-        if asked < 1:
-            cut.factor, cut.left = min(asked, cut.factor), self.lr_steps
+        cut, factor = self._cut, self._tier(grad_norm)[1]
+        if factor < 1:
+            cut.factor, cut.left = min(factor, cut.factor), self.lr_steps
         cut.left = max(0, cut.left - 1)
         if cut.left == 0:
             cut.factor = 1.0
 
     def _tier(self, grad_norm: float) -> tuple[float, float]:
-        """Threshold and learning-rate factor for a norm; NaN is above nothing."""
+        """Returns threshold and learning-rate factor for a norm; NaN is in no tier."""
         found = ((to, factor) for above, to, factor in self.tiers if grad_norm > above)
         return next(found, (self.otherwise, 1.0))
 
     def state_dict(self) -> dict[str, Any]:
-        """The cut that is in force."""
+        """Returns the current cut."""
         return {"factor": self._cut.factor, "left": self._cut.left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back; it lasts no longer than one that begins today."""
+        """Restores the cut, for ``lr_steps`` at most."""
         self._cut.left = min(int(state["left"]), self.lr_steps)
         self._cut.factor = float(state["factor"]) if self._cut.left else 1.0

@@ -1,4 +1,4 @@
-"""The risk that a run diverges within 20 steps, and what it asks for.
+"""The risk that a run diverges within 20 steps, and the preventive responses to it.
 
 Imports neither torch nor Lightning.
 """

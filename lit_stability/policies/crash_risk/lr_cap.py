@@ -1,4 +1,4 @@
-"""A bound on the learning rate that alarms lower and calm raises, whatever a scheduler writes.
+"""A cap on the learning rate, lowered on alarms and raised on calm steps.
 
 Imports neither torch nor Lightning.
 """
@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 Rates: TypeAlias = Mapping[int, Sequence[float]]
-"""Learning rate of each parameter group, by optimizer."""
+"""Optimizer index -> learning rate of each parameter group."""
 
 _LEAST = 1 / 64
-"""No rate is bound to less than this share of its schedule."""
+"""Smallest factor on a scheduled learning rate."""
 
 
 class LearningRateCap:
-    """Keeps learning rates at or below what they were bound to.
+    """Keeps learning rates at or below a bound per group; there is no bound at first.
 
-    A factor would follow a schedule that climbs, or jumps, to where the run cannot live; a bound
-    does not, and lets a schedule that falls below it have its way. There is none at first.
+    A factor would still follow a schedule that rises to a value at which the run diverges; a bound
+    does not, and it has no effect on a schedule that falls below it.
 
     >>> lr_cap = LearningRateCap()
     >>> lr_cap.lower({0: [0.8]})
@@ -32,11 +32,11 @@ class LearningRateCap:
 
     @property
     def active(self) -> bool:
-        """Whether anything is bound."""
+        """Whether there is a bound."""
         return bool(self._bounds)
 
     def factors(self, scheduled: Rates) -> dict[int, tuple[float, ...]]:
-        """What to multiply each scheduled learning rate by, in (0, 1]."""
+        """Returns the factor in (0, 1] on each scheduled learning rate."""
         return {
             optimizer: tuple(
                 min(1.0, max(bound / rate, _LEAST)) if rate > 0 else 1.0
@@ -46,12 +46,12 @@ class LearningRateCap:
         }
 
     def can_lower(self, scheduled: Rates) -> bool:
-        """Whether a rate is still above the least share of its schedule."""
+        """Returns whether any learning rate is above its smallest allowed share of the schedule."""
         factors = self.factors(scheduled).values()
-        return any(factor > _LEAST for each in factors for factor in each)
+        return any(factor > _LEAST for groups in factors for factor in groups)
 
     def lower(self, scheduled: Rates) -> None:
-        """Bind to half of what the rates are now, under the bounds in force."""
+        """Sets the bounds to half the current learning rates, which present bounds may limit."""
         factors = self.factors(scheduled)
         self._bounds = {
             optimizer: tuple(r * f / 2 for r, f in zip(rates, factors[optimizer], strict=True))
@@ -59,23 +59,23 @@ class LearningRateCap:
         }
 
     def raise_(self, scheduled: Rates) -> None:
-        """Raise the bounds by half, and let go of them where that is no bound any more.
+        """Raises the bounds by half, and removes them if they no longer have an effect.
 
-        The first raise stays below the rates that were cut, the second is above them.
+        After the first raise they are below the rates that were cut, after the second above.
         """
         self._bounds = {i: tuple(1.5 * b for b in bounds) for i, bounds in self._bounds.items()}
-        if all(factor == 1 for each in self.factors(scheduled).values() for factor in each):
+        if all(factor == 1 for groups in self.factors(scheduled).values() for factor in groups):
             self._bounds = {}
 
     def _bounds_of(self, optimizer: int, rates: Sequence[float]) -> Sequence[float]:
         found = self._bounds.get(optimizer, ())
-        # Groups that were added since, or others than those of a checkpoint, are not bound.
+        # Bounds do not apply if groups were added since, or differ from those of a checkpoint.
         return found if len(found) == len(rates) else rates
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The bounds."""
+        """Returns the bounds."""
         return {str(optimizer): list(bounds) for optimizer, bounds in self._bounds.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back."""
+        """Restores the bounds."""
         self._bounds = {int(i): tuple(map(float, bounds)) for i, bounds in state.items()}

@@ -1,4 +1,4 @@
-"""From the trends of a run to the risk that it diverges within 20 steps.
+"""Estimates the risk that a run diverges within 20 steps from its trends.
 
 Imports neither torch nor Lightning.
 """
@@ -14,12 +14,13 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.crash_risk.trends import FEATURES, Trends
 
 HORIZON = 20
-"""Optimizer steps that the risk looks ahead."""
+"""Horizon of the risk, in optimizer steps."""
 
 COEFFICIENTS = (1.01, 0.72, 0.28, 0.31, 0.84)
-"""Of `FEATURES`, in logits. By ``python -m benchmarks.prediction --fit`` on 396 runs of 33
-families: of 86,463 accepted steps 3.4 % were followed by a divergence within 20 steps. A risk is a
-share of moments like these; where divergences are rarer it is too high, its order remains."""
+"""Coefficients of `FEATURES`, in logits, fitted by ``python -m benchmarks.prediction --fit`` to 396
+runs of 33 families: of 86,463 accepted steps 3.4 % were followed by a divergence within 20 steps.
+The risk is calibrated for this rate; where divergences are rarer it is too high, but its order is
+still right."""
 INTERCEPT = -3.61
 CALIBRATION = (
     (0.0, 0.0),
@@ -35,19 +36,20 @@ CALIBRATION = (
     (0.911, 0.78),
     (1.0, 1.0),
 )
-"""From the logistic function to the share of moments that a divergence followed, with straight
-lines between the points; the same moments, by bins of the logistic function."""
+"""Value of the logistic function -> share of steps followed by a divergence, for the same steps, in
+bins of the logistic function; linear interpolation between the points."""
 
 
 class CrashRisk:
-    """The risk that a run diverges within the next 20 steps, from its accepted steps.
+    """Estimates the risk that a run diverges within the next 20 steps from its accepted steps.
 
-    It is an estimate from `Trends`, so that what gives no notice has none: a bad batch, a learning
-    rate that jumps to what kills within three steps. One outlier is no trend. It is 0 until there
-    are 20 accepted steps with a loss above 0. Values that are not finite teach nothing.
+    The estimate uses `Trends`, so it cannot predict what comes without a trend: a bad batch, or a
+    learning rate that jumps to a value that diverges within three steps. One outlier is no trend.
+    The risk is 0 until there are 20 accepted steps with a loss above 0. Non-finite values are
+    ignored.
 
-    A divergence is a loss that is not finite, or one that rises above three times the best level
-    of the run and above half the way back to where the run began, and stays there.
+    A divergence is a non-finite loss, or a loss that rises above three times the best level of the
+    run and above half the way back to the loss at the start, and stays there.
 
     >>> from lit_stability.measurement.step_stats import StepStats
     >>> risk, losses = CrashRisk(), [2.1, 2.0] * 20
@@ -60,45 +62,48 @@ class CrashRisk:
     def __init__(self) -> None:
         self._trends = Trends()
         self.value = 0.0
-        """After the step last taken up, in [0, 1]."""
+        """Risk after the last accepted step, in [0, 1]."""
 
     def update(self, stats: StepStats) -> float:
-        """Take up an accepted step; returns the risk from then on.
+        """Adds an accepted step and returns the risk after it.
 
         Args:
-            stats: as measured before its update.
+            stats: its measurement, before the update.
         """
         self._trends.update(stats)
         self.value = risk_of(self._trends.features()) if self._trends.known else 0.0
         return self.value
 
     def in_words(self) -> str:
-        """The risk, and the two trends that say most for it."""
+        """Returns the risk and the two trends that contribute most to it."""
         head = f"risk {self.value:.2f} of a divergence within {HORIZON} steps"
         if not self._trends.known:
             return head
         shares = [c * f for c, f in zip(COEFFICIENTS, self._trends.features(), strict=True)]
-        said = sorted(zip(shares, self._trends.in_words(), strict=True), reverse=True)
-        return f"{head} ({', '.join(words for share, words in said[:2] if share > 0)})"
+        trends = sorted(zip(shares, self._trends.in_words(), strict=True), reverse=True)
+        return f"{head} ({', '.join(words for share, words in trends[:2] if share > 0)})"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt, in plain values."""
+        """Returns trends and risk as plain values."""
         return {"trends": self._trends.state_dict(), "value": self.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         self._trends.load_state_dict(state["trends"])
         self.value = float(state["value"])
 
 
 def risk_of(features: Sequence[float]) -> float:
-    """The risk for features in the order of `FEATURES`; it rises with each.
+    """Returns the risk for given features; it increases with each of them.
 
     >>> risk_of([0, -3, 0, 0, 0]) < 0.01 < 0.9 < risk_of([4, 1, 3, 1, 3])
     True
 
+    Args:
+        features: in the order of `FEATURES`.
+
     Raises:
-        ValueError: if there are more features, or fewer.
+        ValueError: if the number of features is wrong.
     """
     if len(features) != len(FEATURES):
         raise ValueError(f"features must be {len(FEATURES)} numbers, got {features!r}")
@@ -107,14 +112,14 @@ def risk_of(features: Sequence[float]) -> float:
 
 
 def calibrated(score: float, points: Sequence[tuple[float, float]]) -> float:
-    """A score on a line through points.
+    """Returns the linear interpolation of points at a score.
 
     >>> calibrated(0.75, ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)))
     0.75
 
     Args:
         score: in [0, 1].
-        points: in the order of their scores, the first of 0 and the last of 1.
+        points: ``(score, value)`` pairs in ascending order, the first score 0 and the last 1.
     """
     i = min(bisect_right(points, (score, 1.0)), len(points) - 1)
     (left, low), (right, high) = points[i - 1], points[i]

@@ -1,7 +1,6 @@
-"""Which preventive responses a risk asks for, each once, and when they are taken back.
+"""Chooses preventive responses to a risk, each once per episode, and undoes them when it is calm.
 
-A state machine over floats: neither torch nor Lightning. It is monotone state: a rollback never
-rewinds it, and a checkpoint carries it.
+Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ Response = Literal["save", "slow", "precision", "stop"]
 RESPONSES: tuple[Response, ...] = get_args(Response)
 
 _LONGEST = 16
-"""Times ``relax_after`` that a relaxation is put off at most."""
+"""Largest wait before a relaxation, in multiples of ``relax_after``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RiskLevels:
-    """The risk from which on each response is given; None for never.
+    """Smallest risk that causes each response; None for never.
 
     Raises:
-        ValueError: if a level is not in (0, 1], or they are not in order.
+        ValueError: if a level is not in (0, 1], or the levels are not ascending.
     """
 
     save: float | None = 0.3
@@ -33,9 +32,9 @@ class RiskLevels:
     slow: float | None = 0.5
     """Halve the learning rate and the clip."""
     precision: float | None = 0.7
-    """Compute in float32, where training is in mixed precision."""
+    """Compute in float32, if training is in mixed precision."""
     stop: float | None = None
-    """End the fit. Off unless asked for: a wrong stop costs more than a late one."""
+    """End the fit. Off by default: a wrong stop costs more than a late one."""
 
     def __post_init__(self) -> None:
         before = 0.0
@@ -44,11 +43,11 @@ class RiskLevels:
             if level is None:
                 continue
             require(0 < level <= 1, name, level, "in (0, 1], or None")
-            require(level >= before, name, level, f"at least the level before it, {before:g}")
+            require(level >= before, name, level, f"at least the previous level, {before:g}")
             before = level
 
     def reached(self, risk: float) -> tuple[Response, ...]:
-        """The responses that a risk asks for, the mildest first.
+        """Returns the responses whose level a risk reaches, the mildest first.
 
         >>> RiskLevels().reached(0.6), RiskLevels(save=None).reached(0.4)
         (('save', 'slow'), ())
@@ -59,34 +58,32 @@ class RiskLevels:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done after a step, as `Prevention` decides it: the responses that are ``due``.
-
-    Each is a value of this package's, for a callback to carry out; an empty tuple is nothing.
-    """
+    """What `Prevention` decides after a step; a callback carries out the responses."""
 
     due: tuple[Response, ...] = ()
+    """Responses to carry out now."""
     raised: bool = False
-    """Whether learning rate and clip were let up a little, or altogether."""
+    """Whether the bounds on learning rate and clip were raised or removed."""
     over: bool = False
-    """Whether the episode has ended with this step."""
+    """Whether the episode ended with this step."""
 
 
 class Prevention:
-    """From a risk per step to responses.
+    """Chooses responses from the risk of each step.
 
-    An episode begins with a risk that reaches a level and is over after ``horizon`` steps below
-    all levels. Each response is given once in it; only the learning rate is halved again, where
-    ``horizon`` steps after a cut the risk still asks for it, and down to a 64th of the schedule.
+    An episode begins when the risk reaches a level and ends after ``horizon`` steps below all
+    levels. Each response is given once per episode. Only the learning rate is halved again, if the
+    risk is still high ``horizon`` steps after a cut, down to a 64th of the schedule.
 
-    A cut binds the learning rate to half of what it is, whatever the scheduler writes from then
-    on, and the clip to half. After ``relax_after`` steps below all levels both are raised by half,
-    and again, until they bind no more. A cut that follows upon that doubles the wait, to 16 times
-    at most; once nothing has been bound for 10 waits it is what it was.
+    A cut caps the learning rate at half its current value, whatever the scheduler sets later, and
+    halves the clip. After ``relax_after`` steps below all levels both bounds are raised by half,
+    repeatedly, until they have no effect. A cut after a raise doubles the wait, to 16 times
+    ``relax_after`` at most; after 10 waits without a bound the wait is ``relax_after`` again.
 
     Args:
         levels: of risk.
-        horizon: steps, what the risk looks ahead.
-        relax_after: steps.
+        horizon: horizon of the risk, in steps.
+        relax_after: steps below all levels before the bounds are raised.
 
     Raises:
         ValueError: if an argument is less than 1.
@@ -105,27 +102,27 @@ class Prevention:
         require(relax_after >= 1, "relax_after", relax_after, "at least 1")
         self.levels, self.horizon, self.relax_after = levels, horizon, relax_after
         self.given: tuple[Response, ...] = ()
-        """Responses of the episode at hand; empty outside of one."""
+        """Responses of the current episode; empty outside of one."""
         self.clip_factor = 1.0
-        """Clipping threshold over twice the median gradient norm; 1 means no clipping."""
+        """Ratio of clipping threshold to twice the median gradient norm; 1 means no clipping."""
         self._lr_cap = LearningRateCap()
         self._wait = relax_after
         self._calm = 0
-        """Steps below all levels in a row."""
+        """Consecutive steps below all levels."""
         self._since_cut = 0
         self._raised = False
         """Whether the last change of the bounds was upwards."""
 
     def factors(self, scheduled: Rates) -> dict[int, tuple[float, ...]]:
-        """What to multiply the learning rates that the schedules give by, in (0, 1]."""
+        """Returns the factor in (0, 1] on each scheduled learning rate."""
         return self._lr_cap.factors(scheduled)
 
     def step(self, risk: float, scheduled: Rates) -> Decision:
-        """Take up the risk of a step.
+        """Decides the responses to the risk of a step.
 
         Args:
             risk: in [0, 1].
-            scheduled: learning rates that the schedules give.
+            scheduled: learning rates that the schedulers set.
         """
         reached = self.levels.reached(risk)
         self._since_cut += 1
@@ -141,8 +138,8 @@ class Prevention:
     def _is_due(self, response: Response, scheduled: Rates) -> bool:
         if response != "slow":
             return response not in self.given
-        again = response not in self.given or self._since_cut >= self.horizon
-        return again and self._lr_cap.can_lower(scheduled)
+        allowed = response not in self.given or self._since_cut >= self.horizon
+        return allowed and self._lr_cap.can_lower(scheduled)
 
     def _cut(self, scheduled: Rates) -> None:
         if self._raised:
@@ -167,7 +164,7 @@ class Prevention:
         return Decision(raised=raised, over=over)
 
     def state_dict(self) -> dict[str, Any]:
-        """The episode and the bounds in force, in plain values."""
+        """Returns the episode and the current bounds as plain values."""
         return {
             "given": list(self.given),
             "clip_factor": self.clip_factor,
@@ -179,7 +176,7 @@ class Prevention:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         self.given = tuple(r for r in RESPONSES if r in state["given"])
         self.clip_factor = float(state["clip_factor"])
         self._lr_cap.load_state_dict(state["ceiling"])

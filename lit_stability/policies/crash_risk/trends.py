@@ -1,7 +1,7 @@
-"""Where loss, gradient norm, update and learning rate are heading, against what they have been.
+"""Trends of loss, gradient norm, update and learning rate, relative to their baselines.
 
-All in logarithms, as ratios or in robust standard deviations, so that it carries over from model to
-model. Imports neither torch nor Lightning.
+All are logarithms, ratios or robust standard deviations, so they are comparable between models.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from lit_stability.detectors import Window
 from lit_stability.measurement.step_stats import StepStats
 
 _RECENT = 12
-"""Accepted steps in which a trend is seen, three blocks of four; before them is the baseline."""
+"""Accepted steps of a trend, three blocks of four; the baseline is from before them."""
 _BASELINE = 100
 """Accepted steps of the baseline."""
 _MIN_BASELINE = 8
 _LEAST_SPREAD = 0.02
-"""Of a logarithm: a quantity that never moved is taken to move by two in a hundred."""
+"""Smallest standard deviation of a logarithm: a constant quantity is assumed to vary by 2 %."""
 _BEST_OF = 10
-"""Losses whose median is a level that the run has reached."""
+"""Number of losses whose median is a level that the run has reached."""
 
 FEATURES = ("loss peak", "loss margin", "gradient trend", "update trend", "learning rate")
-"""What a risk is computed from, in this order; each 0, or -3 for the margin, says nothing."""
+"""Features of the risk, in order; 0, or -3 for the margin, is no sign of a divergence."""
 
 
 class Signal:
-    """The logarithms of one quantity: those of the last steps, and the baseline before them.
+    """The logarithms of one quantity: the recent ones, and the baseline before them.
 
-    One value cannot make a trend: a block of four steps stands for itself by its median, and a
-    peak is the second largest of six.
+    One value cannot make a trend: a block of four steps is represented by its median, and the peak
+    is the second largest of six values.
     """
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque(maxlen=_RECENT)
         self.baseline = Window(_BASELINE)
         self.changes = Window(_BASELINE)
-        """Sizes of the changes from step to step within the baseline."""
+        """Absolute changes from step to step within the baseline."""
 
     def add(self, value: float | None) -> None:
-        """Take a value; one that has no logarithm is ignored."""
+        """Adds a value; a value without a logarithm is ignored."""
         if value is None or not 0 < value < math.inf:
             return
         if len(self.recent) == _RECENT:
@@ -58,51 +58,55 @@ class Signal:
 
     @property
     def peak(self) -> float:
-        """The second largest of the last six."""
+        """Second largest of the last six values."""
         return sorted(list(self.recent)[-6:])[-2]
 
     @property
     def excess(self) -> float:
-        """How far the last value is above the median of the baseline."""
+        """Difference of the last value and the median of the baseline."""
         return self.recent[-1] - self.baseline.median
 
     @property
     def rise(self) -> float:
-        """From the oldest of the three blocks to the newest."""
+        """Difference of the newest and the oldest of the three blocks."""
         values = list(self.recent)
         return median(values[-4:]) - median(values[:4])
 
     def deviations(self, difference: float) -> float:
-        """A difference from the baseline in its standard deviations, as an inverse sinh."""
+        """Returns asinh of a difference in standard deviations of the baseline."""
         return math.asinh(difference / max(self.baseline.sigma, _LEAST_SPREAD))
 
     def state_dict(self) -> dict[str, list[float]]:
-        """All values."""
-        kept = (self.recent, self.baseline.values, self.changes.values)
-        return {n: list(v) for n, v in zip(("recent", "baseline", "changes"), kept, strict=True)}
+        """Returns all values."""
+        return {
+            "recent": list(self.recent),
+            "baseline": list(self.baseline.values),
+            "changes": list(self.changes.values),
+        }
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Put such values back."""
+        """Restores what `state_dict` returned."""
         self.recent = deque(state["recent"], maxlen=_RECENT)
         self.baseline.replace(state["baseline"])
         self.changes.replace(state["changes"])
 
 
 class Trends:
-    """What the accepted steps of one optimizer show.
+    """Trends of the accepted steps of one optimizer.
 
     Features, in the order of `FEATURES`:
 
-    * *loss peak*: the second largest of six losses over the median of the baseline, in its robust
-      standard deviations. Sees a steady rise and a swing that grows.
-    * *loss margin*: logarithm of the same over the bound of a divergence, in [-3, 1]. The bound is
-      three times the best level, or half the way back to where the run began if that is higher.
+    * *loss peak*: the second largest of six losses relative to the median of the baseline, in its
+      robust standard deviations. Detects a steady rise and growing oscillation.
+    * *loss margin*: logarithm of the same loss over the bound of a divergence, in [-3, 1]. The
+      bound is three times the best level, or half the way back to the loss at the start of the run
+      if that is higher.
     * *gradient trend*: rise of the norm within 12 steps over the usual change from step to step.
     * *update trend*: logarithm of the rise of update-to-weight ratio per learning rate within 12
-      steps, if it rises: what shows first where the updates feed themselves.
+      steps, if it rises: the first sign of updates that amplify themselves.
     * *learning rate*: logarithm of the learning rate over that of the baseline, if it is higher.
 
-    A loss of 0 or less has no logarithm: nothing is known until there are 20 above 0 in a row.
+    A loss of 0 or less has no logarithm: nothing is known until 20 consecutive losses are above 0.
     """
 
     def __init__(self) -> None:
@@ -117,7 +121,7 @@ class Trends:
         return self._signals["loss"].known
 
     def update(self, stats: StepStats) -> None:
-        """Learn an accepted step; what is not finite is ignored."""
+        """Adds an accepted step; non-finite values are ignored."""
         s = self._signals
         s["rate"].add(max(stats.learning_rates, default=0.0))
         s["gradient"].add(stats.grad_norm)
@@ -139,11 +143,11 @@ class Trends:
 
     @property
     def bound(self) -> float:
-        """The loss above which, if it stays there, the run has diverged."""
+        """Loss above which the run has diverged, if the loss stays there."""
         return max(3 * self._best, (self._best + median(self._begin)) / 2)
 
     def features(self) -> tuple[float, ...]:
-        """See the class; only where they are `known`."""
+        """Returns the features that the class describes; requires `known`."""
         loss, gradient, update, rate = self._signals.values()
         margin = loss.peak - math.log(self.bound)
         usual = max(1.05 * gradient.changes.median, _LEAST_SPREAD) if gradient.known else 1.0
@@ -156,7 +160,7 @@ class Trends:
         )
 
     def in_words(self) -> tuple[str, ...]:
-        """Each feature as a person would say it, in the same order."""
+        """Returns a description of each feature, in the same order."""
         loss, gradient, update, rate = self._signals.values()
         return (
             f"loss {math.exp(loss.peak - loss.baseline.median):.3g} times its usual",
@@ -167,16 +171,16 @@ class Trends:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt, in plain values."""
+        """Returns signals and levels as plain values."""
         signals = {name: signal.state_dict() for name, signal in self._signals.items()}
         return {"signals": signals, "begin": list(self._begin), "best": self._best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put such a state back."""
+        """Restores what `state_dict` returned."""
         for name, signal in self._signals.items():
             signal.load_state_dict(state["signals"][name])
         self._begin, self._best = list(state["begin"]), float(state["best"])
 
 
-def _within(least: float, value: float, largest: float) -> float:
-    return max(least, min(value, largest))
+def _within(low: float, value: float, high: float) -> float:
+    return max(low, min(value, high))

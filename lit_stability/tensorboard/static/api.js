@@ -82,7 +82,7 @@ async function get(route, query, signal) {
   if (response.ok && body !== null) return body;
   throw new DataError(
     body?.error ?? `TensorBoard answered ${response.status} to "${route}"`,
-    body?.do ?? "Look at the console in which TensorBoard runs, then try again.",
+    body?.do ?? "See the console in which TensorBoard runs, then try again.",
   );
 }
 
@@ -93,7 +93,7 @@ async function reach(url, signal) {
     if (error.name === "AbortError") throw error;
     throw new DataError(
       "TensorBoard does not answer",
-      "Look whether it still runs (tensorboard --logdir FOLDER), then try again.",
+      "Check that it is still running (tensorboard --logdir FOLDER), then try again.",
     );
   }
 }

@@ -36,7 +36,7 @@ const spread = (value, all) => {
   return high > low ? 0.2 + (0.6 * (value - low)) / (high - low) : 0.2;
 };
 
-/** Stretches that are told alike: [{value, text, from, to}], by index; NaN and Inf are left out. */
+/** Runs of equal text: [{value, text, from, to}], by index; NaN and Inf are omitted. */
 function stretches(band, columns, [from, to]) {
   const values = columns[band.field];
   const found = [];

@@ -68,7 +68,7 @@ function named(run, steps, incidents) {
   return { run, incidents, ...kept(steps, incidents) };
 }
 
-/** The samples that no rollback took back and no veto dropped: their steps only ever rise. */
+/** The samples that were neither rejected nor undone by a rollback: their steps only increase. */
 export function kept(steps, incidents) {
   const spans = incidents.flatMap((each) => each.spans);
   const indices = [];

@@ -108,18 +108,18 @@ function columnFrom(xs, ys, start, to, x, column) {
   return bin;
 }
 
-/** A dot at each sample, where there are few enough to tell them apart; hollow where vetoed. */
+/** A dot at each sample, where there are few enough to tell them apart; hollow where rejected. */
 export function drawDots(context, xs, ys, taken, [from, to], x, y, colours) {
   for (let i = from; i < to; i++) {
     if (!Number.isFinite(ys[i])) continue;
-    const vetoed = taken && taken[i] === 0;
+    const rejected = taken && taken[i] === 0;
     mark(
       context,
-      vetoed ? "ring" : "circle",
+      rejected ? "ring" : "circle",
       x.px(xs[i]),
       y.px(ys[i]),
-      vetoed ? 4 : 2.2,
-      vetoed ? colours.bad : colours.line,
+      rejected ? 4 : 2.2,
+      rejected ? colours.bad : colours.line,
     );
   }
 }

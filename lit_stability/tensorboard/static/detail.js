@@ -1,12 +1,12 @@
 /**
- * One incident, from the sentence that says what happened to the code that loads its scene.
+ * One incident, from its message to the code that loads its folder.
  *
- * It lies beside the pictures and is no dialog: they stay in use. Escape closes it, arrows go to
- * the next incident.
+ * It is shown next to the charts and is not a dialog, so the charts stay usable. Escape closes it,
+ * arrow keys select the next incident.
  */
 
 import { button, el, path, prose, replace } from "./dom.js";
-import { causes, checks, origin, scene, tried, worstLayers } from "./findings.js";
+import { causes, checks, incidentFolder, origin, tried, worstLayers } from "./findings.js";
 import { moveIncident } from "./incidents.js";
 import { count, plural } from "./scales.js";
 import { currentIncident, fullRange, optimizersOf } from "./store.js";
@@ -16,7 +16,7 @@ import { causeText, moment, outcomeText, place, responses, worstLayer } from "./
 
 const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
-/** @returns {HTMLElement} an aside, hidden while no incident is looked at. */
+/** @returns {HTMLElement} an aside, hidden while no incident is selected. */
 export function createDetail(store) {
   const element = el("aside", {
     class: "detail",
@@ -28,7 +28,7 @@ export function createDetail(store) {
   const draw = (state) => {
     const incident = currentIncident(state);
     element.hidden = !incident;
-    if (incident?.key === key) return; // data came again and said the same: keep place and focus
+    if (incident?.key === key) return; // reloaded data is the same: keep scroll position and focus
     key = incident?.key;
     chart = incident && incident.window.length > 0
       ? createWindowChart(incident, state.incidents)
@@ -60,16 +60,16 @@ function content(store, incident, chart) {
       "Step by step ",
       button("Show on the time line", () => store.set({ range: around(incident, store.get()) })),
     ),
-    chart ? chart.element : el("p", { class: "message" }, "The steps around it were not kept."),
+    chart ? chart.element : el("p", { class: "message" }, "The steps around it were not recorded."),
     chart &&
-    el("p", { class: "key" }, "○ vetoed", " · × NaN or Inf", " · shaded: taken back by a rollback"),
+    el("p", { class: "key" }, "○ rejected", " · × NaN or Inf", " · shaded: undone by a rollback"),
     chart && el("details", {}, el("summary", {}, "Show the numbers"), windowTable(incident)),
     origin(incident),
     causes(incident),
     tried(incident),
     worstLayers(incident),
     checks(incident),
-    scene(incident),
+    incidentFolder(incident),
   ];
 }
 
@@ -100,7 +100,7 @@ function head(store, incident) {
   );
 }
 
-/** The stretch of attempts that its window covers, half as much again on either side. */
+/** The range of attempts of its window, extended by half its length on either side. */
 function around({ window: columns, attempt }, state) {
   const full = fullRange(state);
   const first = columns.length > 0 ? columns.attempt[0] : attempt - 50;
@@ -109,20 +109,20 @@ function around({ window: columns, attempt }, state) {
   return [Math.max(full[0], first - margin), Math.min(full[1], last + margin)];
 }
 
-/** Four cells: where, why, what was done, how it ended. */
+/** Four cells: origin, cause, responses, outcome. */
 function story(incident) {
   const done = responses(incident);
-  const strikes = incident.strikes > 1 ? ` after ${plural(incident.strikes, "strike")}` : "";
+  const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";
   const cells = [
-    ["began in", begun(incident)],
+    ["first seen in", firstSeen(incident)],
     ["cause", causeText(incident)],
-    ["done", done.join(", ") || "nothing changed"],
+    ["response", done.join(", ") || "nothing changed"],
     [
       "outcome",
       el(
         "span",
         { class: `outcome ${colourOf(incident.outcome)}` },
-        outcomeText(incident) + strikes,
+        outcomeText(incident) + times,
       ),
     ],
   ];
@@ -133,7 +133,7 @@ function story(incident) {
   );
 }
 
-function begun(incident) {
+function firstSeen(incident) {
   const { origin: found } = incident;
   if (!found) return path(worstLayer(incident) || "no single layer");
   const where = [place(found), `${found.phase} pass`].filter(Boolean).join(", ");

@@ -52,7 +52,7 @@ export function choice(label, options, chosen, onchoose) {
   return group;
 }
 
-/** A section with a heading and, beside it, controls. */
+/** A section with a heading and controls next to it. */
 export function section(name, title, controls, ...content) {
   const heading = el("h2", { id: `${name}-title` }, title);
   const head = el("div", { class: "section-head" }, heading, ...controls);

@@ -1,11 +1,11 @@
-/** What is known of an incident, part by part; a part of which nothing is known is left out. */
+/** The sections of an incident; sections without data are omitted. */
 
 import { button, el, path as asCode, prose } from "./dom.js";
 import { number } from "./columns.js";
 import { short } from "./scales.js";
 import { loadingCode, outcomeSentences, place, responses } from "./words.js";
 
-/** Where the first NaN or Inf was made. */
+/** The operation that produced the first NaN or Inf. */
 export function origin({ origin: found }) {
   if (!found) return null;
   const module = found.module
@@ -24,7 +24,7 @@ export function origin({ origin: found }) {
       found.file ? `${found.file}:${found.line}` : "",
     ],
     [
-      "accident",
+      "kind",
       found.overflow
         ? `overflow of ${found.dtype}, finite in float32`
         : `${found.kind} ${found.tensor ?? ""}`.trim(),
@@ -32,7 +32,7 @@ export function origin({ origin: found }) {
   ];
   const inputs = (found.inputs ?? []).map((each) => el("li", {}, el("code", {}, inputText(each))));
   return part(
-    "Where it was born",
+    "Origin of the non-finite value",
     el(
       "dl",
       { class: "facts" },
@@ -47,7 +47,7 @@ export function origin({ origin: found }) {
         ),
       ]),
     ),
-    inputs.length > 0 && el("p", { class: "label" }, "What went in"),
+    inputs.length > 0 && el("p", { class: "label" }, "Inputs"),
     inputs.length > 0 && el("ul", {}, inputs),
     found.note && el("p", {}, found.note),
     advice("Try", found.advice),
@@ -63,16 +63,16 @@ function inputText({ name, dtype, shape, minimum, maximum, nonfinite }) {
   }`;
 }
 
-/** The causes that something speaks for, the best supported first. */
+/** The likely causes, best supported first. */
 export function causes({ hypotheses = [], remedy }) {
   if (hypotheses.length === 0) {
     return part(
-      "Causes",
-      el("p", {}, "Nothing speaks for any known cause."),
+      "Likely causes",
+      el("p", {}, "There is no evidence for any known cause."),
       advice("Try", remedy),
     );
   }
-  return part("Causes, best supported first", el("ol", { class: "causes" }, hypotheses.map(cause)));
+  return part("Likely causes, best supported first", el("ol", { class: "causes" }, hypotheses.map(cause)));
 }
 
 function cause({ cause: name, certainty, evidence = [], do: remedy, leave }) {
@@ -87,24 +87,24 @@ function cause({ cause: name, certainty, evidence = [], do: remedy, leave }) {
     ),
     el("ul", {}, evidence.map((each) => el("li", {}, prose(each)))),
     advice("Try", remedy),
-    advice("Leave it alone", leave),
+    advice("When to ignore", leave),
   );
 }
 
-/** What was done about it, in order, and whether it helped. */
+/** The responses in order, and the outcome. */
 export function tried(incident) {
   const done = responses(incident);
   const list = done.length > 0
     ? el("ol", { class: "tried" }, done.map((text) => el("li", {}, text)))
     : el("p", {}, "Nothing was changed.");
   return part(
-    "What was tried, and did it help",
+    "Responses and outcome",
     list,
     el("p", {}, outcomeSentences(incident).join(" ")),
   );
 }
 
-/** The layers named by the anomaly, the worst first. */
+/** The layers named by the anomaly, most affected first. */
 export function worstLayers({ layers = [], evidence = [] }) {
   if (layers.length === 0 && evidence.length === 0) return null;
   const rows = layers.map(([name, value]) =>
@@ -117,37 +117,37 @@ export function worstLayers({ layers = [], evidence = [] }) {
   );
 }
 
-/** The questions that are asked first of a run that breaks. */
+/** The standard checks of an unstable run. */
 export function checks({ checks: asked = [] }) {
   if (asked.length === 0) return null;
   return el(
     "details",
     {},
-    el("summary", {}, "First questions, answered"),
+    el("summary", {}, "Standard checks"),
     el("ul", {}, asked.map((each) => el("li", {}, prose(each)))),
   );
 }
 
-/** Where the scene was saved, and code to load it. */
-export function scene({ path }) {
+/** The path of the incident folder, and code to load it. */
+export function incidentFolder({ path }) {
   if (!path) {
     return part(
-      "Scene",
+      "Incident folder",
       el(
         "p",
         {},
-        "Not saved. AnomalyCheckpoint() after GradientMonitor() keeps batch and state of the next.",
+        "Not saved. Add AnomalyCheckpoint() after GradientMonitor() to save batch and state.",
       ),
     );
   }
   const code = loadingCode(path);
   return part(
-    "Scene",
+    "Incident folder",
     el("p", {}, asCode(path)),
     el(
       "div",
       { class: "code" },
-      el("pre", { tabindex: "0", "aria-label": "Python code that loads the scene" }, code),
+      el("pre", { tabindex: "0", "aria-label": "Python code that loads the incident folder" }, code),
       copyButton(code),
     ),
   );
@@ -161,7 +161,7 @@ function copyButton(code) {
   return copy;
 }
 
-/** Browsers give the clipboard to secure pages only; elsewhere a hidden field does. */
+/** Browsers allow clipboard access on secure pages only; elsewhere a hidden field is used. */
 async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -8,7 +8,7 @@
 
 import { gutter, layeredCanvas, mark, vertical } from "./canvas.js";
 import { button, choice, el, replace, section } from "./dom.js";
-import { encode, NON_FINITE, strikeOf } from "./layer_codes.js";
+import { encode, NON_FINITE, severityOf } from "./layer_codes.js";
 import { groupLayers, layOut } from "./layer_groups.js";
 import { nameRows } from "./layer_names.js";
 import { cells, paint } from "./layer_picture.js";
@@ -112,11 +112,11 @@ function drawAll(state, map, layers, names, x, fold) {
   const palette = colours();
   const across = cells(map.data.attempts, x, [left, right]);
   const size = [right - left, bottom - TOP];
-  const { canvas, struck } = paint(map.coded, map.laid.rows, across, size, palette);
+  const { canvas, extremes } = paint(map.coded, map.laid.rows, across, size, palette);
   context.imageSmoothingEnabled = false;
   context.drawImage(canvas, left, TOP);
   drawSpans(context, state.incidents, x, [left, right], TOP - 18, TOP - 12, palette);
-  drawStruck(context, struck, left, palette);
+  drawExtremes(context, extremes, left, palette);
   drawAxis(context, x, bottom, palette);
   drawPins(context, state.incidents, state.incident, x, rangeInView(state), 12, bottom, palette);
   nameRows(names, { ...map, left, top: TOP, fold });
@@ -124,10 +124,10 @@ function drawAll(state, map, layers, names, x, fold) {
 }
 
 /** A mark above the map over each stretch in which any layer was not finite. */
-function drawStruck(context, struck, left, palette) {
+function drawExtremes(context, extremes, left, palette) {
   let start = -1;
-  for (let c = 0; c <= struck.length; c++) {
-    const bad = struck[c] === NON_FINITE;
+  for (let c = 0; c <= extremes.length; c++) {
+    const bad = extremes[c] === NON_FINITE;
     if (bad && start < 0) start = c;
     if (bad || start < 0) continue;
     mark(context, "triangle", left + (start + c) / 2, TOP - 5, -3.5, palette.bad);
@@ -220,12 +220,12 @@ function showCursor(map, layers, x, tooltip, i, py) {
     [at, py],
     names[layer],
     rows,
-    row.layers.length > 1 ? [`The most striking of ${plural(row.layers.length, "layer")}`] : [],
+    row.layers.length > 1 ? [`The most extreme of ${plural(row.layers.length, "layer")}`] : [],
   );
 }
 
 /** Of several layers, the one whose sample `i` is the most striking. */
 function worst({ coded }, layers, i) {
-  const strike = (layer) => strikeOf(coded.codes[layer * coded.samples + i]);
-  return layers.reduce((found, layer) => (strike(layer) > strike(found) ? layer : found));
+  const severity = (layer) => severityOf(coded.codes[layer * coded.samples + i]);
+  return layers.reduce((found, layer) => (severity(layer) > severity(found) ? layer : found));
 }

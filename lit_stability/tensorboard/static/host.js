@@ -44,7 +44,7 @@ export function readAddress() {
 }
 
 /**
- * Write values into the address, so that it can be passed on; empty ones are left out.
+ * Write values into the address, so that it can be shared; empty ones are omitted.
  *
  * @param {object} values
  * @param {boolean} leave  whether the browser's back button is to return to what was shown before
@@ -68,7 +68,7 @@ export function onAddressChange(listener) {
   window.addEventListener("pagehide", () => host.removeEventListener("hashchange", listener));
 }
 
-/** Call `listener` whenever TensorBoard has loaded its data again. */
+/** Call `listener` whenever TensorBoard has reloaded its data. */
 export function onDataReloaded(listener) {
   if (window.parent === window) return;
   const { port1, port2 } = new MessageChannel();

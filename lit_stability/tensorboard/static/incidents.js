@@ -1,4 +1,4 @@
-/** The list of incidents: one row each, the newest last, as they came. */
+/** The list of incidents: one row each, in order, newest last. */
 
 import { button, el, path, replace, section } from "./dom.js";
 import { count, plural } from "./scales.js";
@@ -33,7 +33,7 @@ export function createIncidents(store) {
   return section("incidents", "Incidents", [], none, frame);
 }
 
-/** Look at the next or the previous incident; the first one where none is looked at. */
+/** Select the next or the previous incident; the first one if none is selected. */
 export function moveIncident(store, by) {
   const { incidents, incident } = store.get();
   if (incidents.length === 0) return;
@@ -58,7 +58,7 @@ function drawRows(store, body, frame, none) {
   none.hidden = incidents.length > 0;
   replace(none, steps ? calm(steps) : "");
   const key = [run, ...incidents.map((each) => each.key)].join();
-  if (body.key === key) return; // data came again and said the same: keep the focus
+  if (body.key === key) return; // reloaded data is the same: keep the focus
   body.key = key;
   const days = new Set(incidents.map(({ time }) => moment(time).date));
   replace(body, incidents.map((incident) => row(store, incident, days.size > 1)));
@@ -70,7 +70,7 @@ function calm(steps) {
   const attempts = steps.attempt[steps.length - 1] - steps.attempt[0] + 1;
   return `No incident in this run: ${
     plural(attempts, "attempt")
-  } watched, nothing to do. To rehearse one, put a lit_stability.faults.FaultInjector into the callbacks.`;
+  } monitored. To test one, add a lit_stability.faults.FaultInjector to the callbacks.`;
 }
 
 function row(store, incident, dated) {

@@ -78,9 +78,9 @@ function shell(store, heatmap, comparison) {
   );
   return {
     element,
-    say(kind, said) {
+    say(kind, content) {
       element.dataset.state = kind;
-      replace(message, said);
+      replace(message, content);
       columns.hidden = kind !== "ready";
     },
   };

@@ -1,9 +1,9 @@
 /**
- * Gradient norms as what they are to each layer's own median, a byte each.
+ * Gradient norms relative to each layer's own median, one byte each.
  *
- * The median is that of all samples of the run: a colour means the same wherever one zooms, and a
- * layer that has been too large for long is not taken for its own measure. What drifts over the run
- * is seen to drift; in return a spike is told from its neighbours, not from grey.
+ * The median is over all samples of the run, so a colour has the same meaning at every zoom level,
+ * and a layer that is too large for a long time does not become its own reference. A drift over the
+ * run is visible as a drift; a spike is therefore seen against its neighbours, not against grey.
  *
  * A byte holds the logarithm of the ratio: 100 is the median itself, 0 a thousandth of it or less, 200
  * a thousand times or more. Arrays in, arrays out: no drawing.
@@ -116,7 +116,7 @@ export function mostStriking({ codes, samples }, layers, edges) {
     for (let c = 0; c < columns.length; c++) {
       let found = columns[c];
       for (let i = edges[c]; i < edges[c + 1]; i++) {
-        if (STRIKE[codes[base + i]] > STRIKE[found]) found = codes[base + i];
+        if (SEVERITY[codes[base + i]] > SEVERITY[found]) found = codes[base + i];
       }
       columns[c] = found;
     }
@@ -124,10 +124,10 @@ export function mostStriking({ codes, samples }, layers, edges) {
   return columns;
 }
 
-const STRIKE = Uint8Array.from({ length: 256 }, (_, code) => {
+const SEVERITY = Uint8Array.from({ length: 256 }, (_, code) => {
   if (code > TOP_CODE) return { [NON_FINITE]: 255, [ZERO]: 254 }[code] ?? 0;
   return 1 + Math.abs(code - MEDIAN) * 2 + (code > MEDIAN ? 1 : 0);
 });
 
 /** How striking a code is; above wins over as far below, NOTHING loses to all. */
-export const strikeOf = (code) => STRIKE[code];
+export const severityOf = (code) => SEVERITY[code];

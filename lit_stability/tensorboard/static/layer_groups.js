@@ -8,7 +8,7 @@
 /**
  * Group names by block: up to the first number in the name, else by their first parts.
  *
- * What all names begin with is left out, but for the word before a number, so that
+ * The prefix of all names is omitted, except for the word before a number, so that
  * `network.encoder.layers.0.norm.weight` and its neighbours make the group `encoder.layers.0`.
  *
  * @param {string[]} names

@@ -1,4 +1,4 @@
-/** Names beside the rows of the heat map; those of groups are buttons that fold them. */
+/** Names next to the rows of the heat map; those of groups are buttons that fold them. */
 
 import { button, el, replace } from "./dom.js";
 import { nameInGroup } from "./layer_groups.js";

@@ -52,8 +52,8 @@ function sampleCells(attempts, x, left, width, from, to) {
 /**
  * Where sample `i` ends and the next begins: halfway, if they are as far apart as their neighbours.
  *
- * One that was written out of turn, as a vetoed attempt is between two logged ones, keeps to its own
- * place: else a fault of one step would cover the healthy steps up to the next sample.
+ * A sample written between two regular ones, such as a rejected attempt, covers only its own place:
+ * otherwise a fault of one step would cover the healthy steps up to the next sample.
  */
 function border(attempts, i) {
   if (i < 0) return attempts[0] - 0.5;
@@ -72,7 +72,7 @@ const reach = (attempts, i) =>
  * @param {{edges: Int32Array, cellOf: Int32Array}} across
  * @param {[number, number]} size  width and height in pixels
  * @param {Record<string, string>} palette
- * @returns {{canvas: HTMLCanvasElement, struck: Uint8Array}} the picture; for each pixel across 255
+ * @returns {{canvas: HTMLCanvasElement, extremes: Uint8Array}} the picture; for each pixel across 255
  *   where any layer was non-finite, 254 where any was zero
  */
 export function paint(coded, rows, { edges, cellOf }, [width, height], palette) {
@@ -82,15 +82,15 @@ export function paint(coded, rows, { edges, cellOf }, [width, height], palette) 
   const image = context.createImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
   const table = colourTable(palette);
-  const struck = new Uint8Array(width);
+  const extremes = new Uint8Array(width);
   for (const row of rows) {
     const found = mostStriking(coded, row.layers, edges);
     const line = widen(cellOf.map((cell) => (cell < 0 ? NOTHING : found[cell])));
-    for (let c = 0; c < width; c++) if (line[c] >= ZERO && line[c] > struck[c]) struck[c] = line[c];
+    for (let c = 0; c < width; c++) if (line[c] >= ZERO && line[c] > extremes[c]) extremes[c] = line[c];
     fillRow(pixels, width, row, line, table);
   }
   context.putImageData(image, 0, 0);
-  return { canvas, struck };
+  return { canvas, extremes };
 }
 
 /** A non-finite pixel is made three wide, or one step among thousands could not be seen. */

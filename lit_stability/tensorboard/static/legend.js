@@ -1,4 +1,4 @@
-/** What the colours and marks of the heat map mean. */
+/** The legend of the colours and marks of the heat map. */
 
 import { el } from "./dom.js";
 
@@ -20,7 +20,7 @@ export function legend() {
     ),
     swatch("non-finite", "NaN or Inf (▾ above the map)"),
     swatch("zero", "exactly zero"),
-    swatch("taken-back", "taken back by a rollback"),
+    swatch("undone", "undone by a rollback"),
   );
 }
 

@@ -2,7 +2,7 @@
  * Brings the data of the chosen runs into the store and the views, the newest request winning.
  *
  * A part that fails says so in its own place; the others stay. Layers are much data: they are not
- * fetched again while no step has come.
+ * fetched again until a new step arrives.
  */
 
 import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
@@ -21,7 +21,7 @@ export function createLoader(store, views) {
     try {
       const runs = await fetchRuns();
       const { run, other, optimizer } = store.get();
-      const shown = found(runs, run) ?? mostTelling(runs);
+      const shown = found(runs, run) ?? runToShow(runs);
       store.set({
         runs,
         run: shown?.run ?? "",
@@ -117,8 +117,8 @@ function oneOf(run, optimizer) {
   return known.includes(optimizer) ? optimizer : (known[0] ?? 0);
 }
 
-/** The run that struck last is the one that somebody wants to see; else the longest. */
-function mostTelling(runs) {
+/** The run to show first: of the runs with incidents, otherwise of all, the one with most steps. */
+function runToShow(runs) {
   const weight = ({ incidents, last }) => [incidents > 0 ? 1 : 0, last];
   return [...runs].sort((a, b) => weight(b)[0] - weight(a)[0] || weight(b)[1] - weight(a)[1])[0];
 }

@@ -1,4 +1,4 @@
-/** Incidents and what was taken back, over every picture that has attempts across. */
+/** Marks of incidents and undone attempts, on every chart with attempts on the x axis. */
 
 import { hatch, mark, vertical } from "./canvas.js";
 import { colourOf, markOf } from "./theme.js";
@@ -6,7 +6,7 @@ import { colourOf, markOf } from "./theme.js";
 const SIZE = 7;
 const REACH = 12;
 
-/** Shade the attempts that rollbacks took back. */
+/** Shade the attempts that rollbacks undid. */
 export function drawSpans(context, incidents, x, [left, right], top, bottom, colours) {
   for (const [from, to] of incidents.flatMap((each) => each.spans)) {
     const start = Math.max(left, x.px(from - 0.5));
@@ -41,7 +41,7 @@ function ring(context, x, y, colour) {
   context.lineWidth = 1;
 }
 
-/** The incident whose pin or line lies near a pixel, or undefined. */
+/** The incident whose pin or line is near a pixel, or undefined. */
 export function pinAt(incidents, x, inside, px) {
   const near = pins(incidents, x, inside).map((pin) => ({ ...pin, off: Math.abs(pin.at - px) }));
   return near.filter((pin) => pin.off <= REACH).sort((a, b) => a.off - b.off)[0]?.incident;
@@ -53,8 +53,8 @@ function pins(incidents, x, inside) {
     .map((incident) => ({ incident, at: x.px(incident.attempt) }));
 }
 
-/** Whether an attempt was taken back, and by which incident. */
-export function takenBackBy(incidents, attempt) {
+/** The incident whose rollback undid an attempt, or undefined. */
+export function undoneBy(incidents, attempt) {
   return incidents.find((each) =>
     each.spans.some(([from, to]) => attempt >= from && attempt <= to)
   );

@@ -1,4 +1,4 @@
-/** What is shown where there is no data: why, and what to do. */
+/** Messages for missing data: the reason, and what to do. */
 
 import { button, el } from "./dom.js";
 
@@ -23,11 +23,11 @@ export function noRun(retry) {
       {},
       "Then start TensorBoard on the logger's folder. A run appears here after its first steps.",
     ),
-    button("Look again", retry),
+    button("Reload", retry),
   );
 }
 
-/** Still on its way. */
+/** Shown while data is loading. */
 export function loading(what) {
   return el(
     "div",
@@ -43,26 +43,26 @@ export function failure(error, retry) {
     "div",
     { class: "state failure", role: "alert" },
     el("h2", {}, error.message),
-    el("p", {}, error.remedy ?? "Look at the browser's console, then try again."),
+    el("p", {}, error.remedy ?? "See the browser's console, then try again."),
     button("Try again", retry),
   );
 }
 
-/** A run of which layer by layer nothing was written. */
+/** A run without values by layer. */
 export function noLayers(quantity) {
   return el(
     "span",
     {},
     quantity === "grad_norm"
       ? "No gradient norms by layer in this run yet: wait for its first steps."
-      : "No update-to-weight ratios by layer in this run. Look at the gradient norm.",
+      : "No update-to-weight ratios by layer in this run. Select the gradient norm.",
   );
 }
 
-/** A run that has begun and has no sample yet. */
+/** A run that has started and has no sample yet. */
 export const noSteps = () =>
   el(
     "span",
     {},
-    "No step of this run was written yet: wait for the first ones.",
+    "No step of this run has been written yet: wait for the first steps.",
   );

@@ -1,4 +1,4 @@
-/** One sample of a run in words: the same for the time line, the incident and the table. */
+/** Texts for one sample of a run, used by the time line, the incident and the table. */
 
 import { count, power, ratio, short } from "./scales.js";
 
@@ -18,7 +18,7 @@ export function stepTitle(columns, i) {
   return `attempt ${count(columns.attempt[i])} · step ${count(columns.step[i])}`;
 }
 
-/** @returns {[string, string][]} what was measured at sample `i`; what there is not is left out. */
+/** @returns {[string, string][]} the values measured at sample `i`; missing ones are omitted. */
 export function stepRows(columns, i) {
   const rows = ROWS.filter(([field]) => field in columns)
     .filter(([field]) => !(OFTEN_NAN.has(field) && Number.isNaN(columns[field][i])))
@@ -27,13 +27,13 @@ export function stepRows(columns, i) {
   return precision === undefined ? rows : [...rows, ["precision", precision]];
 }
 
-/** @returns {string[]} what became of the sample, a sentence each. */
-export function stepNotes(columns, i, incidents, takenBack) {
+/** @returns {string[]} notes on the sample, one sentence each. */
+export function stepNotes(columns, i, incidents, undoneBy) {
   const attempt = columns.attempt[i];
   const opened = incidents.find((each) => each.attempt === attempt);
   return [
     opened && `Incident ${opened.id}: ${opened.kind}`,
-    columns.taken?.[i] === 0 && "Vetoed: the update was not applied",
-    takenBack && `Taken back by the rollback of incident ${takenBack.id}`,
+    columns.taken?.[i] === 0 && "Rejected: the update was not applied",
+    undoneBy && `Undone by the rollback of incident ${undoneBy.id}`,
   ].filter(Boolean);
 }

@@ -9,7 +9,7 @@ import { BANDS, drawBand } from "./bands.js";
 import { gutter, layeredCanvas, vertical } from "./canvas.js";
 import { slice } from "./curve.js";
 import { button, choice, el, section } from "./dom.js";
-import { drawPins, drawSpans, pinAt, takenBackBy } from "./marks.js";
+import { drawPins, drawSpans, pinAt, undoneBy } from "./marks.js";
 import { drawPanel, drawXAxis } from "./panels.js";
 import { linearScale, nearest } from "./scales.js";
 import { stepNotes, stepRows, stepTitle } from "./step_words.js";
@@ -21,9 +21,9 @@ import { attachZoom } from "./zoom.js";
 const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 30, 12, 20, 26];
 
 const KEY = [
-  "by attempt, which counts on where steps go back",
+  "by attempt: rollbacks decrease the step, not the attempt",
   "× NaN or Inf",
-  "shaded: taken back by a rollback",
+  "shaded: undone by a rollback",
 ].join(" · ");
 
 const PANELS = [
@@ -155,6 +155,6 @@ function showCursor({ steps, incidents }, layers, x, tooltip, i, py) {
   const context = layers.beginCursor();
   const at = x.px(steps.attempt[i]);
   vertical(context, at, TOP - 6, layers.element.clientHeight - AXIS, colours().ink);
-  const notes = stepNotes(steps, i, incidents, takenBackBy(incidents, steps.attempt[i]));
+  const notes = stepNotes(steps, i, incidents, undoneBy(incidents, steps.attempt[i]));
   tooltip.show([at, py], stepTitle(steps, i), stepRows(steps, i), notes);
 }

@@ -1,4 +1,4 @@
-/** The head of the page: which run, against which, and in a few words how it went. */
+/** The head of the page: the run, the run to compare with, and a short summary. */
 
 import { el, replace } from "./dom.js";
 import { summary } from "./incidents.js";
@@ -25,7 +25,7 @@ export function createToolbar(store) {
     el("label", { for: "other" }, "compare with"),
     other,
   ].flat();
-  const said = el("p", { class: "summary", role: "status" });
+  const status = el("p", { class: "summary", role: "status" });
   const fill = (state) => {
     replace(run, state.runs.map((each) => option(each, state.run)));
     const others = state.runs.filter((each) => each.run !== state.run);
@@ -43,13 +43,13 @@ export function createToolbar(store) {
   };
   fill(store.get());
   store.on(["runs", "run", "optimizer", "other"], fill);
-  store.on(["steps", "incidents"], (state) => replace(said, state.steps ? words(state) : ""));
+  store.on(["steps", "incidents"], (state) => replace(status, state.steps ? words(state) : ""));
   return el(
     "header",
     { class: "toolbar" },
     el("h1", {}, "Stability"),
     chooser,
-    said,
+    status,
     keys(),
   );
 }

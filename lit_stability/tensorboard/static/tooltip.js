@@ -1,4 +1,4 @@
-/** What lies under the pointer, in words, beside it; also read out where the keyboard moves it. */
+/** The values at the pointer, as text next to it; also read out for keyboard moves. */
 
 import { el, replace } from "./dom.js";
 

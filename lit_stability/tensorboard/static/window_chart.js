@@ -3,7 +3,7 @@
 import { layeredCanvas, vertical } from "./canvas.js";
 import { slice } from "./curve.js";
 import { el } from "./dom.js";
-import { drawPins, drawSpans, takenBackBy } from "./marks.js";
+import { drawPins, drawSpans, undoneBy } from "./marks.js";
 import { drawPanel, drawXAxis } from "./panels.js";
 import { count, linearScale, nearest } from "./scales.js";
 import { stepNotes, stepRows, stepTitle } from "./step_words.js";
@@ -38,7 +38,7 @@ export function createWindowChart(incident, incidents) {
     at = i;
     const px = x().px(columns.attempt[i]);
     vertical(layers.beginCursor(), px, TOP - 6, layers.element.clientHeight - AXIS, colours().ink);
-    const notes = stepNotes(columns, i, incidents, takenBackBy(incidents, columns.attempt[i]));
+    const notes = stepNotes(columns, i, incidents, undoneBy(incidents, columns.attempt[i]));
     tooltip.show([px, py], stepTitle(columns, i), stepRows(columns, i), notes);
   };
   attachCursor(layers.element, {
@@ -98,7 +98,7 @@ export function windowTable({ window: columns, attempt }) {
     el(
       "tr",
       {
-        class: [columns.attempt[i] === attempt && "opened", columns.taken?.[i] === 0 && "vetoed"]
+        class: [columns.attempt[i] === attempt && "opened", columns.taken?.[i] === 0 && "rejected"]
           .filter(Boolean).join(" "),
       },
       there.map((field) =>

@@ -1,26 +1,25 @@
-/** An incident in the words that people need first. Objects in, strings out. */
+/** Texts that describe an incident. Objects in, strings out. */
 
 import { markOf } from "./theme.js";
 import { plural } from "./scales.js";
 
 const OUTCOMES = {
   recovered: "The run was healthy again afterwards.",
-  observed:
-    "Nothing was changed: no callback that responds was in the trainer, or none was needed.",
-  stopped: "The run was stopped: no response in budget was left, or none could help.",
+  observed: "Nothing was changed: no callback responded, or no response was needed.",
+  stopped: "The run was stopped: no response was left in the budget, or none could help.",
   unresolved: "The run ended before it was known whether this helped.",
   open: "Not known yet: the incident is still open.",
 };
 
 const VERDICTS = {
-  transient: "It did not return when the same steps were taken again.",
-  deterministic: "It returned when the same steps were taken again.",
+  transient: "It did not recur when the same steps were run again.",
+  deterministic: "It recurred when the same steps were run again.",
 };
 
 /** "● recovered". */
 export const outcomeText = ({ outcome }) => `${markOf(outcome).sign} ${markOf(outcome).word}`;
 
-/** What became of the run, and what taking the steps again has shown. */
+/** The outcome of the incident, and whether it recurred when the steps were run again. */
 export function outcomeSentences({ outcome, verdict, closed_step: closed, step }) {
   const after = closed === null || closed === undefined
     ? ""
@@ -28,7 +27,7 @@ export function outcomeSentences({ outcome, verdict, closed_step: closed, step }
   return [(OUTCOMES[outcome] ?? String(outcome)) + after, VERDICTS[verdict]].filter(Boolean);
 }
 
-/** The layer that it shows worst in, "" where none is known. */
+/** The most affected layer, "" if unknown. */
 export function worstLayer({ origin, layers }) {
   return origin?.module || layers?.[0]?.[0] || "";
 }
@@ -36,7 +35,7 @@ export function worstLayer({ origin, layers }) {
 /** "1: discriminator". */
 export const optimizerText = ({ index, part }) => (part ? `${index}: ${part}` : String(index));
 
-/** The responses in their order, equal neighbours counted: ["step taken again (2x)", ...]. */
+/** The responses in order, with repeated ones counted: ["step skipped (2x)", ...]. */
 export function responses({ responses: given = [] }) {
   const runs = [];
   for (const text of given) {
@@ -46,14 +45,14 @@ export function responses({ responses: given = [] }) {
   return runs.map(({ text, times }) => (times > 1 ? `${text} (${times}x)` : text));
 }
 
-/** The best supported cause with its certainty, as of `hypotheses`. */
+/** The best supported cause with its certainty, from the record's `hypotheses`. */
 export function causeText({ cause, hypotheses }) {
   const best = hypotheses?.[0];
   if (!best && !cause) return "not known";
   return best && best.cause === cause ? `${cause} (${best.certainty})` : cause || best.cause;
 }
 
-/** "model.py:42", "" where the file is not known. */
+/** "model.py:42", "" if the file is unknown. */
 export function place({ file, line }) {
   return file ? `${file.split(/[\\/]/).pop()}:${line}` : "";
 }
@@ -69,7 +68,7 @@ export function moment(seconds) {
   };
 }
 
-/** Python that loads what was saved of the scene. */
+/** Python code that loads the saved incident folder. */
 export function loadingCode(path) {
   return [
     "from pathlib import Path",
@@ -79,8 +78,8 @@ export function loadingCode(path) {
     `folder = Path(${JSON.stringify(path)})`,
     'print((folder / "report.md").read_text(encoding="utf8"))',
     "# Pickled objects: load only what your own run has written.",
-    'scene = torch.load(folder / "scene.pt", weights_only=False)',
-    'batch, gradients = scene["batch"], scene["gradients"]',
+    'context = torch.load(folder / "scene.pt", weights_only=False)',
+    'batch, gradients = context["batch"], context["gradients"]',
     'state = folder / "checkpoint.ckpt"',
     'checkpoint = torch.load(state, map_location="cpu", weights_only=False)',
   ].join("\n");

@@ -1,4 +1,4 @@
-"""What changed between two checkpoints: known answers, and how it is told."""
+"""What changed between two checkpoints: known answers, and how it is printed."""
 
 import math
 
@@ -33,15 +33,15 @@ def test_what_is_on_one_side_and_what_has_another_shape_or_type():
     assert comparison.reshaped == (("b", "(2, 3)", "(3, 2)"),)
     assert comparison.retyped == (("c", "float32", "float16"),)
     assert [each.name for each in comparison.changes] == ["c"]
-    told = format_comparison(comparison)
+    text = format_comparison(comparison)
     for line in (
         "only before: a",
         "only after: d",
-        "of another shape, not compared: b (2, 3) -> (3, 2)",
-        "of another dtype: c float32 -> float16",
-        "unchanged to the last bit: *",
+        "different shape, not compared: b (2, 3) -> (3, 2)",
+        "different dtype: c float32 -> float16",
+        "bitwise unchanged: *",
     ):
-        assert line in told
+        assert line in text
 
 
 def test_frozen_parameters_are_named_in_groups():
@@ -53,7 +53,7 @@ def test_frozen_parameters_are_named_in_groups():
         model["head"].weight += 1
     comparison = compare(before, model.state_dict())
     assert comparison.frozen == ("body.*", "head.bias")
-    assert "unchanged to the last bit: body.*, head.bias" in format_comparison(comparison)
+    assert "bitwise unchanged: body.*, head.bias" in format_comparison(comparison)
 
 
 def test_non_finite_elements_come_first_and_are_left_out_of_the_numbers():
@@ -78,9 +78,9 @@ def test_large_tensors_are_compared_in_pieces(monkeypatch):
 def test_table_is_bounded_and_says_what_is_left_out():
     before = {f"w{i}": torch.ones(2) for i in range(9)}
     after = {f"w{i}": torch.ones(2) + i for i in range(9)}
-    told = format_comparison(compare(before, after), limit=3)
-    assert "5 more tensors; --all shows them" in told
-    assert told.index("w8") < told.index("w7") < told.index("w6")
+    text = format_comparison(compare(before, after), limit=3)
+    assert "5 more tensors; --all shows them" in text
+    assert text.index("w8") < text.index("w7") < text.index("w6")
     assert "more tensors" not in format_comparison(compare(before, after), limit=None)
     with pytest.raises(ValueError, match="limit=0 must be at least 1"):
         format_comparison(compare(before, after), limit=0)

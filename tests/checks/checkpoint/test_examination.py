@@ -322,7 +322,7 @@ def test_gradients_of_an_incident_are_judged_by_name():
     ]
 
 
-def test_state_of_the_suite_is_told(healthy):
+def test_state_of_the_suite_is_reported(healthy):
     run = examine(healthy).run
     assert run.callbacks["budget left"] == {"skips": 100, "rollbacks": 8, "holds": 8}
     assert (run.callbacks["incidents"], run.callbacks["precision"]) == (0, "32-true")
@@ -331,5 +331,5 @@ def test_state_of_the_suite_is_told(healthy):
 
 
 def test_mapping_without_a_tensor_is_refused():
-    with pytest.raises(ValueError, match=r"no tensor among \['epoch'\]; give a checkpoint"):
+    with pytest.raises(ValueError, match=r"no tensor among the keys \['epoch'\]; give a Lightning"):
         examine({"epoch": 3})

@@ -50,7 +50,7 @@ def test_health_of_many_tensors_keeps_those_with_a_finding():
     state["w3"][0] = math.nan
     figure = draw_health(examine(state), layers=3)
     assert list(labels(figure)) == ["w3", "w58", "w59"]
-    assert figure.get_suptitle() == "1 errors, 3 of 60 tensors"
+    assert figure.get_suptitle() == "1 error, 3 of 60 tensors"
     assert len(figure.axes) == 1, "no optimizer, no panel"
 
 

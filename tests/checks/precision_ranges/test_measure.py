@@ -62,7 +62,7 @@ def test_loss_with_large_targets_is_reported():
     assert "scale the targets down" in "\n".join(verdict.advice)
 
 
-def test_inputs_that_overflow_are_told_from_the_layers():
+def test_inputs_that_overflow_are_distinguished_from_the_layers():
     report = measure_ranges(nn.Linear(4, 1), mean_square, [{"x": 1e5 * torch.ones(2, 4)}["x"]])
     assert report.row("activations", "(input)").overflowing(FLOAT16) == 8
 
@@ -173,12 +173,12 @@ def test_measurement_leaves_everything_as_it_was(training, fails):
         assert twin.net[1].training, "measured as in training"
         loss = mean_square(twin, batch)
         if fails:
-            raise RuntimeError("struck")
+            raise RuntimeError("step failed")
         return loss
 
     batches = (torch.randn(8, 4) for _ in range(2))
     if fails:
-        with pytest.raises(RuntimeError, match="struck"):
+        with pytest.raises(RuntimeError, match="step failed"):
             measure_ranges(model, step, batches)
     else:
         measure_ranges(model, step, batches)
@@ -203,9 +203,9 @@ def test_bad_step_is_refused_with_what_to_do(step, batches, message):
 
 def test_step_that_calls_another_model_is_refused():
     model = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="has to call the model that it is given"):
+    with pytest.raises(ValueError, match="has to call the model that it receives"):
         measure_ranges(model, lambda _, x: model(x).mean(), [torch.ones(3, 4)])
-    assert model.weight.grad is not None, "the step did that, and it was told"
+    assert model.weight.grad is not None, "the step did that, and it is reported"
 
 
 def test_values_that_are_not_finite_do_not_hide_the_others():

@@ -1,4 +1,4 @@
-"""The picture: what is drawn, and what is said where it cannot be."""
+"""The picture: what is drawn, and the error if it cannot be."""
 
 import io
 import sys

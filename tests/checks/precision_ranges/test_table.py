@@ -38,8 +38,10 @@ def test_column_with_nothing_in_it_is_left_out():
 def test_table_names_what_is_not_finite_in_float32():
     rows = [row_of([float("nan"), 1.0], "activations", f"bad{i}") for i in range(7)]
     text = format_report(report_of(row_of([1.0], "weights", "good"), *rows))
-    said = "not finite in float32 already, left out of the shares: bad0, bad1, bad2, bad3, bad4 "
-    assert said + "and 2 more" in text
+    assert "note: values are Inf or NaN in float32 [finite]\n" in text
+    assert "  where: bad0, bad1, bad2, bad3 and 3 more\n" in text
+    weights = row_of([float("nan"), 1.0], "weights", "head")
+    assert "error: values are Inf or NaN in float32 [finite]\n" in format_report(report_of(weights))
 
 
 def test_table_lists_few_of_many_layers_that_overflow():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_stability.checks.precision_ranges.findings import LossScale, loss_scale
+from lit_stability.checks.precision_ranges.limits import LossScale, loss_scale
 from lit_stability.checks.precision_ranges.verdict import GRAD_SCALER_START, judge
 from lit_stability.measurement.float_formats import BFLOAT16, FLOAT16, TF32
 from tests.checks.precision_ranges.examples import report_of, row_of
@@ -60,8 +60,8 @@ def test_layers_that_overflow_are_named_with_share_and_size():
     )
     verdict = judge(report, FLOAT16)
     assert verdict.status == "overflows"
-    told = [(one.layer, one.share) for one in verdict.overflows]
-    assert told == [("(loss)", 1.0), ("stack", 0.75), ("(input)", 0.5), ("stack.hot", 0.25)]
+    shares = [(one.layer, one.share) for one in verdict.overflows]
+    assert shares == [("(loss)", 1.0), ("stack", 0.75), ("(input)", 0.5), ("stack.hot", 0.25)]
     assert verdict.overflows[1].largest == 1e6
     assert verdict.fp32_modules == ("stack",), "a module holds those inside it"
     advice = "\n".join(verdict.advice)
@@ -74,20 +74,20 @@ def test_layers_that_overflow_are_named_with_share_and_size():
 def test_layer_that_overflows_as_the_root_asks_for_the_whole_model():
     verdict = judge(report_of(row_of([1e5], "weights", "(model)")), FLOAT16)
     assert verdict.fp32_modules == ()
-    assert "keep the whole in float32" in verdict.advice[0]
+    assert "keep the model in float32" in verdict.advice[0]
 
 
 @pytest.mark.parametrize(
-    ("gradient", "said"),
+    ("gradient", "advice"),
     [
-        (1e-3, "GradScaler's first, 2^16, is one"),
-        (1e2, "will skip 7 steps on its way there; GradScaler(init_scale=2.0**9) none"),
-        (1e-20, "begin there: GradScaler(init_scale=2.0**42)"),
+        (1e-3, "the initial scale of GradScaler, 2^16, is among them"),
+        (1e2, "skips 7 steps until it reaches them; GradScaler(init_scale=2.0**9) skips none"),
+        (1e-20, "start there: GradScaler(init_scale=2.0**42)"),
     ],
 )
-def test_advice_says_where_grad_scaler_stands(gradient, said):
+def test_advice_says_where_grad_scaler_stands(gradient, advice):
     """S9: the dynamic loss scale explained."""
-    assert said in "\n".join(judge(report_of(row_of([gradient])), FLOAT16).advice)
+    assert advice in "\n".join(judge(report_of(row_of([gradient])), FLOAT16).advice)
 
 
 def test_grad_scaler_begins_where_the_advice_says():
@@ -111,12 +111,12 @@ def test_gradients_that_no_scale_holds_name_the_layers_that_are_too_small():
     assert "use bfloat16" in verdict.advice[0]
 
 
-@pytest.mark.parametrize(("epsilon", "told"), [(1e-8, True), (1e-4, False)])
-def test_advice_on_half_storage_names_adam_epsilon_that_becomes_zero(epsilon, told):
+@pytest.mark.parametrize(("epsilon", "named"), [(1e-8, True), (1e-4, False)])
+def test_advice_on_half_storage_names_adam_epsilon_that_becomes_zero(epsilon, named):
     """S9: known answer, 1e-8 is less than half the smallest fp16 of 6e-8."""
     assert torch.tensor(1e-8).half() == 0
     advice = judge(report_of(row_of([1.0]), adam_epsilon=epsilon), FLOAT16).advice
-    assert ("Adam's eps=1e-08 becomes 0" in "\n".join(advice)) == told
+    assert ("Adam's eps=1e-08 becomes 0" in "\n".join(advice)) == named
 
 
 def test_advice_on_half_storage_tells_the_squares_that_become_zero():
@@ -139,16 +139,16 @@ def test_what_is_not_finite_in_float32_is_judged_by_no_format(kind, layer, statu
     for each in (FLOAT16, BFLOAT16):
         verdict = judge(report, each)
         assert verdict.status == status
-        told = f"{kind} of {layer} are Inf or NaN in float32 already (1 such rows)"
-        assert (told in "\n".join(verdict.advice)) == (status == "not finite")
+        line = f"{kind} of {layer} are Inf or NaN in float32 already, which no"
+        assert (line in "\n".join(verdict.advice)) == (status == "not finite")
 
 
 def test_format_that_was_not_counted_for_is_refused():
-    with pytest.raises(ValueError, match="tf32 is not judged; choose from float16, bfloat16"):
+    with pytest.raises(ValueError, match="tf32 cannot be judged; choose from float16, bfloat16"):
         judge(report_of(row_of([1.0])), TF32)
 
 
 def test_model_without_gradients_is_judged_by_the_rest():
     verdict = judge(report_of(row_of([1.0], "weights")), FLOAT16)
     assert (verdict.status, verdict.scale) == ("fits", None)
-    assert "nothing can be said of a loss scale" in verdict.advice[0]
+    assert "the required loss scale is unknown" in verdict.advice[0]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.loss import check_finite, check_initial_loss
 from lit_stability.checks.preflight.observation import Observation
 from lit_stability.checks.preflight.operations import Watch
+from lit_stability.checks.preflight.report import NotApplicableError
 
 LN_10 = math.log(10)
 

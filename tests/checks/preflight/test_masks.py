@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lit_stability.checks.preflight import MaskProbe, nudged
-from lit_stability.checks.preflight.finding import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.masks import check_masks
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 from tests.checks.preflight.nets import CLASSES, Attender, seeded, subject
 
 IDS = torch.randint(1, CLASSES, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def made(**options):
         ({"invert": True}, "the mask is inverted"),
     ],
 )
-def test_masks_of_a_causal_layer_are_told_right_missing_and_inverted(options, fault):
+def test_masks_of_a_causal_layer_are_found_right_missing_and_inverted(options, fault):
     """T3."""
     found = check_masks(made(**options), [causal_probe()])
     assert [f.what.split(";")[0] for f in found] == ([f"the future: {fault}"] if fault else [])
@@ -62,7 +62,7 @@ def test_masks_that_hide_what_must_be_seen_are_called_so():
 
 
 @pytest.mark.parametrize(("learns", "faults"), [(True, 0), (False, 1)])
-def test_masks_of_a_branch_that_starts_shut_are_told_only_if_it_stays_shut(learns, faults):
+def test_masks_of_a_branch_that_starts_shut_are_reported_only_if_it_stays_shut(learns, faults):
     """T2, T3: a gain of zero that trains is no mask that covers too much."""
 
     class Gated(nn.Module):
@@ -105,7 +105,7 @@ def test_masks_without_a_probe_say_how_to_declare_one():
 
 
 def test_probe_that_asks_nothing_is_refused():
-    with pytest.raises(ValueError, match="'idle' asks nothing"):
+    with pytest.raises(ValueError, match="'idle' tests nothing"):
         MaskProbe(name="idle", plain=lambda m: IDS, changed=lambda m: IDS)
 
 

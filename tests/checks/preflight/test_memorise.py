@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_stability.checks.preflight import Memorise
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.memorise import check_memory, take
+from lit_stability.checks.preflight.report import NotApplicableError
 from models.translation.batches import Batch
 from tests.checks.preflight.nets import Classifier, labelled, seeded, subject
 
@@ -22,7 +22,7 @@ def test_samples_with_contradicting_labels_are_not_learnt():
     """T4: 20 equal inputs with all ten labels keep a loss of ln 10."""
     x, _ = labelled(20)
     (found,) = check_memory(subject(batch=(x[:1].expand(20, -1), torch.arange(20) % 10)), PLAN)
-    assert "20 samples are not learnt by heart" in found.what
+    assert "20 samples are not memorised" in found.what
     assert " to 2.3" in found.what
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lit_stability.checks.preflight import PositionProbe
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.positions import check_positions
+from lit_stability.checks.preflight.report import NotApplicableError
 
 
 def probe(tokens, positions):

@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lit_stability.checks.preflight import Subject
-from lit_stability.checks.preflight.finding import NotApplicableError
 from lit_stability.checks.preflight.rates import check_rates, peak_rates, update
+from lit_stability.checks.preflight.report import NotApplicableError
 
 
 def line(lr, schedule=None, clip=None, weight=2.0):
@@ -41,10 +41,10 @@ def test_update_is_clipped_as_training_will_clip_it():
         (1e-6, 100, "warning"),
         (1e-6, 1e4, None),
         (1e-6, float("inf"), None),
-        (1e-6, 10, None),  # a trial
+        (1e-6, 10, None),  # a test run
     ],
 )
-def test_steps_that_come_to_nothing_together_are_told_of(lr, steps, severity):
+def test_steps_that_come_to_nothing_together_are_reported(lr, steps, severity):
     """C5: a learning rate so low that the model is dead."""
     subject = line(lr)
     subject.steps = steps
@@ -99,7 +99,7 @@ def test_peak_rate_is_the_highest_of_the_next_steps_and_leaves_the_schedule(sche
 def test_rates_of_a_schedule_that_stays_at_zero_are_dead():
     """C5."""
     (found,) = check_rates(line(0.5, lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.0)))
-    assert "is 0, and stays so" in found.what
+    assert "is 0, and stays 0" in found.what
 
 
 def test_rates_of_a_warm_up_to_a_rate_that_tears_the_weights_are_named():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.checks.preflight.finding import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.observation import Observation
+from lit_stability.checks.preflight.report import DeclarationError, NotApplicableError
 from lit_stability.checks.preflight.trainable import (
     check_frozen,
     check_gradients,
@@ -44,7 +44,7 @@ def test_frozen_patterns_name_every_parameter_that_would_train():
 
 
 def test_frozen_pattern_that_fits_nothing_is_refused():
-    with pytest.raises(DeclarationError, match=r"frozen='backbone.\*' fits no parameter"):
+    with pytest.raises(DeclarationError, match=r"frozen='backbone.\*' matches no parameter"):
         check_frozen(Classifier(), ["backbone.*"])
 
 
@@ -86,7 +86,7 @@ def test_optimizer_of_another_model_is_an_error():
     other = torch.optim.SGD(Classifier().parameters(), 0.1)
     found = check_optimized(Classifier(), [other])
     assert [f.severity for f in found] == ["warning", "error"]
-    assert "parameters that the model has not" in found[1].what
+    assert "parameters that are not in the model" in found[1].what
 
 
 def test_optimizer_with_frozen_parameters_makes_a_note():

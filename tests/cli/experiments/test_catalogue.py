@@ -26,7 +26,7 @@ def test_choose_takes_names_and_patterns_each_once(wanted, everything, chosen):
     [
         (["a_3"], "a_3: no such experiment in configs/; did you mean a_"),
         (["c*", "b"], "c*: no such experiment in configs/; choose from a_1, a_2, b"),
-        (["part"], "part: states no `expect`; run it with lit-stability fit"),
+        (["part"], "part: has no `expect`; run it with lit-stability fit"),
     ],
 )
 def test_choose_refuses_what_fits_nothing_with_what_there_is(wanted, message):

@@ -25,7 +25,7 @@ class Logs(BoringModel):
     def training_step(self, batch, batch_idx):
         self.log("value", self.value)
         if self.fail:
-            raise RuntimeError("struck")
+            raise RuntimeError("crashed")
         return super().training_step(batch, batch_idx)
 """
 BASE = """
@@ -48,7 +48,7 @@ expect: {metrics: {value: "== 1"}}
 callbacks: {monitor: {_target_: lit_stability.GradientMonitor}}
 """
 BAD = """
-about: is said to log a two
+about: claims to log a two
 compose: [parts/base]
 expect: {metrics: {value: "> 1.5"}, incidents: []}
 """
@@ -73,9 +73,9 @@ def test_experiments_without_a_name_lists_them_with_a_line_each(cwd, capsys):
     """K5."""
     assert main(["experiments"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "bad    is said to log a two",
+        "bad    claims to log a two",
         "good   logs a one",
-        "plain  a part (states no `expect`)",
+        "plain  a part (has no `expect`)",
     ]
     assert not (cwd / "runs").exists()
 
@@ -112,12 +112,12 @@ def test_experiments_take_overrides_and_tell_a_config_that_does_not_run(cwd, cap
     ("arguments", "message"),
     [
         (["god"], "god: no such experiment in configs/; did you mean good?"),
-        (["plain"], "plain: states no `expect`"),
-        (["model.value=2"], "model.value=2: of which experiment? Name it, or give --all"),
+        (["plain"], "plain: has no `expect`"),
+        (["model.value=2"], "model.value=2: no experiment to override; name one, or use --all"),
         (["good", "expect.metric={}"], "expect.metric={}: unknown option of"),
         (["good", "expect.ends=ended"], "good: expect.ends='ended': expected one of 'finished'"),
         (["good", "expect.metrics.value=1"], "expect.metrics.value=1: expected str, got int"),
-        (["good", "expect.metrics.value=one"], "good: expect: metrics.value: 'one' is no comp"),
+        (["good", "expect.metrics.value=one"], "good: expect: metrics.value: 'one' is not a comp"),
     ],
 )
 def test_experiments_that_cannot_be_judged_are_refused_before_any_runs(
@@ -130,7 +130,9 @@ def test_experiments_that_cannot_be_judged_are_refused_before_any_runs(
 
 
 def test_expectation_is_checked_by_a_fit_as_well(cwd):
-    with pytest.raises(ConfigError, match=r"expect: Expectation refused: metrics\.value: 'one'"):
+    with pytest.raises(
+        ConfigError, match=r"expect: Expectation cannot be built: metrics\.value: 'one'"
+    ):
         check_options(resolve(compose(["good"], ["expect.metrics.value=one"])))
 
 
@@ -141,13 +143,13 @@ def test_about_and_expect_are_not_handed_on_to_what_composes_them(cwd):
 
 
 def test_fit_that_fails_leaves_its_outcome_and_says_what_was_expected(cwd, capsys):
-    with pytest.raises(RuntimeError, match="struck"):
+    with pytest.raises(RuntimeError, match="crashed"):
         fit(compose(["good"], ["model.fail=true"]))
-    assert "expectation NOT met: finished, observed failed: RuntimeError: struck" in (
+    assert "expectation NOT met: finished, observed failed: RuntimeError: crashed" in (
         capsys.readouterr().out
     )
     outcome = Outcome.read(cwd / "runs/good")
-    assert (outcome.ending.ends, outcome.ending.why) == ("failed", "RuntimeError: struck")
+    assert (outcome.ending.ends, outcome.ending.why) == ("failed", "RuntimeError: crashed")
 
 
 def result(name="bad", **fields):
@@ -157,10 +159,10 @@ def result(name="bad", **fields):
 
 
 def test_experiments_interrupted_leave_the_table_of_what_has_run(cwd, capsys, monkeypatch):
-    def run(trial):
-        if trial.name == "good":
+    def run(experiment):
+        if experiment.name == "good":
             raise KeyboardInterrupt
-        return result(trial.name)
+        return result(experiment.name)
 
     monkeypatch.setattr(command, "run", run)
     assert main(["experiments", "--all"]) == 1

@@ -33,7 +33,7 @@ def test_comparison_of_a_value_holds_or_not(text, value, holds):
 
 @pytest.mark.parametrize("text", ["", "2.0", "< two", "=< 2", "< nan", "> inf", "!= 1", "finite"])
 def test_comparison_that_cannot_be_read_is_refused_with_its_text(text):
-    with pytest.raises(ValueError, match=r"is no comparison; write '< 2\.0'") as caught:
+    with pytest.raises(ValueError, match=r"is not a comparison; write '< 2\.0'") as caught:
         Comparison(text)
     assert repr(text) in str(caught.value)
 
@@ -42,10 +42,10 @@ def test_comparison_that_cannot_be_read_is_refused_with_its_text(text):
     ("options", "message"),
     [
         ({"ends": "died"}, "ends='died' is unknown; choose one of"),
-        ({"metrics": {"test/loss": "below 2"}}, "metrics.test/loss: 'below 2' is no comparison"),
-        ({"causes": []}, "causes=[] asks nothing"),
-        ({"causes": ["zeroed gain", ""]}, "an empty name fits anything"),
-        ({"locates": ""}, "locates='': an empty name fits anything"),
+        ({"metrics": {"test/loss": "below 2"}}, "metrics.test/loss: 'below 2' is not a comparison"),
+        ({"causes": []}, "causes=[] checks nothing"),
+        ({"causes": ["zeroed gain", ""]}, "an empty name matches anything"),
+        ({"locates": ""}, "locates='': an empty name matches anything"),
     ],
 )
 def test_expectation_that_asks_nothing_or_nonsense_is_refused(options, message):

@@ -1,4 +1,4 @@
-"""What a step may change, set aside before it is run again and put back afterwards.
+"""What a step may change in a model: recorded before a step is run in isolation, then restored.
 
 May import torch; knows no Lightning.
 """
@@ -14,14 +14,24 @@ from lit_stability.distributed.dtensor import local
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
 
-class StepState:
-    """Gradients, buffers, generators and flags of a model, and all else that a step writes to.
+class IsolatedModel:
+    """Gradients, buffers, generators and flags of a model, to be restored after an isolated step.
 
-    Gradients are set aside and not copied: while the step runs again, parameters have none, and
-    hooks that act on accumulated gradients (an optimizer fused into the backward pass) do not run.
+    Gradients are removed and not copied: while the step runs, parameters have none, and hooks that
+    act on accumulated gradients (an optimizer fused into the backward pass) do not run. Weights
+    are not recorded: nothing in a step writes to them.
 
     Args:
-        model: the module whose state is kept.
+        model: the module whose state is recorded.
+
+    >>> model = nn.BatchNorm1d(2)
+    >>> state = IsolatedModel(model)
+    >>> _ = model(torch.randn(4, 2))
+    >>> int(model.num_batches_tracked)
+    1
+    >>> state.restore()
+    >>> int(model.num_batches_tracked), model.running_mean.tolist()
+    (0, [0.0, 0.0])
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,12 +43,12 @@ class StepState:
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._memory: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         for buffer in model.buffers():
-            self.keep(buffer)
+            self.copy_memory(buffer)
         for parameter in model.parameters():
-            self.set_aside(parameter)
+            self.remove_gradient(parameter)
 
-    def set_aside(self, leaf: Tensor) -> None:
-        """Take the gradient off a leaf of the graph, and its hooks, once."""
+    def remove_gradient(self, leaf: Tensor) -> None:
+        """Removes the gradient of a leaf of the graph, and its hooks, until `restore`."""
         if id(leaf) in self._grads:
             return
         self._grads[id(leaf)] = (leaf, leaf.grad)
@@ -48,8 +58,8 @@ class StepState:
             self._hooks.append((hooks, dict(hooks)))
             hooks.clear()
 
-    def keep(self, tensor: Tensor) -> None:
-        """Copy the memory of a tensor that is about to be written to, once."""
+    def copy_memory(self, tensor: Tensor) -> None:
+        """Copies the memory of a tensor that is about to be written to, once."""
         tensor = local(tensor)
         if tensor.layout != torch.strided or tensor.is_meta:
             return
@@ -58,9 +68,9 @@ class StepState:
             self._memory[storage._cdata] = (storage, storage.clone())  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restores everything that was recorded."""
         for storage, copy in self._memory.values():
-            # Memory that its owner gives back, as FSDP that of gathered weights, held no state.
+            # Memory that its owner frees, as FSDP frees that of gathered weights, held no state.
             if storage.nbytes() == copy.nbytes():
                 storage.copy_(copy)
         for module, training, buffers in self._modules:
@@ -69,8 +79,8 @@ class StepState:
             module._buffers.update(buffers)
         for leaf, grad in self._grads.values():
             leaf.grad = grad
-        for hooks, taken in self._hooks:
-            hooks.update(taken)
+        for hooks, removed in self._hooks:
+            hooks.update(removed)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         restore_rng(self._rng)

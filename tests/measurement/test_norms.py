@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lit_stability.measurement.batched_norms import BatchedNorms, gradients_of
-from lit_stability.measurement.norms import norms_and_peaks, norms_of, peaks_of
+from lit_stability.measurement.norms import (
+    BatchedNorms,
+    gradients_of,
+    norms_and_peaks,
+    norms_of,
+    peaks_of,
+)
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MODELS = {
