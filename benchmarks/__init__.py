@@ -1,1 +1,1 @@
-"""What the suite costs and what it saves, measured."""
+"""Benchmarks of the suite: its cost, and how many faulty runs it rescues."""

@@ -1,9 +1,9 @@
-"""A byte-level language model on Python's own standard library: real data on every machine.
+"""Byte-level language model trained on Python's standard library, real data on every machine.
 
-Notable: pre-norm, post-norm on request, fused query-key-value projection, causal
-`scaled_dot_product_attention`, learnt positions, tied nothing, N(0, 1/fan_in) weights with residual
-outputs divided by sqrt(2 layers) where the norms come first.
-Shape suffixes: B batch, T time, D width, H heads, V vocabulary (256 bytes).
+A GPT with pre-norm or post-norm, fused query-key-value projection, causal
+`scaled_dot_product_attention`, learnt positions, untied embeddings, and N(0, 1/fan_in) weights; in
+pre-norm the residual outputs are divided by sqrt(2 layers).
+Shape suffixes: B batch, T time, D model dimension, V vocabulary (256 bytes).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 @dataclass(frozen=True, kw_only=True)
 class ByteGPTConfig:
-    """Shape of the model."""
+    """Hyperparameters of the model."""
 
     width: int = 128
     layers: int = 4
@@ -33,7 +33,7 @@ class ByteGPTConfig:
     length: int = 64
     dropout: float = 0.0
     post_norm: bool = False
-    """Norms after the residual additions (Vaswani et al. 2017), without a final one."""
+    """Norms after the residual additions (Vaswani et al. 2017), without a final norm."""
 
 
 class Block(nn.Module):
@@ -48,14 +48,14 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Shape ``(B, T, D)`` in and out."""
+        """Applies attention and MLP to ``(B, T, D)``."""
         if self.post_norm:
-            x_BTD = self.norm_attention(x_BTD + self._drop(self._attend(x_BTD)))
-            return self.norm_mlp(x_BTD + self._drop(self._feed(x_BTD)))
-        x_BTD = x_BTD + self._drop(self._attend(self.norm_attention(x_BTD)))
-        return x_BTD + self._drop(self._feed(self.norm_mlp(x_BTD)))
+            x_BTD = self.norm_attention(x_BTD + self._drop(self._attention(x_BTD)))
+            return self.norm_mlp(x_BTD + self._drop(self._mlp(x_BTD)))
+        x_BTD = x_BTD + self._drop(self._attention(self.norm_attention(x_BTD)))
+        return x_BTD + self._drop(self._mlp(self.norm_mlp(x_BTD)))
 
-    def _attend(self, x_BTD: Tensor) -> Tensor:
+    def _attention(self, x_BTD: Tensor) -> Tensor:
         b, t, d = x_BTD.shape
         q, k, v = self.qkv(x_BTD).chunk(3, -1)
         q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in (q, k, v))
@@ -63,16 +63,16 @@ class Block(nn.Module):
         attended: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))
         return attended
 
-    def _feed(self, x_BTD: Tensor) -> Tensor:
-        fed: Tensor = self.down(F.gelu(self.up(x_BTD)))
-        return fed
+    def _mlp(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = self.down(F.gelu(self.up(x_BTD)))
+        return out_BTD
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
 class ByteGPT(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """GPT over bytes."""
 
     def __init__(self, config: ByteGPTConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ByteGPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, bytes_BT: Tensor) -> Tensor:
-        """Shape ``(B, T)`` in, ``(B, T, V)`` out."""
+        """Returns the logits ``(B, T, V)`` of the next bytes, given bytes ``(B, T)``."""
         x_BTD = self.bytes(bytes_BT) + self.positions[: bytes_BT.shape[1]]
         for block in self.blocks:
             x_BTD = block(x_BTD)
@@ -104,14 +104,14 @@ class ByteGPT(nn.Module):
 
 
 class ByteGPTModule(LightningModule):
-    """Trains a `ByteGPT`; the loss of every step is kept in ``losses``.
+    """Trains a `ByteGPT` and records the loss of every step in ``losses``.
 
     Args:
-        config: shape of the model.
-        lr: learning rate after a linear warm-up.
-        warmup: steps of warm-up.
-        schedule: further factor on the learning rate as a function of the step.
-        betas: of AdamW.
+        config: Hyperparameters of the model.
+        lr: Learning rate after a linear warm-up.
+        warmup: Number of warm-up steps.
+        schedule: Additional factor on the learning rate as a function of the step.
+        betas: Betas of AdamW.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ByteGPTModule(LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Cross-entropy of the next byte, in nats."""
+        """Returns the cross-entropy of the next byte, in nats."""
         logits_BTV = self.model(batch[:, :-1])
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), batch[:, 1:].flatten())
         self.log("train/loss", loss, prog_bar=True)
@@ -137,7 +137,7 @@ class ByteGPTModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up."""
+        """Returns AdamW with a warm-up scheduler."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, self.betas, weight_decay=0.0)
 
         def factor(step: int) -> float:
@@ -149,11 +149,11 @@ class ByteGPTModule(LightningModule):
 
 
 class StandardLibrary(Dataset[Tensor]):
-    """Windows of the bytes of the standard library's modules.
+    """Dataset of byte windows from the modules of the standard library.
 
     Args:
-        length: bytes per window.
-        limit: bytes read.
+        length: Bytes per window; each item has one more, the last target.
+        limit: Maximum number of bytes read.
     """
 
     def __init__(self, length: int = 64, limit: int = 2_000_000) -> None:
@@ -174,7 +174,7 @@ class StandardLibrary(Dataset[Tensor]):
 
 
 def loader(batch: int = 16, length: int = 64, seed: int = 0) -> DataLoader[Tensor]:
-    """Batches of shape ``(batch, length + 1)``, shuffled by a generator of their own."""
+    """Returns batches of shape ``(batch, length + 1)``, shuffled with a separate generator."""
     data = StandardLibrary(length)
     sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
     return DataLoader(data, batch, sampler=sampler)
@@ -182,7 +182,7 @@ def loader(batch: int = 16, length: int = 64, seed: int = 0) -> DataLoader[Tenso
 
 @torch.no_grad()
 def held_out_loss(module: ByteGPTModule, length: int = 32) -> float:
-    """Mean loss, in nats per byte, over 20 batches that are the same for every run."""
+    """Returns the mean loss in nats per byte over 20 batches, the same for every run."""
     batches = islice(loader(64, length, seed=12345), 20)
     losses = []
     for batch in batches:

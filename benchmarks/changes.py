@@ -1,11 +1,11 @@
-"""What the suite makes of changes that are meant: another loss, other data, more that trains.
+"""Measures how the suite handles intended changes: of the loss, the data or the trained layers.
 
     python -m benchmarks.changes [--seeds 0 1 2] [--quick]
 
-A small net on a regression, 300 steps, of which something is another from step 60 on and stays so.
-Nothing distinguishes such a change from trouble when it comes; what counts is whether the run
-lives, how many steps were refused before the detectors accepted it, and where its loss ends: the
-mean of the last 40, next to that of the run without the suite.
+Trains a small net on a regression for 300 steps; at step 60 something changes permanently. At
+first such a change looks like a fault. Reports whether the run survives, how many steps the suite
+rejected before it accepted the change, and the final loss: the mean of the last 40 steps, compared
+with the run without the suite.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ CHANGES = (
     *("10 loss", "30 loss", "100 loss", "1000 loss"),
     *("100 second head", "10 inputs", "30 inputs", "1 unfrozen trunk"),
 )
-"""A factor, and what has it from the change on."""
+"""A factor and what it applies to from the change on."""
 
 
 class Staged(LightningModule):
-    """A regression of which something is another from step 60 on.
+    """A regression in which something changes at step 60.
 
     Args:
-        change: one of `CHANGES`.
+        change: One of `CHANGES`.
         optimizer: "adamw" or "sgd".
     """
 
@@ -55,7 +55,7 @@ class Staged(LightningModule):
             self.trunk.requires_grad_(False)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Squared error, and from the change on more of it, or of something else."""
+        """Returns the squared error, with the change from step 60 on."""
         x, y = batch
         what = self.what if self.global_step >= AT else ""
         if what == "unfrozen trunk":
@@ -70,14 +70,14 @@ class Staged(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Of constant learning rate."""
+        """Returns the optimizer, with a constant learning rate."""
         if self.optimizer == "adamw":
             return torch.optim.AdamW(self.parameters(), 1e-3)
         return torch.optim.SGD(self.parameters(), 1e-3, momentum=0.9)
 
 
 def batches(count: int = STEPS + 100, seed: int = 0) -> DataLoader[Any]:
-    """Batches of 16, of a noisy function of a sum."""
+    """Returns batches of 16: the tanh of a linear function of the inputs, with noise."""
     g = torch.Generator().manual_seed(seed)
     task = torch.randn(8, generator=g)
     xs = torch.randn(count, 16, 8, generator=g)
@@ -87,19 +87,19 @@ def batches(count: int = STEPS + 100, seed: int = 0) -> DataLoader[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """How a run went on."""
+    """Result of a run."""
 
     ended: str
     """"ran", or why it stopped."""
     loss: float
-    """Mean of the last 40."""
+    """Mean loss of the last 40 steps."""
     refused: int
-    """Strikes of all its incidents."""
+    """Rejected steps, summed over all incidents."""
     outcomes: list[str]
 
 
 def run(change: str, optimizer: str, seed: int, callbacks: list[Callback]) -> Run:
-    """Train through a change."""
+    """Trains with a change at step 60."""
     seed_everything(seed, verbose=False)
     module, ended = Staged(change, optimizer), "ran"
     with tempfile.TemporaryDirectory() as root:
@@ -123,25 +123,26 @@ def run(change: str, optimizer: str, seed: int, callbacks: list[Callback]) -> Ru
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """A row for each change and optimizer, its seeds side by side."""
-    columns = ["change", "optimizer", "runs that live", "refused", "bare ends at", "suite ends at"]
-    found = {}
+    """Creates the table with a row per change and optimizer, and the seeds side by side."""
+    columns = ["change", "optimizer", "surviving runs", "rejected steps"]
+    columns += ["final loss without the suite", "final loss with the suite"]
+    groups = {}
     for row in rows:
-        found.setdefault((row["change"], row["optimizer"]), []).append(row)
+        groups.setdefault((row["change"], row["optimizer"]), []).append(row)
     cells = [
         [
             *(f"x{change}".removeprefix("x1 "), optimizer),
-            f"{sum(each['suite'].ended == 'ran' for each in seeds)} of {len(seeds)}",
-            ", ".join(str(each["suite"].refused) for each in seeds),
-            *(", ".join(f"{each[k].loss:.3g}" for each in seeds) for k in ("bare", "suite")),
+            f"{sum(row['suite'].ended == 'ran' for row in group)} of {len(group)}",
+            ", ".join(str(row["suite"].refused) for row in group),
+            *(", ".join(f"{row[k].loss:.3g}" for row in group) for k in ("bare", "suite")),
         ]
-        for (change, optimizer), seeds in found.items()
+        for (change, optimizer), group in groups.items()
     ]
-    return Table(f"changes that are meant, at step {AT} of {STEPS}", columns, cells)
+    return Table(f"intended changes at step {AT} of {STEPS}", columns, cells)
 
 
 def main() -> None:
-    """Train, print and write."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,13 +1,13 @@
-"""What clipping rules save and cost on a byte-level language model: a table of final losses.
+"""Measures how clipping rules affect the final loss of a byte-level language model.
 
     python -m benchmarks.clipping [--seeds 0 1] [--steps 200] [--quick]
 
-Each rule alone, with `GradientMonitor` and without any responder, so that what it does not clip is
-taken as it is. A clean run, one whose gradients are 1000 times too large for five steps in its
-middle, and one with a gradient 10 times too large on one step in ten from its middle on, which is
-no incident to any detector. Losses are held-out losses over that of the clean run without clipping;
-below 1 the rule has helped a run that nothing was wrong with. Clipped is the share of the clean
-run's steps that the rule touched. The time is that of the rule alone, in a full window.
+Runs each rule alone, with `GradientMonitor` and without a responder, so that gradients that the
+rule does not clip are used unchanged. Compares a clean run, a run with gradients 1000 times too
+large for five steps in its middle, and a run with a gradient 10 times too large on one step in ten
+from its middle on, which no detector reports. Losses are held-out losses divided by that of the
+clean run without clipping; below 1 the rule improves a healthy run. "Clipped" is the share of
+clipped steps in the clean run. The time is that of the rule alone, with a full window.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ SCENARIOS = ("clean", "x1000, 5 steps", "x10, 1 in 10")
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
+    """Result of a run."""
 
     loss: float
-    """Held-out loss in nats per byte; NaN where the weights are."""
+    """Held-out loss in nats per byte; NaN if the weights are NaN."""
     clipped: float
-    """Share of the steps that were clipped."""
+    """Share of clipped steps."""
 
 
 def run(rule: ClipRule | None, scenario: str, seed: int, steps: int) -> Result:
-    """Train from a seed through a scenario."""
+    """Trains with a rule in a scenario."""
     seed_everything(seed, verbose=False)
     module = ByteGPTModule(SHAPE)
     middle = steps // 2
@@ -88,7 +88,7 @@ def run(rule: ClipRule | None, scenario: str, seed: int, steps: int) -> Result:
 
 
 def microseconds(rule: ClipRule | None, rounds: int = 5000) -> float:
-    """Time of one threshold and one update, in microseconds, with the window full."""
+    """Returns the time of one threshold and one update in microseconds, with a full window."""
     if rule is None:
         return 0.0
     rule, generator = copy.deepcopy(rule), random.Random(0)
@@ -103,7 +103,7 @@ def microseconds(rule: ClipRule | None, rounds: int = 5000) -> float:
 
 
 def main() -> None:
-    """Run the table, print it and write it."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def compare(seeds: list[int], steps: int) -> tuple[dict[str, Any], list[Table]]:
-    """Every rule in every scenario, as figures and as a table."""
+    """Runs every rule in every scenario; returns figures and a table."""
     bare = {seed: run(None, "clean", seed, steps) for seed in seeds}
     figures: dict[str, Any] = {"seeds": seeds, "steps": steps, "rules": {}}
     rows = []
@@ -127,15 +127,16 @@ def compare(seeds: list[int], steps: int) -> tuple[dict[str, Any], list[Table]]:
         cells, clipped = [], []
         for scenario in SCENARIOS:
             known = bare if rule is None and scenario == "clean" else {}
-            found = [known.get(s) or run(rule, scenario, s, steps) for s in seeds]
-            ratios = [r.loss / bare[s].loss for r, s in zip(found, seeds, strict=True)]
+            results = [known.get(s) or run(rule, scenario, s, steps) for s in seeds]
+            ratios = [r.loss / bare[s].loss for r, s in zip(results, seeds, strict=True)]
             figures["rules"].setdefault(name, {})[scenario] = ratios
             cells.append(", ".join(f"{r:.3f}" if math.isfinite(r) else "NaN" for r in ratios))
-            clipped += [f"{r.clipped:.1%}" for r in found] if scenario == "clean" else []
+            clipped += [f"{r.clipped:.1%}" for r in results] if scenario == "clean" else []
         figures["rules"][name]["clipped in clean"] = clipped
         rows.append([name, *cells, ", ".join(clipped), f"{microseconds(rule):.1f}"])
     columns = ["rule", *SCENARIOS, "clipped in clean", "us per step"]
-    return figures, [Table("held-out loss to that of the clean, unclipped run", columns, rows)]
+    title = "held-out loss divided by that of the clean run without clipping"
+    return figures, [Table(title, columns, rows)]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How often the detectors object to runs with which nothing is wrong.
+"""Counts the false alarms of the detectors on healthy runs.
 
     python -m benchmarks.false_alarms [--steps 100000] [--seeds 3] [--synthetic] [--quick]
 
-First synthetic runs, a family of noise and of curves each: loss, gradient norms of six layers,
-updates and weight norms, with noise of their own. All begin with a descent. Then the healthy runs
-of `benchmarks.instabilities`, measured by a real `GradientMonitor`. Printed is a table of
-objections, detector by family. Every detector is asked for itself: it learns from what it has not
-objected to, and from what it only tells of.
+First on synthetic runs, one per family of noise and curves: loss, gradient norms of six layers,
+updates and weight norms, each with its own noise. All start with a falling loss. Then on the
+healthy runs of `benchmarks.instabilities`, measured by a real `GradientMonitor`. Prints a table of
+anomalies by family and detector. Each detector runs independently: it is updated with every step
+that it accepts or only warns about.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ SCAN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Synthetic runs: noise of the logarithms, and the curves that it multiplies.
+    """Synthetic runs: curves and the noise of their logarithms.
 
-    A curve is given the steps, an array, and their number; the loss's is multiplied by a descent
-    from three times its value.
+    A curve is a function of the array of steps and their number. The loss curve is multiplied by a
+    descent from three times its value.
     """
 
     noise: Callable[[np.random.Generator, tuple[int, ...]], Array]
@@ -57,7 +57,7 @@ def student(scale: float) -> Callable[[np.random.Generator, tuple[int, ...]], Ar
 
 
 def correlated(sigma: float, rho: float = 0.9) -> Callable[..., Array]:
-    """Autoregressive noise; a sum over the last hundred draws, which is all of it to 3e-5."""
+    """Autoregressive noise as a sum over the last 100 draws, accurate to 3e-5."""
     kernel = rho ** np.arange(100) * np.sqrt(1 - rho**2)
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -69,17 +69,17 @@ def correlated(sigma: float, rho: float = 0.9) -> Callable[..., Array]:
 
 
 def stairs(height: float) -> Callable[[Array, int], Array]:
-    """Twenty stretches of the run, each ``height`` times the one before."""
+    """Twenty equal stages of the run, each ``height`` times the previous one."""
     return lambda t, n: height ** (20 * t // n)
 
 
 def blocks(height: float) -> Callable[[Array, int], Array]:
-    """Two sources of data that take turns, 25 steps each."""
+    """Two data sources that alternate every 25 steps."""
     return lambda t, n: height ** ((t // 25) % 2)
 
 
 def cycles(height: float) -> Callable[[Array, int], Array]:
-    """A fall by so much in 400 steps, and up again at once, as after a restart."""
+    """Falls by a factor of ``height`` in 400 steps and jumps up again, as after a warm restart."""
     return lambda t, n: height ** (1 - (t % 400) / 400)
 
 
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def synthetic(family: Family, steps: int, seed: int = 0) -> Iterator[StepStats]:
-    """The steps of one run."""
+    """Yields the steps of one synthetic run."""
     rng, t = np.random.default_rng(seed), np.arange(steps)
     descent = 1 + 2 * np.exp(-t / (steps / 100))
     loss = (family.loss(t, steps) * descent * np.exp(family.noise(rng, (steps,)))).tolist()
@@ -150,27 +150,27 @@ def synthetic(family: Family, steps: int, seed: int = 0) -> Iterator[StepStats]:
 
 
 def weights(rate: Array, rng: np.random.Generator) -> dict[int, tuple[float, tuple, WeightMoves]]:
-    """Scans of weights that grow by a hundredth of their updates and wander by a tenth of them."""
+    """Returns weight scans by step; norms drift by 1 % and vary by 10 % of the updates."""
     path = 10 * rate.reshape(-1, SCAN).sum(1)[:, None] * np.ones(6)
     change = path * (0.01 + 0.1 * rng.standard_normal(path.shape))
     norms = (10 + np.cumsum(change, axis=0)).tolist()
     totals = np.linalg.norm(norms, axis=1).tolist()
-    out = {}
+    scans = {}
     for k in range(1, len(norms)):
-        before, now, far = norms[k - 1], norms[k], (0.3 * path[k]).tolist()
+        before, now, distances = norms[k - 1], norms[k], (0.3 * path[k]).tolist()
         moves = WeightMoves(
             since=SCAN * k - 1,
             norms=tuple(before),
             peaks=tuple((b / 50, n / 50) for b, n in zip(before, now, strict=True)),
-            distances=tuple(far),
-            farthest=tuple((f / 40, f / 50) for f in far),
+            distances=tuple(distances),
+            farthest=tuple((d / 40, d / 50) for d in distances),
         )
-        out[SCAN * k + SCAN - 1] = (totals[k], tuple(zip(LAYERS, now, strict=True)), moves)
-    return out
+        scans[SCAN * k + SCAN - 1] = (totals[k], tuple(zip(LAYERS, now, strict=True)), moves)
+    return scans
 
 
 def every_detector() -> list[Detector]:
-    """The default set, and the loss spike, which is not in it."""
+    """Returns the default detectors and the loss spike, which is not in the default set."""
     return [*default_detectors(), Spike("loss")]
 
 
@@ -180,20 +180,20 @@ def name_of(detector: Detector) -> str:
 
 
 def count(steps: Iterable[StepStats], detectors: list[Detector]) -> dict[str, int]:
-    """Objections by detector."""
-    found = {name_of(d): 0 for d in detectors}
+    """Counts the anomalies of each detector."""
+    counts = {name_of(d): 0 for d in detectors}
     for stats in steps:
         for detector in detectors:
             anomaly = detector.check(stats)
             if anomaly is not None:
-                found[name_of(detector)] += 1
+                counts[name_of(detector)] += 1
             if anomaly is None or anomaly.warn_only:
                 detector.update(stats)
-    return found
+    return counts
 
 
 class Recorder(Callback):
-    """Keeps what was measured of each step."""
+    """Records the statistics of each step."""
 
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
@@ -201,7 +201,7 @@ class Recorder(Callback):
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Keep a step."""
+        """Records a step."""
         self.steps.append(stats)
 
 
@@ -209,8 +209,8 @@ def healthy_cases() -> list[Case]:
     return [c if c.cause is None else c.healthy() for c in CASES.values()]
 
 
-def real(case: Case, seed: int) -> list[StepStats]:
-    """The steps of a real run, measured and left alone."""
+def measure(case: Case, seed: int) -> list[StepStats]:
+    """Returns the steps of a real run, measured without detectors."""
     seed_everything(seed, verbose=False)
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
@@ -223,18 +223,18 @@ def real(case: Case, seed: int) -> list[StepStats]:
     return recorder.steps
 
 
-def print_row(name: str, steps: int, found: dict[str, int]) -> None:
-    cells = (f"{n or '.':>5}" for n in found.values())
+def print_row(name: str, steps: int, counts: dict[str, int]) -> None:
+    cells = (f"{n or '.':>5}" for n in counts.values())
     print(f"{name:<34}{steps:>8}  {' '.join(cells)}", flush=True)
 
 
 def main() -> None:
-    """Print the table."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--synthetic", action="store_true", help="leave the real runs out")
+    parser.add_argument("--synthetic", action="store_true", help="skip the real runs")
     options = parser.parse_args()
     length = options.steps or (2_000 if options.quick else 100_000)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -247,13 +247,13 @@ def main() -> None:
     for name, family in FAMILIES.items():
         figures[name] = count(synthetic(family, length), every_detector())
         print_row(name, length, figures[name])
-    real_ones = [] if options.synthetic or options.quick else healthy_cases()
-    for case, seed in ((case, seed) for case in real_ones for seed in range(options.seeds)):
-        steps, name = real(case, seed), f"{case.name}, seed {seed}"
+    cases = [] if options.synthetic or options.quick else healthy_cases()
+    for case, seed in ((case, seed) for case in cases for seed in range(options.seeds)):
+        steps, name = measure(case, seed), f"{case.name}, seed {seed}"
         figures[name] = count(steps, every_detector())
         print_row(name, len(steps), figures[name])
-    rows = [[name, *(str(n or ".") for n in found.values())] for name, found in figures.items()]
-    table = Table(f"objections in {length} synthetic steps", ["run", *names], rows)
+    rows = [[name, *(str(n or ".") for n in counts.values())] for name, counts in figures.items()]
+    table = Table(f"anomalies in {length} synthetic steps", ["run", *names], rows)
     save("false_alarms", folder_of(options), {"steps": length, "objections": figures}, [table])
 
 

@@ -1,6 +1,7 @@
-"""Finders of a NaN's origin behind one interface: each takes a model and a step, and tells.
+"""Tools that locate the origin of a NaN, behind one interface.
 
-May import torch; transformers inside the finder that is of it.
+Each takes a model and a step function and returns a `Location` or None. Imports torch; the finder
+of transformers imports that package itself.
 """
 
 from __future__ import annotations
@@ -30,41 +31,42 @@ ALIASES = {
     "masked_fill": ("maskedfill",),
     "index_put": ("indexput", "copyslices"),
 }
-"""Names of autograd's functions for the operations of a program, where they differ."""
+"""Names of autograd functions by operation, where they differ."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a finder says of a step; None is what it does not speak of."""
+class Location:
+    """Location that a finder reports; None for a part that it does not report."""
 
     module: str | None = None
     op: str | None = None
     line: int | None = None
 
-    def names(self, op: str) -> bool:
-        """Whether the operation told is the one meant."""
+    def has_op(self, op: str) -> bool:
+        """Returns whether the reported operation is `op` or an autograd name of it."""
         if self.op is None:
             return False
         return self.op == op or self.op.replace("_", "").lower() in (op, *ALIASES.get(op, ()))
 
 
 def loss_of(output: Tensor | Mapping[str, Any]) -> Tensor:
-    """The loss that a step returns."""
+    """Returns the loss in the output of a step."""
     loss = output["loss"] if isinstance(output, Mapping) else output
     assert isinstance(loss, Tensor)
     return loss
 
 
-def by_search(model: nn.Module, step: Callable[[], Any]) -> Told | None:
-    """`locate_nonfinite`."""
+def by_search(model: nn.Module, step: Callable[[], Any]) -> Location | None:
+    """Locates with `locate_nonfinite`."""
     origin = locate_nonfinite(model, step)
-    return None if origin is None else Told(origin.module, origin.op, origin.line)
+    return None if origin is None else Location(origin.module, origin.op, origin.line)
 
 
-def by_anomaly_mode(model: nn.Module, step: Callable[[], Any]) -> Told | None:
-    """``torch.autograd.set_detect_anomaly``: the function is in the error, the line in a warning.
+def by_anomaly_mode(model: nn.Module, step: Callable[[], Any]) -> Location | None:
+    """Locates with ``torch.autograd.set_detect_anomaly``.
 
-    The line is the deepest of the traceback that is not torch's own.
+    Reads the function from the error and the line from the warning: the deepest line of the
+    traceback outside torch.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -74,14 +76,15 @@ def by_anomaly_mode(model: nn.Module, step: Callable[[], Any]) -> Told | None:
                 if loss.requires_grad:
                     loss.backward()
         except RuntimeError as error:
-            found = _BACKWARD.search(str(error))
-            return Told(None, found[1] if found else None, _line("".join(_texts(caught))))
+            match = _BACKWARD.search(str(error))
+            traceback = "".join(_forward_tracebacks(caught))
+            return Location(None, match[1] if match else None, _line(traceback))
         finally:
             model.zero_grad(set_to_none=True)
     return None
 
 
-def _texts(caught: list[warnings.WarningMessage]) -> list[str]:
+def _forward_tracebacks(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]
 
 
@@ -90,19 +93,19 @@ def _line(traceback: str) -> int | None:
     return frames[-1][1] if frames else None
 
 
-def by_module_hooks(model: nn.Module, step: Callable[[], Any]) -> Told | None:
-    """``DebugUnderflowOverflow``: the module is that of the last frame of its report."""
+def by_module_hooks(model: nn.Module, step: Callable[[], Any]) -> Location | None:
+    """Locates with ``DebugUnderflowOverflow``: the module in the last frame of its report."""
     from transformers.debug_utils import DebugUnderflowOverflow
 
-    class Reported(DebugUnderflowOverflow):  # type: ignore[misc]
+    class RecordLastFrame(DebugUnderflowOverflow):  # type: ignore[misc]
         last: list[str]
 
         def dump_saved_frames(self) -> None:
-            """Keep what is to be printed."""
+            """Records the last frame before it is printed."""
             self.last = str(self.frames[-1]).splitlines()
             super().dump_saved_frames()
 
-    debug = Reported(model)
+    debug = RecordLastFrame(model)
     try:
         loss = loss_of(step())
         if loss.requires_grad:
@@ -110,7 +113,7 @@ def by_module_hooks(model: nn.Module, step: Callable[[], Any]) -> Told | None:
     except ValueError as error:
         if "DebugUnderflowOverflow" not in str(error):
             raise
-        return Told(module=_module(debug.last))
+        return Location(module=_module(debug.last))
     finally:
         model.zero_grad(set_to_none=True)
         for module in model.modules():
@@ -119,12 +122,12 @@ def by_module_hooks(model: nn.Module, step: Callable[[], Any]) -> Told | None:
 
 
 def _module(frame: list[str]) -> str:
-    """Path and class stand at the head of a frame, without numbers; that of the root is empty."""
-    heads = [line.split() for line in frame if line.startswith(" " * 17) and "***" not in line]
-    return heads[-1][0] if len(heads[-1]) > 1 else ""
+    """Returns the module path from the header of a frame; the root's path is empty."""
+    headers = [line.split() for line in frame if line.startswith(" " * 17) and "***" not in line]
+    return headers[-1][0] if len(headers[-1]) > 1 else ""
 
 
-FINDERS: dict[str, Callable[[nn.Module, Callable[[], Any]], Told | None]] = {
+FINDERS: dict[str, Callable[[nn.Module, Callable[[], Any]], Location | None]] = {
     "locate_nonfinite": by_search,
     "detect_anomaly": by_anomaly_mode,
     "DebugUnderflowOverflow": by_module_hooks,

@@ -1,21 +1,21 @@
-"""Where a NaN was born: what is told by this suite, by anomaly mode and by hooks on the modules.
+"""Compares tools that locate the origin of a NaN: this suite, anomaly mode, module hooks.
 
     python -m benchmarks.locate [--rounds 20] [--quick]
 
-Eight causes and five benign steps, and in sum all 52 of `tests.diagnosis.nonfinite_cases` and 15
-benign ones. A case knows its module, operation and line; they are the cases that `locate_nonfinite`
-was built with, and so they show what there is to be told rather than how often it is. Three finders
-are asked, each for what its documentation says that it tells:
+Reports eight causes and five benign steps in detail, and counts over all 52 bad steps of
+`tests.diagnosis.nonfinite_cases` and 15 benign steps. The module, operation and line of each case
+are known. `locate_nonfinite` was developed with these cases, so they show what a tool can locate
+rather than how often it succeeds. Each tool is judged on the parts that its documentation promises:
 
-* `locate_nonfinite`: module, operation and line; asked for one bad step.
-* ``torch.autograd.set_detect_anomaly``: the backward function that gave the first NaN, and the
-  traceback of the forward call behind it; on for every step. It knows no modules.
+* `locate_nonfinite`: module, operation and line; runs on one bad step.
+* ``torch.autograd.set_detect_anomaly``: the backward function that returned the first NaN, and the
+  traceback of its forward call; active on every step. It reports no modules.
 * ``DebugUnderflowOverflow`` of transformers: the first module with a NaN or Inf in its weights,
-  inputs or outputs; on for every step. It knows no operations and no lines, and no backward pass.
+  inputs or outputs; active on every step. It reports no operations, lines or backward passes.
 
-A false alarm is anything said of a benign step. The cost is a ratio to forward and backward of a
-Transformer of 9.9 M parameters, 8 x 64 tokens, one torch thread, all by turns: of a healthy step
-with the finder on, and for `locate_nonfinite` of its searches.
+A false alarm is any report on a benign step. The cost is relative to forward and backward pass of
+a Transformer with 9.9 M parameters (8 x 64 tokens, one torch thread, all measured in turns): the
+cost of a healthy step with the tool active, and of the searches of `locate_nonfinite`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.byte_gpt import ByteGPT, ByteGPTConfig
-from benchmarks.finders import FINDERS, Told
+from benchmarks.finders import FINDERS, Location
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from lit_stability import locate_nonfinite
 from tests.diagnosis.nonfinite_cases import BAD, HEALTHY
@@ -48,7 +48,7 @@ CAUSES = {
     "epsilon_outside_of_the_root": "slope of sqrt(0), backward",
     "log_that_where_drops": "log(0) behind a where, backward",
 }
-"""The usual ones: of each sort of operation, of data and weights, and both passes."""
+"""Common causes: of each kind of operation, of data and weights, in both passes."""
 BENIGN = {
     "causal_mask_of_infinities": "causal mask of -inf",
     "bad_values_that_only_a_log_shows": "NaN in a metric only",
@@ -57,17 +57,17 @@ BENIGN = {
     "slope_that_a_hook_mends": "slope of sqrt(0) that a hook makes 0",
 }
 PARTS = ("module", "op", "line")
-TELLS = {"detect_anomaly": ("op", "line"), "DebugUnderflowOverflow": ("module",)}
-"""Of what the others speak at all."""
+REPORTED_PARTS = {"detect_anomaly": ("op", "line"), "DebugUnderflowOverflow": ("module",)}
+"""Parts that a tool reports, where these are not all."""
 
 
 def logits_that_a_module_masks() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """What is forbidden gets no probability: loss and gradients are finite."""
-    forbidden = torch.tensor([True, False, False, False])
+    """A masked class gets probability 0; loss and gradients are finite."""
+    masked = torch.tensor([True, False, False, False])
 
     class Masked(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).masked_fill(forbidden, -torch.inf)
+            return super().forward(x).masked_fill(masked, -torch.inf)
 
     model = nn.Sequential(Masked(4, 4))
     return model, lambda: nn.functional.cross_entropy(
@@ -76,7 +76,7 @@ def logits_that_a_module_masks() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def slope_that_a_hook_mends() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The usual mend of a norm at zero: no parameter is given a NaN."""
+    """The usual fix of a norm at zero: no parameter gets a NaN gradient."""
     model = nn.Linear(4, 4)
 
     def step() -> Tensor:
@@ -87,15 +87,15 @@ def slope_that_a_hook_mends() -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, step
 
 
-def asked() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The bad steps with what is to be told of each, and the healthy ones, by name."""
+def all_steps() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the bad steps with their expected locations, and the benign steps, by name."""
     bad = {build.__name__: (build, expected) for build, expected in BAD}
-    healthy = [*HEALTHY, logits_that_a_module_masks, slope_that_a_hook_mends]
-    return bad, {build.__name__: build for build in healthy}
+    benign = [*HEALTHY, logits_that_a_module_masks, slope_that_a_hook_mends]
+    return bad, {build.__name__: build for build in benign}
 
 
-def answers(build: Callable[[], Any]) -> dict[str, Told | None]:
-    """What each finder tells of a step; None where it says nothing."""
+def locations(build: Callable[[], Any]) -> dict[str, Location | None]:
+    """Runs every finder on a step; None where it reports nothing."""
     found = {}
     for name, finder in FINDERS.items():
         torch.manual_seed(0)
@@ -107,51 +107,51 @@ def answers(build: Callable[[], Any]) -> dict[str, Told | None]:
     return found
 
 
-def marks(told: Told | None, expected: dict[str, Any]) -> dict[str, str]:
-    """Of module, operation and line: ``right``, ``wrong``, or ``-`` where nothing is told of it."""
-    if told is None:
+def grade(location: Location | None, expected: dict[str, Any]) -> dict[str, str]:
+    """Grades module, operation and line as ``right``, ``wrong``, or ``-`` if not reported."""
+    if location is None:
         return dict.fromkeys(PARTS, "-")
-    names = {"module": told.module, "op": told.op, "line": told.line}
+    reported = {"module": location.module, "op": location.op, "line": location.line}
     right = {
-        "module": told.module == expected["module"],
-        "op": told.names(expected["op"]),
-        "line": told.line == expected["line"],
+        "module": location.module == expected["module"],
+        "op": location.has_op(expected["op"]),
+        "line": location.line == expected["line"],
     }
-    return {p: "-" if names[p] is None else "right" if right[p] else "wrong" for p in PARTS}
+    return {p: "-" if reported[p] is None else "right" if right[p] else "wrong" for p in PARTS}
 
 
-def judged(names: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Marks by bad step and finder."""
-    bad, _ = asked()
+def grades(names: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Grades the finders on bad steps; returns grades by step, finder and part."""
+    bad, _ = all_steps()
     return {
-        name: {f: marks(told, bad[name][1]) for f, told in answers(bad[name][0]).items()}
+        name: {f: grade(found, bad[name][1]) for f, found in locations(bad[name][0]).items()}
         for name in names
     }
 
 
-def alarms(names: Iterable[str]) -> dict[str, list[str]]:
-    """Healthy steps of which each finder says something."""
-    _, healthy = asked()
-    found: dict[str, list[str]] = {finder: [] for finder in FINDERS}
+def false_alarms(names: Iterable[str]) -> dict[str, list[str]]:
+    """Returns, for each finder, the benign steps on which it reports something."""
+    _, benign = all_steps()
+    alarms: dict[str, list[str]] = {finder: [] for finder in FINDERS}
     for name in names:
-        for finder, told in answers(healthy[name]).items():
-            found[finder] += [name] if told is not None else []
-    return found
+        for finder, location in locations(benign[name]).items():
+            alarms[finder] += [name] if location is not None else []
+    return alarms
 
 
 def counts(table: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, int | None]]:
-    """Steps that each finder says anything of, and has right; None where it cannot have."""
+    """Counts noticed steps and right parts of each finder; None for parts it does not report."""
     found = {}
     for finder in FINDERS:
         rows = [row[finder] for row in table.values()]
-        told = TELLS.get(finder, PARTS)
-        right = {p: sum(r[p] == "right" for r in rows) if p in told else None for p in PARTS}
+        parts = REPORTED_PARTS.get(finder, PARTS)
+        right = {p: sum(r[p] == "right" for r in rows) if p in parts else None for p in PARTS}
         found[finder] = {"noticed": sum({*r.values()} != {"-"} for r in rows), **right}
     return found
 
 
 def costs(rounds: int, config: ByteGPTConfig) -> dict[str, Spread]:
-    """Ratios to the plain pass of the same round; the first round warms up."""
+    """Returns time ratios to the plain pass of the same round; the first round is a warm-up."""
     torch.manual_seed(0)
     model = ByteGPT(config)
     tokens = torch.randint(256, (8, 64))
@@ -160,7 +160,7 @@ def costs(rounds: int, config: ByteGPTConfig) -> dict[str, Spread]:
         return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
     search = partial(locate_nonfinite, model)
-    work: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: loss().backward(),
         **{f"{name}, healthy step": partial(f, model, loss) for name, f in FINDERS.items()},
         "locate_nonfinite, NaN in the loss": lambda: search(
@@ -170,40 +170,41 @@ def costs(rounds: int, config: ByteGPTConfig) -> dict[str, Spread]:
             lambda: loss() + (model.head.weight * 0.0).sqrt().sum()
         ),
     }
-    times = [{name: seconds(do) for name, do in work.items()} for _ in range(rounds + 1)][1:]
-    return {name: Spread.of(t[name] / t["plain"] for t in times) for name in work}
+    times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds + 1)][1:]
+    return {name: Spread.of(t[name] / t["plain"] for t in times) for name in calls}
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of a call."""
+    """Returns the wall-clock time of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
-    """Step by step, in sum, and what it costs."""
+    """Creates the tables of single steps, of all steps, and of the costs."""
     finders = [*FINDERS]
     rows = [
         [CAUSES[name], *(" / ".join(row[f].values()) for f in finders)]
         for name, row in figures["causes"].items()
     ]
-    said = figures["false alarms"]
+    alarms = figures["false alarms"]
     rows += [
-        [what, *("alarm" if n in said[f] else "-" for f in finders)] for n, what in BENIGN.items()
+        [title, *("alarm" if n in alarms[f] else "-" for f in finders)]
+        for n, title in BENIGN.items()
     ]
-    alarms_of, steps, benign = figures["all false alarms"], *map(len, asked())
-    sums = [
-        [f, f"{figures['all'][f]['noticed']} of {steps}"]
+    all_alarms, n_bad, n_benign = figures["all false alarms"], *map(len, all_steps())
+    totals = [
+        [f, f"{figures['all'][f]['noticed']} of {n_bad}"]
         + [_cell(figures["all"][f][p]) for p in PARTS]
-        + [f"{len(alarms_of[f])} of {benign}"]
+        + [f"{len(all_alarms[f])} of {n_benign}"]
         for f in finders
     ]
-    spent = [[name, f"x{spread:.2f}"] for name, spread in figures["cost"].items()]
+    cost = [[name, f"x{spread:.2f}"] for name, spread in figures["cost"].items()]
     return [
         Table("module / operation / line", ["step", *finders], rows),
-        Table("all steps", ["finder", "noticed", *PARTS, "false alarms"], sums),
-        Table("cost, to a plain forward and backward", ["finder", "ratio (quartiles)"], spent),
+        Table("all steps", ["finder", "noticed", *PARTS, "false alarms"], totals),
+        Table("cost relative to a plain pass", ["finder", "ratio (quartiles)"], cost),
     ]
 
 
@@ -212,22 +213,22 @@ def _cell(number: int | None) -> str:
 
 
 def main() -> None:
-    """Ask, measure, print and write."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--rounds", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bad, healthy = asked()
-    table = judged(bad)
-    said = alarms(healthy)
+    bad, benign = all_steps()
+    table = grades(bad)
+    alarms = false_alarms(benign)
     rounds = args.rounds or (3 if args.quick else 20)
     small, full = ByteGPTConfig(width=128, layers=4), ByteGPTConfig(width=400, layers=5)
     figures = {
         "causes": {name: table[name] for name in CAUSES},
-        "false alarms": {f: [n for n in names if n in BENIGN] for f, names in said.items()},
+        "false alarms": {f: [n for n in names if n in BENIGN] for f, names in alarms.items()},
         "all": counts(table),
-        "all false alarms": said,
+        "all false alarms": alarms,
         "every step": table,
         "cost": costs(rounds, small if args.quick else full),
     }

@@ -1,9 +1,9 @@
-"""Takes the README's pictures of the Stability tab anew.
+"""Takes the README's screenshots of the Stability tab.
 
     lit-stability fit -c translation_rescue && python -m benchmarks.pictures runs
 
-Needs ``chromium`` in the PATH and ``pip install playwright``. Given is a folder of runs, of which
-that of `configs/translation_rescue.yaml` is looked at; the pictures go to ``notebooks/pictures``.
+Needs ``chromium`` in the PATH and ``pip install playwright``. The argument is a folder of runs with
+a run of `configs/translation_rescue.yaml`; the pictures are written to ``notebooks/pictures``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SHOTS = {
 
 
 def serve(folder: Path) -> str:
-    """Start a TensorBoard in this process; returns its address."""
+    """Starts TensorBoard in this process and returns its address."""
     board = program.TensorBoard(plugins=[*default.get_static_plugins(), StabilityLoader])
     board.configure(argv=["", f"--logdir={folder}", "--port=0", "--load_fast=false"])
     return board.launch()
 
 
 def shoot(page: Page, address: str, name: str) -> Path:
-    """Take one picture."""
+    """Takes one screenshot and returns its path."""
     link, dark = SHOTS[name]
     page.goto("about:blank")
     page.goto(f"{address}#stability{link}")

@@ -1,14 +1,14 @@
-"""What the probes cost, and what they foretell.
+"""Measures the cost of the probes, and how early they warn.
 
     python -m benchmarks.probes cost [--steps 60] [--quick]
     python -m benchmarks.probes cases [--seeds 3]
 
-``cost``: one process, one torch thread, the model of `benchmarks.overhead`. A bare Trainer and one
-per probe take turns, step by step, each probe measuring on every step; reported is the median ratio
-of a probed step to the bare one beside it, with its quartiles, and what that makes per step at the
-probe's own interval. ``cases``: the instabilities that the probes are for and their healthy twins;
-for each seed what was told, when, and when the loss first rose to three times the median of the 50
-steps before.
+``cost``: one process, one torch thread, the model of `benchmarks.overhead`. A Trainer with only a
+monitor and one Trainer per probe alternate step by step; each probe measures on every step.
+Reports the median additional time of a probed step relative to the step without probe, with its
+quartiles, and the cost per step at the probe's default interval. ``cases``: the instabilities that
+the probes detect and their healthy twins; reports for each seed the incidents and the step at
+which the loss first rose to three times the median of the previous 50 steps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROBES: dict[str, Any] = {
     "CurvatureProbe": lambda: [GradientMonitor(), CurvatureProbe(every=1)],
 }
 INTERVALS = {"AttentionProbe": AttentionProbe().every, "CurvatureProbe": CurvatureProbe().every}
-FORETOLD: dict[str, Any] = {
+PROBES_OF_CASE: dict[str, Any] = {
     "attention logits grow": lambda: [AttentionProbe()],
     "Adam's beta2 makes spikes": lambda: [CurvatureProbe(every=1)],
     "edge of stability": lambda: [CurvatureProbe(every=1)],
@@ -46,11 +46,11 @@ FORETOLD: dict[str, Any] = {
 
 
 def cost(steps: int, config: ByteGPTConfig) -> tuple[dict[str, Any], list[Table]]:
-    """Cost of each probe, and of the second moment's staleness, as figures and as a table."""
+    """Measures the cost of each probe and of `SecondMomentRatio`; returns figures and a table."""
     suites = {"monitor": Suite(lambda: [GradientMonitor()])}
     suites |= {name: Suite(make) for name, make in PROBES.items()}
-    found = take_turns(suites, Setting(config, steps=steps), suites)
-    times = {name: each.steps for name, each in found.items()}
+    measured = take_turns(suites, Setting(config, steps=steps), suites)
+    times = {name: result.steps for name, result in measured.items()}
     bare = times["monitor"][5:]
     figures: dict[str, Any] = {"step_ms": 1e3 * statistics.median(bare), "steps": len(bare)}
     rows = []
@@ -60,26 +60,26 @@ def cost(steps: int, config: ByteGPTConfig) -> tuple[dict[str, Any], list[Table]
         every, ms = INTERVALS[name], 1e3 * statistics.median(extra)
         figures[name] = {"ms": ms, "share": shares, "every": every}
         rows.append([name, f"{ms:.1f}", f"{shares:.2%}", f"{shares.median / every:.3%}"])
-    figures["moment_rms_ms"] = 1e3 * staleness()
+    figures["moment_rms_ms"] = 1e3 * ratio_seconds()
     rows.append(["moment_rms", f"{figures['moment_rms_ms']:.4f}", "-", "-"])
     columns = ["probe", "ms per probed step", "of a step (quartiles)", "at its interval"]
     return figures, [Table(f"probes, step {figures['step_ms']:.1f} ms", columns, rows)]
 
 
-def staleness(tensors: int = 66, steps: int = 2000) -> float:
-    """Median seconds per step of `SecondMomentRatio`, which is all that ``moment_rms`` costs."""
-    kept, seconds = SecondMomentRatio(), []
+def ratio_seconds(tensors: int = 66, steps: int = 2000) -> float:
+    """Returns the median seconds per step of `SecondMomentRatio`, all that ``moment_rms`` costs."""
+    meter, seconds = SecondMomentRatio(), []
     decays = {f"blocks.{i}.weight": 0.95 for i in range(tensors)}
     for step in range(steps):
         norms = {name: 1.0 + (step * i) % 7 for i, name in enumerate(decays)}
         start = time.perf_counter()
-        kept.measure(norms, decays, taken=True)
+        meter.measure(norms, decays, taken=True)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
 def run_case(case: Case, seed: int, probes: list[Any]) -> tuple[list[tuple[str, int]], list[float]]:
-    """What was told, with its step, and the losses."""
+    """Trains a case; returns kind and step of its incidents, and its losses."""
     seed_everything(seed, verbose=False)
     module = case.module()
     monitor = GradientMonitor()
@@ -94,7 +94,7 @@ def run_case(case: Case, seed: int, probes: list[Any]) -> tuple[list[tuple[str, 
 
 
 def first_spike(losses: list[float], window: int = 50, factor: float = 3.0) -> int | None:
-    """First step whose loss is `factor` times the median of the `window` before it."""
+    """Returns the first step with a loss above `factor` times the median of the `window` before."""
     for step in range(window + 10, len(losses)):
         if losses[step] > factor * statistics.median(losses[step - window : step]):
             return step
@@ -102,24 +102,24 @@ def first_spike(losses: list[float], window: int = 50, factor: float = 3.0) -> i
 
 
 def cases(seeds: int) -> tuple[dict[str, Any], list[Table]]:
-    """Each case and its twin, once with its probes and once with the monitor."""
+    """Runs each case and its twin with and without probes."""
     rows = []
-    for name, probes in FORETOLD.items():
+    for name, probes in PROBES_OF_CASE.items():
         both = [CASES[name], CASES[name].healthy()] if CASES[name].twin else [CASES[name]]
         for case in both:
             for seed in range(seeds):
-                told, losses = run_case(case, seed, probes())
-                alone, _ = run_case(case, seed, [])
+                with_probes, losses = run_case(case, seed, probes())
+                without_probes, _ = run_case(case, seed, [])
                 loss = f"{losses[0]:.3g} to {losses[-1]:.3g}"
-                said = (str(first_spike(losses)), str(told), str(alone))
-                rows.append([case.name, str(seed), loss, *said])
+                cells = (str(first_spike(losses)), str(with_probes), str(without_probes))
+                rows.append([case.name, str(seed), loss, *cells])
                 print(rows[-1], flush=True)
-    columns = ["case", "seed", "loss", "spike", "told", "by GradientMonitor alone"]
-    return {"rows": rows}, [Table("what probes foretell", columns, rows)]
+    columns = ["case", "seed", "loss", "spike", "incidents", "incidents without probes"]
+    return {"rows": rows}, [Table("warnings of the probes", columns, rows)]
 
 
 def main() -> None:
-    """Measure and print."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("what", choices=["cost", "cases"])
@@ -131,8 +131,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     model = ByteGPTConfig(width=128, layers=4) if args.quick else ByteGPTConfig(width=400, layers=5)
-    found = cases(args.seeds) if args.what == "cases" else cost(args.steps, model)
-    save(f"probes_{args.what}", folder_of(args), *found)
+    results = cases(args.seeds) if args.what == "cases" else cost(args.steps, model)
+    save(f"probes_{args.what}", folder_of(args), *results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Prints tables for the README and RESULTS.md from the files that the benchmarks have written.
+"""Prints tables for the README and RESULTS.md from the files that the benchmarks wrote.
 
     python -m benchmarks.readme [--out FOLDER] [--quick]
 
-Nothing is measured here: each table names the file that it is from, and the command and date of the
-measurement. What was not measured yet is named, with the command.
+Measures nothing. Each section names its file and the command and date of the measurement; for a
+missing file it prints the command that writes it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from benchmarks.results import Table, add_options, folder_of, load
 
 
 def rescue(figures: dict[str, Any]) -> list[Table]:
-    """What is saved and by whom, and what is done to healthy runs."""
-    return [Table(**each) for each in figures["summary"]]
+    """Creates the summary tables of the rescue benchmark."""
+    return [Table(**table) for table in figures["summary"]]
 
 
 def cost(figures: dict[str, Any]) -> list[Table]:
-    """The default suite by batch size and by tensors, and the parts of it."""
+    """Creates the tables of cost by batch size, by tensors and by suite."""
     tables = []
     for part in ("batches", "tensors", "suites"):
         rows = [
@@ -39,33 +39,33 @@ def cost(figures: dict[str, Any]) -> list[Table]:
 
 def _held(figures: dict[str, Any]) -> list[Table]:
     rows = [
-        [name, f"{each['reads_per_step']:.1f}", f"{each['tensor_bytes'] / 2**20:.0f}"]
-        for name, each in figures.get("held", {}).get("suites", {}).items()
+        [name, f"{suite['reads_per_step']:.1f}", f"{suite['tensor_bytes'] / 2**20:.0f}"]
+        for name, suite in figures.get("held", {}).get("suites", {}).items()
     ]
     columns = ["suite", "reads by the host per step", "tensors held, MiB"]
     return [Table("held", columns, rows)] if rows else []
 
 
 def location(figures: dict[str, Any]) -> list[Table]:
-    """Who finds what of a NaN's origin."""
+    """Creates the tables of tools that locate a NaN."""
     rows = [
         [
-            *(finder, *("-" if n is None else str(n) for n in found.values())),
+            *(finder, *("-" if n is None else str(n) for n in counts.values())),
             str(len(figures["all false alarms"][finder])),
         ]
-        for finder, found in figures["all"].items()
+        for finder, counts in figures["all"].items()
     ]
     columns = ["finder", "noticed", "module", "operation", "line", "false alarms"]
     total = f"of {len(figures['every step'])} bad steps"
-    spent = [[name, _spread(each)] for name, each in figures["cost"].items()]
+    cost_rows = [[name, _spread(ratio)] for name, ratio in figures["cost"].items()]
     return [
         Table(f"origin of a NaN, {total}", columns, rows),
-        Table("cost of the search", ["finder", "to a plain forward and backward"], spent),
+        Table("cost of the search", ["finder", "relative to a plain pass"], cost_rows),
     ]
 
 
 def prediction(figures: dict[str, Any]) -> list[Table]:
-    """What alarms of a divergence are worth."""
+    """Creates the table of divergence alarms."""
     rows = [
         [
             *(name, f"{w['recall']:.0%}", f"{w['recall_10_steps_ahead']:.0%}"),
@@ -78,19 +78,19 @@ def prediction(figures: dict[str, Any]) -> list[Table]:
 
 
 def scale(figures: dict[str, Any]) -> list[Table]:
-    """Exponents, and the ends of the sweeps."""
+    """Creates the table of exponents and of the ends of the sweeps."""
     rows = []
     for key, fits in figures["fits"].items():
         first, last = figures[f"by {key}"][0], figures[f"by {key}"][-1]
         for part, fit in fits.items():
-            ends = " to ".join(f"{each[part]:.2f}" for each in (first, last))
+            ends = " to ".join(f"{point[part]:.2f}" for point in (first, last))
             rows.append([key, part, f"{first[key]:.0e} to {last[key]:.0e}", ends])
             rows[-1].append(f"{fit['floor']:.2f} + n^{fit['exponent']:.2f}")
     return [Table("scale", ["of", "hooks", "from, to", "ms per step", "fit"], rows)]
 
 
 def soak(figures: dict[str, Any]) -> list[Table]:
-    """Whether anything grew or was lost."""
+    """Creates the table of the soak test."""
     record, resident = figures["record"], figures["resident_bytes"]
     rows = [
         ["steps", str(figures["steps"])],
@@ -98,14 +98,14 @@ def soak(figures: dict[str, Any]) -> list[Table]:
         ["resident memory, first and last, MiB", f"{_mib(resident[0])}, {_mib(resident[-1])}"],
         ["growth, KiB per 1,000 steps", f"{figures['growth_per_1000_steps'] / 2**10:.1f}"],
     ]
-    return [Table("soak", ["what", "found"], rows)]
+    return [Table("soak", ["quantity", "value"], rows)]
 
 
 def snapshot(figures: dict[str, Any]) -> list[Table]:
-    """Snapshots against a plain copy."""
+    """Creates the table of snapshots relative to a plain copy."""
     rows = [[name, _spread(figures[name])] for name in ("snapshot", "restore")]
     rows.append(["a snapshot's share of a step", f"{100 * figures['amortised_share']:.2f} %"])
-    return [Table("snapshots", ["what", "to a plain copy of its bytes"], rows)]
+    return [Table("snapshots", ["operation", "relative to a plain copy"], rows)]
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
@@ -118,11 +118,11 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "prediction": prediction,
     "soak": soak,
 }
-"""By the name of the benchmark's file."""
+"""Tables by the name of the benchmark's file."""
 
 
-def _spread(found: dict[str, Any], middle: str = "median") -> str:
-    return f"x{found[middle]:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+def _spread(spread: dict[str, Any], middle: str = "median") -> str:
+    return f"x{spread[middle]:.3f} ({spread['low']:.3f} to {spread['high']:.3f})"
 
 
 def _mib(nbytes: float) -> str:
@@ -130,23 +130,23 @@ def _mib(nbytes: float) -> str:
 
 
 def sections(folder: Path) -> list[str]:
-    """The text of each benchmark, or how it is measured."""
+    """Returns the section of each benchmark, or the command that runs it."""
     texts = []
     for name, part in PARTS.items():
         try:
-            found = load(name, folder)
+            result = load(name, folder)
         except FileNotFoundError as error:
             texts.append(f"## {name}\n\n{error}")
             continue
-        tables = "\n\n".join(f"{t.title}\n\n{t.markdown()}" for t in part(found["figures"]))
-        machine = f"{found['machine']['processor']}, {found['machine']['cores']} cores"
-        origin = f"`{found['command']}`, {found['date'][:10]}, {machine}, {name}.json"
+        tables = "\n\n".join(f"{t.title}\n\n{t.markdown()}" for t in part(result["figures"]))
+        machine = f"{result['machine']['processor']}, {result['machine']['cores']} cores"
+        origin = f"`{result['command']}`, {result['date'][:10]}, {machine}, {name}.json"
         texts.append(f"## {name}\n\n{origin}\n\n{tables}")
     return texts
 
 
 def main() -> None:
-    """Print them."""
+    """Prints all sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     print("\n\n".join(sections(folder_of(parser.parse_args()))))

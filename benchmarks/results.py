@@ -1,7 +1,7 @@
-"""Where the figures of a benchmark go: one JSON, with what they were measured on, and its tables.
+"""Saves the figures of a benchmark, with machine and versions, and its tables.
 
 Every benchmark writes ``NAME.json`` and ``NAME.md`` into the folder given by ``--out``, so that
-each figure that is quoted has a file behind it. May import torch and Lightning, for their versions.
+every quoted figure can be traced to a file. Imports torch for its number of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "tensorboard", "transformers")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report; every cell is what is to be read there."""
+    """A table of a report; all cells are formatted text."""
 
     title: str
     columns: Sequence[str]
@@ -41,7 +41,7 @@ class Table:
                 raise ValueError(f"{len(row)} cells for {len(self.columns)} columns: {row!r}")
 
     def markdown(self) -> str:
-        """The table as GitHub shows it, without its title.
+        """Formats the table as GitHub Markdown, without its title.
 
         >>> print(Table("Cost", ["suite", "ms"], [["bare", "1.0"]]).markdown())
         | suite | ms |
@@ -65,21 +65,21 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of the values; of one value, that value three times.
+        """Computes the spread of the values; of one value, that value three times.
 
         >>> Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
         Spread(median=3.0, low=2.0, high=4.0, count=5)
 
         Raises:
-            ValueError: without any.
+            ValueError: There are no values.
         """
-        found = sorted(values)
-        if not found:
+        ordered = sorted(values)
+        if not ordered:
             raise ValueError("no measurement to take the median of: run more steps or rounds")
-        if len(found) == 1:
-            return cls(found[0], found[0], found[0], 1)
-        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-        return cls(middle, low, high, len(found))
+        if len(ordered) == 1:
+            return cls(ordered[0], ordered[0], ordered[0], 1)
+        low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive")
+        return cls(middle, low, high, len(ordered))
 
     def __format__(self, spec: str) -> str:
         return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
@@ -87,7 +87,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the interval that holds it with 95 % confidence."""
+    """A number with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -98,33 +98,33 @@ class Estimate:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--out`` and ``--quick``; what is quick goes to a folder of its own by default."""
-    parser.add_argument("--out", type=Path, help=f"folder for JSON and table; {FOLDER} by default")
+    """Adds the options ``--out`` and ``--quick``; quick results have their own default folder."""
+    parser.add_argument("--out", type=Path, help=f"folder for JSON and table; default: {FOLDER}")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """The folder that such options ask for."""
+    """Returns the output folder that the options select."""
     chosen: Path | None = args.out
     return chosen or (FOLDER / "quick" if args.quick else FOLDER)
 
 
 def save(name: str, folder: Path, figures: Mapping[str, Any], tables: Sequence[Table] = ()) -> Path:
-    """Write a benchmark's figures and tables, and print the tables.
+    """Writes a benchmark's figures and tables, and prints the tables.
 
     Args:
-        name: of the benchmark, and of the files without their endings.
-        folder: made if it is not there.
-        figures: what was measured, of JSON's types and dataclasses; NaN and Inf become text.
-        tables: of the same figures.
+        name: Name of the benchmark and of the files, without suffix.
+        folder: Output folder, created if necessary.
+        figures: Measured figures, of JSON types and dataclasses; NaN and Inf become text.
+        tables: Tables of the figures.
 
     Returns:
-        The JSON's path.
+        Path of the JSON file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     measured_on = provenance()
     path = folder / f"{name}.json"
-    content = {"benchmark": name, **measured_on, "figures": _plain(figures)}
+    content = {"benchmark": name, **measured_on, "figures": _to_json(figures)}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf8")
     text = "\n\n".join(f"**{t.title}**\n\n{t.markdown()}" for t in tables)
     (folder / f"{name}.md").write_text(f"{text}\n\n{_footer(measured_on)}\n", encoding="utf8")
@@ -133,21 +133,21 @@ def save(name: str, folder: Path, figures: Mapping[str, Any], tables: Sequence[T
 
 
 def load(name: str, folder: Path) -> dict[str, Any]:
-    """Read what a benchmark has written.
+    """Loads the JSON file of a benchmark.
 
     Raises:
-        FileNotFoundError: with the command that writes it.
+        FileNotFoundError: The file is missing; the message has the command that writes it.
     """
     path = folder / f"{name}.json"
     if not path.exists():
         command = f"python -m benchmarks.{name.replace('-', ' --parts ')}"
-        raise FileNotFoundError(f"{path} is not there: run {command} first")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-    return found
+        raise FileNotFoundError(f"{path} does not exist: run {command} first")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    return content
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions, date and command of this process."""
+    """Returns machine, versions, date, command and commit of this process."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": _command(),
@@ -205,13 +205,13 @@ def _commit() -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
-        return _plain(asdict(value))
+        return _to_json(asdict(value))
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_to_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -1,13 +1,13 @@
-"""How the suite's work grows with the size of a model and with the number of its tensors.
+"""Measures how the suite's cost grows with the size of a model and the number of its tensors.
 
     python -m benchmarks.scale [--largest 3e8] [--quick]
 
-The default suite on a model without a forward pass worth the name, whose gradients are as large as
-its weights, under AdamW, one torch thread. A clock around every hook, of the thread's own processor
-time, says what a step costs once both snapshots have their memory: the median step, and the mean of
-40 steps, which hold two snapshots, four scans of the weights and one look at the distributions. To
-both are fitted ``floor + factor * size ** exponent``. Elements are varied in 50 tensors, tensors at
-a million elements. A size that needs more than 70 % of the free memory is left out and listed.
+Runs the default suite on a model with a trivial forward pass, whose gradients are as large as its
+weights, with AdamW and one torch thread. A clock around every hook measures the thread's processor
+time per step after both snapshots have been allocated: the median step, and the mean of 40 steps,
+which contain two snapshots, four scans of the weights and one measurement of distributions. Fits
+``floor + factor * size ** exponent`` to both. Varies the elements in 50 tensors, and the tensors
+with a million elements. Skips and lists sizes that need more than 70 % of the free memory.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from lit_stability import stability_callbacks
 ELEMENTS = (100_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000)
 TENSORS = (10, 30, 100, 300, 1_000, 3_000, 10_000)
 COPIES = 12
-"""Tensors of a model's size that there are at most: weights, gradients and two moments; weights and
-moments in two snapshots and one copy for the disk, less one while it is being taken."""
+"""Maximum number of copies of the model's size: weights, gradients and two moments; weights and
+moments in two snapshots and one copy for the disk, minus one while it is taken."""
 COSTS = ("plain_ms", "all_ms")
 SKIPPED, STEPS = 41, 81
 
 
 class Wide(LightningModule):
-    """Tensors of equal size; its loss pulls at every element alike.
+    """Tensors of equal size with a loss whose gradient is 1 for every element.
 
     Args:
-        elements: in all.
-        tensors: that they lie in.
+        elements: Total number of elements.
+        tensors: Number of tensors.
     """
 
     def __init__(self, elements: int, tensors: int) -> None:
@@ -58,26 +58,26 @@ class Wide(LightningModule):
         self.weights = nn.ParameterList(nn.Parameter(torch.ones(size)) for _ in range(tensors))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The sum of all weights; the smallest part of the work that fills every gradient."""
+        """Returns the sum of all weights, a cheap loss with a gradient for every element."""
         return torch.stack([w.sum() for w in self.weights]).sum()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, with a learning rate at which nothing happens to the weights."""
+        """Returns AdamW with a learning rate too small to change the weights noticeably."""
         return torch.optim.AdamW(self.parameters(), 1e-6)
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a step costs at one size."""
+    """Cost of a step at one size."""
 
     elements: int
     tensors: int
     plain_ms: float
-    """Median of the hooks' time."""
+    """Median time in hooks."""
     all_ms: float
-    """Mean of the hooks' time."""
+    """Mean time in hooks."""
     step_ms: float
-    """Median of the whole step, hooks included."""
+    """Median time of the whole step, hooks included."""
 
 
 class _Clock(Callback):
@@ -97,7 +97,7 @@ class _Clock(Callback):
 
 
 def measure(elements: int, tensors: int) -> Point:
-    """Train such a model for some steps."""
+    """Trains a model of this size and measures its steps."""
     seed_everything(0, verbose=False)
     suite = stability_callbacks()
     clock = _Clock(HookClock(suite, time.thread_time))
@@ -122,33 +122,33 @@ class Fit:
     factor: float
     exponent: float
     error: float
-    """Largest relative distance of a point from the line."""
+    """Largest relative error of a point."""
 
     def __call__(self, size: float) -> float:
-        """The cost of a size."""
+        """Returns the fitted cost of a size."""
         return self.floor + self.factor * size**self.exponent
 
 
 def fit_power(sizes: Sequence[float], costs: Sequence[float]) -> Fit:
-    """Least squares of the relative error, by trying exponents from 0.1 to 2 in hundredths.
+    """Fits by least squares of the relative error, with exponents from 0.1 to 2 in steps of 0.01.
 
-    For each the best floor of at least 0 and the best factor follow in closed form.
+    For each exponent, floor (at least 0) and factor have a closed form.
 
     >>> found = fit_power([1, 10, 100, 1000], [3.0, 12.0, 102.0, 1002.0])
     >>> round(found.floor, 6), round(found.factor, 6), found.exponent
     (2.0, 1.0, 1.0)
 
     Raises:
-        ValueError: with fewer than three points.
+        ValueError: There are fewer than three points.
     """
     if len(sizes) < 3:
-        raise ValueError(f"three points at least are needed for three numbers, got {len(sizes)}")
+        raise ValueError(f"at least three points are needed for three parameters, got {len(sizes)}")
     fits = [_with_exponent(sizes, costs, k / 100) for k in range(10, 201)]
     return min(fits, key=lambda fit: _squares(fit, sizes, costs))
 
 
 def _with_exponent(sizes: Sequence[float], costs: Sequence[float], exponent: float) -> Fit:
-    """Of ``1 = floor / y + factor * x**k / y`` the least squares, with no negative floor."""
+    """Solves ``1 = floor / y + factor * x**k / y`` by least squares, with a floor of 0 or more."""
     rows = [(1 / y, x**exponent / y) for x, y in zip(sizes, costs, strict=True)]
     aa, ab, bb = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
     a, b = (sum(r[i] for r in rows) for i in (0, 1))
@@ -165,45 +165,45 @@ def _squares(fit: Fit, sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def free_memory() -> int:
-    """Bytes that may be taken without swapping."""
+    """Returns the memory in bytes that is available without swapping."""
     lines = Path("/proc/meminfo").read_text(encoding="utf8").splitlines()
     return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
 
 
 def sweep(sizes: Sequence[tuple[int, int]]) -> tuple[list[Point], list[str]]:
-    """A point for each ``(elements, tensors)``, and what there was no memory for."""
-    points, left_out = [], []
+    """Measures each ``(elements, tensors)``; returns the points and the skipped sizes."""
+    points, skipped = [], []
     for elements, tensors in sizes:
-        gc.collect()  # a Trainer and its model lie in cycles, and hold all of their memory
+        gc.collect()  # reference cycles of the previous Trainer and its model hold their memory
         needed, free = COPIES * 4 * elements, free_memory()
         if needed > 0.7 * free:
-            left_out.append(
+            skipped.append(
                 f"{elements:.0e} elements need {needed / 2**30:.1f} GiB of {free / 2**30:.1f} free"
             )
             continue
         points.append(measure(elements, tensors))
-    return points, left_out
+    return points, skipped
 
 
 def draw(by_elements: Sequence[Point], by_tensors: Sequence[Point], path: Path) -> None:
-    """Both sweeps with their fits, on logarithmic axes, in colours that all can tell apart."""
+    """Plots both sweeps with their fits on logarithmic axes, in colour-blind safe colours."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, points, key, title in (
+    for axis, points, key, xlabel in (
         (axes[0], by_elements, "elements", "elements, in 50 tensors"),
-        (axes[1], by_tensors, "tensors", "tensors, of 1 M elements in all"),
+        (axes[1], by_tensors, "tensors", "tensors, with 1 M elements in total"),
     ):
         sizes = [getattr(p, key) for p in points]
         for part, colour, marker in (("plain_ms", "#0072B2", "o"), ("all_ms", "#D55E00", "s")):
             costs = [getattr(p, part) for p in points]
             fit = fit_power(sizes, costs)
-            what = "median step" if part == "plain_ms" else "mean, with snapshots and scans"
-            label = f"{what}: {fit.floor:.2g} ms + size$^{{{fit.exponent:.2f}}}$"
+            title = "median step" if part == "plain_ms" else "mean, with snapshots and scans"
+            label = f"{title}: {fit.floor:.2g} ms + size$^{{{fit.exponent:.2f}}}$"
             grid = [sizes[0] * (sizes[-1] / sizes[0]) ** (i / 60) for i in range(61)]
             axis.plot(sizes, costs, marker, color=colour, label=label)
             axis.plot(grid, [fit(x) for x in grid], color=colour, linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel=title)
+        axis.set(xscale="log", yscale="log", xlabel=xlabel)
         axis.grid(visible=True, alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("time in hooks, ms per step")
@@ -212,7 +212,7 @@ def draw(by_elements: Sequence[Point], by_tensors: Sequence[Point], path: Path) 
 
 
 def table_of(title: str, points: Sequence[Point]) -> Table:
-    """The points as they are to be read."""
+    """Formats the points as a table."""
     columns = ["elements", "tensors", "median step's hooks, ms", "mean, ms", "whole step, ms"]
     rows = [
         [f"{p.elements:.0e}", str(p.tensors)]
@@ -223,7 +223,7 @@ def table_of(title: str, points: Sequence[Point]) -> Table:
 
 
 def main() -> None:
-    """Measure, fit, draw, print and write."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--largest", type=float, default=3e8, help="elements of the largest model")
@@ -233,9 +233,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     largest, most = (1e7, 300) if args.quick else (args.largest, 10_000)
-    by_elements, left_out = sweep([(n, 50) for n in ELEMENTS if n <= largest])
+    by_elements, skipped = sweep([(n, 50) for n in ELEMENTS if n <= largest])
     by_tensors, _ = sweep([(1_000_000, n) for n in TENSORS if n <= most])
-    figures: dict[str, Any] = {"left out": left_out, "fits": {}}
+    figures: dict[str, Any] = {"left out": skipped, "fits": {}}
     tables = []
     for key, points in (("elements", by_elements), ("tensors", by_tensors)):
         sizes = [getattr(p, key) for p in points]
@@ -244,10 +244,10 @@ def main() -> None:
         }
         figures |= {f"by {key}": points}
         figures["fits"][key] = fits
-        said = ", ".join(f"{c}: {f.floor:.2f} + n^{f.exponent:.2f}" for c, f in fits.items())
-        tables.append(table_of(f"by {key} ({said})", points))
-    if left_out:
-        tables.append(Table("left out", ["size"], [[each] for each in left_out]))
+        formulas = ", ".join(f"{c}: {f.floor:.2f} + n^{f.exponent:.2f}" for c, f in fits.items())
+        tables.append(table_of(f"by {key} ({formulas})", points))
+    if skipped:
+        tables.append(Table("skipped", ["size"], [[size] for size in skipped]))
     folder = folder_of(args)
     save("scale", folder, figures, tables)
     draw(by_elements, by_tensors, folder / "scale.png")

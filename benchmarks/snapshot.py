@@ -1,10 +1,10 @@
-"""What snapshots and the replay ring cost, as ratios to a plain copy of the same bytes.
+"""Measures the cost of snapshots and of the replay ring relative to a plain copy.
 
     python -m benchmarks.snapshot [--rounds 40] [--quick]
 
-One process, one torch thread, a byte-level Transformer of 9.9M parameters with AdamW. In every
-round a plain copy (one `Tensor.copy_` of as many bytes), a snapshot, a restore, and what is kept
-at the start of a step are timed one after the other, so that all meet the same noise; reported are
+One process, one torch thread, a byte-level Transformer with 9.9M parameters and AdamW. Every round
+times a plain copy (one `Tensor.copy_` of the same number of bytes), a snapshot, a restore, and the
+capture at the start of a step one after the other, so that all have the same noise. Reports the
 medians of the rounds' ratios and their quartiles.
 """
 
@@ -32,7 +32,7 @@ class Rounds(Callback):
     """Times the copies at the end of the fit's last step.
 
     Args:
-        rounds: how often.
+        rounds: Number of rounds.
     """
 
     def __init__(self, rounds: int) -> None:
@@ -42,11 +42,11 @@ class Rounds(Callback):
         self._last = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Time the steps too."""
+        """Starts the clock of the step."""
         self._last = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Measure once the optimizer has its state."""
+        """Measures after the last step, when the optimizer has its state."""
         self.step.append(time.perf_counter() - self._last)
         if trainer.global_step == trainer.max_steps:
             self._measure(trainer, pl_module)
@@ -58,23 +58,23 @@ class Rounds(Callback):
         source = torch.zeros(snapshot.nbytes // 4)
         target = torch.empty_like(source)
         self.nbytes = snapshot.nbytes
-        work: dict[str, Callable[[], Any]] = {
+        operations: dict[str, Callable[[], Any]] = {
             "plain copy": lambda: target.copy_(source),
             "snapshot": lambda: snapshot.capture(trainer, pl_module, position=0, mark=0),
             "restore": lambda: snapshot.restore(trainer, replay=True),
             "start of a step": lambda: start.capture(trainer, position=0),
         }
-        self.times = {name: [] for name in work}
-        for turn in range(self.rounds + 3):
-            for name, act in work.items():
+        self.times = {name: [] for name in operations}
+        for i in range(self.rounds + 3):
+            for name, operation in operations.items():
                 before = time.perf_counter()
-                act()
-                if turn >= 3:
+                operation()
+                if i >= 3:  # the first three rounds are a warm-up
                     self.times[name].append(time.perf_counter() - before)
 
 
 def report(rounds: Rounds, ring: ReplayRing, every: int = 20) -> tuple[dict[str, Any], Table]:
-    """The ratios, as figures and as a table."""
+    """Returns the ratios as figures and as a table."""
     copy, step = rounds.times["plain copy"], statistics.median(rounds.step)
     spreads = {
         name: Spread.of(a / b for a, b in zip(rounds.times[name], copy, strict=True))
@@ -98,11 +98,11 @@ def report(rounds: Rounds, ring: ReplayRing, every: int = 20) -> tuple[dict[str,
         ["replay ring", f"{ring.nbytes / 2**20:.3f} MiB for {ring.position} batches"],
     ]
     title = f"{rounds.nbytes / 2**20:.1f} MiB, step {1e3 * step:.1f} ms, {len(copy)} rounds"
-    return figures, Table(title, ["what", "cost"], rows)
+    return figures, Table(title, ["operation", "cost"], rows)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=40)
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _ring(shape: ByteGPTConfig) -> ReplayRing:
-    """As full as it gets: two snapshots' distance of 20 steps, and ten of probation."""
+    """Fills the ring as far as possible: two intervals of 20 steps plus ten of probation."""
     ring = ReplayRing(2**30, clone=False)
     for index, batch in zip(range(50), loader(8, shape.length), strict=False):
         ring.add(RecordedBatch(batch, 0, index, None, size_of(batch), ()))

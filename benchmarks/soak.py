@@ -1,13 +1,12 @@
-"""A long run with an incident every thousand steps: does anything grow, is anything lost?
+"""Soak test: a long run with an incident every thousand steps, checked for leaks and losses.
 
     python -m benchmarks.soak [--steps 100000] [--every 1000] [--quick]
 
-A tiny model with the default suite and a TensorBoard logger, one torch thread; the faults take
-turns: a NaN loss, a loss spike, a damaged weight, a damaged moment. Resident memory is read at
-every thousandth step; its growth is the slope after the first third, when every cache has been
-filled. What Python allocates is followed by `tracemalloc` in a shorter run of its own, as that
-halves the speed. At the end the record is read back: every incident must have been opened and
-closed, and the event file must hold them all.
+Trains a tiny model with the default suite and a TensorBoard logger on one torch thread. The faults
+alternate: a NaN loss, a loss spike, a damaged weight, a damaged moment. Resident memory is read
+every thousand steps; its growth is the slope after the first third, when all caches are full.
+`tracemalloc` follows Python's allocations in a separate shorter run, because it halves the speed.
+At the end the record is read: every incident must be opened and closed, and be in the event file.
 """
 
 from __future__ import annotations
@@ -47,28 +46,28 @@ from lit_stability.tensorboard.tags import INCIDENTS
 
 EVERY_SAMPLE = 1000
 """Steps between two readings of the memory."""
-FAULTS = (NanLoss, ScaleLoss, CorruptWeight, CorruptMoment)
+FAULT_TYPES = (NanLoss, ScaleLoss, CorruptWeight, CorruptMoment)
 
 
 class Tiny(LightningModule):
-    """A net of 81 weights on a fixed linear task with noise."""
+    """A net with 81 weights on a fixed linear task with noise."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean squared error."""
+        """Returns the mean squared error."""
         x, y = batch
         return nn.functional.mse_loss(self.net(x).squeeze(-1), y)
 
     def configure_optimizers(self) -> Any:
-        """AdamW."""
+        """Returns AdamW."""
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
 def data() -> DataLoader[Any]:
-    """Batches made beforehand."""
+    """Returns precomputed batches."""
     g = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(500):
@@ -78,21 +77,25 @@ def data() -> DataLoader[Any]:
 
 
 def faults(steps: int, every: int) -> list[Fault]:
-    """One fault in so many steps, of each kind in turn."""
+    """Returns one fault every `every` steps, of alternating types."""
     options: dict[type[Fault], dict[str, Any]] = {CorruptWeight: {"parameter": "net.0.weight"}}
-    moments = range(every, steps, every)
-    kinds = (FAULTS[i % len(FAULTS)] for i in range(len(moments)))
-    return [k(step=s, **options.get(k, {})) for k, s in zip(kinds, moments, strict=True)]
+    fault_steps = range(every, steps, every)
+    kinds = (FAULT_TYPES[i % len(FAULT_TYPES)] for i in range(len(fault_steps)))
+    return [k(step=s, **options.get(k, {})) for k, s in zip(kinds, fault_steps, strict=True)]
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
+def resident_bytes() -> int:
+    """Returns the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[1])
     return pages * 4096
 
 
-class Gauge(Callback):
-    """Reads the memory and the clock now and then."""
+class MemoryRecorder(Callback):
+    """Records resident memory and time every `EVERY_SAMPLE` steps.
+
+    Args:
+        traced_from: Step at which to take a `tracemalloc` snapshot; None for no snapshot.
+    """
 
     def __init__(self, traced_from: int | None = None) -> None:
         self.traced_from = traced_from
@@ -101,23 +104,25 @@ class Gauge(Callback):
         self.before: tracemalloc.Snapshot | None = None
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Read."""
+        """Records a sample."""
         step = trainer.global_step
         if step % EVERY_SAMPLE == 0:
-            self.bytes.append(resident())
+            self.bytes.append(resident_bytes())
             self.seconds.append(time.perf_counter())
         if step == self.traced_from and self.before is None:
             gc.collect()
             self.before = tracemalloc.take_snapshot()
 
 
-def run(root: Path, steps: int, every: int, gauge: Gauge, *, protected: bool = True) -> float:
-    """Fit; returns milliseconds per step."""
+def run(
+    root: Path, steps: int, every: int, recorder: MemoryRecorder, *, protected: bool = True
+) -> float:
+    """Trains the model and returns the milliseconds per step."""
     seed_everything(0, verbose=False)
     suite = [FaultInjector(faults(steps, every)), *stability_callbacks()] if protected else []
     trainer = quiet_trainer(
         max_steps=steps,
-        callbacks=[*suite, gauge],
+        callbacks=[*suite, recorder],
         logger=TensorBoardLogger(root, "run", ""),
         default_root_dir=root,
     )
@@ -127,7 +132,7 @@ def run(root: Path, steps: int, every: int, gauge: Gauge, *, protected: bool = T
 
 
 def slope(values: list[int]) -> float:
-    """Bytes per sample after the first third, by least squares.
+    """Returns the growth per sample after the first third, by least squares.
 
     >>> slope([9, 9, 0, 2, 4, 6])
     2.0
@@ -137,7 +142,7 @@ def slope(values: list[int]) -> float:
 
 
 def record_of(root: Path) -> dict[str, Any]:
-    """What `read_incidents` and the event file have of the incidents."""
+    """Counts the incidents in `incidents.jsonl` and in the event file."""
     folder = root / "run"
     incidents = read_incidents(folder)
     lines = [json.loads(x) for x in (folder / "incidents.jsonl").read_text("utf8").splitlines()]
@@ -156,16 +161,16 @@ def record_of(root: Path) -> dict[str, Any]:
 
 
 def growth(steps: int, every: int) -> dict[str, Any]:
-    """What Python allocates between a fifth of a run and its end, and keeps."""
-    gauge = Gauge(traced_from=steps // 5)
+    """Measures the memory that Python allocates and keeps in the last four fifths of a run."""
+    recorder = MemoryRecorder(traced_from=steps // 5)
     tracemalloc.start()
     with tempfile.TemporaryDirectory() as root:
-        ms = run(Path(root), steps, every, gauge)
+        ms = run(Path(root), steps, every, recorder)
         gc.collect()
         after = tracemalloc.take_snapshot()
     tracemalloc.stop()
-    assert gauge.before is not None
-    grown = after.compare_to(gauge.before, "lineno")
+    assert recorder.before is not None
+    grown = after.compare_to(recorder.before, "lineno")
     top = [
         {"where": _place(s.traceback[0]), "bytes": s.size_diff, "objects": s.count_diff}
         for s in grown
@@ -179,12 +184,12 @@ def growth(steps: int, every: int) -> dict[str, Any]:
 
 
 def _place(frame: tracemalloc.Frame) -> str:
-    """A line, by the end of its path: what comes before is of the machine."""
+    """Formats file and line with the last three parts of the path, which do not vary by machine."""
     return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}"
 
 
 def main() -> None:
-    """Run, print and write."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--steps", type=int)
@@ -200,20 +205,20 @@ def main() -> None:
 
 
 def soak(steps: int, every: int) -> tuple[dict[str, Any], list[Table]]:
-    """The long run, the traced run and a bare one."""
-    gauge = Gauge()
+    """Runs the long run, a run without the suite and the traced run."""
+    recorder = MemoryRecorder()
     with tempfile.TemporaryDirectory() as root:
-        ms = run(Path(root), steps, every, gauge)
+        ms = run(Path(root), steps, every, recorder)
         record = record_of(Path(root))
     with tempfile.TemporaryDirectory() as root:
-        bare_ms = run(Path(root), min(steps, 3000), every, Gauge(), protected=False)
+        bare_ms = run(Path(root), min(steps, 3000), every, MemoryRecorder(), protected=False)
     figures = {
         "steps": steps,
         "faults": len(faults(steps, every)),
         "ms_per_step": ms,
         "bare_ms_per_step": bare_ms,
-        "resident_bytes": gauge.bytes,
-        "growth_per_1000_steps": slope(gauge.bytes),
+        "resident_bytes": recorder.bytes,
+        "growth_per_1000_steps": slope(recorder.bytes),
         "record": record,
         "traced": growth(max(2_000, steps // 10), every),
     }
@@ -221,24 +226,26 @@ def soak(steps: int, every: int) -> tuple[dict[str, Any], list[Table]]:
 
 
 def table_of(figures: dict[str, Any]) -> Table:
-    """The figures as they are to be read."""
-    record, traced, resident_bytes = (figures[k] for k in ("record", "traced", "resident_bytes"))
+    """Formats the figures as a table."""
+    record, traced, resident = (figures[k] for k in ("record", "traced", "resident_bytes"))
     rows = {
         "steps, with faults": f"{figures['steps']}, {figures['faults']}",
         "incidents opened and closed": f"{record['incidents']}, {record['outcomes']}",
         "incidents in the event file": str(record["incidents_in_event_file"]),
         "resident memory at the start and end, MiB": " and ".join(
-            f"{resident_bytes[i] / 2**20:.1f}" for i in (0, -1)
+            f"{resident[i] / 2**20:.1f}" for i in (0, -1)
         ),
-        "growth of it, KiB per 1,000 steps": f"{figures['growth_per_1000_steps'] / 2**10:.1f}",
+        "growth of resident memory, KiB per 1,000 steps": (
+            f"{figures['growth_per_1000_steps'] / 2**10:.1f}"
+        ),
         "growth of Python's objects, KiB per 1,000 steps": (
             f"{1000 * traced['bytes'] / traced['steps'] / 2**10:.1f}"
         ),
-        "a step, bare and with the suite, ms": (
+        "a step without and with the suite, ms": (
             f"{figures['bare_ms_per_step']:.2f} and {figures['ms_per_step']:.2f}"
         ),
     }
-    return Table("soak", ["what", "found"], [list(row) for row in rows.items()])
+    return Table("soak", ["quantity", "value"], [list(row) for row in rows.items()])
 
 
 if __name__ == "__main__":

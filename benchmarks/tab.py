@@ -1,16 +1,15 @@
-"""What the Stability tab costs: a training step that writes for it, and TensorBoard that serves it.
+"""Measures the cost of the Stability tab: writing in a training step, and serving in TensorBoard.
 
     python -m benchmarks.tab [--layers 100] [--steps 20000] [--served 300] [--quick]
 
-One process, one thread. First an attempt log on a Trainer with a `TensorBoardLogger`, driven with
-made-up measurements: from verdict to end of batch, on steps that are written, with update ratios on
-every tenth, as by default, or on all of them, and on steps that are not written. "with its thread"
-is the processor's time until the file is closed, over the attempts: what the event file's own
-thread takes, of the same interpreter, is a part of it. "until it returns" is how long the step
-waits, of the clock on the wall. The cases take turns, and the medians over the repetitions are
-reported, with the quartiles. Then a run of that many attempts, all of them written, is read by
-TensorBoard's own Python reader with the samples that the plugin asks for, and every route is asked
-five times; the best is reported.
+One process, one thread. First drives a `StepHistoryWriter` on a Trainer with a `TensorBoardLogger`
+with synthetic measurements, from verdict to end of batch: on steps that are written, without update
+ratios, with update ratios on every tenth step (the default) or on every step, and on steps that are
+not written. "with its thread" is the processor time per attempt until the file is closed, including
+the thread of the event file. "until it returns" is the wall-clock time that the step waits. The
+cases alternate; reports medians over the repetitions and quartiles. Then TensorBoard's Python
+reader reads a run of `--steps` attempts, all written, with the samples that the plugin requests,
+and every route is requested five times; reports the best.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from lit_stability.tensorboard.tags import SAMPLES
 
 
 def measurement(step: int, layers: int, *, scan: bool) -> StepStats:
-    """A made-up step; with a scan of the weights on request."""
+    """Creates a synthetic step, optionally with a scan of the weights."""
     names = tuple(f"encoder.layers.{i}.weight" for i in range(layers))
-    draw = random.Random(step)
+    rng = random.Random(step)
     moves = WeightMoves(
         since=step - 10,
         norms=(1.0,) * layers,
         peaks=(),
-        distances=tuple(draw.random() for _ in names),
+        distances=tuple(rng.random() for _ in names),
         farthest=(),
     )
     return StepStats(
@@ -57,7 +56,7 @@ def measurement(step: int, layers: int, *, scan: bool) -> StepStats:
         loss=2.0,
         grad_norm=1.0 + step % 7,
         names=names,
-        grad_norms=tuple(draw.lognormvariate(0, 1) for _ in names),
+        grad_norms=tuple(rng.lognormvariate(0, 1) for _ in names),
         learning_rates=(1e-3,),
         nominal_learning_rates=(1e-3,),
         weight_norms=tuple((name, 1.0) for name in names) if scan else (),
@@ -65,8 +64,10 @@ def measurement(step: int, layers: int, *, scan: bool) -> StepStats:
     )
 
 
-def log_on(root: Path, layers: int) -> tuple[Trainer, StepHistoryWriter, torch.optim.Optimizer]:
-    """A Trainer that is not run, its attempt log, and an optimizer with gradients."""
+def make_writer(
+    root: Path, layers: int
+) -> tuple[Trainer, StepHistoryWriter, torch.optim.Optimizer]:
+    """Returns a Trainer that is not run, its writer, and an optimizer with gradients."""
     logger = TensorBoardLogger(root, "run", "")
     options = {"enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", logger=logger, default_root_dir=root, **options)
@@ -79,67 +80,67 @@ def log_on(root: Path, layers: int) -> tuple[Trainer, StepHistoryWriter, torch.o
 def attempt_costs(
     layers: int, attempts: int, *, written: bool, scan_every: int
 ) -> tuple[list[float], float]:
-    """Milliseconds until each attempt returns, and the processor's own over the attempts."""
+    """Returns the wall-clock time of each attempt and the mean processor time, in milliseconds."""
     scans = [scan_every > 0 and step % scan_every == 0 for step in range(attempts)]
     steps = [measurement(step, layers, scan=scan) for step, scan in enumerate(scans)]
     with tempfile.TemporaryDirectory() as folder:
-        trainer, attempt_log, optimizer = log_on(Path(folder), layers)
+        trainer, writer, optimizer = make_writer(Path(folder), layers)
         times = []
         start = time.process_time()
         for stats in steps:
             begin = time.perf_counter()
             if written:
-                attempt_log.due()
-            attempt_log.judged(stats, optimizer)
-            attempt_log.batch_ended()
+                writer.due()
+            writer.judged(stats, optimizer)
+            writer.batch_ended()
             times.append(1e3 * (time.perf_counter() - begin))
         trainer.loggers[0].finalize("success")
         return times, 1e3 * (time.process_time() - start) / attempts
 
 
 def writing(layers: int, attempts: int, repetitions: int) -> dict[str, dict[str, Spread]]:
-    """What each kind of attempt costs in milliseconds, measured by turns."""
+    """Measures the cost of each kind of attempt in milliseconds; the kinds alternate."""
     cases = {
         "written": (True, 0),
         "update ratios, 1 in 10": (True, 10),
         "update ratios, all": (True, 1),
         "not written": (False, 0),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(repetitions):
         for name, (written, every) in cases.items():
-            times, all_in = attempt_costs(layers, attempts, written=written, scan_every=every)
-            found[name].append((all_in, statistics.median(times[10:])))
+            times, total = attempt_costs(layers, attempts, written=written, scan_every=every)
+            measured[name].append((total, statistics.median(times[10:])))
     parts = ("with its thread", "until it returns")
     return {
         name: dict(zip(parts, map(Spread.of, zip(*pairs, strict=True)), strict=True))
-        for name, pairs in found.items()
+        for name, pairs in measured.items()
     }
 
 
 def serving(layers: int, steps: int) -> dict[str, tuple[float, int]]:
-    """Write a run and read it as TensorBoard does: milliseconds and bytes of each route."""
+    """Writes a run and reads it like TensorBoard; returns milliseconds and bytes of each route."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, attempt_log, optimizer = log_on(Path(folder), layers)
+        trainer, writer, optimizer = make_writer(Path(folder), layers)
         for step in range(steps):
-            attempt_log.due()
-            attempt_log.judged(measurement(step, layers, scan=step % 10 == 9), optimizer)
-            attempt_log.batch_ended()
+            writer.due()
+            writer.judged(measurement(step, layers, scan=step % 10 == 9), optimizer)
+            writer.batch_ended()
         trainer.loggers[0].finalize("success")
         begin = time.perf_counter()
         multiplexer = EventMultiplexer(tensor_size_guidance={"stability": SAMPLES})
         multiplexer.AddRunsFromDirectory(folder)
         multiplexer.Reload()
-        found = {"reading": (1e3 * (time.perf_counter() - begin), 0)}
+        reading = {"reading": (1e3 * (time.perf_counter() - begin), 0)}
         provider = MultiplexerDataProvider(multiplexer, folder)
         plugin = StabilityPlugin(TBContext(data_provider=provider))
         quantities = [f"layers?run=run&quantity={q}" for q in ("grad_norm", "update_ratio")]
         routes = ("runs", "steps?run=run", "incidents?run=run", *quantities)
-        return found | {route: ask(plugin, route) for route in routes}
+        return reading | {route: request(plugin, route) for route in routes}
 
 
-def ask(plugin: StabilityPlugin, route: str) -> tuple[float, int]:
-    """Milliseconds and bytes of the best of five answers, as a browser gets them, in gzip."""
+def request(plugin: StabilityPlugin, route: str) -> tuple[float, int]:
+    """Returns milliseconds and bytes of the fastest of five gzip responses."""
     app = Client(plugin.get_plugin_apps()["/" + route.partition("?")[0]])
     headers = {"Accept-Encoding": "gzip"}
 
@@ -151,15 +152,15 @@ def ask(plugin: StabilityPlugin, route: str) -> tuple[float, int]:
     return 1e3 * seconds, size
 
 
-def timed(do: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what was returned."""
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds of a call and its result."""
     begin = time.perf_counter()
-    found = do()
-    return time.perf_counter() - begin, found
+    result = call()
+    return time.perf_counter() - begin, result
 
 
 def main() -> None:
-    """Measure and print."""
+    """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
     parser.add_argument("--layers", type=int, default=100)
@@ -171,17 +172,17 @@ def main() -> None:
     attempts, steps = (300, 500) if args.quick else (3000, 20_000)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    spent = writing(args.layers, args.attempts or attempts, args.repetitions)
+    written = writing(args.layers, args.attempts or attempts, args.repetitions)
     served = serving(args.served, args.steps or steps)
-    save("tab", folder_of(args), {"writing": spent, "serving": served}, tables(spent, served))
+    save("tab", folder_of(args), {"writing": written, "serving": served}, tables(written, served))
 
 
 def tables(
-    spent: dict[str, dict[str, Spread]], served: dict[str, tuple[float, int]]
+    written: dict[str, dict[str, Spread]], served: dict[str, tuple[float, int]]
 ) -> list[Table]:
-    """What a step writes, and what a route serves."""
+    """Creates the tables of the cost of writing and of serving."""
     parts = ("with its thread", "until it returns")
-    rows = [[name, *(f"{found[p]:.3f}" for p in parts)] for name, found in spent.items()]
+    rows = [[name, *(f"{cost[p]:.3f}" for p in parts)] for name, cost in written.items()]
     routes = [[r, f"{ms:.1f}", f"{size / 2**20:.2f}"] for r, (ms, size) in served.items()]
     return [
         Table("written, ms per attempt (quartiles)", ["attempt", *parts], rows),

@@ -1,4 +1,4 @@
-"""The Trainer of a benchmark: on the CPU, silent, and leaving nothing behind but its folder."""
+"""Trainer of the benchmarks: on the CPU and without output."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning.pytorch import Trainer
 
 
 def quiet_trainer(**options: Any) -> Trainer:
-    """A Trainer that counts its steps, prints nothing and saves nothing.
+    """Creates a Trainer that prints and saves nothing and has no limit of epochs.
 
     Args:
-        options: of the Trainer, in place of these or beside them.
+        options: Options of the Trainer, which override these defaults.
     """
     quiet: dict[str, Any] = {
         "max_epochs": -1,

@@ -1,1 +1,1 @@
-"""Real instabilities, each with its healthy twin, and what the suite makes of them."""
+"""Real instabilities with healthy twins, and how the suite handles them."""

@@ -1,9 +1,9 @@
-"""What the suite makes of runs that go wrong by themselves, and of their healthy twins.
+"""Measures how the suite handles unstable runs and their healthy twins.
 
     python -m benchmarks.instabilities [--seeds 0 1 2] [--cases NAME ...] [--probes] [--quick]
 
-Each case is run bare, with the suite, and as its twin; a final loss is the mean of the last 20
-steps. With ``--probes`` the opt-in probes are in the suite. One thread.
+Runs each case without the suite, with the suite, and its twin with the suite; a final loss is the
+mean of the last 20 steps. ``--probes`` adds the opt-in probes to the suite. One thread.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from lit_stability.incidents.report import responses_text
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
+    """Result of a run."""
 
     loss: float
-    """Mean of the last 20 steps."""
+    """Mean loss of the last 20 steps."""
     steps: int
     incidents: list[Incident]
 
     def first(self) -> tuple[str, str, str]:
-        """Step and kind of the first incident, the cause that is named, and what was done."""
+        """Returns step and kind, cause, and responses of the first incident with a response."""
         if not self.incidents:
             return "-", "-", "-"
         incident = next((i for i in self.incidents if i.responses), self.incidents[0])
-        seen = f"{incident.first.step}: {incident.first.kind}"
-        return seen, incident.cause or "-", responses_text(incident) or "told"
+        anomaly = f"{incident.first.step}: {incident.first.kind}"
+        return anomaly, incident.cause or "-", responses_text(incident) or "reported"
 
 
 def with_probes() -> list[Callback]:
-    """The default suite with the opt-in probes."""
+    """Returns the default suite with the opt-in probes."""
     monitor, *others = stability_callbacks()
     return [monitor, AttentionProbe(every=20), CurvatureProbe(every=20), *others]
 
 
 def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
-    """One run, from a seed."""
+    """Trains a case with a seed."""
     seed_everything(seed, verbose=False)
     module: Any = case.module()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,20 +76,20 @@ def train(case: Case, seed: int, callbacks: list[Callback]) -> Result:
 
 
 def compare(case: Case, seed: int, suite: Callable[[], list[Callback]]) -> list[str]:
-    """Print the lines of a case, and give them as the cells of a row."""
-    guarded = train(case, seed, suite())
+    """Runs a case, prints its results and returns them as a row."""
+    with_suite = train(case, seed, suite())
     bare = train(case, seed, [])
-    seen, cause, done = guarded.first()
-    print(f"{case.name} (seed {seed}): {seen} | {cause} | {done} | {guarded.steps} steps")
-    line = f"    loss bare {bare.loss:.4g}, suite {guarded.loss:.4g}"
+    anomaly, cause, response = with_suite.first()
+    print(f"{case.name} (seed {seed}): {anomaly} | {cause} | {response} | {with_suite.steps} steps")
+    line = f"    loss bare {bare.loss:.4g}, suite {with_suite.loss:.4g}"
     if case.twin is not None:
         twin = train(case.healthy(), seed, suite())
         line += f", twin {twin.loss:.4g}; alarms of the twin {len(twin.incidents)}"
         line += "".join(f" ({i.first.kind} at {i.first.step})" for i in twin.incidents)
     else:
-        line += f"; alarms {len(guarded.incidents)}"
+        line += f"; alarms {len(with_suite.incidents)}"
     print(line, flush=True)
-    return [case.name, str(seed), seen, cause, done, str(guarded.steps), line.strip()]
+    return [case.name, str(seed), anomaly, cause, response, str(with_suite.steps), line.strip()]
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def main() -> None:
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     suite = with_probes if args.probes else stability_callbacks
     rows = [compare(CASES[name], seed, suite) for name in args.cases for seed in seeds]
-    columns = ["case", "seed", "seen", "cause", "done", "steps", "losses and alarms"]
+    columns = ["case", "seed", "anomaly", "cause", "response", "steps", "losses and alarms"]
     table = Table("instabilities", columns, rows)
     save("instabilities", folder_of(args), {"rows": rows}, [table])
 

@@ -1,7 +1,7 @@
-"""Runs that go wrong by themselves, each beside a twin that differs in one thing and trains.
+"""Unstable runs, each with a twin that differs in one option and trains.
 
-Nothing is injected here: the fault is a learning rate, a missing warm-up, an optimizer constant, a
-gain of zero. Every module keeps the loss of each step in ``losses``.
+No fault is injected: the cause is a learning rate, a missing warm-up, an optimizer constant or a
+gain of zero. Every module records the loss of each step in ``losses``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 
 
 class Regression(LightningModule):
-    """Squared error of a small net.
+    """Trains a small net with the squared error.
 
     Args:
-        net: inputs of shape ``(batch, features)``.
-        optimizer: given the parameters.
+        net: Network for inputs of shape ``(batch, features)``.
+        optimizer: Creates the optimizer from the parameters.
     """
 
     def __init__(self, net: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
@@ -35,37 +35,37 @@ class Regression(LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Mean squared error."""
+        """Returns the mean squared error."""
         x, y = batch
         loss = F.mse_loss(self.net(x), y)
         self.losses.append(float(loss.detach()))
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As given."""
+        """Returns the optimizer."""
         return self.optimizer(self.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run."""
+    """A run with its correct diagnosis."""
 
     name: str
     steps: int
     module: Callable[[], LightningModule]
-    """Made after the seed was set."""
+    """Creates the module after the seed was set."""
     data: Callable[[int], DataLoader[Any]]
-    """Given the seed."""
+    """Creates the data from the seed."""
     cause: str | None
-    """The row of `lit_stability.diagnosis` to be named; None for a healthy run."""
+    """Name of the correct cause in `lit_stability.diagnosis`; None for a healthy run."""
     twin: Callable[[], LightningModule] | None = None
-    """The healthy module, on the same data for as many steps."""
+    """Creates the healthy module, for the same data and number of steps."""
 
     def healthy(self) -> Case:
-        """The twin as a case of its own.
+        """Returns the twin as a case.
 
         Raises:
-            ValueError: if the case is healthy itself.
+            ValueError: The case has no twin.
         """
         if self.twin is None:
             raise ValueError(f"{self.name!r} has no twin")
@@ -73,7 +73,7 @@ class Case:
 
 
 def mlp(lr: float) -> LightningModule:
-    """32 inputs, three hidden layers of 128 with ReLU, one output; SGD with momentum 0.9."""
+    """Creates a ReLU MLP (32 inputs, hidden layers of 128, 1 output); SGD with momentum 0.9."""
     sizes = [32, 128, 128, 128]
     layers: list[nn.Module] = []
     for i, o in pairwise(sizes):
@@ -83,7 +83,7 @@ def mlp(lr: float) -> LightningModule:
 
 
 def linear_teacher(seed: int, batch: int = 128) -> DataLoader[Any]:
-    """Gaussian inputs of 32 features, deviation 0.8; the target is a unit linear form of them."""
+    """Returns 32 Gaussian inputs of deviation 0.8 and a linear target with weights N(0, 1/32)."""
     g = torch.Generator().manual_seed(seed)
     x = 0.8 * torch.randn(16384, 32, generator=g)
     y = x @ torch.randn(32, 1, generator=g) / math.sqrt(32)
@@ -91,13 +91,13 @@ def linear_teacher(seed: int, batch: int = 128) -> DataLoader[Any]:
 
 
 def full_batch_mlp(lr: float) -> LightningModule:
-    """Two tanh layers of 32 on full batches, plain gradient descent."""
+    """Creates an MLP with two tanh layers of 32, trained by plain gradient descent."""
     net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
     return Regression(net, lambda p: torch.optim.SGD(p, lr))
 
 
 def full_batch(seed: int) -> DataLoader[Any]:
-    """One batch of 64 samples, over and over."""
+    """Returns one batch of 64 samples."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 8, generator=g)
     y = torch.sin(2 * x[:, :1]) + 0.5 * x[:, 1:2] * x[:, 2:3]
@@ -105,30 +105,30 @@ def full_batch(seed: int) -> DataLoader[Any]:
 
 
 def sine_mlp(beta2: float) -> LightningModule:
-    """1-20-20-1 with tanh, full-batch Adam at 0.02 (after arXiv 2506.04805)."""
+    """Creates a 1-20-20-1 tanh MLP with Adam at 0.02 (after arXiv 2506.04805)."""
     net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
     return Regression(net, lambda p: torch.optim.Adam(p, 0.02, (0.9, beta2)))
 
 
 def sines(seed: int) -> DataLoader[Any]:
-    """The function sin x + sin 4x at 200 points of [-pi, pi], one batch."""
+    """Returns one batch: sin x + sin 4x at 200 points of [-pi, pi]."""
     x = torch.linspace(-math.pi, math.pi, 200)[:, None]
     return DataLoader(TensorDataset(x, torch.sin(x) + torch.sin(4 * x)), 200)
 
 
 def byte_gpt(**options: Any) -> LightningModule:
-    """Width 64, 3 pre-norm layers, 64 tokens, 100 steps of warm-up, 185k parameters."""
+    """Creates a byte GPT with 185k weights: 3 pre-norm layers of width 64, 100 warm-up steps."""
     return ByteGPTModule(ByteGPTConfig(width=64, layers=3), **({"warmup": 100} | options))
 
 
 def post_norm_gpt(warmup: int) -> LightningModule:
-    """6 post-norm layers, learning rate 3e-3, betas (0.9, 0.999)."""
+    """Creates a byte GPT with 6 post-norm layers, learning rate 3e-3, betas (0.9, 0.999)."""
     config = ByteGPTConfig(width=64, layers=6, post_norm=True)
     return ByteGPTModule(config, lr=3e-3, warmup=warmup, betas=(0.9, 0.999))
 
 
 def zeroed_final_gain() -> LightningModule:
-    """The byte GPT with the gain of its last norm at 0, and frozen there."""
+    """Creates a byte GPT whose last norm has a frozen gain of 0."""
     module = byte_gpt()
     assert isinstance(module, ByteGPTModule)
     nn.init.zeros_(module.model.norm.weight)

@@ -1,1 +1,1 @@
-"""What the suite costs per optimizer step: time, copies to the host, memory."""
+"""Cost of the suite per optimizer step: time, reads by the host, memory."""

@@ -1,8 +1,8 @@
-"""A clock around everything that callbacks do in a step: their hooks, and what they do at a fetch.
+"""Clock around the work of callbacks in a step: their hooks, and the fetch of a batch.
 
-Time spent in hooks tells more finely than the difference of two steps what a suite costs: it does
-not hold the noise of the step. What it leaves out is what the step pays afterwards, for caches that
-the suite has emptied.
+The time in hooks measures the cost of a suite more precisely than the difference of two steps,
+because it does not contain the noise of the step. It excludes the cost of CPU caches that the suite
+has evicted, which the rest of the step pays.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from lightning.pytorch import Callback, Trainer
 
 
 class HookClock:
-    """Adds up the seconds inside a list of callbacks, step by step.
+    """Sums the seconds that callbacks spend in their hooks, step by step.
 
-    Hooks that callbacks call on each other count once. To be attached before the fit; a step ends
-    where `next_step` is called.
+    Nested hook calls count once. Create it before the fit; `next_step` ends a step.
 
     Args:
-        callbacks: whose hooks to time.
-        now: seconds; of the wall, or of the thread's own processor time where the machine is busy.
+        callbacks: Callbacks whose hooks are timed.
+        now: Clock in seconds: wall-clock time, or the thread's processor time on a busy machine.
     """
 
     def __init__(
@@ -33,8 +32,8 @@ class HookClock:
         self.steps: list[float] = []
         """Seconds of each step."""
         self.parts: dict[str, float] = {}
-        """Seconds of all steps, by class and hook, hooks that are called from inside included."""
-        self._now, self._depth = 0.0, 0
+        """Seconds of all steps by class and hook, including nested hook calls."""
+        self._current, self._depth = 0.0, 0
         for callback in callbacks:
             for name in _hooks_of(callback):
                 setattr(callback, name, self._timed(callback, name))
@@ -43,10 +42,10 @@ class HookClock:
         return self.timed(getattr(callback, name), f"{type(callback).__name__}.{name}")
 
     def timed(self, call: Callable[..., Any], label: str) -> Callable[..., Any]:
-        """The same call, counted."""
+        """Wraps a call so that its time is added."""
 
         @functools.wraps(call)
-        def counted(*args: Any, **kwargs: Any) -> Any:
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
             self._depth += 1
             start = self._clock()
             try:
@@ -56,25 +55,25 @@ class HookClock:
                 self._depth -= 1
                 self.parts[label] = self.parts.get(label, 0.0) + seconds
                 if not self._depth:
-                    self._now += seconds
+                    self._current += seconds
 
-        return counted
+        return timed_call
 
     def watch_fetches(self, trainer: Trainer) -> None:
-        """Count the fetches too, the loader's own work included; once the fit has begun."""
+        """Adds the time of batch fetches, loader included; call it after the fit has started."""
         fetcher: Any = trainer.fit_loop._data_fetcher
         kind = type(fetcher)
         fetch = self.timed(kind.__next__, "fetch")
         fetcher.__class__ = type(kind.__name__, (kind,), {"__next__": fetch})
 
     def next_step(self) -> None:
-        """What comes now belongs to the next step."""
-        self.steps.append(self._now)
-        self._now = 0.0
+        """Ends the current step."""
+        self.steps.append(self._current)
+        self._current = 0.0
 
 
 def _hooks_of(callback: Callback) -> list[str]:
-    """Hooks of a step that the callback defines, Lightning's and this package's."""
+    """Returns the hooks that the callback overrides, Lightning's and this package's."""
     names = (n for n in dir(type(callback)) if n.startswith("on_") or n == "probe_readings")
     own = (n for n in names if getattr(type(callback), n) is not getattr(Callback, n, None))
     return [n for n in own if callable(getattr(callback, n))]

@@ -1,4 +1,4 @@
-"""What a fit reads back to the host, and what memory it holds: counted, not timed."""
+"""Counts the tensor reads by the host and the memory of a fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.overhead.suites import Suite
 from benchmarks.overhead.turns import Setting, batches_of, make_trainer
 
 READS = ("_local_scalar_dense", "equal", "nonzero")
-"""Kernels that wait for their result on the host: ``item``, ``float``, ``bool`` are the first."""
+"""Kernels that wait for a result on the host; ``item``, ``float`` and ``bool`` use the first."""
 
 
 class _HostReads(TorchDispatchMode):
@@ -31,21 +31,20 @@ class _HostReads(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Count, and go on."""
+        """Counts the kernel if it is a read, and runs it."""
         self.count += func._schema.name.removeprefix("aten::") in READS
-        found = func(*args, **(kwargs or {}))
-        # To another device, and to this one: a copy that is waited for.
-        if isinstance(found, Tensor) and found.device.type == "cpu":
+        result = func(*args, **(kwargs or {}))
+        # A copy from another device to the CPU is a read too.
+        if isinstance(result, Tensor) and result.device.type == "cpu":
             self.count += any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args)
-        return found
+        return result
 
 
 @contextmanager
 def host_reads() -> Iterator[_HostReads]:
-    """Count what is read back to the host of tensors, on whatever device they are.
+    """Counts the reads of tensors by the host, whatever their device.
 
-    On a CPU ``Tensor.tolist`` and ``Tensor.numpy`` reach no kernel, and are counted as they are
-    called.
+    On a CPU ``Tensor.tolist`` and ``Tensor.numpy`` call no kernel, so their calls are counted.
     """
     reads = _HostReads()
 
@@ -63,19 +62,19 @@ def host_reads() -> Iterator[_HostReads]:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Of one fit."""
+class Footprint:
+    """Reads and memory of one fit."""
 
     reads: float
     """Reads of tensors by the host, per step."""
     tensors: int
     """Bytes of all tensors alive at the end of the last step."""
     python: int
-    """Bytes of all other objects that were made since the fit began."""
+    """Bytes of all other objects created since the start of the fit."""
 
 
-class _Ender(Callback):
-    """Counts what is there at the end of a fit's last step."""
+class _MemoryAtEnd(Callback):
+    """Measures memory at the end of a fit's last step."""
 
     def __init__(self) -> None:
         self.tensors = self.python = 0
@@ -88,35 +87,35 @@ class _Ender(Callback):
 
 
 def tensor_bytes() -> int:
-    """Bytes of the storages of all tensors alive, each once."""
+    """Returns the bytes of the storages of all live tensors, each storage once."""
     storages: dict[int, int] = {}
-    for each in gc.get_objects():
-        # By its type: some objects warn when they are asked for their class, and subclasses, as
-        # torch.compile leaves behind, when they are asked for their memory.
-        if type(each) in (Tensor, torch.nn.Parameter) and each.layout is torch.strided:
+    for candidate in gc.get_objects():
+        # type() instead of isinstance: some objects warn when their class is read, and tensor
+        # subclasses left by torch.compile warn when their storage is read.
+        if type(candidate) in (Tensor, torch.nn.Parameter) and candidate.layout is torch.strided:
             try:
-                storage = each.untyped_storage()
+                storage = candidate.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
             except (RuntimeError, NotImplementedError):
-                continue  # there is none
+                continue  # the tensor has no storage
     return sum(storages.values())
 
 
-def held_by(suite: Suite, setting: Setting) -> Held:
-    """Fit twice with a suite, counting reads and then bytes: to count one disturbs the other."""
+def footprint_of(suite: Suite, setting: Setting) -> Footprint:
+    """Fits twice with a suite, because counting reads affects the bytes and vice versa."""
     with host_reads() as reads:
-        _fit(suite, setting, _Ender())
-    ender = _Ender()
+        _fit(suite, setting, _MemoryAtEnd())
+    memory = _MemoryAtEnd()
     tracemalloc.start()
     try:
-        _fit(suite, setting, ender)
+        _fit(suite, setting, memory)
     finally:
         tracemalloc.stop()
-    return Held(reads.count / setting.steps, ender.tensors, ender.python)
+    return Footprint(reads.count / setting.steps, memory.tensors, memory.python)
 
 
-def _fit(suite: Suite, setting: Setting, ender: _Ender) -> None:
+def _fit(suite: Suite, setting: Setting, memory: _MemoryAtEnd) -> None:
     gc.collect()
     seed_everything(0, verbose=False)
-    trainer = make_trainer(suite, setting, [*suite.callbacks(), ender])
+    trainer = make_trainer(suite, setting, [*suite.callbacks(), memory])
     trainer.fit(ByteGPTModule(setting.config), batches_of(setting))

@@ -1,4 +1,4 @@
-"""What is put into a Trainer to be measured: nothing, our callbacks, the protections of others."""
+"""Suites that are measured: none, this package's callbacks, and other protections."""
 
 from __future__ import annotations
 
@@ -36,50 +36,51 @@ from lit_stability.training_state.snapshot import TensorBank
 
 @dataclass(frozen=True)
 class Suite:
-    """A Trainer's protection."""
+    """Callbacks and options of a Trainer."""
 
     callbacks: Callable[[], list[Callback]] = list
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the Trainer."""
+    """Options of the Trainer."""
     tensorboard: bool = False
     baseline: str = "bare"
-    """Name of the suite that the steps are compared with."""
+    """Name of the suite whose steps are the baseline."""
 
 
 class Traffic(Callback):
-    """Reads and copies what the default suite does of whole tensors, and judges nothing.
+    """Reads and copies the same tensors as the default suite, without evaluating them.
 
-    Every gradient once a step, every weight once in ten, weights and optimizer state in turn into
-    two copies once in twenty: what no exact detection and recovery of this rhythm goes below.
+    Reads every gradient once per step and every weight once in ten steps, and copies weights and
+    optimizer state alternately into two copies once in twenty steps: the lower bound of the cost of
+    exact detection and recovery with these intervals.
     """
 
     def __init__(self) -> None:
         self._copies = [TensorBank(), TensorBank()]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Copy, between two steps."""
-        turn, rest = divmod(trainer.global_step, 20)
-        if not rest:
+        """Copies between two steps."""
+        count, remainder = divmod(trainer.global_step, 20)
+        if not remainder:
             states = [s.values() for o in trainer.optimizers for s in o.state.values()]
             tensors = [value for state in states for value in state]
-            self._copies[turn % 2].capture([*pl_module.parameters(), *tensors])
+            self._copies[count % 2].capture([*pl_module.parameters(), *tensors])
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Read, before the update."""
+        """Reads before the update."""
         weights = [*pl_module.parameters()]
-        found = norms_of([p.grad for p in weights if p.grad is not None])
+        values = norms_of([p.grad for p in weights if p.grad is not None])
         if trainer.global_step % 10 == 9:
             norms, peaks = norms_and_peaks(weights)
-            found += norms + peaks
-        torch.cat(found).tolist()
+            values += norms + peaks
+        torch.cat(values).tolist()
 
 
 def with_monitor(*others: Callable[[], Callback], **options: Any) -> Suite:
-    """A monitor and what works on it."""
-    return Suite(lambda: [GradientMonitor(**options), *(make() for make in others)])
+    """Creates a suite of a `GradientMonitor` and other callbacks."""
+    return Suite(lambda: [GradientMonitor(**options), *(create() for create in others)])
 
 
 OURS: dict[str, Suite] = {
@@ -116,7 +117,7 @@ TENSORBOARD: dict[str, Suite] = {
         baseline="bare, TensorBoard every step",
     ),
 }
-HALF: dict[str, Suite] = {
+HALF_PRECISION: dict[str, Suite] = {
     "PrecisionFallback, one Linear in float32": with_monitor(
         lambda: PrecisionFallback(fp32_modules=["*blocks.0.up"])
     ),
@@ -124,19 +125,19 @@ HALF: dict[str, Suite] = {
         lambda: PrecisionFallback(fp32_modules=["LayerNorm"])
     ),
 }
-"""For a 16-bit precision."""
-SUITES: dict[str, Suite] = {**OURS, **TENSORBOARD, **HALF}
+"""Suites for a 16-bit precision."""
+SUITES: dict[str, Suite] = {**OURS, **TENSORBOARD, **HALF_PRECISION}
 BASELINES = frozenset(suite.baseline for suite in SUITES.values())
 
 
 def alternatives() -> tuple[dict[str, Suite], dict[str, str]]:
-    """What else may protect a fit and can be imported here, and why each of the rest cannot."""
+    """Returns the other protections that can run here, and the errors of those that cannot."""
     absent = missing()
     kinds = [k for k in PROTECTIONS.values() if k not in (Nothing, Ours) and k.name not in absent]
-    return {kind.name: _foreign(kind) for kind in kinds}, absent
+    return {kind.name: _suite_of(kind) for kind in kinds}, absent
 
 
-def _foreign(kind: type[Protection]) -> Suite:
+def _suite_of(kind: type[Protection]) -> Suite:
     def callbacks() -> list[Callback]:
         return kind().callbacks(Path(tempfile.mkdtemp()))
 

@@ -1,4 +1,4 @@
-"""Several Trainers in one process that take turns, step by step: all meet the same noise."""
+"""Runs several Trainers in one process step by step in turn, so that all have the same noise."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor
 
 BLOCK = 20
-"""Steps of a block: as many as lie between two snapshots of `AutoRollback`."""
-WARM = 3
-"""Blocks to warm up: the second snapshot, which needs memory of its own, is taken in the last."""
+"""Steps of a block: the interval of two snapshots of `AutoRollback`."""
+WARMUP_BLOCKS = 3
+"""Warm-up blocks; in the last one the second snapshot is taken, which allocates its memory."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained."""
+    """Model, data and precision of a measurement."""
 
     config: ByteGPTConfig
     batch: int = 8
@@ -44,56 +44,56 @@ class Times:
 
     steps: list[float]
     hooks: list[float]
-    """Those spent in the suite's hooks, and in fetching the batch."""
+    """Seconds of each step in the suite's hooks and in the fetch of the batch."""
     incidents: int
-    """What the suite has met: a step that is treated is no step of a healthy run."""
+    """Number of incidents; a fit with an incident is not a healthy run."""
 
 
-class Turns:
-    """Whose turn it is, of several threads that are numbered from 0."""
+class RoundRobin:
+    """Lets threads, numbered from 0, run one at a time in order."""
 
     def __init__(self, count: int) -> None:
-        self._there = list(range(count))
-        self._whose: int | None = None
+        self._active = list(range(count))
+        self._current: int | None = None
         self._changed = threading.Condition()
 
-    def begin(self) -> None:
-        """Give the first of them its turn."""
+    def start(self) -> None:
+        """Lets the first thread run."""
         with self._changed:
-            self._whose = self._there[0]
+            self._current = self._active[0]
             self._changed.notify_all()
 
     def wait(self, index: int) -> None:
-        """Wait for one's turn."""
+        """Blocks until it is the thread's turn."""
         with self._changed:
-            self._changed.wait_for(lambda: self._whose == index)
+            self._changed.wait_for(lambda: self._current == index)
 
     def pass_on(self, index: int, *, leave: bool = False) -> None:
-        """Give the turn to the next; and take no further part."""
+        """Passes the turn to the next thread; with `leave` the thread gets no further turn."""
         with self._changed:
-            if self._whose == index:
-                later = [i for i in self._there if i > index]
-                self._whose = (later or self._there)[0]
-            if leave and index in self._there:
-                self._there.remove(index)
+            if self._current == index:
+                later = [i for i in self._active if i > index]
+                self._current = (later or self._active)[0]
+            if leave and index in self._active:
+                self._active.remove(index)
             self._changed.notify_all()
 
 
-class Baton(Callback):
-    """Lets one Trainer at a time take a step, and times it."""
+class TurnTaker(Callback):
+    """Waits for the Trainer's turn before each step, and times the step."""
 
-    def __init__(self, turns: Turns, index: int, clock: HookClock) -> None:
+    def __init__(self, turns: RoundRobin, index: int, clock: HookClock) -> None:
         self.turns, self.index, self.clock = turns, index, clock
         self.times: list[float] = []
         self.incidents = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Wait for the first turn."""
+        """Waits for the first turn."""
         self.clock.watch_fetches(trainer)
         self._wait()
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Pass the baton, and wait until it comes back."""
+        """Records the step, passes the turn on and waits for the next one."""
         self.times.append(time.perf_counter() - self.last)
         self.clock.next_step()
         self.turns.pass_on(self.index)
@@ -105,13 +105,13 @@ class Baton(Callback):
 
 
 def batches_of(setting: Setting) -> DataLoader[Any]:
-    """The batches, made beforehand, so that to fetch one is no work."""
+    """Returns precomputed batches, so that a fetch costs nothing."""
     data = loader(setting.batch, setting.config.length)
     return DataLoader([batch for batch, _ in zip(data, range(50), strict=False)], batch_size=None)
 
 
 def make_trainer(suite: Suite, setting: Setting, callbacks: list[Callback]) -> Trainer:
-    """A Trainer that prints nothing and writes below a temporary folder."""
+    """Creates a Trainer that prints nothing and writes to a temporary folder."""
     root = tempfile.mkdtemp()
     options: dict[str, Any] = {
         "max_steps": setting.steps,
@@ -127,70 +127,72 @@ def make_trainer(suite: Suite, setting: Setting, callbacks: list[Callback]) -> T
 def take_turns(
     names: Iterable[str], setting: Setting, suites: Mapping[str, Suite] = SUITES
 ) -> dict[str, Times]:
-    """Train a model under each suite, a step of one after a step of the other.
+    """Trains one model per suite; the fits alternate step by step.
 
-    A fit that raises, or ends early, has fewer steps; the others go on.
+    A fit that raises or ends early has fewer steps; the others continue.
     """
     names = [*names]
-    turns = Turns(len(names))
-    batons = [_start(turns, i, suites[name], setting) for i, name in enumerate(names)]
-    turns.begin()
-    for thread, _ in batons:
+    turns = RoundRobin(len(names))
+    fits = [_start_fit(turns, i, suites[name], setting) for i, name in enumerate(names)]
+    turns.start()
+    for thread, _ in fits:
         thread.join()
-    pairs = zip(names, batons, strict=True)
-    return {name: Times(b.times, b.clock.steps, b.incidents) for name, (_, b) in pairs}
+    pairs = zip(names, fits, strict=True)
+    return {name: Times(t.times, t.clock.steps, t.incidents) for name, (_, t) in pairs}
 
 
-def _start(
-    turns: Turns, index: int, suite: Suite, setting: Setting
-) -> tuple[threading.Thread, Baton]:
+def _start_fit(
+    turns: RoundRobin, index: int, suite: Suite, setting: Setting
+) -> tuple[threading.Thread, TurnTaker]:
     seed_everything(0, verbose=False)
     callbacks = suite.callbacks()
-    baton = Baton(turns, index, HookClock(callbacks))
-    trainer = make_trainer(suite, setting, [*callbacks, baton])
+    turn_taker = TurnTaker(turns, index, HookClock(callbacks))
+    trainer = make_trainer(suite, setting, [*callbacks, turn_taker])
     module, data = ByteGPTModule(setting.config, lr=setting.lr), batches_of(setting)
 
     def fit() -> None:
         try:
             trainer.fit(module, data)
         except BaseException as error:
-            print(f"a fit with {[type(c).__name__ for c in callbacks]} ended in {error!r}")
+            print(f"a fit with {[type(c).__name__ for c in callbacks]} failed: {error!r}")
         finally:
             monitors = [c for c in callbacks if isinstance(c, GradientMonitor)]
-            baton.incidents = sum(len(monitor.incidents) for monitor in monitors)
+            turn_taker.incidents = sum(len(monitor.incidents) for monitor in monitors)
             turns.pass_on(index, leave=True)
 
     thread = threading.Thread(target=fit)
     thread.start()
     time.sleep(0.5)
-    return thread, baton
+    return thread, turn_taker
 
 
 def ratio(times: list[float], baseline: list[float], block: int = BLOCK) -> Estimate:
-    """Of a step to the baseline's step beside it, what comes once in a block included.
+    """Estimates the ratio of a step to the baseline's step, including work done once per block.
 
-    For each place in the block the median over the blocks, then the mean over the places: a step
-    that the machine disturbed counts for nothing, a snapshot in every block counts. The first
-    blocks, in which memory is first asked for, are left out. The interval is by bootstrap over
-    the blocks (Efron 1979).
+    Takes for each position in the block the median over the blocks, then the mean over the
+    positions: outliers of single steps have no effect, a snapshot in every block counts. Excludes
+    the warm-up blocks, in which memory is allocated. The interval is a bootstrap over the blocks
+    (Efron 1979).
 
     >>> ratio([*[9.0] * 6, 1.0, 3.0, 1.0, 3.0, 8.0, 3.0], [1.0] * 12, block=2)
     Estimate(value=2.0, low=2.0, high=5.5)
     """
-    found = in_blocks(times, block) / in_blocks(baseline, block)
-    count = len(found)
-    drawn = found[np.random.default_rng(0).integers(count, size=(2000, count))]
-    low, high = np.quantile(np.median(drawn, axis=1).mean(axis=1), (0.025, 0.975))
-    return Estimate(float(np.median(found, axis=0).mean()), float(low), float(high))
+    ratios = in_blocks(times, block) / in_blocks(baseline, block)
+    count = len(ratios)
+    samples = ratios[np.random.default_rng(0).integers(count, size=(2000, count))]
+    low, high = np.quantile(np.median(samples, axis=1).mean(axis=1), (0.025, 0.975))
+    return Estimate(float(np.median(ratios, axis=0).mean()), float(low), float(high))
 
 
 def in_blocks(steps: list[float], block: int = BLOCK) -> np.ndarray:
-    """The steps, shape ``(blocks, block)``, without the first blocks and what fills no block.
+    """Reshapes the steps to ``(blocks, block)``, without warm-up and incomplete blocks.
 
     Raises:
-        ValueError: if nothing is left.
+        ValueError: No complete block remains.
     """
-    kept = steps[WARM * block : len(steps) - len(steps) % block]
+    kept = steps[WARMUP_BLOCKS * block : len(steps) - len(steps) % block]
     if not kept:
-        raise ValueError(f"{len(steps)} steps are {WARM} blocks of {block} to warm up or less")
+        raise ValueError(
+            f"got {len(steps)} steps; need more than {WARMUP_BLOCKS} warm-up blocks of {block}"
+        )
     return np.reshape(kept, (-1, block))

@@ -1,1 +1,1 @@
-"""How well `CrashPrediction` foresees real divergences, and what its model was fitted on."""
+"""Fits and evaluates the model of `CrashPrediction` on real divergences."""

@@ -1,4 +1,4 @@
-"""The families of runs: what is drawn from a run's seed, and what is wrong with them."""
+"""Families of runs: their faults, and the hyperparameters that are drawn from the seed."""
 
 from __future__ import annotations
 
@@ -67,29 +67,33 @@ def _half(r: random.Random, seed: int, module: Net, scale: float) -> Run:
 
 
 def _least_squares(r: random.Random, seed: int) -> Run:
-    module = Net(nn.Linear(16, 1), sgd(0.1, 0.0), jump(_late(r), r.uniform(4, 8)))
+    module = Net(nn.Linear(16, 1), sgd(0.1, 0.0), jump(_start(r), r.uniform(4, 8)))
     return Run(module=module, data=batches(seed, 1) * 400, steps=400)
 
 
 def _feedback(r: random.Random, seed: int) -> Run:
-    optimizer, at, per_step = r.choice((sgd(0.01), adam(3e-3))), _late(r), r.uniform(0.01, 0.03)
+    optimizer, at, per_step = (
+        r.choice((sgd(0.01), adam(3e-3))),
+        _start(r),
+        r.uniform(0.01, 0.03),
+    )
     module = _net(r, optimizer, feedback=lambda step: min(1.2, per_step * max(0, step - at)))
     return Run(module=module, data=batches(seed, 400), steps=400)
 
 
 def _momentum(r: random.Random, seed: int) -> Run:
-    at, high = _late(r), r.uniform(1.0, 1.06)
+    at, high = _start(r), r.uniform(1.0, 1.06)
     net = r.choice((nn.Linear(16, 1), mlp(32, 1, nn.Tanh), mlp(32, 2)))
     module = Net(net, sgd(0.01), momentum=lambda step: high if step >= at else 0.9)
     return Run(module=module, data=batches(seed, 400), steps=400)
 
 
-def _late(r: random.Random) -> int:
+def _start(r: random.Random) -> int:
     return r.randrange(60, 200)
 
 
-Make = Callable[[random.Random, int], Run]
-DIVERGING: dict[str, Make] = {
+MakeRun = Callable[[random.Random, int], Run]
+DIVERGING: dict[str, MakeRun] = {
     "SGD, exponential ramp": lambda r, s: _plain(
         r, s, sgd(0.01), exponential(50, r.uniform(0.01, 0.06)), steps=400
     ),
@@ -98,9 +102,9 @@ DIVERGING: dict[str, Make] = {
         r, s, adam(1e-3), exponential(50, r.uniform(0.02, 0.06)), steps=350
     ),
     "SGD, rate too high": lambda r, s: _plain(r, s, sgd(r.uniform(0.2, 0.6)), steps=200),
-    "SGD, rate x10": lambda r, s: _plain(r, s, sgd(r.uniform(0.02, 0.06)), jump(_late(r), 10)),
-    "SGD, rate x30": lambda r, s: _plain(r, s, sgd(r.uniform(0.02, 0.06)), jump(_late(r), 30)),
-    "Adam, rate x30": lambda r, s: _plain(r, s, adam(r.uniform(1e-3, 5e-3)), jump(_late(r), 30)),
+    "SGD, rate x10": lambda r, s: _plain(r, s, sgd(r.uniform(0.02, 0.06)), jump(_start(r), 10)),
+    "SGD, rate x30": lambda r, s: _plain(r, s, sgd(r.uniform(0.02, 0.06)), jump(_start(r), 30)),
+    "Adam, rate x30": lambda r, s: _plain(r, s, adam(r.uniform(1e-3, 5e-3)), jump(_start(r), 30)),
     "deep plain net": lambda r, s: _deep(r, s, r.uniform(0.05, 0.5)),
     "least squares past the edge": _least_squares,
     "targets that feed on the net": _feedback,
@@ -112,16 +116,16 @@ DIVERGING: dict[str, Make] = {
         r, s, steps=260, schedule=exponential(50, r.uniform(0.03, 0.08))
     ),
     "GPT, linear ramp": lambda r, s: gpt(r, s, schedule=linear(50, r.uniform(2, 10))),
-    "GPT, rate x30": lambda r, s: gpt(r, s, schedule=jump(_late(r), 30)),
-    "GPT, rate x300": lambda r, s: gpt(r, s, schedule=jump(_late(r), 300)),
+    "GPT, rate x30": lambda r, s: gpt(r, s, schedule=jump(_start(r), 30)),
+    "GPT, rate x300": lambda r, s: gpt(r, s, schedule=jump(_start(r), 300)),
     "GPT, rate too high": lambda r, s: gpt(r, s, lr=r.uniform(0.3, 3.0), warmup=100),
     "GPT, post-norm, no warm-up": lambda r, s: gpt(
         r, s, post_norm=True, warmup=1, lr=r.uniform(0.03, 0.3)
     ),
 }
-"""Most of their runs diverge; which do is told by their losses, not by this list."""
+"""Families of which most runs diverge; the losses decide which runs do."""
 
-CALM: dict[str, Make] = {
+CALM: dict[str, MakeRun] = {
     "SGD": lambda r, s: _plain(r, s, sgd(r.uniform(0.005, 0.04))),
     "Adam": lambda r, s: _plain(r, s, adam(r.uniform(3e-4, 5e-3))),
     "edge of stability": _tanh_full_batch,
@@ -132,7 +136,7 @@ CALM: dict[str, Make] = {
     "batches of 2": lambda r, s: Run(
         module=_net(r, r.choice((adam(1e-3), sgd(0.005)))), data=batches(s, 300, batch=2)
     ),
-    "rate x2, harmless": lambda r, s: _plain(r, s, sgd(0.01), jump(_late(r), 2)),
+    "rate x2, harmless": lambda r, s: _plain(r, s, sgd(0.01), jump(_start(r), 2)),
     "deep plain net, low rate": lambda r, s: _deep(r, s, 0.0),
     "fp16": lambda r, s: _half(r, s, _net(r, sgd(0.005)), 1),
     "GPT": gpt,
@@ -140,16 +144,16 @@ CALM: dict[str, Make] = {
     "GPT, warm restarts": lambda r, s: gpt(r, s, schedule=restarts(70)),
     "GPT, batches of 2": lambda r, s: gpt(r, s, batch=2),
 }
-"""Runs that a false alarm would harm."""
+"""Families of runs that should not raise an alarm."""
 
-FAMILIES: dict[str, Make] = {**DIVERGING, **CALM}
+FAMILIES: dict[str, MakeRun] = {**DIVERGING, **CALM}
 
 
-def make(family: str, seed: int) -> Run:
-    """The run of a family that a seed stands for.
+def make_run(family: str, seed: int) -> Run:
+    """Creates the run of a family with a seed.
 
     Raises:
-        ValueError: if there is no such family.
+        ValueError: There is no such family.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {sorted(FAMILIES)}, got {family!r}")

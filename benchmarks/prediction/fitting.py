@@ -1,4 +1,4 @@
-"""Fits the coefficients and the calibration in `lit_stability.policies.crash_risk.model`."""
+"""Fits the coefficients and the calibration of `lit_stability.policies.crash_risk.model`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lit_stability.policies.crash_risk.model import calibrated
 from lit_stability.policies.crash_risk.trends import Trends
 
 _BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85)
-"""Where the scores are cut for the calibration."""
+"""Edges of the score bins of the calibration."""
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Accepted steps of runs, each with what was known then and what came of it."""
+class Samples:
+    """Accepted steps of runs, with features and labels."""
 
     features: Tensor
-    """Shape ``(moments, features)``, float64."""
-    followed: Tensor
-    """1.0 where a divergence began within the next `HORIZON` steps."""
+    """Shape ``(samples, features)``, float64."""
+    labels: Tensor
+    """1.0 if a divergence began within the next `HORIZON` steps, else 0.0."""
     families: tuple[str, ...]
 
-    def where(self, chosen: Sequence[bool]) -> Moments:
-        """Some of them."""
-        mask = torch.tensor(chosen)
-        families = tuple(f for f, c in zip(self.families, chosen, strict=True) if c)
-        return Moments(self.features[mask], self.followed[mask], families)
+    def select(self, selected: Sequence[bool]) -> Samples:
+        """Returns the selected samples."""
+        mask = torch.tensor(selected)
+        families = tuple(f for f, s in zip(self.families, selected, strict=True) if s)
+        return Samples(self.features[mask], self.labels[mask], families)
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Model:
     calibration: tuple[tuple[float, float], ...]
 
     def scores(self, features: Tensor) -> Tensor:
-        """The logistic function, not calibrated."""
+        """Returns the uncalibrated probabilities."""
         weights = torch.tensor(self.coefficients, dtype=torch.float64)
         return torch.sigmoid(features @ weights + self.intercept)
 
 
-def moments_of(traces: Iterable[Trace]) -> Moments:
-    """Every accepted step with a baseline behind it, up to the divergence."""
+def samples_of(traces: Iterable[Trace]) -> Samples:
+    """Returns every accepted step before the divergence that has a baseline."""
     rows: list[tuple[float, ...]] = []
-    followed: list[float] = []
+    labels: list[float] = []
     families: list[str] = []
     for trace in traces:
         trends, onset = Trends(), trace.onset()
@@ -62,24 +62,24 @@ def moments_of(traces: Iterable[Trace]) -> Moments:
             trends.update(stats)
             if trends.known:
                 rows.append(trends.features())
-                followed.append(float(onset is not None and onset - stats.step <= HORIZON))
+                labels.append(float(onset is not None and onset - stats.step <= HORIZON))
                 families.append(trace.family)
-    both = (torch.tensor(each, dtype=torch.float64) for each in (rows, followed))
-    return Moments(*both, tuple(families))
+    tensors = (torch.tensor(values, dtype=torch.float64) for values in (rows, labels))
+    return Samples(*tensors, tuple(families))
 
 
-def fit(moments: Moments) -> Model:
-    """The most likely model, and its calibration."""
-    weights = _logistic(moments)
+def fit(samples: Samples) -> Model:
+    """Fits the logistic model and its calibration."""
+    weights = _logistic(samples)
     coefficients = tuple(round(float(w), 2) for w in weights[:-1])
     model = Model(coefficients, round(float(weights[-1]), 2), ())
-    scores = model.scores(moments.features)
-    return replace(model, calibration=_calibrate(scores, moments.followed))
+    scores = model.scores(samples.features)
+    return replace(model, calibration=_calibrate(scores, samples.labels))
 
 
-def _logistic(moments: Moments) -> Tensor:
-    """Logistic regression with a faint L2 penalty; the last weight is the intercept."""
-    x, y = moments.features, moments.followed
+def _logistic(samples: Samples) -> Tensor:
+    """Logistic regression with a small L2 penalty; the last weight is the intercept."""
+    x, y = samples.features, samples.labels
     weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -94,15 +94,15 @@ def _logistic(moments: Moments) -> Tensor:
     return weights.detach()
 
 
-def _calibrate(scores: Tensor, followed: Tensor) -> tuple[tuple[float, float], ...]:
-    """Points of mean score and observed share by bin, made to rise by pooling neighbours."""
+def _calibrate(scores: Tensor, labels: Tensor) -> tuple[tuple[float, float], ...]:
+    """Returns mean score and observed share of each bin; pools neighbours until shares increase."""
     pools: list[list[float]] = []
     for low, high in zip((0.0, *_BINS), (*_BINS, 1.01), strict=True):
         inside = (scores >= low) & (scores < high)
         if int(inside.sum()) < 20:
             continue
         n = float(inside.sum())
-        pools.append([n, float(scores[inside].sum()), float(followed[inside].sum())])
+        pools.append([n, float(scores[inside].sum()), float(labels[inside].sum())])
         while len(pools) > 1 and pools[-2][2] / pools[-2][0] >= pools[-1][2] / pools[-1][0]:
             last = pools.pop()
             pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
@@ -110,13 +110,13 @@ def _calibrate(scores: Tensor, followed: Tensor) -> tuple[tuple[float, float], .
     return ((0.0, 0.0), *points, (1.0, 1.0))
 
 
-def left_out(fitted: Moments, tested: Moments) -> list[tuple[float, float]]:
-    """Risk of each tested moment by a model that has seen no run of its family, and what came."""
+def leave_family_out(fitting: Samples, evaluation: Samples) -> list[tuple[float, float]]:
+    """Returns risk and label of each sample, with models fitted without the sample's family."""
     pairs: list[tuple[float, float]] = []
-    for family in sorted(set(tested.families)):
-        model = fit(fitted.where([f != family for f in fitted.families]))
-        held = tested.where([f == family for f in tested.families])
-        scores = model.scores(held.features).tolist()
+    for family in sorted(set(evaluation.families)):
+        model = fit(fitting.select([f != family for f in fitting.families]))
+        held_out = evaluation.select([f == family for f in evaluation.families])
+        scores = model.scores(held_out.features).tolist()
         risks = (calibrated(score, model.calibration) for score in scores)
-        pairs += zip(risks, held.followed.tolist(), strict=True)
+        pairs += zip(risks, held_out.labels.tolist(), strict=True)
     return pairs

@@ -1,8 +1,8 @@
-"""Runs that diverge by themselves, and runs that only look like it, a family of each kind.
+"""Building blocks of the runs: modules, data, optimizers and schedules.
 
-A run of a family differs from the others in width, learning rate, optimizer constants and moment of
-the mistake, all drawn from its seed. Nothing is injected: what goes wrong is a learning rate, a
-schedule, an initialisation, a target that feeds on itself, the range of fp16.
+Some runs diverge, others only look like it. The runs of a family differ in width, learning rate,
+optimizer constants and the step of the change, all drawn from the seed. No fault is injected: the
+cause is a learning rate, a schedule, an initialisation, a feedback of the target, or fp16 range.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from torch.nn import functional as F
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 
 Schedule = Callable[[int], float]
-"""From the step to a factor on the learning rate."""
+"""Factor on the learning rate as a function of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, ready to be trained."""
+    """A run before training."""
 
     module: LightningModule
     data: Any
-    """What ``Trainer.fit`` takes."""
+    """Data for ``Trainer.fit``: a DataLoader, or a list of batches."""
     steps: int = 300
     fp16: bool = False
 
 
 class Net(LightningModule):
-    """Squared error of a small net.
+    """Trains a small net with the squared error.
 
     Args:
-        net: inputs of shape ``(batch, features)``.
-        optimizer: given the parameters.
-        schedule: factor on its learning rate.
-        feedback: from the step to the weight of the net's own output, at inputs a tenth larger, in
-            its targets; near 1 and above they run away from the net.
-        momentum: of the optimizer by step, where it changes; above 1 its swings grow.
+        net: Network for inputs of shape ``(batch, features)``.
+        optimizer: Creates the optimizer from the parameters.
+        schedule: Factor on the learning rate.
+        feedback: Weight, as a function of the step, of the net's own output at inputs 10 % larger
+            in the targets; from about 1 on, the targets grow without bound.
+        momentum: Momentum of the optimizer as a function of the step, if it changes; above 1 the
+            oscillations grow.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Net(LightningModule):
         self.schedule, self.feedback, self.momentum = schedule, feedback, momentum
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean squared error."""
+        """Returns the mean squared error."""
         x, y = batch
         weight = self.feedback(self.global_step)
         if weight:
@@ -70,20 +71,20 @@ class Net(LightningModule):
         return F.mse_loss(self.net(x).float(), y.float())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Write the momentum of the step."""
+        """Sets the momentum of the step."""
         if self.momentum is not None:
             for group in self.trainer.optimizers[0].param_groups:
                 group["momentum"] = self.momentum(self.global_step)
 
     def configure_optimizers(self) -> Any:
-        """As given, with the schedule."""
+        """Returns the optimizer with its scheduler."""
         optimizer = self.optimizer(self.parameters())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 def mlp(width: int, depth: int = 2, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """16 inputs, hidden layers of one width, one output."""
+    """Creates an MLP with 16 inputs, hidden layers of equal width and one output."""
     layers: list[nn.Module] = []
     for i, o in pairwise([16, *[width] * depth]):
         layers += [nn.Linear(i, o), activation()]
@@ -91,7 +92,7 @@ def mlp(width: int, depth: int = 2, activation: type[nn.Module] = nn.ReLU) -> nn
 
 
 def he_normal(net: nn.Sequential) -> nn.Sequential:
-    """Weights of deviation ``sqrt(2 / fan_in)`` (He et al. 2015), so that depth loses no signal."""
+    """Initialises weights with deviation ``sqrt(2 / fan_in)`` (He et al. 2015)."""
     for layer in net:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -101,49 +102,49 @@ def he_normal(net: nn.Sequential) -> nn.Sequential:
 def batches(
     seed: int, steps: int, *, batch: int = 64, noise: Schedule = lambda step: 0.3, scale: float = 1
 ) -> list[tuple[Tensor, Tensor]]:
-    """New samples of a fixed two-layer teacher at every step, with noise on the targets."""
+    """Returns batches of new samples of a fixed two-layer teacher, with noise on the targets."""
     g = torch.Generator().manual_seed(seed)
     inner, outer = torch.randn(16, 8, generator=g) / 4, torch.randn(8, 1, generator=g) / 2
-    made = []
+    data = []
     for step in range(steps):
         x = torch.randn(batch, 16, generator=g)
         y = torch.tanh(x @ inner) @ outer + noise(step) * torch.randn(batch, 1, generator=g)
-        made.append((x, scale * y))
-    return made
+        data.append((x, scale * y))
+    return data
 
 
 def sgd(lr: float, momentum: float = 0.9) -> Callable[[Any], torch.optim.Optimizer]:
-    """Stochastic gradient descent."""
+    """Returns a function that creates SGD."""
     return lambda p: torch.optim.SGD(p, lr, momentum=momentum)
 
 
 def adam(lr: float, beta2: float = 0.999) -> Callable[[Any], torch.optim.Optimizer]:
-    """Adam."""
+    """Returns a function that creates Adam."""
     return lambda p: torch.optim.Adam(p, lr, (0.9, beta2))
 
 
 def jump(at: int, factor: float) -> Schedule:
-    """The learning rate of a scheduler that someone got wrong."""
+    """A learning rate that jumps by a factor, as with a wrong scheduler."""
     return lambda step: factor if step >= at else 1.0
 
 
 def exponential(start: int, per_step: float) -> Schedule:
-    """A learning rate that grows without end."""
+    """A learning rate that grows exponentially, up to a factor of e^20."""
     return lambda step: math.exp(min(per_step * max(0, step - start), 20.0))
 
 
 def linear(start: int, per_step: float) -> Schedule:
-    """The same in a straight line."""
+    """A learning rate that grows linearly."""
     return lambda step: 1 + per_step * max(0, step - start)
 
 
 def restarts(period: int) -> Schedule:
-    """Cosine decay that begins anew (Loshchilov & Hutter 2017)."""
+    """Cosine decay with warm restarts (Loshchilov & Hutter 2017)."""
     return lambda step: 0.02 + 0.49 * (1 + math.cos(math.pi * (step % period) / period))
 
 
 def gpt(r: random.Random, seed: int, steps: int = 220, batch: int = 8, **options: Any) -> Run:
-    """A byte-level Transformer of width 64."""
+    """Creates a run of a byte GPT of width 64."""
     layers = options.pop("layers", r.choice((2, 3)))
     config = ByteGPTConfig(
         width=64, layers=layers, length=32, post_norm=options.pop("post_norm", False)

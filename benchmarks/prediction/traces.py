@@ -1,4 +1,4 @@
-"""Records runs step by step, once; from then on they are read from a folder."""
+"""Records runs step by step into a folder, and loads recorded runs from it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from benchmarks.prediction.families import make
+from benchmarks.prediction.families import make_run
 from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor, StepStats
 
 PERSIST = 20
-"""Steps that a high loss must last, unless the run ends first, to be a divergence."""
+"""Steps for which a high loss must persist to be a divergence, unless the run ends before."""
 
 
 @dataclass
 class Trace:
-    """One run, a value per optimizer step."""
+    """A recorded run, with one value per optimizer step."""
 
     family: str
     seed: int
@@ -35,10 +35,10 @@ class Trace:
     update_ratio: list[float | None] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
-    """Whether the suite's default detectors let the step pass."""
+    """Whether the suite's default detectors accepted the step."""
 
     def stats(self) -> list[StepStats]:
-        """What a callback would be given, steps that were not accepted included."""
+        """Returns the statistics of each step, rejected steps included."""
         rates = self.learning_rate
         rows = zip(self.loss, self.grad_norm, self.update_ratio, [0.0, *rates], rates, strict=False)
         return [
@@ -54,12 +54,13 @@ class Trace:
         ]
 
     def onset(self) -> int | None:
-        """The first step of the divergence, or None.
+        """Returns the first step of the divergence, or None.
 
-        That is the first whose loss is not finite; or is, and of those that follow at least three
-        in four, within 20 steps and to the end of the run, above three times the best level and
-        above half the way back to where the run began. The best level is the lowest median of ten
-        losses in a row so far; the run began at the median of the first ten.
+        It is the first step with a non-finite loss, or the first with a loss above a bound that at
+        least 75 % of the losses exceed, both in the next 20 steps and to the end of the run. The
+        bound is the larger of three times the best level and the mean of best and initial level.
+        The best level is the lowest median of ten consecutive losses so far, the initial level the
+        median of the first ten.
         """
         best = math.inf
         for step, loss in enumerate(self.loss):
@@ -75,8 +76,12 @@ class Trace:
 
     def _stays_above(self, bound: float, step: int) -> bool:
         high = [not x <= bound for x in self.loss[step:]]
-        soon = high[:PERSIST]
-        return sum(soon) >= 0.75 * len(soon) and sum(high) >= 0.75 * len(high) and len(high) > 1
+        next_steps = high[:PERSIST]
+        return (
+            sum(next_steps) >= 0.75 * len(next_steps)
+            and sum(high) >= 0.75 * len(high)
+            and len(high) > 1
+        )
 
 
 class _Recorder(Callback):
@@ -103,8 +108,8 @@ class _Recorder(Callback):
 
 
 def record(family: str, seed: int) -> Trace:
-    """Train a run under a monitor that only observes."""
-    trace, run = Trace(family, seed), make(family, seed)
+    """Trains a run with a monitor and without responders, and records it."""
+    trace, run = Trace(family, seed), make_run(family, seed)
     plugins: list[Any] = []
     if run.fp16:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -122,7 +127,7 @@ def record(family: str, seed: int) -> Trace:
 
 
 def load_or_record(family: str, seed: int, folder: Path) -> Trace:
-    """Read a trace from a folder; record it first where it is not there."""
+    """Loads a trace from a folder; records it first if it is missing."""
     path = folder / f"{re.sub(r'[^a-z0-9]+', '-', family.lower())}-{seed}.json"
     if path.exists():
         return Trace(**json.loads(path.read_text(encoding="utf8")))

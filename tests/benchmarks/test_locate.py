@@ -1,38 +1,38 @@
-"""Finders are asked the same, and judged by what they speak of."""
+"""Finders get the same steps and are graded on the parts that they report."""
 
 import pytest
 
-from benchmarks.finders import FINDERS, Told
-from benchmarks.locate import BENIGN, CAUSES, alarms, asked, counts, judged, marks
+from benchmarks.finders import FINDERS, Location
+from benchmarks.locate import BENIGN, CAUSES, all_steps, counts, false_alarms, grade, grades
 
 EXPECTED = {"module": "block", "op": "linear", "line": 7}
 
 
 @pytest.mark.parametrize(
-    ("told", "found"),
+    ("location", "expected"),
     [
         (None, ["-", "-", "-"]),
-        (Told("block", "linear", 7), ["right", "right", "right"]),
-        (Told(None, "Addmm", 8), ["-", "right", "wrong"]),
-        (Told("", None, None), ["wrong", "-", "-"]),
-        (Told(None, "Pow", None), ["-", "wrong", "-"]),
+        (Location("block", "linear", 7), ["right", "right", "right"]),
+        (Location(None, "Addmm", 8), ["-", "right", "wrong"]),
+        (Location("", None, None), ["wrong", "-", "-"]),
+        (Location(None, "Pow", None), ["-", "wrong", "-"]),
     ],
 )
-def test_marks_tell_right_and_wrong_from_what_is_not_told(told, found):
-    assert [*marks(told, EXPECTED).values()] == found
+def test_grade_is_right_wrong_or_not_reported(location, expected):
+    assert [*grade(location, EXPECTED).values()] == expected
 
 
 def test_selected_steps_exist():
-    bad, healthy = asked()
+    bad, benign = all_steps()
     assert set(CAUSES) <= set(bad)
-    assert set(BENIGN) <= set(healthy)
+    assert set(BENIGN) <= set(benign)
     assert (len(CAUSES), len(BENIGN)) == (8, 5)
 
 
-def test_finders_tell_what_their_documentation_says_they_do():
-    """S15: a fully masked row is seen by all three, each in its own terms."""
+def test_finders_report_what_their_documentation_promises():
+    """S15: all three report a fully masked row, each the parts that it knows."""
     pytest.importorskip("transformers")
-    table = judged(["softmax_of_a_fully_masked_row", "epsilon_outside_of_the_root"])
+    table = grades(["softmax_of_a_fully_masked_row", "epsilon_outside_of_the_root"])
     forward, backward = table.values()
     assert {f: [*forward[f].values()] for f in FINDERS} == {
         "locate_nonfinite": ["right", "right", "right"],
@@ -45,9 +45,9 @@ def test_finders_tell_what_their_documentation_says_they_do():
 
 
 def test_benign_steps_raise_no_alarm_in_the_search():
-    """S15: the others have one each, of what their hooks see on the way."""
+    """S15: the other tools have one each, from intermediate values."""
     pytest.importorskip("transformers")
-    said = alarms(BENIGN)
-    assert said["locate_nonfinite"] == []
-    assert said["detect_anomaly"] == ["slope_that_a_hook_mends"]
-    assert said["DebugUnderflowOverflow"] == ["logits_that_a_module_masks"]
+    alarms = false_alarms(BENIGN)
+    assert alarms["locate_nonfinite"] == []
+    assert alarms["detect_anomaly"] == ["slope_that_a_hook_mends"]
+    assert alarms["DebugUnderflowOverflow"] == ["logits_that_a_module_masks"]

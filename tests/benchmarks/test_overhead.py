@@ -1,4 +1,4 @@
-"""What is counted of a fit, and how Trainers take turns."""
+"""Counting of reads and memory, and Trainers that run in turn."""
 
 import threading
 from dataclasses import replace
@@ -15,9 +15,9 @@ from benchmarks.overhead.held import host_reads, tensor_bytes
 from benchmarks.overhead.suites import SUITES, Suite, alternatives
 from benchmarks.overhead.turns import (
     BLOCK,
-    WARM,
+    WARMUP_BLOCKS,
+    RoundRobin,
     Setting,
-    Turns,
     batches_of,
     in_blocks,
     make_trainer,
@@ -80,14 +80,14 @@ def test_ratio_holds_what_every_block_has_and_not_what_disturbs_a_step():
     assert found.low <= found.value <= found.high
 
 
-def test_ratio_leaves_the_first_blocks_out():
-    slow = [9.0] * WARM * BLOCK
-    assert ratio(slow + steps(3), steps(WARM + 3)).value == 1.0
+def test_ratio_excludes_the_warmup_blocks():
+    slow = [9.0] * WARMUP_BLOCKS * BLOCK
+    assert ratio(slow + steps(3), steps(WARMUP_BLOCKS + 3)).value == 1.0
 
 
-def test_too_few_steps_for_a_ratio_are_refused():
-    with pytest.raises(ValueError, match=f"{WARM * BLOCK} steps are {WARM} blocks"):
-        in_blocks([1.0] * WARM * BLOCK)
+def test_too_few_steps_for_a_ratio_are_rejected():
+    with pytest.raises(ValueError, match=f"got {WARMUP_BLOCKS * BLOCK} steps; need more"):
+        in_blocks([1.0] * WARMUP_BLOCKS * BLOCK)
 
 
 class Slow(Callback):
@@ -112,7 +112,7 @@ def test_clock_counts_a_hook_that_another_calls_once():
 
 
 def test_turns_go_round_until_all_have_left():
-    turns, seen = Turns(3), []
+    turns, seen = RoundRobin(3), []
 
     def take(index):
         for _ in range(3 - index):
@@ -125,7 +125,7 @@ def test_turns_go_round_until_all_have_left():
     threads = [threading.Thread(target=take, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
-    turns.begin()
+    turns.start()
     for thread in threads:
         thread.join(5)
     assert seen == [0, 1, 2, 0, 1, 0]
@@ -158,15 +158,15 @@ def test_trainers_take_equal_steps_and_one_that_fails_holds_up_nobody(capsys):
 
 
 def test_fit_with_an_incident_is_listed_and_not_counted_as_healthy():
-    def struck():
+    def faulty():
         return [FaultInjector([NanLoss(step=3)]), *stability_callbacks()]
 
-    suites = {"bare": SUITES["bare"], "struck": Suite(struck), TRAFFIC: SUITES[TRAFFIC]}
+    suites = {"bare": SUITES["bare"], "faulty": Suite(faulty), TRAFFIC: SUITES[TRAFFIC]}
     times = take_turns(suites, TINY, suites)
-    assert {name: t.incidents for name, t in times.items()} == {"bare": 0, "struck": 1, TRAFFIC: 0}
-    rows, failed = compare(["struck"], TINY, suites)
+    assert {name: t.incidents for name, t in times.items()} == {"bare": 0, "faulty": 1, TRAFFIC: 0}
+    rows, failed = compare(["faulty"], TINY, suites)
     assert rows == []
-    assert failed == ["struck is no healthy run: 1 incident(s)"]
+    assert failed == ["faulty is not a healthy run: 1 incident(s)"]
 
 
 def test_traffic_alone_copies_the_state_and_leaves_a_fit_as_it_was():

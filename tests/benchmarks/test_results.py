@@ -1,4 +1,4 @@
-"""What a benchmark writes, and what is read back."""
+"""Saving and loading of benchmark results."""
 
 import json
 import math

@@ -21,8 +21,8 @@ def test_fit_of_what_falls_below_a_power_law_has_no_negative_floor():
     assert fit_power([1.0, 2.0, 3.0], [0.1, 2.0, 4.0]).floor == 0.0
 
 
-def test_fit_of_two_points_is_refused():
-    with pytest.raises(ValueError, match=r"three points at least .* got 2"):
+def test_fit_of_two_points_is_rejected():
+    with pytest.raises(ValueError, match=r"at least three points .* got 2"):
         fit_power([1.0, 2.0], [1.0, 2.0])
 
 
@@ -31,7 +31,7 @@ def test_wide_model_has_as_many_elements_in_as_many_tensors():
     assert sizes == [50] * 20
 
 
-def test_size_beyond_the_memory_is_left_out_with_the_numbers():
-    points, left_out = sweep([(10**15, 50)])
+def test_size_beyond_the_memory_is_skipped_with_the_numbers():
+    points, skipped = sweep([(10**15, 50)])
     assert points == []
-    assert left_out[0].startswith("1e+15 elements need")
+    assert skipped[0].startswith("1e+15 elements need")
