@@ -95,7 +95,7 @@ class LikelyCause:
         return "likely" if self.points >= _LIKELY else "possible"
 
     @property
-    def decides(self) -> RecommendedAction:
+    def action(self) -> RecommendedAction:
         """The recommended action if the cause is certain enough for it, else "usual"."""
         needed = {"usual": _POSSIBLE, "lower": _LIKELY, "stop": _CERTAIN}[self.recommended_action]
         return self.recommended_action if self.points >= needed else "usual"

@@ -211,7 +211,7 @@ class Incident:
             or (causes[0].recommended_action == "stop" and not self.may_stop)
         ):
             return "usual"
-        return causes[0].decides
+        return causes[0].action
 
     @property
     def current_context(self) -> DiagnosisContext:

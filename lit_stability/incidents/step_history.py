@@ -117,7 +117,7 @@ class StepHistory:
     >>> attempts = StepHistory()
     >>> for step in (0, 1, 2, 1):
     ...     stats = StepStats(step=step, loss=1.0, grad_norm=1.0)
-    ...     span = attempts.went_back(step)
+    ...     span = attempts.rolled_back_to(step)
     ...     n = attempts.begin()
     ...     attempts.add(row_of(n, stats, clip_threshold=None, precision="32-true", taken=True))
     >>> n, span
@@ -163,7 +163,7 @@ class StepHistory:
         self.windows[incident] = IncidentWindow(attempt, rows)
         return self.windows[incident]
 
-    def went_back(self, step: int) -> list[int] | None:
+    def rolled_back_to(self, step: int) -> list[int] | None:
         """Compares the history with ``global_step`` and marks the attempts that were rolled back.
 
         Args:

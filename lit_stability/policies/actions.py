@@ -37,7 +37,7 @@ class RollBack:
     """Factor on the clipping threshold from now on."""
     replay: bool = False
     """Train on the batches since the snapshot again instead of on new ones."""
-    leave_out: bool = False
+    skip_suspect: bool = False
     """Skip the suspected batch in the replay."""
     older: bool = False
     """Restore the snapshot before the newest confirmed one."""
@@ -96,9 +96,9 @@ def describe(response: Response) -> str:
             return "step skipped"
         case HoldLearningRate(factors):
             return f"learning rate held, x{min(factors):.3g}"
-        case RollBack(lr, clip, replay, leave_out, older):
+        case RollBack(lr, clip, replay, skip_suspect, older):
             words = "rolled back" + (" further" if older else "") + (" and replayed" * replay)
-            words += " without the suspect" if leave_out else ""
+            words += " without the suspect" if skip_suspect else ""
             words += f", learning rate x{lr:.3g}" if lr < 1 else ""
             return words + (f", clip x{clip:.3g}" if clip < 1 else "")
         case LowerPrecision(was, precision):

@@ -31,7 +31,7 @@ class Backoff:
 
     >>> backoff = Backoff(relax_after=2)
     >>> backoff.cut(0.25, 0.5)
-    >>> [backoff.calm(0, [1.0]) and backoff.lr_factor for _ in range(4)]
+    >>> [backoff.healthy_step(0, [1.0]) and backoff.lr_factor for _ in range(4)]
     [None, 0.5, None, 1.0]
     """
 
@@ -70,10 +70,10 @@ class Backoff:
         self._calm = 0
 
     def remember(self) -> None:
-        """Stores the current factors at the start of an incident, for `put_back`."""
+        """Stores the current factors at the start of an incident, for `undo_cuts`."""
         self.before = self.lr_factor, self.clip_factor, self.patience, self._relaxed
 
-    def put_back(self) -> bool:
+    def undo_cuts(self) -> bool:
         """Undoes the cuts since the start of the incident; returns whether there were any.
 
         Relaxations since then are kept.
@@ -101,7 +101,7 @@ class Backoff:
         """Restarts the count of calm steps."""
         self._calm = 0
 
-    def calm(self, optimizer: int, nominal: Sequence[float]) -> str | None:
+    def healthy_step(self, optimizer: int, nominal: Sequence[float]) -> str | None:
         """Counts a calm step; returns a description of what was relaxed, or None.
 
         Args:

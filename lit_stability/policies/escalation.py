@@ -204,7 +204,7 @@ class EscalationPolicy:
         if stage >= (3 if older else 2) or lower:
             cut = self._cut(excess)
             return RollBack(cut, self.budget.clip_factor, True, stage > 0, older and stage > 0)
-        return RollBack(replay=True, leave_out=stage > 0, older=stage > 1)
+        return RollBack(replay=True, skip_suspect=stage > 0, older=stage > 1)
 
     def _roll_back(
         self, damaged: bool, diverged: bool, excess: float, replay: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import call_hook, lower_learning_rate
-from lit_stability.restart.checkpoint_edits import count_in_parts, forget_moments
+from lit_stability.restart.checkpoint_edits import clear_optimizer_state, rescale_batch_progress
 from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes
 from lit_stability.restart.remedies import Plan
@@ -28,7 +28,7 @@ class RemedyFailedError(RuntimeError):
     """Raised before the first step if a remedy had no effect; the message says what to fix."""
 
 
-class CountedInPartsError(RuntimeError):
+class SmallerMicroBatchesError(RuntimeError):
     """Raised by the first fit if its checkpoint is from a fit with smaller micro-batches."""
 
     def __init__(self, parts: int) -> None:
@@ -78,16 +78,16 @@ class RestartCallback(Callback):
         """Changes the loaded checkpoint according to the plan.
 
         Raises:
-            CountedInPartsError: if the checkpoint counts smaller micro-batches than the first fit.
+            SmallerMicroBatchesError: if the checkpoint counts smaller micro-batches than this fit.
             RemedyFailedError: if the position in the epoch cannot be converted.
         """
-        if self._plan.forgets_moments:
-            forget_moments(checkpoint)
+        if self._plan.clears_optimizer_state:
+            clear_optimizer_state(checkpoint)
         states = checkpoint.get("callbacks", {})
         written = states.get(_KEY, {}).get(_PARTS, self._plan.accumulation)
         now = trainer.accumulate_grad_batches
         if self._first and written > now and written % now == 0:
-            raise CountedInPartsError(written // now)
+            raise SmallerMicroBatchesError(written // now)
         if written == now:
             return
         if now % written:
@@ -96,7 +96,7 @@ class RestartCallback(Callback):
                 f"not divide the {now} of this fit: its position in the epoch cannot be converted"
             )
         parts = now // written
-        count_in_parts(checkpoint, parts)
+        rescale_batch_progress(checkpoint, parts)
         for callback in callbacks_of(trainer):
             rescale = getattr(callback, "rescale_batch_counts", None)
             if callable(rescale) and callback.state_key in states:

@@ -11,7 +11,7 @@ from typing import Any
 _PROGRESS = "epoch_loop.batch_progress"
 
 
-def count_in_parts(checkpoint: MutableMapping[str, Any], parts: int) -> None:
+def rescale_batch_progress(checkpoint: MutableMapping[str, Any], parts: int) -> None:
     """Converts the batch counters for batches that are split into equal parts.
 
     Batch k of the epoch becomes batch k x parts. The counts of optimizer and scheduler steps are
@@ -23,7 +23,7 @@ def count_in_parts(checkpoint: MutableMapping[str, Any], parts: int) -> None:
 
     >>> counts = {"ready": 3, "started": 3, "processed": 3, "completed": 2}
     >>> loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": counts, "current": counts}}}
-    >>> count_in_parts({"loops": loops}, 2)
+    >>> rescale_batch_progress({"loops": loops}, 2)
     >>> loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
     {'ready': 6, 'started': 6, 'processed': 6, 'completed': 5}
     """
@@ -37,11 +37,11 @@ def count_in_parts(checkpoint: MutableMapping[str, Any], parts: int) -> None:
     }
 
 
-def forget_moments(checkpoint: MutableMapping[str, Any]) -> None:
+def clear_optimizer_state(checkpoint: MutableMapping[str, Any]) -> None:
     """Clears the state of every optimizer, so that it starts from scratch; its options stay.
 
     >>> checkpoint = {"optimizer_states": [{"state": {0: "moments"}, "param_groups": [0]}]}
-    >>> forget_moments(checkpoint)
+    >>> clear_optimizer_state(checkpoint)
     >>> checkpoint
     {'optimizer_states': [{'state': {}, 'param_groups': [0]}]}
     """

@@ -14,7 +14,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_stability.restart.callback import CountedInPartsError, RemedyFailedError, RestartCallback
+from lit_stability.restart.callback import (
+    RemedyFailedError,
+    RestartCallback,
+    SmallerMicroBatchesError,
+)
 from lit_stability.restart.crashes import (
     Crash,
     forget_locals,
@@ -115,7 +119,7 @@ class Recovery:
                 return RecoveryResult(trainer, tuple(self._crashes), tuple(self._remedies))
             if isinstance(error, RemedyFailedError) and previous is not None:
                 raise self._with_note(previous, str(error))
-            if isinstance(error, CountedInPartsError):
+            if isinstance(error, SmallerMicroBatchesError):
                 self._adopt(error, trainer)
             else:
                 source = self._recover(error, trainer, attempt)
@@ -131,7 +135,7 @@ class Recovery:
     def _is_first(self) -> bool:
         return not self._crashes and self._plan.parts == 1
 
-    def _adopt(self, error: CountedInPartsError, trainer: Trainer) -> None:
+    def _adopt(self, error: SmallerMicroBatchesError, trainer: Trainer) -> None:
         """Splits batches as in the run that wrote the given checkpoint."""
         try:
             change = self._plan.adopt(error.parts, trainer, self._model)

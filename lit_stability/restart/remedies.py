@@ -68,7 +68,7 @@ class Plan:
         return CUT**self.instabilities
 
     @property
-    def forgets_moments(self) -> bool:
+    def clears_optimizer_state(self) -> bool:
         """Returns whether the optimizer state is reset."""
         return self.instabilities > 1
 
@@ -204,7 +204,7 @@ class Plan:
         elif clip:
             self.overrides["gradient_clip_val"] = clip * CUT
             change += f", gradient_clip_val {clip:g} -> {clip * CUT:g}"
-        if self.forgets_moments:
+        if self.clears_optimizer_state:
             change += ", new optimizer state"
         if self.instabilities > 2 and "16" in str(trainer.precision):
             self.overrides["precision"] = "32-true"

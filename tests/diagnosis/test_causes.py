@@ -189,12 +189,12 @@ def test_causes_of_each_printed_pattern_are_among_those_named():
 )
 def test_stop_needs_certainty_and_a_cut_likelihood(given, certainty, decides):
     best = diagnose(given)[0]
-    assert (best.certainty, best.decides) == (certainty, decides)
+    assert (best.certainty, best.action) == (certainty, decides)
 
 
 def test_healthy_looking_spike_stops_nothing_and_lowers_nothing():
     for kind in ("gradient spike", "loss spike", "non-finite loss", "non-finite gradient"):
-        assert diagnose(context(kind, grad_norm=900.0))[0].decides == "usual"
+        assert diagnose(context(kind, grad_norm=900.0))[0].action == "usual"
 
 
 LAYERS = {
@@ -282,7 +282,7 @@ def test_cause_of_your_own_takes_part_and_may_stop_the_run():
         best = diagnose(context("gradient spike"))[0]
     finally:
         del CAUSES["tuesday"]
-    assert (best.cause, best.decides, best.text()) == (
+    assert (best.cause, best.action, best.text()) == (
         "tuesday",
         "stop",
         "certain: tuesday (it is tuesday)",

@@ -18,7 +18,7 @@ from lit_stability.measurement.step_stats import StepStats
 
 def take(attempts, step, *, taken=True):
     """One attempt, as a training step makes it; returns the span that it shows to be undone."""
-    span = attempts.went_back(step)
+    span = attempts.rolled_back_to(step)
     stats = StepStats(step=step, loss=1.0, grad_norm=1.0)
     number = attempts.begin()
     attempts.add(row_of(number, stats, clip_threshold=None, precision="32-true", taken=taken))

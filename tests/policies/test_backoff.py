@@ -5,7 +5,7 @@ from lit_stability.policies.backoff import Backoff, Baseline
 
 def calm_steps(backoff, count, nominal=(1.0,)):
     """Counts calm steps; returns what was relaxed."""
-    relaxed = [backoff.calm(0, nominal) for _ in range(count)]
+    relaxed = [backoff.healthy_step(0, nominal) for _ in range(count)]
     return [r for r in relaxed if r]
 
 
@@ -14,7 +14,7 @@ def test_cut_is_relaxed_by_doubling_until_it_is_gone():
     backoff.cut(0.2, 0.5)
     factors = []
     for _ in range(70):
-        backoff.calm(0, [1.0])
+        backoff.healthy_step(0, [1.0])
         factors.append((backoff.lr_factor, backoff.clip_factor))
     assert factors[18] == (0.2, 0.5)
     assert factors[19] == (0.4, 1.0)
@@ -37,14 +37,14 @@ def test_cuts_multiply_and_a_disturbance_restarts_the_wait():
 
 def test_cuts_of_one_incident_are_put_back_and_those_before_it_stay():
     backoff = Backoff(relax_after=10)
-    assert not backoff.put_back()
+    assert not backoff.undo_cuts()
     backoff.cut(0.25, 0.5)
     backoff.remember()
     backoff.cut(0.5, 0.5, lasting=True)
     backoff.cut(0.5, 0.5)
-    assert backoff.put_back()
+    assert backoff.undo_cuts()
     assert (backoff.lr_factor, backoff.clip_factor, backoff.patience) == (0.25, 0.5, 1)
-    assert not backoff.put_back()
+    assert not backoff.undo_cuts()
 
 
 def test_put_back_takes_nothing_of_what_was_relaxed():
@@ -52,7 +52,7 @@ def test_put_back_takes_nothing_of_what_was_relaxed():
     backoff.cut(0.5, 0.5)
     backoff.remember()
     calm_steps(backoff, 10)
-    assert not backoff.put_back()
+    assert not backoff.undo_cuts()
     assert not backoff.active
 
 
@@ -62,7 +62,7 @@ def test_cut_that_follows_a_relaxation_waits_four_times_as_long():
     waits = []
     for _ in range(3):
         backoff.cut(0.5, 0.5)
-        waits.append(next(i for i in range(1, 999) if backoff.calm(0, [1.0])))
+        waits.append(next(i for i in range(1, 999) if backoff.healthy_step(0, [1.0])))
     assert waits == [10, 40, 160]
 
 
@@ -88,7 +88,7 @@ def test_hold_stays_while_the_schedule_stays_up_and_goes_when_it_comes_back():
     backoff = Backoff(relax_after=10)
     backoff.hold(0, [0.01])
     decaying = [0.3 * 0.99**i for i in range(1000)]
-    assert [backoff.calm(0, [lr]) for lr in decaying] == [None] * 1000
+    assert [backoff.healthy_step(0, [lr]) for lr in decaying] == [None] * 1000
     assert backoff.factors(0, 1) == [0.01]
     assert calm_steps(backoff, 1, nominal=[1e-7]) == ["the learning rate is no longer held"]
     assert backoff.factors(0, 1) == [1.0]

@@ -267,8 +267,8 @@ def test_escalation_without_an_older_snapshot_goes_to_the_next_level():
     responses = [escalation.respond(DAMAGE, replay=True, older=False) for _ in range(3)]
     assert responses == [
         RollBack(replay=True),
-        RollBack(replay=True, leave_out=True),
-        RollBack(0.5, 0.5, replay=True, leave_out=True),
+        RollBack(replay=True, skip_suspect=True),
+        RollBack(0.5, 0.5, replay=True, skip_suspect=True),
     ]
 
 

@@ -140,7 +140,7 @@ class ResponseExecutor:
         baseline.add(stats.grad_norm, stats.update_ratio)
         if stats.step < self._relax_from:
             return
-        relaxed = self._backoff.calm(stats.optimizer, stats.nominal_learning_rates)
+        relaxed = self._backoff.healthy_step(stats.optimizer, stats.nominal_learning_rates)
         if relaxed is not None:
             self.apply_learning_rates()
             log.info("step %d: %s", stats.step, relaxed)
@@ -157,7 +157,7 @@ class ResponseExecutor:
         self._escalation.regime_change()
         self._engine.snapshots_paused, self._relax_from = False, 0
         self.baselines[stats.optimizer] = Baseline()
-        if self._backoff.put_back():
+        if self._backoff.undo_cuts():
             self.apply_learning_rates()
             log.info("step %d: learning rate and clip are restored", stats.step)
 
@@ -268,7 +268,7 @@ class ResponseExecutor:
         self._relax_from = max(self._relax_from, incident.anomaly.step)
         engine.snapshots_paused = True
         batches = engine.batches_since(snapshot)
-        skipped = [each for each in batches if response.leave_out and each.step == suspect]
+        skipped = [each for each in batches if response.skip_suspect and each.step == suspect]
         engine.to_snapshot(snapshot, skipped)
 
     def _stop(self, response: Stop, incident: Incident) -> None:

@@ -69,7 +69,7 @@ class StepHistoryWriter:
             stats: its measurement.
             optimizer: whose step it is.
         """
-        self._history.went_back(stats.step)
+        self._history.rolled_back_to(stats.step)
         number, written = self._history.begin(), self._write_current
         self._write_current = False
         if not self._tab:
@@ -90,7 +90,7 @@ class StepHistoryWriter:
 
     def rolled_back(self) -> None:
         """Records that a snapshot was restored."""
-        self._history.went_back(self._trainer.global_step)
+        self._history.rolled_back_to(self._trainer.global_step)
 
     def batch_ended(self) -> None:
         """Writes the attempts of the batch, now that their rows are complete."""
