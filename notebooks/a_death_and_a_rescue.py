@@ -1,9 +1,10 @@
 # %% [markdown]
 # # A death and a rescue
 #
-# A Transformer learns to translate classical into modern Chinese. Three faults strike it: a
-# poisoned batch, a weight that is damaged in memory, a learning rate that a schedule multiplies by
-# a hundred. The same run is shown undisturbed, without protection, and with the default suite.
+# A Transformer learns to translate Classical into modern Chinese. Three faults are injected: a NaN
+# loss, a weight that is damaged in memory, and a learning rate that a schedule multiplies by 100.
+# The notebook compares the run without faults, with faults and without protection, and with faults
+# and the default suite.
 
 # %%
 import warnings
@@ -38,9 +39,9 @@ FAST = (
 RUNS = Path(tempfile.mkdtemp())
 
 # %% [markdown]
-# The experiments are configs: `translation_clean`, `translation_unprotected`,
-# `translation_rescue`. The fast mode trains a smaller model for 160 steps, and lets the faults
-# strike at 50, 80 and 110.
+# The experiments are the configs `translation_clean`, `translation_unprotected` and
+# `translation_rescue`. The fast mode trains a smaller model for 160 steps and injects the faults at
+# steps 50, 80 and 110.
 
 # %%
 SMALL = [
@@ -54,11 +55,11 @@ SMALL = [
     "model.network.n_decoder_layers=1",
     "model.warmup_steps=20",
 ]
-FAULTS = "lit_stability.faults"
-STRIKES = (
-    f"callbacks.faults.faults=[{{_target_: {FAULTS}.NanLoss, step: 50}}, "
-    f"{{_target_: {FAULTS}.CorruptWeight, step: 80, parameter: network.decoder.layers.0.*}}, "
-    f"{{_target_: {FAULTS}.JumpLearningRate, step: 110, factor: 100.0}}]"
+MODULE = "lit_stability.faults"
+SHORT_FAULTS = (
+    f"callbacks.faults.faults=[{{_target_: {MODULE}.NanLoss, step: 50}}, "
+    f"{{_target_: {MODULE}.CorruptWeight, step: 80, parameter: network.decoder.layers.0.*}}, "
+    f"{{_target_: {MODULE}.JumpLearningRate, step: 110, factor: 100.0}}]"
 )
 
 
@@ -66,7 +67,7 @@ losses = {}
 
 
 class Losses(Callback):
-    """The loss of each optimizer step; of one that is taken again, the latest."""
+    """Records the loss of each optimizer step; a retried step overwrites its loss."""
 
     def on_fit_start(self, trainer, pl_module):
         losses.clear()
@@ -79,7 +80,7 @@ class Losses(Callback):
 
 
 def train(name):
-    """Run an experiment; returns its losses by step, and its folder."""
+    """Runs an experiment; returns its losses by step and its folder."""
     folder = RUNS / name
     options = [
         f"run_dir={folder}",
@@ -90,39 +91,39 @@ def train(name):
         "trainer.enable_checkpointing=false",
         "callbacks.losses._target_=__main__.Losses",
     ]
-    struck = [STRIKES] if name != "translation_clean" else []
-    config = compose([name], options + (SMALL + struck if FAST else []))
+    faults = [SHORT_FAULTS] if name != "translation_clean" else []
+    config = compose([name], options + (SMALL + faults if FAST else []))
     with contextlib.redirect_stdout(io.StringIO()):
         fit(config)
     return sorted(losses.items()), folder
 
 
 # %% [markdown]
-# ## The run as it should be
+# ## The run without faults
 
 # %%
 clean, _ = train("translation_clean")
 
 # %% [markdown]
-# ## The death
+# ## The faults without protection
 #
-# One batch, and every weight is NaN. Nothing is raised: the run goes on, and learns nothing, until
-# somebody looks.
+# After a single bad batch every weight is NaN. No exception is raised: the run continues and learns
+# nothing until somebody notices.
 
 # %%
 dead, _ = train("translation_unprotected")
 
 # %% [markdown]
-# ## The rescue
+# ## The faults with the suite
 #
-# Each fault is noticed, named and answered with the least that is enough: a step retried, a
-# rollback of a few steps, a learning rate held down until the schedule comes back.
+# The suite detects and names each fault and chooses the smallest sufficient response: it retries
+# the step, rolls back a few steps, or caps the learning rate until the schedule returns to normal.
 
 # %%
 rescued, folder = train("translation_rescue")
 
 # %% [markdown]
-# ## Side by side
+# ## Comparison
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
@@ -151,7 +152,7 @@ plt.show()
 # %% [markdown]
 # ## The last losses
 #
-# Not merely alive: where the run would have been.
+# The rescued run ends where the run without faults ends.
 
 # %%
 for name, curve in (("undisturbed", clean), ("unprotected", dead), ("with the suite", rescued)):

@@ -1,8 +1,8 @@
-"""Runs the notebooks of this folder, and writes each beside its source.
+"""Runs the notebooks of this folder and writes each ``.ipynb`` next to its source.
 
-A notebook is written as a percent-format ``.py``; its ``.ipynb`` holds the same cells and what
-they printed. ``python notebooks/execute.py [NAME ...]``; ``NOTEBOOKS=full`` runs them
-at full length; the ones that are kept are fast.
+The source of a notebook is a percent-format ``.py``; its ``.ipynb`` contains the same cells and
+their outputs. Run ``python notebooks/execute.py [NAME ...]``. The committed notebooks use the fast
+mode; ``NOTEBOOKS=full`` runs the full experiments.
 """
 
 import sys
@@ -17,21 +17,21 @@ SOURCES = sorted(path for path in FOLDER.glob("*.py") if path != Path(__file__).
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-    """Run a source from its first cell to its last.
+    """Runs all cells of a source and returns the notebook.
 
     Args:
-        source: the ``.py``.
+        source: Path of the ``.py``.
 
     Raises:
-        CellExecutionError: if a cell raises.
+        CellExecutionError: A cell raised an exception.
     """
-    book = jupytext.read(source)
-    book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = jupytext.read(source)
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
-    NotebookClient(book, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
-    for number, cell in enumerate(book.cells):
-        cell.id = f"cell-{number}"  # instead of a random one, which would differ each time
-    return book
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # deterministic instead of random, to keep diffs small
+    return notebook
 
 
 if __name__ == "__main__":

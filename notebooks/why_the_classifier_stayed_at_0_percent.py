@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Why the classifier stayed at 0 %
 #
-# A frozen language model, a head that infers a Cauchy distribution, a head that scores classes
-# from it. The first loss is over 700 (over 100,000 with the real vocabulary), and the accuracy on
-# `<NUM>`, the class of interest, stays at 0 %. There are six suspects. They are cleared here in
-# the order in which the suite comes to them: most of them before the first step.
+# The model is a frozen language model with two heads: one infers a Cauchy distribution, the other
+# scores classes from it. The first loss is over 700 (over 100,000 with the real vocabulary), and
+# the accuracy on `<NUM>`, the class of interest, stays at 0 %. There are six possible causes. This
+# notebook checks them in the order in which the suite does, most of them before the first step.
 
 # %%
 import warnings
@@ -38,20 +38,20 @@ QUIET = ["trainer.enable_progress_bar=false", "expect=null", "logger=null"]
 DATA = ["data.n_train=64", "data.n_val=32", "data.n_test=32"]
 
 
-told = set()
+printed = set()
 
 
 def check(name, *options):
-    """Tell what the checks before step 1 find in an experiment, of the data once; no notes."""
+    """Prints what the checks before step 1 find; omits notes and repeated findings on the data."""
     config = compose([name], [f"run_dir={RUNS / name}", *QUIET, *DATA, *options])
-    for each in examine(check_options(resolve(config))).ordered():
-        if each.severity != "note" and (each.check != "batch" or not told):
-            print(each.text(), "\n")
-            told.add(each.check)
+    for finding in examine(check_options(resolve(config))).ordered():
+        if finding.severity != "note" and (finding.check != "batch" or not printed):
+            print(finding.text(), "\n")
+            printed.add(finding.check)
 
 
 def train(name, *options):
-    """Run an experiment, and return its metrics."""
+    """Runs an experiment and returns its metrics."""
     fixed = [*QUIET, "evaluate=none", "trainer.enable_checkpointing=false"]
     config = compose([name], [f"run_dir={RUNS / name}", *fixed, *options])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -61,10 +61,10 @@ def train(name, *options):
 # %% [markdown]
 # ## 1. The loss against its formula
 #
-# One against the rest over K + 1 classes starts at (K + 1) ln 2: that is what a guess costs, and
-# no explosion. `Preflight` knows the number where it is told how many terms are summed
-# (`one_vs_rest=1025`), and is silent here: the loss is sound. For the 151,937 classes of
-# Qwen2.5-0.5B the same guess costs 105,315.
+# The one-vs-rest loss over K + 1 classes starts at (K + 1) ln 2: that is the loss of an untrained
+# model, not an explosion. `Preflight` knows this value if it gets the number of summed terms
+# (`one_vs_rest=1025`), and reports nothing here: the loss is correct. For the 151,937 classes of
+# Qwen2.5-0.5B the loss of an untrained model is 105,315.
 
 # %%
 check("causal_small_gain_init")
@@ -74,22 +74,23 @@ for terms in (1025, 151937):
 # %% [markdown]
 # ## 2. Extreme data
 #
-# That is the warning above. The numbers in the sentences go up to several hundred and are not
-# scaled: worth knowing, and not why it stays at 0 %, as the sound run below has them too.
+# This is the warning above. The numbers in the sentences go up to several hundred and are not
+# normalised. This is not why the accuracy stays at 0 %, because the successful run below has the
+# same data.
 #
-# ## 3. A trunk that is not frozen
+# ## 3. A backbone that is not frozen
 
 # %%
 check("causal_unfrozen")
 
 # %% [markdown]
-# ## 4. A head left out of the initialisation
+# ## 4. A head skipped by the initialisation
 
 # %%
 check("causal_missed_head")
 
 # %% [markdown]
-# ## 5. The learning rate: so high that it tears, so low that the model is dead
+# ## 5. The learning rate: so high that it destroys the heads, or too low to learn
 
 # %%
 check("causal_lr_too_high")
@@ -98,10 +99,10 @@ check("causal_lr_dead", "data.n_train=1000")
 # %% [markdown]
 # ## 6. log(0)
 #
-# The textbook form of the probability reaches 0 in bfloat16, and its logarithm is -inf. No check
-# sees that before it happens; the locator names operation and line when it does, and the answer is
-# float32, where the form holds. (Clipping the gradients does not help: what is infinite stays
-# infinite when it is scaled. `causal_naive_clipped` shows it.)
+# The textbook form of the probability rounds to 0 in bfloat16, and its logarithm is -inf. No check
+# detects this before it happens. When it happens, the locator names operation and line, and the
+# suite switches to float32, in which the form is finite. (Gradient clipping does not help, because
+# a non-finite gradient stays non-finite when it is scaled: see `causal_naive_clipped`.)
 
 # %%
 train(
@@ -117,11 +118,11 @@ for incident in read_incidents(RUNS / "causal_naive_loss"):
     print("  ", *incident["responses"])
 
 # %% [markdown]
-# ## What is left: the scale of the initial weights
+# ## The actual cause: the scale of the initial weights
 #
-# All six are cleared, or mended, and the accuracy is still 0 % after two epochs with the default
-# initialisation of the two new heads. With weights a tenth as large, and nothing else changed,
-# `<NUM>` is found in the second.
+# All six causes are excluded or fixed, and the accuracy is still 0 % after two epochs with the
+# default initialisation of the two new heads. With weights a tenth as large, and no other change,
+# `<NUM>` is predicted from the second epoch on.
 
 # %%
 figures = {}
@@ -134,6 +135,6 @@ for name, (accuracy, false) in figures.items():
     print(f"{name:24} <NUM> found {accuracy:4.0%}, and where there is none {false:4.0%}")
 
 # %% [markdown]
-# The accuracy on one class hides what `num_false` shows: after two epochs at so low a learning rate
-# `<NUM>` is seen where there is none as well. `causal_clean` trains at a higher one, for seven
-# epochs, and finds words and numbers.
+# The accuracy on one class hides what `num_false` shows: after two epochs at this low learning rate
+# the model predicts `<NUM>` where no number follows, too. `causal_clean` trains at a higher
+# learning rate for seven epochs and predicts words and numbers correctly.

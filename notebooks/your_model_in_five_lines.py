@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your model in five lines
 #
-# Any LightningModule will do. This one tells two spirals apart, and one of its batches is broken:
-# a sensor that wrote NaN for a moment. Bare, the run is dead from there on. With five more lines
-# it is not.
+# The suite works with any LightningModule. This one classifies two spirals, and one of its batches
+# is broken: it contains a NaN, as from a faulty sensor. Without the suite all weights become NaN.
+# With five more lines the run survives.
 
 # %%
 import warnings
@@ -26,7 +26,7 @@ STEPS = 200 if FAST else 2000
 
 
 class Spirals(LightningModule):
-    """Yours is here instead."""
+    """Replace this with your own module."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ broken = x.clone()
 broken[64 * 40 + 5] = torch.nan  # one sample, in batch 40
 
 
-def tell(model):
+def report(model):
     with torch.no_grad():
         accuracy = (model.net(x).argmax(1) == y).float().mean()
     bad = sum(p.isnan().sum() for p in model.parameters())
@@ -83,14 +83,14 @@ def fit(callbacks):
 
 
 # %% [markdown]
-# ## Without it
+# ## Without the suite
 
 # %%
 model, _ = fit([])
-tell(model)
+report(model)
 
 # %% [markdown]
-# ## With it
+# ## With the suite
 #
 # ```python
 # from lightning.pytorch import Trainer
@@ -100,21 +100,21 @@ tell(model)
 # trainer.fit(model, data)
 # ```
 #
-# The batch comes again in every epoch, and the suite says what it does each time: the step is
-# taken again, to see whether it was a glitch; it was not, so the batch is left out. The line names
-# the operation the NaN began in.
+# The batch recurs in every epoch, and the suite logs each time what it does: it retries the step,
+# in case the error was transient; the error recurs, so it skips the batch. The log line names the
+# operation that produced the NaN.
 
 # %%
 from lit_stability import read_incidents, stability_callbacks
 
 model, trainer = fit(stability_callbacks())
-tell(model)
+report(model)
 
 # %% [markdown]
-# ## What is left of it
+# ## The record of an incident
 #
-# Every incident is a line of `incidents.jsonl`, and a folder of evidence: a checkpoint, the batch,
-# a report.
+# Every incident has a line in `incidents.jsonl` and a folder with a checkpoint, the batch and a
+# report.
 
 # %%
 first = read_incidents(trainer.default_root_dir)[0]
@@ -124,8 +124,8 @@ for key in ("step", "kind", "message", "cause", "responses", "outcome"):
 # %% [markdown]
 # ## Before the first step
 #
-# `Preflight` looks at the first batch, the loss and the optimizer before anything is trained. Here
-# the learning rate was meant to be 1e-1, and lost its minus sign.
+# `Preflight` checks the first batch, the loss and the optimizer before training starts. Here the
+# learning rate should be 1e-1, but the minus sign is missing.
 
 # %%
 from lit_stability import Preflight
@@ -149,6 +149,6 @@ trainer = Trainer(
 trainer.fit(Typo(), DataLoader(TensorDataset(x, y), 64))
 
 # %% [markdown]
-# Next: *A death and a rescue* rehearses three faults on a translation model;
-# `help(lit_stability.GradientMonitor)` lists what is measured; a detector, a remedy or a cause of
-# your own is twenty lines (`CONTRIBUTING.md`).
+# Next: `a_death_and_a_rescue.ipynb` injects three faults into the training of a translation model;
+# `help(lit_stability.GradientMonitor)` lists what is measured; `CONTRIBUTING.md` shows how to write
+# your own detector, responder or cause in about twenty lines.
