@@ -4,7 +4,12 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
 
 from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor, PrecisionFallback
 from lit_stability.faults import (
@@ -17,6 +22,7 @@ from lit_stability.faults import (
     ScaleGradients,
     ScaleLoss,
 )
+from lit_stability.trainer_internals import sharing
 from tests.conftest import Regression, make_trainer
 from tests.distributed import run_ranks_once
 from tests.rank_cases import Manual, outcomes
@@ -319,3 +325,4 @@ def test_strategy_that_was_run_is_accepted(strategy, tmp_path):
     trainer = make_trainer(tmp_path, callbacks, devices=2, strategy=strategy)
     for callback in trainer.callbacks[1:4]:
         callback.setup(trainer, Regression(), "fit")
+    assert sharing(trainer) == ("shards" if isinstance(strategy, Strategy) else "replicas")

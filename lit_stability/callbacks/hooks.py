@@ -59,6 +59,11 @@ class StabilityCallback(Callback):
         return False
 
     @property
+    def changes_precision(self) -> bool:
+        """Returns whether this callback changes the precision; then no other one does."""
+        return False
+
+    @property
     def can_roll_back(self) -> bool | None:
         """Returns whether there is a good state to go back to; None if none is ever kept."""
         return None

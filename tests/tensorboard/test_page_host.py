@@ -1,5 +1,7 @@
 """The Stability tab in its frame: address, light, reload, what has no data, what is hostile."""
 
+import re
+
 import pytest
 
 from tests.tensorboard.page_runs import MARKUP
@@ -20,6 +22,7 @@ def test_link_followed_later_changes_what_is_shown(tab):
     tab.open()
     tab.page.evaluate("location.hash = 'stability&p.stability.incident=2'")
     tab.see(".detail h2:has-text('Incident 2')")
+    assert "Incident 2" in tab.text(".detail h2")
 
 
 def test_back_returns_to_the_incident_before_and_past_zooming(tab):
@@ -65,7 +68,9 @@ def test_page_alone_is_dark_where_the_system_is(browser, server):
     page.emulate_media(color_scheme="dark")
     page.goto(f"{server.url}data/plugin_entry.html")
     page.locator("html.dark .page").wait_for()
+    color = page.evaluate("getComputedStyle(document.querySelector('.page')).color")
     page.close()
+    assert min(map(int, re.findall(r"\d+", color)[:3])) > 128, "light text"
 
 
 def test_host_that_has_reloaded_is_answered_and_data_fetched_again(tab, server):

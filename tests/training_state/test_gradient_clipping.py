@@ -101,7 +101,10 @@ def test_scale_gradients_by_one_touches_nothing():
 
 
 def test_scale_gradients_without_any_does_nothing():
-    scale_gradients([nn.Parameter(torch.zeros(3))], 0.5)
+    weight = nn.Parameter(torch.ones(3))
+    scale_gradients([weight], 0.5)
+    assert weight.grad is None
+    assert weight.tolist() == [1, 1, 1]
 
 
 def one_weight(norm):

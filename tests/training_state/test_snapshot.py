@@ -300,9 +300,13 @@ def test_guard_leaves_weights_alone():
 
 
 def test_guard_of_a_module_without_buffers_does_nothing():
-    guard = BufferGuard(nn.Linear(2, 2))
+    layer = nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+    guard = BufferGuard(layer)
     guard.capture()
     guard.restore()
+    assert torch.equal(layer.weight, before)
+    assert list(layer.buffers()) == []
 
 
 def flip(weight, bit):

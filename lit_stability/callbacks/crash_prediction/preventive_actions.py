@@ -12,7 +12,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import call_hook
-from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.policies.crash_risk import CrashRisk
@@ -114,8 +113,9 @@ class PreventiveActions:
     def _obstacle(self) -> str | None:
         if not self._configured.endswith("-mixed"):
             return "the change of half-precision weights to float32 would be permanent"
-        if any(isinstance(c, PrecisionFallback) for c in callbacks_of(self._trainer)):
-            return "PrecisionFallback changes it if precision is the cause"
+        for callback in callbacks_of(self._trainer):
+            if getattr(callback, "changes_precision", False):
+                return f"{type(callback).__name__} changes it if precision is the cause"
         return why_fixed(self._trainer)
 
     def close(self) -> None:

@@ -272,6 +272,11 @@ class PrecisionFallback(StabilityCallback):
             apply_fp32_modules(trainer, self.kept_in_fp32)
 
     @property
+    def changes_precision(self) -> bool:
+        """Returns True: where precision is the cause, this callback changes it."""
+        return True
+
+    @property
     def needs_recorded_step(self) -> bool:
         """Returns whether steps are recorded for a rerun: only if there is a level to switch to."""
         return self._policy is not None and self._policy.has_lower_precision

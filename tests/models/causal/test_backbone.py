@@ -79,8 +79,13 @@ def test_code_of_a_repository_is_not_run(trunk, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text("raise RuntimeError('ran')")
-    load_backbone(BackboneConfig(source="pretrained", path=str(folder)))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nModel = Config = dict")
+    loaded = load_backbone(BackboneConfig(source="pretrained", path=str(folder)))
+    assert not (tmp_path / "ran").exists()
+    expected = load_backbone(BackboneConfig(source="pretrained", path=str(trunk.path)))
+    weights, wanted = (list(each.parameters()) for each in (loaded, expected))
+    assert len(weights) == len(wanted) > 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -105,4 +110,5 @@ def test_impossible_option_is_refused_with_its_value(options, problem):
 
 
 def test_pinned_commit_of_the_hub_is_accepted():
-    BackboneConfig(source="pretrained", path="Qwen/Qwen2.5-0.5B", revision="0" * 40)
+    config = BackboneConfig(source="pretrained", path="Qwen/Qwen2.5-0.5B", revision="0" * 40)
+    assert (config.path, config.revision) == ("Qwen/Qwen2.5-0.5B", "0" * 40)
