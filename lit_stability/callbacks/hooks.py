@@ -148,14 +148,15 @@ class StabilityCallback(Callback):
     def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at ``setup`` of each fit that `fit_with_recovery` starts after a crash.
 
-        The remedy for that crash is already chosen: a callback that is careful after a crash on its
-        own leaves it to the remedy.
+        Only on callbacks of this base class. The remedy for that crash is already chosen: a
+        callback that is careful after a crash on its own leaves it to the remedy.
         """
 
     def lower_learning_rate(self, factor: float) -> bool:
         """Asks this callback to multiply learning rate and clip by a factor, for a while.
 
-        Called between ``setup`` and ``on_train_start``, after a run that failed.
+        Called between ``setup`` and ``on_train_start``, after a run that failed; only on callbacks
+        of this base class.
 
         Args:
             factor: in (0, 1].
@@ -196,6 +197,9 @@ class StabilityCallback(Callback):
 HOOKS: tuple[str, ...] = tuple(n for n in vars(StabilityCallback) if not n.startswith("_"))
 """Names of the hooks and flags."""
 
+_DISTINCTIVE = [n for n in HOOKS if n not in ("lower_learning_rate", "changes_precision")]
+"""Hooks with names that nobody gives to anything else; a name close to one is a misspelling."""
+
 _OF_0_1 = {
     "on_suspicion": "on_local_anomaly",
     "on_new_regime": "on_regime_change",
@@ -226,10 +230,18 @@ def implements(owner: Any, name: str) -> bool:
     return getattr(type(owner), name, None) is not getattr(StabilityCallback, name)
 
 
+def can_lower_learning_rate(trainer: Trainer) -> list[StabilityCallback]:
+    """Returns the callbacks that lower a learning rate when asked to.
+
+    Only callbacks of the base class: in another the name is an ordinary one, of anything.
+    """
+    own = [each for each in callbacks_of(trainer) if isinstance(each, StabilityCallback)]
+    return [each for each in own if implements(each, "lower_learning_rate")]
+
+
 def lower_learning_rate(trainer: Trainer, factor: float) -> bool:
     """Asks each callback to lower the learning rate; returns whether any of them does."""
-    owners = [each for each in callbacks_of(trainer) if implements(each, "lower_learning_rate")]
-    lowered = [each.lower_learning_rate(factor) for each in owners]
+    lowered = [each.lower_learning_rate(factor) for each in can_lower_learning_rate(trainer)]
     return any(lowered)
 
 
@@ -257,9 +269,9 @@ def misspelt_hooks(owner: Any) -> dict[str, str]:
     for name in _own_names(type(owner)):
         if name in known or name.startswith("_"):
             continue
-        close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_CLOSE)
+        close = difflib.get_close_matches(name, _DISTINCTIVE, n=1, cutoff=_CLOSE)
         found = _OF_0_1.get(name) or next(iter(close), None)
-        # A module may have ordinary methods with such a name; with the prefix of a hook it has not.
+        # In a module such a name may be an ordinary one, unless it has the prefix of a hook.
         if found is not None and (isinstance(owner, Callback) or name.startswith("on_")):
             meant[name] = found
     return meant

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_stability.callbacks.hooks import call_hook, lower_learning_rate
+from lit_stability.callbacks.hooks import StabilityCallback, lower_learning_rate
 from lit_stability.restart.checkpoint_edits import clear_optimizer_state, rescale_batch_progress
 from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes
@@ -70,7 +70,9 @@ class RestartCallback(Callback):
         """Installs the filter for skipped batches, and calls ``on_restart`` in a restarted fit."""
         self._data = TrainingData(trainer, self._plan.unwanted)
         if not self._first:
-            call_hook("on_restart", trainer, pl_module)
+            for callback in callbacks_of(trainer):
+                if isinstance(callback, StabilityCallback):
+                    callback.on_restart(trainer, pl_module)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.parsing import (
     lightning_setattr,
 )
 
-from lit_stability.callbacks.hooks import implements
+from lit_stability.callbacks.hooks import can_lower_learning_rate
 from lit_stability.restart.crashes import Crash
 from lit_stability.restart.memory import batch_sizes, checkpoint_activations, drops_last
 from lit_stability.trainer_internals import callbacks_of
@@ -199,7 +199,7 @@ class Plan:
         self.instabilities += 1
         clip = getattr(trainer, "gradient_clip_val", None)
         change = f"learning rate x{self.cut:g}"
-        if any(implements(callback, "lower_learning_rate") for callback in callbacks_of(trainer)):
+        if can_lower_learning_rate(trainer):
             change += f", clip x{self.cut:g}"
         elif clip:
             self.overrides["gradient_clip_val"] = clip * CUT

@@ -7,9 +7,14 @@ import pytest
 from lightning.pytorch import Callback
 
 from lit_stability import AutoRollback, GradientMonitor, StabilityCallback, stability_callbacks
-from lit_stability.callbacks.hooks import HOOKS, implements, misspelt_hooks
+from lit_stability.callbacks.hooks import (
+    HOOKS,
+    implements,
+    lower_learning_rate,
+    misspelt_hooks,
+)
 from lit_stability.faults import FaultInjector, NanLoss
-from tests.conftest import Regression, fit
+from tests.conftest import Regression, fit, make_trainer
 
 SEEN = ("on_step_measured", "on_healthy_step", "on_incident", "on_incident_closed")
 
@@ -130,6 +135,7 @@ def test_implements_tells_an_override_from_the_empty_hook(owner, name, expected)
         (Callback, "on_event", None),
         (Callback, "state_dict", None),
         (Callback, "_on_incidents", None),
+        (Callback, "lower_learning_rates", None),
         (Regression, "books", None),
         (Regression, "on_step", None),
     ],
@@ -152,6 +158,20 @@ def test_misspelt_hook_is_reported_once_when_the_fit_starts(tmp_path, caplog):
     assert len(lines) == 1
     assert lines[0].startswith("Pager.on_incidents is never called")
     assert "on_incident was probably meant" in lines[0]
+
+
+def test_ordinary_method_of_a_stranger_is_not_taken_for_a_hook(tmp_path):
+    """Somebody's own `lower_learning_rate` takes other arguments, and is none of our business."""
+
+    class Own(Callback):
+        def lower_learning_rate(self, trainer, group, factor): ...
+
+    trainer = make_trainer(tmp_path, [GradientMonitor(), Own()])
+    assert not lower_learning_rate(trainer, 0.5)
+    rollback = AutoRollback()
+    trainer = make_trainer(tmp_path, [GradientMonitor(), Own(), rollback])
+    assert lower_learning_rate(trainer, 0.5)
+    assert rollback.backoff.lr_factor == 0.5
 
 
 def test_suite_and_plain_module_have_no_misspelt_hook(tmp_path, caplog):
