@@ -90,7 +90,7 @@ def attempt_costs(
         for stats in steps:
             begin = time.perf_counter()
             if written:
-                writer.due()
+                writer.write_current()
             writer.judged(stats, optimizer)
             writer.batch_ended()
             times.append(1e3 * (time.perf_counter() - begin))
@@ -123,7 +123,7 @@ def serving(layers: int, steps: int) -> dict[str, tuple[float, int]]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, writer, optimizer = make_writer(Path(folder), layers)
         for step in range(steps):
-            writer.due()
+            writer.write_current()
             writer.judged(measurement(step, layers, scan=step % 10 == 9), optimizer)
             writer.batch_ended()
         trainer.loggers[0].finalize("success")
