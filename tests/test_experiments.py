@@ -97,7 +97,7 @@ def test_conservative_preset_trains_slowly_up_and_down_again(tmp_path):
 
 
 def test_real_corpus_without_its_folder_says_what_to_give():
-    problem = r"data\.root: has no value yet; give it one in a file or with data\.root=VALUE"
+    problem = r"data\.root: has no value; set it in a config file or with data\.root=VALUE"
     with pytest.raises(ValueError, match=problem):
         check_options(resolve(compose(["translation_rescue", "data/classical_modern"])))
 

@@ -21,7 +21,7 @@ def test_overflow_on_one_rank_lowers_the_precision_of_both_and_costs_no_batch(dd
     assert (kind, step, occurrences, outcome) == ("non-finite loss", 0, 1, "recovered")
     assert responses == ["precision 16-mixed -> bf16-mixed", "step retried"]
     assert one["evidence"] == other["evidence"]
-    assert any(line.startswith("rank 1: taken again in 16-mixed") for line in one["evidence"][0])
+    assert any(line.startswith("rank 1: run again in 16-mixed") for line in one["evidence"][0])
     assert torch.equal(one["weights"], other["weights"])
     assert torch.equal(one["weights"], ddp[0]["ddp begun in bf16"]["weights"])
 

@@ -43,7 +43,7 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     assert incident.occurrences <= 31
     assert incident.cause == "change of regime"
     assert "accepted as the new normal" in responses_text(incident)
-    assert "what changes there" in incident.remedy
+    assert "what changes at this step" in incident.remedy
     assert "accepts the recent values as the new normal" in caplog.text
     rollback = next(c for c in suite if isinstance(c, AutoRollback))
     assert (rollback.backoff.lr_factor, rollback.backoff.clip_factor) == (1.0, 1.0)
