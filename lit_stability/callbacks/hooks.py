@@ -60,7 +60,7 @@ class StabilityCallback(Callback):
 
     @property
     def changes_precision(self) -> bool:
-        """Returns whether this callback changes the precision; then no other one does."""
+        """Returns whether this callback decides the precision; others then do not change it."""
         return False
 
     @property
@@ -198,13 +198,14 @@ HOOKS: tuple[str, ...] = tuple(n for n in vars(StabilityCallback) if not n.start
 """Names of the hooks and flags."""
 
 _DISTINCTIVE = [n for n in HOOKS if n not in ("lower_learning_rate", "changes_precision")]
-"""Hooks with names that nobody gives to anything else; a name close to one is a misspelling."""
+"""Hooks with distinctive names; a name close to one of them is taken for a misspelling."""
 
 _OF_0_1 = {
     "on_suspicion": "on_local_anomaly",
     "on_new_regime": "on_regime_change",
     "books": "consensus_state",
     "load_books": "load_consensus_state",
+    "can_restore": "can_roll_back",
     "takes_steps_again": "needs_recorded_step",
     "ignores_vetoed_steps": "ignores_skipped_steps",
     "count_in_parts": "rescale_batch_counts",

@@ -45,7 +45,7 @@ _CLIPPED: WeakKeyDictionary[Optimizer, tuple[int, float, float]] = WeakKeyDictio
 
 
 def gradients_are_new(optimizer: Optimizer) -> None:
-    """Records that an optimizer has gradients that nobody has clipped yet.
+    """Records that an optimizer has new gradients, which are not clipped yet.
 
     To be called when they are measured: a step that is retried has the number of the one before.
     """

@@ -19,7 +19,7 @@ class IsolatedModel:
 
     Gradients are removed and not copied: while the step runs, parameters have none, and hooks that
     act on accumulated gradients (an optimizer fused into the backward pass) do not run. Weights
-    are not recorded: nothing in a step writes to them.
+    are not recorded: a step that writes to its weights is not undone.
 
     Args:
         model: the module whose state is recorded.

@@ -126,6 +126,7 @@ def test_implements_tells_an_override_from_the_empty_hook(owner, name, expected)
         (Callback, "on_suspicion", "on_local_anomaly"),
         (Callback, "on_new_regime", "on_regime_change"),
         (Callback, "load_books", "load_consensus_state"),
+        (Callback, "can_restore", "can_roll_back"),
         (Regression, "on_incidents", "on_incident"),
         # Hooks of Lightning, hooks of this package, and other people's names.
         (Callback, "on_incident", None),

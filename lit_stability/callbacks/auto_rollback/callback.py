@@ -210,7 +210,7 @@ class AutoRollback(StabilityCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Restores the nominal learning rates, as somebody may save the optimizers now."""
+        """Restores the nominal learning rates, as the optimizers may be saved now."""
         if self._executor is not None:
             self._executor.close()
         for optimizer in trainer.optimizers:

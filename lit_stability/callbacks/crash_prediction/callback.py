@@ -198,7 +198,7 @@ class CrashPrediction(StabilityCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Restores the nominal learning rates, as somebody may save the optimizers now."""
+        """Restores the nominal learning rates, as the optimizers may be saved now."""
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer).recover()
 
