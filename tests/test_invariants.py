@@ -130,7 +130,7 @@ def test_fault_leaves_nothing_non_finite_behind(fault, precision, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused", "sgd"])
-@pytest.mark.parametrize("fault", ["NaN loss", "Inf gradient", "scaled gradients"])
+@pytest.mark.parametrize("fault", ["NaN loss", "Inf gradient"])
 def test_skipped_step_leaves_no_trace(optimizer, fault, tmp_path):
     """Invariant 2, N1: weights, moments, buffers, schedule and count are as before the batch."""
 
@@ -196,9 +196,10 @@ class Recorder(Callback):
 
 
 def test_rejected_steps_do_not_change_the_detectors(tmp_path):
-    """Invariant 3: a burst of spikes and NaNs does not change the state of the detectors."""
+    """Invariant 3: a burst of Infs and NaNs does not change the state of the detectors."""
     states = []
-    for faults in ([], [ScaleGradients(step=30, steps=4, factor=1e4)], [NanLoss(step=30, steps=4)]):
+    infinite = CorruptGradient(step=30, steps=4, parameter="net.0.weight", value=float("inf"))
+    for faults in ([], [infinite], [NanLoss(step=30, steps=4)]):
         monitor = GradientMonitor()
         suite = [monitor, *skipping_suite()[1:]]
         injector = [FaultInjector(faults)] if faults else []
@@ -212,10 +213,10 @@ def test_rejected_steps_do_not_change_the_detectors(tmp_path):
         fit(tmp_path, [*injector, *suite], lambda: Regression(dropout=0.0), data(), max_steps=50)
         windows = monitor.rewindable_state()["0"]
         states.append({label.split()[0]: window for label, window in windows})
-    clean, spiked, nan = states
+    clean, inf, nan = states
     for name in ("Spike", "Divergence", "LossScale", "LostUpdates"):
-        assert clean[name] == spiked[name] == nan[name]
-    for faulty in (spiked, nan):
+        assert clean[name] == inf[name] == nan[name]
+    for faulty in (inf, nan):
         # The record of the first bad step carried the measurement of the good update before it.
         before, after = clean["UpdateSpike"]["window"], faulty["UpdateSpike"]["window"]
         assert [x for x in before if x not in after] == [before[29]]
@@ -281,11 +282,11 @@ def test_normal_step_copies_to_the_host_once_and_hooks_no_module(tmp_path, monke
 
 def test_incident_is_logged_once_when_it_opens_and_once_when_it_closes(tmp_path, caplog):
     """Invariant 8: a burst of five bad steps is one incident and two lines."""
-    callbacks = [FaultInjector([ScaleGradients(step=30, steps=5)]), *skipping_suite()]
+    callbacks = [FaultInjector([NanLoss(step=30, steps=5)]), *skipping_suite()]
     fit(tmp_path, callbacks)
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("incident ")]
     assert len(lines) == 2
-    assert "gradient spike" in lines[0]
+    assert "non-finite loss" in lines[0]
     assert "step skipped" in lines[0]
     assert "recovered after 5 occurrences: step skipped (5x)" in lines[1]
 

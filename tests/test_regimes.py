@@ -47,7 +47,7 @@ def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tm
     assert "accepts the recent values as the new normal" in caplog.text
     rollback = next(c for c in suite if isinstance(c, AutoRollback))
     assert (rollback.backoff.lr_factor, rollback.backoff.clip_factor) == (1.0, 1.0)
-    assert rollback.escalation.left["rollbacks"] >= 3  # of 8
+    assert rollback.escalation.left["rollbacks"] >= 6  # of 8
     # It learns as the run without the suite does: most of what the change has brought is gone.
     bare = staged(tmp_path / "bare", change, [], optimizer)
     before, after = (sum(m.losses[-40:]) / 40 for m in (bare, module))
@@ -159,7 +159,7 @@ def test_one_accepted_regime_resets_all_detectors_of_its_optimizer():
     found = []
     for _ in range(4):
         found.append(detectors.verdict(step(40, loss=9.0, norm=100.0), voting=False)[0] is None)
-        assert detectors.regime_change is found[-1]
+        assert (detectors.regime_change is not None) is found[-1]
     assert found == [False, False, False, True]
     windows = {
         i: [state["window"] for _, state in each] for i, each in detectors.state_dict().items()

@@ -42,7 +42,7 @@ from lit_stability.detectors.anomaly import Anomaly, Detector, Kind, flagged, wi
 from lit_stability.detectors.attention_logits import AttentionLogits
 from lit_stability.detectors.curvature import Curvature
 from lit_stability.detectors.dead_gradients import DeadGradients
-from lit_stability.detectors.detector_set import DetectorSet
+from lit_stability.detectors.detector_set import DetectorSet, RegimeChange
 from lit_stability.detectors.divergence import Divergence
 from lit_stability.detectors.layer_bounds import LayerBounds
 from lit_stability.detectors.loss_scale import LossScale
@@ -71,6 +71,7 @@ __all__ = [
     "LostUpdates",
     "NonFinite",
     "OptimizerState",
+    "RegimeChange",
     "Replicas",
     "Spike",
     "Stall",

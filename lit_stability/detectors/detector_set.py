@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lit_stability.detectors.anomaly import Anomaly, Detector
+from lit_stability.detectors.program_writes import ProgramWrites
 from lit_stability.detectors.rank_agreement import Replicas, rates_differ
 from lit_stability.measurement.step_stats import StepStats
 
 Part = Literal["all", "shared", "own"]
+
+_WRITES = "ProgramWrites"
+"""Label of their state."""
+
+
+@dataclass(frozen=True)
+class RegimeChange:
+    """Values that were rejected and are accepted as normal from now on."""
+
+    cause: str
+    what: str
+    """What is accepted, in one sentence."""
 
 
 class DetectorSet:
@@ -27,10 +40,11 @@ class DetectorSet:
         self, detectors: Sequence[Detector], optimizers: Iterable[int], log: Callable[[str], None]
     ) -> None:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
+        self._writes = {i: ProgramWrites() for i in optimizers}
         self._log = log
         self._replicas = Replicas()
-        self.regime_change = False
-        """Whether a detector accepted, in this step, values that it had rejected for long."""
+        self.regime_change: RegimeChange | None = None
+        """What was accepted as normal in this step although it was rejected before."""
         self._deferred: set[int] = set()
         """Ids of the detectors whose warning about this step waits, as another's was reported."""
 
@@ -43,8 +57,9 @@ class DetectorSet:
                 rank to rank (see `lit_stability.distributed.collectives`). If False, all ranks have
                 the same measurements.
         """
-        self.regime_change = False
-        anomaly = rates_differ(stats) or self.ask(stats, "shared" if voting else "all")
+        self.regime_change = None
+        written = self._written_outside(stats)
+        anomaly = rates_differ(stats) or written or self.ask(stats, "shared" if voting else "all")
         anomaly = self._compare_weights(anomaly, stats)
         if not voting:
             return anomaly, True
@@ -53,6 +68,27 @@ class DetectorSet:
         if anomaly.signal == "loss" and not anomaly.layers:
             anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
         return anomaly, True
+
+    def _written_outside(self, stats: StepStats) -> Anomaly | None:
+        """Returns an anomaly for a write that the program is not known to make."""
+        writes = self._writes[stats.optimizer]
+        anomaly = writes.check(stats)
+        if writes.newly_accepted:
+            names = ", ".join(writes.newly_accepted[:3])
+            more = len(writes.newly_accepted) - 3
+            names += f" and {more} more" if more > 0 else ""
+            what = f"the program writes {names} outside of the optimizer step"
+            self._accept(stats, RegimeChange("weights written by the program", what))
+        return anomaly
+
+    def rolled_back_for(self, anomaly: Anomaly) -> None:
+        """Records that a response may undo the steps up to an anomaly of damaged state."""
+        self._writes[anomaly.optimizer].rolled_back_for(anomaly.step)
+
+    @property
+    def knows_writes(self) -> bool:
+        """Whether the program is known to write weights, so that writes have to be watched."""
+        return any(writes.accepted for writes in self._writes.values())
 
     def _compare_weights(self, anomaly: Anomaly | None, stats: StepStats) -> Anomaly | None:
         compared = not self._replicas.given_up
@@ -68,7 +104,9 @@ class DetectorSet:
         return anomaly
 
     def ask(self, stats: StepStats, part: Part = "all") -> Anomaly | None:
-        """Returns the first anomaly; one with ``warn_only`` only if no detector rejects the step.
+        """Returns the gravest anomaly: damaged state, then a bad step, then a warning.
+
+        Of equally grave ones the first counts.
 
         Args:
             stats: of the step.
@@ -76,7 +114,7 @@ class DetectorSet:
                 without ``shared_by_ranks`` is one of the others.
         """
         visible = stats if part != "shared" else _without_gradients(stats)
-        warning: Anomaly | None = None
+        found: Anomaly | None = None
         if part != "own":
             self._deferred.clear()
         for detector in self._sets[stats.optimizer]:
@@ -84,27 +122,37 @@ class DetectorSet:
                 continue
             regimes = getattr(detector, "regimes", 0)
             anomaly = detector.check(visible)
-            if anomaly is not None and not anomaly.warn_only:
-                return anomaly
-            if anomaly is not None and warning is not None:
+            if anomaly is not None and anomaly.warn_only and found is not None:
                 self._deferred.add(id(detector))
-            warning = warning or anomaly
+            found = _graver(found, self._unexplained(anomaly, stats))
             if getattr(detector, "regimes", 0) > regimes:
                 self._accepted(detector, stats)
-        return warning
+        return found
+
+    def _unexplained(self, anomaly: Anomaly | None, stats: StepStats) -> Anomaly | None:
+        """Returns the anomaly, or None if it follows from what the program has written."""
+        if anomaly is None or not self._writes[stats.optimizer].explains(anomaly):
+            return anomaly
+        if anomaly.kind != "weight corruption":
+            what = f"{anomaly.message}, right after the program has written weights"
+            self._accept(stats, RegimeChange("weights written by the program", what))
+        return None
 
     def _accepted(self, detector: Detector, stats: StepStats) -> None:
-        """Logs a change of regime and clears the windows of all detectors that have them.
+        """Logs that a detector has accepted a change of regime, and acts on it."""
+        what = f"{type(detector).__name__} accepts the recent values as the new normal"
+        if not hasattr(detector, "reset_windows"):
+            self._log(f"step {stats.step}: {what}")
+            return
+        self._accept(stats, RegimeChange("change of regime", what))
+
+    def _accept(self, stats: StepStats, change: RegimeChange) -> None:
+        """Accepts a change of regime: all detectors that have windows learn from scratch.
 
         All, because what changes the loss changes the gradients too, and vice versa.
         """
-        self._log(
-            f"step {stats.step}: {type(detector).__name__} accepts the recent values as the new "
-            "normal and learns again from scratch"
-        )
-        if not hasattr(detector, "reset_windows"):
-            return
-        self.regime_change = True
+        self._log(f"step {stats.step}: {change.what}; the detectors learn again from scratch")
+        self.regime_change = change
         for other in self._sets[stats.optimizer]:
             if hasattr(other, "reset_windows"):
                 other.reset_windows()
@@ -121,7 +169,10 @@ class DetectorSet:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every detector with its label, by optimizer."""
         return {
-            str(i): [[label, d.state_dict()] for label, d in zip(_labels(ds), ds, strict=True)]
+            str(i): [
+                *([label, d.state_dict()] for label, d in zip(_labels(ds), ds, strict=True)),
+                *([_WRITES, w.state_dict()] for w in [self._writes[i]] if w.accepted),
+            ]
             for i, ds in self._sets.items()
         }
 
@@ -130,6 +181,8 @@ class DetectorSet:
         for index, saved in state.items():
             detectors = self._sets.get(int(index), [])
             states = dict(saved)
+            if _WRITES in states and int(index) in self._writes:
+                self._writes[int(index)].load_state_dict(states[_WRITES])
             for label, detector in zip(_labels(detectors), detectors, strict=True):
                 if label in states:
                     detector.load_state_dict(states[label])
@@ -139,6 +192,17 @@ def _labels(detectors: Sequence[Detector]) -> list[str]:
     """Returns a unique label per detector: class, signal, and a number among equal ones."""
     kinds = [f"{type(d).__name__} {getattr(d, 'signal', '')}".strip() for d in detectors]
     return [f"{kind} {kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
+
+
+def _graver(first: Anomaly | None, second: Anomaly | None) -> Anomaly | None:
+    """Returns the graver of two anomalies, the first if they are equally grave."""
+    return first if _gravity(first) >= _gravity(second) else second
+
+
+def _gravity(anomaly: Anomaly | None) -> int:
+    if anomaly is None:
+        return 0
+    return 1 if anomaly.warn_only else 3 if anomaly.state_corrupted else 2
 
 
 def _belongs(detector: Detector, part: Part) -> bool:

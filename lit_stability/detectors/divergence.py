@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.rejection_streak import RejectionStreak
 from lit_stability.detectors.rolling_window import Window
+from lit_stability.detectors.trends import ROUNDING
 from lit_stability.measurement.step_stats import StepStats
+
+_JUMP = 3.0
+"""Factor over the largest of the last five losses from which on a loss has risen at once."""
+_USUAL = 3.0
+"""Factor on the median update up to which the weights have moved as usual."""
+_LEVEL = 2.0
+"""Factor on the first high loss up to which the loss has stayed level since."""
 
 
 class Divergence:
     """Flags a loss that stays far above its window for ``persist`` consecutive steps.
 
-    A loss is high when it exceeds the median by ``sigmas`` robust standard deviations and by
-    ``rise`` of the median's absolute value. High losses are not learnt. Fewer than ``persist`` hard
+    A loss is high when it exceeds the median by ``sigmas`` robust standard deviations, by ``rise``
+    of the median's absolute value and by ``floor`` of the largest median so far, so that a loss
+    which has reached 0 may leave it again. High losses are not learnt. Fewer than ``persist`` hard
     batches are ignored. If the detector would flag more than ``give_up`` times without a lower loss
     in between, it accepts the level as a change of regime: it clears the window, counts in
     ``regimes`` and learns again from scratch. After a rollback the count goes on only if the next
     flag comes at the same step although the learning rate was lowered: a loss that the weights had
     driven up would rise at another step.
 
+    A loss that rose at once while the weights moved as usual, and then stays level, was not driven
+    up by the weights: if it comes back when the same steps are replayed, data or loss have changed,
+    and it is accepted then.
+
     Args:
         rise: smallest rise that counts, as a share of the median's absolute value.
         sigmas: smallest rise that counts, in robust standard deviations.
+        floor: smallest rise that counts, as a share of the largest absolute median so far.
         persist: consecutive high steps before the detector flags.
         window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
@@ -49,6 +64,7 @@ class Divergence:
         *,
         rise: float = 0.5,
         sigmas: float = 8.0,
+        floor: float = 1e-3,
         persist: int = 10,
         window: int = 200,
         min_history: int = 20,
@@ -56,13 +72,25 @@ class Divergence:
     ) -> None:
         require(rise > 0, "rise", rise, "greater than 0")
         require(sigmas > 0, "sigmas", sigmas, "greater than 0")
+        require(floor >= 0, "floor", floor, "at least 0")
         require(persist >= 1, "persist", persist, "at least 1")
         require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
         require(give_up >= 1, "give_up", give_up, "at least 1")
-        self.rise, self.sigmas, self.persist = rise, sigmas, persist
+        self.rise, self.sigmas, self.floor, self.persist = rise, sigmas, floor, persist
         self.min_history, self.give_up = min_history, give_up
         self.window = Window(window)
         self.high = 0
+        self._high_step = -1
+        self._recent: deque[float] = deque(maxlen=5)
+        """Last accepted losses."""
+        self._moves = Window(window)
+        """Update-to-weight ratios of accepted steps."""
+        self._jumped_to: float | None = None
+        """First high loss of a row, if it rose at once while the weights moved as usual."""
+        self._row = self._flagged_row = -1
+        """Step at which the present row of high losses began, and the last one that was flagged."""
+        self._largest = 0.0
+        """Largest absolute median of the window so far."""
         self._streak = RejectionStreak()
         self._rate = 0.0
         """Learning rate at the last flag."""
@@ -72,10 +100,19 @@ class Divergence:
         """Returns an anomaly if the loss has been high for ``persist`` consecutive steps."""
         if not self._is_high(stats.loss):
             return None
-        self.high += 1
+        # A step that is retried counts once.
+        self.high += stats.step != self._high_step
+        self._high_step = stats.step
+        if self.high == 1:
+            self._row_began(stats)
         if self.high < self.persist:
             return None
         self.high = 0
+        recurs, self._flagged_row = self._row == self._flagged_row, self._row
+        if recurs and self._jumped_to is not None and stats.loss <= _LEVEL * self._jumped_to:
+            self.reset_windows()
+            self.regimes += 1
+            return None
         rate, before = max(stats.learning_rates, default=0.0), self._rate
         self._rate = rate
         if self._streak.rejected(stats.step, changed=rate < before) > self.give_up:
@@ -102,18 +139,38 @@ class Divergence:
         """Learns an accepted loss, unless it is high."""
         if self._is_high(stats.loss):
             return
-        self.high = 0
+        self.high, self._high_step = 0, -1
         self._streak.accepted(stats.step)
         self.window.add(stats.loss)
+        self._recent.append(stats.loss)
+        if stats.update_ratio:
+            self._moves.add(stats.update_ratio)
+        if len(self.window) >= self.min_history:
+            self._largest = max(self._largest, abs(self.window.median))
 
     def reset_windows(self) -> None:
         """Clears window and counts after a change of regime, in this or in another detector."""
         self.window.replace([])
         self._streak, self.high = RejectionStreak(), 0
+        self._recent.clear()
+
+    def _row_began(self, stats: StepStats) -> None:
+        self._row = stats.step
+        # After a rollback to this very step, the last update is not known any more.
+        if self._row != self._flagged_row:
+            self._jumped_to = stats.loss if self._has_jumped(stats) else None
+
+    def _has_jumped(self, stats: StepStats) -> bool:
+        """Whether the loss rose at once although the weights moved as usual."""
+        moved = stats.update_ratio
+        if moved is None or not len(self._moves) or moved > _USUAL * self._moves.median:
+            return False
+        return stats.loss > _JUMP * max(self._recent, default=math.inf)
 
     def _threshold(self) -> float:
         median = self.window.median
-        return median + max(self.rise * abs(median), self.sigmas * self.window.sigma)
+        floor = max(self.floor * self._largest, ROUNDING)
+        return median + max(self.rise * abs(median), self.sigmas * self.window.sigma, floor)
 
     def _is_high(self, loss: float) -> bool:
         if len(self.window) < self.min_history or not math.isfinite(loss):
@@ -124,8 +181,9 @@ class Divergence:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the window; without the counts, so that no restore undoes a change of regime."""
-        return {"window": list(self.window.values)}
+        return {"window": list(self.window.values), "largest": self._largest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the window."""
         self.window.replace(state["window"])
+        self._largest = max(self._largest, float(state.get("largest", 0.0)))

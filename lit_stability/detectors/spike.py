@@ -14,6 +14,12 @@ from lit_stability.measurement.step_stats import StepStats
 _LARGEST_EXPONENT = 700.0
 """exp of more overflows a float."""
 
+_APART = 5
+"""Steps between two spikes that do not belong to the same burst."""
+_SIMILAR = math.log(3.0)
+"""How far above the largest known burst a value still belongs to the same population."""
+_MOST_BURSTS = 16
+
 _RECENT = 5
 """Number of last accepted values that reveal growth from step to step."""
 
@@ -26,9 +32,15 @@ class Spike:
     largest of the last five accepted values. The last condition spares values that grow from step
     to step, such as the swings at the edge of stability. The deviation is about the trend of the
     window (see `Window.spread`): a norm that falls a hundredfold within the window would otherwise
-    hide a spike of a thousand times its size. After ``give_up`` consecutive rejections the detector
-    accepts a change of regime: it clears the window, counts in ``regimes`` and learns again from
-    scratch. Replayed steps do not reset the count if the next rejection is at the same step.
+    hide a spike of a thousand times its size. A gradient that the Trainer clips counts with the
+    norm that clipping leaves.
+
+    Large values may belong to the run: an auxiliary loss every 50 steps, rare data, returns with
+    heavy tails. A spike that does not vanish when its step is retried is remembered; after two such
+    bursts, values up to three times as large are accepted. After ``give_up`` consecutive rejections
+    the detector accepts a change of regime: it clears the window, counts in ``regimes`` and learns
+    again from scratch. Replayed steps do not reset the count if the next rejection is at the same
+    step.
 
     Args:
         signal: the field of `StepStats` to check; values that are not positive are ignored.
@@ -73,6 +85,12 @@ class Spike:
         self.shared_by_ranks = "yes" if signal == "loss" else "no"
         self.window = Window(window)
         self._streak = RejectionStreak()
+        self._bursts: list[float] = []
+        """Logarithm of the largest value of each burst that is over."""
+        self._burst: tuple[int, float] | None = None
+        """Step and logarithm of the last spike, unless a retry showed that it was transient."""
+        self._flagged: tuple[int, float] | None = None
+        """Step and logarithm of the last spike."""
         self.regimes = 0
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -80,13 +98,16 @@ class Spike:
         value: float = getattr(stats, self.signal)
         if not 0 < value < math.inf or len(self.window) < self.min_history:
             return None
+        applied = value
+        if self.signal == "grad_norm" and stats.clip_norm is not None:
+            applied = min(value, stats.clip_norm)
         median = math.exp(self.window.median)
-        if value <= self.ratio * median:
+        if applied <= self.ratio * median:
             return None
         spread = math.exp(min(self.sigmas * self.window.spread, _LARGEST_EXPONENT))
         recent = max([*self.window.values][-_RECENT:])
         threshold = max(median * max(self.ratio, spread), self.jump * math.exp(recent))
-        if value <= threshold:
+        if applied <= threshold or self._is_known(stats.step, math.log(value)):
             return None
         if self._streak.rejected(stats.step) > self.give_up:
             self.reset_windows()
@@ -105,12 +126,29 @@ class Spike:
             message=f"{label} {value:.4g} is {value / median:.0f} times its median {median:.4g}",
         )
 
+    def _is_known(self, step: int, value: float) -> bool:
+        """Remembers a spike; returns whether spikes of its size belong to the run."""
+        if self._burst is not None and step > self._burst[0] + _APART:
+            self._bursts = [*self._bursts, self._burst[1]][-_MOST_BURSTS:]
+            self._burst = None
+        if len(self._bursts) >= 2 and value <= max(self._bursts) + _SIMILAR:
+            return True
+        before = value if self._burst is None else self._burst[1]
+        self._burst, self._flagged = (step, max(value, before)), (step, value)
+        return False
+
     def update(self, stats: StepStats) -> None:
         """Learns an accepted value."""
         value: float = getattr(stats, self.signal)
+        if not 0 < value < math.inf:
+            self._streak.accepted(stats.step)
+            return
+        if self._flagged == (stats.step, math.log(value)):
+            return  # the step was taken although its value is a spike: it was clipped
+        if self._burst is not None and self._burst[0] == stats.step:
+            self._burst = None
         self._streak.accepted(stats.step)
-        if 0 < value < math.inf:
-            self.window.add(math.log(value))
+        self.window.add(math.log(value))
 
     def reset_windows(self) -> None:
         """Clears window and count after a change of regime, in this or in another detector."""
@@ -118,9 +156,11 @@ class Spike:
         self._streak = RejectionStreak()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the window; without the count, so that no restore undoes a change of regime."""
-        return {"window": list(self.window.values)}
+        """Returns window and bursts; no count, so that no restore undoes a change of regime."""
+        return {"window": list(self.window.values), "bursts": list(self._bursts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the window."""
+        """Restores the window, and the bursts unless more are known by now."""
         self.window.replace(state["window"])
+        if len(state.get("bursts", ())) > len(self._bursts):
+            self._bursts = list(state["bursts"])

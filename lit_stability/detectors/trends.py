@@ -15,6 +15,10 @@ from typing import Any
 from lit_stability.detectors.anomaly import require
 from lit_stability.measurement.step_stats import StepStats
 
+ROUNDING = 1e-6
+"""Losses are sums of terms of about 1 in float32: less than this, 8 times its epsilon of 1.2e-7,
+may be rounding."""
+
 
 class LearningRateTrend:
     """Tracks the largest nominal learning rate of an optimizer.

@@ -103,7 +103,9 @@ class UpdateSpike(_RatioWindow):
             return None
         if moved <= self.floor:
             return None
-        expected = self.expected(stats.update_learning_rate) * self.growth
+        # A cut of ours must not make the same move look less explained.
+        rate = max(stats.update_learning_rate, stats.update_nominal_learning_rate)
+        expected = self.expected(rate) * self.growth
         if moved <= self.ratio * expected:
             return None
         above = math.log(moved / expected) if expected > 0 else math.inf

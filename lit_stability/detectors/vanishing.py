@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.rolling_window import Window
-from lit_stability.detectors.trends import LearningRateTrend, LossTrend
+from lit_stability.detectors.trends import ROUNDING, LearningRateTrend, LossTrend
 from lit_stability.measurement.step_stats import StepStats
 
 
@@ -21,7 +21,7 @@ class Vanishing:
     * there have been ``persist`` in a row, after ``min_step``,
     * the learning rate is stable: it has not risen recently and is not below half its peak,
     * the loss no longer falls, by the medians of blocks of ``block``, and
-    * the run has not simply converged.
+    * the run has not simply converged, and its loss is not 0.
 
     A converged run has tiny norms too, after a long descent; the level of the loss distinguishes
     the two. A loss that has fallen from its first values and is now at its lowest has converged. A
@@ -101,7 +101,7 @@ class Vanishing:
     def _is_stuck(self, stats: StepStats) -> bool:
         """Whether the loss neither falls nor is at its lowest level."""
         trend = self._loss_trend
-        if not stats.has_loss or math.isnan(trend.recent):
+        if not stats.has_loss or math.isnan(trend.recent) or abs(trend.recent) <= ROUNDING:
             return False
         return trend.stale >= 1 and (trend.above_lowest or not trend.learnt)
 

@@ -62,9 +62,9 @@ class WeightCorruption:
       learning rates,
     * ``floor`` of the value before; for a single element, a tenth of the largest value.
 
-    A change that recurs when the same steps are replayed comes from the run's own code: it is
-    accepted and counted in ``regimes``. In tensors of more than 512 elements, a corrupted element
-    that stays below the largest one is found only if it is in the sample.
+    A change that recurs when the same steps are replayed comes from the run's own code: that weight
+    is not judged any more, which is counted in ``regimes``. In tensors of more than 512 elements, a
+    corrupted element that stays below the largest one is found only if it is in the sample.
 
     Args:
         slack: factor on the move of the sample, and on the reach of gradient descent.
@@ -114,6 +114,8 @@ class WeightCorruption:
         self._adaptive = False
         """Whether the optimizer has second moments."""
         self._reported: dict[str, int] = {}
+        self._accepted: set[str] = set()
+        """Weights whose change has recurred: the program writes them."""
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if a scan finds a change that no update explains."""
@@ -171,9 +173,11 @@ class WeightCorruption:
         return max(by_rate * self._rates, by_pull * self._pulls.get(change.name, 0.0), _TINY)
 
     def _has_recurred(self, change: _Change, since: int) -> bool:
+        if change.name in self._accepted:
+            return True
         if since >= self._reported.get(change.key, -1):
             return False
-        del self._reported[change.key]
+        self._accepted.add(change.name)
         self.regimes += 1
         return True
 
@@ -214,6 +218,7 @@ class WeightCorruption:
             "rates": self._rates,
             "adaptive": self._adaptive,
             "pulls": dict(self._pulls),
+            "accepted": sorted(self._accepted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,6 +228,7 @@ class WeightCorruption:
             for measure, by_name in state["reach"].items()
         }
         self._rates, self._pulls = float(state["rates"]), dict(state["pulls"])
+        self._accepted |= set(state.get("accepted", ()))
         self._adaptive = bool(state["adaptive"])
 
 

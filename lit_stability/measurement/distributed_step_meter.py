@@ -103,6 +103,8 @@ class DistributedStepMeter(StepMeter):
         assert self._last_weights is not None
         parts = {"loss": _present(loss, device), "scale": _present(loss_scale, device)}
         parts["updates"] = torch.cat(updates) if updates else torch.zeros(2, device=device)
+        for squares in self._write_sums:
+            parts["writes"] = squares
         if scan_weights:
             (norms,), (peaks,) = self._scan()
             parts["weights"] = self._squares(norms)
@@ -160,6 +162,7 @@ class DistributedStepMeter(StepMeter):
             grad_norms=host["grads"],
             weight_norms=_roots(parts.get("weights", ())),
             updates=parts["updates"],
+            writes=parts.get("writes", ()),
             peaks=parts.get("peaks", ()),
             extents=parts.get("extents", ()),
             moments=self._moments.judge_rows([row[:3] for row in ranks]),

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
@@ -44,6 +46,9 @@ class Reading:
     """Norm of each weight; empty if the weights were not scanned."""
     updates: Sequence[float]
     """Squared norms of the last update and of the weights before it; empty if unknown."""
+    writes: Sequence[float]
+    """Squared norm, for each weight, of what changed after the last update ended, then of the
+    weight itself; empty if that is not watched."""
     peaks: Sequence[float]
     """Largest absolute value of each weight; empty if the weights were not scanned."""
     extents: Sequence[float]
@@ -95,6 +100,8 @@ class StepMeter:
         self._moments = OptimizerMoments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
         self._moment_ratio = SecondMomentRatio()
+        self._handle: RemovableHandle | None = None
+        self._updated_weights: Tensor | None = None
         self.forget()
 
     @property
@@ -102,8 +109,33 @@ class StepMeter:
         """Whether the optimizer has gained or lost parameters, as when a backbone unfreezes."""
         return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
 
+    @property
+    def watches_writes(self) -> bool:
+        """Whether writes to the weights outside of the optimizer's step are measured."""
+        return self._handle is not None
+
+    def watch_writes(self) -> None:
+        """Measures writes to the weights outside of the optimizer's step from now on.
+
+        Costs one more sample of the weights for each step, so it begins when there is a reason.
+        """
+        if self._handle is None:
+            self._handle = self.optimizer.register_step_post_hook(self._update_ended)
+
+    def close(self) -> None:
+        """Removes the hook of `watch_writes` from the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def _update_ended(self, *_: Any) -> None:
+        with torch.no_grad():
+            self._updated_weights = self._samples.gather()
+
     def forget(self) -> None:
         """Clears the state of the last step, after the weights were restored."""
+        self._updated_weights = None
+        self._write_sums: list[Tensor] = []
         self._last_weights: Tensor | None = None
         self._last_square: Tensor | None = None
         self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
@@ -111,7 +143,7 @@ class StepMeter:
         self._moments.forget()
         self._rounding.forget()
         self._moment_ratio.forget()
-        self._last_lr = 0.0
+        self._last_lr = self._last_nominal_lr = 0.0
 
     @torch.no_grad()
     def measure(
@@ -125,6 +157,7 @@ class StepMeter:
         scan_weights: bool = False,
         details: bool = False,
         also: Sequence[Tensor] = (),
+        clip_norm: float | None = None,
     ) -> StepStats:
         """Measures the current gradients, and the previous update from the change of the weights.
 
@@ -137,6 +170,7 @@ class StepMeter:
             scan_weights: whether to read all weights, not only the sample.
             details: whether to fill ``StepStats.details``.
             also: other one-dimensional tensors to copy to the host, into the attribute `also`.
+            clip_norm: norm to which the Trainer clips the gradients afterwards, or None.
         """
         grads = gradients_of(self.names, self.parameters)
         rows = [sampled_distribution(g) for g in grads.tensors] if details else []
@@ -159,6 +193,9 @@ class StepMeter:
             nominal_learning_rates=tuple(nominal_learning_rates),
             update_ratio=_ratio(read.updates),
             update_learning_rate=self._last_lr,
+            update_nominal_learning_rate=self._last_nominal_lr,
+            outside_writes=self._outside_writes(read.writes),
+            clip_norm=clip_norm,
             stuck_share=read.stuck[0] / read.stuck[1] if read.stuck and read.stuck[1] else None,
             moment_ratio=read.moments.ratio,
             moment_name=read.moments.name,
@@ -177,7 +214,13 @@ class StepMeter:
         if read.weight_norms:
             self._scanned = (step, read.weight_norms, read.peaks)
         self.expect(learning_rates)
+        self._last_nominal_lr = max(nominal_learning_rates, default=0.0)
         return stats
+
+    def _outside_writes(self, squares: Sequence[float]) -> tuple[tuple[str, float], ...]:
+        count = len(squares) // 2
+        rows = zip(self.names, squares[:count], squares[count:], strict=False)
+        return tuple((name, _root_ratio(moved, whole)) for name, moved, whole in rows if moved)
 
     def _moves(self, read: Reading) -> WeightMoves | None:
         if self._scanned is None or not read.extents:
@@ -240,6 +283,7 @@ class StepMeter:
                 "rows": rows,
                 "also": also,
                 "updates": self._update_sums(),
+                "writes": self._write_sums,
                 "extents": self._extents() if scan_weights else [],
                 "peaks": peaks,
                 "moments": self._moments.sums(),
@@ -252,6 +296,7 @@ class StepMeter:
             grad_norms=host["grads"],
             weight_norms=host["weights"],
             updates=host["updates"],
+            writes=host["writes"],
             peaks=host["peaks"],
             extents=host["extents"],
             moments=self._moments.judge(host["moments"]),
@@ -281,12 +326,20 @@ class StepMeter:
     def _update_sums(self) -> list[Tensor]:
         """Returns sampled squared norms of the last update and of the weights before it."""
         now, last = self._samples.gather(), self._last_weights
+        updated, self._updated_weights = self._updated_weights, None
+        self._write_sums = [] if updated is None else [self._writes(updated, now)]
         before = self._last_square
+        moved_to = now if updated is None else updated
         squares = self._samples.square_sums(
-            now[None] if last is None else torch.stack((now, now - last))
+            now[None] if last is None else torch.stack((now, moved_to - last))
         )
         self._last_weights, self._last_square = now, squares[:1]
         return [] if before is None else [squares[1:], before]
+
+    def _writes(self, updated: Tensor, now: Tensor) -> Tensor:
+        """Returns squared norms of what changed after the update, then of the updated weights."""
+        moved = self._samples.tensor_square_sums(now - updated)
+        return torch.cat([moved, self._samples.tensor_square_sums(updated)])
 
     def _extents(self) -> list[Tensor]:
         """Returns the moves of the weights since the last scan; call it after `_update_sums`."""
@@ -298,6 +351,10 @@ class StepMeter:
 
 def _ratio(squares: Sequence[float]) -> float | None:
     return math.sqrt(squares[0] / squares[1]) if squares and squares[1] > 0 else None
+
+
+def _root_ratio(moved: float, whole: float) -> float:
+    return math.sqrt(moved / whole) if whole > 0 else math.inf
 
 
 def _scalar(value: Tensor | None) -> list[Tensor]:

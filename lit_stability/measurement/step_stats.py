@@ -85,6 +85,13 @@ class StepStats:
     """Norm of the *previous* update over that of the weights, from the sample; None if unknown."""
     update_learning_rate: float = 0.0
     """Largest effective learning rate of that previous update."""
+    update_nominal_learning_rate: float = 0.0
+    """Largest learning rate that a scheduler set for that update, without our own cuts."""
+    outside_writes: tuple[tuple[str, float], ...] = ()
+    """Parameters whose sample changed after the previous update ended, and by what share of their
+    norm; only while the meter watches for such writes."""
+    clip_norm: float | None = None
+    """Norm to which the Trainer clips the gradients of this step; None if it does not."""
     stuck_share: float | None = None
     """Share, in [0, 1], of sampled 16-bit weights that have not changed in ten updates, among those
     whose gradient kept its sign; only with 16-bit weights, and on one step in ten."""

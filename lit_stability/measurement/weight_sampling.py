@@ -113,6 +113,11 @@ class WeightSampler:
         sums = [rows.sum(1) for rows in self._rows(flat)]
         return torch.cat(sums) if len(sums) > 1 else sums[0]
 
+    def tensor_square_sums(self, flat: Tensor) -> Tensor:
+        """Estimates the squared norm of each tensor, shape ``(tensors,)``, in their order."""
+        sums = self.sums(flat.square()) * self._scales
+        return sums[self.positions_on_device]
+
     def extents(self, flat: Tensor) -> Tensor:
         """Returns norms without the largest element, and the two largest absolute values.
 

@@ -20,6 +20,11 @@ class SkipStep:
 
 
 @dataclass(frozen=True)
+class ClipStep:
+    """Clips the gradients to their usual norm and takes the step."""
+
+
+@dataclass(frozen=True)
 class HoldLearningRate:
     """Scales the learning rate of each group down until its schedule falls; accepts the step."""
 
@@ -74,6 +79,7 @@ class Stop:
 Response: TypeAlias = (
     RetryStep
     | SkipStep
+    | ClipStep
     | HoldLearningRate
     | RollBack
     | LowerPrecision
@@ -94,6 +100,8 @@ def describe(response: Response) -> str:
             return "step retried"
         case SkipStep():
             return "step skipped"
+        case ClipStep():
+            return "gradients clipped"
         case HoldLearningRate(factors):
             return f"learning rate held, x{min(factors):.3g}"
         case RollBack(lr, clip, replay, skip_suspect, older):

@@ -3,6 +3,8 @@
 Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 
     bad batch, state intact ......... retry the step; if the anomaly recurs, skip the batch
+    large but finite gradient ....... retry the step; if it recurs, clip it to the usual norm,
+                                      and so the rest of the burst
     learning rate jumped ............ hold it at its last accepted value
     weights or moments damaged ...... roll back and replay; if the damage recurs, skip the suspected
                                       batch; then use an older snapshot; then as below
@@ -23,6 +25,7 @@ from typing import Any
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import RecommendedAction
 from lit_stability.policies.actions import (
+    ClipStep,
     HoldLearningRate,
     Response,
     RetryStep,
@@ -32,6 +35,8 @@ from lit_stability.policies.actions import (
 )
 from lit_stability.policies.reproducibility import ReproducibilityCheck, Verdict
 
+_BURST = 5
+"""Steps after a clipped one in which another large gradient is clipped without a retry."""
 _LARGEST_CUT = 1e3
 """Largest divisor of the learning rate in one rollback."""
 
@@ -101,6 +106,8 @@ class EscalationPolicy:
         """Check of the steps replayed since a snapshot."""
         self.retried = ReproducibilityCheck(slack=0)
         """Check of a single retried step."""
+        self._clipped: int | None = None
+        """The last step that was clipped."""
         self.lowered: tuple[int, float] | None = None
         """Step and value of the anomaly for which the learning rate, as its cause, was lowered;
         None once that step is healthy."""
@@ -137,6 +144,7 @@ class EscalationPolicy:
         replay: bool = False,
         older: bool = False,
         adjusted: bool = False,
+        clippable: bool = False,
         recommended_action: RecommendedAction = "usual",
         cause: str = "",
     ) -> Response:
@@ -152,6 +160,7 @@ class EscalationPolicy:
             older: whether there is a snapshot before the newest confirmed one.
             adjusted: whether a setting that may be the cause was changed, such as the precision:
                 earlier recurrences then no longer count.
+            clippable: whether the gradients are still there to be clipped.
             recommended_action: what the likely cause recommends; see `lit_stability.diagnosis`.
             cause: name of the likely cause, for the reason of a stop.
         """
@@ -167,12 +176,17 @@ class EscalationPolicy:
             return HoldLearningRate(anomaly.hold)
         if (
             recommended_action == "lower"
+            and anomaly.kind != "gradient spike"
             and not self._lowered_in_vain(anomaly)
             and self._spend("rollbacks")
         ):
             self.reproducibility.end()
             self.lowered = anomaly.step, anomaly.value
             return self._lower(excess, replay)
+        if clippable and self.clips(anomaly, damaged=damaged, replay=replay):
+            self.retried.end()
+            self._skips_in_a_row, self._clipped = 0, anomaly.step
+            return ClipStep()
         streak_is_over = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not streak_is_over and self._spend("skips"):
             return self._reject_step(anomaly.step, replay)
@@ -183,6 +197,17 @@ class EscalationPolicy:
         return Stop(
             f"{anomaly.kind} recurred after {self.budget.rollbacks} rollbacks ({anomaly.message})"
         )
+
+    def clips(self, anomaly: Anomaly, *, damaged: bool = False, replay: bool) -> bool:
+        """Returns whether the response to an anomaly is to clip: it is free, and harms nobody.
+
+        A large gradient is no fault while loss and weights come to no harm. If they do, another
+        detector flags it.
+        """
+        if anomaly.kind != "gradient spike" or damaged:
+            return False
+        goes_on = self._clipped is not None and abs(anomaly.step - self._clipped) <= _BURST
+        return goes_on or not replay or self.retried.returns(anomaly.step)
 
     def _reject_step(self, step: int, replay: bool) -> Response:
         if replay and not self.retried.returns(step):

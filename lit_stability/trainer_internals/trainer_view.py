@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -39,6 +41,21 @@ def is_compiled(pl_module: LightningModule) -> bool:
 def tear_down(trainer: Trainer) -> None:
     """Tears down a failed fit, if a callback that raised prevented the trainer from doing so."""
     trainer._teardown()
+
+
+def clip_norm(trainer: Trainer) -> float | None:
+    """Returns the norm to which Lightning clips the gradients before each update, or None.
+
+    None also where the module clips by itself, in `configure_gradient_clipping` or in manual
+    optimization: what it does is not known.
+    """
+    module = trainer.lightning_module
+    if not module.automatic_optimization or not trainer.gradient_clip_val:
+        return None
+    if is_overridden("configure_gradient_clipping", module):
+        return None
+    by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+    return None if by_value else float(trainer.gradient_clip_val)
 
 
 def log_every(trainer: Trainer) -> int:

@@ -711,3 +711,97 @@ def test_two_warnings_about_the_same_step_are_reported_one_after_the_other():
             reported.append((anomaly.step, anomaly.kind))
         detectors.learn(stats(step))
     assert reported == [(3, "first"), (4, "second")]
+
+
+def flags(detector, norms, clip=None):
+    """Indices of the spikes, of which each is taken, clipped, as `AutoRollback` does."""
+    found = []
+    for i, norm in enumerate(norms):
+        stats = StepStats(step=i, loss=1.0, grad_norm=norm, clip_norm=clip)
+        if detector.check(stats) is not None:
+            found.append(i)
+        detector.update(stats)
+    return found
+
+
+def periodic(period, factor, steps=400):
+    return [factor if i >= 50 and i % period == 0 else 1.0 for i in range(steps)]
+
+
+@pytest.mark.parametrize(("period", "factor"), [(37, 30.0), (50, 300.0), (101, 1e4)])
+def test_spikes_that_come_again_and_again_are_flagged_twice(period, factor):
+    norms = periodic(period, factor)
+    assert flags(Spike(), norms) == [i for i, norm in enumerate(norms) if norm > 1][:2]
+
+
+def test_burst_of_spikes_is_one_occurrence():
+    norms = [1e3 if i in range(60, 65) or i in range(100, 105) else 1.0 for i in range(150)]
+    assert flags(Spike(), norms) == [*range(60, 65), *range(100, 105)]
+
+
+def test_spike_beyond_the_known_ones_is_flagged():
+    norms = periodic(50, 30.0)
+    norms[333] = 1e4
+    assert flags(Spike(), norms) == [50, 100, 333]
+
+
+def test_transient_spike_is_not_remembered():
+    detector = Spike()
+    for i in range(300):
+        for norm in (100.0, 1.0) if i > 50 and i % 40 == 0 else (1.0,):  # a retry is ordinary
+            stats = StepStats(step=i, loss=1.0, grad_norm=norm)
+            flagged_now = detector.check(stats) is not None
+            assert flagged_now == (norm > 1)
+            if not flagged_now:
+                detector.update(stats)
+
+
+@pytest.mark.parametrize(("clip", "found"), [(None, [80]), (100.0, [80]), (1.0, [])])
+def test_spike_that_the_trainer_clips_away_is_none(clip, found):
+    norms = [1.0] * 80 + [500.0] + [1.0] * 20
+    assert flags(Spike(), norms, clip) == found
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ([1.0] * 30 + [0.0] * 300 + [1.2e-7] * 50, []),
+        ([0.0] * 100 + [1.2e-7] * 50, []),
+        ([1.0] * 30 + [0.0] * 300 + [5e-4] * 50, []),
+        ([1.0] * 30 + [0.0] * 300 + [0.1] * 11, [339]),
+        ([1e6] * 30 + [0.0] * 300 + [100.0] * 50, []),
+        ([2.0 - 0.02 * i for i in range(100)] + [1e-7] * 200 + [1.0] * 10, [309]),
+    ],
+)
+def test_loss_may_leave_zero_by_a_little(losses, found):
+    steps = [StepStats(step=i, loss=x, grad_norm=1.0) for i, x in enumerate(losses)]
+    detector = Divergence()
+    assert [s.step for s in steps if flagged(detector, s)] == found
+
+
+def test_loss_that_jumps_and_stays_is_accepted_when_it_comes_back():
+    detector = Divergence()
+
+    def fit(start, losses, moved=0.01):
+        for i, loss in enumerate(losses, start):
+            stats = StepStats(step=i, loss=loss, grad_norm=1.0, update_ratio=moved)
+            if flagged(detector, stats):
+                return i
+        return None
+
+    level = [1.0] * 40 + [30.0] * 40
+    assert fit(0, level) == 49
+    assert fit(30, level[30:]) is None
+    assert detector.regimes == 1
+
+
+def test_loss_that_the_weights_drive_up_is_flagged_again():
+    detector = Divergence()
+    losses = [1.0] * 40 + [5.0 * 1.3**i for i in range(30)]
+    for _ in range(3):
+        for i, loss in enumerate(losses[20:], 20):
+            stats = StepStats(step=i, loss=loss, grad_norm=1.0, update_ratio=0.01)
+            if flagged(detector, stats):
+                break
+        assert i == 49
+    assert detector.regimes == 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lit_stability.detectors import Anomaly
 from lit_stability.policies.actions import (
     AcceptNewRegime,
+    ClipStep,
     HoldLearningRate,
     RetryStep,
     RollBack,
@@ -22,7 +23,7 @@ from lit_stability.policies.actions import (
 from lit_stability.policies.escalation import Budget, EscalationPolicy
 
 
-def anomaly(kind="gradient spike", state_corrupted=False, step=0, value=9.0):
+def anomaly(kind="loss spike", state_corrupted=False, step=0, value=9.0):
     hold = (0.1, 0.2) if kind == "learning-rate jump" else ()
     return Anomaly(
         kind=kind,
@@ -306,7 +307,7 @@ def test_lowering_by_cause_is_sized_by_evidence_and_ends_with_the_budget():
 def test_learning_rate_is_lowered_no_further_where_that_has_led_to_the_same():
     """Half the rate and the same spike at the same step: the rate is not what makes it."""
     escalation = EscalationPolicy()
-    spike = anomaly("gradient spike", step=60, value=50.0)
+    spike = anomaly("loss spike", step=60, value=50.0)
     assert escalation.respond(spike, replay=True, recommended_action="lower") == RollBack(
         0.5, 0.5, replay=True
     )
@@ -320,7 +321,7 @@ def test_learning_rate_is_lowered_no_further_where_that_has_led_to_the_same():
 @pytest.mark.parametrize(("step", "value"), [(60, 20.0), (55, 50.0), (61, 50.0)])
 def test_learning_rate_is_lowered_further_where_that_has_made_a_difference(step, value):
     escalation = EscalationPolicy()
-    spike = anomaly("gradient spike", step=60, value=50.0)
+    spike = anomaly("loss spike", step=60, value=50.0)
     escalation.respond(spike, replay=True, recommended_action="lower")
     for taken in range(40, step):
         escalation.healthy(taken)
@@ -332,7 +333,7 @@ def test_learning_rate_is_lowered_further_where_that_has_made_a_difference(step,
 
 def test_what_was_tried_on_a_change_of_regime_is_forgotten_and_what_it_cost_is_not():
     escalation = EscalationPolicy()
-    escalation.respond(anomaly("gradient spike", step=60, value=50.0), recommended_action="lower")
+    escalation.respond(anomaly("loss spike", step=60, value=50.0), recommended_action="lower")
     left = escalation.left
     escalation.regime_change()
     assert (
@@ -446,3 +447,45 @@ def test_left_is_a_copy():
     escalation = EscalationPolicy()
     escalation.left["skips"] = 0
     assert drive(escalation, [BAD_BATCH]) == [SKIP]
+
+
+CLIPPED = ClipStep()
+
+
+@pytest.mark.parametrize(
+    ("steps", "replay", "responses"),
+    [
+        ([10], True, [RetryStep()]),
+        ([10, 10], True, [RetryStep(), CLIPPED]),
+        # The rest of the burst is clipped without another retry, a later spike is not.
+        ([10, 10, 11, 12, 40], True, [RetryStep(), CLIPPED, CLIPPED, CLIPPED, RetryStep()]),
+        ([10, 11, 40], False, [CLIPPED, CLIPPED, CLIPPED]),
+    ],
+)
+def test_large_gradient_is_clipped_if_it_recurs_and_costs_no_budget(steps, replay, responses):
+    escalation = EscalationPolicy()
+    spikes = [anomaly("gradient spike", step=step) for step in steps]
+    assert [
+        escalation.respond(spike, replay=replay, clippable=True) for spike in spikes
+    ] == responses
+    assert escalation.left["rollbacks"] == Budget().rollbacks
+
+
+def test_endless_large_gradients_never_end_in_a_rollback_or_a_stop():
+    escalation = EscalationPolicy()
+    for step in range(1000):
+        spike = anomaly("gradient spike", step=step, value=1e9)
+        for recommended in ("usual", "lower"):
+            assert isinstance(
+                escalation.respond(
+                    spike, replay=True, clippable=True, recommended_action=recommended
+                ),
+                RetryStep | ClipStep,
+            )
+
+
+def test_large_gradient_in_damaged_state_is_rolled_back():
+    response = EscalationPolicy().respond(
+        anomaly("gradient spike", step=3), state_corrupted=True, replay=True, clippable=True
+    )
+    assert isinstance(response, RollBack)

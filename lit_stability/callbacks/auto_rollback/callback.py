@@ -166,6 +166,12 @@ class AutoRollback(StabilityCallback):
         """Looks for the bad batch while an accumulation window is retried."""
         self._running.backward_ended()
 
+    def on_step_measured(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Remembers the measurement of the step that is judged next."""
+        self._running.measured(stats)
+
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
@@ -181,8 +187,8 @@ class AutoRollback(StabilityCallback):
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
-        """Skips a step that one rank rejects; the response is chosen when all ranks have voted."""
-        self._running.skip(anomaly.optimizer)
+        """Skips or clips a step that one rank rejects, until all ranks have voted on it."""
+        self._running.object_alone(anomaly)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Chooses the response, and does the part of it that must come before the update."""

@@ -8,17 +8,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import LBFGS
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.requirements import gather_of
+from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import (
+    ClipStep,
     HoldLearningRate,
     Response,
     RetryStep,
@@ -71,6 +74,10 @@ class ResponseExecutor:
         """The response to carry out at the end of the batch."""
         self._checked: Incident | None = None
         """The incident for which steps were retried last; whether it recurs is its verdict."""
+        self._stats: StepStats | None = None
+        """Measurement of the current step."""
+        self._voted: Literal["clipped", "skipped", ""] = ""
+        """What was done to the current step before all ranks had voted on it."""
         self._relax_from = 0
         """Step of the anomaly last rolled back for: replayed steps before it relax nothing."""
         self._drop_foreign_holds()
@@ -124,6 +131,26 @@ class ResponseExecutor:
     def skip(self, optimizer: int) -> None:
         """Skips the step that an optimizer is about to take."""
         self._engine.skip_step(self._trainer.optimizers[optimizer])
+
+    def measured(self, stats: StepStats) -> None:
+        """Remembers the measurement of the step that is judged next."""
+        self._stats = stats
+
+    def object_alone(self, anomaly: Anomaly) -> None:
+        """Skips a step that this rank objects to, or clips it if that will be the response."""
+        if self._pending is None and self._escalation.clips(anomaly, replay=self._engine.replay):
+            self._voted = "clipped"
+            self._clip(anomaly)
+        else:
+            self._voted = "skipped"
+            self.skip(anomaly.optimizer)
+
+    def _clip(self, anomaly: Anomaly) -> None:
+        """Clips the current gradients to the usual norm."""
+        assert self._stats is not None
+        assert anomaly.baseline is not None
+        clip_step(self._trainer.optimizers[anomaly.optimizer], self._stats, anomaly.baseline)
+        self._engine.stepped = True
 
     def accept(self, stats: StepStats) -> None:
         """Counts a healthy step; clips it if the clip is tightened; relaxes what was tightened."""
@@ -181,6 +208,10 @@ class ResponseExecutor:
             self.apply_learning_rates()
             self._engine.stepped = True
             return
+        if isinstance(response, ClipStep):
+            if not self._voted:
+                self._clip(incident.anomaly)
+            return
         self._pending = (response, incident)
         self.skip(incident.anomaly.optimizer)
 
@@ -204,9 +235,16 @@ class ResponseExecutor:
             replay=replay,
             older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
+            clippable=self._is_clippable(anomaly),
             recommended_action=incident.recommended_action,
             cause=incident.cause,
         )
+
+    def _is_clippable(self, anomaly: Anomaly) -> bool:
+        """Whether the gradients can be clipped now, or have been."""
+        if isinstance(self._trainer.optimizers[anomaly.optimizer], LBFGS):
+            return False  # its closure computes them again
+        return self._voted != "skipped" and anomaly.baseline is not None
 
     def _is_corrupted(self, incident: Incident) -> bool:
         """Whether a weight moved further since the snapshot than training can have moved it."""
@@ -233,6 +271,7 @@ class ResponseExecutor:
             self.apply_learning_rates()
         elif self._engine.stepped:
             self._finder.end()
+        self._voted = ""
         self._engine.batch_ended()
 
     def _carry_out(self, response: Response, incident: Incident) -> None:

@@ -24,13 +24,20 @@ from lit_stability.callbacks.gradient_monitor.validation import (
     require_watchable,
 )
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
-from lit_stability.detectors import Anomaly, Detector, DetectorSet, disagreement, with_damage
+from lit_stability.detectors import (
+    Anomaly,
+    Detector,
+    DetectorSet,
+    RegimeChange,
+    disagreement,
+    with_damage,
+)
 from lit_stability.detectors.anomaly import require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.step_history import StepHistory
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.policies.actions import AcceptNewRegime
+from lit_stability.policies.actions import AcceptNewRegime, ClipStep
 from lit_stability.trainer_internals import callbacks_of, log_every, ranks_of, reshard, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
@@ -159,6 +166,8 @@ class GradientMonitor(StabilityCallback):
         )
         self._detectors.load_state_dict(self._restored)
         self._restored = {}
+        if self._detectors.knows_writes:
+            self._measurer.watch_writes()
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
         self._pending = None
 
@@ -188,8 +197,9 @@ class GradientMonitor(StabilityCallback):
         if stats.details:
             self.details.append(stats)
         anomaly, shared = self._detectors.verdict(stats, voting=self._consensus.votes)
-        if self._detectors.regime_change:
-            stats = self._accept_regime(trainer, pl_module, stats)
+        if self._detectors.regime_change is not None:
+            change = self._detectors.regime_change
+            stats = self._accept_regime(trainer, pl_module, stats, change)
         decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
         self._reporter.history.judged(stats, optimizer)
@@ -201,15 +211,22 @@ class GradientMonitor(StabilityCallback):
         if anomaly is None or anomaly.warn_only:
             self._accept(trainer, pl_module, stats)
             self._learn(trainer, pl_module, stats)
+        elif self.current is not None and isinstance(self.current.response, ClipStep):
+            self._reporter.accepted(stats)
+            self._detectors.learn(stats)
 
     def _accept_regime(
-        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stats: StepStats,
+        change: RegimeChange,
     ) -> StepStats:
         if self.current is not None:
             first, occurrences = self.current.first.step, self.current.occurrences
+            stays = f"it stays: {occurrences} rejections in a row from step {first} on"
             self.current.note(
-                "change of regime",
-                f"it stays: {occurrences} rejections in a row from step {first} on",
+                change.cause, stays if change.cause == "change of regime" else change.what
             )
             if self.current.responses:
                 self.current.adjust(AcceptNewRegime())
@@ -268,12 +285,16 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
     ) -> Anomaly:
         """Open an incident, or add to the open one; on all ranks or none."""
+        assert self._measurer is not None
         meter = self._meters[stats.optimizer]
         anomaly = with_damage(anomaly, *self._consensus.audit(*meter.audit()))
         opening = self.current is None
+        if anomaly.state_corrupted:
+            self._detectors.rolled_back_for(anomaly)
+            self._measurer.watch_writes()
         incident = self._tracker.recur(trainer, anomaly)
         incident.stats = stats
-        incident.recorded_step = None if self._measurer is None else self._measurer.recorded_step
+        incident.recorded_step = self._measurer.recorded_step
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_multiplier(trainer.optimizers[stats.optimizer])
         meter.expect(scale.effective())
@@ -321,6 +342,8 @@ class GradientMonitor(StabilityCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Releases the parameters and the process group."""
+        if self._measurer is not None:
+            self._measurer.close()
         self._measurer = None
         self._consensus.close()
 

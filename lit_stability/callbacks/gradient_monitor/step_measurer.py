@@ -19,6 +19,7 @@ from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_r
 from lit_stability.trainer_internals import (
     RecordedStep,
     callbacks_of,
+    clip_norm,
     ends_window,
     loss_scale_on_device,
     loss_scaler,
@@ -67,8 +68,18 @@ class StepMeasurer:
         for index, optimizer in enumerate(trainer.optimizers):
             count = self.meters[index].count
             self.meters[index].forget()
-            self.meters[index] = self._make(index, optimizer)
+            self.meters[index] = self._replaced(index, optimizer)
             self.meters[index].count = count
+
+    def watch_writes(self) -> None:
+        """Measures writes to the weights outside of optimizer steps from now on."""
+        for meter in self.meters.values():
+            meter.watch_writes()
+
+    def close(self) -> None:
+        """Removes the hooks from the optimizers."""
+        for meter in self.meters.values():
+            meter.close()
 
     def batch_started(self, batch: Any, batch_idx: int) -> None:
         """Records the batch that the next measurement belongs to."""
@@ -136,6 +147,7 @@ class StepMeasurer:
             scan_weights=scan or self._is_due(meter, self._scan_every),
             details=self._is_due(meter, self._details_every),
             also=[each.numbers for each in answers if isinstance(each, DeviceReadings)],
+            clip_norm=clip_norm(trainer),
         )
         readings = self._readings(answers, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
@@ -157,8 +169,16 @@ class StepMeasurer:
 
     def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:
         if self.meters[index].stale:
-            self.meters[index] = self._make(index, optimizer)
+            self.meters[index] = self._replaced(index, optimizer)
         return self.meters[index]
+
+    def _replaced(self, index: int, optimizer: Optimizer) -> StepMeter:
+        """Returns a new meter that watches what the present one watches."""
+        old, new = self.meters[index], self._make(index, optimizer)
+        if old.watches_writes:
+            old.close()
+            new.watch_writes()
+        return new
 
     def _make(self, index: int, optimizer: Optimizer) -> StepMeter:
         named = self._module.named_parameters()

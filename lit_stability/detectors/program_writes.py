@@ -1,0 +1,103 @@
+"""Tells weights that the program itself writes from weights that were damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_stability.detectors.anomaly import Anomaly
+from lit_stability.measurement.step_stats import StepStats
+
+_LARGE = 0.05
+"""Smallest write that is questioned, as a share of the norm of the tensor."""
+_REACH = 2
+"""Steps after a write within which trouble is put down to it."""
+_ROUTINE = 10
+"""A write that comes again within so many steps is routine and explains no sudden trouble."""
+
+
+class ProgramWrites:
+    """Learns which weights the program writes outside of the optimizer's step.
+
+    Programs restart dead codes, reset a layer, project rows or prune on purpose. Damage from
+    outside (faulty memory, a stray write) does not come again when the same steps are run again,
+    such code does. So a large write is questioned once: it asks for a rollback. A write that is
+    seen while those steps run again is the program's, and its tensor is accepted from then on; so
+    is one that is questioned a second time, where nothing runs steps again.
+    What an accepted write causes, a loss or a gradient far above the window, is no fault either:
+    the detectors learn again, unless such writes are routine.
+
+    >>> writes = ProgramWrites()
+    >>> reset = StepStats(step=100, loss=1.0, grad_norm=1.0, outside_writes=(("head.weight", 1.2),))
+    >>> writes.check(reset).message
+    'head.weight changed by 1.2 of its norm outside of the optimizer step'
+    >>> writes.rolled_back_for(100); writes.check(reset), writes.newly_accepted
+    (None, ('head.weight',))
+    """
+
+    def __init__(self) -> None:
+        self.accepted: set[str] = set()
+        """Parameters that the program writes."""
+        self.newly_accepted: tuple[str, ...] = ()
+        """Those of them that the last `check` has accepted."""
+        self._runs_again_until = -1
+        """Step up to which steps are run again, after state was found damaged."""
+        self._questioned: dict[str, int] = {}
+        """Parameter -> step of a write that was questioned."""
+        self._writes: list[int] = []
+        """Steps of the last two writes to accepted parameters."""
+
+    def rolled_back_for(self, step: int) -> None:
+        """Records that the state was found damaged at this step, so the steps before run again."""
+        self._runs_again_until = step
+
+    def check(self, stats: StepStats) -> Anomaly | None:
+        """Returns an anomaly if a weight was written that the program is not known to write."""
+        written = dict(stats.outside_writes)
+        unknown = {name: share for name, share in written.items() if name not in self.accepted}
+        runs_again = stats.step <= self._runs_again_until
+        self.newly_accepted = tuple(n for n in unknown if runs_again or n in self._questioned)
+        self.accepted.update(self.newly_accepted)
+        unknown = {n: share for n, share in unknown.items() if n not in self.accepted}
+        # What does not come again was damage, however often it hits this parameter.
+        passed = [n for n, step in self._questioned.items() if step == stats.step]
+        for each in passed:
+            del self._questioned[each]
+        if written and not unknown and stats.step not in self._writes:
+            self._writes = [*self._writes[-1:], stats.step]
+        name = max(unknown, key=unknown.__getitem__, default=None)
+        if name is None or not unknown[name] > _LARGE:
+            return None
+        self._questioned |= dict.fromkeys(unknown, stats.step)
+        return Anomaly(
+            kind="weight corruption",
+            step=stats.step,
+            value=unknown[name],
+            signal="outside_writes",
+            threshold=_LARGE,
+            optimizer=stats.optimizer,
+            state_corrupted=True,
+            since=max(0, stats.step - 1),
+            layers=tuple(unknown.items())[:5],
+            message=f"{name} changed by {unknown[name]:.2g} of its norm outside of the optimizer "
+            "step",
+        )
+
+    def explains(self, anomaly: Anomaly) -> bool:
+        """Returns whether an anomaly follows from an accepted write, and so is no fault."""
+        if anomaly.kind == "weight corruption":
+            return bool(anomaly.layers) and all(name in self.accepted for name, _ in anomaly.layers)
+        if anomaly.kind not in ("gradient spike", "loss spike", "divergence") or not self._writes:
+            return False
+        last = self._writes[-1]
+        if len(self._writes) > 1 and last - self._writes[0] <= _ROUTINE:
+            return False
+        return last <= anomaly.step and anomaly.suspect <= last + _REACH
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the names of the accepted parameters."""
+        return {"accepted": sorted(self.accepted)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Adds the accepted parameters of a state; no restore takes any back."""
+        self.accepted |= set(state["accepted"])

@@ -1,0 +1,75 @@
+"""Writes of the program are told from damage by whether they come again."""
+
+import pytest
+
+from lit_stability.detectors import DetectorSet, Divergence, Spike
+from lit_stability.detectors.program_writes import ProgramWrites
+from lit_stability.measurement.step_stats import StepStats
+
+
+def stats(step, *names, share=1.0, loss=1.0, norm=1.0):
+    writes = tuple((name, share) for name in names)
+    return StepStats(step=step, loss=loss, grad_norm=norm, outside_writes=writes)
+
+
+def test_write_that_comes_again_is_accepted_and_damage_is_not():
+    writes = ProgramWrites()
+    assert writes.check(stats(10, "w")).state_corrupted
+    writes.rolled_back_for(10)
+    assert writes.check(stats(10)) is None  # it did not come again
+    assert writes.check(stats(20, "w")) is not None
+    writes.rolled_back_for(20)
+    assert writes.check(stats(20, "w")) is None
+    assert writes.accepted == {"w"}
+    assert writes.check(stats(30, "w")) is None
+
+
+def test_write_is_accepted_the_second_time_where_no_step_runs_again():
+    writes = ProgramWrites()
+    found = [writes.check(stats(step, *names)) for step, names in ((5, "w"), (6, ""), (9, "w"))]
+    assert [anomaly is not None for anomaly in found] == [True, False, False]
+
+
+def test_small_writes_are_not_questioned():
+    assert ProgramWrites().check(stats(10, "w", share=0.01)) is None
+
+
+def test_accepted_write_of_one_parameter_does_not_excuse_another():
+    writes = ProgramWrites()
+    writes.load_state_dict({"accepted": ["w"]})
+    assert writes.check(stats(3, "w", "v")).layers == (("v", 1.0),)
+
+
+def detectors(accepted=("w",)):
+    found = DetectorSet([Spike(), Divergence()], [0], lambda line: None)
+    found.load_state_dict({"0": [["ProgramWrites", {"accepted": list(accepted)}]]})
+    for i in range(40):
+        found.verdict(stats(i), voting=False)
+        found.learn(stats(i))
+    return found
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_spike_right_after_an_accepted_write_is_accepted(after):
+    found = detectors()
+    if after:
+        found.verdict(stats(40, "w"), voting=False)
+    anomaly, _ = found.verdict(stats(40 + after, *("w",) * (not after), norm=100.0), voting=False)
+    assert anomaly is None
+    assert found.regime_change.cause == "weights written by the program"
+
+
+def test_spike_is_flagged_where_the_program_writes_all_the_time():
+    found = detectors()
+    for i in range(40, 50):
+        found.verdict(stats(i, "w"), voting=False)
+        found.learn(stats(i, "w"))
+    assert found.verdict(stats(50, "w", norm=100.0), voting=False)[0].kind == "gradient spike"
+
+
+def test_accepted_parameters_stay_accepted_when_an_older_state_is_restored():
+    writes = ProgramWrites()
+    before = writes.state_dict()
+    writes.load_state_dict({"accepted": ["w"]})
+    writes.load_state_dict(before)
+    assert writes.accepted == {"w"}
