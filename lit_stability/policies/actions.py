@@ -13,10 +13,16 @@ from typing import TypeAlias
 class RetryStep:
     """Rejects the update and runs the same step again, before anything is blamed."""
 
+    new_random_numbers: bool = False
+    """Whether the step draws other random numbers this time."""
+
 
 @dataclass(frozen=True)
 class SkipStep:
     """Rejects the update and skips the batch: the state is as if the batch had not been drawn."""
+
+    new_random_numbers: bool = False
+    """Whether the next batch draws other random numbers than the skipped one."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ def describe(response: Response) -> str:
     'rolled back, learning rate x0.5, clip x0.5'
     """
     match response:
-        case RetryStep():
-            return "step retried"
+        case RetryStep(new):
+            return "step retried" + " with new random numbers" * new
         case SkipStep():
             return "step skipped"
         case ClipStep():

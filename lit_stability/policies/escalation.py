@@ -2,7 +2,8 @@
 
 Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 
-    bad batch, state intact ......... retry the step; if the anomaly recurs, skip the batch
+    bad batch, state intact ......... retry the step; if the anomaly recurs, skip the batch; if
+                                      the next batch fails too, retry with new random numbers
     large but finite gradient ....... retry the step; if it recurs, clip it to the usual norm,
                                       and so the rest of the burst
     learning rate jumped ............ hold it at its last accepted value
@@ -106,6 +107,8 @@ class EscalationPolicy:
         """Check of the steps replayed since a snapshot."""
         self.retried = ReproducibilityCheck(slack=0)
         """Check of a single retried step."""
+        self._skipped: int | None = None
+        """The last step at which a batch was skipped."""
         self._clipped: int | None = None
         """The last step that was clipped."""
         self.lowered: tuple[int, float] | None = None
@@ -210,12 +213,15 @@ class EscalationPolicy:
         return goes_on or not replay or self.retried.returns(anomaly.step)
 
     def _reject_step(self, step: int, replay: bool) -> Response:
+        # A batch was skipped at this step and the next one fails too, with the same random numbers.
+        draw_is_suspect = step == self._skipped
         if replay and not self.retried.returns(step):
             self.retried.begin(step)
-            return RetryStep()
+            return RetryStep(draw_is_suspect)
         self.retried.end()
         self._skips_in_a_row += 1
-        return SkipStep()
+        self._skipped = step
+        return SkipStep(draw_is_suspect and not replay)
 
     def _replay(self, anomaly: Anomaly, excess: float, older: bool) -> RollBack:
         from_training = anomaly.kind in ("divergence", "update spike")

@@ -23,7 +23,7 @@ from lit_stability.trainer_internals.data_fetcher import (
     observe,
     stop_observing,
 )
-from lit_stability.training_state.rng import capture_rng, restore_rng
+from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
 
 
 @dataclass(eq=False)
@@ -120,6 +120,15 @@ class ReplayRing:
                 entry.rng = None
             queued.append(entry)
         self.queue.extendleft(reversed(queued))
+
+    def draw_anew(self, step: int, salt: int) -> None:
+        """Has the queued batches of a step draw other random numbers than before."""
+        first = True
+        for entry in self.queue:
+            if entry.step != step:
+                continue
+            entry.rng = fresh_rng(entry.rng or capture_rng(), salt) if first else None
+            first = False
 
     def check_modified(self) -> None:
         """Checks whether the training step modified the last served batch in place."""

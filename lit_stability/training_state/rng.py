@@ -72,6 +72,33 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def fresh_rng(state: Mapping[str, Any], salt: int = 0) -> dict[str, Any]:
+    """Returns states unrelated to the given ones, which are the same each time.
+
+    Args:
+        state: as `capture_rng` returned it.
+        salt: another number gives other states.
+
+    >>> state = capture_rng()
+    >>> restore_rng(fresh_rng(state)); first = torch.rand(1)
+    >>> restore_rng(state); bool(first == torch.rand(1))
+    False
+    """
+    generator = torch.Generator()
+    generator.set_state(state["torch"])
+    drawn = torch.randint(2**31, (2,), generator=generator).tolist()
+    seed = hash((*drawn, salt)) % 2**32
+    return {
+        "python": random.Random(seed).getstate(),
+        "numpy": np.random.RandomState(seed).get_state(),
+        "torch": generator.manual_seed(seed).get_state(),
+        "cuda": [
+            torch.Generator(torch.device("cuda", i)).manual_seed(seed).get_state()
+            for i in range(len(state["cuda"]))
+        ],
+    }
+
+
 def pack_rng(state: Mapping[str, Any]) -> dict[str, Any]:
     """Converts states from `capture_rng` into tensors and plain numbers.
 
@@ -117,4 +144,4 @@ def same_rng(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     )
 
 
-__all__ = ["capture_rng", "pack_rng", "restore_rng", "same_rng", "unpack_rng"]
+__all__ = ["capture_rng", "fresh_rng", "pack_rng", "restore_rng", "same_rng", "unpack_rng"]

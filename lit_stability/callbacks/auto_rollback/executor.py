@@ -78,6 +78,8 @@ class ResponseExecutor:
         """Measurement of the current step."""
         self._voted: Literal["clipped", "skipped", ""] = ""
         """What was done to the current step before all ranks had voted on it."""
+        self._redrawn: Incident | None = None
+        """The incident whose step is retried with new random numbers."""
         self._relax_from = 0
         """Step of the anomaly last rolled back for: replayed steps before it relax nothing."""
         self._drop_foreign_holds()
@@ -159,6 +161,7 @@ class ResponseExecutor:
             self.skip(stats.optimizer)
             return
         self._engine.healthy()
+        self._note_random_draw()
         self._count(stats.step)
         baseline = self.baselines[stats.optimizer]
         threshold = baseline.clip_threshold(self._backoff.clip_factor)
@@ -171,6 +174,16 @@ class ResponseExecutor:
         if relaxed is not None:
             self.apply_learning_rates()
             log.info("step %d: %s", stats.step, relaxed)
+
+    def _note_random_draw(self) -> None:
+        """Name the random draw as the cause, if the step passes with other random numbers."""
+        incident, self._redrawn = self._redrawn, None
+        if incident is not None:
+            incident.note(
+                "random draw of the step",
+                f"step {incident.anomaly.step} failed with two batches and the same random "
+                "numbers, and passed with others",
+            )
 
     def _count(self, step: int) -> None:
         """Count a healthy step; it may decide whether the retried anomaly is deterministic."""
@@ -195,6 +208,7 @@ class ResponseExecutor:
         ignored = incident.anomaly.warn_only and incident.recommended_action != "stop"
         if incident.resolved or ignored:
             return
+        self._redrawn = None
         self._backoff.disturbed()
         if self._pending is not None:
             # The step of another optimizer in this batch was rejected already.
@@ -276,11 +290,15 @@ class ResponseExecutor:
 
     def _carry_out(self, response: Response, incident: Incident) -> None:
         match response:
-            case RetryStep():
+            case RetryStep(new_random_numbers):
                 self._finder.begin(len(self._engine.window))
                 self._engine.to_step_start(())
-            case SkipStep():
+                if new_random_numbers:
+                    self._draw_anew(incident)
+            case SkipStep(new_random_numbers):
                 self._skip_batch(incident)
+                if new_random_numbers:
+                    self._draw_anew(incident)
             case RollBack():
                 self._roll_back(response, incident)
                 call_hook("on_rollback", self._trainer, self._module)
@@ -288,6 +306,10 @@ class ResponseExecutor:
                 self._backoff.cut(response.lr_factor, response.clip_factor, lasting=lasting)
             case Stop():
                 self._stop(response, incident)
+
+    def _draw_anew(self, incident: Incident) -> None:
+        self._engine.draw_anew(incident.anomaly.step)
+        self._redrawn = incident
 
     def _skip_batch(self, incident: Incident) -> None:
         bad = self._finder.bad_batches(self._engine.window, self._gather)

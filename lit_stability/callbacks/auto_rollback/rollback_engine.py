@@ -27,6 +27,7 @@ from lit_stability.trainer_internals import (
     end_epoch_schedulers,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
+from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -65,7 +66,7 @@ class RollbackEngine:
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
         self._every = snapshot_every
-        self._since = 0
+        self._since = self._draws = 0
         self._ring = ReplayRing(max_ring_bytes, clone)
         self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch)
         self._recorder.attach()
@@ -263,6 +264,14 @@ class RollbackEngine:
         start.restore(self._trainer)
         self._skipper.restore()
         self._rewind(start, skipped, same_step=True)
+
+    def draw_anew(self, step: int) -> None:
+        """Has a step that was undone draw other random numbers than before."""
+        self._draws += 1
+        if self._ring.queue:
+            self._ring.draw_anew(step, self._draws)
+        else:
+            restore_rng(fresh_rng(capture_rng(), self._draws))
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""
