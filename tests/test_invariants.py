@@ -273,9 +273,9 @@ def test_normal_step_copies_to_the_host_once_and_hooks_no_module(tmp_path, monke
             numbers.clear()
         fit(tmp_path, [*callbacks, Probe()], max_steps=25)
         seen.append({name: len(numbers) for name, numbers in crossings.items()})
-    # The monitor looks through the weights that are kept for the disk before the first step, and
-    # through those that the fit ends with.
-    copies = 1 + 1
+    # The monitor looks at the buffers when the fit starts, at the weights that are kept for the
+    # disk before the first step, and at those that the fit ends with.
+    copies = 1 + 1 + 1
     assert seen[1]["tolist"] - seen[0]["tolist"] == 25 + copies
     assert seen[1]["item"] == seen[0]["item"]
 
@@ -335,3 +335,66 @@ def test_statistics_are_offered_to_any_callback(tmp_path):
     with_details = [s for s in recorder.stats if s.details]
     assert len(with_details) == 3
     assert with_details[0].details[0].std > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused"])
+@pytest.mark.parametrize("value", [1e3, 1e12])
+def test_raised_second_moment_is_found_at_once_and_undone(optimizer, value, tmp_path):
+    """A second moment above its bound freezes the run without a word; the bound holds upwards."""
+    weights = []
+    for faults in ([], [CorruptMoment(step=30, parameter="net.4.*", value=value)]):
+        suite = stability_callbacks()
+        injector = [FaultInjector(faults)] if faults else []
+        module, _ = fit(tmp_path, [*injector, *suite], lambda: Regression(optimizer))
+        weights.append(flat(module))
+    (incident,) = suite[0].incidents
+    assert incident.first.kind == "optimizer state"
+    assert incident.first.layers[0][0].startswith("net.4")
+    assert incident.first.step in (30, 31)
+    assert torch.equal(*weights)
+
+
+class Hot(Regression):
+    """Has batches with a value whose square overflows, in a running statistic alone."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.register_buffer("range", torch.zeros(8))
+
+    def training_step(self, batch, batch_idx):
+        self.range += batch[0].square().mean(0)
+        if any(torch.equal(batch[0], hot) for hot in self.hot):
+            self.range[3] = float("inf")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("hot", [(30,), (31, 44), (7, 25, 45)])
+def test_buffer_that_a_batch_makes_infinite_is_undone_with_the_batch(hot, tmp_path):
+    """Loss and gradients stay finite; the batches are left out as if they had never existed."""
+    weights = []
+    for batches in (hot, ()):
+        suite = stability_callbacks()
+        data = list(regression_data(60))
+        Hot.hot = [data[i][0] for i in batches]
+        data = data if batches else [b for i, b in enumerate(data) if i not in hot]
+        steps = 60 - len(hot)
+        callbacks = suite if batches else []
+        loader = DataLoader(data, batch_size=None)
+        module, _ = fit(tmp_path, callbacks, Hot, loader, max_steps=steps)
+        weights.append(flat(module))
+        if batches:
+            kinds = {i.first.kind for i in suite[0].incidents}
+            assert kinds == {"non-finite buffer"}
+            assert suite[0].incidents[0].first.layers[0][0] == "range"
+    assert torch.equal(*weights)
+
+
+def test_buffer_that_is_infinite_on_purpose_is_left_alone(tmp_path):
+    class Masked(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+    suite = stability_callbacks()
+    fit(tmp_path, suite, Masked)
+    assert not suite[0].incidents

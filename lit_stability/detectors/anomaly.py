@@ -13,6 +13,7 @@ Kind = Literal[
     "non-finite loss",
     "non-finite gradient",
     "non-finite weight",
+    "non-finite buffer",
     "gradient spike",
     "loss spike",
     "divergence",

@@ -1,4 +1,4 @@
-"""Detects NaN and Inf in weights, loss and gradients."""
+"""Detects NaN and Inf in weights, buffers, loss and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_stability.measurement.step_stats import StepStats
 
 
 class NonFinite:
-    """Flags a NaN or Inf in the weights, the loss or the gradients.
+    """Flags a NaN or Inf in the weights, the buffers, the loss or the gradients.
 
     With a loss scaler two cases are healthy: gradients that overflow while the loss is finite (the
     scaler searches for its scale), and an infinite loss with finite gradients (the step is good).
@@ -30,6 +30,10 @@ class NonFinite:
             layers = tuple((name, math.nan) for name in stats.bad_weights[:5])
             message = f"{_count(stats.bad_weights)} non-finite, first {stats.bad_weights[0]}"
             return _anomaly(stats, "non-finite weight", math.nan, message, layers)
+        if stats.bad_buffers:
+            layers = tuple((name, math.nan) for name in stats.bad_buffers[:5])
+            message = f"{_count(stats.bad_buffers, 'buffer')} non-finite, first {layers[0][0]}"
+            return _anomaly(stats, "non-finite buffer", math.nan, message, layers)
         bad_loss = stats.has_loss and not math.isfinite(stats.loss)
         bad_gradients = not stats.finite_gradients
         if stats.loss_scale is not None and bad_loss != bad_gradients:
@@ -58,6 +62,7 @@ class NonFinite:
 def _anomaly(
     stats: StepStats, kind: Kind, value: float, message: str, layers: tuple[tuple[str, float], ...]
 ) -> Anomaly:
+    since = _since(stats, kind)
     return Anomaly(
         kind=kind,
         step=stats.step,
@@ -65,11 +70,24 @@ def _anomaly(
         signal=kind.removeprefix("non-finite "),
         message=message,
         optimizer=stats.optimizer,
-        state_corrupted=kind == "non-finite weight",
-        since=max(0, stats.step - 1) if kind == "non-finite weight" else None,
+        # A buffer that the present batch has damaged is undone together with its step.
+        state_corrupted=kind == "non-finite weight"
+        or (kind == "non-finite buffer" and since != stats.step),
+        since=since,
         layers=layers,
     )
 
 
-def _count(names: tuple[str, ...]) -> str:
-    return "1 parameter is" if len(names) == 1 else f"{len(names)} parameters are"
+def _since(stats: StepStats, kind: Kind) -> int | None:
+    """Returns the step of the batch that is suspected, None for the present one."""
+    if kind == "non-finite buffer":
+        # Buffers change in the forward pass, so the batch of a step damages what it is measured on.
+        return stats.step if stats.last_scan is None else min(stats.step, stats.last_scan + 1)
+    if kind != "non-finite weight":
+        return None
+    inside = any(share - share != 0 for _, share in stats.outside_writes)
+    return stats.step if inside else max(0, stats.step - 1)
+
+
+def _count(names: tuple[str, ...], what: str = "parameter") -> str:
+    return f"1 {what} is" if len(names) == 1 else f"{len(names)} {what}s are"

@@ -198,17 +198,20 @@ class LearningRateJump(_RatioWindow):
 
 
 class OptimizerState:
-    """Flags a non-finite momentum, and a second moment that fell faster than decay allows.
+    """Flags a non-finite momentum, and a second moment that changed by more than it can.
 
     ``v_t = b v_(t-1) + (1 - b) g^2`` can never be below ``b v_(t-1)`` (Kingma & Ba 2015,
-    Algorithm 1). A sampled sum below ``share`` of that, or a non-finite one, was damaged from
-    outside. The bound is exact: on an undamaged optimizer there is no false alarm.
+    Algorithm 1), and its sum never above ``b sum(v_(t-1)) + (1 - b) |g|^2``. A sampled sum below
+    ``share`` of the first, above ``excess`` times the second, or a non-finite one, was damaged from
+    outside. The bounds are exact: on an undamaged optimizer there is no false alarm.
 
     Args:
         share: smallest tolerated share of the decayed sum; below 1 because bf16 rounds.
+        excess: largest tolerated factor on the upper bound; hooks that run later may still enlarge
+            the gradient, tenfold by default.
 
     Raises:
-        ValueError: if ``share`` is not in (0, 1).
+        ValueError: if ``share`` is not in (0, 1), or ``excess`` not above 1.
 
     >>> from lit_stability.measurement.step_stats import StepStats
     >>> zeroed = StepStats(step=1, loss=1.0, grad_norm=1.0, moment_ratio=0.0, moment_name="w")
@@ -218,15 +221,19 @@ class OptimizerState:
 
     shared_by_ranks = "yes"
 
-    def __init__(self, share: float = 0.5) -> None:
+    def __init__(self, share: float = 0.5, excess: float = 100.0) -> None:
         require(0 < share < 1, "share", share, "in (0, 1)")
-        self.share = share
+        require(excess > 1, "excess", excess, "above 1")
+        self.share, self.excess = share, excess
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if momentum or second moment is damaged."""
-        ratio, name = stats.moment_ratio, stats.moment_name
+        ratio, name, bound = stats.moment_ratio, stats.moment_name, self.share
         if stats.bad_momentum:
             ratio, name, damage = math.nan, stats.bad_momentum[0], "momentum is non-finite"
+        elif stats.moment_growth is not None and stats.moment_growth > self.excess:
+            ratio, name, bound = stats.moment_growth, stats.moment_growth_name, self.excess
+            damage = f"second moment is {ratio:.3g} times the most that the last gradient explains"
         elif ratio is None or ratio >= self.share:
             return None
         elif math.isnan(ratio):
@@ -239,7 +246,7 @@ class OptimizerState:
             value=ratio,
             signal="moment_ratio",
             baseline=1.0,
-            threshold=self.share,
+            threshold=bound,
             optimizer=stats.optimizer,
             state_corrupted=True,
             since=max(0, stats.step - 1),

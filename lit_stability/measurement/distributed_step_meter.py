@@ -17,6 +17,7 @@ from lit_stability.distributed.collectives import Ranks, Summed
 from lit_stability.distributed.dtensor import share
 from lit_stability.measurement.norms import Gradients, to_host
 from lit_stability.measurement.step_meter import Reading, StepMeter
+from lit_stability.measurement.watched_buffers import WatchedBuffers
 
 
 @dataclass
@@ -49,6 +50,7 @@ class DistributedStepMeter(StepMeter):
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
         ranks: the communicator of the ranks that measure together.
+        buffers: the buffers to scan together with the weights, or None.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class DistributedStepMeter(StepMeter):
         optimizer: Optimizer,
         index: int,
         ranks: Ranks,
+        buffers: WatchedBuffers | None = None,
     ) -> None:
-        super().__init__(named_parameters, optimizer, index)
+        super().__init__(named_parameters, optimizer, index, buffers)
         self._ranks = ranks
         self._started: _Vector | None = None
         shares = [share(p, ranks.world) for p in self.parameters]
@@ -110,14 +113,16 @@ class DistributedStepMeter(StepMeter):
             parts["weights"] = self._squares(norms)
             # Sums of the norms of shards are a norm too, though not that of the whole tensor.
             parts["peaks"] = peaks.to(device).double() * self._shares
+            for flags in self._bad_buffers():
+                parts["buffers"] = flags.to(device)
             for extents in self._extents():
                 parts["extents"] = extents.double() * self._shares.repeat(3)
         if grads is not None:
             parts["grads"] = self._squares(self._norms_by_parameter(grads))
-        row = torch.empty(5, dtype=torch.float64, device=device)
-        row[:3] = self._moments.row(device)
-        row[3] = checksum(self._last_weights) if self._ranks.replicas else 0.0
-        row[4] = rate
+        row = torch.empty(7, dtype=torch.float64, device=device)
+        row[:5] = self._moments.row(device)
+        row[5] = checksum(self._last_weights) if self._ranks.replicas else 0.0
+        row[6] = rate
         shared = torch.cat([part.double() for part in parts.values()])
         lengths = {name: len(part) for name, part in parts.items()}
         return _Vector(self._ranks.sum(shared, row), lengths)
@@ -148,6 +153,7 @@ class DistributedStepMeter(StepMeter):
         started, self._started = self._started, None
         vector = started or self._start(loss, loss_scale, scan_weights, rate, grads)
         own = self._gradient_norms(grads) if started else []
+        self._moments.gradients_on_device(own[0] if own and grads.complete else None)
         # Replicas have the same stuck weights; with sharded weights it is not measured.
         stuck = self._rounding.count_stuck() if self._ranks.replicas else []
         groups = {"grads": own, "rows": rows, "also": also, "stuck": stuck}
@@ -164,13 +170,14 @@ class DistributedStepMeter(StepMeter):
             updates=parts["updates"],
             writes=parts.get("writes", ()),
             peaks=parts.get("peaks", ()),
+            buffers=parts.get("buffers", ()),
             extents=parts.get("extents", ()),
-            moments=self._moments.judge_rows([row[:3] for row in ranks]),
+            moments=self._moments.judge_rows([row[:5] for row in ranks]),
             distributions=host["rows"],
             also=host["also"],
             stuck=host["stuck"],
-            rank_weights=tuple(row[3] for row in ranks) if self._ranks.replicas else (),
-            rank_rates=tuple(row[4] for row in ranks),
+            rank_weights=tuple(row[5] for row in ranks) if self._ranks.replicas else (),
+            rank_rates=tuple(row[6] for row in ranks),
         )
 
 

@@ -1,4 +1,4 @@
-"""Checks samples of the optimizer's moments: finite, and falling no faster than decay allows.
+"""Checks samples of the optimizer's moments: finite, and within the bounds of their recursion.
 
 May import torch.
 """
@@ -6,7 +6,7 @@ May import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_, mul
 
@@ -32,6 +32,10 @@ class MomentStats:
     ratio: float | None = None
     """Smallest ratio, over parameters, of the second moment to what decay alone would leave."""
     name: str = ""
+    """The parameter with that ratio."""
+    growth: float | None = None
+    """Largest ratio of the second moment to what decay and the last gradient add up to at most."""
+    growth_name: str = ""
     """The parameter with that ratio."""
 
 
@@ -62,10 +66,22 @@ class OptimizerMoments:
         self._last: list[float] | None = None
         self._last_sums: Tensor | None = None
         self._decays_on_device: Tensor | None = None
+        self._gradients: Mapping[str, float] = {}
+        """Norm of the last gradients, by parameter."""
+        self._gradients_on_device: Tensor | None = None
+
+    def gradients(self, names: Sequence[str], norms: Sequence[float]) -> None:
+        """Remembers the gradient norms of this step, which bound the moments of the next."""
+        self._gradients = dict(zip(names, norms, strict=True))
+
+    def gradients_on_device(self, norms: Tensor | None) -> None:
+        """Remembers the norms of all parameters' gradients for `row`; None if some are missing."""
+        self._gradients_on_device = norms
 
     def forget(self) -> None:
         """Clears the sums of the last step; the next call looks for the moments again."""
         self._last = self._last_sums = None
+        self._gradients, self._gradients_on_device = {}, None
         self._calls = 0
 
     def sums(self) -> list[Tensor]:
@@ -116,15 +132,33 @@ class OptimizerMoments:
             for now, floor in zip(second, floors, strict=True)
         ]
         worst = _smallest(ratios)
+        grown = self._largest_growth(second, last)
         # Without any gradient so far, no second moment could fall.
         if ratios[worst] == math.inf:
             return MomentStats(bad)
-        return MomentStats(bad, ratios[worst], self._second[worst])
+        return MomentStats(bad, ratios[worst], self._second[worst], *grown)
+
+    def _largest_growth(
+        self, second: Sequence[float], last: Sequence[float]
+    ) -> tuple[float | None, str]:
+        """Returns the largest ratio to the upper bound, with its parameter."""
+        # The sample of a tensor has no larger sum of squares than the whole.
+        bounds = {
+            name: b * before + (1 - b) * self._gradients[name] ** 2
+            for name, b, before in zip(self._second, self._decay, last, strict=True)
+            if name in self._gradients
+        }
+        ratios = [
+            (now / bounds[name], name)
+            for name, now in zip(self._second, second, strict=True)
+            if bounds.get(name, 0.0) > 0 and math.isfinite(bounds[name])
+        ]
+        return max(ratios, default=(None, ""))
 
     def row(self, device: torch.device) -> Tensor:
-        """Returns this rank's verdict on the device, a row of shape ``(3,)`` for `judge_rows`."""
+        """Returns this rank's verdict on the device, a row of shape ``(5,)`` for `judge_rows`."""
         found = self.sums()
-        row = torch.zeros(3, dtype=torch.float64, device=device)
+        row = torch.zeros(5, dtype=torch.float64, device=device)
         row[0], row[1] = -1.0, math.inf
         if not found:
             return row
@@ -142,6 +176,11 @@ class OptimizerMoments:
             ratio = torch.where(torch.isfinite(second), second / floor, math.nan)
             # A parameter without gradients so far, or an empty shard, cannot fall.
             row[1], row[2] = torch.where(floor > 0, ratio, math.inf).min(dim=0)
+            gradients = self._gradients_on_device
+            if gradients is not None and self._second == list(self._names):
+                added = (1 - self._decays_on_device) * gradients.to(floor).square()
+                growth = torch.where(floor + added > 0, second / (floor + added), 0.0)
+                row[3], row[4] = growth.nan_to_num(0.0).max(dim=0)
         return row
 
     def judge_rows(self, rows: Sequence[Sequence[float]]) -> MomentStats:
@@ -149,14 +188,17 @@ class OptimizerMoments:
 
         Args:
             rows: for each rank the index of the first parameter with a non-finite momentum, or -1;
-                the smallest ratio, or Inf; and the index of the parameter with that ratio.
+                the smallest ratio, or Inf, and the index of its parameter; the largest growth, or
+                0, and the index of its parameter.
         """
         bad = {int(row[0]) for row in rows if row[0] >= 0}
         names = tuple(self._first[i] for i in sorted(bad))
         worst = min(rows, key=lambda row: -1.0 if math.isnan(row[1]) else row[1])
         if worst[1] == math.inf:
             return MomentStats(names)
-        return MomentStats(names, worst[1], self._second[int(worst[2])])
+        most = max(rows, key=lambda row: row[3])
+        growth = (most[3], self._second[int(most[4])]) if most[3] > 0 else (None, "")
+        return MomentStats(names, worst[1], self._second[int(worst[2])], *growth)
 
     def _decays(self) -> dict[str, float]:
         by_id = {

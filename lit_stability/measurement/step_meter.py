@@ -31,6 +31,7 @@ from lit_stability.measurement.norms import (
 from lit_stability.measurement.optimizer_moments import MomentStats, OptimizerMoments
 from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
+from lit_stability.measurement.watched_buffers import WatchedBuffers
 from lit_stability.measurement.weight_sampling import WeightSampler
 
 
@@ -49,6 +50,8 @@ class Reading:
     writes: Sequence[float]
     """Squared norm, for each weight, of what changed after the last update ended, then of the
     weight itself; empty if that is not watched."""
+    buffers: Sequence[float]
+    """1 for each watched buffer that is non-finite, else 0; empty if they were not scanned."""
     peaks: Sequence[float]
     """Largest absolute value of each weight; empty if the weights were not scanned."""
     extents: Sequence[float]
@@ -71,13 +74,18 @@ class StepMeter:
         named_parameters: ``(name, parameter)`` pairs; those that the optimizer lacks are skipped.
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
+        buffers: the buffers to scan together with the weights, or None.
 
     Raises:
         ValueError: if the optimizer holds none of the parameters.
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: Optimizer, index: int = 0
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        optimizer: Optimizer,
+        index: int = 0,
+        buffers: WatchedBuffers | None = None,
     ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         pairs = [(n, p) for n, p in named_parameters if id(p) in held]
@@ -87,6 +95,7 @@ class StepMeter:
                 "the module; pass it `module.parameters()`"
             )
         self._held = len(held)
+        self._buffers = buffers
         self.names = tuple(n for n, _ in pairs)
         self.parameters = [p for _, p in pairs]
         self.optimizer = optimizer
@@ -103,6 +112,8 @@ class StepMeter:
         self._handle: RemovableHandle | None = None
         self._updated_weights: Tensor | None = None
         self.forget()
+        self.scanned_at: int | None = -1
+        """Step of the last scan; -1 before the first; None if a good state was just restored."""
 
     @property
     def stale(self) -> bool:
@@ -136,6 +147,7 @@ class StepMeter:
         """Clears the state of the last step, after the weights were restored."""
         self._updated_weights = None
         self._write_sums: list[Tensor] = []
+        self.scanned_at = None
         self._last_weights: Tensor | None = None
         self._last_square: Tensor | None = None
         self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
@@ -177,6 +189,7 @@ class StepMeter:
         read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows, also)
         self.also = read.also
         grad_norms = tuple(read.grad_norms)
+        self._moments.gradients(grads.names, grad_norms)
         rms, rms_name = self._second_moment_ratio(
             dict(zip(grads.names, grad_norms, strict=True)), read.updates
         )
@@ -199,6 +212,8 @@ class StepMeter:
             stuck_share=read.stuck[0] / read.stuck[1] if read.stuck and read.stuck[1] else None,
             moment_ratio=read.moments.ratio,
             moment_name=read.moments.name,
+            moment_growth=read.moments.growth,
+            moment_growth_name=read.moments.growth_name,
             moment_rms=rms,
             moment_rms_name=rms_name,
             bad_momentum=read.moments.bad_momentum,
@@ -206,11 +221,15 @@ class StepMeter:
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
             weight_moves=self._moves(read),
             bad_weights=non_finite(self.names, read.weight_norms),
+            bad_buffers=() if self._buffers is None else self._buffers.names_of(read.buffers),
+            last_scan=self.scanned_at if scan_weights else None,
             details=details_of(grads.names, grad_norms, read.distributions),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
         )
         self.count += 1
+        if scan_weights:
+            self.scanned_at = step
         if read.weight_norms:
             self._scanned = (step, read.weight_norms, read.peaks)
         self.expect(learning_rates)
@@ -246,6 +265,14 @@ class StepMeter:
         """Returns the names of parameters with a non-finite weight, among those of this rank."""
         weights = to_host({"norms": norms_of(self._local_weights())})["norms"]
         return non_finite(self.names, weights)
+
+    @torch.no_grad()
+    def bad_state(self) -> tuple[str, ...]:
+        """Returns the names of the rank's non-finite weights, and buffers that were finite."""
+        norms, flags = norms_of(self._local_weights()), self._bad_buffers()
+        host = to_host({"norms": norms, "flags": flags})
+        bad = () if self._buffers is None else self._buffers.names_of(host["flags"])
+        return (*non_finite(self.names, host["norms"]), *bad)
 
     @torch.no_grad()
     def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -286,6 +313,7 @@ class StepMeter:
                 "writes": self._write_sums,
                 "extents": self._extents() if scan_weights else [],
                 "peaks": peaks,
+                "buffers": self._bad_buffers() if scan_weights else [],
                 "moments": self._moments.sums(),
                 "stuck": self._rounding.count_stuck(),
             }
@@ -298,6 +326,7 @@ class StepMeter:
             updates=host["updates"],
             writes=host["writes"],
             peaks=host["peaks"],
+            buffers=host["buffers"],
             extents=host["extents"],
             moments=self._moments.judge(host["moments"]),
             distributions=host["rows"],
@@ -311,6 +340,9 @@ class StepMeter:
     def _scan(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns norms and peaks of all weights."""
         return self._batched.norms_and_peaks(self._local_weights())
+
+    def _bad_buffers(self) -> list[Tensor]:
+        return [] if self._buffers is None else self._buffers.flags()
 
     def _second_moment_ratio(
         self, norms: dict[str, float], updates: Sequence[float]

@@ -99,6 +99,11 @@ class StepStats:
     """Smallest ratio, over parameters, of Adam's sampled second moment to what decay leaves."""
     moment_name: str = ""
     """The parameter with ``moment_ratio``."""
+    moment_growth: float | None = None
+    """Largest ratio, over parameters, of Adam's sampled second moment to its upper bound, from the
+    decay and the last gradient; at most 1 unless it was changed from outside."""
+    moment_growth_name: str = ""
+    """The parameter with ``moment_growth``."""
     moment_rms: float | None = None
     """Largest ratio, over parameters, of the gradient to what Adam's second moment expects; 1 if
     gradients keep their size, None before the second step and for other optimizers."""
@@ -115,6 +120,11 @@ class StepStats:
     rollback."""
     bad_weights: tuple[str, ...] = ()
     """Non-finite parameters; only on steps that scan the weights."""
+    bad_buffers: tuple[str, ...] = ()
+    """Buffers of the module that were finite and are not any more; only on steps that scan."""
+    last_scan: int | None = None
+    """Step of the scan before this one, -1 if there was none; None if the state was good until this
+    step, as right after a rollback."""
     rank_weights: tuple[float, ...] = field(default=(), repr=False)
     """Checksum of each rank's sampled weights; only if all ranks hold the same weights."""
     rank_rates: tuple[float, ...] = field(default=(), repr=False)

@@ -11,7 +11,8 @@ Imports neither torch nor Lightning. A rollback does not restore its state; chec
                                       batch; then use an older snapshot; then as below
     anomaly during probation ........ roll back with a lower learning rate and a tighter clip
     learning rate likely too high ... the same at once; not again if it did not help
-    architecture certain to fail .... stop with the cause
+    cause certain, no remedy ........ stop with the cause, once three batches in a row have failed
+    every batch fails ............... roll back once, then stop
     budget spent .................... stop with what to try
 
 If data cannot be replayed, a bad batch is skipped at once and a rollback continues with new data.
@@ -38,6 +39,8 @@ from lit_stability.policies.reproducibility import ReproducibilityCheck, Verdict
 
 _BURST = 5
 """Steps after a clipped one in which another large gradient is clipped without a retry."""
+_CERTAIN = 3
+"""Batches in a row that must fail before a certain cause is one of all batches."""
 _LARGEST_CUT = 1e3
 """Largest divisor of the learning rate in one rollback."""
 
@@ -55,8 +58,8 @@ class Budget:
     skips: int = 100
     rollbacks: int = 8
     holds: int = 8
-    refill_skips_every: int = 20
-    """Healthy steps that refund one skip: a run with one bad batch in twenty can continue."""
+    refill_skips_every: int = 1
+    """Healthy steps that refund one skip: a run in which half of the batches fail can continue."""
     refill_every: int = 500
     """Healthy steps that refund one rollback and one hold."""
     lr_factor: float = 0.5
@@ -79,7 +82,8 @@ class EscalationPolicy:
     """Chooses the response to each anomaly and counts the responses against the budget.
 
     In any sequence of anomalies there are at most ``skips + rollbacks + holds`` responses, plus
-    one per ``refill_skips_every`` and two per ``refill_every`` healthy steps. When one kind of
+    one per ``refill_skips_every`` and two per ``refill_every`` healthy steps, and as many rollbacks
+    as have led to a batch that was then left out; a clipped step costs nothing. When one kind of
     response is used up, the next stronger one is chosen, and `Stop` last.
 
     Args:
@@ -107,6 +111,8 @@ class EscalationPolicy:
         """Check of the steps replayed since a snapshot."""
         self.retried = ReproducibilityCheck(slack=0)
         """Check of a single retried step."""
+        self._failed_at: int | None = None
+        """Step at which so many batches in a row failed that the state was rolled back."""
         self._skipped: int | None = None
         """The last step at which a batch was skipped."""
         self._clipped: int | None = None
@@ -130,7 +136,11 @@ class EscalationPolicy:
             self._left["holds"] = min(self._left["holds"] + 1, self.budget.holds)
         if step is None:
             return None
+        stage = self.reproducibility.stage
         verdicts = [self.retried.passed(step), self.reproducibility.passed(step)]
+        if verdicts[1] == "deterministic" and stage == 1:
+            # Leaving out one batch was enough: the rollbacks have found it.
+            self._refund_rollbacks(2)
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
     def returns(self, anomaly: Anomaly, *, state_corrupted: bool) -> bool:
@@ -167,7 +177,7 @@ class EscalationPolicy:
             recommended_action: what the likely cause recommends; see `lit_stability.diagnosis`.
             cause: name of the likely cause, for the reason of a stop.
         """
-        if recommended_action == "stop":
+        if recommended_action == "stop" and not self._may_be_the_batch(anomaly):
             return Stop(f"{cause} ({anomaly.message})")
         damaged = anomaly.state_corrupted or state_corrupted
         if adjusted:
@@ -193,6 +203,11 @@ class EscalationPolicy:
         streak_is_over = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not streak_is_over and self._spend("skips"):
             return self._reject_step(anomaly.step, replay)
+        if streak_is_over and not damaged:
+            if self._failed_at is not None and anomaly.step <= self._failed_at:
+                batches = 2 * self.budget.skips_in_a_row
+                return Stop(f"{batches} batches in a row failed ({anomaly.message})")
+            self._failed_at = anomaly.step
         if self._spend("rollbacks"):
             if replay and damaged:
                 return self._replay(anomaly, excess, older)
@@ -221,7 +236,19 @@ class EscalationPolicy:
         self.retried.end()
         self._skips_in_a_row += 1
         self._skipped = step
-        return SkipStep(draw_is_suspect and not replay)
+        if self.reproducibility.active:
+            # The rollback has led to the batch that is to blame: it counts towards no stop.
+            self.reproducibility.end()
+            self._refund_rollbacks(1)
+        # Without a retry there is less to go by: the batches themselves may be bad.
+        return SkipStep(draw_is_suspect and not replay and self._skips_in_a_row > _CERTAIN)
+
+    def _may_be_the_batch(self, anomaly: Anomaly) -> bool:
+        """Returns whether a certain cause may concern single batches, which are left out then."""
+        return anomaly.signal in ("loss", "gradient") and self._skips_in_a_row < _CERTAIN
+
+    def _refund_rollbacks(self, count: int) -> None:
+        self._left["rollbacks"] = min(self._left["rollbacks"] + count, self.budget.rollbacks)
 
     def _replay(self, anomaly: Anomaly, excess: float, older: bool) -> RollBack:
         from_training = anomaly.kind in ("divergence", "update spike")
@@ -294,6 +321,9 @@ class EscalationPolicy:
             "skips_in_a_row": self._skips_in_a_row,
             "healthy": self._healthy,
             "since_rollback": self._since_rollback,
+            "skipped": self._skipped,
+            "clipped": self._clipped,
+            "failed_at": self._failed_at,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,3 +334,5 @@ class EscalationPolicy:
         self._healthy = int(state["healthy"])
         since = state["since_rollback"]
         self._since_rollback = None if since is None else int(since)
+        self._skipped, self._clipped = state.get("skipped"), state.get("clipped")
+        self._failed_at = state.get("failed_at")

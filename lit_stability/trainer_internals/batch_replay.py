@@ -121,7 +121,7 @@ class ReplayRing:
             queued.append(entry)
         self.queue.extendleft(reversed(queued))
 
-    def draw_anew(self, step: int, salt: int) -> None:
+    def redraw(self, step: int, salt: int) -> None:
         """Has the queued batches of a step draw other random numbers than before."""
         first = True
         for entry in self.queue:

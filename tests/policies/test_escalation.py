@@ -72,7 +72,10 @@ def drive(escalation, events):
         ({"skips_in_a_row": 2}, [BAD_BATCH] * 4, [SKIP, SKIP, CUT, SKIP]),
         ({"skips_in_a_row": 2}, [BAD_BATCH, 1, BAD_BATCH, 1, BAD_BATCH], [SKIP, SKIP, SKIP]),
         # What has run out is replaced by the next heavier.
-        ({"skips": 1}, [BAD_BATCH, 1, BAD_BATCH], [SKIP, CUT]),
+        ({"skips": 1, "refill_skips_every": 9}, [BAD_BATCH, 1, BAD_BATCH], [SKIP, CUT]),
+        ({"skips": 1}, [BAD_BATCH, 1, BAD_BATCH, 1, BAD_BATCH], [SKIP] * 3),
+        # Every batch fails, also after the rollback.
+        ({"skips_in_a_row": 2}, [BAD_BATCH] * 6, [SKIP, SKIP, CUT, SKIP, SKIP, STOP]),
         ({"holds": 1}, [JUMP, JUMP, JUMP], [HOLD, SKIP, SKIP]),
         ({"holds": 1, "skips": 1, "rollbacks": 1}, [JUMP] * 5, [HOLD, SKIP, CUT, STOP, STOP]),
         ({"rollbacks": 2}, [DAMAGE] * 4, [PLAIN, CUT, STOP, STOP]),
@@ -208,7 +211,15 @@ def test_responses_to_any_stream_are_bounded(budget, events):
         ([("bad", 7)], ["step retried"]),
         ([("bad", 7), ("bad", 7)], ["step retried", "step skipped"]),
         # The batch that replaces a skipped one is checked on its own.
-        ([("bad", 7)] * 4, ["step retried", "step skipped"] * 2),
+        (
+            [("bad", 7)] * 4,
+            [
+                "step retried",
+                "step skipped",
+                "step retried with new random numbers",
+                "step skipped",
+            ],
+        ),
         ([("bad", 7), 7, ("bad", 8)], ["step retried"] * 2),
         ([("damage", 30)], ["rolled back and replayed"]),
         # What recurs within ten steps of where it was found is the same anomaly.
@@ -450,6 +461,27 @@ def test_left_is_a_copy():
 
 
 CLIPPED = ClipStep()
+
+
+@pytest.mark.parametrize("signal", ["loss", "gradient"])
+def test_certain_cause_stops_when_three_batches_in_a_row_have_failed(signal):
+    nan = replace(anomaly("non-finite loss", step=4), signal=signal)
+    escalation = EscalationPolicy()
+    responses = [escalation.respond(nan, recommended_action="stop", cause="c") for _ in range(4)]
+    assert [type(r) for r in responses] == [SkipStep, SkipStep, SkipStep, Stop]
+
+
+def test_rollback_that_leads_to_a_bad_batch_counts_towards_no_stop():
+    """Damage found late: rolled back, replayed, and the batch of the damage is left out."""
+    escalation = EscalationPolicy(Budget(rollbacks=2))
+    for step in range(0, 400, 20):
+        for _ in range(20):
+            escalation.healthy(step)
+        late = anomaly("non-finite buffer", state_corrupted=True, step=step + 9)
+        now = anomaly("non-finite buffer", step=step + 2)
+        words = [describe(escalation.respond(each, replay=True)) for each in (late, now, now)]
+        assert words == ["rolled back and replayed", "step retried", "step skipped"]
+    assert escalation.left["rollbacks"] == 2
 
 
 @pytest.mark.parametrize(

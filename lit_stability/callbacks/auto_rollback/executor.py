@@ -294,11 +294,11 @@ class ResponseExecutor:
                 self._finder.begin(len(self._engine.window))
                 self._engine.to_step_start(())
                 if new_random_numbers:
-                    self._draw_anew(incident)
+                    self._redraw(incident)
             case SkipStep(new_random_numbers):
                 self._skip_batch(incident)
                 if new_random_numbers:
-                    self._draw_anew(incident)
+                    self._redraw(incident)
             case RollBack():
                 self._roll_back(response, incident)
                 call_hook("on_rollback", self._trainer, self._module)
@@ -307,8 +307,8 @@ class ResponseExecutor:
             case Stop():
                 self._stop(response, incident)
 
-    def _draw_anew(self, incident: Incident) -> None:
-        self._engine.draw_anew(incident.anomaly.step)
+    def _redraw(self, incident: Incident) -> None:
+        self._engine.redraw(incident.anomaly.step)
         self._redrawn = incident
 
     def _skip_batch(self, incident: Incident) -> None:

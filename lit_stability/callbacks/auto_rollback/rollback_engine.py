@@ -265,11 +265,11 @@ class RollbackEngine:
         self._skipper.restore()
         self._rewind(start, skipped, same_step=True)
 
-    def draw_anew(self, step: int) -> None:
+    def redraw(self, step: int) -> None:
         """Has a step that was undone draw other random numbers than before."""
         self._draws += 1
         if self._ring.queue:
-            self._ring.draw_anew(step, self._draws)
+            self._ring.redraw(step, self._draws)
         else:
             restore_rng(fresh_rng(capture_rng(), self._draws))
 

@@ -319,7 +319,7 @@ class GradientMonitor(StabilityCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the open incident, reports non-finite weights, and prints the summary."""
-        self._reporter.ends_with(self._consensus.bad_weights(self._meters.values()))
+        self._reporter.ends_with(self._consensus.bad_state(self._meters.values()))
         self._tracker.close(trainer, pl_module, "unresolved")
         self._reporter.end(self.incidents)
 
@@ -338,7 +338,7 @@ class GradientMonitor(StabilityCallback):
     ) -> None:
         """Reports non-finite weights that are saved outside of an incident."""
         if self.current is None:
-            self._reporter.saved_with(self._consensus.bad_weights(self._meters.values()))
+            self._reporter.saved_with(self._consensus.bad_state(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Releases the parameters and the process group."""

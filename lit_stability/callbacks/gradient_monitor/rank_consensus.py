@@ -46,9 +46,9 @@ class RankConsensus:
         found = self.gather((tuple(weights), tuple(moments)))
         return _union(w for w, _ in found), _union(m for _, m in found)
 
-    def bad_weights(self, meters: Iterable[StepMeter]) -> tuple[str, ...]:
-        """Returns the names of non-finite weights, from all ranks if weights are sharded."""
-        bad = tuple(name for meter in meters for name in meter.bad_weights())
+    def bad_state(self, meters: Iterable[StepMeter]) -> tuple[str, ...]:
+        """Returns the names of non-finite weights and buffers, of all ranks if they are sharded."""
+        bad = tuple(name for meter in meters for name in meter.bad_state())
         return self.audit(bad, ())[0] if self.sharded else bad
 
     def vote(self, vote: Vote) -> None:

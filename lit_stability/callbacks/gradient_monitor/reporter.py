@@ -94,12 +94,12 @@ class Reporter:
         self.history.incident_changed(incident)
 
     def ends_with(self, bad: Sequence[str]) -> None:
-        """Reports weights that are non-finite at the end of the fit, if there are any."""
+        """Reports weights and buffers that are non-finite at the end of the fit, if any are."""
         if bad:
             self.log_line(f"the fit ends with non-finite weights, first {bad[0]}")
 
     def saved_with(self, bad: Sequence[str]) -> None:
-        """Reports non-finite weights in a checkpoint, if there are any."""
+        """Reports non-finite weights and buffers in a checkpoint, if there are any."""
         if bad:
             self.log_line(
                 f"a checkpoint saved at step {self._trainer.global_step} has non-finite weights, "

@@ -16,6 +16,7 @@ from lit_stability.measurement.distributed_step_meter import DistributedStepMete
 from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_readings
+from lit_stability.measurement.watched_buffers import WatchedBuffers
 from lit_stability.trainer_internals import (
     RecordedStep,
     callbacks_of,
@@ -54,6 +55,7 @@ class StepMeasurer:
     ) -> None:
         self._module, self._ranks = pl_module, ranks
         self._scan_every, self._details_every = scan_weights_every, details_every
+        self._buffers = WatchedBuffers(pl_module)
         self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer)
@@ -175,6 +177,7 @@ class StepMeasurer:
     def _replaced(self, index: int, optimizer: Optimizer) -> StepMeter:
         """Returns a new meter that watches what the present one watches."""
         old, new = self.meters[index], self._make(index, optimizer)
+        new.scanned_at = old.scanned_at
         if old.watches_writes:
             old.close()
             new.watch_writes()
@@ -182,9 +185,10 @@ class StepMeasurer:
 
     def _make(self, index: int, optimizer: Optimizer) -> StepMeter:
         named = self._module.named_parameters()
+        buffers = self._buffers if index == 0 else None
         if self._ranks is None:
-            return StepMeter(named, optimizer, index)
-        return DistributedStepMeter(named, optimizer, index, self._ranks)
+            return StepMeter(named, optimizer, index, buffers)
+        return DistributedStepMeter(named, optimizer, index, self._ranks, buffers)
 
     @staticmethod
     def _is_due(meter: StepMeter, every: int) -> bool:

@@ -1,0 +1,49 @@
+"""Scans a module's buffers for values that have become non-finite. May import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.norms import norms_of
+
+
+class WatchedBuffers:
+    """The floating-point buffers of a module that are finite when the watch begins.
+
+    A mask of -inf, or a running minimum that starts at inf, is non-finite on purpose and is not
+    watched.
+
+    Args:
+        module: with its buffers; one that is replaced by another tensor is found by its name.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        found = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        finite = _are_finite([*found.values()])
+        self.names = tuple(n for n, good in zip(found, finite, strict=True) if good)
+
+    @torch.no_grad()
+    def flags(self) -> list[Tensor]:
+        """Returns one tensor with 1 for each watched buffer that is non-finite; [] without any."""
+        if not self.names:
+            return []
+        present = dict(self._module.named_buffers())
+        buffers = [present.get(name) for name in self.names]
+        empty = torch.zeros(())
+        norms = norms_of([empty if b is None else local(b) for b in buffers])
+        return [(~torch.isfinite(n)).float() for n in norms]
+
+    def names_of(self, flags: Sequence[float]) -> tuple[str, ...]:
+        """Returns the names of the buffers whose flag is set."""
+        return tuple(n for n, flag in zip(self.names, flags, strict=False) if flag)
+
+
+@torch.no_grad()
+def _are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    norms = [n.tolist() for n in norms_of([local(t) for t in tensors])]
+    return [n - n == 0 for group in norms for n in group]
