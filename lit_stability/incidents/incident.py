@@ -17,6 +17,7 @@ from lit_stability.diagnosis import (
     DiagnosisContext,
     LikelyCause,
     RecommendedAction,
+    RuledOut,
     assess,
 )
 from lit_stability.measurement.step_stats import StepStats
@@ -174,6 +175,11 @@ class Incident:
         return list(self.assessment.likely_causes)
 
     @property
+    def ruled_out(self) -> list[RuledOut]:
+        """Causes that had evidence for them, and the evidence that clears them."""
+        return list(self.assessment.ruled_out)
+
+    @property
     def since(self) -> int:
         """Optimizer step at which the trouble began, as far as the losses show it."""
         return self.assessment.since
@@ -197,9 +203,10 @@ class Incident:
 
     @property
     def cause(self) -> str:
-        """The best supported cause; "" if no cause has evidence."""
+        """The best supported cause that is likely or certain; "" if it is unknown."""
         unregistered = (cause for cause in self.shown if cause not in CAUSES)
-        return next(unregistered, "") or next((h.cause for h in self.likely_causes), "")
+        likely = (c.cause for c in self.likely_causes if c.certainty != "possible")
+        return next(unregistered, "") or next(likely, "")
 
     @property
     def recommended_action(self) -> RecommendedAction:
@@ -249,6 +256,7 @@ class Incident:
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
             "hypotheses": [cause.as_dict() for cause in self.likely_causes],
+            "ruled_out": [[each.cause, each.why] for each in self.ruled_out],
             "since": self.since,
             "phase": self.current_context.phase,
             "checks": self.checks,

@@ -64,8 +64,10 @@ MODEL = (
             (1, c.large_gradient),
             (1, c.unclipped),
             (1, c.other_batches),
+            (1, c.recurrent),
             (-2, c.transient),
         ),
+        contradictions=(c.ordinary_gradient,),
         remedy="set gradient_clip_val, or add AdaptiveGradientClipping; lower the learning rate if "
         "it recurs",
         ignore_when="if it was one step: it was skipped",

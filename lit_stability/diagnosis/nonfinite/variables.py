@@ -64,6 +64,7 @@ def attributes_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Neither parameters nor buffers: class weights in a list, or in a loss that is no module.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(1, 1))
     >>> model[0].weights = [torch.ones(2)]
     >>> [name for name, _ in attributes_of(model)]
