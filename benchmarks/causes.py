@@ -24,8 +24,8 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 
 from benchmarks.field_causes import FIELD, FieldCase, Fitted
 from benchmarks.instabilities.cases import CASES, Case
-from benchmarks.rescue.recurring import RECURRING
 from benchmarks.rescue.injected import INJECTED
+from benchmarks.rescue.recurring import RECURRING
 from benchmarks.rescue.run import run as rescue
 from benchmarks.results import Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
@@ -54,12 +54,12 @@ class Row:
         if not self.alarms:
             return "silent"
         if not self.named:
-            return "unknown"
+            return "unknown" if self.true else "right"
         return "right" if self.named in self.true else "wrong"
 
     def cells(self) -> list[str]:
         """Returns the row as text."""
-        return [self.group, self.case, " / ".join(self.true), self.named or "-", self.verdict]
+        return [self.group, self.case, " / ".join(self.true) or "-", self.named or "-", self.verdict]
 
 
 def train(module: LightningModule, data: Any, steps: int, before: list[Callback]) -> list[Incident]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
@@ -62,6 +63,9 @@ class Diagnosis(StabilityCallback):
         self._first_batch: frozenset[str] | None = None
         """Tensors of the first batch of the fit that are not normalised; None before it."""
         self._bad_from_start: frozenset[str] = frozenset()
+        self._first_norm = 0.0
+        """Norm of the trainable weights of this rank when the fit began."""
+        self._sensitivity: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit in which this callback cannot work.
@@ -82,8 +86,10 @@ class Diagnosis(StabilityCallback):
             self._first_batch = frozenset(f.where[0] for f in found if f.severity == "warning")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks for buffers that are non-finite already."""
-        self._first_batch = None
+        """Measures the weights, and looks for buffers that are non-finite already."""
+        self._first_batch = self._sensitivity = None
+        trained = [local(p.detach()) for p in pl_module.parameters() if p.requires_grad]
+        self._first_norm = float(torch.nn.utils.get_total_norm(trained))
         self._bad_from_start = frozenset(
             name
             for name, buffer in pl_module.named_buffers()
@@ -101,6 +107,8 @@ class Diagnosis(StabilityCallback):
     ) -> None:
         """Adds the step to the history; the phase follows the first optimizer."""
         self._history.append(stats)
+        if stats.step == 0 and stats.has_loss and stats.loss > 0:
+            self._sensitivity = stats.grad_norm * self._first_norm / stats.loss
         if stats.optimizer == 0:
             rate = max(stats.nominal_learning_rates, default=0.0)
             self._phases.update(stats.step, stats.loss, stats.grad_norm, rate)
@@ -131,6 +139,7 @@ class Diagnosis(StabilityCallback):
             layer_types=frozenset(type(m).__name__.lower() for m in pl_module.modules()),
             optimizer_type=type(trainer.optimizers[index]).__name__.lower(),
             batches_per_epoch=trainer.num_training_batches,
+            sensitivity_at_start=self._sensitivity,
             precision=str(trainer.precision),
             phase=self._phases.phase if self._history else None,
             phase_range=self._phases.range_of(self._phases.phase),

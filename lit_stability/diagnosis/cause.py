@@ -63,7 +63,7 @@ class Cause:
         """
         found = self._found(context)
         supporting = sorted((pair for pair in found if pair[0] > 0), key=lambda pair: -pair[0])
-        if not supporting:
+        if sum(weight for weight, _ in supporting) < _POSSIBLE:
             return None
         contradiction = self._contradiction(context)
         if contradiction is not None:

@@ -21,6 +21,8 @@ EARLY = 1000
 """Optimizer steps during which initialisation and warm-up are checked first."""
 LARGE = 10.0
 """Ratio to its median above which a gradient norm counts as large."""
+STEEP = 1000.0
+"""Sensitivity of the loss above which 0.1 % of the weights changes it by as much as itself."""
 STALE = 2.3
 """Root mean square of gradients relative to Adam's second moment; larger values precede loss spikes
 (Wortsman et al. 2023, arXiv 2304.13013)."""
@@ -61,6 +63,10 @@ class DiagnosisContext:
     """Class name of the optimizer, in lower case; "" if not known."""
     batches_per_epoch: float | None = None
     """None if not known."""
+    sensitivity_at_start: float | None = None
+    """Gradient norm times weight norm, divided by the loss, in the first step of the run: by how
+    much the loss changes, relative to itself, when the weights change by a given share. About 1 to
+    300 for common networks at their initialisation. None if not known."""
     precision: str = "32-true"
     """Lightning's name of the precision."""
     phase: Phase | None = None

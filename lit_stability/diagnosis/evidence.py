@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from lit_stability.diagnosis.cause import EvidenceRule
-from lit_stability.diagnosis.context import EARLY, LARGE, STALE, DiagnosisContext
+from lit_stability.diagnosis.context import EARLY, LARGE, STALE, STEEP, DiagnosisContext
 from lit_stability.diagnosis.layer_types import is_norm_gain
 from lit_stability.diagnosis.loss_pattern import loss_pattern
 
@@ -182,6 +182,13 @@ def finite_batch(context: DiagnosisContext) -> str | None:
     return sound_batch(context) if broken else None
 
 
+def ordinary_batch(context: DiagnosisContext) -> str | None:
+    """Nothing is unusual in the batch, nor in its loss: only its gradient is large."""
+    sound = sound_batch(context)
+    loss = ordinary_loss(context)
+    return f"{sound}, and {loss}" if sound is not None and loss is not None else None
+
+
 def unscaled(context: DiagnosisContext) -> str | None:
     """The data are not normalised, from the first batch on."""
     return f"in every batch, {'; '.join(context.unscaled)}" if context.unscaled else None
@@ -221,6 +228,17 @@ def operation(context: DiagnosisContext) -> str | None:
     """An operation made a NaN or Inf from finite values, and does so in float32 as well."""
     origin = context.origin
     if not origin or origin.cause != "operation" or origin.overflow or constant(context):
+        return None
+    if origin.kind == "overflow" and not any(part in origin.op for part in _AMPLIFYING):
+        return None  # see `large_value`
+    return str(origin.describe().splitlines()[0])
+
+
+def large_value(context: DiagnosisContext) -> str | None:
+    """A sum or product overflows in float32: what made its operands so large is the cause."""
+    origin = context.origin
+    overflows = origin and origin.cause == "operation" and origin.kind == "overflow"
+    if not overflows or origin.overflow or operation(context) is not None:
         return None
     return str(origin.describe().splitlines()[0])
 
@@ -283,6 +301,22 @@ def recurrent(context: DiagnosisContext) -> str | None:
     return f"the model is recurrent ({found[0]})" if found else None
 
 
+def steep_recurrence(context: DiagnosisContext) -> str | None:
+    """Recurrent weights amplify: the loss was very sensitive to the weights in the first step."""
+    layer, found = recurrent(context), context.sensitivity_at_start
+    if layer is None or found is None or not found > STEEP or early(context) is None:
+        return None
+    return (
+        f"{layer}, and in the first step a change of {1 / found:.2g} of the weights changed the "
+        "loss by as much as itself"
+    )
+
+
+def no_step_yet(context: DiagnosisContext) -> str | None:
+    """The weights are those that the fit began with."""
+    return None if context.anomaly.step > 0 else "no step has been taken yet"
+
+
 def zero_gain(context: DiagnosisContext) -> str | None:
     """The gain of a norm layer is exactly 0, so that it never receives a gradient."""
     zero = context.anomaly.layers[:1] if context.anomaly.signal == "weight_norm" else ()
@@ -292,6 +326,8 @@ def zero_gain(context: DiagnosisContext) -> str | None:
 _WARMED_UP = ("norm", "attention", "attn", "transformer")
 """Parts of the class names of layers that are trained with a warm-up."""
 _RECURRENT = ("rnn", "rnncell", "gru", "grucell", "lstm", "lstmcell")
+_AMPLIFYING = ("exp", "cosh", "sinh", "poisson", "prod")
+"""Parts of the names of operations that make a value too large of ordinary ones."""
 _CALM_STEPS = 5
 """Losses that show whether training went well before a NaN."""
 GROWS = pattern("exponential growth")

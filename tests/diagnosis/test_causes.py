@@ -49,6 +49,7 @@ CALM = (2.0, 2.05, 1.95) * 10
 GROWN = (*CALM, 2.3, 2.8, 4.5, 12.3)
 SWUNG = (*CALM, 1.8, 2.5, 1.6, 3.2, 1.4)
 OPERATION = SimpleNamespace(
+    op="log",
     cause="operation",
     kind="domain error",
     overflow=False,

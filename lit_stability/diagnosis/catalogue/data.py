@@ -30,7 +30,7 @@ DATA = (
             (-4, c.bad_state),
             (-6, c.other_batches),
         ),
-        contradictions=(c.constant, c.finite_batch),
+        contradictions=(c.constant, c.finite_batch, c.ordinary_batch),
         remedy="look at the batch in the incident folder: values and labels out of range, empty or "
         "very long samples; fix it where it is loaded",
         ignore_when="if it is one of thousands: it was skipped",
@@ -69,7 +69,7 @@ DATA = (
 NUMERICS = (
     Cause(
         name="operation outside its domain",
-        rules=((8, c.operation), (-8, c.transient)),
+        rules=((8, c.operation), (3, c.large_value), (-8, c.transient)),
         remedy=_advice_for_origin,
         ignore_when="never: the next batch of this kind fails as well",
     ),
