@@ -59,7 +59,13 @@ class Row:
 
     def cells(self) -> list[str]:
         """Returns the row as text."""
-        return [self.group, self.case, " / ".join(self.true) or "-", self.named or "-", self.verdict]
+        return [
+            self.group,
+            self.case,
+            " / ".join(self.true) or "-",
+            self.named or "-",
+            self.verdict,
+        ]
 
 
 def train(module: LightningModule, data: Any, steps: int, before: list[Callback]) -> list[Incident]:

@@ -23,7 +23,9 @@ from lit_stability.diagnosis import (
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Response, describe
 
-Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
+Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
+"""``recurring``: the run was healthy again, and an incident at the same place came before or
+after; see `recurrence`."""
 
 
 class TrainingStopped(RuntimeError):
@@ -89,6 +91,8 @@ class Incident:
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     outcome: Outcome = "open"
+    repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
+    """Earlier incidents at the same place."""
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
     _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
@@ -266,6 +270,7 @@ class Incident:
             "path": self.path,
             "verdict": self.verdict,
             "outcome": self.outcome,
+            "repeats": [each.id for each in self.repeats],
             "closed_step": self.closed_step,
             "time": self.started,
         }

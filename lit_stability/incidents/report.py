@@ -42,10 +42,18 @@ def closing_line(incident: Incident) -> str:
     """
     occurrences = "" if incident.occurrences == 1 else f" after {incident.occurrences} occurrences"
     return (
-        f"incident {incident.id} ({incident.first.kind}) {incident.outcome}{occurrences}: "
+        f"incident {incident.id} ({incident.first.kind}) {_outcome(incident)}{occurrences}: "
         f"{responses_text(incident) or 'nothing changed'}; {_cause(incident)}; "
         f"step {incident.closed_step} now"
     )
+
+
+def _outcome(incident: Incident) -> str:
+    """Returns the outcome, and for a recurring incident the one that it repeats."""
+    if not incident.repeats:
+        return incident.outcome
+    count, first = len(incident.repeats) + 1, incident.repeats[0].id
+    return f"{incident.outcome} ({count} times since incident {first})"
 
 
 def _cause(incident: Incident) -> str:
@@ -86,7 +94,7 @@ def markdown(incident: Incident) -> str:
         ("retried", incident.verdict or "no"),
         (
             "outcome",
-            incident.outcome
+            _outcome(incident)
             + ("" if incident.closed_step is None else f" at step {incident.closed_step}"),
         ),
         ("to try", incident.remedy),
