@@ -26,8 +26,8 @@ from lit_stability.faults import (
 )
 
 GLITCH = ("glitch",)
-OF_NAN = (*GLITCH, "operation outside its domain")
-"""`NanLoss` multiplies the loss by NaN, so an operation is a correct cause."""
+OF_NAN = (*GLITCH, "non-finite constant")
+"""`NanLoss` multiplies the loss by NaN, so a constant of the program is a correct cause."""
 OF_GRADIENTS = (*GLITCH, "exploding gradient")
 OF_WEIGHTS = (*GLITCH, "weights damaged from outside")
 OF_MOMENTS = (*OF_WEIGHTS, "optimizer state damaged")

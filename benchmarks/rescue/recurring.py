@@ -49,16 +49,16 @@ def with_batch(
 ) -> Scenario:
     """Creates a scenario whose fault recurs with its batches.
 
-    For faults that inject a NaN, an operation is a correct cause too.
+    For faults that inject a NaN, a constant of the program is a correct cause too.
     """
-    operation = ("operation outside its domain",) if kind in (NanLoss, CorruptGradient) else ()
+    constant = ("non-finite constant",) if kind in (NanLoss, CorruptGradient) else ()
     return Scenario(
         name=f"{title} with its batch, {task.name}, step {step}",
         family="bound to its data",
         task=task,
         disturbance=BatchFault(lambda: kind(step=step, **options)),
         step=step,
-        causes=(*OF_DATA, "exploding gradient", *operation),
+        causes=(*OF_DATA, "exploding gradient", *constant),
     )
 
 

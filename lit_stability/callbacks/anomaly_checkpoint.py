@@ -140,13 +140,10 @@ class AnomalyCheckpoint(StabilityCallback):
     def on_incident_closed(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> None:
-        """Rewrites the report with the outcome."""
-        if incident.path is None or not trainer.is_global_zero:
-            return
-        try:
-            (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
-        except OSError as error:
-            log.warning("the report of incident %d was not updated (%s)", incident.id, error)
+        """Rewrites the report with the outcome, and those of the incidents that it repeats."""
+        if trainer.is_global_zero:
+            for each in (*incident.repeats, incident):
+                _rewrite_report(each)
 
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path
@@ -248,3 +245,12 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of a parameter group as JSON types."""
     plain = (bool, int, float, str, tuple, list, type(None))
     return {k: v if isinstance(v, plain) else str(v) for k, v in group.items() if k != "params"}
+
+
+def _rewrite_report(incident: Incident) -> None:
+    if incident.path is None:
+        return
+    try:
+        (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
+    except OSError as error:
+        log.warning("the report of incident %d was not updated (%s)", incident.id, error)

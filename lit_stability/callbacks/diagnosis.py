@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import gather_of, require_monitor
+from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.inputs import check_batch
 from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.diagnosis.training_phases import PhaseRanges
+from lit_stability.distributed.dtensor import local
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class Diagnosis(StabilityCallback):
@@ -53,6 +60,12 @@ class Diagnosis(StabilityCallback):
         self._history: deque[StepStats] = deque(maxlen=history)
         self._phases = PhaseRanges()
         self._batch: Any = None
+        self._first_batch: frozenset[str] | None = None
+        """Tensors of the first batch of the fit that are not normalised; None before it."""
+        self._bad_from_start: frozenset[str] = frozenset()
+        self._first_norm = 0.0
+        """Norm of the trainable weights of this rank when the fit began."""
+        self._sensitivity: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit in which this callback cannot work.
@@ -66,8 +79,22 @@ class Diagnosis(StabilityCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps a reference to the batch, not a copy."""
+        """Keeps a reference to the batch, not a copy; looks at the scale of the first one."""
         self._batch = batch
+        if self._first_batch is None:
+            found = _findings(batch) or []
+            self._first_batch = frozenset(f.where[0] for f in found if f.severity == "warning")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the weights, and looks for buffers that are non-finite already."""
+        self._first_batch = self._sensitivity = None
+        trained = [local(p.detach()) for p in pl_module.parameters() if p.requires_grad]
+        self._first_norm = float(torch.nn.utils.get_total_norm(trained))
+        self._bad_from_start = frozenset(
+            name
+            for name, buffer in pl_module.named_buffers()
+            if buffer.is_floating_point() and not bool(local(buffer).isfinite().all())
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,6 +107,8 @@ class Diagnosis(StabilityCallback):
     ) -> None:
         """Adds the step to the history; the phase follows the first optimizer."""
         self._history.append(stats)
+        if stats.step == 0 and stats.has_loss and stats.loss > 0:
+            self._sensitivity = stats.grad_norm * self._first_norm / stats.loss
         if stats.optimizer == 0:
             rate = max(stats.nominal_learning_rates, default=0.0)
             self._phases.update(stats.step, stats.loss, stats.grad_norm, rate)
@@ -88,22 +117,29 @@ class Diagnosis(StabilityCallback):
         """Sets the diagnosis context; if the fault recurs, the one with the best score stays."""
         incident.may_stop = self.stop
         best = [cause.points for cause in incident.likely_causes[:1]] if incident.context else []
+        named = incident.cause if incident.context else ""
         previous, incident.context = incident.context, self._context(trainer, pl_module, incident)
         score = [cause.points for cause in incident.likely_causes[:1]]
-        if best > score:
+        cleared = named in [each.cause for each in incident.ruled_out]
+        if best > score and not cleared:
             incident.context = previous
 
     def _context(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> DiagnosisContext:
-        batch = incident.context.batch if incident.context else self._batch_problems(trainer)
         index = incident.anomaly.optimizer
         group = trainer.optimizers[index].param_groups[0]
-        return DiagnosisContext(
+        about_batch = incident.context or self._look_at_batch(trainer, incident)
+        return replace(
+            about_batch,
             anomaly=incident.anomaly,
             history=tuple(s for s in self._history if s.optimizer == index),
             stats=incident.stats,
-            batch=batch,
+            bad_from_start=self._bad_from_start,
+            layer_types=frozenset(type(m).__name__.lower() for m in pl_module.modules()),
+            optimizer_type=type(trainer.optimizers[index]).__name__.lower(),
+            batches_per_epoch=trainer.num_training_batches,
+            sensitivity_at_start=self._sensitivity,
             precision=str(trainer.precision),
             phase=self._phases.phase if self._history else None,
             phase_range=self._phases.range_of(self._phases.phase),
@@ -115,14 +151,21 @@ class Diagnosis(StabilityCallback):
             restorable=_restorable(trainer),
         )
 
-    def _batch_problems(self, trainer: Trainer) -> tuple[str, ...]:
-        """Returns the problems found in the batches of all ranks."""
-        try:
-            found = [f for f in check_batch(self._batch) if f.severity == "error"]
-        except NotApplicableError:
-            found = []
-        problems = gather_of(trainer)([f"{f.what} ({', '.join(f.where)})" for f in found])
-        return tuple(dict.fromkeys(line for lines in problems for line in lines))
+    def _look_at_batch(self, trainer: Trainer, incident: Incident) -> DiagnosisContext:
+        """Returns a context of what the batches of all ranks show: new problems, and old ones."""
+        first, found = self._first_batch or frozenset(), _findings(self._batch)
+        new: list[str] = []
+        usual: list[str] = []
+        for each in found or []:
+            of_all = each.severity == "warning" and each.where[0] in first
+            (usual if of_all else new).append(f"{each.what} ({', '.join(each.where)})")
+        answers = gather_of(trainer)((found is not None, new, usual))
+        return DiagnosisContext(
+            anomaly=incident.anomaly,
+            batch=tuple(dict.fromkeys(line for _, lines, _ in answers for line in lines)),
+            unscaled=tuple(dict.fromkeys(line for _, _, lines in answers for line in lines)),
+            batch_examined=all(examined for examined, _, _ in answers),
+        )
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes the steps that were rolled back."""
@@ -151,6 +194,17 @@ class Diagnosis(StabilityCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the gradient norms by phase; the history starts empty."""
         self._phases.load_state_dict(state_dict["phases"])
+
+
+def _findings(batch: Any) -> list[Finding] | None:
+    """Returns what is wrong with a batch; None if it cannot be examined."""
+    try:
+        return check_batch(batch)
+    except NotApplicableError:
+        return None
+    except Exception as error:  # a batch may hold anything, and no check may end the run
+        log.debug("the batch cannot be examined: %r", error)
+        return None
 
 
 def _restorable(trainer: Trainer) -> bool | None:

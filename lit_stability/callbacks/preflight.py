@@ -6,13 +6,14 @@ May import Lightning; the checks themselves, in `lit_stability.checks.preflight`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lit_stability.callbacks.gradient_monitor.reporter import log
 from lit_stability.callbacks.gradient_monitor.validation import require_package
@@ -27,6 +28,7 @@ from lit_stability.checks.preflight import (
     Subject,
     preflight,
 )
+from lit_stability.checks.preflight.inputs import empty_epoch
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.trainer_internals import loss_scaler, sharing, why_unsupported
 
@@ -44,6 +46,8 @@ class Preflight(StabilityCallback):
     gradients, its previous weights) plus that of the optimizer state. Weights, buffers, gradients,
     optimizers and random generators stay bitwise the same as without the callback. The checks take
     about as long as six steps. A run that resumes from a checkpoint is not checked.
+
+    An epoch without a single batch is reported too, when it ends.
 
     Each finding is logged once. With ``on_error="stop"`` an error raises `PreflightError` before
     anything is trained; under DDP on all ranks, whichever rank found it. With manual optimization
@@ -94,19 +98,49 @@ class Preflight(StabilityCallback):
         self.report: Report | None = None
         """Report of the latest fit that was checked, or None."""
         self._pending = False
+        self._batches: int | None = None
+        """Batches of the current epoch; None if the fit does not begin it."""
+        self._empty = False
+        """Whether an epoch without batches was reported."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises an error for a Trainer of another Lightning package."""
         require_package(trainer, self)
+        self._empty = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enables the checks for a run that starts at step 0; a checkpoint is loaded by now."""
         self._pending = trainer.global_step == 0
+        self._batches = 0 if self._pending else None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports an epoch without batches, once."""
+        if self._batches == 0:
+            self._report_empty(trainer)
+        self._batches = 0
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports a fit without batches, in which no other hook is called."""
+        if trainer.num_training_batches == 0 and trainer.limit_train_batches != 0:
+            self._report_empty(trainer)
+
+    def _report_empty(self, trainer: Trainer) -> None:
+        if self._empty:
+            return
+        self._empty = True
+        finding = empty_epoch(**_facts_of(trainer.train_dataloader))
+        self.report = self.report or Report()
+        self.report.findings.append(finding)
+        if trainer.is_global_zero:
+            _log_finding(finding)
+        if self.on_error == "stop" and trainer.global_step == 0:
+            self._raise_on_error(trainer, self.report)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Runs the checks on the first batch, and logs or raises the findings."""
+        self._batches = None if self._batches is None else self._batches + 1
         if not self._pending:
             return
         self._pending = False
@@ -199,6 +233,17 @@ class _Step:
             ) from error
         loss: Any = output.get("loss") if isinstance(output, dict) else output
         return loss  # type: ignore[no-any-return]
+
+
+def _facts_of(loader: Any) -> dict[str, Any]:
+    """Returns what explains that a loader has no batch; nothing for other loaders than torch's."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized):
+        return {}
+    return {
+        "samples": len(loader.dataset),
+        "batch_size": loader.batch_size,
+        "drops_last": loader.drop_last,
+    }
 
 
 def silence(model: LightningModule, trainer: Trainer) -> None:

@@ -34,6 +34,7 @@ from lit_stability.diagnosis.cause import (
     EvidenceRule,
     LikelyCause,
     RecommendedAction,
+    RuledOut,
     diagnose,
     register_cause,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "LikelyCause",
     "LossPattern",
     "RecommendedAction",
+    "RuledOut",
     "assess",
     "decision_tree",
     "diagnose",

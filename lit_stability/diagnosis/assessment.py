@@ -1,4 +1,4 @@
-"""The diagnosis of an incident in one value: likely causes, first bad step, decision tree.
+"""The diagnosis of an incident in one value: causes, first bad step, decision tree.
 
 Data in, data out: imports neither torch nor Lightning.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_stability.diagnosis.cause import LikelyCause, diagnose
+from lit_stability.diagnosis.cause import LikelyCause, RuledOut, weigh_all
 from lit_stability.diagnosis.context import DiagnosisContext
 from lit_stability.diagnosis.decision_tree import decision_tree
+
+_MOST = 4
+"""Largest number of causes of an incident."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,8 @@ class Assessment:
     context: DiagnosisContext
     likely_causes: tuple[LikelyCause, ...]
     """Best supported cause first."""
+    ruled_out: tuple[RuledOut, ...]
+    """Causes that had evidence, and what clears them."""
     since: int
     """Optimizer step at which the trouble began, as far as the losses show it."""
     checks: tuple[str, ...]
@@ -31,9 +36,11 @@ def assess(context: DiagnosisContext) -> Assessment:
     Args:
         context: what is known of the incident.
     """
+    likely, cleared = weigh_all(context)
     return Assessment(
         context=context,
-        likely_causes=tuple(diagnose(context)),
+        likely_causes=tuple(likely[:_MOST]),
+        ruled_out=tuple(cleared),
         since=context.since,
         checks=tuple(answer.text() for answer in decision_tree(context)),
     )

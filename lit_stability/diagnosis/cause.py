@@ -29,7 +29,7 @@ class Cause:
 
     The points of its evidence are added, so that a ranking can be traced: 8 points make a cause
     certain, 4 likely, 2 possible. Points are not probabilities. Evidence against the cause has
-    negative points.
+    negative points; evidence that contradicts it clears it, whatever its points are.
 
     Raises:
         ValueError: if ``name``, ``rules`` or ``ignore_when`` is empty.
@@ -44,6 +44,8 @@ class Cause:
     """When no action is needed."""
     recommended_action: RecommendedAction = "usual"
     """What to do if the cause is likely; "stop" requires that it is certain."""
+    contradictions: tuple[EvidenceRule, ...] = ()
+    """Rules whose evidence clears the cause, unless an experiment has confirmed it."""
 
     def __post_init__(self) -> None:
         for name in ("name", "ignore_when"):
@@ -52,16 +54,23 @@ class Cause:
         if not self.rules:
             raise ValueError(f"cause {self.name!r} must have at least one rule, got ()")
 
-    def weigh(self, context: DiagnosisContext) -> LikelyCause | None:
-        """Returns the cause with its evidence, or None if the evidence is too weak."""
-        results = [(weight, rule(context)) for weight, rule in self.rules]
-        if self.name in context.shown:
-            results.append((_SHOWN, context.shown[self.name]))
-        found = [(weight, sentence) for weight, sentence in results if sentence is not None]
+    def weigh(self, context: DiagnosisContext) -> LikelyCause | RuledOut | None:
+        """Weighs the evidence in a context.
+
+        Returns:
+            The cause with its evidence; or with what clears it, if there is evidence for it too;
+            None if the evidence is too weak.
+        """
+        found = self._found(context)
+        supporting = sorted((pair for pair in found if pair[0] > 0), key=lambda pair: -pair[0])
+        if sum(weight for weight, _ in supporting) < _POSSIBLE:
+            return None
+        contradiction = self._contradiction(context)
+        if contradiction is not None:
+            return RuledOut(self.name, contradiction)
         points = sum(weight for weight, _ in found)
         if points < _POSSIBLE:
             return None
-        supporting = sorted((pair for pair in found if pair[0] > 0), key=lambda pair: -pair[0])
         return LikelyCause(
             cause=self.name,
             points=points,
@@ -70,6 +79,29 @@ class Cause:
             ignore_when=self.ignore_when,
             recommended_action=self.recommended_action,
         )
+
+    def _found(self, context: DiagnosisContext) -> list[tuple[int, str]]:
+        results = [(weight, rule(context)) for weight, rule in self.rules]
+        if self.name in context.shown:
+            results.append((_SHOWN, context.shown[self.name]))
+        return [(weight, sentence) for weight, sentence in results if sentence is not None]
+
+    def _contradiction(self, context: DiagnosisContext) -> str | None:
+        if self.name in context.shown:
+            return None
+        return next(filter(None, (rule(context) for rule in self.contradictions)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class RuledOut:
+    """A cause for which there was evidence, and the evidence that clears it."""
+
+    cause: str
+    why: str
+
+    def text(self) -> str:
+        """Returns cause and evidence in one line."""
+        return f"{self.cause} ({self.why})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +179,26 @@ def diagnose(
 ) -> list[LikelyCause]:
     """Weighs causes and returns those with enough evidence, the best supported first.
 
+    Beside a certain cause, no weaker one is returned.
+
     Args:
         context: what is known of the anomaly.
         causes: causes to weigh; None for all registered ones.
         most: largest number of causes returned.
     """
-    weighed = (cause.weigh(context) for cause in (CAUSES.values() if causes is None else causes))
-    found = sorted((c for c in weighed if c is not None), key=lambda c: -c.points)
-    return found[:most]
+    return weigh_all(context, causes)[0][:most]
+
+
+def weigh_all(
+    context: DiagnosisContext, causes: Iterable[Cause] | None = None
+) -> tuple[list[LikelyCause], list[RuledOut]]:
+    """Returns the causes with enough evidence, and those that other evidence clears.
+
+    Args:
+        context: what is known of the anomaly.
+        causes: causes to weigh; None for all registered ones.
+    """
+    weighed = [cause.weigh(context) for cause in (CAUSES.values() if causes is None else causes)]
+    found = sorted((c for c in weighed if isinstance(c, LikelyCause)), key=lambda c: -c.points)
+    certain = [cause for cause in found if cause.certainty == "certain"]
+    return certain or found, [cause for cause in weighed if isinstance(cause, RuledOut)]

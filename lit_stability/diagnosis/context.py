@@ -21,6 +21,8 @@ EARLY = 1000
 """Optimizer steps during which initialisation and warm-up are checked first."""
 LARGE = 10.0
 """Ratio to its median above which a gradient norm counts as large."""
+STEEP = 1000.0
+"""Sensitivity of the loss above which 0.1 % of the weights changes it by as much as itself."""
 STALE = 2.3
 """Root mean square of gradients relative to Adam's second moment; larger values precede loss spikes
 (Wortsman et al. 2023, arXiv 2304.13013)."""
@@ -47,7 +49,24 @@ class DiagnosisContext:
     shown: Mapping[str, str] = field(default_factory=dict)
     """Causes confirmed by an experiment -> how they were confirmed."""
     batch: tuple[str, ...] = ()
-    """Problems found in the batch, one phrase each."""
+    """Problems found in the batch that the first batch of the fit does not have, one phrase each:
+    values that are NaN or infinite, or of another scale."""
+    unscaled: tuple[str, ...] = ()
+    """Values of the batch that are not normalised, and were not in the first batch either."""
+    batch_examined: bool = False
+    """Whether the batch was examined; if so, and ``batch`` is empty, nothing is wrong with it."""
+    bad_from_start: frozenset[str] = frozenset()
+    """Names of the buffers that were non-finite when the fit began."""
+    layer_types: frozenset[str] = frozenset()
+    """Class names of the modules, in lower case; empty if not known."""
+    optimizer_type: str = ""
+    """Class name of the optimizer, in lower case; "" if not known."""
+    batches_per_epoch: float | None = None
+    """None if not known."""
+    sensitivity_at_start: float | None = None
+    """Gradient norm times weight norm, divided by the loss, in the first step of the run: by how
+    much the loss changes, relative to itself, when the weights change by a given share. About 1 to
+    300 for common networks at their initialisation. None if not known."""
     precision: str = "32-true"
     """Lightning's name of the precision."""
     phase: Phase | None = None
@@ -98,6 +117,15 @@ class DiagnosisContext:
         if self.stats is None or len(norms) < 3:
             return None
         return self.stats.grad_norm / median(norms)
+
+    @cached_property
+    def loss_is_ordinary(self) -> bool | None:
+        """Whether the loss of the bad step is one of the usual; None if not known."""
+        before = sorted(s.loss for s in self.history[-50:] if s.has_loss)
+        if self.stats is None or not self.stats.has_loss or len(before) < 3:
+            return None
+        spread = before[-1] - before[0]
+        return self.pattern is None and self.stats.loss <= before[-1] + spread
 
     @property
     def update_excess(self) -> float | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 
 from lit_stability.diagnosis.cause import EvidenceRule
-from lit_stability.diagnosis.context import EARLY, LARGE, STALE, DiagnosisContext
+from lit_stability.diagnosis.context import EARLY, LARGE, STALE, STEEP, DiagnosisContext
 from lit_stability.diagnosis.layer_types import is_norm_gain
+from lit_stability.diagnosis.loss_pattern import loss_pattern
 
 
 def kind(*kinds: str) -> EvidenceRule:
@@ -137,6 +138,25 @@ def other_batches(context: DiagnosisContext) -> str | None:
     return f"it recurred with {batches} consecutive batches" if batches >= 5 else None
 
 
+def ordinary_loss(context: DiagnosisContext) -> str | None:
+    """Only the gradient is large; the loss is one of the usual, and so are the updates."""
+    if context.anomaly.kind != "gradient spike":
+        return None
+    if not context.loss_is_ordinary or large_update(context) is not None:
+        return None
+    assert context.stats is not None
+    return f"the loss is ordinary, {context.stats.loss:.4g}"
+
+
+def sudden_nan(context: DiagnosisContext) -> str | None:
+    """The losses before the NaN or Inf were ordinary: nothing was diverging."""
+    broken = context.anomaly.kind in ("non-finite loss", "non-finite gradient")
+    finite = [s.loss for s in context.history if s.has_loss]
+    if not broken or len(finite) < _CALM_STEPS or loss_pattern(finite) is not None:
+        return None
+    return f"the {len(finite)} losses before were ordinary, the last {finite[-1]:.4g}"
+
+
 def bad_input(context: DiagnosisContext) -> str | None:
     """The batch itself contains bad values; ignored for anomalies that build up over many steps."""
     if context.anomaly.warn_only:
@@ -144,15 +164,58 @@ def bad_input(context: DiagnosisContext) -> str | None:
     if context.batch:
         return f"in the batch, {'; '.join(context.batch)}"
     origin = context.origin
-    return origin.describe().splitlines()[0] if origin and origin.cause == "input" else None
+    if not origin or origin.cause != "input" or sound_batch(context) is not None:
+        return None
+    return str(origin.describe().splitlines()[0])
+
+
+def sound_batch(context: DiagnosisContext) -> str | None:
+    """The batch was examined and is as the first one was."""
+    if not context.batch_examined or context.batch:
+        return None
+    return "the batch is finite, and of the scale of the first one"
+
+
+def finite_batch(context: DiagnosisContext) -> str | None:
+    """The values became non-finite in the step, from a batch with nothing unusual in it."""
+    broken = BROKEN(context) is not None
+    return sound_batch(context) if broken else None
+
+
+def ordinary_batch(context: DiagnosisContext) -> str | None:
+    """Nothing is unusual in the batch, nor in its loss: only its gradient is large."""
+    sound = sound_batch(context)
+    loss = ordinary_loss(context)
+    return f"{sound}, and {loss}" if sound is not None and loss is not None else None
+
+
+def unscaled(context: DiagnosisContext) -> str | None:
+    """The data are not normalised, from the first batch on."""
+    return f"in every batch, {'; '.join(context.unscaled)}" if context.unscaled else None
 
 
 def bad_state(context: DiagnosisContext) -> str | None:
     """A weight or buffer was non-finite before the step."""
     origin = context.origin
-    if not origin or origin.cause not in ("parameter", "buffer"):
+    if not origin or origin.cause not in ("parameter", "buffer") or constant(context):
         return None
     return f"{origin.tensor} was non-finite before the step"
+
+
+def constant(context: DiagnosisContext) -> str | None:
+    """A number of the program is non-finite: a plain number, or a tensor that is no data."""
+    origin = context.origin
+    if not origin:
+        return None
+    if origin.cause == "operation" and origin.kind == "non-finite constant":
+        return str(origin.describe().splitlines()[0])
+    if origin.cause == "buffer" and origin.tensor in context.bad_from_start:
+        return f"{origin.tensor} was non-finite when the fit began"
+    if origin.cause == "constant":
+        return f"{origin.tensor}, an attribute of the module, is non-finite"
+    if origin.cause == "input" and origin.kind == "non-finite input" and sound_batch(context):
+        return f"{origin.tensor} is non-finite, and the batch is finite"
+    return None
 
 
 def overflow(context: DiagnosisContext) -> str | None:
@@ -164,7 +227,18 @@ def overflow(context: DiagnosisContext) -> str | None:
 def operation(context: DiagnosisContext) -> str | None:
     """An operation made a NaN or Inf from finite values, and does so in float32 as well."""
     origin = context.origin
-    if not origin or origin.cause != "operation" or origin.overflow:
+    if not origin or origin.cause != "operation" or origin.overflow or constant(context):
+        return None
+    if origin.kind == "overflow" and not any(part in origin.op for part in _AMPLIFYING):
+        return None  # see `large_value`
+    return str(origin.describe().splitlines()[0])
+
+
+def large_value(context: DiagnosisContext) -> str | None:
+    """A sum or product overflows in float32: what made its operands so large is the cause."""
+    origin = context.origin
+    overflows = origin and origin.cause == "operation" and origin.kind == "overflow"
+    if not overflows or origin.overflow or operation(context) is not None:
         return None
     return str(origin.describe().splitlines()[0])
 
@@ -193,12 +267,69 @@ def unclipped(context: DiagnosisContext) -> str | None:
     return None if context.clips else "gradients are not clipped"
 
 
+def needs_no_warmup(context: DiagnosisContext) -> str | None:
+    """The model has no layers whose training is known to need a warm-up."""
+    types = context.layer_types
+    if not types or any(part in name for part in _WARMED_UP for name in types):
+        return None
+    return "the model has neither norms nor attention"
+
+
+def no_norms(context: DiagnosisContext) -> str | None:
+    """The model has no norm layers."""
+    types = context.layer_types
+    return None if not types or any("norm" in t for t in types) else "the model has no norms"
+
+
+def no_moments(context: DiagnosisContext) -> str | None:
+    """The optimizer keeps no moments."""
+    plain = context.optimizer_type == "sgd" and not context.momentum
+    return "plain SGD keeps no state" if plain else None
+
+
+def line_search_on_noise(context: DiagnosisContext) -> str | None:
+    """LBFGS minimises another function in each step."""
+    batches = context.batches_per_epoch
+    if context.optimizer_type != "lbfgs" or batches is None or not batches > context.accumulation:
+        return None
+    return f"LBFGS builds its curvature from {batches:g} different batches"
+
+
+def recurrent(context: DiagnosisContext) -> str | None:
+    """The model has recurrent layers."""
+    found = [t for t in sorted(context.layer_types) if t in _RECURRENT]
+    return f"the model is recurrent ({found[0]})" if found else None
+
+
+def steep_recurrence(context: DiagnosisContext) -> str | None:
+    """Recurrent weights amplify: the loss was very sensitive to the weights in the first step."""
+    layer, found = recurrent(context), context.sensitivity_at_start
+    if layer is None or found is None or not found > STEEP or early(context) is None:
+        return None
+    return (
+        f"{layer}, and in the first step a change of {1 / found:.2g} of the weights changed the "
+        "loss by as much as itself"
+    )
+
+
+def no_step_yet(context: DiagnosisContext) -> str | None:
+    """The weights are those that the fit began with."""
+    return None if context.anomaly.step > 0 else "no step has been taken yet"
+
+
 def zero_gain(context: DiagnosisContext) -> str | None:
     """The gain of a norm layer is exactly 0, so that it never receives a gradient."""
     zero = context.anomaly.layers[:1] if context.anomaly.signal == "weight_norm" else ()
     return next((f"{name} is exactly 0" for name, _ in zero if is_norm_gain(name)), None)
 
 
+_WARMED_UP = ("norm", "attention", "attn", "transformer")
+"""Parts of the class names of layers that are trained with a warm-up."""
+_RECURRENT = ("rnn", "rnncell", "gru", "grucell", "lstm", "lstmcell")
+_AMPLIFYING = ("exp", "cosh", "sinh", "poisson", "prod")
+"""Parts of the names of operations that make a value too large of ordinary ones."""
+_CALM_STEPS = 5
+"""Losses that show whether training went well before a NaN."""
 GROWS = pattern("exponential growth")
 SWINGS = pattern("oscillating divergence")
 JUMPS = pattern("sudden jump")
@@ -206,3 +337,7 @@ BROKEN = kind("non-finite loss", "non-finite gradient", "non-finite weight")
 DAMAGE = kind("non-finite weight", "weight corruption")
 DIVERGES = kind("divergence")
 SPIKES = kind("gradient spike", "loss spike")
+TROUBLE = kind(
+    *("non-finite loss", "non-finite gradient", "gradient spike", "loss spike", "divergence"),
+    "update spike",
+)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lit_stability.diagnosis.cause import Cause, EvidenceRule, register_cause
 from lit_stability.diagnosis.context import LARGE, DiagnosisContext
+from lit_stability.diagnosis.evidence import no_norms
 from lit_stability.diagnosis.layer_types import layer_kind
 
 Symptom = Literal["explode", "vanish", "oscillate"]
@@ -124,6 +125,7 @@ def register_layer_cause(kind: str, wanted: Symptom, cause: str, remedy: str) ->
         Cause(
             name=cause,
             rules=((3, in_layers(kind, wanted)),),
+            contradictions=(no_norms,) if kind == "norm" else (),
             remedy=remedy,
             ignore_when="if it was a single step and the loss decreases",
         )

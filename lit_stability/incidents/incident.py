@@ -17,12 +17,15 @@ from lit_stability.diagnosis import (
     DiagnosisContext,
     LikelyCause,
     RecommendedAction,
+    RuledOut,
     assess,
 )
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Response, describe
 
-Outcome = Literal["open", "recovered", "observed", "stopped", "unresolved"]
+Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
+"""``recurring``: the run was healthy again, and an incident at the same place came before or
+after; see `recurrence`."""
 
 
 class TrainingStopped(RuntimeError):
@@ -88,6 +91,8 @@ class Incident:
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     outcome: Outcome = "open"
+    repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
+    """Earlier incidents at the same place."""
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
     _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
@@ -174,6 +179,11 @@ class Incident:
         return list(self.assessment.likely_causes)
 
     @property
+    def ruled_out(self) -> list[RuledOut]:
+        """Causes that had evidence for them, and the evidence that clears them."""
+        return list(self.assessment.ruled_out)
+
+    @property
     def since(self) -> int:
         """Optimizer step at which the trouble began, as far as the losses show it."""
         return self.assessment.since
@@ -197,9 +207,10 @@ class Incident:
 
     @property
     def cause(self) -> str:
-        """The best supported cause; "" if no cause has evidence."""
+        """The best supported cause that is likely or certain; "" if it is unknown."""
         unregistered = (cause for cause in self.shown if cause not in CAUSES)
-        return next(unregistered, "") or next((h.cause for h in self.likely_causes), "")
+        likely = (c.cause for c in self.likely_causes if c.certainty != "possible")
+        return next(unregistered, "") or next(likely, "")
 
     @property
     def recommended_action(self) -> RecommendedAction:
@@ -249,6 +260,7 @@ class Incident:
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
             "hypotheses": [cause.as_dict() for cause in self.likely_causes],
+            "ruled_out": [[each.cause, each.why] for each in self.ruled_out],
             "since": self.since,
             "phase": self.current_context.phase,
             "checks": self.checks,
@@ -258,6 +270,7 @@ class Incident:
             "path": self.path,
             "verdict": self.verdict,
             "outcome": self.outcome,
+            "repeats": [each.id for each in self.repeats],
             "closed_step": self.closed_step,
             "time": self.started,
         }

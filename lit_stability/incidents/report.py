@@ -25,9 +25,8 @@ def opening_line(incident: Incident) -> str:
     response = responses_text(incident) or "observed, nothing changed"
     cause = f"; {incident.origin.describe().splitlines()[0]}" if incident.origin else ""
     where = f" | saved to {incident.path}" if incident.path else ""
-    best = next(iter(incident.likely_causes), None)
-    if best is not None and best.certainty != "possible" and not cause:
-        cause = f"; {best.certainty} cause: {best.cause}"
+    if incident.cause and not cause:
+        cause = f"; {_cause(incident)}"
     first = incident.first
     return (
         f"incident {incident.id} at step {first.step} (epoch {incident.epoch}, batch "
@@ -43,9 +42,24 @@ def closing_line(incident: Incident) -> str:
     """
     occurrences = "" if incident.occurrences == 1 else f" after {incident.occurrences} occurrences"
     return (
-        f"incident {incident.id} ({incident.first.kind}) {incident.outcome}{occurrences}: "
-        f"{responses_text(incident) or 'nothing changed'}; step {incident.closed_step} now"
+        f"incident {incident.id} ({incident.first.kind}) {_outcome(incident)}{occurrences}: "
+        f"{responses_text(incident) or 'nothing changed'}; {_cause(incident)}; "
+        f"step {incident.closed_step} now"
     )
+
+
+def _outcome(incident: Incident) -> str:
+    """Returns the outcome, and for a recurring incident the one that it repeats."""
+    if not incident.repeats:
+        return incident.outcome
+    count, first = len(incident.repeats) + 1, incident.repeats[0].id
+    return f"{incident.outcome} ({count} times since incident {first})"
+
+
+def _cause(incident: Incident) -> str:
+    """Returns the cause with its certainty, as the console prints it and the report repeats it."""
+    certainty = next((c.certainty for c in incident.likely_causes if c.cause == incident.cause), "")
+    return f"{certainty} cause: {incident.cause}".lstrip() if incident.cause else "cause unknown"
 
 
 def responses_text(incident: Incident) -> str:
@@ -80,7 +94,7 @@ def markdown(incident: Incident) -> str:
         ("retried", incident.verdict or "no"),
         (
             "outcome",
-            incident.outcome
+            _outcome(incident)
             + ("" if incident.closed_step is None else f" at step {incident.closed_step}"),
         ),
         ("to try", incident.remedy),
@@ -106,7 +120,10 @@ def _causes(incident: Incident) -> str:
         for i, h in enumerate(incident.likely_causes, 1)
     )
     checks = "".join(f"* {check}\n" for check in incident.checks)
-    return f"\n### Causes\n\n{causes or 'none known'}\n### Decision tree\n\n{checks}"
+    cleared = "".join(f"* {each.text()}\n" for each in incident.ruled_out)
+    excluded = f"\n### Ruled out\n\n{cleared}" if cleared else ""
+    known = causes if incident.cause else f"The cause is unknown.\n\n{causes}"
+    return f"\n### Causes\n\n{known}{excluded}\n### Decision tree\n\n{checks}"
 
 
 def summary_table(incidents: Sequence[Incident]) -> list[str]:

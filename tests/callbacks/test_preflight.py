@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from lit_stability import Preflight, stability_callbacks
-from lit_stability.checks.preflight import MaskProbe, Memorise, PreflightError
+from lit_stability.checks.preflight import MaskProbe, Memorise, PreflightError, Report
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 from tests.exact import digest
 
@@ -323,3 +323,73 @@ def test_preflight_in_half_precision_finds_no_fault_in_a_healthy_run(tmp_path):
 def _data():
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(x, x[:, 0]), 16)
+
+
+class Exhausted(IterableDataset):
+    """Samples of an iterator that is made once: the second epoch has none."""
+
+    def __init__(self, count):
+        self.samples = iter([(torch.randn(8), torch.randn(())) for _ in range(count)])
+
+    def __iter__(self):
+        return self.samples
+
+
+def few(drop_last):
+    data = TensorDataset(torch.randn(10, 8), torch.randn(10))
+    return DataLoader(data, 16, drop_last=drop_last)
+
+
+NONE = "an epoch has no batch"
+NO_LENGTH = "ignore:Total length of"
+
+
+@pytest.mark.filterwarnings(NO_LENGTH)
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (few(drop_last=True), f"{NONE}: 10 samples, batches of 16, and drop_last=True"),
+        (DataLoader(Exhausted(32), 16), NONE),
+        (DataLoader(Exhausted(0), 16), NONE),
+    ],
+    ids=["dropped", "exhausted", "empty"],
+)
+def test_preflight_of_an_epoch_without_batches_says_so_once(data, part, tmp_path, caplog):
+    callback = Preflight()
+    fit(tmp_path, [callback], data=data, max_epochs=3, max_steps=-1)
+    (found,) = [f for f in callback.report.findings if f.check == "batches"]
+    assert (found.severity, found.what) == ("error", part)
+    assert len([r for r in caplog.records if "has no batch" in r.getMessage()]) == 1
+
+
+@pytest.mark.filterwarnings(NO_LENGTH)
+def test_preflight_that_stops_raises_for_a_fit_without_batches(tmp_path):
+    with pytest.raises(PreflightError, match="an epoch has no batch"):
+        fit(tmp_path, [Preflight(on_error="stop")], data=few(drop_last=True), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (few(drop_last=False), {}),
+        (regression_data(4), {}),
+        (regression_data(4), {"limit_train_batches": 0}),
+        (regression_data(4), {"limit_train_batches": 1}),
+        (regression_data(4), {"fast_dev_run": True}),
+    ],
+    ids=["one incomplete batch", "four", "none on purpose", "one on purpose", "fast_dev_run"],
+)
+def test_preflight_of_epochs_with_batches_does_not_miss_any(data, options, tmp_path):
+    callback = Preflight()
+    fit(tmp_path, [callback], data=data, max_epochs=2, max_steps=-1, **options)
+    assert not [f for f in (callback.report or Report()).findings if f.check == "batches"]
+
+
+def test_preflight_of_a_run_resumed_at_the_end_of_an_epoch_misses_no_batch(tmp_path):
+    data = regression_data(4)
+    fit(tmp_path, data=data, max_steps=4)[1].save_checkpoint(tmp_path / "last.ckpt")
+    callback = Preflight()
+    trainer = make_trainer(tmp_path, [callback], max_epochs=3, max_steps=-1)
+    trainer.fit(Regression(), data, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 12
+    assert callback.report is None

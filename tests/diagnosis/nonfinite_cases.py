@@ -162,7 +162,7 @@ def one_over_zero():
     return model, lambda: (1.0 / model(data())).sum()  # origin
 
 
-@bad(module="block", op="exp", kind="overflow", value="inf", overflow=False)
+@bad(module="block", op="exp", kind="softmax overflow", value="inf", overflow=False)
 def exp_that_overflows_and_becomes_nan_later():
     class Softmax(nn.Module):
         def __init__(self):
@@ -375,7 +375,7 @@ def mask_made_by_multiplying_with_infinity():
     return model, step
 
 
-@bad(module="", op="masked_fill", kind="non-finite constant", value="-inf")
+@bad(module="", op="masked_fill", kind="masked value", value="-inf")
 def target_that_is_masked_out():
     model, forbidden = nn.Linear(4, 4), torch.tensor([True, False, False, False])
 
@@ -527,7 +527,7 @@ def result_kept_in_memory_that_was_nan_before():
 # The backward pass: the loss is finite.
 
 
-@bad(module="block", op="sqrt", phase="backward", kind="division by zero", value="nan")
+@bad(module="block", op="sqrt", phase="backward", kind="infinite slope", value="nan")
 def epsilon_outside_of_the_root():
     class Norm(nn.Module):
         def __init__(self):
@@ -542,7 +542,7 @@ def epsilon_outside_of_the_root():
     return model, lambda: model(data()).sum()
 
 
-@bad(module="", op="log", phase="backward", kind="division by zero", value="nan")
+@bad(module="", op="log", phase="backward", kind="infinite slope", value="nan")
 def log_that_where_drops():
     model = zero(nn.Linear(4, 4))
 
@@ -582,7 +582,7 @@ def exp_that_where_drops():
     return model, step
 
 
-@bad(module="", op="pow", phase="backward", kind="division by zero")
+@bad(module="", op="pow", phase="backward", kind="infinite slope")
 def power_of_zero():
     model = zero(nn.Linear(4, 4))
     return model, lambda: (model(data()).abs() ** 0.5).sum()  # origin
@@ -653,7 +653,7 @@ def half_written_into_float_under_a_large_slope():
     return model, step
 
 
-@bad(module="", op="sqrt", phase="backward", kind="division by zero")
+@bad(module="", op="sqrt", phase="backward", kind="infinite slope")
 def earliest_of_two_in_the_order_of_the_backward_pass():
     model = nn.ModuleList([zero(nn.Linear(4, 4)), zero(nn.Linear(4, 4))])
 
@@ -680,7 +680,7 @@ def _root_in_a_block(how):
 
 
 LINE = inspect.getsourcelines(_root_in_a_block)[1] + 8
-ROOT = {"module": "block", "op": "sqrt", "phase": "backward", "kind": "division by zero"}
+ROOT = {"module": "block", "op": "sqrt", "phase": "backward", "kind": "infinite slope"}
 
 
 def _noted(name, how, **changes):
@@ -725,14 +725,14 @@ def gradient_that_overflows_under_a_loss_scale():
     return model, step
 
 
-@bad(module="", op="sqrt", phase="backward", kind="division by zero")
+@bad(module="", op="sqrt", phase="backward", kind="infinite slope")
 def sparse_gradient_of_an_embedding():
     model = zero(nn.Embedding(5, 4, sparse=True))
     tokens = torch.tensor([1, 1, 2])
     return model, lambda: model(tokens).square().sum(-1).sqrt().sum()  # origin
 
 
-@bad(module="", op="sqrt", phase="backward", kind="division by zero", value="inf")
+@bad(module="", op="sqrt", phase="backward", kind="infinite slope", value="inf")
 def root_in_place_in_a_view():
     model = zero(nn.Linear(4, 4))
 
@@ -744,7 +744,7 @@ def root_in_place_in_a_view():
     return model, step
 
 
-@bad(module="", op="sqrt", phase="backward", kind="division by zero")
+@bad(module="", op="sqrt", phase="backward", kind="infinite slope")
 def gradient_penalty_at_zero():
     model = nn.Sequential(zero(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1))
 

@@ -49,7 +49,13 @@ CALM = (2.0, 2.05, 1.95) * 10
 GROWN = (*CALM, 2.3, 2.8, 4.5, 12.3)
 SWUNG = (*CALM, 1.8, 2.5, 1.6, 3.2, 1.4)
 OPERATION = SimpleNamespace(
-    cause="operation", overflow=False, tensor="", advice="clamp it", describe=lambda: "log made nan"
+    op="log",
+    cause="operation",
+    kind="domain error",
+    overflow=False,
+    tensor="",
+    advice="clamp it",
+    describe=lambda: "log made nan",
 )
 OVERFLOW = SimpleNamespace(**(vars(OPERATION) | {"overflow": True}))
 SPOILED = SimpleNamespace(**(vars(OPERATION) | {"cause": "parameter", "tensor": "head.weight"}))
@@ -82,8 +88,12 @@ CASES = {
         context("gradient spike", grad_norm=900.0, verdict="deterministic"),
         "bad batch",
     ),
-    "back with five batches": (
+    "back with five batches, under an ordinary loss": (
         context("gradient spike", grad_norm=900.0, verdict="deterministic", occurrences=9),
+        "exploding gradient",
+    ),
+    "back with five batches, and the loss grows": (
+        context("gradient spike", GROWN, loss=89.7, grad_norm=900.0, occurrences=9),
         "learning rate too high",
     ),
     "a schedule that runs through": (

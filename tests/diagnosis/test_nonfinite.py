@@ -229,7 +229,7 @@ def test_origin_describes_itself_in_two_lines_and_in_json():
     first, second = str(found).splitlines()
     assert first.startswith("log made -inf in Linear, nonfinite_cases.py:")
     assert "forward pass: domain error; self float32[3, 4] in [0, 0]" in first
-    assert second == "  try: clamp the argument above 0 before the log, or use log_softmax"
+    assert second.startswith("  try: the argument is too small, 0 or negative: clamp it above 0")
     plain = json.loads(json.dumps(found.as_dict()))
     assert plain["advice"] == found.advice
     assert plain["inputs"][0]["shape"] == [3, 4]
@@ -240,7 +240,8 @@ def test_origin_describes_itself_in_two_lines_and_in_json():
     [
         ("overflow", "linear", "Linear", "forward", True, "run linear in float32"),
         ("overflow", "linear", "Linear", "backward", True, "lower the loss scale"),
-        ("overflow", "exp", "Linear", "forward", False, "subtract the maximum"),
+        ("overflow", "exp", "Linear", "forward", False, "softplus"),
+        ("softmax overflow", "exp", "Linear", "forward", False, "subtract the maximum"),
         ("overflow", "matmul", "SelfAttention", "forward", False, "normalise queries and keys"),
         ("overflow", "linear", "LMHeadLinear", "forward", False, "lower the learning rate"),
         (
@@ -251,13 +252,175 @@ def test_origin_describes_itself_in_two_lines_and_in_json():
             False,
             "eps of the norm above 0",
         ),
-        ("division by zero", "sqrt", "RMSNorm", "backward", False, "inside the root"),
+        ("infinite slope", "sqrt", "RMSNorm", "backward", False, "inside the root"),
         ("division by zero", "div", "Loss", "forward", False, "add an epsilon"),
     ],
 )
 def test_advice_depends_on_accident_operation_and_layer(kind, op, layer, phase, overflow, part):
     """S7, S15."""
     assert part in advise(kind, op, layer, phase, overflow=overflow)
+
+
+class Held(nn.Module):
+    """A parameter, to be the argument of a function."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.p = nn.Parameter(torch.as_tensor(values, dtype=torch.float32))
+
+
+ONES, SINGULAR, EQUAL = torch.ones(3), torch.ones(3, 3), torch.eye(3)
+RAMP = torch.arange(9.0).view(3, 3)
+MASK = torch.eye(3, 4, dtype=torch.bool)
+WHY = {
+    # A slope at an argument that is too small, or at the edge of the domain.
+    "log of a denormal": ([1e-44], lambda p: p.log().sum(), "infinite slope", "clamp"),
+    "rsqrt of a small number": ([1e-30], lambda p: p.rsqrt().sum(), "infinite slope", "epsilon"),
+    "norm by hand at 0": ([0.0], lambda p: p.square().sum().sqrt(), "infinite slope", "inside"),
+    "hypot at 0": ([0.0], lambda p: torch.hypot(p, p).sum(), "infinite slope", "epsilon"),
+    "root as a power at 0": ([0.0], lambda p: (p**0.3).sum(), "infinite slope", "the base"),
+    "angle of a small number": (
+        *([[1e-25, 1e-25]], lambda p: torch.view_as_complex(p).angle().sum()),
+        *("infinite slope", "an angle has no slope at 0"),
+    ),
+    "acos at 1": ([1.0], lambda p: p.acos().sum(), "infinite slope", "inside of (-1, 1)"),
+    # A divisor that is too small, and a dividend that is too large.
+    "division by a denormal": ([1e-40], lambda p: (1 / p).sum(), "division by zero", "epsilon"),
+    "slope of a division": ([1e-25], lambda p: (1 / p).sum(), "division by zero", "epsilon"),
+    "large dividend": ([1e38], lambda p: (p / 0.01).sum(), "overflow", "too large"),
+    # A value that is too large.
+    "square of a large number": ([1e30], lambda p: (p**2).sum(), "overflow", "too large"),
+    "log-variance": ([200.0], lambda p: (p.exp() - p).sum(), "overflow", "log-variance"),
+    "rate of a Poisson loss": (
+        *([200.0], lambda p: F.poisson_nll_loss(p, torch.ones(1)), "overflow", "softplus"),
+    ),
+    "softmax by hand": (
+        *([200.0, 1.0], lambda p: (p.exp() / p.exp().sum()).sum()),
+        *("softmax overflow", "subtract the maximum"),
+    ),
+    "logsumexp by hand": (
+        *([200.0, 1.0], lambda p: p.exp().sum().log(), "softmax overflow", "logsumexp"),
+    ),
+    # Linear algebra.
+    "eigenvectors": (
+        *(EQUAL, lambda p: (torch.linalg.eigh(p)[1] * RAMP).sum(), "degenerate matrix", "eigvalsh"),
+    ),
+    "singular vectors": (
+        *(EQUAL, lambda p: (torch.linalg.svd(p)[0] * RAMP).sum(), "degenerate matrix", "svdvals"),
+    ),
+    "determinant": (SINGULAR, torch.logdet, "degenerate matrix", "the determinant is 0"),
+    "negative determinant": (-EQUAL, torch.logdet, "degenerate matrix", "the determinant"),
+    "solution": (
+        *(SINGULAR, lambda p: torch.linalg.solve_ex(p, ONES)[0].sum()),
+        *("degenerate matrix", "lstsq"),
+    ),
+    "product of matrices": (
+        *(200 * SINGULAR, lambda p: torch.linalg.matrix_exp(p).sum(), "overflow", "too large"),
+    ),
+    # Constants and masks.
+    "factor of NaN": (ONES, lambda p: p.sum() * torch.nan, "non-finite constant", "the program"),
+    "factor in a tensor": (
+        *(ONES, lambda p: p.sum() * torch.tensor(torch.nan), "non-finite constant", "the program"),
+    ),
+    "summand of Inf": (ONES, lambda p: p.sum() + torch.inf, "non-finite constant", "the program"),
+    "masked target": (
+        *(
+            RAMP[:, [0, 1, 2, 0]],
+            lambda p: F.cross_entropy(p.masked_fill(MASK, -torch.inf), LABELS),
+        ),
+        *("masked value", "masked positions"),
+    ),
+}
+LABELS = torch.arange(3)
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_advice_goes_by_the_reason_and_not_by_the_kernel(name):
+    values, function, kind, part = WHY[name]
+    model = Held(values)
+    found = locate_nonfinite(model, lambda: function(model.p))
+    assert found is not None
+    assert found.kind == kind, found.describe()
+    assert part in found.advice
+
+
+class Weighted(nn.Module):
+    """A linear layer and weights of the classes, one of which is infinite."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        keep(self, torch.tensor([1.0, 1.0, torch.inf]))
+
+
+def loss_of(weights):
+    def step(model, batch):
+        x, y = batch
+        chosen = F.one_hot(y, 3) * model.fc(x).log_softmax(-1)
+        return -(weights(model) * chosen).sum()
+
+    return step
+
+
+class Criterion:
+    """A loss that is no module."""
+
+
+def in_an_object(model, weights):
+    model.criterion = Criterion()
+    model.criterion.weight = weights
+
+
+@pytest.mark.parametrize(
+    ("keep", "weights", "cause", "tensor"),
+    [
+        (lambda m, w: setattr(m, "w", w), lambda m: m.w, "constant", "w"),
+        (lambda m, w: setattr(m, "ws", [w]), lambda m: m.ws[0], "constant", "ws[0]"),
+        (in_an_object, lambda m: m.criterion.weight, "constant", "criterion.weight"),
+        (lambda m, w: m.register_buffer("w", w), lambda m: m.w, "buffer", "w"),
+    ],
+    ids=["attribute", "list", "object", "buffer"],
+)
+def test_locate_weight_of_an_absent_class_names_where_the_module_holds_it(
+    keep, weights, cause, tensor
+):
+    model, batch = Weighted(keep), (data(), torch.tensor([0, 1, 0]))
+    found = locate_nonfinite(model, lambda: loss_of(weights)(model, batch))
+    assert (found.cause, found.tensor) == (cause, tensor), found.describe()
+    assert "a class without samples" in found.advice
+
+
+def test_locate_batch_that_the_module_keeps_is_an_input():
+    class Keeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 1)
+
+        def training_step(self, batch):
+            self.last = batch
+            return self.fc(batch).sum()
+
+    model, batch = Keeper(), torch.full((2, 4), torch.nan)
+    model.last = batch
+    found = locate_nonfinite(model, lambda: model.training_step(batch))
+    assert (found.cause, found.tensor) == ("input", "batch")
+
+
+def test_locate_state_that_the_step_replaces_is_no_constant():
+    class Carrier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.hidden = nn.Linear(4, 4), torch.full((4,), torch.nan)
+
+        def forward(self, x):
+            out = self.fc(x + self.hidden)
+            self.hidden = out.detach().mean(0)
+            self.hidden = torch.zeros(4)
+            return out.sum()
+
+    model = Carrier()
+    found = locate_nonfinite(model, lambda: model(data()))
+    assert (found.cause, found.kind, found.tensor) == ("buffer", "non-finite buffer", "hidden")
 
 
 def test_advice_of_a_users_own_layer_is_given(monkeypatch):
@@ -317,7 +480,7 @@ def ranks_search(sharded):
 def test_locate_on_two_ranks_blames_the_operation_and_not_the_collective(sharded, tmp_path):
     """S15: and on a rank that only received the NaN it says so."""
     zero, one = run_ranks(ranks_search, sharded, folder=tmp_path)
-    both = [None, ("log", "forward", "domain error"), ("sqrt", "backward", "division by zero")]
+    both = [None, ("log", "forward", "domain error"), ("sqrt", "backward", "infinite slope")]
     assert zero[0]
     assert one[0]
     assert zero[1][:3] == both

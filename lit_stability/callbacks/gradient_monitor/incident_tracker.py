@@ -5,6 +5,7 @@ May import Lightning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +14,7 @@ from lit_stability.callbacks.gradient_monitor.reporter import Reporter
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
+from lit_stability.incidents.recurrence import same_place
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import batch_index
 
@@ -64,11 +66,23 @@ class IncidentTracker:
         incident, self.current = self.current, None
         if incident is None:
             return
+        if outcome == "recovered":
+            incident.repeats = same_place(incident, self.incidents[:-1])
+            outcome = "recurring" if incident.repeats else outcome
         incident.close(outcome, trainer.global_step)
         if self.reporter is not None:
             self.reporter.closed(incident)
+        self._amend(incident.repeats)
         call_hook("on_incident_closed", trainer, pl_module, incident)
         incident.seal()
+
+    def _amend(self, earlier: Sequence[Incident]) -> None:
+        """Corrects the outcome of incidents that were closed as if they were over."""
+        for each in earlier:
+            if each.outcome == "recovered":
+                each.outcome = "recurring"
+                if self.reporter is not None:
+                    self.reporter.amended(each)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ class Reporter:
         self._write("close", incident)
         self.history.incident_changed(incident)
 
+    def amended(self, incident: Incident) -> None:
+        """Records another outcome of an incident that is closed."""
+        self._write("close", incident)
+        self.history.incident_changed(incident)
+
     def ends_with(self, bad: Sequence[str]) -> None:
         """Reports weights and buffers that are non-finite at the end of the fit, if any are."""
         if bad:

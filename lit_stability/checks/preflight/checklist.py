@@ -146,6 +146,8 @@ def _checks_with_step(
             one_vs_rest=expect.one_vs_rest,
             pretrained=expect.pretrained,
         ),
+        "comparisons": lambda: loss.check_comparisons(first),
+        "probabilities": lambda: loss.check_probabilities(first),
         "operations": lambda: loss.check_operations(first),
         "targets": lambda: inputs.check_targets(first),
         "scales": lambda: scales.check_scales(first, model),
@@ -164,6 +166,7 @@ def _checks_with_step(
 
 
 _NEED_STEP = (
-    *("finite", "initial loss", "operations", "targets", "scales", "gradients", "gains", "weights"),
+    *("finite", "initial loss", "comparisons", "probabilities", "operations", "targets", "scales"),
+    *("gradients", "gains", "weights"),
     *("relus", "constant output", "modes", "learning rate", "masks", "memorise"),
 )

@@ -117,6 +117,38 @@ def check_targets(seen: Observation) -> list[Finding]:
     ]
 
 
+def empty_epoch(
+    *, samples: int | None = None, batch_size: int | None = None, drops_last: bool = False
+) -> Finding:
+    """Returns the finding of an epoch without a batch.
+
+    Args:
+        samples: Length of the dataset; None if it has none.
+        batch_size: Samples of a batch; None if it is not known.
+        drops_last: Whether an incomplete batch is left out.
+
+    >>> empty_epoch(samples=100, batch_size=128, drops_last=True).what
+    'an epoch has no batch: 100 samples, batches of 128, and drop_last=True'
+    """
+    known = samples is not None and batch_size is not None
+    sizes = f": {samples} samples, batches of {batch_size}, and drop_last={drops_last}"
+    short = samples is not None and batch_size is not None and drops_last and samples < batch_size
+    remedy = (
+        "check the dataset, its sampler and its filters; an iterable dataset must start again in "
+        "each __iter__, which a generator does not"
+    )
+    if short:
+        remedy = "set drop_last=False, or make the batches smaller"
+    return Finding(
+        check="batches",
+        severity="error",
+        what=f"an epoch has no batch{sizes if known else ''}",
+        where=("train_dataloader",),
+        why="no weight changes, and no error says so",
+        remedy=remedy,
+    )
+
+
 def named_tensors(value: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a batch, each with its path.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.comparisons import Comparison
 from lit_stability.checks.preflight.observation import Observation
 from lit_stability.checks.preflight.report import NotApplicableError
 
@@ -19,6 +20,9 @@ HIGH_FACTOR, HIGH_NATS = 1.5, 1.0
 no common initialisation causes."""
 ABSURD_FACTOR = 10.0
 """Above 10 times the guess the softmax is saturated: a few outliers dominate the gradients."""
+_FAR = 10.0
+"""Rms of the first errors, in units of the rms of the labels or of 1, above which they are out of
+scale: a hundred times in squares."""
 LOW_FACTOR = 0.5
 """Below half the guess, the model knows more than the class frequencies of most label sets."""
 _LARGE_SUM = 1000.0
@@ -108,6 +112,64 @@ _OPERATIONS = {
 }
 
 
+def check_comparisons(seen: Observation) -> list[Finding]:
+    """Finds outputs that are compared with the labels of others, or are far larger than labels.
+
+    Raises:
+        NotApplicableError: If the step compares no outputs with labels that the check can see.
+    """
+    compared = seen.watch.comparisons.compared
+    if not compared:
+        raise NotApplicableError("the step compares no outputs with labels of the same kind")
+    spread = [c for c in compared if c.is_spread]
+    # Outputs of common initialisations are of the order of 1, whatever the labels are.
+    large = [c for c in compared if c.error_rms > _FAR * max(c.label_rms, 1.0)]
+    return [_spread(c) for c in spread[:1]] + [_far(c) for c in large[:1]]
+
+
+def _spread(call: Comparison) -> Finding:
+    return Finding(
+        check="comparisons",
+        severity="error",
+        what=f"{call.operation} of outputs {list(call.output)} and labels {list(call.label)} "
+        "compares each output with each label",
+        where=(call.head,) if call.head else (),
+        why="the loss is least where all outputs are equal, and stays at the variance of the "
+        "labels",
+        remedy="give both the same shape: squeeze(-1) the outputs, or unsqueeze(-1) the labels",
+    )
+
+
+def _far(call: Comparison) -> Finding:
+    return Finding(
+        check="comparisons",
+        severity="error",
+        what=f"the first outputs miss the labels by {call.error_rms:.4g} (rms), the labels are of "
+        f"the scale of {call.label_rms:.4g}: their squares differ by more than a hundred times",
+        where=(call.head,) if call.head else (),
+        why="the first steps only undo the initialisation, or diverge",
+        remedy="initialise the named head small (Xavier with gain 0.1); look for a gain above 1 in "
+        "recurrent layers, and for inputs that are not normalised",
+    )
+
+
+def check_probabilities(seen: Observation) -> list[Finding]:
+    """Finds probabilities that are given to a loss of logits, or of logarithms."""
+    return [
+        Finding(
+            check="probabilities",
+            severity="error",
+            what=f"{call.loss} is given probabilities",
+            where=(call.head,) if call.head else (),
+            why="the softmax or logarithm is taken a second time, or not at all: the loss cannot "
+            "come near 0, and gradients are small",
+            remedy="give a cross entropy the logits, without softmax or sigmoid; nll_loss and "
+            "kl_div need log_softmax",
+        )
+        for call in dict.fromkeys(seen.watch.comparisons.probabilities)
+    ]
+
+
 def check_initial_loss(
     seen: Observation,
     *,
@@ -174,7 +236,8 @@ def _judge_calls(seen: Observation) -> list[Finding]:
         slack = _SIGMAS * _SPREAD / math.sqrt(call.targets)
         name = f"the {call.kind} of {call.targets} targets"
         guess = math.log(call.classes)
-        findings += _judge(name, call.mean, guess, f"ln {call.classes}", slack, call.module)
+        where = call.module or call.head
+        findings += _judge(name, call.mean, guess, f"ln {call.classes}", slack, where)
     return findings
 
 

@@ -88,9 +88,10 @@ def _nudge(model: nn.Module) -> None:
 
 def _pass(subject: Subject, model: nn.Module) -> Observation:
     seen = Observation()
+    heads: list[str] = []
     with running(model) as stack:
-        seen.watch = Watch(lambda: stack[-1] if stack else "")
-        with _outputs(model, seen.outputs), seen.watch:
+        seen.watch = Watch(lambda: stack[-1] if stack else "", lambda: next(reversed(heads), ""))
+        with _outputs(model, seen.outputs, heads), seen.watch:
             loss = subject.loss(model)
     seen.loss = float(loss.detach())
     subject.backward(model, loss)
@@ -136,9 +137,13 @@ class _Push:
 
 
 @contextlib.contextmanager
-def _outputs(model: nn.Module, into: dict[str, Output]) -> Iterator[None]:
+def _outputs(model: nn.Module, into: dict[str, Output], heads: list[str]) -> Iterator[None]:
+    """Keeps the output of each module, and the names of modules with weights as they end."""
+
     def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            if next(module.parameters(recurse=False), None) is not None:
+                heads[:] = [name]
             tensor = first_tensor(output)
             if tensor is not None and tensor.numel():
                 rms = float(tensor.float().square().mean().sqrt())

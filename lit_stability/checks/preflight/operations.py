@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lit_stability.checks.finding import Finding
+from lit_stability.checks.preflight.comparisons import Comparisons
 from lit_stability.checks.preflight.subject import StepError
 
 _LOGS = {torch.log, torch.log2, torch.log10, Tensor.log, Tensor.log2, Tensor.log10, Tensor.log_}
@@ -44,6 +45,8 @@ class LossCall:
     """Mean loss per target, nats."""
     constant: bool
     """Whether the logits are identical for all targets."""
+    head: str = ""
+    """Module with weights that ran last before it."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,13 @@ class Watch(TorchFunctionMode):
 
     Args:
         current: Returns the name of the module that is running.
+        head: Returns the name of the module with weights that ran last.
     """
 
-    def __init__(self, current: Callable[[], str]) -> None:
+    def __init__(self, current: Callable[[], str], head: Callable[[], str] = str) -> None:
         super().__init__()
-        self._current = current
+        self._current, self._head = current, head
+        self.comparisons = Comparisons(current, head)
         self.losses: list[LossCall] = []
         self.faults: list[Fault] = []
         self.relus: list[Activation] = []
@@ -93,7 +98,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         with torch.no_grad():
             self._inspect(func, args, kwargs)
+            self.comparisons.inspect(func, args, kwargs)
         result = func(*args, **kwargs)
+        self.comparisons.finished(func, result)
         if func in _RELUS:
             zeros = float((result.detach() == 0).float().mean())
             self.relus.append(Activation(self._current(), zeros, result.numel()))
@@ -175,7 +182,9 @@ class Watch(TorchFunctionMode):
         n = losses.numel()
         constant = len(logits) > 1 and bool((logits == logits[:1]).all())
         mean = float(losses.mean()) if n else float("nan")
-        self.losses.append(LossCall(kind, self._current(), classes, n, mean, constant))
+        self.losses.append(
+            LossCall(kind, self._current(), classes, n, mean, constant, self._head())
+        )
 
 
 _EMBEDDING = ("input", "weight")

@@ -27,11 +27,21 @@ DATA = (
             (-4, c.transient),
             (-4, c.operation),
             (-4, c.overflow),
+            (-4, c.bad_state),
             (-6, c.other_batches),
         ),
+        contradictions=(c.constant, c.finite_batch, c.ordinary_batch),
         remedy="look at the batch in the incident folder: values and labels out of range, empty or "
         "very long samples; fix it where it is loaded",
         ignore_when="if it is one of thousands: it was skipped",
+    ),
+    Cause(
+        name="data not normalised",
+        rules=((6, c.both(c.TROUBLE, c.both(c.unscaled, c.early))), (-8, c.transient)),
+        contradictions=(c.operation, c.constant, c.bad_state),
+        remedy="scale inputs and targets to variance 1, or to [0, 1]; take the logarithm of "
+        "amounts and counts",
+        ignore_when="if the loss decreases as expected",
     ),
     Cause(
         name="batches too different from each other",
@@ -59,9 +69,16 @@ DATA = (
 NUMERICS = (
     Cause(
         name="operation outside its domain",
-        rules=((8, c.operation), (-8, c.transient)),
+        rules=((8, c.operation), (3, c.large_value), (-8, c.transient)),
         remedy=_advice_for_origin,
         ignore_when="never: the next batch of this kind fails as well",
+    ),
+    Cause(
+        name="non-finite constant",
+        rules=((8, c.constant), (-8, c.transient)),
+        remedy="mend the number where it is computed: a weight divided by the count of a class "
+        "without samples, a statistic of an empty column, a scale that was read as NaN",
+        ignore_when="never: no batch and no learning rate changes it",
     ),
     Cause(
         name="numeric precision",

@@ -50,6 +50,7 @@ MODEL = (
             (1, c.both(c.BROKEN, c.early)),
             (1, c.both(c.SPIKES, c.early)),
             (1, c.no_warmup),
+            (4, c.both(c.BROKEN, c.no_step_yet)),
             (-2, c.JUMPS),
             (-8, c.transient),
         ),
@@ -66,9 +67,19 @@ MODEL = (
             (1, c.other_batches),
             (-2, c.transient),
         ),
+        contradictions=(c.ordinary_gradient,),
         remedy="set gradient_clip_val, or add AdaptiveGradientClipping; lower the learning rate if "
         "it recurs",
         ignore_when="if it was one step: it was skipped",
+    ),
+    Cause(
+        name="recurrent gain too large",
+        rules=((8, c.both(c.TROUBLE, c.steep_recurrence)), (-8, c.transient)),
+        contradictions=(c.operation, c.constant),
+        remedy="initialise the recurrent weights as an orthogonal matrix with a gain of 1, and set "
+        "gradient_clip_val",
+        ignore_when="if the loss decreases as expected",
+        recommended_action="lower",
     ),
     Cause(
         name="layer out of its bounds",

@@ -28,10 +28,13 @@ LEARNING_RATE = (
                     " times what the learning rate allows",
                 ),
             ),
-            (4, c.other_batches),
+            (3, c.other_batches),
+            (-3, c.unscaled),
+            (-4, c.steep_recurrence),
             (-4, c.transient),
             (-4, c.kind("learning-rate jump", "optimizer state", "rank disagreement")),
         ),
+        contradictions=(c.no_step_yet, c.ordinary_loss, c.sudden_nan, c.line_search_on_noise),
         remedy="lower the learning rate by 2 to 10, warm up longer, or clip gradients",
         ignore_when="if the loss oscillates and still decreases: full-batch descent trains at the "
         "edge of stability",
@@ -60,6 +63,7 @@ LEARNING_RATE = (
             (4, c.kind("stalled layers")),
             (-8, c.kind("learning-rate jump", "optimizer state", "rank disagreement")),
         ),
+        contradictions=(c.no_step_yet, c.needs_no_warmup),
         remedy="warm up over a few hundred steps (post-norm Transformers with Adam do not train "
         "without warm-up), or use pre-norm layers",
         ignore_when="if the loss decreases as expected",
@@ -70,6 +74,7 @@ OPTIMIZER = (
     Cause(
         name="optimizer state damaged",
         rules=((8, c.kind("optimizer state")), (3, c.kind("update spike")), (2, c.SWINGS)),
+        contradictions=(c.no_moments,),
         remedy="find what writes to the optimizer's moments (a hook, a partly loaded checkpoint), "
         "or check the memory",
         ignore_when="never, if it recurs",
@@ -81,6 +86,13 @@ OPTIMIZER = (
         "its epsilon, or clip updates",
         ignore_when="if the data or the scale of the loss changed once, and it passes within "
         "1 / (1 - beta2) steps",
+    ),
+    Cause(
+        name="LBFGS on mini-batches",
+        rules=((8, c.both(c.TROUBLE, c.line_search_on_noise)), (-8, c.transient)),
+        remedy="train LBFGS on the whole data in one batch, with line_search_fn='strong_wolfe', or "
+        "use Adam on mini-batches",
+        ignore_when="never: its estimate of the curvature assumes the same function in each step",
     ),
     Cause(
         name="momentum too high",

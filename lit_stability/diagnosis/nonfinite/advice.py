@@ -1,90 +1,192 @@
-"""Kinds of numerical errors, and what to try against each.
+"""What to try against each kind of numerical error.
 
 Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from lit_stability.diagnosis.nonfinite.kinds import Kind
 
-Kind = Literal[
-    "overflow",
-    "domain error",
-    "division by zero",
-    "mean of nothing",
-    "fully masked row",
-    "indeterminate form",
-    "non-finite constant",
-    "non-finite parameter",
-    "non-finite buffer",
-    "non-finite input",
-    "unseen",
-]
-"""``overflow``: too large for the data type. ``domain error``: log or root of a number for which it
-is not defined. ``mean of nothing``: an average over no elements. ``fully masked row``: a softmax
-over only -inf. ``indeterminate form``: inf - inf, 0 * inf or inf / inf of intended infinities.
-``non-finite constant``: a NaN or Inf in the program itself reached the loss. ``unseen``: it came
-from another rank, from code outside of torch, or from uninitialised memory."""
-
-_DIVIDING = ("div", "reciprocal", "rsqrt", "norm", "var", "std", "remainder", "fmod")
-_POLES = (
-    "log",
-    "xlogy",
-    "digamma",
-    "lgamma",
-    "logit",
-    "atanh",
-    "sqrt",
-    "acos",
-    "asin",
-    "erfinv",
-    "ctc_loss",
-)
-
-ADVICE: dict[str, str] = {
-    "overflow": "bound the inputs: normalise them, lower the learning rate, clip the gradients",
+ADVICE: dict[Kind, str] = {
+    "overflow": "the values are too large: normalise the inputs, lower the learning rate, clip the "
+    "gradients",
+    "softmax overflow": "subtract the maximum before the exponentials, or use softmax, log_softmax "
+    "or logsumexp, which do",
     "domain error": "clamp the argument into the range where the function is defined",
-    "division by zero": "add an epsilon to the divisor",
+    "infinite slope": "the argument is 0 or too small, or at the edge of the domain, where the "
+    "slope is infinite: clamp the argument before the operation; a torch.where after it removes "
+    "its value, but not its gradient",
+    "division by zero": "the divisor is 0 or too small: add an epsilon to it, or clamp it",
+    "degenerate matrix": "the matrix is singular or has equal eigenvalues: add a small multiple of "
+    "the identity to it, and compute in float64",
     "mean of nothing": "divide a sum by max(count, 1), or skip batches without targets",
     "fully masked row": "let every row attend to at least one position; check whether True in the "
     "mask means masked or attend",
+    "masked value": "check whether a target is among the masked positions, and whether a row is "
+    "masked as a whole",
     "indeterminate form": "set the infinity with masked_fill or where instead of a product or a "
     "difference, or use the smallest finite number of the data type",
-    "non-finite constant": "check whether a target is among the masked positions",
+    "non-finite constant": "the program itself contains this NaN or Inf: look where the number is "
+    "computed, for instance a weight divided by the count of a class without samples",
     "non-finite parameter": "restore earlier weights; the damage is older than this step",
-    "non-finite buffer": "restore an earlier state, or reset the module's running "
-    "statistics; the damage is older than this step",
+    "non-finite buffer": "restore an earlier state, or reset the module's running statistics, if "
+    "it was finite before; else look where it is computed, such as the weight of a class without "
+    "samples",
     "non-finite input": "check the data: skip the sample, or fix it where it is loaded",
     "unseen": "check what the other ranks report, and code that computes outside of torch",
 }
-"""Kind -> what to try. Used last, after the advice for half precision, `OPS` and `LAYERS`."""
+"""Kind -> what to try. Used last, after the advice for half precision, `LAYERS` and `OPS`."""
 
-OPS: dict[tuple[str, str], str] = {
-    ("overflow", "exp"): "subtract the maximum first, or use softmax, logsumexp, softplus",
-    ("domain error", "log"): "clamp the argument above 0 before the log, or use log_softmax",
-    ("domain error", "sqrt"): "clamp the argument at a positive epsilon before the root",
-    ("domain error", "pow"): "clamp the base at a positive epsilon before the power",
-    ("division by zero", "log"): "clamp the argument before the log: torch.where after it "
-    "removes its value from the loss, but not its gradient",
-    ("division by zero", "sqrt"): "add the epsilon inside the root: outside, the slope at 0 is "
-    "still infinite",
-    ("domain error", "ctc_loss"): "skip targets that are longer than their inputs allow, or "
-    "set zero_infinity=True",
-    ("division by zero", "acos"): "keep the argument inside (-1, 1): the slope is infinite at 1",
-    ("division by zero", "asin"): "keep the argument inside (-1, 1): the slope is infinite at 1",
-    ("division by zero", "linalg_svd"): "its gradient divides by differences of singular values: "
-    "use svdvals, or keep the values apart",
-    ("division by zero", "std"): "a standard deviation needs two elements, or correction=0",
-    ("division by zero", "var"): "a variance needs two elements, or correction=0",
-    ("division by zero", "pow"): "add the epsilon to the base: the slope at 0 is infinite",
+_OF_CIRCLE = ("acos", "arccos", "asin", "arcsin", "atanh", "arctanh", "erfinv", "special_erfinv")
+_INSIDE = "keep the argument inside of (-1, 1), for instance clamp it to +-(1 - 1e-6)"
+_EIGENVECTORS = (
+    "its gradient divides by differences of {values}, which are equal: keep them apart, for "
+    "instance by different small numbers added to the diagonal; use {only} where the vectors are "
+    "not needed, or a Cholesky factor for whitening"
+)
+_ROWS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
+    # Values that are too large.
+    (
+        "overflow",
+        ("exp", "exp2", "expm1", "sinh", "cosh"),
+        "the argument is too large: clamp it before the exponential (a log-variance to [-30, 20]), "
+        "use softplus instead, or scale the inputs",
+    ),
+    (
+        "overflow",
+        ("prod", "cumprod"),
+        "a product of many factors is too large: sum the logarithms of the factors instead",
+    ),
+    (
+        "overflow",
+        ("linear", "bilinear", "addmm", "conv1d", "conv2d", "conv3d"),
+        "weights or inputs have grown: lower the learning rate, normalise the inputs",
+    ),
+    # Arguments for which the function is not defined.
+    (
+        "domain error",
+        ("log", "log2", "log10", "xlogy", "special_entr"),
+        "the argument is too small, 0 or negative: clamp it above 0 before the log, or compute the "
+        "logarithm directly (log_softmax, logsigmoid, log_prob)",
+    ),
+    (
+        "domain error",
+        ("log1p",),
+        "the argument is -1 or less: clamp it above -1 before the log1p",
+    ),
+    (
+        "domain error",
+        ("logit", "special_logit"),
+        "keep the argument inside of (0, 1): pass eps to logit, or use the loss of the logits",
+    ),
+    ("domain error", _OF_CIRCLE, _INSIDE),
+    ("domain error", ("sqrt",), "clamp the argument at a positive epsilon before the root"),
+    ("domain error", ("pow",), "clamp the base at a positive epsilon before the power"),
+    (
+        "domain error",
+        ("ctc_loss",),
+        "skip targets that are longer than their inputs allow, or set zero_infinity=True",
+    ),
+    # Slopes at arguments that are too small, or at the edge.
+    (
+        "infinite slope",
+        ("log", "log2", "log10", "xlogy", "special_entr"),
+        "the argument is too small, so that the slope 1/x is infinite: clamp the argument before "
+        "the log; torch.where after it removes its value from the loss, but not its gradient",
+    ),
+    (
+        "infinite slope",
+        ("sqrt", "rsqrt"),
+        "the argument is 0 or too small: add the epsilon inside the root: outside, the slope at 0 "
+        "is still infinite",
+    ),
+    (
+        "infinite slope",
+        ("norm", "linalg_norm", "linalg_vector_norm", "hypot", "dist", "cdist"),
+        "a norm has no slope at 0: add an epsilon inside the root, or leave out vectors of zeros "
+        "before it",
+    ),
+    (
+        "infinite slope",
+        ("pow",),
+        "the base is 0 or too small: add the epsilon to the base: the slope at 0 is infinite",
+    ),
+    (
+        "infinite slope",
+        ("angle", "atan2", "arctan2"),
+        "an angle has no slope at 0: replace elements of small magnitude before it is taken, or "
+        "compute with cosine and sine instead",
+    ),
+    ("infinite slope", _OF_CIRCLE, f"the slope is infinite at 1 and -1: {_INSIDE}"),
+    (
+        "infinite slope",
+        ("std", "var"),
+        "a deviation has no slope at 0: take the root of the variance plus an epsilon",
+    ),
+    # Divisors.
+    (
+        "division by zero",
+        ("std", "var"),
+        "a variance or standard deviation needs two elements, or correction=0; drop_last=True "
+        "avoids a last batch of one",
+    ),
+    (
+        "division by zero",
+        ("pow",),
+        "the base is 0 under a negative exponent: clamp it away from 0",
+    ),
+    (
+        "division by zero",
+        ("weight_norm",),
+        "a row of the weight is all 0 and has no direction: initialise it with other values",
+    ),
+    (
+        "division by zero",
+        ("gaussian_nll_loss",),
+        "a variance is 0: pass a larger eps, or predict its logarithm and clamp that from below",
+    ),
+    # Matrices.
+    (
+        "degenerate matrix",
+        ("linalg_eigh", "linalg_eig", "eigh", "eig", "symeig"),
+        _EIGENVECTORS.format(values="eigenvalues", only="eigvalsh"),
+    ),
+    (
+        "degenerate matrix",
+        ("linalg_svd", "svd", "pca_lowrank", "svd_lowrank"),
+        _EIGENVECTORS.format(values="singular values", only="svdvals"),
+    ),
+    (
+        "degenerate matrix",
+        ("cholesky", "linalg_cholesky", "linalg_cholesky_ex", "cholesky_solve"),
+        "the matrix is not positive definite: add a small multiple of the identity to it (jitter), "
+        "and compute in float64",
+    ),
+    (
+        "degenerate matrix",
+        (
+            *("linalg_inv", "linalg_inv_ex", "inverse", "inv", "linalg_tensorinv", "linalg_qr"),
+            *("linalg_solve", "linalg_solve_ex", "linalg_solve_triangular", "triangular_solve"),
+            *("linalg_lu_solve", "lu_solve", "linalg_lstsq", "linalg_pinv", "solve"),
+        ),
+        "the matrix is singular, or nearly so: add a small multiple of the identity to it, compute "
+        "in float64, or use lstsq or pinv",
+    ),
+    (
+        "degenerate matrix",
+        ("logdet", "slogdet", "linalg_slogdet", "det", "linalg_det"),
+        "the determinant is 0 or negative, as the matrix is singular or not positive definite: add "
+        "a small multiple of the identity to it",
+    ),
+)
+OPS: dict[tuple[Kind, str], str] = {
+    (kind, op): sentence for kind, ops, sentence in _ROWS for op in ops
 }
 """Kind and operation -> what to try."""
 
-LAYERS: dict[tuple[str, str], str] = {
+LAYERS: dict[tuple[Kind, str], str] = {
     ("overflow", "attention"): "normalise queries and keys, or scale them before their product",
     ("overflow", "embedding"): "check the norm of the embeddings; lower their learning rate",
-    ("overflow", "linear"): "weights or inputs have grown: lower the learning rate, normalise "
-    "the inputs",
     ("division by zero", "norm"): "set eps of the norm above 0: its divisor is 0",
     ("non-finite parameter", "embedding"): "restore earlier weights; a row is damaged, and only "
     "batches that use it fail",
@@ -92,38 +194,9 @@ LAYERS: dict[tuple[str, str], str] = {
 """Kind and lower-case part of the module's class name -> what to try. You may extend it."""
 
 
-def kind_of(
-    kernel: str, *, is_nan: bool, wider_is_finite: bool, from_infinity: bool, zero_base: bool
-) -> Kind:
-    """Classifies an operation that made a non-finite value from valid inputs.
-
-    Args:
-        kernel: name of the kernel, such as ``_softmax``.
-        is_nan: whether a result is NaN.
-        wider_is_finite: whether the result is finite in a wider data type.
-        from_infinity: whether an input contains an intended Inf.
-        zero_base: whether the first input contains a 0.
-
-    >>> kind_of("exp", is_nan=False, wider_is_finite=False, from_infinity=False, zero_base=False)
-    'overflow'
-    """
-    if from_infinity:
-        masked = "softmax" in kernel or "attention" in kernel
-        return "fully masked row" if masked else "indeterminate form"
-    if wider_is_finite:
-        return "overflow"
-    if kernel.startswith(("mean", "nll_loss", "nanmean")):
-        return "mean of nothing"
-    if any(part in kernel for part in _DIVIDING):
-        return "division by zero"
-    if kernel.startswith("pow") and zero_base and not is_nan:
-        return "division by zero"
-    if is_nan or kernel.startswith(_POLES):
-        return "domain error"
-    return "overflow"
-
-
-def advise(kind: str, op: str, module_type: str, phase: str, *, overflow: bool) -> str:
+def advise(
+    kind: Kind, op: str, module_type: str, phase: str, *, overflow: bool, kernel: str = ""
+) -> str:
     """Returns what to try, in one sentence.
 
     Args:
@@ -132,6 +205,7 @@ def advise(kind: str, op: str, module_type: str, phase: str, *, overflow: bool) 
         module_type: class name of the module.
         phase: ``forward`` or ``backward``.
         overflow: whether the operation is finite in float32.
+        kernel: the ATen kernel, such as ``aten.exp.default``; it is looked up after ``op``.
 
     >>> advise("overflow", "linear", "Linear", "forward", overflow=True)
     'run linear in float32, or the whole step in bfloat16'
@@ -140,10 +214,11 @@ def advise(kind: str, op: str, module_type: str, phase: str, *, overflow: bool) 
         return f"lower the loss scale; if it is already low, run {op} in float32"
     if overflow:
         return f"run {op} in float32, or the whole step in bfloat16"
-    if (kind, op) in OPS:
-        return OPS[kind, op]
     layer = module_type.lower()
-    for (listed, part), sentence in LAYERS.items():
-        if listed == kind and part in layer:
-            return sentence
-    return ADVICE[kind]
+    in_layer = (v for (listed, part), v in LAYERS.items() if listed == kind and part in layer)
+    by_op = (OPS.get((kind, name)) for name in (op, _base(kernel)))
+    return next(in_layer, None) or next(filter(None, by_op), ADVICE[kind])
+
+
+def _base(kernel: str) -> str:
+    return kernel.removeprefix("aten.").partition(".")[0].strip("_")

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
-from lit_stability.diagnosis.nonfinite.advice import Kind, advise
+from lit_stability.diagnosis.nonfinite.advice import advise
+from lit_stability.diagnosis.nonfinite.kinds import Kind
 
 Phase = Literal["forward", "backward"]
-Cause = Literal["input", "parameter", "buffer", "operation"]
+Cause = Literal["input", "parameter", "buffer", "constant", "operation"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +51,8 @@ class NonFiniteOrigin:
     """``forward`` if the loss is non-finite, ``backward`` if only gradients are."""
     cause: Cause
     """``operation``: its inputs were finite, or contained an Inf on purpose. Else the values were
-    non-finite before the step: a ``parameter``, a ``buffer``, or an ``input`` (any other tensor,
-    also one from another rank)."""
+    non-finite before the step: a ``parameter``, a ``buffer``, a ``constant`` (a plain tensor that
+    is an attribute of a module), or an ``input`` (any other tensor, also one from another rank)."""
     kind: Kind
     """Kind of numerical error; see `Kind`."""
     value: str
@@ -70,7 +71,8 @@ class NonFiniteOrigin:
     """The innermost line outside of torch and this package; in the backward pass, the line of the
     forward operation, or the line inside a custom ``backward``."""
     tensor: str = ""
-    """Parameter, buffer or input that was non-finite before the step; "" for an operation."""
+    """Parameter, buffer, constant or input that was non-finite before the step; "" for an
+    operation."""
     inputs: tuple[TensorRange, ...] = ()
     note: str = ""
     """Remark: compiled parts were run eagerly, or the loss is finite."""
@@ -78,7 +80,14 @@ class NonFiniteOrigin:
     @property
     def advice(self) -> str:
         """What to try, in one sentence."""
-        return advise(self.kind, self.op, self.module_type, self.phase, overflow=self.overflow)
+        return advise(
+            self.kind,
+            self.op,
+            self.module_type,
+            self.phase,
+            overflow=self.overflow,
+            kernel=self.kernel,
+        )
 
     def describe(self) -> str:
         """Returns two lines for a log: operation, place and reason; and what to try."""

@@ -19,6 +19,7 @@ from lit_stability.diagnosis.nonfinite.call_sites import CallSites
 from lit_stability.diagnosis.nonfinite.kernel_call import Operand
 from lit_stability.diagnosis.nonfinite.origin import NonFiniteOrigin
 from lit_stability.diagnosis.nonfinite.values import is_nonfinite, storage_of
+from lit_stability.diagnosis.nonfinite.variables import attributes_of
 from lit_stability.diagnosis.nonfinite.watch import Source, Watch
 from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.training_state.isolated_model import IsolatedModel
@@ -66,7 +67,7 @@ def _run(model: nn.Module, step: Callable[[], Any], state: IsolatedModel) -> Non
     with CallSites(model, state.remove_gradient) as calls, Watch(model, calls, state) as watch:
         loss = _scalar(step())
         if is_nonfinite(loss):
-            return _finished(model, _source(watch, loss).origin)
+            return _finished(model, watch.origin_of(_source(watch, loss)))
         if not loss.requires_grad:
             return None
         watch.in_backward = True
@@ -79,7 +80,7 @@ def _run(model: nn.Module, step: Callable[[], Any], state: IsolatedModel) -> Non
     if not sources:
         return None
     first = min(sources, key=lambda s: (s.intended, s.order))
-    return _finished(model, _seen_in_gradients(first.origin))
+    return _finished(model, _seen_in_gradients(watch.origin_of(first)))
 
 
 def _backward(loss: Tensor) -> None:
@@ -121,10 +122,17 @@ def _seen_in_gradients(origin: NonFiniteOrigin) -> NonFiniteOrigin:
 
 
 def _finished(model: nn.Module, origin: NonFiniteOrigin) -> NonFiniteOrigin:
+    if origin.cause == "constant" and origin.tensor not in _nonfinite_attributes(model):
+        # The step has replaced it: it is state, such as a hidden state that is carried along.
+        origin = replace(origin, cause="buffer", kind="non-finite buffer")
     if not has_compiled_parts(model):
         return origin
     notes = (origin.note, "compiled parts were run eagerly")
     return replace(origin, note="; ".join(n for n in notes if n))
+
+
+def _nonfinite_attributes(model: nn.Module) -> set[str]:
+    return {name for name, tensor in attributes_of(model) if is_nonfinite(tensor)}
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ May import torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,23 @@ def has_nan(tensor: Tensor) -> bool:
 def has_zero(tensor: Tensor) -> bool:
     """Returns whether any element is 0."""
     return bool((elements(tensor) == 0).any())
+
+
+def has_small_divisor(operands: Sequence[Tensor]) -> bool:
+    """Returns whether a quotient overflows as its divisor is small, not as its dividend is large.
+
+    Args:
+        operands: dividend and divisor, or the divisor alone.
+
+    >>> has_small_divisor([torch.ones(2), torch.tensor([1.0, 1e-40])])
+    True
+    >>> has_small_divisor([torch.tensor(1e38), torch.tensor(0.01)])
+    False
+    """
+    sizes = [elements(t).abs().double() for t in operands]
+    smallest = [float(s[s > 0].min()) for s in sizes[-1:] if bool((s > 0).any())]
+    largest = [float(s.max()) for s in sizes[:-1] if s.numel()]
+    return bool(smallest) and 1.0 / smallest[0] > max(largest, default=1.0)
 
 
 def value_of(tensor: Tensor) -> str:

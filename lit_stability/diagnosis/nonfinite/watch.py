@@ -14,19 +14,21 @@ May import torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_stability.diagnosis.nonfinite.advice import Kind, kind_of
 from lit_stability.diagnosis.nonfinite.call_sites import CallSites, Site, kernel_name
 from lit_stability.diagnosis.nonfinite.kernel_call import KernelCall, Operand, traits_of
+from lit_stability.diagnosis.nonfinite.kinds import Facts, Kind, kind_of, kind_of_constant
 from lit_stability.diagnosis.nonfinite.origin import Cause, NonFiniteOrigin, TensorRange
 from lit_stability.diagnosis.nonfinite.values import (
     has_nan,
+    has_small_divisor,
     has_zero,
     is_finite_when_wider,
     is_mask,
@@ -35,14 +37,17 @@ from lit_stability.diagnosis.nonfinite.values import (
     storage_of,
     value_of,
 )
-from lit_stability.diagnosis.nonfinite.variables import variable_of
+from lit_stability.diagnosis.nonfinite.variables import attributes_of, is_argument, variable_of
 from lit_stability.measurement.half_precision import HALF
 from lit_stability.training_state.isolated_model import IsolatedModel
 
+_LITERAL = torch.ops.aten.lift_fresh.default
+"""Called on each tensor that the program makes of plain numbers."""
 _KINDS: dict[Cause, Kind] = {
     "input": "non-finite input",
     "parameter": "non-finite parameter",
     "buffer": "non-finite buffer",
+    "constant": "non-finite constant",
 }
 
 
@@ -71,6 +76,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls, self._state = calls, state
         self._types = {path: type(m).__name__ for path, m in model.named_modules()}
         self._known: dict[int, tuple[Cause, str]] = {}
+        for name, tensor in attributes_of(model):
+            self._known[storage_of(tensor)._cdata] = ("constant", name)
         for name, tensor in model.named_buffers():
             self._known[storage_of(tensor)._cdata] = ("buffer", name)
         for name, tensor in model.named_parameters():
@@ -79,6 +86,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: dict[int, StorageWeakRef] = {}
         self._sources: dict[int, tuple[StorageWeakRef, Source]] = {}
         self._count = 0
+        self._sums: dict[int, int] = {}
+        """Memory of a sum -> order of the exponential in it that has overflowed."""
+        self._softmaxes: set[int] = set()
+        """Orders of the exponentials that are divided by their sum."""
         self.in_backward = False
         self._first_in_backward: Source | None = None
 
@@ -87,7 +98,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         traits = traits_of(func)
         if traits.is_view:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func is _LITERAL and is_nonfinite(out):
+                self._note_literal(out)
+            return out
         call = KernelCall(func, args, kwargs)
         for tensor in call.written():
             if storage_of(tensor)._cdata not in self._made:
@@ -128,11 +142,34 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if is_nonfinite(operand.tensor)
         ]
         pool = [s for s, nan in parents if nan] if is_nan else []
+        self._follow_sums(call, made, [s for s, _ in parents])
         pool = pool or [s for s, _ in parents]
         unintended = [s for s in pool if not s.intended]
         if unintended or (pool and not is_nan):
             return min(unintended or pool, key=lambda s: s.order)
         return self._source_of_operation(call, made, is_nan=is_nan, from_infinity=bool(pool))
+
+    def _note_literal(self, made: Tensor) -> None:
+        kind = kind_of_constant(self._calls.here().op, is_nan=has_nan(made))
+        origin = self._origin(None, made, cause="operation", kind=kind)
+        self._note(made, self._new_source(origin, intended=not has_nan(made)))
+
+    def _follow_sums(self, call: KernelCall, made: list[Tensor], parents: list[Source]) -> None:
+        """Records exponentials that are added up and then are a divisor, or argument of a log."""
+        exponentials = [s for s in parents if "exp" in s.origin.op and s.origin.kind == "overflow"]
+        if call.kernel == "sum" and exponentials:
+            self._sums |= {storage_of(t)._cdata: exponentials[0].order for t in made}
+        elif call.kernel in ("div", "log"):
+            divisor = call.operands()[-1].memory
+            if divisor in self._sums:
+                self._softmaxes |= {self._sums[divisor], *(s.order for s in exponentials)}
+
+    def origin_of(self, source: Source) -> NonFiniteOrigin:
+        """Returns the origin of a source, with all that was seen since it was noted."""
+        origin = source.origin
+        return (
+            replace(origin, kind="softmax overflow") if source.order in self._softmaxes else origin
+        )
 
     def _source_of_operand(self, call: KernelCall, operand: Operand) -> Source:
         if operand.memory in self._sources:
@@ -142,6 +179,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def source_outside(self, operand: Operand, call: KernelCall | None = None) -> Source:
         """Returns the source of a tensor that no watched kernel has made non-finite."""
         cause, name = self._known.get(operand.memory, ("input", ""))
+        if cause == "constant" and is_argument(operand.memory, self._calls.frames()):
+            cause, name = "input", ""  # a batch that the module keeps
         name = name or variable_of(operand.memory, self._calls.frames())
         # Collectives fill memory of the step later; a backward pass has no other unknown input.
         unknown = operand.memory in self._made or (self.in_backward and not name)
@@ -149,7 +188,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if lost and self._first_in_backward is not None:
             return self._first_in_backward
         is_meant = is_mask(operand.tensor) or (
-            cause == "buffer" and value_of(operand.tensor) == "-inf"
+            cause in ("buffer", "constant") and value_of(operand.tensor) == "-inf"
         )
         origin = self._origin(
             call,
@@ -171,16 +210,23 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._new_source(origin, intended=False)
         constant = bool(call.constants())
         if constant and not (is_nan and any(map(math.isinf, call.constants()))):
-            origin = self._origin(call, made[0], cause="operation", kind="non-finite constant")
+            kind = kind_of_constant(self._calls.here().op, is_nan=is_nan)
+            origin = self._origin(call, made[0], cause="operation", kind=kind)
             return self._new_source(origin, intended=not is_nan)
         operands, (args, kwargs) = call.operands(), call.arguments()
         wider = not from_infinity and is_finite_when_wider(call.func, args, kwargs)
         kind = kind_of(
-            call.kernel.strip("_"),
-            is_nan=is_nan,
-            wider_is_finite=wider,
-            from_infinity=from_infinity or constant,
-            zero_base=bool(operands) and has_zero(operands[0].tensor),
+            Facts(
+                kernel=call.kernel.strip("_"),
+                op=self._calls.here().op,
+                backward=self.in_backward,
+                is_nan=is_nan,
+                half=made[0].dtype in HALF,
+                wider_is_finite=wider,
+                from_infinity=from_infinity or constant,
+                zero_base=bool(operands) and has_zero(operands[0].tensor),
+                small_divisor=wider and _divides_by_small(call, operands),
+            )
         )
         origin = self._origin(
             call,
@@ -236,3 +282,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Returns the source of a tensor's non-finite values; None if no watched kernel made it."""
         found = self._sources.get(storage_of(tensor)._cdata)
         return found[1] if found else None
+
+
+def _divides_by_small(call: KernelCall, operands: list[Operand]) -> bool:
+    """Returns whether a division overflows because of its divisor."""
+    divides = call.kernel.startswith(("div", "reciprocal", "rsqrt"))
+    return divides and has_small_divisor([operand.tensor for operand in operands])

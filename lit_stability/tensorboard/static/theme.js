@@ -3,7 +3,8 @@
 const NAMES = [
   ...["ink", "muted", "line", "surface", "page", "accent", "shade", "hatch"],
   ...["loss", "norm", "clip", "rate", "update", "other", "band"],
-  ...["recovered", "observed", "stopped", "unresolved", "open", "bad", "below", "middle", "above"],
+  ...["recovered", "recurring", "observed", "stopped", "unresolved", "open"],
+  ...["bad", "below", "middle", "above"],
 ];
 
 /** @returns {Record<string, string>} colour by name, as the page is lit now. */
@@ -17,6 +18,7 @@ export function colours() {
 /** How each outcome is marked: never by colour alone. */
 const MARKS = {
   recovered: { shape: "circle", sign: "●", word: "recovered" },
+  recurring: { shape: "ring", sign: "↻", word: "recurring" },
   observed: { shape: "ring", sign: "○", word: "observed" },
   stopped: { shape: "square", sign: "■", word: "stopped" },
   unresolved: { shape: "triangle", sign: "▲", word: "unresolved" },

@@ -5,6 +5,7 @@ import { plural } from "./scales.js";
 
 const OUTCOMES = {
   recovered: "The run was healthy again afterwards.",
+  recurring: "The run was healthy again, but an incident at the same place came before or after.",
   observed: "Nothing was changed: no callback responded, or no response was needed.",
   stopped: "The run was stopped: no response was left in the budget, or none could help.",
   unresolved: "The run ended before it was known whether this helped.",
