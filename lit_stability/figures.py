@@ -52,10 +52,10 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def plain_label(text: str) -> str:
-    """Returns text for a label, in which matplotlib looks for formulas between dollar signs.
+    r"""Returns text for a label, in which matplotlib looks for formulas between dollar signs.
 
     >>> print(plain_label("layer.$n$.weight"))
-    layer.\\$n\\$.weight
+    layer.\$n\$.weight
     """
     return printable(text).replace("$", "\\$")
 
