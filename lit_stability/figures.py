@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from lit_stability.printing import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -49,6 +51,15 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
     return out.getvalue()
 
 
+def plain_label(text: str) -> str:
+    r"""Returns text for a label, in which matplotlib looks for formulas between dollar signs.
+
+    >>> print(plain_label("layer.$n$.weight"))
+    layer.\$n\$.weight
+    """
+    return printable(text).replace("$", "\\$")
+
+
 def label_rows(axis: Axes, names: Sequence[str]) -> None:
     """Labels rows with names, without their shared prefix; long names are cut in the middle.
 
@@ -60,9 +71,9 @@ def label_rows(axis: Axes, names: Sequence[str]) -> None:
     short = [name.removeprefix(shared) for name in names]
     half = _LONGEST // 2
     cut = [n if len(n) <= _LONGEST else f"{n[: half - 3]}...{n[-half:]}" for n in short]
-    axis.set_yticks(range(len(names)), cut, fontsize=7)
+    axis.set_yticks(range(len(names)), [*map(plain_label, cut)], fontsize=7)
     if shared:
-        axis.set_ylabel(f"in {shared[:-1]}", fontsize=7, color=MUTED)
+        axis.set_ylabel(plain_label(f"in {shared[:-1]}"), fontsize=7, color=MUTED)
 
 
 def shared_start(names: Sequence[str]) -> str:

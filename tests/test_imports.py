@@ -15,7 +15,8 @@ FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
     "errors": set(),
-    "figures": set(),
+    "printing": set(),
+    "figures": {"printing"},
     "distributed": set(),
     "measurement": {"distributed"},
     "training_state": {"distributed", "measurement"},
@@ -25,7 +26,7 @@ ROOMS = {
     "policies": {"detectors", "diagnosis", "measurement"},
     "incidents": {"detectors", "diagnosis", "measurement", "policies"},
     "trainer_internals": {"diagnosis", "distributed", "measurement", "training_state"},
-    "checks": {"diagnosis", "errors", "figures", "measurement", "training_state"},
+    "checks": {"diagnosis", "errors", "figures", "measurement", "printing", "training_state"},
     "tensorboard": {"incidents", "measurement"},
     "callbacks": {
         *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
@@ -34,8 +35,8 @@ ROOMS = {
     },
     "restart": {"callbacks", "checks", "incidents", "trainer_internals", "training_state"},
     "cli": {
-        *("callbacks", "checks", "errors", "figures", "incidents", "measurement", "restart"),
-        *("trainer_internals", "training_state"),
+        *("callbacks", "checks", "errors", "figures", "incidents", "measurement", "printing"),
+        *("restart", "trainer_internals", "training_state"),
     },
     "registration": {"callbacks"},
 }
@@ -43,7 +44,16 @@ ROOMS = {
 
 WITH_LIGHTNING = {"callbacks", "trainer_internals", "restart", "cli", "faults"}
 WITHOUT_TORCH = {
-    *("versions", "errors", "figures", "detectors", "policies", "incidents", "registration"),
+    *(
+        "versions",
+        "errors",
+        "printing",
+        "figures",
+        "detectors",
+        "policies",
+        "incidents",
+        "registration",
+    ),
 }
 LIGHT = {
     "__init__.py",

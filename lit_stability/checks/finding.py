@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from lit_stability.checks.text_table import join_names, wrap
+from lit_stability.printing import printable
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 """``error``: the run cannot learn as intended or fails, and no healthy run shows it. ``warning``:
@@ -57,7 +58,7 @@ class Finding:
             names: Largest number of names to print from `where`; None for all.
         """
         check = f" [{self.check}]" if self.check else ""
-        lines = [f"{self.severity}: {self.what}{check}"]
+        lines = [f"{self.severity}: {printable(self.what)}{check}"]
         if self.where:
             lines.append(f"  where: {join_names(self.where, names)}")
         for label, sentence in (("  why: ", self.why), ("  do:  ", self.remedy)):

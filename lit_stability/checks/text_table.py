@@ -9,12 +9,14 @@ import textwrap
 from collections.abc import Sequence
 from math import isfinite
 
+from lit_stability.printing import printable
+
 WIDTH = 100
 """Characters of a printed line; tables and lists of names may be longer."""
 
 
 def align(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Returns one line per row, with columns padded to the same width.
+    """Returns one line per row, with columns padded to the same width; cells are made printable.
 
     Args:
         rows: Cells, the header first; all rows have the same number of cells.
@@ -23,6 +25,7 @@ def align(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
     >>> align([("layer", "rms"), ("head", "0.1"), ("encoder", "12")], left=1)
     ['layer    rms', 'head     0.1', 'encoder   12']
     """
+    rows = [[printable(cell) for cell in cells] for cells in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for cells in rows:
@@ -61,7 +64,7 @@ def format_share(value: float) -> str:
 
 
 def join_names(names: Sequence[str], most: int | None) -> str:
-    """Returns the first names, and how many more there are.
+    """Returns the first names, made printable, and how many more there are.
 
     Args:
         names: All names.
@@ -71,7 +74,7 @@ def join_names(names: Sequence[str], most: int | None) -> str:
     'a, b and 1 more'
     """
     more = len(names) - len(names[:most])
-    return ", ".join(names[:most]) + (f" and {more} more" if more else "")
+    return ", ".join(map(printable, names[:most])) + (f" and {more} more" if more else "")
 
 
 def more_rows(count: int, what: str) -> list[str]:
@@ -87,12 +90,12 @@ def wrap(sentence: str, *, first: str, following: str) -> list[str]:
     """Returns the lines of a sentence, broken at `WIDTH` characters but not within names.
 
     Args:
-        sentence: Text without line breaks.
+        sentence: Text; it is made printable.
         first: Start of the first line.
         following: Start of the other lines.
     """
     return textwrap.wrap(
-        sentence,
+        printable(sentence),
         WIDTH,
         initial_indent=first,
         subsequent_indent=following,

@@ -12,14 +12,15 @@ A later file overrides an earlier one, and `KEY=VALUE` overrides come last:
 May import OmegaConf, but neither torch nor lightning.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lit_stability.cli.instantiate import suggest
 from lit_stability.errors import ConfigError
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 _OWN = ("about", "expect")
+_TOO_DEEP = "nested too deeply; lists and mappings may be nested about 100 times"
 _KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
 
 
@@ -57,6 +59,8 @@ def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictC
         return DictConfig(_without_marks(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{', '.join(map(str, files))}: {_TOO_DEEP}") from error
 
 
 def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
@@ -69,6 +73,8 @@ def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
         resolved: Any = OmegaConf.to_container(DictConfig(config), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"config: {_TOO_DEEP}") from error
     return {str(key): value for key, value in resolved.items()}
 
 
@@ -79,7 +85,8 @@ def _first_line(error: OmegaConfBaseException) -> str:
 def _find(name: str, places: Sequence[Path]) -> Path:
     tried = [place / each for place in places for each in (name, f"{name}.yaml")]
     for path in tried:
-        if path.is_file():
+        # Not `is_file`, which raises for a name that the file system cannot hold.
+        if os.path.isfile(path):
             return path.resolve()
     roots = [place for place in places if place.name == "configs"]
     known = [
@@ -101,11 +108,26 @@ def read_own(path: Path) -> dict[str, Any]:
     """
     try:
         own: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}:{_deepest_line(path)}: {_TOO_DEEP}") from error
+    # A ValueError is for text that is not UTF-8, and for integers with thousands of digits.
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path}: not a YAML mapping: {error}") from error
     if not isinstance(own, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got a {type(own).__name__}")
     return {str(key): value for key, value in own.items()}
+
+
+def _deepest_line(path: Path) -> int:
+    """Returns the line at which a YAML file is nested most deeply, without recursion."""
+    depth, deepest, line = 0, 0, 1
+    with path.open(encoding="utf8") as file:
+        for event in yaml.parse(file, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > deepest and event.start_mark is not None:
+                deepest, line = depth, event.start_mark.line + 1
+    return line
 
 
 def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -152,5 +174,7 @@ def _parse(overrides: Sequence[str]) -> Any:
             raise ConfigError(f"{text}: no value; write {key}=null or {key}='\"\"'")
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{' '.join(overrides)[:80]}: {_TOO_DEEP}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: not YAML: {error}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_stability.errors import ConfigError
 from lit_stability.incidents.log import to_json
+from lit_stability.printing import printable
 from lit_stability.training_state.atomic_write import write_and_keep
 
 if TYPE_CHECKING:
@@ -105,17 +106,23 @@ def _check_targets(args: argparse.Namespace) -> None:
 
 def _examine(given: Path, limit: int | None) -> _Examined:
     from lit_stability.checks.checkpoint.examination import examine
-    from lit_stability.checks.checkpoint.load import find_file, load, load_gradients
+    from lit_stability.checks.checkpoint.load import (
+        find_file,
+        load,
+        load_gradients,
+        wrong_checksum,
+    )
     from lit_stability.checks.checkpoint.table import format_report
 
     file = find_file(given)
     checkpoint = load(file)
     try:
-        report = examine(checkpoint, gradients=load_gradients(file))
+        gradients = load_gradients(file)
+        report = examine(checkpoint, gradients=gradients, damage=wrong_checksum(file))
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from error
     chosen = f", the last known good of {given}" if given.is_dir() and file.parent != given else ""
-    print(f"{file}{chosen}\n{format_report(report, limit)}\n")
+    print(printable(f"{file}{chosen}\n{format_report(report, limit)}\n", keep="\n"))
     return _Examined(file, checkpoint, report)
 
 
@@ -125,7 +132,8 @@ def _compare(examined: Sequence[_Examined], limit: int | None) -> Comparison:
 
     before, after = examined
     comparison = compare(before.checkpoint, after.checkpoint)
-    print(f"{before.file} -> {after.file}\n{format_comparison(comparison, limit)}\n")
+    text = f"{before.file} -> {after.file}\n{format_comparison(comparison, limit)}\n"
+    print(printable(text, keep="\n"))
     return comparison
 
 

@@ -19,6 +19,7 @@ from lit_stability.cli.experiments.command import add_experiments
 from lit_stability.cli.ranges import add_ranges
 from lit_stability.errors import ConfigError
 from lit_stability.incidents import TrainingStopped
+from lit_stability.printing import printable
 from lit_stability.training_state.good_checkpoints import RunEnd, find_last_good, step_of
 
 _EXIT_CODES = """\
@@ -61,11 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.command(args))
     except ConfigError as error:
-        print(f"lit-stability: {error}", file=sys.stderr)
+        print(_line_of(error), file=sys.stderr)
         return 2
     except _stops() as error:
-        print(f"lit-stability: {error}", file=sys.stderr)
+        print(_line_of(error), file=sys.stderr)
         return 3
+
+
+def _line_of(error: Exception) -> str:
+    """Returns a message for the terminal; it may repeat names from a file of any origin."""
+    return printable(f"lit-stability: {error}", keep="\n")
 
 
 def _stops() -> tuple[type[Exception], ...]:
@@ -218,7 +224,7 @@ def _resume(args: argparse.Namespace) -> int:
         )
     end = RunEnd.read(checkpoint.parent)
     ending = "" if end is None else f"; the run {end.in_words()}"
-    print(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}")
+    print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
     from lit_stability.cli.fit import fit
 
     fit(config, resume=checkpoint)

@@ -4,7 +4,7 @@ May import torch and Lightning.
 """
 
 import warnings
-import zipfile
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_stability.errors import ConfigError
+from lit_stability.training_state.checkpoint_file import damage_of, first_whole
 from lit_stability.training_state.good_checkpoints import find_last_good
+
+_OF_A_TRAINER = {"state_dict", "epoch", "global_step"}
+"""Keys that the Trainer needs to resume from a checkpoint."""
 
 
 def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "resume") -> str | None:
@@ -24,13 +28,14 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "res
     Args:
         wanted: A path, `last`, `good`, or None. `last` is the newest file by time, because
             Lightning writes `last-v1.ckpt` next to an old `last.ckpt`; only folders named
-            `checkpoints` are searched, which excludes incident folders, and truncated files are
-            ignored. `good` is the newest checkpoint that a `LastKnownGood` has confirmed.
+            `checkpoints` are searched, which excludes incident folders. `good` is the newest
+            checkpoint that a `LastKnownGood` has confirmed. Both log and ignore files that are
+            truncated or damaged.
         run_dir: Folder of the run.
         option: Name of the option in messages.
 
     Raises:
-        ConfigError: There is no such checkpoint, or it is truncated.
+        ConfigError: There is no such checkpoint, or it is damaged or not one of a Trainer.
     """
     if wanted is None:
         return None
@@ -48,20 +53,34 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "res
             raise ConfigError(
                 f"{option}={wanted}: no such checkpoint; give a path, `last` or `good`"
             )
-        if not (Path(wanted).is_dir() or zipfile.is_zipfile(wanted)):
-            raise ConfigError(
-                f"{option}={wanted}: is not a checkpoint, or is truncated; `last` and `good` find "
-                "a complete one"
-            )
+        problem = None if Path(wanted).is_dir() else _problem_of(Path(wanted))
+        if problem is not None:
+            raise ConfigError(f"{option}={wanted}: {problem}; try `last` or `good`")
         return str(wanted)
     found = list(run_dir.glob("**/checkpoints/*.ckpt"))
-    complete = [file for file in found if file.is_dir() or zipfile.is_zipfile(file)]
-    if not complete:
-        cut = f" ({len(found)} truncated)" if found else ""
+    found.sort(key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+    newest = first_whole(found)
+    if newest is None:
+        damaged = f" ({len(found)} truncated or damaged)" if found else ""
         raise ConfigError(
-            f"{option}=last: no checkpoint under {run_dir}{cut}; start without {option}"
+            f"{option}=last: no checkpoint under {run_dir}{damaged}; start without {option}"
         )
-    return str(max(complete, key=lambda file: (file.stat().st_mtime_ns, file.name)))
+    return str(newest)
+
+
+def _problem_of(file: Path) -> str | None:
+    """Returns why the Trainer cannot resume from a file; None if it can, as far as is known."""
+    damage = damage_of(file)
+    if damage is not None:
+        return damage
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception:
+        # It may contain classes that the model allows when it is built: Lightning reports others.
+        return None
+    if not isinstance(content, Mapping) or not content.keys() >= _OF_A_TRAINER:
+        return f"it is no checkpoint of a Trainer, which has {', '.join(sorted(_OF_A_TRAINER))}"
+    return None
 
 
 class ConfiguredOptions(Callback):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from lit_stability.incidents.incident import Incident
+from lit_stability.incidents.record_check import problem_of
 
 SCHEMA = 1
 """Version of the line format; `read_incidents` rejects newer ones."""
@@ -70,7 +71,8 @@ def read_incidents(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no record.
-        ValueError: if a line was written by a newer version or is damaged.
+        ValueError: if a line was written by a newer version or is damaged; names file, line and
+            field.
     """
     file = Path(path)
     if file.is_dir():
@@ -85,21 +87,35 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     # Read as bytes: a line may be cut in the middle of a character.
     rows = file.read_bytes().split(b"\n")
     for number, row in enumerate(rows, 1):
-        if not row:
+        # After a power failure a file may end in zeros: the size was written, the content was not.
+        if not row.strip(b"\0 \r"):
             continue
         try:
             line = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(rows) or row.count(b"{") != row.count(b"}"):
                 continue
             raise ValueError(f"{file}:{number} is damaged, not valid JSON: {row[:80]!r}") from error
-        if line.get("schema", 0) > SCHEMA:
-            raise ValueError(
-                f"{file}:{number} has schema {line['schema']!r}, this version reads up to "
-                f"{SCHEMA}; upgrade lit-stability"
-            )
-        layers = [[name, _number(value)] for name, value in line.get("layers", [])]
-        yield {key: _number(value) for key, value in line.items()} | {"layers": layers}
+        yield _checked(line, f"{file}:{number}")
+
+
+def _checked(line: Any, where: str) -> dict[str, Any]:
+    """Returns a line with its numbers converted.
+
+    Raises:
+        ValueError: if it is from a newer version, or not an incident.
+    """
+    schema = line.get("schema", 0) if isinstance(line, dict) else 0
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ValueError(
+            f"{where} has schema {schema!r}, this version reads up to {SCHEMA}; upgrade "
+            "lit-stability"
+        )
+    problem = problem_of(line)
+    if problem is not None:
+        raise ValueError(f"{where} is damaged: {problem}")
+    layers = [[name, _number(value)] for name, value in line.get("layers", [])]
+    return {key: _number(value) for key, value in line.items()} | {"layers": layers}
 
 
 def _is_cut(file: BinaryIO) -> bool:

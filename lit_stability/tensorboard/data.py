@@ -6,7 +6,6 @@ May import numpy, but not torch. Uses only the interface of TensorBoard's data p
 from __future__ import annotations
 
 import base64
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS
-from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, SCHEMA, layers_prefix, steps_tag
+from lit_stability.tensorboard.run_tags import RunTags, read_incident, read_tags, whole_rows
+from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, layers_prefix, steps_tag
 
 log = logging.getLogger("tensorboard")
 
@@ -27,6 +27,10 @@ _ALL = 2**31 - 1
 
 class NoDataError(LookupError):
     """Raised if the run does not exist or has no data of this plugin."""
+
+
+class DamagedDataError(ValueError):
+    """Raised if data of the run exist but cannot be read; the other runs are not affected."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,13 @@ class StabilityData:
     def runs(self) -> list[dict[str, Any]]:
         """Returns all runs that have data of this plugin, sorted by name.
 
-        Each entry has the number of steps and layers of the first optimizer, and for every
-        optimizer its index and the part of the model that it trains.
+        Each entry has the number of steps and layers of the first optimizer, for every optimizer
+        its index and the part of the model that it trains, and as ``problem`` what is damaged, or
+        None.
         """
-        tags = self._list()
-        rows = self._read(runs=None, tags=[steps_tag(0)])
-        return [
-            {
-                "run": run,
-                "steps": len(_in_force(rows.get(run, {}).get(steps_tag(0), []))),
-                "layers": len(_names(_series(tags[run], layers_prefix(0, "grad_norm")))),
-                "incidents": sum(tag.startswith(INCIDENTS) for tag in tags[run]),
-                "last": _last_step(rows.get(run, {}).get(steps_tag(0), [])),
-                "optimizers": _optimizers(tags[run]),
-            }
-            for run in sorted(tags)
-        ]
+        listed = self._list()
+        rows = self._read_all(sorted(listed), steps_tag(0))
+        return [_summary(run, listed[run], rows[run]) for run in sorted(listed)]
 
     def steps(self, run: str, optimizer: int = 0) -> dict[str, Any]:
         """Returns the rows of a run, ordered by step attempt.
@@ -72,14 +67,17 @@ class StabilityData:
 
         Raises:
             NoDataError: if the run has no steps of this optimizer.
+            DamagedDataError: if they cannot be read.
         """
-        tag = steps_tag(optimizer)
-        about = self._tags_of(run).get(tag)
-        if about is None:
+        tag, tags = steps_tag(optimizer), self._tags_of(run)
+        if tag in tags.damaged:
+            raise DamagedDataError(f"run {run!r}: {tag} is damaged: {tags.damaged[tag]}")
+        if tag not in tags.about:
             raise NoDataError(f"run {run!r} has no steps of optimizer {optimizer}")
+        about = tags.about[tag]
         return {
             "fields": about.get("fields", list(FIELDS)),
-            "rows": [datum.numpy.tolist() for datum in self._samples(run, tag)],
+            "rows": [datum.numpy.tolist() for datum in self._steps_of(run, optimizer, tags)],
             "precisions": about.get("precisions", list(PRECISIONS)),
         }
 
@@ -93,10 +91,15 @@ class StabilityData:
 
         Raises:
             NoDataError: if the run has no data of this plugin.
+            DamagedDataError: if all that it has of this quantity cannot be read.
         """
-        series = _series(self._tags_of(run), layers_prefix(optimizer, quantity))
+        tags, prefix = self._tags_of(run), layers_prefix(optimizer, quantity)
+        series = _series(tags.about, prefix)
+        damaged = [tag for tag in tags.damaged if tag.startswith(prefix)]
+        if damaged and not series:
+            raise DamagedDataError(f"run {run!r}: {damaged[0]}: {tags.damaged[damaged[0]]}")
         names = _names(series)
-        found = {tag: self._samples(run, tag) for tag in series}
+        found = {tag: self._samples(run, tag, len(series[tag]["names"])) for tag in series}
         attempts = np.array([d.step for data in found.values() for d in data], dtype=np.int64)
         values = np.full((len(attempts), len(names)), np.nan, dtype="<f4")
         column_of = {name: column for column, name in enumerate(names)}
@@ -110,24 +113,26 @@ class StabilityData:
         return {
             "names": names,
             "attempts": attempts[order].tolist(),
-            "steps": self._steps_at(run, optimizer, attempts[order]),
+            "steps": self._steps_at(run, optimizer, tags, attempts[order]),
             "values": base64.b64encode(values[order].tobytes()).decode("ascii"),
         }
 
     def incidents(self, run: str) -> list[dict[str, Any]]:
         """Returns the latest record of each incident of a run, in the order they were opened.
 
+        A damaged record is logged and left out.
+
         Raises:
             NoDataError: if the run has no data of this plugin.
         """
-        tags = [tag for tag in self._tags_of(run) if tag.startswith(INCIDENTS)]
+        tags = [tag for tag in self._tags_of(run).about if tag.startswith(INCIDENTS)]
         data = self._read(runs=[run], tags=tags).get(run, {}) if tags else {}
         found = [_incident(run, tag, data[tag][-1]) for tag in tags if data.get(tag)]
-        return sorted(filter(None, found), key=lambda i: (i.get("attempt", 0), i.get("time", 0)))
+        return sorted(filter(None, found), key=lambda i: (i["attempt"], i["time"]))
 
-    def _steps_at(self, run: str, optimizer: int, attempts: Any) -> list[int]:
+    def _steps_at(self, run: str, optimizer: int, tags: RunTags, attempts: Any) -> list[int]:
         """Returns ``global_step`` of attempts, extrapolated from the last row if one is missing."""
-        data = self._samples(run, steps_tag(optimizer))
+        data = self._steps_of(run, optimizer, tags)
         if not data:
             return attempts.tolist()  # type: ignore[no-any-return]
         known = np.array([d.step for d in data])
@@ -135,54 +140,107 @@ class StabilityData:
         before = np.maximum(np.searchsorted(known, attempts, side="right") - 1, 0)
         return (steps[before] + attempts - known[before]).tolist()  # type: ignore[no-any-return]
 
-    def _list(self) -> dict[str, dict[str, Mapping[str, Any]]]:
-        """Returns run -> tag -> metadata, without tags of a newer layout version."""
+    def _list(self) -> dict[str, RunTags]:
+        """Returns the tags of each run; runs without any are omitted."""
         listed = self.provider.list_tensors(
             self.context, experiment_id=self.experiment, plugin_name=PLUGIN
         )
-        tags = {
-            run: {tag: _about(series.plugin_content) for tag, series in found.items()}
+        runs = {
+            run: read_tags({tag: series.plugin_content for tag, series in found.items()})
             for run, found in listed.items()
         }
-        return {run: readable for run in tags if (readable := _readable(run, tags[run]))}
+        for run in (run for run, tags in runs.items() if tags.newer):
+            _warn(
+                f"run {run} has data of a newer lit-stability, which are ignored: upgrade "
+                "lit-stability"
+            )
+        return {run: tags for run, tags in runs.items() if tags.about or tags.damaged}
 
-    def _tags_of(self, run: str) -> dict[str, Mapping[str, Any]]:
+    def _tags_of(self, run: str) -> RunTags:
         tags = self._list()
         if run not in tags:
             raise NoDataError(f"no run {run!r} with data of the Stability tab")
         return tags[run]
 
-    def _samples(self, run: str, tag: str) -> list[Any]:
-        return _in_force(self._read(runs=[run], tags=[tag]).get(run, {}).get(tag, []))
+    def _steps_of(self, run: str, optimizer: int, tags: RunTags) -> list[Any]:
+        tag = steps_tag(optimizer)
+        if tag not in tags.about:
+            return []
+        return self._samples(run, tag, _width(tags, tag), steps=True)
+
+    def _samples(self, run: str, tag: str, width: int, *, steps: bool = False) -> list[Any]:
+        data = self._read(runs=[run], tags=[tag]).get(run, {}).get(tag, [])
+        whole = whole_rows(data, width, steps=steps)
+        if len(whole) < len(data):
+            _warn(f"run {run}: {tag} has damaged values, which are ignored")
+        return _in_force(whole)
+
+    def _read_all(self, runs: Sequence[str], tag: str) -> dict[str, list[Any] | str]:
+        """Returns the samples of a tag of each run; or the reason, if they cannot be read."""
+        try:
+            found = self._read(runs=None, tags=[tag])
+            return {run: found.get(run, {}).get(tag, []) for run in runs}
+        except DamagedDataError:
+            # The provider reads all runs or none, so the damaged one is found by single requests.
+            return {run: self._read_or_reason(run, tag) for run in runs}
+
+    def _read_or_reason(self, run: str, tag: str) -> list[Any] | str:
+        try:
+            return list(self._read(runs=[run], tags=[tag]).get(run, {}).get(tag, []))
+        except DamagedDataError as error:
+            return str(error)
 
     def _read(self, *, runs: Sequence[str] | None, tags: Sequence[str]) -> Mapping[str, Any]:
+        """Returns run -> tag -> samples.
+
+        Raises:
+            DamagedDataError: if the provider cannot read them, as for a tensor of unknown type.
+        """
         from tensorboard.data.provider import RunTagFilter
 
-        found: Mapping[str, Any] = self.provider.read_tensors(
-            self.context,
-            experiment_id=self.experiment,
-            plugin_name=PLUGIN,
-            downsample=_ALL,
-            run_tag_filter=RunTagFilter(runs=runs, tags=tags),
-        )
+        try:
+            found: Mapping[str, Any] = self.provider.read_tensors(
+                self.context,
+                experiment_id=self.experiment,
+                plugin_name=PLUGIN,
+                downsample=_ALL,
+                run_tag_filter=RunTagFilter(runs=runs, tags=tags),
+            )
+        except Exception as error:
+            where = "the runs" if runs is None else f"run {runs[0]!r}"
+            raise DamagedDataError(
+                f"{where}: {tags[0]} cannot be read ({type(error).__name__}: {error})"
+            ) from error
         return found
 
 
-def _about(content: bytes) -> Mapping[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {"schema": 0}
-    return found if isinstance(found, dict) else {"schema": 0}
+def _summary(run: str, tags: RunTags, rows: list[Any] | str) -> dict[str, Any]:
+    """Returns the entry of `StabilityData.runs` for a run.
+
+    Args:
+        run: its name.
+        tags: its tags.
+        rows: samples of its first optimizer; or why they cannot be read.
+    """
+    tag, unreadable = steps_tag(0), rows if isinstance(rows, str) else None
+    data = [] if isinstance(rows, str) or tag not in tags.about else rows
+    whole = whole_rows(data, _width(tags, tag), steps=True)
+    broken = f"{tag}: {len(data) - len(whole)} of {len(data)} rows are damaged and ignored"
+    steps = _in_force(whole)
+    return {
+        "run": run,
+        "steps": len(steps),
+        "layers": len(_names(_series(tags.about, layers_prefix(0, "grad_norm")))),
+        "incidents": sum(tag.startswith(INCIDENTS) for tag in tags.about),
+        "last": int(steps[-1].numpy[1]) if steps else None,
+        "optimizers": _optimizers(tags.about),
+        "problem": tags.problem or unreadable or (broken if len(whole) < len(data) else None),
+    }
 
 
-def _readable(run: str, tags: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    newer = [tag for tag, about in tags.items() if about.get("schema", 0) > SCHEMA]
-    if newer:
-        _warn(
-            f"run {run} has data of a newer lit-stability, which are ignored: upgrade lit-stability"
-        )
-    return {tag: about for tag, about in tags.items() if tag not in newer}
+def _width(tags: RunTags, tag: str) -> int:
+    """Returns the number of values in a row of steps."""
+    return len(tags.about.get(tag, {}).get("fields", FIELDS))
 
 
 def _series(tags: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Mapping[str, Any]]:
@@ -228,18 +286,10 @@ def _in_force(data: Iterable[Any]) -> list[Any]:
     return kept
 
 
-def _last_step(data: Sequence[Any]) -> int | None:
-    kept = _in_force(data)
-    return int(kept[-1].numpy[1]) if kept else None
-
-
 def _incident(run: str, tag: str, datum: Any) -> dict[str, Any] | None:
-    try:
-        found = json.loads(datum.numpy.item())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        _warn(f"run {run}: {tag} is damaged and ignored")
+    found = read_incident(datum.numpy)
+    if isinstance(found, str):
+        _warn(f"run {run}: {tag} is damaged and ignored: {found}")
         return None
     return found
 

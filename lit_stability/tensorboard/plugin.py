@@ -16,7 +16,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from lit_stability.incidents.log import to_json
-from lit_stability.tensorboard.data import NoDataError, StabilityData
+from lit_stability.tensorboard.data import DamagedDataError, NoDataError, StabilityData
 from lit_stability.tensorboard.tags import PLUGIN, QUANTITIES
 
 log = logging.getLogger("tensorboard")
@@ -101,6 +101,10 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             return _error(request, 404, str(error.args[0]), advice)
         except BadRequestError as error:
             return _error(request, 400, *error.args)
+        except DamagedDataError as error:
+            advice = "choose another run: only this one is affected; its event file was cut, "
+            advice += "edited, or written by another program"
+            return _error(request, 422, str(error), advice)
         except Exception as error:
             log.exception("the Stability tab cannot answer %s", request.full_path)
             problem = f"the data cannot be read ({type(error).__name__}: {error})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from lit_stability.incidents import Incident
 from lit_stability.incidents.report import markdown
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.tensorboard.size_limits import MIB, TEXTS, SizeLimit, bytes_of
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
 class StabilityWriter:
@@ -20,6 +24,9 @@ class StabilityWriter:
 
     def __init__(self, loggers: Sequence[Any]) -> None:
         self._loggers = list(loggers)
+        self._texts = SizeLimit(TEXTS)
+        self._full = False
+        """Whether it was logged that no more incidents are written as text."""
 
     def write_stats(
         self, stats: StepStats, incidents: int, step: int, overflows: int | None = None
@@ -66,8 +73,15 @@ class StabilityWriter:
             logger.log_metrics(metrics, step=step)
 
     def write_incident(self, incident: Incident, step: int) -> None:
-        """Writes an incident as markdown to each logger that accepts text (TensorBoard, wandb)."""
+        """Writes an incident as markdown to each logger that accepts text (TensorBoard, wandb).
+
+        Texts are limited, see `lit_stability.tensorboard.size_limits`; the one of an incident that
+        stops the fit is always written.
+        """
         name, text = f"stability/incident_{incident.id}", markdown(incident)
+        if not self._texts.take(bytes_of(text)) and incident.outcome != "stopped":
+            self._log_full()
+            return
         for logger in self._loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if callable(getattr(experiment, "add_text", None)):
@@ -75,6 +89,15 @@ class StabilityWriter:
                 experiment.flush()
             elif _takes_tables(logger):
                 logger.log_text(key=name, columns=["incident"], data=[[text]], step=step)
+
+    def _log_full(self) -> None:
+        if not self._full:
+            self._full = True
+            log.warning(
+                "the incidents of this fit have filled %d MiB of text; loggers get no more of it, "
+                "incidents.jsonl has all",
+                TEXTS // MIB,
+            )
 
 
 def _takes_tables(logger: Any) -> bool:

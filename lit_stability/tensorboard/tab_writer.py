@@ -14,15 +14,37 @@ from typing import Any
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, Row
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.layout import write_layout
+from lit_stability.tensorboard.size_limits import (
+    EXTRA_STEPS,
+    MIB,
+    WITH_STEPS,
+    WITHOUT_STEPS,
+    SizeLimit,
+    bytes_of,
+)
 from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
+
+_NO_STEPS = (
+    f"the incidents of this fit have filled {WITH_STEPS // MIB} MiB of the event file; further "
+    "ones are in the Stability tab without the steps around them, and in incidents.jsonl"
+)
+_NO_RECORD = (
+    f"the incidents of this fit have filled {(WITH_STEPS + WITHOUT_STEPS) // MIB} MiB of the event "
+    "file; further ones are only in incidents.jsonl"
+)
+_NO_EXTRA = (
+    f"skipped steps of this fit have filled {EXTRA_STEPS // MIB} MiB of the event file; the "
+    "Stability tab gets only every log_every_n_steps-th step from here on"
+)
 
 
 class StabilityTab:
     """Writes step attempts and incidents to every logger with a ``SummaryWriter`` as experiment.
 
-    Never raises: a logger that fails is reported once and then ignored.
+    Never raises: a logger that fails is reported once and then ignored. What incidents add is
+    limited, see `lit_stability.tensorboard.size_limits`.
 
     Args:
         loggers: Lightning's loggers, any number of them.
@@ -34,23 +56,53 @@ class StabilityTab:
         """Layer names seen so far and their tag, by optimizer and quantity."""
         self._described: set[str] = set()
         """Tags whose metadata were written."""
+        self._full, self._short = SizeLimit(WITH_STEPS), SizeLimit(WITHOUT_STEPS)
+        self._extra = SizeLimit(EXTRA_STEPS)
+        self._begun: set[str] = set()
+        """Tags of incidents of which a record was written, but not yet the last one."""
+        self._logged: set[str] = set()
+        """Lines that were logged."""
         self._for_each(write_layout)
 
     def __bool__(self) -> bool:
         return bool(self._experiments)
 
-    def write_step_attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> None:
+    @property
+    def has_room(self) -> bool:
+        """Whether steps are written that are not logged otherwise."""
+        if self._extra.reached:
+            self._log_once(_NO_EXTRA)
+        return not self._extra.reached
+
+    def write_step_attempt(
+        self, row: Row, stats: StepStats, scan: StepStats | None, *, extra: bool = False
+    ) -> None:
         """Writes a step attempt and its values by layer.
 
         Args:
             row: in the order of `lit_stability.incidents.step_history.FIELDS`.
             stats: measurement of the attempt.
             scan: the latest measurement of the weights' movement since the last call, if any.
+            extra: whether the step is written only because of an incident.
         """
-        self._write(lambda: self._attempt(row, stats, scan), int(row[0]))
+
+        def build() -> Any:
+            event = self._attempt(row, stats, scan)
+            self._extra.spend(event.ByteSize() if extra else 0)
+            return event
+
+        self._write(build, int(row[0]))
 
     def write_incident(
-        self, incident: int, started: float, attempt: int, text: Callable[[], str]
+        self,
+        incident: int,
+        started: float,
+        attempt: int,
+        text: Callable[[], str],
+        short: Callable[[], str] | None = None,
+        *,
+        last: bool = False,
+        always: bool = False,
     ) -> None:
         """Writes the current state of an incident, and flushes the event files.
 
@@ -58,11 +110,44 @@ class StabilityTab:
             incident: id of the incident.
             started: when it was opened, in seconds since 1970.
             attempt: number of the latest step attempt.
-            text: returns the incident as JSON.
+            text: returns the incident as JSON, with the steps around it.
+            short: returns it without them, for when there is no room; None for never.
+            last: whether only steps were added since the last call, and none will be.
+            always: whether at least the short form is written in any case.
         """
         tag = incident_tag(incident, started)
-        self._write(lambda: self._incident(tag, text()), attempt)
+
+        def build() -> Any:
+            content = self._fitting(tag, text, None if last else short, always)
+            return None if content is None else self._incident(tag, content)
+
+        self._write(build, attempt)
+        if last:
+            self._begun.discard(tag)
         self._for_each(lambda experiment: experiment.flush())
+
+    def _fitting(
+        self, tag: str, text: Callable[[], str], short: Callable[[], str] | None, always: bool
+    ) -> str | None:
+        """Returns the longest form of an incident that there is room for, or None."""
+        content = text()
+        if self._full.take(bytes_of(content)):
+            self._begun.add(tag)
+            return content
+        self._log_once(_NO_STEPS)
+        if short is None:
+            return None
+        content = short()
+        if not self._short.take(bytes_of(content)) and not (always or tag in self._begun):
+            self._log_once(_NO_RECORD)
+            return None
+        self._begun.add(tag)
+        return content
+
+    def _log_once(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
+            log.warning("%s", line)
 
     def _attempt(self, row: Row, stats: StepStats, scan: StepStats | None) -> Any:
         from lit_stability.tensorboard.events import doubles, event_of, floats
@@ -111,13 +196,17 @@ class StabilityTab:
         return metadata_of(metadata(**content))
 
     def _write(self, build: Callable[[], Any], attempt: int) -> None:
-        """Builds an event once and writes it to all; if building fails, each of them fails."""
+        """Builds an event once and writes it to all, or none if there is none to write.
+
+        If building fails, each of them fails.
+        """
         built: list[Any] = []
 
         def add(experiment: Any) -> None:
             if not built:
                 built.append(build())
-            _file_writer(experiment).add_event(built[0], attempt)
+            if built[0] is not None:
+                _file_writer(experiment).add_event(built[0], attempt)
 
         self._for_each(add)
 

@@ -30,7 +30,10 @@ SCHEMA = 1
 """Version of the layout; readers ignore newer versions."""
 QUANTITIES = ("grad_norm", "update_ratio")
 """Quantities that are written by layer."""
+STEPS = f"{PLUGIN}/steps"
+LAYERS = f"{PLUGIN}/layers"
 INCIDENTS = f"{PLUGIN}/incident/"
+"""Prefixes of the three kinds of tags."""
 
 
 def steps_tag(optimizer: int) -> str:
@@ -39,7 +42,7 @@ def steps_tag(optimizer: int) -> str:
     >>> steps_tag(0), steps_tag(1)
     ('stability/steps', 'stability/steps_1')
     """
-    return f"{PLUGIN}/steps{_suffix(optimizer)}"
+    return f"{STEPS}{_suffix(optimizer)}"
 
 
 def layers_prefix(optimizer: int, quantity: str) -> str:
@@ -48,7 +51,7 @@ def layers_prefix(optimizer: int, quantity: str) -> str:
     >>> layers_prefix(1, "grad_norm")
     'stability/layers_1/grad_norm/'
     """
-    return f"{PLUGIN}/layers{_suffix(optimizer)}/{quantity}/"
+    return f"{LAYERS}{_suffix(optimizer)}/{quantity}/"
 
 
 def layers_tag(optimizer: int, quantity: str, names: Sequence[str]) -> str:

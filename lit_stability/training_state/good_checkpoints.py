@@ -6,13 +6,17 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import json
+import logging
 import re
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from lit_stability.training_state.atomic_write import write_atomically
+from lit_stability.training_state.checkpoint_file import first_whole
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
 
 FOLDER = "good"
 """Name of the folder inside the run's folder that holds the good checkpoints."""
@@ -26,6 +30,8 @@ _STATES = get_args(State)
 def find_last_good(directory: str | Path) -> Path | None:
     """Returns the good checkpoint of the highest step below a directory, or None.
 
+    A damaged file is logged and ignored; the one before it is returned.
+
     Pass it to ``Trainer.fit(ckpt_path=...)`` of a trainer with a `LastKnownGood`, which continues
     exactly where the checkpoint was captured.
 
@@ -38,8 +44,7 @@ def find_last_good(directory: str | Path) -> Path | None:
     if directory.name == FOLDER:
         folders.append(directory)
     found = [file for folder in folders for file in good_files(folder)]
-    complete = [file for file in found if zipfile.is_zipfile(file)]
-    return max(complete, key=_age, default=None)
+    return first_whole(sorted(found, key=_age, reverse=True))
 
 
 def good_files(folder: Path) -> list[Path]:
@@ -120,13 +125,20 @@ class RunEnd:
 
     @classmethod
     def read(cls, folder: Path) -> RunEnd | None:
-        """Reads ``run.json``; returns None if it is missing or not a valid record."""
+        """Reads ``run.json``; returns None if it is missing, or not valid, which is logged."""
+        file = folder / "run.json"
         try:
-            raw: Any = json.loads((folder / "run.json").read_text(encoding="utf8"))
-        except (OSError, ValueError):
+            raw: Any = json.loads(file.read_text(encoding="utf8"))
+        except OSError:
             return None
-        ours = isinstance(raw, dict) and raw.get("schema") == 1 and raw.get("state") in _STATES
-        return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw}) if ours else None
+        except (ValueError, RecursionError) as error:
+            log.warning("%s is damaged and ignored: not valid JSON (%s)", file, error)
+            return None
+        problem = _problem_of(raw)
+        if problem is not None:
+            log.warning("%s is ignored: %s", file, problem)
+            return None
+        return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw})
 
     def failures_behind(self, checkpoint: Path) -> int:
         """Returns the number of consecutive failed runs whose newest checkpoint was this one.
@@ -147,3 +159,19 @@ class RunEnd:
             "interrupted": f"was interrupted at step {self.step}{why}",
             "failed": f"failed at step {self.step}{why}",
         }[self.state]
+
+
+def _problem_of(raw: Any) -> str | None:
+    """Returns why the content of ``run.json`` is not a `RunEnd`; None if it is one."""
+    if not isinstance(raw, dict):
+        return f"expected a mapping, got a {type(raw).__name__}"
+    if raw.get("schema") != 1:
+        return f"schema={raw.get('schema')!r}, this version reads 1"
+    if raw.get("state") not in _STATES:
+        return f"state={raw.get('state')!r}, expected one of {', '.join(_STATES)}"
+    kinds = {"step": (int,), "failures": (int,), "reason": (str,), "checkpoint": (str, NoneType)}
+    for key, kind in kinds.items():
+        if key in raw and type(raw[key]) not in kind:
+            return f"{key}={raw[key]!r} has the wrong type"
+    negative = next((key for key in ("step", "failures") if raw.get(key, 0) < 0), None)
+    return None if negative is None else f"{negative}={raw[negative]} is negative"

@@ -1,5 +1,7 @@
 """The attempts of real fits, read back from their event files."""
 
+import contextlib
+import dataclasses
 import json
 import warnings
 
@@ -13,12 +15,16 @@ from tensorboard.util import tensor_util
 
 from lit_stability import (
     AdaptiveGradientClipping,
+    Anomaly,
     GradientMonitor,
+    StabilityCallback,
     TrainingStopped,
+    read_incidents,
     stability_callbacks,
 )
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.incidents.step_history import FIELDS
+from lit_stability.policies.actions import SkipStep
 from lit_stability.policies.clip_rules import TieredClip
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
@@ -212,3 +218,63 @@ def test_only_the_first_rank_writes_and_all_count_alike(tmp_path):
     assert [count for _, count in counted] == [10, 10]
     assert len(list((tmp_path / "run").glob("events*"))) == 1
     assert len(rows(tmp_path / "run")) == 10
+
+
+class EveryThird:
+    """Objects to every third step, and asks for nothing."""
+
+    def check(self, stats):
+        if stats.step % 3:
+            return None
+        fields = {"kind": "made up", "signal": "x", "value": 1.0, "message": "every third step"}
+        return Anomaly(step=stats.step, warn_only=True, **fields)
+
+    def update(self, stats):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_event_file_of_a_run_of_incidents_is_bounded_and_the_record_has_all(tmp_path, monkeypatch):
+    """An incident every third step is what filled 79 MB in 9,000 steps."""
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITH_STEPS", 150_000)
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITHOUT_STEPS", 50_000)
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.EXTRA_STEPS", 20_000)
+    monkeypatch.setattr("lit_stability.tensorboard.scalar_writer.TEXTS", 20_000)
+    monitor = GradientMonitor(detectors=[EveryThird()], close_after=1)
+    data = regression_data(300)
+    run(tmp_path, [monitor], max_steps=300, log_every_n_steps=50, data=data)
+    files = [file for file in tmp_path.iterdir() if "tfevents" in file.name]
+    assert sum(file.stat().st_size for file in files) < 300_000
+    assert len(read_incidents(tmp_path)) == 100
+    found = {record["id"]: record for record in incidents(tmp_path)}
+    assert 10 < len(found) < 100
+    assert "window" in found[1]
+    assert "window" not in found[max(found)]
+    assert all(record["outcome"] != "open" for record in found.values())
+
+
+def test_long_list_of_responses_is_shortened_in_the_tab_and_whole_in_the_record(tmp_path):
+    """An incident that never ends gets a response in each step."""
+
+    class Again(StabilityCallback):
+        def on_incident(self, trainer, pl_module, incident):
+            incident.resolve(SkipStep())
+
+    class Always(EveryThird):
+        def check(self, stats):
+            anomaly = EveryThird.check(self, dataclasses.replace(stats, step=0))
+            return dataclasses.replace(anomaly, step=stats.step, warn_only=False)
+
+    monitor = GradientMonitor(detectors=[Always()])
+    with contextlib.suppress(TrainingStopped):
+        run(tmp_path, [monitor, Again()], max_steps=400, max_epochs=1, data=regression_data(400))
+    (whole,) = read_incidents(tmp_path)
+    assert len(whole["responses"]) > 300
+    shown = incidents(tmp_path)[-1]["responses"]
+    assert len(shown) == 201
+    assert shown[100] == f"{len(whole['responses']) - 200} more"

@@ -1,5 +1,6 @@
 """Composition of config files, and the check of options against signatures."""
 
+import contextlib
 import enum
 import functools
 from collections.abc import Callable, Sequence
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, Optional, Protocol, Union
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lit_stability.cli.config import compose, resolve
+from lit_stability.cli.fit import check_options
 from lit_stability.cli.instantiate import Build, bind
 from lit_stability.errors import ConfigError
 
@@ -416,3 +421,54 @@ def test_unusable_file_is_an_error_that_names_it(files, problem, cwd):
 def test_empty_file_is_an_empty_config(cwd):
     write(cwd, base="")
     assert compose(["base"]).experiment == "base"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\nb:\n  " + "[" * 3000 + "]" * 3000, "deep.yaml:3: nested too deeply"),
+        ("a: 1\n" + "{a: " * 3000 + "1" + "}" * 3000, "deep.yaml:"),
+        ("\n".join(" " * i + "a:" for i in range(2000)), "deep.yaml:2000: nested too deeply"),
+        ("a: " + "9" * 5000, "deep.yaml: not a YAML mapping"),
+        ("compose: [" + "x" * 5000 + "]", "no such config file"),
+    ],
+)
+def test_file_that_python_cannot_hold_is_named(text, says, tmp_path):
+    (tmp_path / "deep.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        compose([tmp_path / "deep.yaml"])
+    assert says in str(error.value)
+
+
+def test_override_that_is_nested_too_deeply_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        compose([tmp_path / "x.yaml"], [".".join(["a"] * 3000) + "=1"])
+
+
+YAML = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=8,
+)
+
+
+@settings(
+    derandomize=True,
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    content=st.text(alphabet="ab:[]{}&*!|>-?#%@\"'$\n ,.", max_size=40).map(str.encode)
+    | st.binary(max_size=30)
+    | st.dictionaries(st.sampled_from(["model", "trainer", "run_dir", "compose", "a"]), YAML).map(
+        lambda value: yaml.safe_dump(value).encode()
+    )
+)
+def test_any_file_is_a_config_or_a_config_error(content, tmp_path):
+    (tmp_path / "any.yaml").write_bytes(content)
+    with contextlib.suppress(ConfigError):
+        config = resolve(compose([tmp_path / "any.yaml"]))
+        with pytest.raises(ConfigError):
+            check_options(config)

@@ -1,11 +1,16 @@
 """The command, in the process: what it prints and writes, and its exit codes."""
 
 import json
+import math
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lit_stability import find_last_good
 from lit_stability.cli.main import main
@@ -149,6 +154,118 @@ REFUSED = {
         "no tensor among the keys ['epoch']",
     ),
 }
+
+
+EVIL = "net\x1b[31m\u202eweight\nfound: nothing\x9b2J"
+"""Colours, turns round, fakes a line of the report, and clears the screen."""
+
+
+def spoiled(run):
+    """The checkpoint of a run in which every text is evil."""
+    saved = torch.load(run / "saved.ckpt", weights_only=True)
+    saved["state_dict"][EVIL] = torch.tensor([1.0, math.nan])
+    saved["pytorch-lightning_version"] = EVIL
+    saved["callbacks"] = {"PrecisionFallback": {"ladder": {"names": [EVIL], "at": 0}}}
+    saved["optimizer_states"][0]["param_groups"][0]["param_names"] = [EVIL] * 6
+    saved["optimizer_states"][0]["state"]["x\x1b"] = {"step": EVIL}
+    return saved
+
+
+def test_names_of_a_file_are_printed_without_control_characters(run, tmp_path, capsys):
+    torch.save(spoiled(run), tmp_path / "evil\x1b.ckpt")
+    assert doctor(tmp_path / "evil\x1b.ckpt", run / "saved.ckpt", "--all") == 1
+    printed = capsys.readouterr().out
+    assert [c for c in printed if not c.isprintable() and c != "\n"] == []
+    assert "net\\x1b[31m\\u202eweight\\nfound: nothing" in printed
+    assert "\nfound: nothing\n" not in printed
+
+
+def test_names_of_a_file_are_drawn_as_they_are_and_not_as_formulas(run, tmp_path, recwarn):
+    pytest.importorskip("matplotlib")
+    saved = spoiled(run)
+    saved["state_dict"]["a$\\frac$b"] = torch.ones(2)
+    torch.save(saved, tmp_path / "$evil$\x1b.ckpt")
+    assert doctor(tmp_path / "$evil$\x1b.ckpt", "--plot", tmp_path / "p.png") == 1
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def write_raw_pickle(path, pickled):
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    ("write", "reasons"),
+    [
+        (lambda p: torch.save({"a": Attached(), "b": Path("x")}, p), ["print", "PosixPath"]),
+        (lambda p: torch.save(torch.nn.Linear(2, 2), p), ["torch.nn.modules.linear.Linear"]),
+        (lambda p: write_raw_pickle(p, b"\x80\x02cos\nsystem\n."), ["os.system", "blocked"]),
+        (lambda p: write_raw_pickle(p, b"\x80\x02c" + b"m" * 900 + b"\nn\n."), ["m" * 900 + ".n"]),
+        (lambda p: write_raw_pickle(p, b"\x80\x02ca\x1b[1m\nb\n."), ["a\\x1b[1m.b"]),
+        (lambda p: torch.save({"a": 3}, p, pickle_protocol=4), ["Unsupported operand 149"]),
+    ],
+)
+def test_refusal_gives_the_whole_reason_and_no_advice_to_load_the_file_unchecked(
+    write, reasons, tmp_path, capsys
+):
+    write(tmp_path / "given")
+    assert doctor(tmp_path / "given") == 2
+    error = capsys.readouterr().err
+    assert [each for each in reasons if each not in error] == []
+    assert [w for w in ("weights_only", "add_safe_globals", "documentation") if w in error] == []
+    assert "with only its state_dict and optimizer_states" in error
+
+
+def test_flipped_bit_is_an_error_although_the_file_loads(run, tmp_path, capsys):
+    content = bytearray((run / "saved.ckpt").read_bytes())
+    state = torch.load(run / "saved.ckpt", weights_only=True)["state_dict"]
+    content[content.index(state["net.0.weight"].numpy().tobytes()) + 4] ^= 1
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    assert doctor(tmp_path / "flipped.ckpt") == 1
+    printed = capsys.readouterr().out
+    assert "error: damaged file" in printed
+    assert "Bad CRC-32" in printed
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+
+
+def places(value, path=()):
+    """The paths to everything in a checkpoint but its tensors."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in inner:
+        yield (*path, key)
+        if isinstance(each, (dict, list)):
+            yield from places(each, (*path, key))
+
+
+@settings(
+    derandomize=True,
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data(), value=VALUES)
+def test_any_value_in_any_place_of_a_checkpoint_is_reported_and_the_rest_examined(
+    data, value, run, tmp_path, capsys
+):
+    saved = torch.load(run / "saved.ckpt", weights_only=True)
+    *path, key = data.draw(st.sampled_from([p for p in places(saved) if "state_dict" not in p]))
+    inner = saved
+    for each in path:
+        inner = inner[each]
+    inner[key] = value
+    torch.save(saved, tmp_path / "mutated.ckpt")
+    assert doctor(tmp_path / "mutated.ckpt") in (0, 1)
+    assert "net.0.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -437,7 +437,7 @@ def test_checkpoints_all_cut_short_are_counted(cwd):
     folder = cwd / "runs/base/checkpoints"
     folder.mkdir(parents=True)
     (folder / "last.ckpt").write_bytes(b"half")
-    assert "no checkpoint under runs/base (1 truncated)" in problems(resume="last")
+    assert "no checkpoint under runs/base (1 truncated or damaged)" in problems(resume="last")
 
 
 def test_model_checkpoint_of_the_config_is_the_only_one():

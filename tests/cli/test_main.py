@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import lit_stability
@@ -102,6 +104,48 @@ def test_resume_follows_a_run_whose_folder_was_moved(good_run, capsys):
     assert main(["resume", "runs/moved", "trainer.max_steps=32"]) == 0
     assert not good_run.exists()
     assert "good -> runs/moved" in capsys.readouterr().out
+
+
+def damage(file):
+    """Flips a bit in the middle of the largest part of a checkpoint."""
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 16
+    file.write_bytes(content)
+
+
+def test_resume_with_a_damaged_checkpoint_takes_the_one_before_it(good_run, caplog, capsys):
+    newest = find_last_good(good_run)
+    damage(newest)
+    before = find_last_good(good_run)
+    assert step_of(before) < step_of(newest)
+    assert main(["resume", "runs/good", "trainer.max_steps=40"]) == 0
+    assert f"good checkpoint of step {step_of(before)}" in capsys.readouterr().out
+    assert f"{newest.name} is ignored: it is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (damage, "it is damaged (BadZipFile"),
+        (lambda file: file.write_bytes(file.read_bytes()[:1000]), "it is truncated"),
+        (lambda file: file.write_text("hello"), "it is truncated, or not a checkpoint"),
+        (lambda file: torch.save([1, 2], file), "no checkpoint of a Trainer"),
+        (lambda file: torch.save({"state_dict": {}}, file), "no checkpoint of a Trainer"),
+    ],
+)
+def test_resume_from_a_file_that_is_no_whole_checkpoint_is_refused_by_name(
+    spoil, says, cwd, capsys
+):
+    assert main(["fit", "-c", "small"]) == 0
+    (file,) = (cwd / "runs/small/checkpoints").glob("*.ckpt")
+    file = file.rename(cwd / "mine.ckpt")
+    spoil(file)
+    assert main(["fit", "-c", "small", "--resume", "mine.ckpt", "trainer.max_steps=2"]) == 2
+    error = capsys.readouterr().err
+    assert "resume=mine.ckpt: " in error
+    assert says in error
 
 
 def test_resume_without_a_good_checkpoint_says_what_can_be_done(cwd, capsys):

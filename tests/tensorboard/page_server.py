@@ -149,13 +149,22 @@ def large():
     return [info("large", rows, layers, 0)], data
 
 
+@cache
+def damaged():
+    """A run of which a layer tag and two of five incident records cannot be read, and its twin."""
+    runs, data = normal()
+    bad = info("bad", run_rows(), 35, 5)
+    bad["problem"] = "stability/layers/grad_norm/ab is damaged: its metadata is not JSON"
+    return [bad, *runs[1:]], {"bad": data["translation"], **data}
+
+
 def broken():
     """A run whose steps cannot be read."""
     return [info("broken", [[0, 0]], 1, 0)], {}
 
 
 SETS = {"normal": normal, "empty": lambda: ([], {}), "markup": markup, "large": large}
-SETS |= {"broken": broken, "sampled": sampled, "gan": gan}
+SETS |= {"broken": broken, "damaged": damaged, "sampled": sampled, "gan": gan}
 
 
 @cache

@@ -176,3 +176,16 @@ def test_comparison_lays_two_runs_over_each_other_by_step(tab):
     assert "p.stability.compare=twin" in tab.hash()
     tab.all("#other").select_option("")
     tab.gone(".comparison")
+
+
+def test_damaged_run_says_so_shows_the_rest_and_is_not_shown_first(tab):
+    tab.open("damaged")
+    assert tab.all("#run").input_value() == "twin"
+    assert tab.all(".damaged").count() == 0
+    tab.all("#run").select_option("bad")
+    text = tab.see(".damaged").text(".damaged")
+    assert "stability/layers/grad_norm/ab is damaged" in text
+    assert "2 incident records cannot be read" in text
+    assert tab.all(".incidents tbody tr").count() == 3
+    options = tab.all("#run option").all_inner_texts()
+    assert [option for option in options if "damaged" in option] == ["bad (5 incidents, damaged)"]

@@ -87,7 +87,7 @@ def plugin(tmp_path_factory):
 def test_runs_are_those_with_data(plugin):
     """K5."""
     a = {"run": "a", "steps": 4, "layers": 2, "incidents": 1, "last": 1}
-    a["optimizers"] = [{"index": 0, "part": ""}]
+    a |= {"optimizers": [{"index": 0, "part": ""}], "problem": None}
     b = a | {"run": "b/deep", "steps": 2, "incidents": 0}
     assert ask(plugin, "runs") == (200, [a, b])
 

@@ -6,7 +6,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_stability import stability_callbacks
 from lit_stability.faults import FaultInjector, NanLoss
+from lit_stability.tensorboard.scalar_writer import StabilityWriter
 from tests.conftest import Regression, fit
+from tests.incidents.test_incident import incident
 
 KEYS = {"grad_norm", "learning_rate", "learning_rate_factor", "update_ratio", "incidents"}
 
@@ -21,10 +23,14 @@ def run(tmp_path_factory):
     return root
 
 
-def events(run):
-    accumulator = EventAccumulator(str(run / "tb"))
+def events_in(folder):
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return accumulator
+
+
+def events(run):
+    return events_in(run / "tb")
 
 
 def test_documented_scalars_are_written_on_the_loggers_steps(run):
@@ -54,3 +60,21 @@ def test_other_loggers_get_the_scalars_too(run):
     with (run / "csv" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["stability/grad_norm"]]
     assert len(rows) == 12
+
+
+def test_text_of_incidents_ends_at_its_limit_and_the_last_one_is_written(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("lit_stability.tensorboard.scalar_writer.TEXTS", 5000)
+    logger = TensorBoardLogger(tmp_path, "", "")
+    writer = StabilityWriter([logger])
+    for number in range(1, 51):
+        writer.write_incident(incident(number, message="m" * 500), step=number)
+    last = incident(99)
+    last.close("stopped", 99)
+    writer.write_incident(last, step=99)
+    logger.experiment.close()
+    tags = events_in(tmp_path).Tags()["tensors"]
+    assert 1 < len(tags) < 12
+    assert "stability/incident_99/text_summary" in tags
+    assert caplog.text.count("loggers get no more of it") == 1

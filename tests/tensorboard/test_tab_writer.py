@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, row_of
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
+from lit_stability.tensorboard.size_limits import WITH_STEPS, WITHOUT_STEPS
 from lit_stability.tensorboard.tab_writer import StabilityTab, update_ratios
 from lit_stability.tensorboard.tags import layers_tag, steps_tag
 
@@ -43,11 +44,11 @@ def about(accumulator, tag):
     return json.loads(accumulator.SummaryMetadata(tag).plugin_data.content)
 
 
-def attempt(tab, number, names=("a", "b"), norms=(1.0, 2.0), scan=None, **options):
+def attempt(tab, number, names=("a", "b"), norms=(1.0, 2.0), scan=None, extra=False, **options):
     options = {"step": number - 1, "loss": 0.5, "grad_norm": 2.5} | options
     stats = StepStats(names=names, grad_norms=norms, **options)
     row = row_of(number, stats, clip_threshold=1.0, precision="bf16-mixed", taken=True)
-    tab.write_step_attempt(row, stats, scan)
+    tab.write_step_attempt(row, stats, scan, extra=extra)
     return row
 
 
@@ -131,6 +132,83 @@ def test_incident_of_a_job_that_is_killed_is_on_the_disk(tmp_path):
     (event,) = accumulator.Tensors("stability/incident/3/1700000000")
     assert event.step == 501
     assert json.loads(event.tensor_proto.string_val[0]) == {"message": "\udc80 is no text"}
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def incident_records(accumulator):
+    """The last record of each incident, by its number."""
+    tags = [t for t in accumulator.Tags()["tensors"] if t.startswith("stability/incident/")]
+    last = {
+        tag: json.loads(accumulator.Tensors(tag)[-1].tensor_proto.string_val[0]) for tag in tags
+    }
+    return {record["id"]: record for record in last.values()}
+
+
+def write_incidents(tab, count, *, ends="recovered"):
+    """Incidents of 25 kB with their steps and 2 kB without, each written three times."""
+    for number in range(count):
+        for outcome, last in (("open", False), (ends, False), (ends, True)):
+            record = {"id": number, "outcome": outcome, "message": "m" * 2000}
+            full, short = json.dumps({**record, "window": "w" * 23_000}), json.dumps(record)
+            stops = {"always": ends == "stopped"}
+            texts = (lambda text=full: text, lambda text=short: text)
+            tab.write_incident(number, float(number), number, *texts, last=last, **stops)
+
+
+def test_thousands_of_incidents_stay_below_the_stated_limit(tmp_path, caplog):
+    """3,000 of them were 79 MB."""
+    found = incident_records(written(tmp_path, lambda tab: write_incidents(tab, 3000)))
+    assert size_of(tmp_path) < WITH_STEPS + WITHOUT_STEPS + 2**17
+    whole = [number for number, record in found.items() if "window" in record]
+    assert whole == list(range(len(whole)))
+    assert 100 < len(whole) < 0.5 * len(found) < 1500
+    assert {record["outcome"] for record in found.values()} == {"recovered"}
+    assert caplog.text.count("without the steps around them") == 1
+    assert caplog.text.count("further ones are only in incidents.jsonl") == 1
+
+
+def test_incident_that_stops_the_fit_is_written_however_many_there_were(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITH_STEPS", 100_000)
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITHOUT_STEPS", 50_000)
+
+    def write(tab):
+        write_incidents(tab, 100)
+        short = lambda: json.dumps({"id": 500, "outcome": "stopped"})  # noqa: E731
+        tab.write_incident(500, 500.0, 500, lambda: "w" * 25_000, short, always=True)
+
+    found = incident_records(written(tmp_path, write))
+    assert max(number for number in found if number < 500) < 50
+    assert found[500]["outcome"] == "stopped"
+
+
+def test_incident_in_any_language_counts_by_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITH_STEPS", 10_000)
+    text = json.dumps({"id": 1, "message": "层" * 5000}, ensure_ascii=False)
+    found = written(tmp_path, lambda tab: tab.write_incident(1, 1.0, 1, lambda: text))
+    assert not incident_records(found)
+
+
+def test_steps_of_incidents_end_at_their_limit_and_logged_steps_go_on(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("lit_stability.tensorboard.tab_writer.EXTRA_STEPS", 20_000)
+    names = tuple(f"layer.{i}" for i in range(200))
+
+    def write(tab):
+        for number in range(1, 101):
+            extra = number % 10 != 0
+            if not extra or tab.has_room:
+                attempt(tab, number, names, (1.0,) * 200, extra=extra)
+
+    found = written(tmp_path, write)
+    steps = [int(value[0]) for value in values(found, steps_tag(0))]
+    assert len(steps) < 40
+    assert [step for step in steps if step % 10 == 0] == list(range(10, 101, 10))
+    assert found.SummaryMetadata(layers_tag(0, "grad_norm", names)).plugin_data.content
+    assert caplog.text.count("every log_every_n_steps-th step") == 1
 
 
 class Broken(SummaryWriter):

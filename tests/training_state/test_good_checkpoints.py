@@ -1,8 +1,11 @@
 """Where good checkpoints lie, and how the run behind them ended."""
 
+import json
 import zipfile
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lit_stability import find_last_good
 from lit_stability.training_state.good_checkpoints import (
@@ -20,7 +23,7 @@ def put(path, whole=True):
         path.write_bytes(b"half of a checkpoint")
         return path
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("data", "x")
+        file.writestr("step/data.pkl", "x")
     return path
 
 
@@ -81,3 +84,40 @@ def test_file_that_is_no_end_of_a_run_counts_as_none(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     assert RunEnd.read(tmp_path) is None
     assert RunEnd.read(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 3000 + "]" * 3000,
+        '{"schema": 1, "state": []}',
+        '{"schema": 1, "state": "failed", "failures": "3"}',
+        '{"schema": 1, "state": "failed", "failures": -5}',
+        '{"schema": 1, "state": "failed", "reason": null}',
+        '{"schema": 1, "state": "failed", "step": true}',
+    ],
+)
+def test_damaged_end_of_a_run_is_logged_with_its_file_and_ignored(text, tmp_path, caplog):
+    (tmp_path / "run.json").write_text(text)
+    assert RunEnd.read(tmp_path) is None
+    assert f"{tmp_path / 'run.json'} is" in caplog.text
+
+
+@settings(
+    derandomize=True,
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.binary(max_size=40)
+    | st.dictionaries(
+        st.sampled_from(sorted(RunEnd.__dataclass_fields__)),
+        st.none() | st.integers() | st.text(max_size=9) | st.lists(st.none()),
+    ).map(lambda found: json.dumps({"schema": 1, "state": "failed"} | found).encode())
+)
+def test_any_content_is_the_end_of_a_run_or_none(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    found = RunEnd.read(tmp_path)
+    assert found is None or found.failures_behind(tmp_path) >= 0
+    assert found is None or isinstance(found.in_words(), str)

@@ -17,7 +17,7 @@ from lit_stability.callbacks.gradient_flow.layer_rows import (
     layer_rows,
     norm_of,
 )
-from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure
+from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure, plain_label
 from lit_stability.measurement.step_stats import GradientDetail
 
 if TYPE_CHECKING:
@@ -261,4 +261,4 @@ def _heading(details: Sequence[GradientDetail], rows: Sequence[LayerRow], title:
     facts += [f"{zero} of {len(details)} all zero"] if zero else []
     if len(rows) < len(details):
         facts.append(f"{len(details)} parameters in {len(rows)} rows")
-    return "\n".join([*([title] if title else []), "; ".join(facts)])
+    return "\n".join([*([plain_label(title)] if title else []), plain_label("; ".join(facts))])

@@ -71,6 +71,8 @@ class GradientMonitor(StabilityCallback):
     With several optimizers, the metrics of the second end in ``_1``, and so on. Incidents go to
     ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text. Step
     attempts and layers go to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
+    Incidents add at most 24 MiB per fit to an event file, see
+    `lit_stability.tensorboard.size_limits`.
 
     Args:
         detectors: those to ask, in order; the first anomaly counts. None for the default set.

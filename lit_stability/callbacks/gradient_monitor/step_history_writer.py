@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
@@ -19,6 +20,9 @@ from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.trainer_internals import is_skipped
 from lit_stability.training_state.gradient_clipping import clip_threshold
 
+_ENDS = 100
+"""Responses at either end of a long list that go to the tab."""
+
 
 @dataclass(frozen=True)
 class PendingAttempt:
@@ -30,6 +34,8 @@ class PendingAttempt:
     taken: bool
     written: bool
     """Whether its row goes to the tab."""
+    extra: bool
+    """Whether it goes there only because of an incident."""
 
 
 class StepHistoryWriter:
@@ -38,7 +44,8 @@ class StepHistoryWriter:
     Written are the steps for which other metrics are written, every attempt that was skipped, and
     those at which an incident was opened. A row is complete only at the end of its batch, when all
     callbacks have clipped. An incident is written when it opens, when it closes, and once more with
-    the attempts after it.
+    the attempts after it. What incidents add to an event file is limited, see
+    `lit_stability.tensorboard.size_limits`.
 
     Args:
         trainer: in its fit.
@@ -79,8 +86,9 @@ class StepHistoryWriter:
         taken = not is_skipped(optimizer)
         opened = any(incident.outcome == "open" for incident in self._changed)
         self._record_changes(number)
-        written = written or not taken or opened
-        self._pending.append(PendingAttempt(number, stats, optimizer, taken, written))
+        extra = not written and (not taken or opened) and self._tab.has_room
+        attempt = PendingAttempt(number, stats, optimizer, taken, written or extra, extra)
+        self._pending.append(attempt)
 
     def incident_changed(self, incident: Incident) -> None:
         """Records an incident that was opened or closed."""
@@ -121,7 +129,8 @@ class StepHistoryWriter:
         )
         self._history.add(row)
         if attempt.written:
-            self._tab.write_step_attempt(row, stats, self._scans.pop(stats.optimizer, None))
+            scan = self._scans.pop(stats.optimizer, None)
+            self._tab.write_step_attempt(row, stats, scan, extra=attempt.extra)
 
     def _threshold(self, attempt: PendingAttempt) -> float | None:
         """The norm that callbacks or the Trainer clipped to; None if neither clips."""
@@ -140,18 +149,33 @@ class StepHistoryWriter:
             if incident.outcome != "open" and window.closed_attempt is None:
                 window.closed_attempt = attempt
 
-    def _write(self, incident: Incident) -> None:
+    def _write(self, incident: Incident, *, last: bool = False) -> None:
         window, attempt = self._history.windows[incident.id], self._history.count
+        record = _shortened(incident.as_dict())
+        around = window.as_dict()
+        without_steps = {key: around[key] for key in around if key != "window"}
         self._tab.write_incident(
             incident.id,
             incident.started,
             attempt,
-            lambda: to_json({**incident.as_dict(), **window.as_dict()}),
+            lambda: to_json({**record, **around}),
+            lambda: to_json({**record, **without_steps}),
+            last=last,
+            always=incident.outcome == "stopped",
         )
 
     def _finish_windows(self, *, everything: bool) -> None:
         """Write for the last time the incidents that enough attempts have followed."""
         for key, window in [*self._history.windows.items()]:
             if window.complete or everything:
-                self._write(self._incidents.pop(key))
+                self._write(self._incidents.pop(key), last=True)
                 del self._history.windows[key]
+
+
+def _shortened(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record without the middle of a list of responses that is very long."""
+    responses = record["responses"]
+    more = len(responses) - 2 * _ENDS
+    if more <= 0:
+        return record
+    return record | {"responses": [*responses[:_ENDS], f"{more} more", *responses[-_ENDS:]]}

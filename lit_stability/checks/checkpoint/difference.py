@@ -49,8 +49,13 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
             for name in comparable
             if a[name].dtype != b[name].dtype
         ),
-        steps=(before.get("global_step"), after.get("global_step")),
+        steps=(_step_of(before), _step_of(after)),
     )
+
+
+def _step_of(checkpoint: Mapping[str, Any]) -> int | None:
+    step = checkpoint.get("global_step")
+    return step if isinstance(step, int) else None
 
 
 def _change(name: str, before: Tensor, after: Tensor) -> Change:

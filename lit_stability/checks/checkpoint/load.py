@@ -6,6 +6,9 @@ May import torch.
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,8 @@ import torch
 
 from lit_stability.errors import ConfigError
 from lit_stability.measurement.step_stats import GradientDetail
+from lit_stability.training_state.checkpoint_file import damage_of
 from lit_stability.training_state.good_checkpoints import find_last_good
-
-_LONGEST = 300
-"""Characters of torch's error message that are repeated."""
 
 
 def find_file(given: Path) -> Path:
@@ -62,22 +63,33 @@ def load(file: Path) -> Mapping[str, Any]:
     try:
         loaded = _read(file)
     except pickle.UnpicklingError as error:
+        damage = wrong_checksum(file)
+        if damage is not None:
+            raise ConfigError(f"{file}: {damage}; try another checkpoint") from error
         raise ConfigError(
-            f"{file}: cannot be loaded with weights_only=True, which accepts only tensors and "
-            "plain values; other objects are not loaded, because they may run code. "
-            f"{_shortened(error)} If you trust the file, load it yourself with "
-            "weights_only=False, and save only its state_dict and optimizer_states"
+            f"{file}: contains more than tensors and plain values; other objects are not loaded, "
+            f"because they may run code. {_reason(error)}{_objects(file)} Write it again, in the "
+            "program that made it, with only its state_dict and optimizer_states"
         ) from error
     except Exception as error:
         # Bytes that are not a pickle can raise any exception.
         raise ConfigError(
-            f"{file}: is no checkpoint, or is truncated ({type(error).__name__}: "
-            f"{_shortened(error)}); try another checkpoint"
+            f"{file}: is no checkpoint, or is truncated ({type(error).__name__} "
+            f"{_reason(error)}); try another checkpoint"
         ) from error
     if not isinstance(loaded, Mapping):
         kind = type(loaded).__name__
         raise ConfigError(f"{file}: contains the type {kind}; expected the dict of a checkpoint")
     return loaded
+
+
+def wrong_checksum(file: Path) -> str | None:
+    """Returns what of a loaded file is not what was written; None if nothing, or not known.
+
+    Args:
+        file: A checkpoint. The legacy format has no checksums.
+    """
+    return damage_of(file) if zipfile.is_zipfile(file) else None
 
 
 def load_gradients(checkpoint: Path) -> tuple[GradientDetail, ...]:
@@ -92,18 +104,26 @@ def load_gradients(checkpoint: Path) -> tuple[GradientDetail, ...]:
     try:
         with torch.serialization.safe_globals(_numpy_types()):
             saved = torch.load(incident_file, weights_only=True, map_location="cpu")
-        return tuple(GradientDetail(**gradient) for gradient in saved["gradients"])
+        return tuple(_gradient(gradient) for gradient in saved["gradients"])
     except Exception:
         return ()
 
 
+def _gradient(saved: Mapping[str, Any]) -> GradientDetail:
+    numbers = {key: float(value) for key, value in saved.items() if key != "name"}
+    return GradientDetail(name=str(saved["name"]), **numbers)
+
+
 def _read(file: Path) -> Any:
-    try:
-        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        return torch.load(file, weights_only=True, map_location="cpu")
+    with warnings.catch_warnings():
+        # Torch asks to report an issue to it; if the file cannot be read, the error says why.
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        try:
+            return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def _numpy_types() -> list[Any]:
@@ -114,10 +134,29 @@ def _numpy_types() -> list[Any]:
     return [reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
 
 
-def _shortened(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    # Torch advises to disable the check; this advice is removed.
-    start = text.rfind("WeightsUnpickler error:")
-    text = text[start:] if start >= 0 else text
-    text = text.split(" Please ")[0].split(" Check the documentation")[0]
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+_ADVICE = re.compile(
+    r"\s*(In PyTorch 2\.6, we|Re-running `torch\.load`|Please use `torch\.serialization|"
+    r"Please file an issue|Check the documentation of torch\.load)"
+)
+"""Where torch's own advice starts, which is to load the file without the check."""
+
+
+def _reason(error: BaseException) -> str:
+    """Returns why torch does not load a file, in full, without its advice.
+
+    Torch wraps the error of its unpickler in a text that begins with the advice.
+    """
+    inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+    text = " ".join(str(inner or error).split())
+    advice = _ADVICE.search(text)
+    text = (text[: advice.start()] if advice else text).rstrip(".")
+    return f"{text}." if text else ""
+
+
+def _objects(file: Path) -> str:
+    """Returns the names of all classes and functions that a file needs; "" if they are unknown."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # not a zip file, or a pickle that cannot be parsed
+        return ""
+    return f" It needs {', '.join(sorted(names))}." if names else ""

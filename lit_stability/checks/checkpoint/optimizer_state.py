@@ -208,9 +208,11 @@ def _norm_and_bad(tensor: Tensor) -> tuple[float, int]:
 
 def _corrected(signal: float | None, step: float | None, betas: Any) -> float | None:
     """Returns the ratio of the moments after bias correction (Kingma & Ba 2015, section 3)."""
-    if signal is None or not step or not isinstance(betas, (list, tuple)):
+    if signal is None or not step or not isinstance(betas, (list, tuple)) or len(betas) != 2:
         return signal
     b1, b2 = float(betas[0]), float(betas[1])
+    if step < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1):
+        return signal
     return signal * math.sqrt(1 - math.pow(b2, step)) / (1 - math.pow(b1, step))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lit_stability.checks.checkpoint.comparison import Comparison
 from lit_stability.checks.checkpoint.report import HealthReport, MomentHealth, TensorHealth
 from lit_stability.checks.finding import count_by_severity
-from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure
+from lit_stability.figures import BLUE, INK, MUTED, RED, label_rows, new_figure, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,4 +224,6 @@ def _draw_legend(figure: Figure, panels: Sequence[tuple[str, Any]], crossed: boo
 
 
 def _title(figure: Figure, title: str, summary: str) -> None:
-    figure.suptitle("\n".join([*([title] if title else []), summary]), fontsize=9, color=INK)
+    figure.suptitle(
+        "\n".join([*([plain_label(title)] if title else []), summary]), fontsize=9, color=INK
+    )

@@ -17,6 +17,7 @@ from lit_stability.checks.checkpoint.report import (
 )
 from lit_stability.checks.finding import SHOWN_NAMES, count_by_severity
 from lit_stability.checks.text_table import align, format_number, more_rows
+from lit_stability.printing import printable
 
 
 def format_report(report: HealthReport, limit: int | None = 15) -> str:
@@ -59,7 +60,7 @@ def _run(report: HealthReport) -> list[str]:
         options += [f"eps {group['eps']:g}"] if "eps" in group else []
         lines.append(f"{group['where']}: {len(group['params'])} parameters, " + ", ".join(options))
     lines += [f"loss scale {run.scaler['scale']:g}"] if "scale" in run.scaler else []
-    return lines + _history(run) + _suite(run)
+    return [printable(line) for line in lines + _history(run) + _suite(run)]
 
 
 def _history(run: RunHealth) -> list[str]:

@@ -22,6 +22,7 @@ from lit_stability.figures import (
     RED,
     label_rows,
     new_figure,
+    plain_label,
 )
 from lit_stability.measurement.float_formats import (
     BFLOAT16,
@@ -190,7 +191,7 @@ def _heading(report: RangeReport, title: str, shown: int) -> str:
     verdicts = "; ".join(_in_short(judge(report, judged)) for judged in (FLOAT16, BFLOAT16))
     of = f", the {shown} worst of {len(report.layers)} layers" if shown < len(report.layers) else ""
     batches = f"{report.batches} batch{'es' if report.batches != 1 else ''}"
-    first = [title] if title else []
+    first = [plain_label(title)] if title else []
     return "\n".join([*first, verdicts, f"magnitudes in float32 over {batches}{of}"])
 
 

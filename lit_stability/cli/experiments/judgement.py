@@ -65,7 +65,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 def kinds_of(incidents: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the kinds of incidents, each once, in order of appearance."""
-    return list(dict.fromkeys(str(each["kind"]) for each in incidents))
+    return list(dict.fromkeys(str(each.get("kind")) for each in incidents))
 
 
 def _end(expect: Expectation, outcome: Outcome) -> Verdict:
@@ -89,20 +89,20 @@ def _incidents(expect: Expectation, found: Sequence[Mapping[str, Any]]) -> Itera
         kinds = kinds_of(found)
         words = f"incidents: {', '.join(expect.incidents)}" if expect.incidents else "no incident"
         yield Verdict(words, _listed(kinds), set(kinds) == set(expect.incidents))
-    causes = list(dict.fromkeys(str(each["cause"]) for each in found if each["cause"]))
+    causes = list(dict.fromkeys(str(each["cause"]) for each in found if each.get("cause")))
     for cause in expect.causes or ():
         yield Verdict(f"cause: {cause}", _listed(causes), any(cause in each for each in causes))
     if expect.locates is not None:
-        places = list(dict.fromkeys(_place(each["origin"]) for each in found if each["origin"]))
+        places = list(dict.fromkeys(_place(each["origin"]) for each in found if each.get("origin")))
         met = any(expect.locates in each for each in places)
         yield Verdict(f"origin in {expect.locates}", _listed(places), met)
 
 
 def _place(origin: Mapping[str, Any]) -> str:
     """Returns operation, module, bad tensor and source line of a `NonFiniteOrigin`."""
-    line = f"{Path(origin['file']).name}:{origin['line']}" if origin["file"] else ""
-    parts = (origin["op"], origin["module"], origin["module_type"], origin["tensor"], line)
-    return " ".join(each for each in parts if each)
+    line = f"{Path(origin['file']).name}:{origin.get('line')}" if origin.get("file") else ""
+    parts = [origin.get(key) for key in ("op", "module", "module_type", "tensor")]
+    return " ".join(str(each) for each in (*parts, line) if each)
 
 
 def _preflight(

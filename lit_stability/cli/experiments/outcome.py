@@ -6,15 +6,18 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lit_stability.cli.experiments.expectation import End
 from lit_stability.incidents.log import read_incidents
 from lit_stability.training_state.atomic_write import write_and_keep
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
 
 FILE = "outcome.json"
 _VERSION = 1
@@ -64,19 +67,29 @@ class Outcome:
             ending=ending,
             metrics={key: math.nan if each is None else float(each) for key, each in metrics},
             incidents=incidents_since(folder, ending.started),
-            preflight=_load(folder / "preflight.json"),
+            preflight=_read_preflight(folder / "preflight.json"),
         )
 
 
 def incidents_since(folder: Path, started: float) -> list[dict[str, Any]]:
     """Returns the recorded incidents below a folder since a run was started.
 
+    A damaged record, which may belong to an earlier run, is logged and ignored.
+
     Args:
         folder: searched with its subfolders, because a logger may use one of its own.
         started: Unix time of the start, in s.
     """
-    found = [each for file in folder.rglob("incidents.jsonl") for each in read_incidents(file)]
+    found = [each for file in folder.rglob("incidents.jsonl") for each in _incidents(file)]
     return [each for each in found if each["time"] >= started]
+
+
+def _incidents(file: Path) -> list[dict[str, Any]]:
+    try:
+        return read_incidents(file)
+    except (OSError, ValueError) as error:
+        log.warning("%s; its incidents are not counted", error)
+        return []
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
@@ -107,7 +120,7 @@ def _load(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error}); run the experiment again") from error
 
 
@@ -118,4 +131,41 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: has version {version!r}, expected {_VERSION}; run the experiment again"
         )
+    for key, check in _FIELDS.items():
+        if not check(raw.get(key)):
+            problem = f"{key} is missing" if key not in raw else f"{key} has the wrong type"
+            raise ValueError(f"{file}: is damaged, {problem}; run the experiment again")
     return raw
+
+
+def _read_preflight(file: Path) -> dict[str, Any] | None:
+    report: dict[str, Any] | None = _load(file)
+    if report is not None and not _is_report(report):
+        raise ValueError(f"{file}: is damaged, not a preflight report; run the experiment again")
+    return report
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values())
+
+
+def _is_report(value: Any) -> bool:
+    findings = value.get("findings") if isinstance(value, dict) else None
+    return isinstance(findings, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(key), str) for key in _FINDING)
+        for each in findings
+    )
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "ends": lambda value: value in get_args(End),
+    "started": _is_number,
+    "seconds": _is_number,
+    "why": lambda value: isinstance(value, str),
+    "metrics": _is_metrics,
+}
+_FINDING = ("severity", "check", "what")

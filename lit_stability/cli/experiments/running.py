@@ -111,10 +111,13 @@ def run(experiment: Experiment) -> Result:
             process.wait()
             raise
     seconds = time.time() - started
-    outcome = Outcome.read(experiment.run_dir)
+    try:
+        outcome = Outcome.read(experiment.run_dir)
+    except ValueError as error:
+        return _without_outcome(experiment, str(error), seconds)
     if outcome is None or outcome.ending.started < started:
         return _broken(experiment, process.returncode, seconds)
-    incidents = [{key: each[key] for key in _SHOWN_INCIDENT} for each in outcome.incidents]
+    incidents = [{key: each.get(key) for key in _SHOWN_INCIDENT} for each in outcome.incidents]
     return Result(
         name=experiment.name,
         about=experiment.about,
@@ -135,7 +138,10 @@ def _broken(experiment: Experiment, code: int, seconds: float) -> Result:
     """Returns the result of a run that wrote no outcome, with the last line of its output."""
     lines = (experiment.run_dir / OUTPUT).read_text(encoding="utf8", errors="replace").splitlines()
     last_line = next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
-    observed = f"exit code {code}: {last_line[:300]}"
+    return _without_outcome(experiment, f"exit code {code}: {last_line[:300]}", seconds)
+
+
+def _without_outcome(experiment: Experiment, observed: str, seconds: float) -> Result:
     return Result(
         name=experiment.name,
         about=experiment.about,

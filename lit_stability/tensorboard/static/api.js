@@ -2,7 +2,8 @@
  * What the plugin serves, as typed arrays and objects. Knows the routes and their JSON; draws nothing.
  *
  * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number,
- *   optimizers: {index: number, part: string}[]}} RunInfo  `part` of the model that it trains
+ *   optimizers: {index: number, part: string}[], problem: string|null}} RunInfo
+ *   `part` is the part of the model that it trains, `problem` says what of the data is damaged.
  * @typedef {{names: string[], attempts: Float64Array, steps: Float64Array, values: Float32Array}} Layers
  *   `values` is row-major, [samples, layers].
  */

@@ -7,7 +7,7 @@
 
 import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
 import { mergeColumns, ofOptimizer } from "./columns.js";
-import { failure, loading, noLayers, noSteps } from "./messages.js";
+import { damaged, failure, loading, noLayers, noSteps } from "./messages.js";
 
 /**
  * @param {object} store
@@ -47,7 +47,10 @@ export function createLoader(store, views) {
       const { steps, incidents } = await fetchRun(run, optimizer, signal);
       const { incident } = store.get();
       const known = incidents.some((each) => each.id === incident);
-      views.say("ready", steps.length === 0 ? noSteps() : null);
+      const info = found(store.get().runs, run);
+      const lost = Math.max(0, (info?.incidents ?? 0) - incidents.length);
+      const notes = [damaged(info?.problem, lost), steps.length === 0 && noSteps()];
+      views.say("ready", notes);
       store.set({ steps, incidents, incident: known ? incident : null });
       const extent = [run, optimizer, steps.length, steps.attempt?.[steps.length - 1]].join();
       await Promise.all([extent !== drawn && loadLayers(), loadOther()]);
@@ -117,10 +120,13 @@ function oneOf(run, optimizer) {
   return known.includes(optimizer) ? optimizer : (known[0] ?? 0);
 }
 
-/** The run to show first: of the runs with incidents, otherwise of all, the one with most steps. */
+/**
+ * The run to show first: of the runs with incidents, otherwise of all, the one with most steps.
+ * A damaged run is shown first only if all are damaged.
+ */
 function runToShow(runs) {
-  const weight = ({ incidents, last }) => [incidents > 0 ? 1 : 0, last];
-  return [...runs].sort((a, b) => weight(b)[0] - weight(a)[0] || weight(b)[1] - weight(a)[1])[0];
+  const weight = ({ incidents, problem }) => (problem ? 0 : 2) + (incidents > 0 ? 1 : 0);
+  return [...runs].sort((a, b) => weight(b) - weight(a) || b.last - a.last)[0];
 }
 
 /** A function that gives a signal for a new request, and aborts that of the one before. */

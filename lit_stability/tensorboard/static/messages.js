@@ -1,6 +1,7 @@
 /** Messages for missing data: the reason, and what to do. */
 
 import { button, el } from "./dom.js";
+import { plural } from "./scales.js";
 
 const EXAMPLE = [
   "from lightning import Trainer",
@@ -45,6 +46,23 @@ export function failure(error, retry) {
     el("h2", {}, error.message),
     el("p", {}, error.remedy ?? "See the browser's console, then try again."),
     button("Try again", retry),
+  );
+}
+
+/**
+ * What of a run cannot be read; null if all of it can.
+ *
+ * @param {string|null|undefined} problem  what the plugin reports about its data
+ * @param {number} lost  number of incidents whose records cannot be read
+ */
+export function damaged(problem, lost) {
+  if (!problem && lost === 0) return null;
+  const texts = [problem, lost > 0 && `${plural(lost, "incident record")} cannot be read`];
+  return el(
+    "p",
+    { class: "damaged", role: "alert" },
+    el("strong", {}, "Data of this run are damaged: "),
+    `${texts.filter(Boolean).join("; ")}. The rest is shown; TensorBoard's console has details.`,
   );
 }
 

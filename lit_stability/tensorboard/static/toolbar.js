@@ -54,8 +54,10 @@ export function createToolbar(store) {
   );
 }
 
-function option({ run, incidents }, chosen) {
-  const text = incidents > 0 ? `${run} (${plural(incidents, "incident")})` : run;
+function option({ run, incidents, problem }, chosen) {
+  const notes = [incidents > 0 && plural(incidents, "incident"), problem && "damaged"]
+    .filter(Boolean);
+  const text = notes.length > 0 ? `${run} (${notes.join(", ")})` : run;
   return el("option", { value: run, selected: run === chosen }, text);
 }
 

@@ -59,8 +59,36 @@ def test_outcome_of_a_killed_run_is_none(tmp_path):
     assert Outcome.read(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["{", '{"version": 2}', "[]"])
+ENDING = '"version": 1, "ends": "finished", "started": 1, "seconds": 2, "why": ""'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", '{"version": 2}', "[]", '{"version": 1}', "[" * 3000 + "]" * 3000),
+        f'{{{ENDING}, "metrics": 5}}',
+        f'{{{ENDING}, "metrics": {{"loss": "low"}}}}',
+        f'{{{ENDING.replace("finished", "vanished")}, "metrics": {{}}}}',
+    ],
+)
 def test_damaged_outcome_is_refused_by_name(text, tmp_path):
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(ValueError, match=r"outcome\.json: .*run the experiment again"):
         Outcome.read(tmp_path)
+
+
+@pytest.mark.parametrize("report", ["[]", "{}", '{"findings": [{"check": "x"}]}'])
+def test_damaged_preflight_report_is_refused_by_name(report, tmp_path):
+    (tmp_path / "outcome.json").write_text(f'{{{ENDING}, "metrics": {{}}}}')
+    (tmp_path / "preflight.json").write_text(report)
+    with pytest.raises(ValueError, match=r"preflight\.json: .*run the experiment again"):
+        Outcome.read(tmp_path)
+
+
+def test_damaged_incident_record_is_logged_and_the_other_records_are_read(tmp_path, caplog):
+    (tmp_path / "outcome.json").write_text(f'{{{ENDING}, "metrics": {{}}}}')
+    for name, line in (("old", "[1]"), ("new", '{"id": 1, "time": 2.0, "kind": "spike"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "incidents.jsonl").write_text(f"{line}\n")
+    assert [each["kind"] for each in Outcome.read(tmp_path).incidents] == ["spike"]
+    assert "incidents.jsonl:1 is damaged" in caplog.text
