@@ -124,7 +124,7 @@ class AdaptiveGradientClipping(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Clips the step and updates the rule, unless another callback has skipped the step."""
-        index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+        index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), -1)
         stats = self._measured.pop(index, None)
         if stats is None or is_skipped(optimizer) or not stats.finite_gradients:
             return

@@ -140,6 +140,8 @@ class AutoRollback(StabilityCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to record the data, and puts restored factors in force."""
         require_whole_optimizers(trainer, self)
+        if self._executor is not None:
+            self._executor.close()
         engine = RollbackEngine(
             trainer,
             pl_module,
@@ -149,44 +151,52 @@ class AutoRollback(StabilityCallback):
             max_ring_bytes=self.max_ring_bytes,
             clone=self.clone_batches,
             registered=self._registered,
+            owner=self,
         )
         self._executor = ResponseExecutor(trainer, pl_module, engine, self.escalation, self.backoff)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the data of a new epoch, which may have another loader."""
-        self._running.epoch_started()
+        if self._executor is not None:
+            self._executor.epoch_started()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records to which step the batch belongs."""
-        self._running.batch_started()
+        if self._executor is not None:
+            self._executor.batch_started()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks for the bad batch while an accumulation window is retried."""
-        self._running.backward_ended()
+        if self._executor is not None:
+            self._executor.backward_ended()
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Counts the step, clips it if the clip is tightened, relaxes what was tightened."""
-        self._running.accept(stats)
+        if self._executor is not None:
+            self._executor.accept(stats)
 
     def on_regime_change(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Restores what was lowered for steps that turn out to be the new normal."""
-        self._running.accept_regime(stats)
+        if self._executor is not None:
+            self._executor.accept_regime(stats)
 
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
         """Skips a step that one rank rejects; the response is chosen when all ranks have voted."""
-        self._running.skip(anomaly.optimizer)
+        if self._executor is not None:
+            self._executor.skip(anomaly.optimizer)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Chooses the response, and does the part of it that must come before the update."""
-        self._running.respond(incident)
+        if self._executor is not None:
+            self._executor.respond(incident)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -196,16 +206,13 @@ class AutoRollback(StabilityCallback):
         Raises:
             TrainingStopped: if no response in budget is left.
         """
-        self._running.batch_ended()
+        if self._executor is not None:
+            self._executor.batch_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Releases the schedulers that were held for a rejected batch."""
-        self._running.epoch_ended()
-
-    @property
-    def _running(self) -> ResponseExecutor:
-        assert self._executor is not None, "between on_train_start and teardown only"
-        return self._executor
+        if self._executor is not None:
+            self._executor.epoch_ended()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -232,12 +239,14 @@ class AutoRollback(StabilityCallback):
 
     def consensus_state(self) -> dict[str, Any]:
         """Returns what was spent, what is in force and what is healthy."""
-        return {**self.state_dict(), **self._running.consensus_state()}
+        running = {} if self._executor is None else self._executor.consensus_state()
+        return {**self.state_dict(), **running}
 
     def load_consensus_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what rank 0 has spent and has in force."""
         self.load_state_dict(state)
-        self._running.load_consensus_state(state)
+        if self._executor is not None:
+            self._executor.load_consensus_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was spent and what is in force, under the keys of version 0.1.0."""

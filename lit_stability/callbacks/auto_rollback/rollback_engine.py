@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
@@ -49,6 +49,7 @@ class RollbackEngine:
         max_ring_bytes: bound on the batches kept.
         clone: keep copies of the batches.
         registered: further objects whose state belongs to the snapshot.
+        owner: the callback; nothing is recorded while a tuner has replaced it.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class RollbackEngine:
         max_ring_bytes: int,
         clone: bool,
         registered: Sequence[Stateful],
+        owner: Callback,
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
         self._every = snapshot_every
         self._since = 0
         self._ring = ReplayRing(max_ring_bytes, clone)
-        self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch)
+        self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch, owner)
         self._recorder.attach()
         self.replay = replay and self._recorder.can_replay
         if replay and not self.replay:
@@ -148,6 +150,9 @@ class RollbackEngine:
                 self._finish.restore_callback_state()
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
+        if self._recorder.interrupted:
+            self._recorder.interrupted, self._window_is_new = False, True
+            self._snapshots.restart()
         if not self._window_is_new:
             return
         self._window_is_new = False

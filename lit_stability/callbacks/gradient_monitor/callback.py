@@ -141,6 +141,8 @@ class GradientMonitor(StabilityCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a Trainer of another package; reports hooks whose name is misspelt."""
         require_package(trainer, self)
+        # A fit that ended in an exception has had no teardown.
+        self._measurer = None
         if stage == "fit":
             report_misspelt_hooks(trainer, pl_module)
 
@@ -151,9 +153,9 @@ class GradientMonitor(StabilityCallback):
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)
         self._consensus = RankConsensus(ranks)
+        self._reporter = Reporter(trainer, self._history)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
-        self._reporter = Reporter(trainer, self._history)
         self._detectors = DetectorSet(
             self.detectors, self._measurer.meters, self._reporter.log_line
         )
@@ -166,8 +168,8 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records the batch that the next measurement belongs to."""
-        assert self._measurer is not None
-        self._measurer.batch_started(batch, batch_idx)
+        if self._measurer is not None:
+            self._measurer.batch_started(batch, batch_idx)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -180,7 +182,8 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measures the step, asks the detectors, and calls the hooks for the verdict."""
-        assert self._measurer is not None
+        if self._measurer is None:
+            return
         stats = self._measurer.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
@@ -234,7 +237,8 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the votes on the step, if there are any, before other callbacks act on it."""
-        assert self._measurer is not None
+        if self._measurer is None:
+            return
         pending, self._pending = self._pending, None
         if pending is not None:
             self._count(trainer, pl_module, pending)
@@ -287,6 +291,8 @@ class GradientMonitor(StabilityCallback):
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the last weights: the next update cannot be measured against them."""
+        if self._measurer is None:
+            return
         self._reporter.history.rolled_back()
         for meter in self._meters.values():
             meter.forget()
@@ -298,6 +304,8 @@ class GradientMonitor(StabilityCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the open incident, reports non-finite weights, and prints the summary."""
+        if self._measurer is None:
+            return
         self._reporter.ends_with(self._consensus.bad_weights(self._meters.values()))
         self._tracker.close(trainer, pl_module, "unresolved")
         self._reporter.end(self.incidents)
@@ -315,14 +323,15 @@ class GradientMonitor(StabilityCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Reports non-finite weights that are saved outside of an incident."""
-        if self.current is None:
+        """Reports non-finite weights that are saved outside of an incident, during a fit."""
+        if self._measurer is not None and self.current is None:
             self._reporter.saved_with(self._consensus.bad_weights(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Releases the parameters and the process group."""
-        self._measurer = None
-        self._consensus.close()
+        if stage == "fit":
+            self._measurer = None
+            self._consensus.close()
 
     def rewindable_state(self) -> dict[str, Any]:
         """Returns the windows of the detectors."""
