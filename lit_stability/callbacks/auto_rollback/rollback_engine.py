@@ -25,6 +25,7 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     count_skipped_batches,
     end_epoch_schedulers,
+    remove_gradients,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
@@ -84,6 +85,8 @@ class RollbackEngine:
         self._pause = SchedulerPause()
         self._skipper = StepSkipper(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
+        self._undone = False
+        """Whether the last batch was undone, so that its gradients must not be added to."""
         self._logged: set[str] = set()
         self.snapshots_paused = False
         """Whether no new snapshot is taken for now: the steps since the last are being checked."""
@@ -144,6 +147,10 @@ class RollbackEngine:
 
     def _before_fetch(self) -> None:
         self._pause.end()
+        if self._undone and not self._module.automatic_optimization:
+            for optimizer in self._trainer.optimizers:
+                remove_gradients(optimizer)
+        self._undone = False
         if self._finish is not None:
             # Hooks of the rejected batch that ran after the rewind have changed these again.
             if isinstance(self._finish, TrainingSnapshot):
@@ -263,7 +270,7 @@ class RollbackEngine:
             assert self._snapshots.confirmed is not None
             self.to_snapshot(self._snapshots.confirmed, skipped)
             return
-        start = self._start
+        start, self._undone = self._start, True
         self._pause.undo()
         start.restore(self._trainer)
         self._skipper.restore()
@@ -271,6 +278,7 @@ class RollbackEngine:
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""
+        self._undone = True
         self._pause.undo()
         self._start.restore(self._trainer)
         self._skipper.restore()
@@ -293,7 +301,7 @@ class RollbackEngine:
         self._snapshots.discard()
         if snapshot is self._snapshots.older:
             self._snapshots.go_back()
-        self._since = 0
+        self._since, self._undone = 0, True
         for path in self._ledger.go_back(snapshot.mark):
             self._log(f"checkpoint written since the snapshot, renamed: {path}")
         self._pause.forget()

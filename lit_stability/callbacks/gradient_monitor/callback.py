@@ -33,6 +33,7 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime
 from lit_stability.trainer_internals import callbacks_of, log_every, ranks_of, reshard, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+from lit_stability.training_state.skipped_step import skip_gate
 
 
 class GradientMonitor(StabilityCallback):
@@ -187,6 +188,8 @@ class GradientMonitor(StabilityCallback):
         stats = self._measurer.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
+        gate = skip_gate(optimizer)
+        gate.before_verdict()
         call_hook("on_step_measured", trainer, pl_module, stats)
         if stats.details:
             self.details.append(stats)
@@ -195,6 +198,7 @@ class GradientMonitor(StabilityCallback):
             stats = self._accept_regime(trainer, pl_module, stats)
         decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
+        gate.after_verdict()
         self._reporter.history.judged(stats, optimizer)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict) -> None:
@@ -331,6 +335,8 @@ class GradientMonitor(StabilityCallback):
         """Releases the parameters and the process group."""
         if stage == "fit":
             self._measurer = None
+            for optimizer in trainer.optimizers:
+                skip_gate(optimizer).detach()
             self._consensus.close()
 
     def rewindable_state(self) -> dict[str, Any]:
