@@ -18,8 +18,9 @@ from lit_stability.callbacks.requirements import (
 )
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
-from lit_stability.incidents import Incident
+from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.trainer_internals import Stateful
@@ -48,6 +49,9 @@ class AutoRollback(StabilityCallback):
 
     If a `Diagnosis` before it finds that the learning rate is likely too high, the first rollback
     lowers it; if the architecture is certain to be the cause, the fit stops.
+
+    A fit whose state is damaged before the first step, such as a NaN in the checkpoint that it
+    resumes from, is stopped at once with `TrainingStopped`, which names the tensor and the file.
 
     With ``data="skip"``, and where batches cannot be replayed, a rejected step costs its batch, and
     a rollback goes on with new data and ``global_step`` rewound. When no response is left, the fit
@@ -101,6 +105,8 @@ class AutoRollback(StabilityCallback):
         self.escalation = EscalationPolicy(budget)
         self._registered: list[Stateful] = []
         self._executor: ResponseExecutor | None = None
+        self._stopped: Incident | None = None
+        """The incident for which the fit does not start."""
 
     def register(self, *objects: Stateful) -> None:
         """Adds objects whose state a rollback restores, such as an average of weights.
@@ -136,12 +142,23 @@ class AutoRollback(StabilityCallback):
         if stage == "fit":
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
+            # A fit that ended in an exception has had no teardown.
+            self._executor = self._stopped = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to record the data, and puts restored factors in force."""
+        """Starts to record the data, and puts restored factors in force.
+
+        Raises:
+            TrainingStopped: if the state is damaged before the first step.
+        """
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None:
+            raise TrainingStopped(
+                f"nothing was trained: {stopped.anomaly.message}. What to try: {stopped.remedy}. "
+                f"Record: {stopped.record}",
+                stopped,
+            )
         require_whole_optimizers(trainer, self)
-        if self._executor is not None:
-            self._executor.close()
         engine = RollbackEngine(
             trainer,
             pl_module,
@@ -195,7 +212,10 @@ class AutoRollback(StabilityCallback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Chooses the response, and does the part of it that must come before the update."""
-        if self._executor is not None:
+        if incident.at_start and self._executor is None and not incident.resolved:
+            incident.resolve(Stop("no snapshot is better than the state that was loaded"))
+            self._stopped = incident
+        elif self._executor is not None:
             self._executor.respond(incident)
 
     def on_train_batch_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +26,14 @@ from lit_stability.callbacks.gradient_monitor.validation import (
 )
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
 from lit_stability.detectors import Anomaly, Detector, DetectorSet, disagreement, with_damage
-from lit_stability.detectors.anomaly import require
+from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.step_history import StepHistory
+from lit_stability.measurement.initial_state import (
+    DamagedState,
+    buffers_with_nan,
+    damaged_state,
+)
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime
@@ -42,7 +48,9 @@ class GradientMonitor(StabilityCallback):
     Each step is measured before its update: accumulated, unscaled, unclipped. A step that passes
     all detectors is passed to the callbacks as ``on_healthy_step``; one that does not opens an
     `Incident`, passed as ``on_incident``. Without a callback that responds, the step is taken as it
-    is. An incident is closed after ``close_after`` healthy steps; a burst is one incident.
+    is. An incident is closed after ``close_after`` healthy steps; a burst is one incident. Before
+    the first step weights, moments and buffers are checked once, see
+    `lit_stability.measurement.initial_state`.
 
     Metrics recorded, every ``trainer.log_every_n_steps`` steps, to every logger:
 
@@ -117,6 +125,8 @@ class GradientMonitor(StabilityCallback):
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
         self._pending: PendingVerdict | None = None
+        self._nan_before: tuple[str, ...] = ()
+        """Buffers that held a NaN before a checkpoint was loaded."""
 
     @property
     def incidents(self) -> list[Incident]:
@@ -146,9 +156,10 @@ class GradientMonitor(StabilityCallback):
         self._measurer = None
         if stage == "fit":
             report_misspelt_hooks(trainer, pl_module)
+            self._nan_before = buffers_with_nan(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Creates one meter and one set of detectors per optimizer."""
+        """Creates one meter and one set of detectors per optimizer; checks the state once."""
         require_watchable(trainer, pl_module, self.detectors)
         if sharing(trainer) == "shards":
             reshard(pl_module)
@@ -164,6 +175,28 @@ class GradientMonitor(StabilityCallback):
         self._restored = {}
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
         self._pending = None
+        self._check_initial_state(trainer, pl_module)
+
+    def _check_initial_state(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens an incident if the state is damaged before the first step."""
+        own = damaged_state(pl_module, self._meters.values(), self._nan_before)
+        damaged = DamagedState.of_ranks(self._consensus.gather(own))
+        if not damaged:
+            return
+        file = trainer.ckpt_path
+        source = "before the first step" if file is None else f"in the checkpoint {file}"
+        anomaly = Anomaly(
+            kind=AT_START,
+            step=trainer.global_step,
+            value=float(len(damaged.names)),
+            signal="damaged tensors",
+            message=f"{damaged.text()} {source}",
+            layers=tuple((name, math.nan) for name in damaged.names[:5]),
+            state_corrupted=True,
+        )
+        incident = self._tracker.recur(trainer, anomaly)
+        call_hook("on_incident", trainer, pl_module, incident)
+        self._reporter.opened(incident)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
