@@ -17,9 +17,10 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
-from lit_stability.trainer_internals import is_skipped, log_every, logger_step
+from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+from lit_stability.training_state.skipped_step import is_skipped
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -124,7 +125,7 @@ class AdaptiveGradientClipping(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Clips the step and updates the rule, unless another callback has skipped the step."""
-        index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+        index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), -1)
         stats = self._measured.pop(index, None)
         if stats is None or is_skipped(optimizer) or not stats.finite_gradients:
             return

@@ -72,6 +72,8 @@ class AnomalyCheckpoint(StabilityCallback):
         self.max_incidents = max_incidents
         self.max_bytes = max_bytes
         self._history: deque[tuple[int, float, float]] = deque(maxlen=history)
+        self._root: Path | None = None
+        """The folder of the incident folders, in a fit that writes files."""
         self._batch: Any = None
         self._suspected: list[dict[str, Any]] = []
 

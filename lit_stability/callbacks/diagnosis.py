@@ -116,6 +116,8 @@ class Diagnosis(StabilityCallback):
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Sets the diagnosis context; if the fault recurs, the one with the best score stays."""
         incident.may_stop = self.stop
+        if not trainer.optimizers:
+            return
         best = [cause.points for cause in incident.likely_causes[:1]] if incident.context else []
         named = incident.cause if incident.context else ""
         previous, incident.context = incident.context, self._context(trainer, pl_module, incident)

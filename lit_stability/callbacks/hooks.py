@@ -108,9 +108,12 @@ class StabilityCallback(Callback):
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Called when a detector objects to a step, before its update.
 
-        Called on every rank, again each time that the trouble recurs. It may set gradients to None,
-        which skips the update bit for bit, and resolve the incident by
+        Called on every rank, again each time that the trouble recurs. It may set all gradients of
+        the optimizer to None, which skips the update bit for bit, and resolve the incident by
         ``incident.resolve(response)``; callbacks after it see ``incident.resolved``.
+
+        Hooks that come after a skipped step, clipping among them, see gradients of 0, and a
+        gradient norm that is logged there is 0; the optimizer sees none.
         """
 
     def on_local_anomaly(

@@ -52,8 +52,9 @@ class NonFiniteLocator(StabilityCallback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Looks for the origin at the first occurrence of a non-finite anomaly."""
+        step = incident.recorded_step
         handled = incident.occurrences == 1 and incident.anomaly.kind in _KINDS
-        if not handled or incident.recorded_step.obstacle(trainer) is not None:
+        if not handled or step is None or step.obstacle(trainer) is not None:
             return
         found: list[NonFiniteOrigin | None] = gather_of(trainer)(
             self._locate(trainer, pl_module, incident)

@@ -14,6 +14,7 @@ Kind = Literal[
     "non-finite gradient",
     "non-finite weight",
     "non-finite buffer",
+    "damaged state at the start",
     "gradient spike",
     "loss spike",
     "divergence",
@@ -34,6 +35,10 @@ Kind = Literal[
     "attention collapse",
     "curvature beyond the edge",
 ]
+
+
+AT_START: Kind = "damaged state at the start"
+"""Kind of the anomaly that is found before the first step; no rollback can help against it."""
 
 
 @dataclass(frozen=True, kw_only=True)

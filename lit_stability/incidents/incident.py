@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lit_stability.detectors import Anomaly
+from lit_stability.detectors.anomaly import AT_START
 from lit_stability.diagnosis import (
     CAUSES,
     Assessment,
@@ -100,6 +101,11 @@ class Incident:
 
     def __post_init__(self) -> None:
         self.first = self.anomaly
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the state was damaged before the first step."""
+        return self.first.kind == AT_START
 
     @property
     def resolved(self) -> bool:

@@ -71,7 +71,8 @@ class StepMeter:
     """Measures the parameters of one optimizer at every step.
 
     Args:
-        named_parameters: ``(name, parameter)`` pairs; those that the optimizer lacks are skipped.
+        named_parameters: ``(name, parameter)`` pairs; skipped are those that the optimizer lacks,
+            and frozen ones that are non-finite, such as a mask of -inf.
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
         buffers: the buffers to scan together with the weights, or None.
@@ -88,7 +89,9 @@ class StepMeter:
         buffers: WatchedBuffers | None = None,
     ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        pairs = [(n, p) for n, p in named_parameters if id(p) in held]
+        found = [(n, p) for n, p in named_parameters if id(p) in held]
+        constants = _constants(p for _, p in found if not p.requires_grad)
+        pairs = [(n, p) for n, p in found if id(p) not in constants]
         if not pairs:
             raise ValueError(
                 f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
@@ -397,3 +400,15 @@ def _unscaled(loss: float | None, scale: float | None) -> float:
     if loss is None:
         return math.nan
     return loss if not scale else loss / scale
+
+
+@torch.no_grad()
+def _constants(frozen: Iterable[Tensor]) -> frozenset[int]:
+    """Returns the ids of frozen parameters that are non-finite, so that no update can be measured.
+
+    They are not trained, so nothing that happens to the run shows in them.
+    """
+    parameters = [p for p in frozen if p.is_floating_point()]
+    norms = to_host({"norms": norms_of([local(p) for p in parameters])})["norms"]
+    pairs = zip(parameters, norms, strict=True)
+    return frozenset(id(p) for p, norm in pairs if not math.isfinite(norm))

@@ -70,11 +70,12 @@ def kind_of(error: BaseException) -> Kind:
     ('out of memory', 'instability')
     """
     text = str(error)
-    if isinstance(error, TrainingStopped):
-        return "instability"
-    if isinstance(error, PreflightError):
+    at_start = isinstance(error, TrainingStopped) and error.incident.at_start
+    if at_start or isinstance(error, PreflightError):
         # Whatever the cause: nothing was trained yet, so a lower learning rate cannot help.
         return "other"
+    if isinstance(error, TrainingStopped):
+        return "instability"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "out of memory"
     if isinstance(error, RuntimeError) and _MEMORY.search(text):

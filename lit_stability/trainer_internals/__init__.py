@@ -33,7 +33,6 @@ from lit_stability.trainer_internals.reference_step import (
 from lit_stability.trainer_internals.skip_step import (
     SchedulerPause,
     StepSkipper,
-    is_skipped,
     parameters_of,
     remove_gradients,
 )
@@ -92,7 +91,6 @@ __all__ = [
     "full_checkpoint",
     "incomparable",
     "is_compiled",
-    "is_skipped",
     "is_supported",
     "loaders",
     "log_every",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lit_stability.measurement.tensor_tree import size_of, tensors_in
 from lit_stability.trainer_internals.data_fetcher import (
@@ -23,6 +23,7 @@ from lit_stability.trainer_internals.data_fetcher import (
     observe,
     stop_observing,
 )
+from lit_stability.trainer_internals.trainer_view import is_called
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
 
 
@@ -144,12 +145,20 @@ class BatchRecorder(FetcherObserver):
         trainer: in its fit.
         ring: stores the batches.
         before_fetch: called between two batches, before the next one is fetched.
+        owner: the callback that records; paused while the trainer does not call it.
     """
 
     def __init__(
-        self, trainer: Trainer, ring: ReplayRing, before_fetch: Callable[[], None]
+        self,
+        trainer: Trainer,
+        ring: ReplayRing,
+        before_fetch: Callable[[], None],
+        owner: Callback | None = None,
     ) -> None:
         self._trainer, self.ring, self._before_fetch = trainer, ring, before_fetch
+        self._owner = owner
+        self.interrupted = False
+        """Whether batches were trained on, by a tuner, that were not recorded."""
         self._fetcher: Any = None
         self._live_epoch = 0
         self._live_done = False
@@ -195,6 +204,15 @@ class BatchRecorder(FetcherObserver):
             return None
         entry = self.ring.queue[0]
         return entry.index if entry.epoch == self._live_epoch else -1
+
+    @property
+    def paused(self) -> bool:
+        """Whether a tuner has replaced the trainer's callbacks for a search."""
+        return self._owner is not None and not is_called(self._trainer, self._owner)
+
+    def passed_over(self) -> None:
+        """Records that the batches since the snapshots are no longer all known."""
+        self.interrupted = True
 
     def next(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
         """Returns a queued batch if there is one, otherwise fetches and records a new one."""

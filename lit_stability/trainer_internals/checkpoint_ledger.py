@@ -26,7 +26,8 @@ class CheckpointLedger:
     A rollback to a mark renames files written since then to ``NAME.quarantined``, as their weights
     may be damaged, and restores files removed since then. To make this possible, a removal only
     renames the file to ``.NAME.removed`` in the same folder; the file is deleted when no rollback
-    can go back before the removal.
+    can go back before the removal. Files whose name starts with a dot, such as those in which a
+    tuner keeps the state, are temporary and not recorded.
 
     Args:
         trainer: owner of the strategy; files are changed on rank 0 only.
@@ -45,7 +46,8 @@ class CheckpointLedger:
 
         def save_checkpoint(checkpoint: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
             save(checkpoint, filepath, *args, **kwargs)
-            self._events.append(Path(filepath))
+            if not _is_temporary(Path(filepath)):
+                self._events.append(Path(filepath))
 
         def remove_checkpoint(filepath: Any) -> None:
             if not self._hide(Path(filepath)):
@@ -101,7 +103,7 @@ class CheckpointLedger:
         return quarantined
 
     def _hide(self, path: Path) -> bool:
-        if not self._trainer.is_global_zero or not path.exists():
+        if not self._trainer.is_global_zero or _is_temporary(path) or not path.exists():
             return False
         hidden = path.with_name(f".{path.name}.removed")
         try:
@@ -110,6 +112,10 @@ class CheckpointLedger:
             return False
         self._events.append(_Removal(path, hidden))
         return True
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _folders(trainer: Trainer) -> list[Path]:

@@ -36,6 +36,14 @@ class FetcherObserver:
         return fetch()
 
     @property
+    def paused(self) -> bool:
+        """Whether to leave this observer out: a tuner uses the loop for a search of its own."""
+        return False
+
+    def passed_over(self) -> None:
+        """Called for each batch that was fetched while this observer was paused."""
+
+    @property
     def replayed_index(self) -> int | None:
         """Index of the next batch if it is a replayed one; -1 if it is of an earlier epoch."""
         return None
@@ -64,6 +72,14 @@ def observe(fetcher: Any, observer: FetcherObserver) -> None:
         fetcher.observers.append(observer)
 
 
+def carry_over(previous: Any, current: Any) -> None:
+    """Moves the observers of a fetcher to the one that has replaced it."""
+    if previous is not current and current is not None:
+        for observer in observers(previous):
+            stop_observing(previous, observer)
+            observe(current, observer)
+
+
 def stop_observing(fetcher: Any, observer: FetcherObserver) -> None:
     """Removes an observer; a fetcher without observers gets its own class back."""
     if observer in observers(fetcher):
@@ -81,20 +97,27 @@ def _observed(base: Any) -> type:
     """A subclass of a fetcher's class that asks the observers of its one instance."""
 
     def __iter__(self: Any) -> Any:
+        asked = [each for each in self.observers if not each.paused]
+
         def ask(count: int) -> Any:
             if not count:
                 return base.__iter__(self)
-            return self.observers[count - 1].iterate(self, lambda: ask(count - 1))
+            return asked[count - 1].iterate(self, lambda: ask(count - 1))
 
-        return ask(len(self.observers))
+        return ask(len(asked))
 
     def __next__(self: Any) -> Any:
+        asked = [each for each in self.observers if not each.paused]
+        for each in self.observers:
+            if each not in asked:
+                each.passed_over()
+
         def ask(count: int) -> Any:
             if not count:
                 return base.__next__(self)
-            return self.observers[count - 1].next(self, lambda: ask(count - 1))
+            return asked[count - 1].next(self, lambda: ask(count - 1))
 
-        return ask(len(self.observers))
+        return ask(len(asked))
 
     # A mixin would change the layout, which Python refuses when the class of an object is changed.
     body = {"__iter__": __iter__, "__next__": __next__, "observers": []}

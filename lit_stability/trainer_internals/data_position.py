@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lit_stability.trainer_internals.data_fetcher import (
     FetcherObserver,
+    carry_over,
     current_fetcher,
     draws_its_batches,
     observe,
@@ -32,6 +33,7 @@ from lit_stability.trainer_internals.dataloaders import (
     iterators,
     loaders,
 )
+from lit_stability.trainer_internals.trainer_view import is_called
 from lit_stability.training_state.rng import (
     capture_rng,
     pack_rng,
@@ -60,10 +62,11 @@ class DataPosition(FetcherObserver):
     Args:
         before_fetch: called before each fetch, when the previous batch is completely processed:
             hooks, validation, schedulers and counters.
+        owner: the callback that tracks; paused while the trainer does not call it.
     """
 
-    def __init__(self, before_fetch: Callable[[], None]) -> None:
-        self._before_fetch = before_fetch
+    def __init__(self, before_fetch: Callable[[], None], owner: Callback | None = None) -> None:
+        self._before_fetch, self._owner = before_fetch, owner
         self._trainer: Trainer | None = None
         self._pending: Mapping[str, Any] | None = None
         self._fetches = 0
@@ -81,7 +84,9 @@ class DataPosition(FetcherObserver):
         set_up = loop.setup_data
 
         def setup_data() -> None:
+            previous = current_fetcher(trainer)
             set_up()
+            carry_over(previous, current_fetcher(trainer))
             self._watch(current_fetcher(trainer))
 
         vars(loop)["setup_data"] = setup_data
@@ -106,6 +111,12 @@ class DataPosition(FetcherObserver):
         if draws_its_batches(current_fetcher(self._trainer)):
             return "training_step takes `dataloader_iter` and fetches its batches itself"
         return None
+
+    @property
+    def paused(self) -> bool:
+        """Whether a tuner has replaced the trainer's callbacks for a search."""
+        trainer, owner = self._trainer, self._owner
+        return trainer is not None and owner is not None and not is_called(trainer, owner)
 
     @property
     def _stateful(self) -> bool:

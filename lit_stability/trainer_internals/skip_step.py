@@ -74,18 +74,11 @@ def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
 def remove_gradients(optimizer: Optimizer) -> None:
     """Skips the next step of an optimizer: without gradients it changes nothing.
 
-    Zero gradients would not do: AdamW would decay the weights, and moments would change.
+    Zero gradients would not do: AdamW would decay the weights, and moments would change. Hooks that
+    run before the step see zeros nevertheless, see `lit_stability.training_state.skipped_step`.
     """
     for parameter in parameters_of(optimizer):
         parameter.grad = None
-
-
-def is_skipped(optimizer: Optimizer) -> bool:
-    """Returns whether the next step of an optimizer is skipped.
-
-    Call it in ``on_before_optimizer_step``, after the callbacks that may skip the step.
-    """
-    return all(parameter.grad is None for parameter in parameters_of(optimizer))
 
 
 def _counts(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:

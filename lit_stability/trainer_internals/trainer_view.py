@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -66,6 +66,11 @@ def log_every(trainer: Trainer) -> int:
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """Returns the callbacks of a trainer in the order in which they are called."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def is_called(trainer: Trainer, callback: Callback) -> bool:
+    """Returns whether a trainer calls a callback now; a tuner replaces all for its search."""
+    return any(each is callback for each in callbacks_of(trainer))
 
 
 def run_directory(trainer: Trainer) -> Path | None:

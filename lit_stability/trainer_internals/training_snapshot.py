@@ -83,7 +83,7 @@ class TrainingSnapshot:
         self.module.restore()
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
             saved.restore(optimizer, drop_new_groups=replay)
-            optimizer.zero_grad(set_to_none=True)
+        clear_gradients(trainer)
         self._metrics.restore(trainer)
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
@@ -130,6 +130,15 @@ class StepStart:
         """Restores all state except loops and data, and clears the gradients."""
         self._buffers.restore()
         self._metrics.restore(trainer)
-        for optimizer in trainer.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        clear_gradients(trainer)
         restore_rng(self._rng)
+
+
+def clear_gradients(trainer: Trainer) -> None:
+    """Sets the gradients of an undone step to 0, as hooks of its batch may still read them.
+
+    Before the next backward pass they must be None again, because an optimizer updates a parameter
+    that has a gradient of 0. In automatic optimization Lightning sees to that.
+    """
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad(set_to_none=False)

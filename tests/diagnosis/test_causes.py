@@ -80,6 +80,10 @@ CASES = {
         context("non-finite loss", loss=NAN, origin=SPOILED),
         "weights damaged from outside",
     ),
+    "a checkpoint with NaN in it": (
+        context("damaged state at the start", anomaly={"state_corrupted": True}),
+        "damaged checkpoint",
+    ),
     "not reproduced": (
         context("non-finite gradient", grad_norm=NAN, verdict="transient"),
         "glitch",

@@ -18,8 +18,9 @@ from lit_stability.callbacks.requirements import (
 )
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
-from lit_stability.incidents import Incident
+from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.trainer_internals import Stateful
@@ -48,6 +49,9 @@ class AutoRollback(StabilityCallback):
 
     If a `Diagnosis` before it finds that the learning rate is likely too high, the first rollback
     lowers it; if the architecture is certain to be the cause, the fit stops.
+
+    A fit whose state is damaged before the first step, such as a NaN in the checkpoint that it
+    resumes from, is stopped at once with `TrainingStopped`, which names the tensor and the file.
 
     With ``data="skip"``, and where batches cannot be replayed, a rejected step costs its batch, and
     a rollback goes on with new data and ``global_step`` rewound. When no response is left, the fit
@@ -101,6 +105,8 @@ class AutoRollback(StabilityCallback):
         self.escalation = EscalationPolicy(budget)
         self._registered: list[Stateful] = []
         self._executor: ResponseExecutor | None = None
+        self._stopped: Incident | None = None
+        """The incident for which the fit does not start."""
 
     def register(self, *objects: Stateful) -> None:
         """Adds objects whose state a rollback restores, such as an average of weights.
@@ -136,9 +142,22 @@ class AutoRollback(StabilityCallback):
         if stage == "fit":
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
+            # A fit that ended in an exception has had no teardown.
+            self._executor = self._stopped = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to record the data, and puts restored factors in force."""
+        """Starts to record the data, and puts restored factors in force.
+
+        Raises:
+            TrainingStopped: if the state is damaged before the first step.
+        """
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None:
+            raise TrainingStopped(
+                f"nothing was trained: {stopped.anomaly.message}. What to try: {stopped.remedy}. "
+                f"Record: {stopped.record}",
+                stopped,
+            )
         require_whole_optimizers(trainer, self)
         engine = RollbackEngine(
             trainer,
@@ -149,50 +168,62 @@ class AutoRollback(StabilityCallback):
             max_ring_bytes=self.max_ring_bytes,
             clone=self.clone_batches,
             registered=self._registered,
+            owner=self,
         )
         self._executor = ResponseExecutor(trainer, pl_module, engine, self.escalation, self.backoff)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the data of a new epoch, which may have another loader."""
-        self._running.epoch_started()
+        if self._executor is not None:
+            self._executor.epoch_started()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records to which step the batch belongs."""
-        self._running.batch_started()
+        if self._executor is not None:
+            self._executor.batch_started()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks for the bad batch while an accumulation window is retried."""
-        self._running.backward_ended()
+        if self._executor is not None:
+            self._executor.backward_ended()
 
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Remembers the measurement of the step that is judged next."""
-        self._running.measured(stats)
+        if self._executor is not None:
+            self._executor.measured(stats)
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Counts the step, clips it if the clip is tightened, relaxes what was tightened."""
-        self._running.accept(stats)
+        if self._executor is not None:
+            self._executor.accept(stats)
 
     def on_regime_change(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Restores what was lowered for steps that turn out to be the new normal."""
-        self._running.accept_regime(stats)
+        if self._executor is not None:
+            self._executor.accept_regime(stats)
 
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
         """Skips or clips a step that one rank rejects, until all ranks have voted on it."""
-        self._running.object_alone(anomaly)
+        if self._executor is not None:
+            self._executor.object_alone(anomaly)
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Chooses the response, and does the part of it that must come before the update."""
-        self._running.respond(incident)
+        if incident.at_start and self._executor is None and not incident.resolved:
+            incident.resolve(Stop("no snapshot is better than the state that was loaded"))
+            self._stopped = incident
+        elif self._executor is not None:
+            self._executor.respond(incident)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -202,16 +233,13 @@ class AutoRollback(StabilityCallback):
         Raises:
             TrainingStopped: if no response in budget is left.
         """
-        self._running.batch_ended()
+        if self._executor is not None:
+            self._executor.batch_ended()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Releases the schedulers that were held for a rejected batch."""
-        self._running.epoch_ended()
-
-    @property
-    def _running(self) -> ResponseExecutor:
-        assert self._executor is not None, "between on_train_start and teardown only"
-        return self._executor
+        if self._executor is not None:
+            self._executor.epoch_ended()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -238,12 +266,14 @@ class AutoRollback(StabilityCallback):
 
     def consensus_state(self) -> dict[str, Any]:
         """Returns what was spent, what is in force and what is healthy."""
-        return {**self.state_dict(), **self._running.consensus_state()}
+        running = {} if self._executor is None else self._executor.consensus_state()
+        return {**self.state_dict(), **running}
 
     def load_consensus_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what rank 0 has spent and has in force."""
         self.load_state_dict(state)
-        self._running.load_consensus_state(state)
+        if self._executor is not None:
+            self._executor.load_consensus_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was spent and what is in force, under the keys of version 0.1.0."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
@@ -25,6 +25,7 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     count_skipped_batches,
     end_epoch_schedulers,
+    remove_gradients,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
@@ -50,6 +51,7 @@ class RollbackEngine:
         max_ring_bytes: bound on the batches kept.
         clone: keep copies of the batches.
         registered: further objects whose state belongs to the snapshot.
+        owner: the callback; nothing is recorded while a tuner has replaced it.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class RollbackEngine:
         max_ring_bytes: int,
         clone: bool,
         registered: Sequence[Stateful],
+        owner: Callback,
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
         self._every = snapshot_every
         self._since = self._draws = 0
         self._ring = ReplayRing(max_ring_bytes, clone)
-        self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch)
+        self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch, owner)
         self._recorder.attach()
         self.replay = replay and self._recorder.can_replay
         if replay and not self.replay:
@@ -83,6 +86,8 @@ class RollbackEngine:
         self._pause = SchedulerPause()
         self._skipper = StepSkipper(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
+        self._undone = False
+        """Whether the last batch was undone, so that its gradients must not be added to."""
         self._logged: set[str] = set()
         self.snapshots_paused = False
         """Whether no new snapshot is taken for now: the steps since the last are being checked."""
@@ -143,12 +148,19 @@ class RollbackEngine:
 
     def _before_fetch(self) -> None:
         self._pause.end()
+        if self._undone and not self._module.automatic_optimization:
+            for optimizer in self._trainer.optimizers:
+                remove_gradients(optimizer)
+        self._undone = False
         if self._finish is not None:
             # Hooks of the rejected batch that ran after the rewind have changed these again.
             if isinstance(self._finish, TrainingSnapshot):
                 self._finish.restore_callback_state()
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
+        if self._recorder.interrupted:
+            self._recorder.interrupted, self._window_is_new = False, True
+            self._snapshots.restart()
         if not self._window_is_new:
             return
         self._window_is_new = False
@@ -259,7 +271,7 @@ class RollbackEngine:
             assert self._snapshots.confirmed is not None
             self.to_snapshot(self._snapshots.confirmed, skipped)
             return
-        start = self._start
+        start, self._undone = self._start, True
         self._pause.undo()
         start.restore(self._trainer)
         self._skipper.restore()
@@ -275,6 +287,7 @@ class RollbackEngine:
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""
+        self._undone = True
         self._pause.undo()
         self._start.restore(self._trainer)
         self._skipper.restore()
@@ -297,7 +310,7 @@ class RollbackEngine:
         self._snapshots.discard()
         if snapshot is self._snapshots.older:
             self._snapshots.go_back()
-        self._since = 0
+        self._since, self._undone = 0, True
         for path in self._ledger.go_back(snapshot.mark):
             self._log(f"checkpoint written since the snapshot, renamed: {path}")
         self._pause.forget()

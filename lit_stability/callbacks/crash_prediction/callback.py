@@ -112,6 +112,8 @@ class CrashPrediction(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Clips the step if the clip is tightened; keeps it until all ranks have accepted it."""
+        if self._actions is None:
+            return
         factor = self.prevention.clip_factor
         threshold = self._baselines[stats.optimizer].clip_threshold(factor)
         if threshold is not None and stats.finite_gradients:
@@ -138,7 +140,7 @@ class CrashPrediction(StabilityCallback):
         """
         pending, self._pending = self._pending, []
         rejected, self._rejected = self._rejected, False
-        if rejected or not pending:
+        if rejected or not pending or self._actions is None:
             return
         for stats in pending:
             self._risks[stats.optimizer].update(stats)
@@ -154,7 +156,7 @@ class CrashPrediction(StabilityCallback):
     def _respond(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         decision = self.prevention.step(self.risk, _scheduled(trainer))
         factor, actions = self._scale(trainer), self._actions
-        assert actions is not None
+        assert actions is not None, "checked by its caller"
         factors = f"learning rate x{factor:.3g}, clip x{self.prevention.clip_factor:.3g}"
         done: list[str] = []
         if "save" in decision.due:
@@ -184,7 +186,7 @@ class CrashPrediction(StabilityCallback):
         factors = self.prevention.factors(_scheduled(trainer))
         for index, each in factors.items():
             learning_rate_multiplier(trainer.optimizers[index]).set(each, _OWNER)
-        return min(factor for each in factors.values() for factor in each)
+        return min((factor for each in factors.values() for factor in each), default=1.0)
 
     def _record(self, trainer: Trainer) -> None:
         self._peak = max(self._peak, self.risk)

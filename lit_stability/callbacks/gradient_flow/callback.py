@@ -169,6 +169,8 @@ class GradientFlow(StabilityCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the norms by phase; counting continues from there."""
+        if "phases" not in state_dict:
+            return
         self.phases.load_state_dict(state_dict["phases"])
 
     def _history_of(self, optimizer: int) -> deque[tuple[GradientDetail, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,14 +33,20 @@ from lit_stability.detectors import (
     disagreement,
     with_damage,
 )
-from lit_stability.detectors.anomaly import require
+from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.step_history import StepHistory
+from lit_stability.measurement.initial_state import (
+    DamagedState,
+    buffers_with_nan,
+    damaged_state,
+)
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime, ClipStep
 from lit_stability.trainer_internals import callbacks_of, log_every, ranks_of, reshard, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+from lit_stability.training_state.skipped_step import skip_gate
 
 
 class GradientMonitor(StabilityCallback):
@@ -48,7 +55,9 @@ class GradientMonitor(StabilityCallback):
     Each step is measured before its update: accumulated, unscaled, unclipped. A step that passes
     all detectors is passed to the callbacks as ``on_healthy_step``; one that does not opens an
     `Incident`, passed as ``on_incident``. Without a callback that responds, the step is taken as it
-    is. An incident is closed after ``close_after`` healthy steps; a burst is one incident.
+    is. An incident is closed after ``close_after`` healthy steps; a burst is one incident. Before
+    the first step weights, moments and buffers are checked once, see
+    `lit_stability.measurement.initial_state`.
 
     Metrics recorded, every ``trainer.log_every_n_steps`` steps, to every logger:
 
@@ -125,6 +134,8 @@ class GradientMonitor(StabilityCallback):
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
         self._pending: PendingVerdict | None = None
+        self._nan_before: tuple[str, ...] = ()
+        """Buffers that held a NaN before a checkpoint was loaded."""
 
     @property
     def incidents(self) -> list[Incident]:
@@ -150,19 +161,22 @@ class GradientMonitor(StabilityCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a Trainer of another package; reports hooks whose name is misspelt."""
         require_package(trainer, self)
+        # A fit that ended in an exception has had no teardown.
+        self._measurer = None
         if stage == "fit":
             report_misspelt_hooks(trainer, pl_module)
+            self._nan_before = buffers_with_nan(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Creates one meter and one set of detectors per optimizer."""
+        """Creates one meter and one set of detectors per optimizer; checks the state once."""
         require_watchable(trainer, pl_module, self.detectors)
         if sharing(trainer) == "shards":
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)
         self._consensus = RankConsensus(ranks)
+        self._reporter = Reporter(trainer, self._history)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
-        self._reporter = Reporter(trainer, self._history)
         self._detectors = DetectorSet(
             self.detectors, self._measurer.meters, self._reporter.log_line
         )
@@ -172,13 +186,35 @@ class GradientMonitor(StabilityCallback):
             self._measurer.watch_writes()
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
         self._pending = None
+        self._check_initial_state(trainer, pl_module)
+
+    def _check_initial_state(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens an incident if the state is damaged before the first step."""
+        own = damaged_state(pl_module, self._meters.values(), self._nan_before)
+        damaged = DamagedState.of_ranks(self._consensus.gather(own))
+        if not damaged:
+            return
+        file = trainer.ckpt_path
+        source = "before the first step" if file is None else f"in the checkpoint {file}"
+        anomaly = Anomaly(
+            kind=AT_START,
+            step=trainer.global_step,
+            value=float(len(damaged.names)),
+            signal="damaged tensors",
+            message=f"{damaged.text()} {source}",
+            layers=tuple((name, math.nan) for name in damaged.names[:5]),
+            state_corrupted=True,
+        )
+        incident = self._tracker.recur(trainer, anomaly)
+        call_hook("on_incident", trainer, pl_module, incident)
+        self._reporter.opened(incident)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records the batch that the next measurement belongs to."""
-        assert self._measurer is not None
-        self._measurer.batch_started(batch, batch_idx)
+        if self._measurer is not None:
+            self._measurer.batch_started(batch, batch_idx)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -191,10 +227,13 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measures the step, asks the detectors, and calls the hooks for the verdict."""
-        assert self._measurer is not None
+        if self._measurer is None:
+            return
         stats = self._measurer.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
+        gate = skip_gate(optimizer)
+        gate.before_verdict()
         call_hook("on_step_measured", trainer, pl_module, stats)
         if stats.details:
             self.details.append(stats)
@@ -204,6 +243,7 @@ class GradientMonitor(StabilityCallback):
             stats = self._accept_regime(trainer, pl_module, stats, change)
         decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
+        gate.after_verdict()
         self._reporter.history.judged(stats, optimizer)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict) -> None:
@@ -253,7 +293,8 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the votes on the step, if there are any, before other callbacks act on it."""
-        assert self._measurer is not None
+        if self._measurer is None:
+            return
         pending, self._pending = self._pending, None
         if pending is not None:
             self._count(trainer, pl_module, pending)
@@ -310,6 +351,8 @@ class GradientMonitor(StabilityCallback):
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the last weights: the next update cannot be measured against them."""
+        if self._measurer is None:
+            return
         self._reporter.history.rolled_back()
         for meter in self._meters.values():
             meter.forget()
@@ -321,6 +364,8 @@ class GradientMonitor(StabilityCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the open incident, reports non-finite weights, and prints the summary."""
+        if self._measurer is None:
+            return
         self._reporter.ends_with(self._consensus.bad_state(self._meters.values()))
         self._tracker.close(trainer, pl_module, "unresolved")
         self._reporter.end(self.incidents)
@@ -338,16 +383,19 @@ class GradientMonitor(StabilityCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Reports non-finite weights that are saved outside of an incident."""
-        if self.current is None:
+        """Reports non-finite weights that are saved outside of an incident, during a fit."""
+        if self._measurer is not None and self.current is None:
             self._reporter.saved_with(self._consensus.bad_state(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Releases the parameters and the process group."""
-        if self._measurer is not None:
-            self._measurer.close()
-        self._measurer = None
-        self._consensus.close()
+        if stage == "fit":
+            if self._measurer is not None:
+                self._measurer.close()
+            self._measurer = None
+            for optimizer in trainer.optimizers:
+                skip_gate(optimizer).detach()
+            self._consensus.close()
 
     def rewindable_state(self) -> dict[str, Any]:
         """Returns the windows of the detectors."""

@@ -17,8 +17,8 @@ from lit_stability.incidents.log import to_json
 from lit_stability.incidents.step_history import StepHistory, row_of
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.tab_writer import StabilityTab
-from lit_stability.trainer_internals import is_skipped
 from lit_stability.training_state.gradient_clipping import clip_threshold
+from lit_stability.training_state.skipped_step import is_skipped
 
 _ENDS = 100
 """Responses at either end of a long list that go to the tab."""

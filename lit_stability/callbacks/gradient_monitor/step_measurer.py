@@ -28,6 +28,7 @@ from lit_stability.trainer_internals import (
 )
 from lit_stability.training_state.gradient_clipping import gradients_are_new
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+from lit_stability.training_state.skipped_step import skip_gate
 
 ProbeAnswer: TypeAlias = list[ProbeReading] | DeviceReadings | None
 """What a probe returns: None for a step that it does not measure."""
@@ -59,6 +60,7 @@ class StepMeasurer:
         self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer)
+            skip_gate(optimizer)
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
         wanted = any(getattr(c, "needs_recorded_step", False) for c in callbacks_of(trainer))

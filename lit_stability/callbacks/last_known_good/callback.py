@@ -111,6 +111,7 @@ class LastKnownGood(StabilityCallback):
         if stage != "fit":
             return
         require_monitor(trainer, self)
+        self._release()
         self._restored = {}
         if trainer.world_size > 1:
             # Each rank has its own position in the data, but only rank 0 writes the file.
@@ -215,7 +216,9 @@ class LastKnownGood(StabilityCallback):
             state: what `state_dict` returned.
             micro_batches: how many there are for each former batch.
         """
-        position = state["position"]
+        position = state.get("position")
+        if position is None:
+            return
         position["batches"] *= micro_batches
         position["states"] = {i * micro_batches: s for i, s in position["states"].items()}
         # The former batch may not fit into memory, and its loss is not that of a micro-batch.
@@ -241,7 +244,7 @@ class _Fit:
 
     def __init__(self, owner: LastKnownGood, trainer: Trainer, pl_module: LightningModule) -> None:
         self.owner, self.trainer, self.module = owner, trainer, pl_module
-        self.position = DataPosition(self._between_batches)
+        self.position = DataPosition(self._between_batches, owner)
         self.position.attach(trainer)
         self.epoch = EpochMetrics()
         self.verification = ResumeVerification(None, owner.on_mismatch)

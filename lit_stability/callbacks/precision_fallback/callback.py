@@ -155,13 +155,16 @@ class PrecisionFallback(StabilityCallback):
     ) -> None:
         """Applies the saved precision before Lightning sets up the module in the configured one."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is not None and trainer.state.fn == "fit":
+        in_force = self._policy is not None and trainer.state.fn == "fit"
+        if state is not None and in_force:
             self.load_state_dict(state)
             self._active_switch.before_setup(self._active_policy.current, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies precision and modules kept in fp32, and checks the optimizers' epsilons."""
         self._pending_precision = None
+        if self._policy is None:
+            return
         self._active_switch.load_scalers(self._scalers)
         self._scalers = {}
         if "16" in self._active_policy.home:
@@ -182,6 +185,8 @@ class PrecisionFallback(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Counts the step; after enough of them, schedules a try of the faster precision."""
+        if self._policy is None:
+            return
         if self._active_policy.next is not None:
             self._float32_rerun.learn(stats)
         if stats.step == self._counted_step:
@@ -201,11 +206,15 @@ class PrecisionFallback(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
         """Skips a non-finite step; the response is chosen when all ranks have voted."""
-        if self._active_policy.next is not None and anomaly.kind in _RERUN_KINDS:
+        if self._policy is None or self._policy.next is None:
+            return
+        if anomaly.kind in _RERUN_KINDS:
             remove_gradients(trainer.optimizers[anomaly.optimizer])
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Switches to the next level if precision is the cause; does not retry the step itself."""
+        if self._policy is None:
+            return
         self._active_policy.disturbed()
         self._pending_precision = None
         if incident.resolved or self._active_policy.next is None:

@@ -38,7 +38,7 @@ class Float32Rerun:
     def find(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> Finding:
         """Returns whether precision is the cause, the same on all ranks; adds evidence."""
         recorded_step, gather = incident.recorded_step, gather_of(trainer)
-        if recorded_step.obstacle(trainer) is not None:
+        if recorded_step is None or recorded_step.obstacle(trainer) is not None:
             return "unknown"
         try:
             own = recorded_step.rerun(trainer, pl_module, float32=False)
@@ -74,7 +74,7 @@ class Float32Rerun:
         """
         made: list[str] = []
         recorded_step, gather = incident.recorded_step, gather_of(trainer)
-        if recorded_step.obstacle(trainer) is not None:
+        if recorded_step is None or recorded_step.obstacle(trainer) is not None:
             return made
         while len(made) < most:
             origin = recorded_step.locate(trainer, pl_module, gather)

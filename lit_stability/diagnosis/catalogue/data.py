@@ -5,6 +5,7 @@ Imports neither torch nor Lightning.
 
 from __future__ import annotations
 
+from lit_stability.detectors.anomaly import AT_START
 from lit_stability.diagnosis import evidence as c
 from lit_stability.diagnosis.cause import Cause
 from lit_stability.diagnosis.context import DiagnosisContext
@@ -129,6 +130,13 @@ MACHINE = (
         remedy="continue from an earlier state; if it recurs without a bad batch, check memory, "
         "custom kernels, and code that writes to the weights",
         ignore_when="if it happens once: the weights were restored",
+    ),
+    Cause(
+        name="damaged checkpoint",
+        rules=((11, c.kind(AT_START)),),
+        remedy="continue from an older checkpoint, or repair this one: `lit-stability doctor FILE` "
+        "lists what is damaged in it",
+        ignore_when="never: training goes on from it with the same damage",
     ),
     Cause(
         name="rank out of step",
