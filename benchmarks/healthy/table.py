@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.healthy import writes
+from benchmarks.healthy import codebooks, copies, structure, writes
 from benchmarks.healthy.kind import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for part in (writes,) for kind in part.KINDS}
+PARTS = (writes, codebooks, copies, structure)
+
+KINDS: dict[str, Kind] = {kind.name: kind for part in PARTS for kind in part.KINDS}
 """Kinds by name, in the order of their groups."""
 
 QUICK: tuple[str, ...] = (

@@ -45,7 +45,7 @@ def test_runs_with_another_seed_differ_in_weights_and_generators():
 
 def test_kind_that_does_not_learn_is_reported_as_not_healthy():
     kind = Kind(name="k", group="g", practice="Learns nothing.", module=lambda: Net(loss=constant))
-    with pytest.raises(NotHealthyError, match="'k': the value goes from 1.0 to 1.0"):
+    with pytest.raises(NotHealthyError, match=r"'k': the value goes from 1\.0 to 1\.0"):
         compare(replace(kind, steps=20))
 
 
