@@ -36,7 +36,8 @@ class Comparison:
     """Parts of the end state that are not bit-identical."""
     incidents: dict[str, int]
     """Kind of the anomaly -> number of incidents."""
-    warnings: int
+    warnings: tuple[str, ...]
+    """Warnings that the suite logged, without those about incidents."""
     responses: dict[str, int]
     """Description of the response -> number of times."""
     rollbacks: int
@@ -79,7 +80,7 @@ def compare(kind: Kind, seed: int = 0) -> Comparison:
         verdict=verdict_on(suite, different),
         different=different,
         incidents=dict(Counter(i.first.kind for i in suite.incidents)),
-        warnings=suite.warnings,
+        warnings=tuple(w for w in suite.warnings if not w.startswith("incident ")),
         responses=dict(Counter(suite.responses)),
         rollbacks=sum(r.startswith("rolled back") for r in suite.responses),
         steps=(bare.steps, suite.steps),
@@ -112,7 +113,7 @@ def different_parts(one: Run, other: Run) -> tuple[str, ...]:
 def verdict_on(suite: Run, different: tuple[str, ...]) -> Verdict:
     """Returns the verdict on a run with the suite.
 
-    >>> verdict_on(Run(), ()), verdict_on(Run(warnings=1), ()), verdict_on(Run(), ("weights",))
+    >>> verdict_on(Run(), ()), verdict_on(Run(warnings=["w"]), ()), verdict_on(Run(), ("weights",))
     ('silent', 'observed only', 'disturbed (not identical)')
     >>> verdict_on(Run(ended="stopped"), ("weights",))
     'stopped/crashed'

@@ -45,12 +45,17 @@ def _what_happened(c: Comparison) -> str:
     texts = [
         _counts(c.incidents) and f"incidents: {_counts(c.incidents)}",
         _counts(c.responses) and f"responses: {_counts(_short(c.responses))}",
-        f"{c.warnings} warnings" if c.warnings and not c.incidents else "",
+        "; ".join(f"warning: {_cell(warning)}" for warning in c.warnings),
         f"different: {', '.join(c.different)}" if c.different else "",
         f"step {c.steps[1]} of {c.steps[0]}" if c.steps[0] != c.steps[1] else "",
-        c.message.split("(")[0].replace("|", "/").replace("\n", " ")[:120].strip(),
+        _cell(c.message.split("(")[0]),
     ]
     return "; ".join(filter(None, texts)) or "-"
+
+
+def _cell(text: str) -> str:
+    """Shortens a message for a cell of a table."""
+    return " ".join(text.split()).replace("|", "/")[:120]
 
 
 def _short(responses: Mapping[str, int]) -> Mapping[str, int]:

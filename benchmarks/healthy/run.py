@@ -43,8 +43,8 @@ class Run:
     parts: dict[str, str] = field(default_factory=dict)
     """Digests of weights, buffers, optimizer state and so on; equal if bit-identical."""
     incidents: list[Incident] = field(default_factory=list)
-    warnings: int = 0
-    """Warnings that the suite logged."""
+    warnings: list[str] = field(default_factory=list)
+    """Warnings that the suite logged, those about incidents included."""
     seconds: float = 0.0
     """Wall-clock time of the fits."""
 
@@ -85,7 +85,7 @@ def run(kind: Kind, seed: int, with_suite: bool) -> Run:
     seed_everything(seed, verbose=False)
     module, recorder = kind.module(), MetricRecorder()
     own, suite = kind.callbacks(), stability_callbacks() if with_suite else []
-    with tempfile.TemporaryDirectory() as folder, _counted_warnings(result):
+    with tempfile.TemporaryDirectory() as folder, _recorded_warnings(result):
         for fold in range(kind.fits):
             trainer = _trainer(kind, [*own, *suite, recorder], folder)
             _fit(trainer, kind, module, seed + fold, result)
@@ -124,21 +124,23 @@ def _new_incidents(suite: list[Callback], known: list[Incident]) -> list[Inciden
 
 
 @contextmanager
-def _counted_warnings(result: Run) -> Iterator[None]:
-    """Counts the warnings of the suite, which go no further."""
+def _recorded_warnings(result: Run) -> Iterator[None]:
+    """Records the warnings of the suite, which go no further."""
 
-    class Counter(logging.Handler):
+    class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            result.warnings += 1
+            result.warnings.append(record.getMessage())
 
-    counter, propagate = Counter(logging.WARNING), LOGGER.propagate
-    LOGGER.addHandler(counter)
+    recorder, before = Recorder(), (LOGGER.level, LOGGER.propagate)
+    LOGGER.addHandler(recorder)
+    LOGGER.setLevel(logging.WARNING)
     LOGGER.propagate = False
     try:
         yield
     finally:
-        LOGGER.removeHandler(counter)
-        LOGGER.propagate = propagate
+        LOGGER.removeHandler(recorder)
+        LOGGER.setLevel(before[0])
+        LOGGER.propagate = before[1]
 
 
 def _parts(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from benchmarks.healthy import codebooks, copies, structure, writes
+from benchmarks.healthy import (
+    adversaries,
+    bursts,
+    codebooks,
+    copies,
+    floors,
+    loops,
+    schedules,
+    structure,
+    writes,
+)
 from benchmarks.healthy.kind import Kind
 
-PARTS = (writes, codebooks, copies, structure)
+PARTS = (writes, codebooks, copies, structure, adversaries, bursts, floors, schedules, loops)
 
 KINDS: dict[str, Kind] = {kind.name: kind for part in PARTS for kind in part.KINDS}
 """Kinds by name, in the order of their groups."""
@@ -13,6 +23,16 @@ KINDS: dict[str, Kind] = {kind.name: kind for part in PARTS for kind in part.KIN
 QUICK: tuple[str, ...] = (
     "last layer reset every 100 steps, module hook",
     "weights clamped each step, optimizer_step, .data",
+    "VQ codes as running means in a buffer",
+    "target network moved each step, in no optimizer",
+    "auxiliary loss x100 every 50 steps",
+    "REINFORCE, lognormal returns",
+    "hinge loss on separable data",
+    "solved from the start",
+    "warm restarts",
+    "manual optimization",
+    "clipped by value",
+    "mixup in place",
 )
 """At least one kind of every group."""
 
