@@ -78,8 +78,8 @@ class Policy(Net):
     """REINFORCE on a contextual bandit whose returns have a heavy tail.
 
     Args:
-        returns: "lognormal", "pareto", or "jackpot": 0.2 % of the rewards are 1,000 times as
-            large.
+        returns: "lognormal", "pareto", "sparse": 20 in 5 % of the batches and else 0, or
+            "jackpot": 0.2 % of the rewards are 1,000 times as large.
         **options: See `Net`.
     """
 
@@ -100,6 +100,8 @@ class Policy(Net):
     def _draw(self, count: int) -> Tensor:
         if self.returns == "lognormal":
             return torch.randn(count).mul(2.0).exp()
+        if self.returns == "sparse":
+            return torch.full((count,), 20.0 * float(torch.rand(()) < 0.05))
         if self.returns == "pareto":
             return torch.rand(count).clamp(min=1e-6) ** (-1 / 1.5)
         return torch.where(torch.rand(count) < 0.002, 1000.0, 1.0)
@@ -326,6 +328,66 @@ class Recurrent(Net):
         return nn.utils.rnn.pad_packed_sequence(self.net[0](packed)[0], batch_first=True)[0]
 
 
+class WrongLabels(Net):
+    """A classifier that gets shuffled labels in a few batches; judged on the other batches.
+
+    Args:
+        share: Of the batches with shuffled labels.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__(mlp(8, 4))
+        self.share = share
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the cross entropy; judged by that of the right labels."""
+        x, y = batch
+        logits = self.net(x)
+        given = y[torch.randperm(len(y))] if torch.rand(()) < self.share else y
+        return self.track(F.cross_entropy(logits, given), F.cross_entropy(logits, y))
+
+
+class OtherDomain(Net):
+    """Every so many batches come from another domain, with larger inputs.
+
+    Args:
+        every: Batches from one of them to the next.
+        factor: Of the inputs.
+        **options: See `Net`.
+    """
+
+    def __init__(self, every: int, factor: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.every, self.factor = every, factor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the loss of either domain; judged by that of the usual one."""
+        x, y = batch
+        other = self.global_step % self.every == self.every - 1
+        loss = F.mse_loss(self.net(self.factor * x if other else x), y)
+        with torch.no_grad():
+            usual = F.mse_loss(self.net(x), y)
+        return self.track(loss, usual)
+
+
+class Weighted(TwoHeads):
+    """The second head's loss has a weight that follows a schedule.
+
+    Args:
+        weight: Maps the step to the weight.
+        **options: See `Net`.
+    """
+
+    def __init__(self, weight: Any, **options: Any) -> None:
+        super().__init__(1.0, **options)
+        self.weight = weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns both losses, the second with its present weight."""
+        self.factor = self.weight(self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
 class HardExamples(Net):
     """Trains only on the hardest quarter of a batch from some step on."""
 
@@ -433,6 +495,49 @@ KINDS = (
         steps=300,
     ),
     kind(
+        "auxiliary loss x1000 every 50 steps, clipped",
+        "A second head adds 1,000 times its loss in every 50th step, clipped to a norm of 1.",
+        partial(TwoHeads, 1000, every=50),
+        steps=300,
+        trainer=clipped(),
+    ),
+    kind(
+        "weight of a loss annealed from 1 to 100",
+        "The weight of a second loss rises from 1 to 100 in 200 steps.",
+        partial(Weighted, lambda step: 100 ** min(1.0, step / 200)),
+        steps=300,
+    ),
+    kind(
+        "weight of a loss x10 at step 80 and at step 160",
+        "The weight of a second loss is raised by a factor of ten, twice.",
+        partial(Weighted, lambda step: 10.0 ** (step // 80)),
+    ),
+    kind(
+        "weight of a loss alternates between 0 and 30",
+        "A second loss is switched on and off every 30 steps.",
+        partial(Weighted, lambda step: 30.0 * (step // 30 % 2)),
+    ),
+    kind(
+        "3 % of the batches with shuffled labels",
+        "Some batches have wrong labels, after the others are learnt almost perfectly.",
+        partial(WrongLabels, 0.03),
+        data=partial(classes, spread=0.3),
+        steps=400,
+    ),
+    kind(
+        "every 40th batch of another domain, inputs x10",
+        "Every 40th batch has inputs ten times as large.",
+        partial(OtherDomain, 40, 10.0),
+        steps=300,
+    ),
+    kind(
+        "every 25th batch of another domain, inputs x30, clipped",
+        "Every 25th batch has inputs thirty times as large; gradients are clipped.",
+        partial(OtherDomain, 25, 30.0, optimizer=sgd),
+        steps=300,
+        trainer=clipped(0.5),
+    ),
+    kind(
         "rare modality in 3 % of the steps, x30",
         "3 % of the steps, at random, train another head with a loss 30 times as large.",
         partial(TwoHeads, 30, share=0.03, replaces=True),
@@ -490,6 +595,21 @@ KINDS = (
         steps=400,
     ),
     kind(
+        "REINFORCE, sparse returns",
+        "A policy gradient on a bandit that returns nothing in 95 % of the batches.",
+        partial(Policy, "sparse"),
+        data=classes,
+        steps=400,
+    ),
+    kind(
+        "REINFORCE, jackpots, clipped",
+        "The same bandit as with jackpots; gradients are clipped to a norm of 1.",
+        partial(Policy, "jackpot"),
+        data=classes,
+        steps=400,
+        trainer=clipped(),
+    ),
+    kind(
         "Student's t targets",
         "Squared error on targets whose noise has 2.5 degrees of freedom.",
         partial(HeavyTails, loss=F.mse_loss),
@@ -517,6 +637,13 @@ KINDS = (
         "Squared error on targets with weak Cauchy noise, whose rare gradients Adam absorbs.",
         partial(HeavyTails, loss=F.mse_loss),
         data=partial(heavy_tailed, degrees=1.0, scale=0.02),
+        steps=400,
+    ),
+    kind(
+        "Cauchy targets, Adam without clipping, strong noise",
+        "Squared error on targets with Cauchy noise and no clipping, with a small learning rate.",
+        partial(HeavyTails, loss=F.mse_loss),
+        data=partial(heavy_tailed, degrees=1.0, scale=0.1),
         steps=400,
     ),
     kind(

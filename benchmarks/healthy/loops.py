@@ -10,7 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -804,5 +808,25 @@ KINDS = (
         partial(Net, optimizer=adam),
         data=lambda seed: loader(inputs(seed, 800), surface(inputs(seed, 800)), batch=2),
         steps=400,
+    ),
+    kind(
+        "checkpoints and early stopping",
+        "Checkpoints are saved and early stopping waits, both by the validation loss.",
+        held_out=regression,
+        trainer=options(enable_checkpointing=True),
+        callbacks=lambda: [
+            ModelCheckpoint(monitor="val_loss", save_last=True),
+            EarlyStopping("val_loss", patience=20),
+        ],
+    ),
+    kind(
+        "loaders made again each epoch",
+        "The Trainer makes the loader again at the start of each epoch.",
+        trainer=options(reload_dataloaders_every_n_epochs=1),
+    ),
+    kind(
+        "epochs of three batches",
+        "Epochs are very short, so that each hook of an epoch is called all the time.",
+        trainer=options(limit_train_batches=3),
     ),
 )

@@ -154,6 +154,39 @@ def set_hidden_bias(module: Net) -> None:
     nn.init.constant_(module.net[2].bias, 0.1)
 
 
+def permute_units(module: Net) -> None:
+    """Permutes hidden units, which leaves the function of the network as it is."""
+    order = torch.randperm(64)
+    with torch.no_grad():
+        for tensor in (module.net[2].weight, module.net[2].bias):
+            tensor.copy_(tensor[order])
+        module.net[4].weight.copy_(module.net[4].weight[:, order])
+
+
+def equalise(module: Net, factor: float = 4.0) -> None:
+    """Moves a scale from one layer to the next, which leaves the function as it is."""
+    for tensor in (module.net[2].weight, module.net[2].bias):
+        tensor.data.mul_(factor)
+    module.net[4].weight.data.div_(factor)
+
+
+def clear_moments(module: Net) -> None:
+    module.optimizers().optimizer.state.clear()
+
+
+def imprint(module: Net) -> None:
+    """Starts one unit again from the mean of all others, as for a new word or class."""
+    unit = int(torch.randint(64, ()))
+    with torch.no_grad():
+        module.net[2].weight[unit] = module.net[2].weight.mean(0)
+        module.net[4].weight[:, unit] = module.net[4].weight.mean()
+
+
+def replace_optimizer(module: Net) -> None:
+    """Goes on with SGD instead of Adam."""
+    module.trainer.optimizers = [sgd(module.parameters())]
+
+
 class Tied(Writing):
     """An autoencoder whose decoder is a copy of its transposed encoder after each step."""
 
@@ -553,6 +586,40 @@ OTHERS = (
         "The bias of a layer is set to 0.1 every 30 steps by `nn.init.constant_`.",
         set_hidden_bias,
         every=30,
+    ),
+    writing(
+        "hidden units permuted every 50 steps",
+        "Hidden units are permuted, with their weights in the next layer.",
+        permute_units,
+        every=50,
+    ),
+    writing(
+        "scale moved between layers each epoch",
+        "A layer is multiplied by 4 and the next one divided by 4 at the end of each epoch.",
+        equalise,
+        "on_train_epoch_end",
+        steps=245,
+        optimizer=adamw,
+    ),
+    writing(
+        "one unit restarted every 15 steps",
+        "The weights of one unit are set to the mean of all, as for a new word or class.",
+        imprint,
+        "training_step",
+        every=15,
+    ),
+    writing(
+        "optimizer state cleared every 60 steps",
+        "The moments of Adam are cleared every 60 steps.",
+        clear_moments,
+        every=60,
+    ),
+    writing(
+        "Adam replaced by SGD after two epochs",
+        "The optimizer is replaced by another at the end of the second epoch.",
+        replace_optimizer,
+        "on_train_epoch_end",
+        every=2,
     ),
     Kind(
         name="weights tied by copy, module hook",
