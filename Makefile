@@ -29,6 +29,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.tab
 	$(BENCH) -m benchmarks.clipping
 	$(BENCH) -m benchmarks.changes
+	$(BENCH) -m benchmarks.healthy
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
 	$(BENCH) -m benchmarks.false_alarms
