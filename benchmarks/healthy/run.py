@@ -57,16 +57,19 @@ class Run:
 class MetricRecorder(Callback):
     """Records the logged metrics when each ``global_step`` is first reached.
 
-    A step that the suite rejects and retries reaches no new ``global_step``, so that a retry with
-    the same result leaves the record unchanged.
+    A step that the suite rejects reaches no new ``global_step`` and is not recorded; one that is
+    taken again replaces its first record.
     """
 
     def __init__(self) -> None:
         self.metrics: dict[Any, dict[str, Any]] = {}
+        self._last = 0
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Records the metrics of a step."""
-        self.metrics.setdefault(trainer.global_step, dict(trainer.callback_metrics))
+        if trainer.global_step > self._last:
+            self.metrics[trainer.global_step] = dict(trainer.callback_metrics)
+        self._last = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
         """Records the metrics of a validation."""

@@ -68,6 +68,9 @@ class Anomaly:
     """Whether weights or optimizer state are damaged, so that skipping the step is not enough."""
     warn_only: bool = False
     """Whether the step itself is good: the anomaly is reported, the step is taken and learnt."""
+    replay_first: bool = False
+    """Whether the same steps are run again before anything is lowered, because that tells damage
+    from what the program does itself."""
     since: int | None = None
     """Step of the suspected batch, None if it is the flagged step itself."""
     layers: tuple[tuple[str, float], ...] = ()

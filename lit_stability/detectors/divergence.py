@@ -129,6 +129,7 @@ class Divergence:
             threshold=self._threshold(),
             optimizer=stats.optimizer,
             state_corrupted=True,
+            replay_first=self._jumped_to is not None,
             since=max(0, stats.step - self.persist),
             layers=tuple(stats.worst_layers()),
             message=f"loss {stats.loss:.4g} has stayed above {self._threshold():.4g} for "

@@ -24,6 +24,7 @@ class ProgramWrites:
     such code does. So a large write is questioned once: it asks for a rollback. A write that is
     seen while those steps run again is the program's, and its tensor is accepted from then on; so
     is one that is questioned a second time, where nothing runs steps again.
+    Between two epochs the hooks of the program run, so what is written there is not questioned.
     What an accepted write causes, a loss or a gradient far above the window, is no fault either:
     the detectors learn again, unless such writes are routine.
 
@@ -44,6 +45,8 @@ class ProgramWrites:
         """Step up to which steps are run again, after state was found damaged."""
         self._questioned: dict[str, int] = {}
         """Parameter -> step of a write that was questioned."""
+        self._written_at: dict[str, int] = {}
+        """Parameter -> step of its last write that is no damage."""
         self._writes: list[int] = []
         """Steps of the last two writes to accepted parameters."""
 
@@ -55,6 +58,8 @@ class ProgramWrites:
         """Returns an anomaly if a weight was written that the program is not known to write."""
         written = dict(stats.outside_writes)
         unknown = {name: share for name, share in written.items() if name not in self.accepted}
+        if stats.starts_epoch:
+            unknown = {}
         runs_again = stats.step <= self._runs_again_until
         self.newly_accepted = tuple(n for n in unknown if runs_again or n in self._questioned)
         self.accepted.update(self.newly_accepted)
@@ -63,8 +68,10 @@ class ProgramWrites:
         passed = [n for n, step in self._questioned.items() if step == stats.step]
         for each in passed:
             del self._questioned[each]
-        if written and not unknown and stats.step not in self._writes:
-            self._writes = [*self._writes[-1:], stats.step]
+        if written and not unknown:
+            self._written_at |= dict.fromkeys(written, stats.step)
+            if stats.step not in self._writes:
+                self._writes = [*self._writes[-1:], stats.step]
         name = max(unknown, key=unknown.__getitem__, default=None)
         if name is None or not unknown[name] > _LARGE:
             return None
@@ -86,13 +93,17 @@ class ProgramWrites:
     def explains(self, anomaly: Anomaly) -> bool:
         """Returns whether an anomaly follows from an accepted write, and so is no fault."""
         if anomaly.kind == "weight corruption":
-            return bool(anomaly.layers) and all(name in self.accepted for name, _ in anomaly.layers)
+            names = [name for name, _ in anomaly.layers]
+            return bool(names) and all(self._explains_change(n, anomaly.suspect) for n in names)
         if anomaly.kind not in ("gradient spike", "loss spike", "divergence") or not self._writes:
             return False
         last = self._writes[-1]
         if len(self._writes) > 1 and last - self._writes[0] <= _ROUTINE:
             return False
         return last <= anomaly.step and anomaly.suspect <= last + _REACH
+
+    def _explains_change(self, name: str, since: int) -> bool:
+        return name in self.accepted or self._written_at.get(name, -1) >= since
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the names of the accepted parameters."""

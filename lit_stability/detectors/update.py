@@ -120,6 +120,7 @@ class UpdateSpike(_RatioWindow):
             threshold=max(self.floor, self.ratio * expected),
             optimizer=stats.optimizer,
             state_corrupted=True,
+            replay_first=True,
             since=max(0, stats.step - 1),
             message=f"the last update moved the weights by {moved:.2g} of their norm, "
             f"{moved / expected:.0f} times what its learning rate and gradient explain",

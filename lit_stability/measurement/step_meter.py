@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
@@ -112,7 +111,11 @@ class StepMeter:
         self._moments = OptimizerMoments(self.names, self.parameters, optimizer)
         self._rounding = Rounding(self.parameters)
         self._moment_ratio = SecondMomentRatio()
-        self._handle: RemovableHandle | None = None
+        self.watches_writes = False
+        """Whether writes to the weights outside of the optimizer's step are measured; costs one
+        more sample of the weights for each step, so it begins when there is a reason."""
+        self._ends_epoch = False
+        self._handle = optimizer.register_step_post_hook(self._update_ended)
         self._updated_weights: Tensor | None = None
         self.forget()
         self.scanned_at: int | None = -1
@@ -123,28 +126,14 @@ class StepMeter:
         """Whether the optimizer has gained or lost parameters, as when a backbone unfreezes."""
         return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
 
-    @property
-    def watches_writes(self) -> bool:
-        """Whether writes to the weights outside of the optimizer's step are measured."""
-        return self._handle is not None
-
-    def watch_writes(self) -> None:
-        """Measures writes to the weights outside of the optimizer's step from now on.
-
-        Costs one more sample of the weights for each step, so it begins when there is a reason.
-        """
-        if self._handle is None:
-            self._handle = self.optimizer.register_step_post_hook(self._update_ended)
-
     def close(self) -> None:
-        """Removes the hook of `watch_writes` from the optimizer."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        """Removes the hook from the optimizer."""
+        self._handle.remove()
 
     def _update_ended(self, *_: Any) -> None:
-        with torch.no_grad():
-            self._updated_weights = self._samples.gather()
+        if self.watches_writes or self._ends_epoch:
+            with torch.no_grad():
+                self._updated_weights = self._samples.gather()
 
     def forget(self) -> None:
         """Clears the state of the last step, after the weights were restored."""
@@ -173,6 +162,8 @@ class StepMeter:
         details: bool = False,
         also: Sequence[Tensor] = (),
         clip_norm: float | None = None,
+        starts_epoch: bool = False,
+        ends_epoch: bool = False,
     ) -> StepStats:
         """Measures the current gradients, and the previous update from the change of the weights.
 
@@ -186,7 +177,11 @@ class StepMeter:
             details: whether to fill ``StepStats.details``.
             also: other one-dimensional tensors to copy to the host, into the attribute `also`.
             clip_norm: norm to which the Trainer clips the gradients afterwards, or None.
+            starts_epoch: whether this is the first step of an epoch, after another epoch.
+            ends_epoch: whether this is the last step of an epoch: hooks that run between epochs may
+                write to the weights.
         """
+        self._ends_epoch = ends_epoch
         grads = gradients_of(self.names, self.parameters)
         rows = [sampled_distribution(g) for g in grads.tensors] if details else []
         read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows, also)
@@ -211,6 +206,7 @@ class StepMeter:
             update_learning_rate=self._last_lr,
             update_nominal_learning_rate=self._last_nominal_lr,
             outside_writes=self._outside_writes(read.writes),
+            starts_epoch=starts_epoch,
             clip_norm=clip_norm,
             stuck_share=read.stuck[0] / read.stuck[1] if read.stuck and read.stuck[1] else None,
             moment_ratio=read.moments.ratio,
@@ -360,8 +356,10 @@ class StepMeter:
 
     def _update_sums(self) -> list[Tensor]:
         """Returns sampled squared norms of the last update and of the weights before it."""
-        now, last = self._samples.gather(), self._last_weights
         updated, self._updated_weights = self._updated_weights, None
+        if updated is not None:
+            self._samples.recheck()
+        now, last = self._samples.gather(), self._last_weights
         self._write_sums = [] if updated is None else [self._writes(updated, now)]
         before = self._last_square
         moved_to = now if updated is None else updated

@@ -89,7 +89,9 @@ class StepStats:
     """Largest learning rate that a scheduler set for that update, without our own cuts."""
     outside_writes: tuple[tuple[str, float], ...] = ()
     """Parameters whose sample changed after the previous update ended, and by what share of their
-    norm; only while the meter watches for such writes."""
+    norm; only in the first step of an epoch, and while the meter watches for such writes."""
+    starts_epoch: bool = False
+    """Whether an epoch has ended between the previous update and this step."""
     clip_norm: float | None = None
     """Norm to which the Trainer clips the gradients of this step; None if it does not."""
     stuck_share: float | None = None

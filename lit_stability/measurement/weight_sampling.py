@@ -65,6 +65,10 @@ class WeightSampler:
         parts = [self._join(views) for views in self._views]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
 
+    def recheck(self) -> None:
+        """Has the next `gather` look whether a tensor has got other memory."""
+        self._calls = 0
+
     def _refresh(self) -> None:
         """Creates the views again if a tensor has got other memory."""
         own = self._tensors if self._are_plain else [local(t) for t in self._tensors]

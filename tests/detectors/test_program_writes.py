@@ -1,8 +1,10 @@
 """Writes of the program are told from damage by whether they come again."""
 
+from dataclasses import replace
+
 import pytest
 
-from lit_stability.detectors import DetectorSet, Divergence, Spike
+from lit_stability.detectors import Anomaly, DetectorSet, Divergence, Spike
 from lit_stability.detectors.program_writes import ProgramWrites
 from lit_stability.measurement.step_stats import StepStats
 
@@ -73,3 +75,19 @@ def test_accepted_parameters_stay_accepted_when_an_older_state_is_restored():
     writes.load_state_dict({"accepted": ["w"]})
     writes.load_state_dict(before)
     assert writes.accepted == {"w"}
+
+
+def test_write_between_two_epochs_is_not_questioned():
+    writes = ProgramWrites()
+    border = replace(stats(20, "w"), starts_epoch=True)
+    assert writes.check(border) is None
+    assert not writes.accepted
+    assert writes.explains(corruption("w", since=15))
+    assert not writes.explains(corruption("w", since=21))
+    assert not writes.explains(corruption("w", "v", since=15))
+
+
+def corruption(*names, since):
+    layers = tuple((name, 9.0) for name in names)
+    found = {"kind": "weight corruption", "value": 9.0, "message": "", "signal": "weight_norm"}
+    return Anomaly(step=30, since=since, layers=layers, **found)

@@ -17,6 +17,7 @@ from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.callbacks.requirements import gather_of
 from lit_stability.detectors import Anomaly
+from lit_stability.diagnosis import RecommendedAction
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.step_stats import StepStats
@@ -250,9 +251,17 @@ class ResponseExecutor:
             older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
-            recommended_action=incident.recommended_action,
+            recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
+
+    def _recommended(self, incident: Incident) -> RecommendedAction:
+        """What the cause recommends, unless the steps are to be replayed first."""
+        anomaly = incident.anomaly
+        if not anomaly.replay_first or not self._engine.replay:
+            return incident.recommended_action
+        recurs = self._escalation.returns(anomaly, state_corrupted=True)
+        return incident.recommended_action if recurs else "usual"
 
     def _is_clippable(self, anomaly: Anomaly) -> bool:
         """Whether the gradients can be clipped now, or have been."""

@@ -63,6 +63,8 @@ class StepMeasurer:
             skip_gate(optimizer)
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
+        self._epochs: dict[int, int] = {}
+        """Epoch of the last measured step, by optimizer."""
         wanted = any(getattr(c, "needs_recorded_step", False) for c in callbacks_of(trainer))
         self.recorded_step = RecordedStep() if wanted else None
         """The current step, if a callback may need to run it again; else None."""
@@ -78,7 +80,7 @@ class StepMeasurer:
     def watch_writes(self) -> None:
         """Measures writes to the weights outside of optimizer steps from now on."""
         for meter in self.meters.values():
-            meter.watch_writes()
+            meter.watches_writes = True
 
     def close(self) -> None:
         """Removes the hooks from the optimizers."""
@@ -152,9 +154,15 @@ class StepMeasurer:
             details=self._is_due(meter, self._details_every),
             also=[each.numbers for each in answers if isinstance(each, DeviceReadings)],
             clip_norm=clip_norm(trainer),
+            starts_epoch=self._starts_epoch(index, trainer.current_epoch),
+            ends_epoch=trainer.is_last_batch,
         )
         readings = self._readings(answers, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
+
+    def _starts_epoch(self, index: int, epoch: int) -> bool:
+        last, self._epochs[index] = self._epochs.get(index, epoch), epoch
+        return last != epoch
 
     def _readings(
         self, answers: Sequence[ProbeAnswer], also: Sequence[float]
@@ -180,9 +188,8 @@ class StepMeasurer:
         """Returns a new meter that watches what the present one watches."""
         old, new = self.meters[index], self._make(index, optimizer)
         new.scanned_at = old.scanned_at
-        if old.watches_writes:
-            old.close()
-            new.watch_writes()
+        new.watches_writes = old.watches_writes
+        old.close()
         return new
 
     def _make(self, index: int, optimizer: Optimizer) -> StepMeter:
