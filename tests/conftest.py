@@ -19,6 +19,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_key(tmp_path_factory):
+    """Fits of the tests sign their configs with a key of their own, not with that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_STABILITY_KEY_FILE", str(tmp_path_factory.mktemp("key") / "key"))
+        yield
+
+
 class Regression(LightningModule):
     """A small net with dropout and BatchNorm on a fixed regression task."""
 

@@ -76,3 +76,15 @@ def test_other_words_are_not(sentence):
 def test_file_uses_the_words_of_the_field(file):
     found = [(n, m[0]) for n, line in lines_of(file) for m in WORDS.finditer(line)]
     assert found == []
+
+
+STATIC = sorted((ROOT / "lit_stability/tensorboard/static").iterdir())
+COMMENT = re.compile(r"/\*.*?\*/|(?<![:\"'`/])// [^\n]*", re.DOTALL)
+"""A comment of a script or a style sheet; keys of the record, in the code, are not looked at."""
+
+
+@pytest.mark.parametrize("file", STATIC, ids=lambda file: file.name)
+def test_comments_of_the_page_use_the_words_of_the_field(file):
+    comments = COMMENT.findall(file.read_text(encoding="utf8"))
+    assert comments
+    assert [m[0] for comment in comments for m in WORDS.finditer(comment)] == []

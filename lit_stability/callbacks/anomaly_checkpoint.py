@@ -167,7 +167,7 @@ class AnomalyCheckpoint(StabilityCallback):
             (part / "history.json").write_text(to_json(record), encoding="utf8")
             config = folder.parent.parent / "config.yaml"
             if config.is_file():
-                shutil.copy(config, part)
+                shutil.copy(config, part)  # with its mode, so that only the user can read it
             (part / "report.md").write_text(markdown(incident), encoding="utf8")
             if folder.exists():
                 folder = folder.with_name(f"{folder.name}-{part.name.removeprefix('.part-')}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,20 @@ from lit_stability.errors import ConfigError
 from lit_stability.training_state.atomic_write import write_and_keep
 
 
-def check(config: Mapping[str, Any] | DictConfig, *, out: Path | None = None) -> int:
+def check(
+    config: Mapping[str, Any] | DictConfig, *, out: Path | None = None, allow: Sequence[str] = ()
+) -> int:
     """Prints the findings of the checks on a config; returns exit code 1 for errors, else 0.
 
     Args:
         config: The composed config. A `Preflight` among its callbacks gives the options.
         out: File for the report as JSON; an existing file is renamed and kept.
+        allow: Patterns of targets that are allowed in addition.
 
     Raises:
         ConfigError: If the config cannot be run, or gives no training batch.
     """
-    report = examine(check_options(resolve(config)))
+    report = examine(check_options(resolve(config), allow))
     print(report.text())
     if out is not None:
         try:

@@ -12,15 +12,19 @@ A later file overrides an earlier one, and `KEY=VALUE` overrides come last:
 May import OmegaConf, but neither torch nor lightning.
 """
 
+import contextlib
+import inspect
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from lit_stability.cli.instantiate import suggest
 from lit_stability.errors import ConfigError
@@ -76,6 +80,94 @@ def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"config: {_TOO_DEEP}") from error
     return {str(key): value for key, value in resolved.items()}
+
+
+def as_written(config: Mapping[str, Any] | DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns a config as it is written to files, and the values of the environment in it.
+
+    Interpolations are replaced, except for those with a value from the environment, which may be a
+    secret: they stay expressions, and get their value again when the file is read.
+
+    Args:
+        config: The composed config.
+
+    Returns:
+        The config, and the expression of each value of the environment.
+
+    Raises:
+        ConfigError: An interpolation cannot be resolved.
+    """
+    resolved, raw = resolve(config), OmegaConf.to_container(DictConfig(config))
+    values: dict[str, str] = {}
+    try:
+        with _environment_as_expressions(values):
+            kept = resolve(config)
+    except ConfigError:
+        # An interpolation depends on the value itself, as in ${${oc.env:MODE}.lr}.
+        return ({str(k): v for k, v in raw.items()} if isinstance(raw, dict) else {}), values
+    written = _unresolved(resolved, kept, raw, values)
+    return dict(written), values
+
+
+@contextlib.contextmanager
+def _environment_as_expressions(values: dict[str, str]) -> Iterator[None]:
+    """Makes `${oc.env:NAME}` its own value, and collects the real ones of variables that are set.
+
+    Args:
+        values: Value -> expression; filled when interpolations are resolved.
+    """
+
+    def expression(*words: Any) -> str:
+        text = f"${{oc.env:{', '.join(_quoted(word) for word in words)}}}"
+        found = os.environ.get(str(words[0])) if words else None
+        if found:
+            values[found] = text
+        return text
+
+    _set_resolver("oc.env", expression)
+    try:
+        yield
+    finally:
+        _set_resolver("oc.env", oc.env)
+
+
+def _set_resolver(name: str, resolver: Any) -> None:
+    """Replaces a resolver of OmegaConf, whose function for that got another name in version 2.4."""
+    new = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    register = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
+    register(name, resolver, replace=True)
+
+
+def _quoted(word: Any) -> str:
+    plain = isinstance(word, str) and re.fullmatch(r"[A-Za-z_]\w*", word)
+    return word if plain else json.dumps(word)
+
+
+def _unresolved(resolved: Any, kept: Any, raw: Any, values: dict[str, str]) -> Any:
+    """Returns resolved values, with the expression in place of those from the environment.
+
+    Args:
+        resolved: With the values.
+        kept: With expressions in their place; another structure if a value became a container.
+        raw: As written in the files, where that is at the same place.
+        values: Receives texts that contain a value of the environment.
+    """
+    if isinstance(resolved, dict) and isinstance(kept, dict):
+        inner = raw if isinstance(raw, dict) else {}
+        return {
+            key: _unresolved(each, kept.get(key), inner.get(key), values)
+            for key, each in resolved.items()
+        }
+    if isinstance(resolved, list) and isinstance(kept, list) and len(resolved) == len(kept):
+        items = raw if isinstance(raw, list) and len(raw) == len(kept) else [None] * len(kept)
+        triples = zip(resolved, kept, items, strict=True)
+        return [_unresolved(*each, values) for each in triples]
+    if repr(resolved) == repr(kept):
+        return resolved
+    written = raw if isinstance(raw, str) else kept
+    if isinstance(resolved, str) and any(value in resolved for value in values):
+        values[resolved] = str(kept)
+    return written
 
 
 def _first_line(error: OmegaConfBaseException) -> str:

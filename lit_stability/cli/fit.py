@@ -5,7 +5,7 @@ hyper-parameters stored in a checkpoint never replace them. May import Lightning
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +23,17 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.callbacks.automatic_suite import AutomaticSuite
-from lit_stability.cli.config import compose, resolve
+from lit_stability.cli.config import as_written, compose, resolve
 from lit_stability.cli.experiments import Expectation
 from lit_stability.cli.experiments.closing import Closing
 from lit_stability.cli.instantiate import Build, bind
 from lit_stability.cli.resume import ConfiguredOptions, find_checkpoint
+from lit_stability.cli.signature import sign
+from lit_stability.cli.targets import Rules, refusals
 from lit_stability.errors import ConfigError
+from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
-from lit_stability.trainer_internals import callbacks_of
+from lit_stability.trainer_internals import callbacks_of, hide_environment
 from lit_stability.training_state.atomic_write import write_and_keep
 
 __all__ = ["FitResult", "Run", "compose", "fit"]
@@ -79,12 +82,18 @@ class FitResult:
     """Metrics of the fit, overridden by those of the evaluation."""
 
 
-def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = None) -> FitResult:
+def fit(
+    config: Mapping[str, Any] | DictConfig,
+    *,
+    resume: str | Path | None = None,
+    allow: Sequence[str] = (),
+) -> FitResult:
     """Runs the experiment that a config describes.
 
     Writes to `run_dir`: `config.yaml` before the first step, `metrics.json` after the last (null
     for non-finite values), `outcome.json` in every case, and `preflight.json` if that check ran.
-    An existing file with other content is renamed and kept.
+    An existing file with other content is renamed and kept. `${oc.env:...}` of a config, which may
+    be a secret, is written as it is, not as its value.
 
     A resumed run takes every argument from the config. The optimizer continues from the
     checkpoint, but options that the config has changed since then take effect.
@@ -92,22 +101,25 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     Args:
         config: The composed config.
         resume: Overrides `ckpt_path`.
+        allow: Patterns of targets that are allowed in addition, see `lit_stability.cli.targets`.
 
     Raises:
         ConfigError: The config cannot be run; nothing was written.
     """
-    plain = resolve(config)
-    options = check_options(plain)
+    written, secrets = as_written(config)
+    keep_out(secrets)
+    options = check_options(resolve(config), allow)
     run_dir: Path = options["run_dir"]
     checkpoint = find_checkpoint(resume or options.get("ckpt_path"), run_dir)
     recover = make(options.get("recover"))
     model, data = make_model_and_data(options)
+    hide_environment(model, data)
     evaluate = options.get("evaluate") or "none"
     _check_step(model, evaluate)
     trainers = _Trainers(options)
     closing = Closing(run_dir, make(options.get("expect")), lambda: trainers.latest())
     if trainers.is_global_zero:
-        _write_config(run_dir, plain)
+        _write_config(run_dir, written)
         print(_header(options["experiment"], run_dir, trainers, model, checkpoint))
     try:
         trainer = _fit(trainers, recover, model, data, checkpoint)
@@ -119,25 +131,29 @@ def fit(config: Mapping[str, Any] | DictConfig, *, resume: str | Path | None = N
     return FitResult(trainer, model, data, metrics)
 
 
-def _write_config(run_dir: Path, plain: dict[str, Any]) -> None:
+def _write_config(run_dir: Path, written: dict[str, Any]) -> None:
     try:
-        write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(plain))
+        write_and_keep(run_dir / "config.yaml", OmegaConf.to_yaml(written), private=True)
     except OSError as error:
         raise ConfigError(
             f"run_dir={run_dir}: cannot be written to ({error}); choose another folder"
         ) from error
+    sign(run_dir / "config.yaml")
 
 
-def check_options(plain: dict[str, Any]) -> dict[str, Any]:
+def check_options(plain: dict[str, Any], allow: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the options of `Run` with every target checked and none built.
 
     Args:
         plain: A resolved config.
+        allow: Patterns of targets that are allowed in addition, see `lit_stability.cli.targets`.
 
     Raises:
         ConfigError: If there are problems; lists all of them.
     """
-    problems: list[str] = []
+    problems = refusals(plain, allow)
+    if problems:
+        raise ConfigError(*problems)
     trainer = plain.get("trainer") or {}
     if isinstance(trainer, dict):
         problems += [
@@ -146,7 +162,7 @@ def check_options(plain: dict[str, Any]) -> dict[str, Any]:
             if key in trainer
         ]
         trainer = {"_target_": "lightning.pytorch.Trainer"} | trainer
-    options = bind(Run, plain | {"trainer": trainer}, "", problems).options
+    options = bind(Run, plain | {"trainer": trainer}, "", problems, Rules(tuple(allow))).options
     if problems:
         raise ConfigError(*problems)
     make(options.get("expect"))  # raises for an invalid expectation before the run starts

@@ -1,6 +1,6 @@
 """Checks the targets of a config against their signatures before anything is built.
 
-Imports only the standard library; torch and lightning are imported with the targets.
+Imports only the standard library and `targets`; torch and lightning come with the targets.
 """
 
 import collections.abc as abc
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
+
+from lit_stability.cli.targets import Rules, refusal
 
 _LISTS: dict[Any, Callable[[list[Any]], Any]] = {
     list: list,
@@ -36,17 +38,26 @@ class Build:
     path: str
 
 
-def bind(target: Callable[..., Any], options: dict[str, Any], path: str, bad: list[str]) -> Build:
+def bind(
+    target: Callable[..., Any],
+    options: dict[str, Any],
+    path: str,
+    bad: list[str],
+    rules: Rules | None = None,
+) -> Build:
     """Checks options against a target's signature, including nested targets and dataclasses.
 
-    A target with `**kwargs` accepts any option; an option without annotation accepts any value.
+    A target with `**kwargs` accepts any option; an option without annotation accepts any value, but
+    not every nested target, see `lit_stability.cli.targets`.
 
     Args:
         target: A class or function.
         options: Its keyword arguments, as plain containers.
         path: Position of the options in the config; empty for the top level.
         bad: List to which one line per problem is appended.
+        rules: Which targets the user allows.
     """
+    rules = (rules or Rules()).below(target)
     known, takes_any = _parameters(target)
     label = f"{target.__module__}.{target.__qualname__}"
     dot, checked = f"{path}." if path else "", {}
@@ -56,14 +67,14 @@ def bind(target: Callable[..., Any], options: dict[str, Any], path: str, bad: li
             bad.append(f"{dot}{key}={_show(value)}: unknown option of {label}{hint}")
         expected, default = known.get(key, (Any, inspect.Parameter.empty))
         unset = value is None and default is None  # `width: int = None`
-        checked[key] = None if unset else convert(value, expected, f"{dot}{key}", bad)
+        checked[key] = None if unset else convert(value, expected, f"{dot}{key}", bad, rules)
     for key, (_, default) in known.items():
         if default is inspect.Parameter.empty and key not in options:
             bad.append(f"{dot}{key}: missing; {label} requires it")
     return Build(target, checked, path)
 
 
-def convert(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
+def convert(value: Any, expected: Any, path: str, bad: list[str], rules: Rules) -> Any:
     """Converts a value to the type of its annotation, with every target in it as a `Build`.
 
     Args:
@@ -71,17 +82,18 @@ def convert(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
         expected: The annotation; if it cannot be checked, any value is accepted.
         path: Position of the value in the config.
         bad: List to which one line per problem is appended.
+        rules: Which targets may be built here.
     """
     if value == "???":
         bad.append(f"{path}: has no value; set it in a config file or with {path}=VALUE")
         return value
     members = _members(expected)
     if isinstance(value, dict) and "_target_" in value:
-        return _plan(value, members, path, bad)
+        return _plan(value, members, path, bad, rules)
     partial: list[tuple[Any, list[str]]] = []
     for member in sorted(members, key=lambda member: type(value) is not member):
         found: list[str] = []
-        result = _match(value, member, path, found)
+        result = _match(value, member, path, found, rules)
         if result is not _MISS and not found:
             return result
         if result is not _MISS:
@@ -91,7 +103,7 @@ def convert(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
     return result
 
 
-def _match(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
+def _match(value: Any, expected: Any, path: str, bad: list[str], rules: Rules) -> Any:
     """Converts the value to an annotation that is not a union; returns `_MISS` if impossible."""
     kind, parts = get_origin(expected) or expected, get_args(expected)
     if kind is Literal:
@@ -105,16 +117,19 @@ def _match(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
     if kind in (bool, int, float, str):  # exact type, because True is an instance of int
         return value if type(value) is kind else _MISS
     if kind in _LISTS and isinstance(value, list):
-        return _match_list(value, kind, parts, path, bad)
+        return _match_list(value, kind, parts, path, bad, rules)
     if kind in _MAPPINGS and isinstance(value, dict):
         inner = parts[1] if parts else Any
-        return {key: convert(item, inner, f"{path}.{key}", bad) for key, item in value.items()}
+        return {
+            key: convert(item, inner, f"{path}.{key}", bad, rules) for key, item in value.items()
+        }
     if kind in _LISTS or kind in _MAPPINGS:  # a str is an instance of Sequence
         return _MISS
     if not _is_checkable(kind):
-        return _match(value, type(value), path, bad) if isinstance(value, list | dict) else value
+        is_container = isinstance(value, list | dict)
+        return _match(value, type(value), path, bad, rules) if is_container else value
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        return bind(kind, value, path, bad)
+        return bind(kind, value, path, bad, rules)
     if issubclass(kind, enum.Enum) and value in kind.__members__:
         return kind[value]
     if isinstance(value, kind):
@@ -122,7 +137,9 @@ def _match(value: Any, expected: Any, path: str, bad: list[str]) -> Any:
     return Path(value) if isinstance(value, str) and issubclass(Path, kind) else _MISS
 
 
-def _match_list(value: list[Any], kind: Any, parts: Any, path: str, bad: list[str]) -> Any:
+def _match_list(
+    value: list[Any], kind: Any, parts: Any, path: str, bad: list[str], rules: Rules
+) -> Any:
     if kind is tuple and parts and parts[-1] is not Ellipsis:
         if len(parts) != len(value):
             return _MISS
@@ -131,20 +148,34 @@ def _match_list(value: list[Any], kind: Any, parts: Any, path: str, bad: list[st
         inner = [parts[0] if parts else Any] * len(value)
     pairs = zip(value, inner, strict=True)
     return _LISTS[kind](
-        [convert(item, want, f"{path}[{i}]", bad) for i, (item, want) in enumerate(pairs)]
+        [convert(item, want, f"{path}[{i}]", bad, rules) for i, (item, want) in enumerate(pairs)]
     )
 
 
-def _plan(value: dict[str, Any], members: Sequence[Any], path: str, bad: list[str]) -> Any:
-    target = _import(value["_target_"], path, bad)
+def _plan(
+    value: dict[str, Any], members: Sequence[Any], path: str, bad: list[str], rules: Rules
+) -> Any:
+    name = value["_target_"]
+    target = _import(name, path, bad)
     if target is None:
         return value
     kinds = [get_origin(member) or member for member in members]
-    known = inspect.isclass(target) and all(_is_checkable(kind) for kind in kinds)
-    if known and not any(issubclass(target, kind) for kind in kinds):
-        bad.append(f"{path}._target_={value['_target_']}: expected {_name(members)}")
+    problem = _mismatched(target, kinds, members) or refusal(target, str(name), kinds, rules)
+    if problem is not None:
+        bad.append(f"{path}._target_={name}: {problem}")
+        return value
     options = {key: value[key] for key in value if key != "_target_"}
-    return bind(target, options, path, bad)
+    return bind(target, options, path, bad, rules)
+
+
+def _mismatched(target: Any, kinds: Sequence[Any], members: Sequence[Any]) -> str | None:
+    """Returns what an option expects if a class cannot be it; functions may return anything."""
+    closed = [kind for kind in kinds if _is_checkable(kind)]
+    # A literal is a plain value, which no target builds.
+    others = [kind for kind in kinds if kind is not Literal and not _is_checkable(kind)]
+    if not inspect.isclass(target) or others or any(issubclass(target, kind) for kind in closed):
+        return None
+    return f"expected {_name(members)}"
 
 
 def _import(name: Any, path: str, bad: list[str]) -> Any:

@@ -13,13 +13,16 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lit_stability.cli.config import compose, resolve
+from lit_stability.cli.config import as_written, compose
 from lit_stability.cli.doctor import add_doctor
 from lit_stability.cli.experiments.command import add_experiments
 from lit_stability.cli.ranges import add_ranges
+from lit_stability.cli.signature import is_signed
+from lit_stability.cli.targets import add_allow
 from lit_stability.errors import ConfigError
 from lit_stability.incidents import TrainingStopped
 from lit_stability.printing import printable
+from lit_stability.redaction import redacted
 from lit_stability.training_state.good_checkpoints import RunEnd, find_last_good, step_of
 
 _EXIT_CODES = """\
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _line_of(error: Exception) -> str:
     """Returns a message for the terminal; it may repeat names from a file of any origin."""
-    return printable(f"lit-stability: {error}", keep="\n")
+    return printable(redacted(f"lit-stability: {error}"), keep="\n")
 
 
 def _stops() -> tuple[type[Exception], ...]:
@@ -132,24 +135,26 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit.add_argument(
         "--print-config",
         action="store_true",
-        help="print the composed config with resolved interpolations, without checks, and exit",
+        help="print the composed config with resolved interpolations, except those of the "
+        "environment, without checks, and exit",
     )
     fit.add_argument(
         "--resume",
         metavar="CKPT|last|good",
         help="resume from a checkpoint, or from the newest or the last good one in run_dir",
     )
+    add_allow(fit)
     fit.set_defaults(command=_fit)
 
 
 def _fit(args: argparse.Namespace) -> int:
     config = compose(args.config, args.overrides)
     if args.print_config:
-        print(OmegaConf.to_yaml(resolve(config)), end="")
+        print(OmegaConf.to_yaml(as_written(config)[0]), end="")
         return 0
     from lit_stability.cli.fit import fit
 
-    fit(config, resume=args.resume)
+    fit(config, resume=args.resume, allow=args.allow)
     return 0
 
 
@@ -178,6 +183,7 @@ exit codes:
     check.add_argument(
         "--out", metavar="FILE.json", type=Path, help="also write the report to a file"
     )
+    add_allow(check)
     check.set_defaults(command=_check)
 
 
@@ -185,7 +191,7 @@ def _check(args: argparse.Namespace) -> int:
     config = compose(args.config, args.overrides)
     from lit_stability.cli.check import check
 
-    return check(config, out=args.out)
+    return check(config, out=args.out, allow=args.allow)
 
 
 def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -205,6 +211,12 @@ def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=[],
         help="overrides an option of the run's config",
     )
+    resume.add_argument(
+        "--trust",
+        action="store_true",
+        help="use the config of the run although no fit of this user has written it",
+    )
+    add_allow(resume)
     resume.set_defaults(command=_resume)
 
 
@@ -213,6 +225,12 @@ def _resume(args: argparse.Namespace) -> int:
     if not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{run}: has no config.yaml; give the run_dir of a run, such as runs/NAME"
+        )
+    if not (args.trust or is_signed(run / "config.yaml")):
+        raise ConfigError(
+            f"{run / 'config.yaml'}: was not written by a fit of this user, or was changed since; "
+            "a config is code: it decides which classes are imported and built. Read it, then "
+            "add --trust"
         )
     config = compose([run / "config.yaml"], [f"run_dir={run}", *args.overrides])
     checkpoint = find_last_good(run)
@@ -227,7 +245,7 @@ def _resume(args: argparse.Namespace) -> int:
     print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
     from lit_stability.cli.fit import fit
 
-    fit(config, resume=checkpoint)
+    fit(config, resume=checkpoint, allow=args.allow)
     return 0
 
 

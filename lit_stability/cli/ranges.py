@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from lit_stability.cli.config import compose, resolve
+from lit_stability.cli.targets import add_allow
 from lit_stability.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def add_ranges(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     ranges.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="replace values of the files"
     )
+    add_allow(ranges)
     ranges.add_argument(
         "--checkpoint",
         metavar="CKPT|last|good",
@@ -93,7 +96,7 @@ def run_ranges(args: argparse.Namespace) -> int:
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be at least 1")
     config = compose(args.config, args.overrides)
-    report, title, run_dir = _measure(config, args.batches, args.checkpoint)
+    report, title, run_dir = _measure(config, args.batches, args.checkpoint, args.allow)
     from lit_stability.checks.precision_ranges.table import format_report
 
     print(f"{title}\n\n{format_report(report, limit=None if args.all else 15)}")
@@ -102,7 +105,7 @@ def run_ranges(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    config: DictConfig, batches: int, checkpoint: str | None
+    config: DictConfig, batches: int, checkpoint: str | None, allow: Sequence[str]
 ) -> tuple[RangeReport, str, Path]:
     """Returns the report, its title, and the `run_dir` of the config."""
     from lit_stability.cli.checkpoint_weights import CheckpointWeights
@@ -110,7 +113,7 @@ def _measure(
     from lit_stability.cli.range_meter import RangeMeter
     from lit_stability.cli.resume import find_checkpoint
 
-    options = check_options(resolve(config))
+    options = check_options(resolve(config), allow)
     run_dir: Path = options["run_dir"]
     found = find_checkpoint(checkpoint, run_dir, option="checkpoint")
     model, data = make_model_and_data(options)

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from lit_stability.incidents.incident import Incident
 from lit_stability.incidents.record_check import problem_of
+from lit_stability.redaction import redacted_tree
 
 SCHEMA = 1
 """Version of the line format; `read_incidents` rejects newer ones."""
@@ -54,7 +55,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that is not valid UTF-8 contains lone surrogates: they become JSON escapes.
-    data = (to_json(row) + "\n").encode("utf8", errors="backslashreplace")
+    data = (to_json(redacted_tree(dict(row))) + "\n").encode("utf8", errors="backslashreplace")
     with path.open("a+b") as file:
         if _is_cut(file):
             data = b"\n" + data

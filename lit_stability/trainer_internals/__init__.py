@@ -9,6 +9,7 @@ from lit_stability.trainer_internals.callback_state import Stateful
 from lit_stability.trainer_internals.checkpoint_ledger import CheckpointLedger
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
+from lit_stability.trainer_internals.hyperparameters import hide_environment
 from lit_stability.trainer_internals.incident_checkpoint import save_incident_checkpoint
 from lit_stability.trainer_internals.loop_counters import (
     LoopState,
@@ -89,6 +90,7 @@ __all__ = [
     "end_epoch_schedulers",
     "ends_window",
     "full_checkpoint",
+    "hide_environment",
     "incomparable",
     "is_compiled",
     "is_supported",

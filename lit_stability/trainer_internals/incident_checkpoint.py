@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 from lightning.pytorch import Trainer
 
+from lit_stability.redaction import redacted_tree
 from lit_stability.trainer_internals.strategies import sharing
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 
@@ -40,7 +41,7 @@ def _dump(trainer: Trainer) -> dict[str, Any]:
         },
         "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams),
+        module.CHECKPOINT_HYPER_PARAMS_KEY: redacted_tree(dict(module.hparams), options=True),
     }
     if state := precision.state_dict():
         checkpoint[type(precision).__qualname__] = state

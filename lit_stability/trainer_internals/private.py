@@ -72,6 +72,7 @@ LIGHTNING = (
         "Trainer.save_checkpoint to memory",
         paths=("_checkpoint_connector._get_loops_state_dict",),
     ),
+    Private("_hparams_initial", "a callback that logs hyperparameters in place of Lightning"),
     Private("_iterator", "a data loader of our own around the user's"),
     Private("_last_checkpoint_saved", _STATE_DICT),
     Private("_last_global_step_saved", _STATE_DICT),

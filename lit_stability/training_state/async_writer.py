@@ -109,6 +109,8 @@ class AsyncCheckpointWriter:
 def write_whole(state: Mapping[str, Any], path: Path) -> None:
     """Saves a checkpoint completely or not at all, and flushes it to disk.
 
+    Only the user may read it: hyperparameters may hold secrets.
+
     Raises:
         OSError: if it cannot be written; ``path`` is then unchanged.
     """
@@ -117,4 +119,5 @@ def write_whole(state: Mapping[str, Any], path: Path) -> None:
         lambda file: torch.save(dict(state), file),
         partial=f".part-{path.name}",
         fsync=True,
+        private=True,
     )

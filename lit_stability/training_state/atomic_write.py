@@ -13,7 +13,12 @@ from typing import IO
 
 
 def write_atomically(
-    path: Path, content: bytes | Callable[[IO[bytes]], object], *, partial: str, fsync: bool = False
+    path: Path,
+    content: bytes | Callable[[IO[bytes]], object],
+    *,
+    partial: str,
+    fsync: bool = False,
+    private: bool = False,
 ) -> None:
     """Writes a file completely or not at all; an existing file of that name is replaced.
 
@@ -25,6 +30,7 @@ def write_atomically(
         partial: name of the partial file. A killed process leaves it behind.
         fsync: flush the file to disk before the rename, and the folder after it, so that a power
             failure cannot lose the content.
+        private: only the user may read the file (mode 0600), because it may hold secrets.
 
     Raises:
         OSError: if the file cannot be written. ``path`` is unchanged and the partial file removed.
@@ -32,7 +38,7 @@ def write_atomically(
     part = path.with_name(partial)
     try:
         # A Python file: its writes release the interpreter lock more often than torch's own.
-        with part.open("wb") as file:
+        with open(part, "wb", opener=_private if private else None) as file:
             if callable(content):
                 content(file)
             else:
@@ -54,7 +60,16 @@ def write_atomically(
         os.close(folder)
 
 
-def write_and_keep(path: Path, text: str | bytes) -> None:
+def _private(path: str, flags: int) -> int:
+    """Opens a file that only the user may read; its mode is set before anything is in it."""
+    descriptor = os.open(path, flags, 0o600)
+    # An old partial file keeps its mode when it is opened. Some file systems have no modes.
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def write_and_keep(path: Path, text: str | bytes, *, private: bool = False) -> None:
     """Writes a file completely or not at all, and keeps an existing file with other content.
 
     The existing file is renamed to the next free number, such as ``report.1.md``. A file with the
@@ -63,12 +78,16 @@ def write_and_keep(path: Path, text: str | bytes) -> None:
     Args:
         path: the file; its folder is created.
         text: the content; a string is encoded as UTF-8.
+        private: only the user may read the file (mode 0600), because it may hold secrets.
 
     Raises:
         OSError: if the file cannot be written or the existing one not renamed.
     """
     content = text.encode() if isinstance(text, str) else text
     if path.exists() and path.read_bytes() == content:
+        if private:
+            with contextlib.suppress(OSError):
+                path.chmod(0o600)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -76,4 +95,4 @@ def write_and_keep(path: Path, text: str | bytes) -> None:
         while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
             number += 1
         path.rename(kept)
-    write_atomically(path, content, partial=f"{path.name}.partial")
+    write_atomically(path, content, partial=f"{path.name}.partial", private=private)

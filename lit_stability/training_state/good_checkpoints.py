@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
 
+from lit_stability.redaction import redacted_tree
 from lit_stability.training_state.atomic_write import write_atomically
 from lit_stability.training_state.checkpoint_file import first_whole
 
@@ -120,8 +121,10 @@ class RunEnd:
             OSError: if the file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n"
-        write_atomically(folder / "run.json", content.encode(), partial=".part-run.json")
+        row = redacted_tree({"schema": 1, **asdict(self)})
+        content = (json.dumps(row, indent=2) + "\n").encode()
+        # The exception that ended the run may quote anything.
+        write_atomically(folder / "run.json", content, partial=".part-run.json", private=True)
 
     @classmethod
     def read(cls, folder: Path) -> RunEnd | None:

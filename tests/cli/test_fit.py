@@ -444,3 +444,102 @@ def test_model_checkpoint_of_the_config_is_the_only_one():
     target = "lightning.pytorch.callbacks.ModelCheckpoint"
     result = run(f"callbacks.save={{_target_: {target}, save_last: true}}")
     assert [type(each) for each in result.trainer.checkpoint_callbacks] == [ModelCheckpoint]
+
+
+class Secretive(Model):
+    """Keeps a password, and fails with it on request."""
+
+    def __init__(self, password: str = "", url: str = "", deep: dict | None = None, fail=False):
+        super().__init__()
+        self.save_hyperparameters()
+        self.used = (password, url)
+
+    def training_step(self, batch, batch_idx):
+        if self.hparams.fail:
+            raise RuntimeError(f"401 for {self.hparams.password}")
+        return super().training_step(batch, batch_idx)
+
+
+PASSWORD = "hunter2-is-secret"
+"""The value of an environment variable, which no file may contain."""
+
+SECRETIVE = f"""
+experiment: base
+model:
+  _target_: {HERE}.Secretive
+  password: ${{oc.env:SECRET}}
+  url: postgres://me:${{oc.env:SECRET}}@host
+  deep: {{again: "${{model.password}}"}}
+data: {{_target_: {HERE}.Data}}
+callbacks:
+  monitor: {{_target_: lit_stability.GradientMonitor}}
+  saved: {{_target_: lit_stability.AnomalyCheckpoint}}
+  good: {{_target_: lit_stability.LastKnownGood, every_n_steps: 2, confirm_after: 1}}
+  weights: {{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_weights_only: true}}
+  fault:
+    _target_: lit_stability.faults.FaultInjector
+    faults: [{{_target_: lit_stability.faults.NanLoss, step: 5}}]
+trainer: {{max_steps: 8, enable_progress_bar: false, enable_model_summary: false, accelerator: cpu}}
+"""
+
+
+@pytest.fixture
+def secretive(cwd, monkeypatch):
+    monkeypatch.setenv("SECRET", PASSWORD)
+    monkeypatch.setattr("lit_stability.redaction._expressions", {})
+    (cwd / "secretive.yaml").write_text(SECRETIVE)
+    return cwd / "runs/base"
+
+
+def contents(folder):
+    """Every file of a run with its bytes; checkpoints store their parts uncompressed."""
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_value_of_the_environment_is_used_and_in_no_file(secretive):
+    result = fit(compose(["secretive"]))
+    assert result.model.used == (PASSWORD, f"postgres://me:{PASSWORD}@host")
+    assert result.model.hparams.password == PASSWORD
+    files = contents(secretive)
+    assert [file for file, content in files.items() if PASSWORD.encode() in content] == []
+    kinds = {file.name.split(".")[-1] for file in files}
+    assert {"yaml", "ckpt", "json", "jsonl", "pt"} <= kinds
+    saved = OmegaConf.to_container(OmegaConf.load(secretive / "config.yaml"))["model"]
+    assert saved["password"] == "${oc.env:SECRET}"
+    assert saved["url"] == "postgres://me:${oc.env:SECRET}@host"
+    hparams = [
+        torch.load(file, weights_only=True)["hyper_parameters"]
+        for file in files
+        if file.suffix == ".ckpt"
+    ]
+    assert len(hparams) >= 3
+    assert {each["password"] for each in hparams} == {"${oc.env:SECRET}"}
+    assert {each["deep"]["again"] for each in hparams} == {"${oc.env:SECRET}"}
+
+
+def test_saved_config_gets_the_value_again(secretive, monkeypatch):
+    fit(compose(["secretive"]))
+    monkeypatch.setenv("SECRET", "another-secret")
+    again = compose([secretive / "config.yaml"], ["trainer.max_steps=10"])
+    assert fit(again, resume="good").model.used[0] == "another-secret"
+
+
+def test_exception_that_quotes_a_value_is_recorded_without_it(secretive):
+    with pytest.raises(RuntimeError, match=PASSWORD):
+        fit(compose(["secretive"], ["model.fail=true"]))
+    outcome = json.loads((secretive / "outcome.json").read_text())
+    assert outcome["why"] == "RuntimeError: 401 for ${oc.env:SECRET}"
+    files = contents(secretive)
+    assert [file for file, content in files.items() if PASSWORD.encode() in content] == []
+
+
+def test_files_that_may_hold_secrets_can_be_read_by_the_user_alone(secretive):
+    fit(compose(["secretive"]))
+    fit(compose(["secretive"], ["seed=1"]))
+    private = [*secretive.glob("config*.yaml"), *secretive.glob("good*/*")]
+    private += secretive.rglob("incidents/*/config.yaml")
+    names = {file.name for file in private}
+    assert {"config.yaml", "config.1.yaml", "run.json"} <= names
+    assert {oct(file.stat().st_mode & 0o777) for file in private} == {"0o600"}
+    folders = [file.parent for file in secretive.rglob("scene.pt")]
+    assert {oct(folder.stat().st_mode & 0o777) for folder in folders} == {"0o700"}

@@ -1,5 +1,6 @@
 """The command line: what it prints and with which code it exits."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -104,6 +105,67 @@ def test_resume_follows_a_run_whose_folder_was_moved(good_run, capsys):
     assert main(["resume", "runs/moved", "trainer.max_steps=32"]) == 0
     assert not good_run.exists()
     assert "good -> runs/moved" in capsys.readouterr().out
+
+
+def copied(run, change=lambda config: None):
+    """A run as it came from somewhere else: its folder without the signature."""
+    there = run.parent / "theirs"
+    shutil.copytree(run, there)
+    (there / ".config.yaml.signature").unlink()
+    config = OmegaConf.load(there / "config.yaml")
+    change(config)
+    (there / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    return there
+
+
+def test_resume_of_a_run_of_somebody_else_asks_for_trust_before_its_config_is_read(
+    good_run, capsys
+):
+    def trap(config):
+        config.callbacks.trap = {"_target_": "trap.Callback"}
+
+    copied(good_run, trap)
+    Path("trap.py").write_text("open('imported', 'w').close()")
+    assert main(["resume", "runs/theirs", "trainer.max_steps=40"]) == 2
+    error = capsys.readouterr().err
+    assert "theirs/config.yaml: was not written by a fit of this user" in error
+    assert "add --trust" in error
+    assert not Path("imported").exists()
+
+
+def test_resume_with_trust_goes_on_and_needs_no_trust_afterwards(good_run, capsys):
+    copied(good_run)
+    assert main(["resume", "runs/theirs", "--trust", "trainer.max_steps=40"]) == 0
+    assert main(["resume", "runs/theirs", "trainer.max_steps=45"]) == 0
+    assert "theirs" in capsys.readouterr().out
+
+
+def test_resume_of_a_config_that_was_edited_asks_for_trust(good_run, capsys):
+    with (good_run / "config.yaml").open("a") as file:
+        file.write("# mine\n")
+    assert main(["resume", "runs/good"]) == 2
+    assert "or was changed since" in capsys.readouterr().err
+
+
+def test_trusted_config_still_builds_no_function(good_run, capsys):
+    def spoil(config):
+        config.callbacks.trap = {"_target_": "os.system", "command": "touch was_run"}
+
+    copied(good_run, spoil)
+    assert main(["resume", "runs/theirs", "--trust"]) == 2
+    assert "callbacks.trap._target_=os.system: is of Python's" in capsys.readouterr().err
+    assert not Path("was_run").exists()
+
+
+@pytest.mark.parametrize("command", ["check", "fit", "ranges"])
+def test_commands_refuse_a_function_unless_it_is_allowed(command, cwd, capsys):
+    with Path("cli_targets.py").open("a") as file:
+        file.write("\n\ndef local():\n    return Local()\n")
+    wanted = [command, "-c", "small", "model._target_=cli_targets.local"]
+    assert main(wanted) == 2
+    assert "use --allow cli_targets.local" in capsys.readouterr().err
+    main([*wanted, "--allow", "cli_targets.local"])
+    assert "--allow" not in capsys.readouterr().err
 
 
 def damage(file):

@@ -1,6 +1,7 @@
 """Files that are written completely or not at all."""
 
 import os
+import stat
 
 import pytest
 
@@ -65,3 +66,28 @@ def test_existing_file_with_other_content_is_kept_under_the_next_number(tmp_path
         "a.1.txt": "one",
         "a.2.txt": "two",
     }
+
+
+def test_private_file_can_be_read_by_the_user_alone_from_its_first_byte(tmp_path):
+    path = tmp_path / "secret.yaml"
+    modes = []
+    (tmp_path / "part").write_text("of a killed process")
+
+    def write(file):
+        file.write(b"password")
+        modes.append(stat.S_IMODE((tmp_path / "part").stat().st_mode))
+
+    write_atomically(path, write, partial="part", private=True)
+    assert modes == [0o600]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    write_and_keep(path, "another", private=True)
+    kept = [file for file in tmp_path.iterdir() if file != path]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in [path, *kept]} == {0o600}
+
+
+def test_file_of_an_earlier_version_becomes_private_when_it_is_written_again(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: 1")
+    path.chmod(0o644)
+    write_and_keep(path, "a: 1", private=True)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

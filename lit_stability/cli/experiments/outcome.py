@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from lit_stability.cli.experiments.expectation import End
 from lit_stability.incidents.log import read_incidents
+from lit_stability.redaction import redacted_tree
 from lit_stability.training_state.atomic_write import write_and_keep
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -112,7 +113,8 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
 
 
 def _write(file: Path, value: Any) -> None:
-    write_and_keep(file, json.dumps(value, indent=2) + "\n")
+    # The reason of a failure may quote anything, also a value of the environment.
+    write_and_keep(file, json.dumps(redacted_tree(value), indent=2) + "\n")
 
 
 def _load(file: Path) -> Any:

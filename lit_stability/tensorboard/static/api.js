@@ -1,16 +1,16 @@
 /**
- * What the plugin serves, as typed arrays and objects. Knows the routes and their JSON; draws nothing.
+ * Fetches the plugin's data and converts its JSON to typed arrays and objects.
  *
  * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number,
  *   optimizers: {index: number, part: string}[], problem: string|null}} RunInfo
- *   `part` is the part of the model that it trains, `problem` says what of the data is damaged.
+ *   `part` is the part of the model that the optimizer trains; `problem` describes damaged data.
  * @typedef {{names: string[], attempts: Float64Array, steps: Float64Array, values: Float32Array}} Layers
  *   `values` is row-major, [samples, layers].
  */
 
 import { number, ofOptimizer, toColumns } from "./columns.js";
 
-/** What went wrong, and what a person can do about it. */
+/** A failed request: what went wrong, and what the user can do about it. */
 export class DataError extends Error {
   /** @param {string} message @param {string} remedy */
   constructor(message, remedy) {
@@ -29,9 +29,9 @@ export async function fetchSteps(run, optimizer, signal) {
 }
 
 /**
- * @returns {Promise<object[]>} Incidents in order of opening. `around` has the attempts of every
- *   optimizer around one, `window` those of the `optimizer` that it befell; `key` changes whenever
- *   anything else does.
+ * @returns {Promise<object[]>} Incidents in the order they were opened. `around` has the attempts
+ *   of all optimizers near the incident, `window` only those of the `optimizer` it occurred in; `key`
+ *   changes whenever any other field changes.
  */
 export async function fetchIncidents(run, signal) {
   const incidents = await get("incidents", { run }, signal);
@@ -46,7 +46,7 @@ export async function fetchIncidents(run, signal) {
   return incidents.sort((a, b) => a.attempt - b.attempt);
 }
 
-/** Whose attempt an incident was opened at; the first optimizer's where that is not known. */
+/** The optimizer whose attempt opened the incident; the first one if it is not known. */
 function optimizerAt({ around, attempt }) {
   const at = around.attempt?.indexOf(attempt) ?? -1;
   return at < 0 ? 0 : (around.optimizer?.[at] ?? 0);

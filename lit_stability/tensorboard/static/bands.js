@@ -1,4 +1,4 @@
-/** What changes rarely, as bands: learning-rate factor, loss scale, precision. */
+/** Quantities that change rarely, drawn as bands: learning-rate factor, loss scale, precision. */
 
 import { power, ratio } from "./scales.js";
 
@@ -36,7 +36,7 @@ const spread = (value, all) => {
   return high > low ? 0.2 + (0.6 * (value - low)) / (high - low) : 0.2;
 };
 
-/** Runs of equal text: [{value, text, from, to}], by index; NaN and Inf are omitted. */
+/** Stretches of equal text as [{value, text, from, to}], by index; NaN and Inf are omitted. */
 function stretches(band, columns, [from, to]) {
   const values = columns[band.field];
   const found = [];
@@ -50,7 +50,7 @@ function stretches(band, columns, [from, to]) {
   return found;
 }
 
-/** Draw a band between `top` and `top + height`. */
+/** Draws a band between `top` and `top + height`. */
 export function drawBand(context, band, columns, indices, x, [left, right], top, height, colours) {
   const found = stretches(band, columns, indices);
   const all = [...new Set(found.map((each) => each.value))].filter((value) =>

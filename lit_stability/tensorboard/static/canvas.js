@@ -1,17 +1,17 @@
-/** A canvas as wide as its place, sharp on every screen, with a second one above it for the cursor. */
+/** A canvas that fills its container, sharp on every screen, with a second canvas for the cursor. */
 
 import { el } from "./dom.js";
 
 export const FONT = "11px Roboto, system-ui, sans-serif";
 
-/** Pixels left of every picture that has attempts across: one for all, so that they line up. */
+/** Left margin in pixels, the same for all charts over attempts, so that they are aligned. */
 export const gutter = (width) => (width > 900 ? 236 : 160);
 
 /**
- * Two canvases over each other: the picture, and what follows the pointer.
+ * Creates two stacked canvases: one for the chart, one for the cursor.
  *
- * @param {string} label  what the picture shows, for those who do not see it
- * @param {() => void} redraw  called when the width has changed
+ * @param {string} label  description of the chart for screen readers
+ * @param {() => void} redraw  called when the width changes
  */
 export function layeredCanvas(label, redraw) {
   const picture = el("canvas", { "aria-hidden": "true" });
@@ -31,13 +31,13 @@ export function layeredCanvas(label, redraw) {
   return {
     element,
     width: () => Math.max(320, Math.round(element.clientWidth)),
-    /** Clear both and set their height, in CSS pixels. */
+    /** Clears both canvases and sets their height, in CSS pixels. */
     begin: (height) => {
       element.style.height = `${height}px`;
       begin(cursor, element.clientWidth, height);
       return begin(picture, element.clientWidth, height);
     },
-    /** Clear what follows the pointer. */
+    /** Clears the canvas of the cursor. */
     beginCursor: () => begin(cursor, element.clientWidth, element.clientHeight),
   };
 }
@@ -55,7 +55,7 @@ function begin(canvas, width, height) {
   return context;
 }
 
-/** A vertical line, one pixel sharp. */
+/** Draws a vertical line of exactly one pixel. */
 export function vertical(context, x, top, bottom, colour, dash = []) {
   context.save();
   context.strokeStyle = colour;
@@ -67,7 +67,7 @@ export function vertical(context, x, top, bottom, colour, dash = []) {
   context.restore();
 }
 
-/** The mark of an outcome, with the incident's number inside it where there is room. */
+/** Draws the mark of an outcome. */
 export function mark(context, shape, x, y, size, colour) {
   context.beginPath();
   if (shape === "square") context.rect(x - size, y - size, 2 * size, 2 * size);
@@ -88,7 +88,7 @@ function polygon(context, points) {
   context.closePath();
 }
 
-/** Diagonal lines over a rectangle: readable over any colour. */
+/** Hatches a rectangle with diagonal lines, which are visible on any colour. */
 export function hatch(context, x, y, width, height, colour, gap = 6) {
   context.save();
   context.beginPath();

@@ -1,13 +1,13 @@
 /**
- * Steps as one array per field. Rows in, columns out: no requests, no drawing.
+ * Converts rows of steps to one array per field. Makes no requests and draws nothing.
  *
  * @typedef {Record<string, Float64Array> & {length: number, precisions: string[]}} Columns
- *   All arrays are of the same length, in the order of `attempt`.
+ *   All arrays have the same length, and are sorted by `attempt`.
  */
 
 const SPECIAL = { nan: NaN, inf: Infinity, "-inf": -Infinity };
 
-/** A number of the JSON, in which NaN and the infinities are strings. */
+/** Converts a number from JSON, in which NaN and Inf are strings. */
 export function number(value) {
   if (typeof value === "number") return value;
   return SPECIAL[value] ?? NaN;
@@ -24,7 +24,7 @@ export function toColumns(fields, rows, precisions = []) {
   return columns;
 }
 
-/** The samples of one optimizer; all, where it was not written down whose they are. */
+/** Returns the samples of one optimizer; all samples if the optimizer was not recorded. */
 export function ofOptimizer(columns, optimizer) {
   const whose = columns.optimizer;
   if (!whose || whose.every((each) => each === optimizer)) return columns;
@@ -37,10 +37,10 @@ export function ofOptimizer(columns, optimizer) {
 }
 
 /**
- * The samples of a run with every attempt around its incidents put between them.
+ * Merges the samples of a run with all attempts around its incidents.
  *
- * A long run is sampled, its incidents are not: without this a fault of one step would be drawn as
- * wide as the distance of two samples.
+ * Long runs are sampled, the attempts around incidents are not. Without the merge, a fault of one
+ * step would be drawn as wide as the distance between two samples.
  *
  * @param {Columns} steps
  * @param {Columns[]} windows
@@ -60,6 +60,6 @@ export function mergeColumns(steps, windows) {
   return merged;
 }
 
-/** Names of the fields of columns. */
+/** Returns the names of the fields. */
 const fieldsOf = (columns) =>
   Object.keys(columns).filter((name) => columns[name] instanceof Float64Array);

@@ -1,5 +1,5 @@
 /**
- * Two runs over each other, by step: what each kept, without the attempts that rollbacks took back.
+ * Compares two runs by step. Attempts that a rollback undid are omitted.
  */
 
 import { gutter, layeredCanvas, mark, vertical } from "./canvas.js";
@@ -68,7 +68,7 @@ function named(run, steps, incidents) {
   return { run, incidents, ...kept(steps, incidents) };
 }
 
-/** The samples that were neither rejected nor undone by a rollback: their steps only increase. */
+/** Returns the samples that were neither rejected nor undone by a rollback; their steps increase. */
 export function kept(steps, incidents) {
   const spans = incidents.flatMap((each) => each.spans);
   const indices = [];

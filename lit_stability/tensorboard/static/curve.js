@@ -1,19 +1,19 @@
-/** One series as a line: at most four points per pixel column, so that no spike is lost. */
+/** Draws a series as a line with at most four points per pixel column, so that no spike is lost. */
 
 import { linearScale, logScale, lowerBound, short } from "./scales.js";
 import { mark } from "./canvas.js";
 
-/** Pixels from one label of a y axis to the next, at the least about half of it. */
+/** Target distance between two labels of a y axis, in pixels; the minimum is about half of it. */
 const TICK = 36;
 
-/** Indices of the samples in view, one more on either side: [from, to). */
+/** Returns the indices of the visible samples and one more on each side: [from, to). */
 export function slice(xs, [low, high], length = xs.length) {
   const from = Math.max(0, lowerBound(xs, low, length) - 1);
   return [from, Math.min(length, lowerBound(xs, high, length) + 2)];
 }
 
 /**
- * The y axis that holds all finite values of some series in view.
+ * Returns a y axis that contains all visible finite values of several series; null if none.
  *
  * @param {Float64Array[]} series
  * @param {[number, number]} indices
@@ -42,7 +42,7 @@ function padded(low, high, pixels) {
 }
 
 /**
- * Draw a series; it is broken where a value is not finite.
+ * Draws a series; the line is interrupted where a value is not finite.
  *
  * @param {CanvasRenderingContext2D} context
  * @param {Float64Array} xs  @param {Float64Array} ys
@@ -81,13 +81,13 @@ function trace(context, xs, ys, from, to, x, y) {
       pen = true;
     }
     if (bin.count === 1 && !Number.isFinite(ys[i + 1]) && !Number.isFinite(ys[i - 1])) {
-      context.lineTo(at + 1.5, y.px(ys[i])); // a lone point between two gaps
+      context.lineTo(at + 1.5, y.px(ys[i])); // a single point between two gaps
     }
     i = bin.end;
   }
 }
 
-/** First, last, lowest and highest of the finite values that fall into one pixel column. */
+/** Returns the first, last, lowest and highest finite value in one pixel column. */
 function columnFrom(xs, ys, start, to, x, column) {
   const bin = {
     first: ys[start],
@@ -108,7 +108,7 @@ function columnFrom(xs, ys, start, to, x, column) {
   return bin;
 }
 
-/** A dot at each sample, where there are few enough to tell them apart; hollow where rejected. */
+/** Draws a dot at each sample; a hollow one at rejected attempts. */
 export function drawDots(context, xs, ys, taken, [from, to], x, y, colours) {
   for (let i = from; i < to; i++) {
     if (!Number.isFinite(ys[i])) continue;
@@ -124,7 +124,7 @@ export function drawDots(context, xs, ys, taken, [from, to], x, y, colours) {
   }
 }
 
-/** A cross at the top wherever a value is NaN or Inf, as such a value has no height. */
+/** Draws a cross at the top of the chart for each NaN or Inf, which has no height. */
 export function drawNonFinite(context, xs, ys, [from, to], x, top, colour) {
   context.save();
   Object.assign(context, { strokeStyle: colour, lineWidth: 2 });
@@ -143,7 +143,7 @@ export function drawNonFinite(context, xs, ys, [from, to], x, top, colour) {
   context.restore();
 }
 
-/** Labels and faint lines of a y axis, left of `left`. */
+/** Draws the grid lines of a y axis, and its labels left of `left`. */
 export function drawYAxis(context, y, left, right, colours) {
   context.save();
   context.textAlign = "right";

@@ -1,5 +1,5 @@
 /**
- * One incident, from its message to the code that loads its folder.
+ * Shows one incident, from its message to the code that loads its folder.
  *
  * It is shown next to the charts and is not a dialog, so the charts stay usable. Escape closes it,
  * arrow keys select the next incident.
@@ -16,7 +16,7 @@ import { causeText, moment, outcomeText, place, responses, worstLayer } from "./
 
 const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
-/** @returns {HTMLElement} an aside, hidden while no incident is selected. */
+/** @returns {HTMLElement} an aside that is hidden while no incident is selected. */
 export function createDetail(store) {
   const element = el("aside", {
     class: "detail",
@@ -28,7 +28,7 @@ export function createDetail(store) {
   const draw = (state) => {
     const incident = currentIncident(state);
     element.hidden = !incident;
-    if (incident?.key === key) return; // reloaded data is the same: keep scroll position and focus
+    if (incident?.key === key) return; // same data after a reload: keep scroll position and focus
     key = incident?.key;
     chart = incident && incident.window.length > 0
       ? createWindowChart(incident, state.incidents)
@@ -100,7 +100,7 @@ function head(store, incident) {
   );
 }
 
-/** The range of attempts of its window, extended by half its length on either side. */
+/** Returns the range of attempts of an incident's window, extended by half its length each way. */
 function around({ window: columns, attempt }, state) {
   const full = fullRange(state);
   const first = columns.length > 0 ? columns.attempt[0] : attempt - 50;
@@ -109,7 +109,7 @@ function around({ window: columns, attempt }, state) {
   return [Math.max(full[0], first - margin), Math.min(full[1], last + margin)];
 }
 
-/** Four cells: origin, cause, responses, outcome. */
+/** Creates four cells: origin, cause, responses, outcome. */
 function story(incident) {
   const done = responses(incident);
   const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";

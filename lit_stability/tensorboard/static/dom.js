@@ -1,8 +1,8 @@
-/** Elements from plain values. Text is always text: nothing here parses markup. */
+/** Creates elements from plain values. Strings become text nodes and are never parsed as HTML. */
 
 /**
  * @param {string} tag
- * @param {object} [attributes] attributes by name; `on*` are listeners, `dataset` and `style` objects.
+ * @param {object} [attributes] attributes by name; `on*` are listeners, `dataset` and `style` are objects.
  * @param {...(Node|string|number|null|undefined|false)} children
  * @returns {HTMLElement}
  */
@@ -13,29 +13,29 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Put children in place of those an element has. */
+/** Replaces the children of an element. */
 export function replace(element, ...children) {
   element.replaceChildren(...children.flat(Infinity).filter(isThere).map(asNode));
 }
 
-/** A dotted name as code, which is broken at its dots first. */
+/** Creates a code element for a dotted name; lines break after dots. */
 export function path(name, attributes = {}) {
   const parts = name.split(/(?<=[./\\])/);
   return el("code", attributes, parts.flatMap((part) => [part, el("wbr")]));
 }
 
-/** A sentence in which `names` between backticks are code. */
+/** Splits a sentence into text and code elements; code is between backticks. */
 export function prose(text) {
   const parts = String(text ?? "").split(/`([^`]+)`/);
   return parts.map((part, i) => (i % 2 === 1 ? el("code", {}, part) : part));
 }
 
-/** A button that says what it does. */
+/** Creates a button with a label. */
 export function button(label, onclick, attributes = {}) {
   return el("button", { type: "button", onclick, ...attributes }, label);
 }
 
-/** A choice between few options, as a row of buttons of which one is pressed. */
+/** Creates a row of buttons of which one is pressed. */
 export function choice(label, options, chosen, onchoose) {
   const group = el("div", { class: "choice", role: "group", "aria-label": label });
   const buttons = options.map(([value, text]) =>
@@ -52,7 +52,7 @@ export function choice(label, options, chosen, onchoose) {
   return group;
 }
 
-/** A section with a heading and controls next to it. */
+/** Creates a section with a heading and controls next to it. */
 export function section(name, title, controls, ...content) {
   const heading = el("h2", { id: `${name}-title` }, title);
   const head = el("div", { class: "section-head" }, heading, ...controls);

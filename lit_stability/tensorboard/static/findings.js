@@ -161,7 +161,7 @@ function copyButton(code) {
   return copy;
 }
 
-/** Browsers allow clipboard access on secure pages only; elsewhere a hidden field is used. */
+/** Copies a text. Browsers allow clipboard access on secure pages only; elsewhere a field is used. */
 async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -1,9 +1,9 @@
 /**
- * The heat map: every layer's gradient norm at every attempt, relative to that layer's own median
- * over the whole run, wherever one zooms.
+ * The heat map: the gradient norm of every layer at every attempt, relative to the median of that
+ * layer over the whole run, at any zoom level.
  *
- * Layers are grouped by the prefix of their names and can be folded; a folded group shows the most
- * striking of its layers. Shares its axis of attempts with the time line.
+ * Layers are grouped by the prefix of their names. A folded group shows its most extreme layer. The
+ * x axis is that of the time line.
  */
 
 import { gutter, layeredCanvas, mark, vertical } from "./canvas.js";
@@ -123,7 +123,7 @@ function drawAll(state, map, layers, names, x, fold) {
   layers.element.dataset.drawn = state.quantity;
 }
 
-/** A mark above the map over each stretch in which any layer was not finite. */
+/** Marks the attempts, above the map, at which any layer was not finite. */
 function drawExtremes(context, extremes, left, palette) {
   let start = -1;
   for (let c = 0; c <= extremes.length; c++) {
@@ -224,7 +224,7 @@ function showCursor(map, layers, x, tooltip, i, py) {
   );
 }
 
-/** Of several layers, the one whose sample `i` is the most striking. */
+/** Returns the layer with the most extreme value at sample `i`. */
 function worst({ coded }, layers, i) {
   const severity = (layer) => severityOf(coded.codes[layer * coded.samples + i]);
   return layers.reduce((found, layer) => (severity(layer) > severity(found) ? layer : found));

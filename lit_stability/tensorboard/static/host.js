@@ -1,9 +1,9 @@
 /**
- * The page around this one: TensorBoard's window, in whose iframe we are drawn.
+ * Access to TensorBoard's window, which shows this page in an iframe.
  *
- * Three things come from it: whether it is dark, the part of its address that is ours
- * (`#stability&p.stability.run=NAME`), and the news that data was loaded again. Where there is no
- * such window, or it is not ours to read, the page stands alone.
+ * Three things are read from it: whether dark mode is on, the parameters of this page in its address
+ * (`#stability&p.stability.run=NAME`), and the message that data were reloaded. Without such a
+ * window, or without access to it, the page works alone.
  */
 
 const PLUGIN = "stability";
@@ -20,12 +20,12 @@ function hostWindow() {
 const host = hostWindow();
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
 
-/** Whether to draw light on dark: as the host does, alone as the system does. */
+/** Returns whether dark mode is on in TensorBoard; for a page alone, in the system. */
 export function isDark() {
   return host === window ? prefersDark.matches : host.document.body.classList.contains("dark-mode");
 }
 
-/** Call `listener` whenever `isDark` may have changed. */
+/** Calls `listener` whenever `isDark` may have changed. */
 export function onThemeChange(listener) {
   prefersDark.addEventListener("change", listener);
   if (host === window) return;
@@ -33,7 +33,7 @@ export function onThemeChange(listener) {
   observer.observe(host.document.body, { attributes: true, attributeFilter: ["class"] });
 }
 
-/** @returns {Record<string, string>} What the address says to this page: run, incident, and so on. */
+/** @returns {Record<string, string>} parameters of this page in the address: run, incident, ... */
 export function readAddress() {
   const found = {};
   for (const part of partsOfHash()) {
@@ -44,14 +44,14 @@ export function readAddress() {
 }
 
 /**
- * Write values into the address, so that it can be shared; empty ones are omitted.
+ * Writes values to the address, so that it can be shared; empty values are omitted.
  *
  * @param {object} values
- * @param {boolean} leave  whether the browser's back button is to return to what was shown before
+ * @param {boolean} leave  whether to add an entry to the browser's history
  */
 export function writeAddress(values, leave) {
   const others = partsOfHash().filter((part) => !part.startsWith(MINE));
-  if (host !== window && others[0] !== PLUGIN) return; // another tab is in front
+  if (host !== window && others[0] !== PLUGIN) return; // another tab is active
   const mine = Object.entries(values)
     .filter(([, value]) => value !== "" && value !== null && value !== undefined)
     .map(([key, value]) => `${MINE}${key}=${encodeURIComponent(value)}`);
@@ -62,13 +62,13 @@ export function writeAddress(values, leave) {
   else history.replaceState(history.state, "", hash);
 }
 
-/** Call `listener` when somebody follows another link into this page. */
+/** Calls `listener` when the user follows another link to this page. */
 export function onAddressChange(listener) {
   host.addEventListener("hashchange", listener);
   window.addEventListener("pagehide", () => host.removeEventListener("hashchange", listener));
 }
 
-/** Call `listener` whenever TensorBoard has reloaded its data. */
+/** Calls `listener` whenever TensorBoard has reloaded its data. */
 export function onDataReloaded(listener) {
   if (window.parent === window) return;
   const { port1, port2 } = new MessageChannel();

@@ -1,4 +1,4 @@
-/** The list of incidents: one row each, in order, newest last. */
+/** The list of incidents: one row per incident, newest last. */
 
 import { button, el, path, replace, section } from "./dom.js";
 import { count, plural } from "./scales.js";
@@ -8,7 +8,7 @@ import { causeText, moment, outcomeText, responses, worstLayer } from "./words.j
 const COLUMNS = ["", "time", "step", "kind", "cause", "worst layer", "response", "outcome"];
 const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
-/** @returns {HTMLElement} the section; it follows the store from then on. */
+/** @returns {HTMLElement} the section, which is updated when the store changes. */
 export function createIncidents(store) {
   const body = el("tbody");
   const head = el(
@@ -33,7 +33,7 @@ export function createIncidents(store) {
   return section("incidents", "Incidents", [], none, frame);
 }
 
-/** Select the next or the previous incident; the first one if none is selected. */
+/** Selects the next or the previous incident; the first or the last if none is selected. */
 export function moveIncident(store, by) {
   const { incidents, incident } = store.get();
   if (incidents.length === 0) return;
@@ -42,7 +42,7 @@ export function moveIncident(store, by) {
   store.set({ incident: incidents[Math.min(Math.max(next, 0), incidents.length - 1)].id });
 }
 
-/** "3 incidents: 2 recovered, 1 stopped". */
+/** Returns "3 incidents: 2 recovered, 1 stopped". */
 export function summary(incidents) {
   const tally = new Map();
   for (const { outcome } of incidents) tally.set(outcome, (tally.get(outcome) ?? 0) + 1);
@@ -58,7 +58,7 @@ function drawRows(store, body, frame, none) {
   none.hidden = incidents.length > 0;
   replace(none, steps ? calm(steps) : "");
   const key = [run, ...incidents.map((each) => each.key)].join();
-  if (body.key === key) return; // reloaded data is the same: keep the focus
+  if (body.key === key) return; // same data after a reload: keep the focus
   body.key = key;
   const days = new Set(incidents.map(({ time }) => moment(time).date));
   replace(body, incidents.map((incident) => row(store, incident, days.size > 1)));

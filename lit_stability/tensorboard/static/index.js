@@ -1,7 +1,7 @@
 /**
- * The Stability tab: entry point that TensorBoard imports in an iframe of its own.
+ * Entry point of the Stability tab, which TensorBoard imports in an iframe.
  *
- * Each view is a file; they share one store and know nothing of each other.
+ * Each view is one file. Views share one store and do not call each other.
  */
 
 import { createComparison } from "./comparison.js";
@@ -25,7 +25,7 @@ import { createToolbar } from "./toolbar.js";
 
 const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css"];
 
-/** Draw the tab into this document. */
+/** Creates the page in this document. */
 export async function render() {
   await Promise.all(STYLES.map(loadStyle));
   document.documentElement.lang = "en";
@@ -108,7 +108,7 @@ function onKey(event, store) {
   return moveIncident(store, by);
 }
 
-/** What the address says, over what there is. */
+/** Returns the state from the address; what is missing there is taken from the current state. */
 function fromAddress(state = {}) {
   const { run, compare, optimizer, incident, quantity, from, to } = readAddress();
   const range = [Number(from), Number(to)];
@@ -123,8 +123,9 @@ function fromAddress(state = {}) {
 }
 
 /**
- * Whether another run, optimizer or incident is looked at than the address says: a place to come
- * back from. An address that leads nowhere is mended instead, or one would come back to it for ever.
+ * Returns whether another run, optimizer or incident is shown than in the address, so that a new
+ * entry of the browser's history is needed. An address with an unknown run is replaced instead:
+ * otherwise the back button would always return to it.
  */
 function isAnother({ runs, run, optimizer, incident }) {
   const before = fromAddress();

@@ -1,12 +1,11 @@
 /**
- * Gradient norms relative to each layer's own median, one byte each.
+ * Encodes gradient norms relative to the median of their layer, in one byte each.
  *
- * The median is over all samples of the run, so a colour has the same meaning at every zoom level,
- * and a layer that is too large for a long time does not become its own reference. A drift over the
- * run is visible as a drift; a spike is therefore seen against its neighbours, not against grey.
+ * The median is over all samples of the run, so that a colour means the same at every zoom level. A
+ * slow drift over the run is visible as a change of colour; a spike differs from its neighbours.
  *
- * A byte holds the logarithm of the ratio: 100 is the median itself, 0 a thousandth of it or less, 200
- * a thousand times or more. Arrays in, arrays out: no drawing.
+ * A byte holds the logarithm of the ratio: 100 is the median, 0 is a thousandth of it or less, 200 is
+ * a thousand times the median or more. Draws nothing.
  */
 
 export const [MEDIAN, TOP_CODE, NON_FINITE, ZERO, NOTHING] = [100, 200, 255, 254, 253];
@@ -14,7 +13,7 @@ const DECADES = 3;
 const PER_DECADE = MEDIAN / DECADES;
 
 /** @typedef {{codes: Uint8Array, medians: Float64Array, samples: number}} Coded
- *   `codes` is layer by layer: [layers, samples]. */
+ *   `codes` is row-major, [layers, samples]. */
 
 /** @param {Layers} layers @returns {Coded} */
 export function encode({ names, values }) {
@@ -52,9 +51,9 @@ function encodeLayer(bits, median, codes) {
 }
 
 /**
- * Codes per ratio from the upper half of a float32: sign, exponent and seven bits of the mantissa.
+ * A table of codes by the upper half of a float32: sign, exponent and seven bits of the mantissa.
  *
- * Exact to a tenth of a code, and many times faster than six million logarithms. NaN for NaN and Inf.
+ * Accurate to a tenth of a code, and much faster than a logarithm per value. NaN for NaN and Inf.
  */
 const SCALED_LOG = scaledLogs();
 
@@ -67,7 +66,7 @@ function scaledLogs() {
   });
 }
 
-/** Median of what is finite and not zero, 1 where nothing is; the array is reordered. */
+/** Returns the median of the finite values that are not zero, 1 if there are none. Sorts in place. */
 function medianOf(values) {
   let kept = 0;
   for (let i = 0; i < values.length; i++) {
@@ -77,7 +76,7 @@ function medianOf(values) {
   return kept === 0 ? 1 : select(values, kept >> 1, kept - 1);
 }
 
-/** The k-th smallest up to index `high`; the array is reordered (Hoare's quickselect). */
+/** Returns the k-th smallest value up to index `high`. Reorders the array (Hoare's quickselect). */
 function select(values, k, high) {
   let low = 0;
   while (low < high) {
@@ -99,15 +98,15 @@ function select(values, k, high) {
 }
 
 /**
- * The most striking code of each pixel column, over some layers.
+ * Returns the most extreme code of several layers in each pixel column.
  *
- * Non-finite beats zero, zero beats any ratio, and the ratio farthest from the median beats the rest:
- * a single bad sample among thousands stays visible.
+ * Non-finite values come first, then zeros, then the ratio that is farthest from the median. So a
+ * single bad sample among thousands is visible.
  *
  * @param {Coded} coded
  * @param {number[]} layers
- * @param {Int32Array} edges  first sample of each column, and one more at the end
- * @returns {Uint8Array} a code per column, NOTHING where it has no sample
+ * @param {Int32Array} edges  first sample of each column, and the end of the last one
+ * @returns {Uint8Array} a code per column, NOTHING if it has no sample
  */
 export function mostStriking({ codes, samples }, layers, edges) {
   const columns = new Uint8Array(edges.length - 1).fill(NOTHING);
@@ -129,5 +128,5 @@ const SEVERITY = Uint8Array.from({ length: 256 }, (_, code) => {
   return 1 + Math.abs(code - MEDIAN) * 2 + (code > MEDIAN ? 1 : 0);
 });
 
-/** How striking a code is; above wins over as far below, NOTHING loses to all. */
+/** Returns the rank of a code; at equal distance, above the median ranks higher. NOTHING is last. */
 export const severityOf = (code) => SEVERITY[code];

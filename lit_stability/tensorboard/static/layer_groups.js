@@ -1,18 +1,18 @@
-/** Layers by the prefix of their names. Names in, groups out: no drawing. */
+/** Groups layers by the prefix of their names. Draws nothing. */
 
 /**
  * @typedef {{name: string, layers: number[]}} Group
- *   `layers` are indices of names.
+ *   `layers` are indices into the list of names.
  */
 
 /**
- * Group names by block: up to the first number in the name, else by their first parts.
+ * Groups names by block: the part up to the first number, otherwise the first parts.
  *
- * The prefix of all names is omitted, except for the word before a number, so that
- * `network.encoder.layers.0.norm.weight` and its neighbours make the group `encoder.layers.0`.
+ * The prefix that all names share is omitted, except for the word before a number. For example,
+ * `network.encoder.layers.0.norm.weight` belongs to the group `encoder.layers.0`.
  *
  * @param {string[]} names
- * @returns {Group[]} in the order in which their first layers come
+ * @returns {Group[]} in the order of their first layers
  */
 export function groupLayers(names) {
   const parts = names.map((name) => name.split("."));
@@ -26,7 +26,7 @@ export function groupLayers(names) {
   return [...groups.values()];
 }
 
-/** A layer's name without that of its group: what it is called inside it. */
+/** Returns the name of a layer without the name of its group. */
 export function nameInGroup(name, group) {
   const at = name.indexOf(`${group}.`);
   return at >= 0 ? name.slice(at + group.length + 1) : name;
@@ -49,11 +49,11 @@ function commonLength(parts) {
 }
 
 /**
- * Where each row of the map lies: a folded group is one row, an open one has a row per layer.
+ * Returns the position of each row: a folded group has one row, an open group one per layer.
  *
  * @param {Group[]} groups
  * @param {Set<string>} folded  names of folded groups
- * @param {number} height       pixels to share out among the layers of open groups
+ * @param {number} height       pixels for all layers of open groups together
  * @returns {{rows: {top: number, height: number, layers: number[], group: Group}[],
  *   blocks: {top: number, height: number, group: Group, folded: boolean}[], height: number}}
  */

@@ -1,4 +1,4 @@
-/** Names next to the rows of the heat map; those of groups are buttons that fold them. */
+/** Names next to the rows of the heat map; names of groups are buttons that fold them. */
 
 import { button, el, replace } from "./dom.js";
 import { nameInGroup } from "./layer_groups.js";
@@ -7,13 +7,13 @@ import { plural } from "./scales.js";
 const [NAMED, MARGIN, SHARE, WIDE, LETTER] = [10, 8, 0.48, 200, 5.7];
 
 /**
- * Put the names where the rows are; nothing is touched while they stay, so that focus is kept.
+ * Places the names next to the rows. Elements that do not move are not changed: they keep the focus.
  *
  * @param {HTMLElement} place
  * @param {object} map
  * @param {{rows: object[], blocks: object[]}} map.laid  of `layOut`
  * @param {{names: string[]}} map.data
- * @param {number} map.left  width there is; where it is small, groups alone are named
+ * @param {number} map.left  available width; if it is small, only groups are named
  * @param {number} map.top   pixels above the first row
  * @param {(group: Group) => void} map.fold
  */
@@ -67,7 +67,7 @@ function layerName({ data, left, top }, { top: at, height, layers, group }) {
   return el("span", { class: "layer-name", style }, tail(name, width / LETTER));
 }
 
-/** The end of a name, which tells more than its beginning. */
+/** Returns the end of a name, which is more specific than its beginning. */
 const tail = (
   name,
   letters,

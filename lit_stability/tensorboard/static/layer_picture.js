@@ -1,18 +1,18 @@
-/** The heat map's pixels: codes of layers and steps as colours. */
+/** Draws the pixels of the heat map from the codes of layers and steps. */
 
 import { MEDIAN, mostStriking, NON_FINITE, NOTHING, TOP_CODE, ZERO } from "./layer_codes.js";
 import { lowerBound } from "./scales.js";
 import { channels } from "./theme.js";
 
 /**
- * Which samples each cell across holds, and the pixels that it covers.
+ * Assigns samples to the cells of the x axis, and cells to pixels.
  *
- * Zoomed out, a cell is one pixel with many samples; zoomed in, one sample with many pixels.
+ * Zoomed out, a cell is one pixel with many samples; zoomed in, it is one sample with many pixels.
  *
  * @param {Float64Array} attempts  @param {Scale} x
  * @param {[number, number]} pixels  left and right
- * @returns {{edges: Int32Array, cellOf: Int32Array}} first sample of each cell, and one more; the
- *   cell of each pixel, -1 for none
+ * @returns {{edges: Int32Array, cellOf: Int32Array}} first sample of each cell, and the end of the
+ *   last one; the cell of each pixel, -1 for none
  */
 export function cells(attempts, x, [left, right]) {
   const width = Math.max(1, Math.round(right - left));
@@ -50,10 +50,10 @@ function sampleCells(attempts, x, left, width, from, to) {
 }
 
 /**
- * Where sample `i` ends and the next begins: halfway, if they are as far apart as their neighbours.
+ * Returns where sample `i` ends and the next begins: halfway, if the samples are regular.
  *
- * A sample written between two regular ones, such as a rejected attempt, covers only its own place:
- * otherwise a fault of one step would cover the healthy steps up to the next sample.
+ * An extra sample between two regular ones, such as a rejected attempt, is one attempt wide.
+ * Otherwise a fault of one step would cover the healthy steps up to the next sample.
  */
 function border(attempts, i) {
   if (i < 0) return attempts[0] - 0.5;
@@ -65,15 +65,15 @@ const reach = (attempts, i) =>
   Math.min(attempts[i] - (attempts[i - 1] ?? -Infinity), (attempts[i + 1] ?? Infinity) - attempts[i]);
 
 /**
- * Paint all rows.
+ * Draws all rows.
  *
  * @param {Coded} coded
  * @param {object[]} rows  of `layOut`
  * @param {{edges: Int32Array, cellOf: Int32Array}} across
  * @param {[number, number]} size  width and height in pixels
  * @param {Record<string, string>} palette
- * @returns {{canvas: HTMLCanvasElement, extremes: Uint8Array}} the picture; for each pixel across 255
- *   where any layer was non-finite, 254 where any was zero
+ * @returns {{canvas: HTMLCanvasElement, extremes: Uint8Array}} the picture; for each column of pixels
+ *   255 if any layer was non-finite, 254 if any was zero
  */
 export function paint(coded, rows, { edges, cellOf }, [width, height], palette) {
   const canvas = document.createElement("canvas");
@@ -93,7 +93,7 @@ export function paint(coded, rows, { edges, cellOf }, [width, height], palette) 
   return { canvas, extremes };
 }
 
-/** A non-finite pixel is made three wide, or one step among thousands could not be seen. */
+/** Makes non-finite pixels three wide, so that one step among thousands is visible. */
 function widen(line) {
   const wide = Uint8Array.from(line);
   for (let c = 0; c < line.length; c++) {

@@ -1,8 +1,8 @@
 /**
- * Brings the data of the chosen runs into the store and the views, the newest request winning.
+ * Loads the data of the selected runs into the store and the views; a new request aborts the old one.
  *
- * A part that fails says so in its own place; the others stay. Layers are much data: they are not
- * fetched again until a new step arrives.
+ * If a part fails, the message is shown in its place, and the other parts are not affected. Layers
+ * are large, and are fetched again only if there is a new step.
  */
 
 import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
@@ -34,7 +34,7 @@ export function createLoader(store, views) {
     }
   }
 
-  /** Steps and incidents of the run; what is shown of another run goes at once. */
+  /** Loads steps and incidents of the run; data of another run are removed first. */
   async function loadRun({ fresh }) {
     const { run, optimizer } = store.get();
     if (!run) return;
@@ -114,22 +114,22 @@ async function fetchRun(run, optimizer, signal) {
 
 const found = (runs, name) => runs.find((each) => each.run === name);
 
-/** The optimizer asked for where a run has it, else its first. */
+/** Returns the requested optimizer if the run has it, otherwise the first one of the run. */
 function oneOf(run, optimizer) {
   const known = run?.optimizers.map(({ index }) => index) ?? [];
   return known.includes(optimizer) ? optimizer : (known[0] ?? 0);
 }
 
 /**
- * The run to show first: of the runs with incidents, otherwise of all, the one with most steps.
- * A damaged run is shown first only if all are damaged.
+ * Returns the run to show first: the one with most steps among the runs with incidents, or among all
+ * runs if none has incidents. A damaged run is chosen only if all are damaged.
  */
 function runToShow(runs) {
   const weight = ({ incidents, problem }) => (problem ? 0 : 2) + (incidents > 0 ? 1 : 0);
   return [...runs].sort((a, b) => weight(b) - weight(a) || b.last - a.last)[0];
 }
 
-/** A function that gives a signal for a new request, and aborts that of the one before. */
+/** Returns a function that aborts the previous request and returns a signal for a new one. */
 function newest() {
   let controller = new AbortController();
   return () => {

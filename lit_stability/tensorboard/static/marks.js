@@ -1,4 +1,4 @@
-/** Marks of incidents and undone attempts, on every chart with attempts on the x axis. */
+/** Marks incidents and undone attempts on charts with attempts on the x axis. */
 
 import { hatch, mark, vertical } from "./canvas.js";
 import { colourOf, markOf } from "./theme.js";
@@ -6,7 +6,7 @@ import { colourOf, markOf } from "./theme.js";
 const SIZE = 7;
 const REACH = 12;
 
-/** Shade the attempts that rollbacks undid. */
+/** Shades the attempts that rollbacks undid. */
 export function drawSpans(context, incidents, x, [left, right], top, bottom, colours) {
   for (const [from, to] of incidents.flatMap((each) => each.spans)) {
     const start = Math.max(left, x.px(from - 0.5));
@@ -18,7 +18,7 @@ export function drawSpans(context, incidents, x, [left, right], top, bottom, col
   }
 }
 
-/** A pin at each incident in view, with its number, and a line down from it. */
+/** Draws a pin with its number, and a vertical line, at each visible incident. */
 export function drawPins(context, incidents, chosen, x, inside, y, bottom, colours) {
   for (const { incident, at } of pins(incidents, x, inside)) {
     const mine = incident.id === chosen;
@@ -41,7 +41,7 @@ function ring(context, x, y, colour) {
   context.lineWidth = 1;
 }
 
-/** The incident whose pin or line is near a pixel, or undefined. */
+/** Returns the incident whose pin or line is near a pixel, or undefined. */
 export function pinAt(incidents, x, inside, px) {
   const near = pins(incidents, x, inside).map((pin) => ({ ...pin, off: Math.abs(pin.at - px) }));
   return near.filter((pin) => pin.off <= REACH).sort((a, b) => a.off - b.off)[0]?.incident;
@@ -53,7 +53,7 @@ function pins(incidents, x, inside) {
     .map((incident) => ({ incident, at: x.px(incident.attempt) }));
 }
 
-/** The incident whose rollback undid an attempt, or undefined. */
+/** Returns the incident whose rollback undid an attempt, or undefined. */
 export function undoneBy(incidents, attempt) {
   return incidents.find((each) =>
     each.spans.some(([from, to]) => attempt >= from && attempt <= to)

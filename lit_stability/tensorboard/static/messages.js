@@ -11,7 +11,7 @@ const EXAMPLE = [
   'trainer = Trainer(logger=TensorBoardLogger("runs"), callbacks=[GradientMonitor()])',
 ].join("\n");
 
-/** No run at all. */
+/** There is no run. */
 export function noRun(retry) {
   return el(
     "div",
@@ -50,7 +50,7 @@ export function failure(error, retry) {
 }
 
 /**
- * What of a run cannot be read; null if all of it can.
+ * Some data of a run cannot be read; null if all can be read.
  *
  * @param {string|null|undefined} problem  what the plugin reports about its data
  * @param {number} lost  number of incidents whose records cannot be read
@@ -66,7 +66,7 @@ export function damaged(problem, lost) {
   );
 }
 
-/** A run without values by layer. */
+/** The run has no values by layer. */
 export function noLayers(quantity) {
   return el(
     "span",
@@ -77,7 +77,7 @@ export function noLayers(quantity) {
   );
 }
 
-/** A run that has started and has no sample yet. */
+/** The run has no sample yet. */
 export const noSteps = () =>
   el(
     "span",

@@ -1,10 +1,10 @@
 /**
- * One panel of a picture over attempts or steps: title, axis, lines, dots, and what has no height.
+ * Draws one panel of a chart over attempts or steps: title, axis, lines, dots, non-finite values.
  *
  * @typedef {object} View
  * @property {CanvasRenderingContext2D} context
  * @property {Columns} steps
- * @property {Float64Array} xs        what lies across: attempts or steps
+ * @property {Float64Array} xs        values of the x axis: attempts or steps
  * @property {Scale} x
  * @property {[number, number]} edges left and right
  * @property {[number, number]} indices
@@ -14,7 +14,7 @@
  * @property {string} title
  * @property {number} height
  * @property {[string, string, number[]?, string?][]} lines  field, colour, dash, name in the title
- * @property {boolean} [switched]  whether it can be logarithmic
+ * @property {boolean} [switched]  whether its axis may be logarithmic
  */
 
 import { vertical } from "./canvas.js";
@@ -23,7 +23,7 @@ import { count } from "./scales.js";
 
 const [DOT_SPACING, GUTTER] = [5, 120];
 
-/** Pixels above the curve: where the gutter is narrow, the title is there. */
+/** Pixels above the curve; with a narrow left margin, the title is there. */
 const above = (left) => (left >= GUTTER ? 6 : 16);
 
 /** @param {View} view @param {Panel} panel @param {number} top @param {boolean} log */
@@ -64,7 +64,7 @@ function drawLines({ context, steps, xs, x, palette, edges, indices }, lines, y,
   }
 }
 
-/** In the gutter, where it is wide; else above the curve. */
+/** Draws the title in the left margin if that is wide, otherwise above the curve. */
 function drawTitle({ context, edges, palette }, title, lines, y) {
   const beside = edges[0] >= GUTTER;
   let [at, below] = [beside ? 0 : edges[0] + 4, y];
@@ -84,7 +84,7 @@ function drawTitle({ context, edges, palette }, title, lines, y) {
   }
 }
 
-/** Round values below the last panel. */
+/** Draws the labels of the x axis below the last panel. */
 export function drawXAxis({ context, x, palette, edges }, bottom, name) {
   context.fillStyle = palette.muted;
   context.textAlign = "center";

@@ -1,13 +1,13 @@
-/** From values to pixels, and from values to words. Numbers in, numbers out: no drawing. */
+/** Converts values to pixels and to texts. Draws nothing. */
 
 /**
  * @typedef {object} Scale
- * @property {(value: number) => number} px  pixel of a value; outside the axis too
- * @property {(px: number) => number} value  and back
+ * @property {(value: number) => number} px  pixel of a value, also outside of the axis
+ * @property {(px: number) => number} value  value of a pixel
  * @property {number[]} ticks                round values to label
  */
 
-/** @returns {Scale} of an axis from `low` at pixel `from` to `high` at pixel `to`. */
+/** @returns {Scale} linear, from `low` at pixel `from` to `high` at pixel `to`. */
 export function linearScale([low, high], [from, to], count = 4) {
   const span = high - low || 1;
   return {
@@ -17,7 +17,7 @@ export function linearScale([low, high], [from, to], count = 4) {
   };
 }
 
-/** @returns {Scale} in which equal distances are equal ratios; what is not above 0 lies at the bottom. */
+/** @returns {Scale} logarithmic; values that are not positive are at the bottom. */
 export function logScale([low, high], pixels, count = 4) {
   const inner = linearScale([Math.log10(low), Math.log10(high)], pixels);
   return {
@@ -50,7 +50,7 @@ function logTicks(low, high, count) {
   return ticks;
 }
 
-/** Index of the first element that is not below `value`, in ascending `array`. */
+/** Returns the index of the first element that is not below `value`, in an ascending array. */
 export function lowerBound(array, value, length = array.length) {
   let low = 0;
   let high = length;
@@ -62,14 +62,14 @@ export function lowerBound(array, value, length = array.length) {
   return low;
 }
 
-/** Index of the element nearest to `value`, -1 in an empty array. */
+/** Returns the index of the element nearest to `value`; -1 if the array is empty. */
 export function nearest(array, value, length = array.length) {
   const after = Math.min(lowerBound(array, value, length), length - 1);
   if (after <= 0) return length > 0 ? 0 : -1;
   return value - array[after - 1] < array[after] - value ? after - 1 : after;
 }
 
-/** A measured number in few characters: 0.00312, 12.4, 1.2e+7, NaN, ∞. */
+/** Formats a measurement in few characters: 0.00312, 12.4, 1.2e+7, NaN, ∞. */
 export function short(value) {
   if (Number.isNaN(value)) return "NaN";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "-∞";
@@ -80,20 +80,20 @@ export function short(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-/** A count with its thousands apart: 12,431. */
+/** Formats a count with thousands separators: 12,431. */
 export const count = (value) => Math.round(value).toLocaleString("en-US");
 
-/** A ratio as people say it: ×24, ÷130. */
+/** Formats a ratio: ×24, ÷130. */
 export function ratio(value) {
   if (!Number.isFinite(value) || value <= 0) return short(value);
   return value >= 1 ? `×${Number(value.toPrecision(3))}` : `÷${Number((1 / value).toPrecision(3))}`;
 }
 
-/** A power of two as such, where it is one. */
+/** Formats a power of two as 2^n; other numbers as they are. */
 export function power(value) {
   const exponent = Math.log2(value);
   return Number.isInteger(exponent) && Math.abs(exponent) >= 4 ? `2^${exponent}` : short(value);
 }
 
-/** "1 incident", "3 incidents". */
+/** Returns "1 incident", "3 incidents". */
 export const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;

@@ -13,7 +13,7 @@ const ROWS = [
 ];
 const OFTEN_NAN = new Set(["clip_threshold", "update_ratio", "loss_scale", "lr_factor"]);
 
-/** "attempt 812 · step 799". */
+/** Returns "attempt 812 · step 799". */
 export function stepTitle(columns, i) {
   return `attempt ${count(columns.attempt[i])} · step ${count(columns.step[i])}`;
 }

@@ -1,13 +1,13 @@
 /**
- * What all views share: which run, which incident, which stretch of attempts, and the data.
+ * The state that all views share: selected run, incident and range of attempts, and the data.
  *
  * @typedef {object} State
  * @property {RunInfo[]} runs
  * @property {string} run         run shown; "" before one is known
  * @property {string} other       run it is compared with; "" for none
  * @property {number} optimizer   index of the optimizer whose steps and layers are shown
- * @property {number|null} incident  id of the incident looked at
- * @property {[number, number]|null} range  first and last attempt in view; null for all
+ * @property {number|null} incident  id of the selected incident; null if none
+ * @property {[number, number]|null} range  first and last visible attempt; null for all
  * @property {string} quantity    "grad_norm" or "update_ratio", of the heat map
  * @property {string} scale       "log" or "linear", of the time line
  * @property {Columns|null} steps
@@ -15,14 +15,14 @@
  * @property {boolean} dark
  */
 
-/** A value in one place, and listeners by the keys they care for. */
+/** Creates a store: one state, and listeners for some of its keys. */
 export function createStore(initial) {
   let state = { ...initial };
   const listeners = [];
   return {
     /** @returns {State} */
     get: () => state,
-    /** Change some keys; listeners of those that really changed are called, in their order. */
+    /** Changes some keys; then calls the listeners of the keys whose values differ, in order. */
     set(patch) {
       const changed = Object.keys(patch).filter((key) => patch[key] !== state[key]);
       if (changed.length === 0) return;
@@ -31,31 +31,31 @@ export function createStore(initial) {
         if (keys.some((key) => changed.includes(key))) listener(state);
       }
     },
-    /** Call `listener(state)` when one of the keys has changed. */
+    /** Calls `listener(state)` when one of the keys has changed. */
     on(keys, listener) {
       listeners.push([keys, listener]);
     },
   };
 }
 
-/** The incident looked at, or undefined. */
+/** Returns the selected incident, or undefined. */
 export function currentIncident({ incidents, incident }) {
   return incidents.find((each) => each.id === incident);
 }
 
-/** Optimizers of the run shown. @returns {{index: number, part: string}[]} */
+/** Returns the optimizers of the run shown. @returns {{index: number, part: string}[]} */
 export function optimizersOf({ runs, run }) {
   return runs.find((each) => each.run === run)?.optimizers ?? [];
 }
 
-/** First and last attempt of all that is known; [0, 1] where nothing is. */
+/** Returns the first and the last attempt of the run; [0, 1] if there is none. */
 export function fullRange({ steps }) {
   if (!steps || steps.length === 0) return [0, 1];
   const first = steps.attempt[0];
   return [first, Math.max(first + 1, steps.attempt[steps.length - 1])];
 }
 
-/** First and last attempt in view. */
+/** Returns the first and the last visible attempt. */
 export function rangeInView(state) {
   return state.range ?? fullRange(state);
 }

@@ -1,4 +1,4 @@
-/** Colours for canvases, read from the style sheet so that they are written down once. */
+/** Colours for canvases, read from the style sheet, which is the only place that defines them. */
 
 const NAMES = [
   ...["ink", "muted", "line", "surface", "page", "accent", "shade", "hatch"],
@@ -7,7 +7,7 @@ const NAMES = [
   ...["bad", "below", "middle", "above"],
 ];
 
-/** @returns {Record<string, string>} colour by name, as the page is lit now. */
+/** @returns {Record<string, string>} colour by name, in the current mode. */
 export function colours() {
   const style = getComputedStyle(document.documentElement);
   return Object.fromEntries(
@@ -15,7 +15,7 @@ export function colours() {
   );
 }
 
-/** How each outcome is marked: never by colour alone. */
+/** The mark of each outcome; outcomes also differ in shape, not only in colour. */
 const MARKS = {
   recovered: { shape: "circle", sign: "●", word: "recovered" },
   recurring: { shape: "ring", sign: "↻", word: "recurring" },
@@ -28,8 +28,8 @@ const MARKS = {
 /** @returns {{shape: string, sign: string, word: string}} mark of an outcome. */
 export const markOf = (outcome) => MARKS[outcome] ?? { ...MARKS.open, word: String(outcome) };
 
-/** Name of an outcome's colour. */
+/** Returns the name of the colour of an outcome. */
 export const colourOf = (outcome) => (outcome in MARKS ? outcome : "open");
 
-/** Three channels of "#rrggbb". */
+/** Returns the three channels of "#rrggbb". */
 export const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));

@@ -1,8 +1,8 @@
 /**
- * The time line: what the run did, attempt by attempt, with its incidents over it.
+ * The time line: all measurements of a run by attempt, with its incidents.
  *
- * Panels share one axis of attempts. An attempt is one try at an optimizer step; its counter never
- * goes back, so that what a rollback took back stays visible, shaded.
+ * All panels share the x axis. An attempt is one try of an optimizer step. The counter of attempts
+ * never decreases, so attempts that a rollback undid are still visible, and shaded.
  */
 
 import { BANDS, drawBand } from "./bands.js";
@@ -38,7 +38,7 @@ const PANELS = [
   { title: "update / weight", height: 64, lines: [["update_ratio", "update"]], switched: true },
 ];
 
-/** @returns {HTMLElement} the section; it follows the store from then on. */
+/** @returns {HTMLElement} the section, which is updated when the store changes. */
 export function createTimeline(store) {
   const layers = layeredCanvas(
     "Time line by attempt. Plus and minus zoom, arrows pan, 0 shows all, Shift with arrows reads values.",

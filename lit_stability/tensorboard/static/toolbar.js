@@ -1,4 +1,4 @@
-/** The head of the page: the run, the run to compare with, and a short summary. */
+/** The header of the page: selection of the run and of another to compare, and a short summary. */
 
 import { el, replace } from "./dom.js";
 import { summary } from "./incidents.js";
@@ -6,7 +6,7 @@ import { count, plural } from "./scales.js";
 import { optimizersOf } from "./store.js";
 import { optimizerText } from "./words.js";
 
-/** @returns {HTMLElement} it follows the store from then on. */
+/** @returns {HTMLElement} the header, which is updated when the store changes. */
 export function createToolbar(store) {
   const run = el("select", {
     id: "run",

@@ -1,10 +1,10 @@
-/** The values at the pointer, as text next to it; also read out for keyboard moves. */
+/** A tooltip with the values at the pointer; screen readers read it after keyboard moves. */
 
 import { el, replace } from "./dom.js";
 
 const OFFSET = 14;
 
-/** A box inside `place` that shows rows of names and values. */
+/** Creates a box in `place` that shows rows of names and values. */
 export function createTooltip(place) {
   const box = el("div", { class: "tooltip", role: "status", hidden: true });
   place.append(box);
@@ -40,7 +40,7 @@ function put(box, place, x, y) {
 }
 
 /**
- * Move a cursor along samples: with the pointer, or with Shift and the arrows.
+ * Moves a cursor along samples with the pointer, or with Shift and the arrow keys.
  *
  * @param {HTMLElement} element
  * @param {object} cursor

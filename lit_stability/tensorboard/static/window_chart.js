@@ -1,4 +1,4 @@
-/** The steps around an incident, every one of them: loss, gradient norm, learning rate. */
+/** A chart of all steps around an incident: loss, gradient norm, learning rate. */
 
 import { layeredCanvas, vertical } from "./canvas.js";
 import { slice } from "./curve.js";
@@ -80,7 +80,7 @@ function drawAll(incident, incidents, layers, x, range) {
   drawPins(context, incidents, incident.id, x, range, 12, bottom, palette);
 }
 
-/** The same as numbers, to be unfolded. */
+/** Creates a table of the same numbers. */
 export function windowTable({ window: columns, attempt }) {
   const fields = [
     "attempt",

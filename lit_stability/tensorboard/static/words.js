@@ -1,4 +1,4 @@
-/** Texts that describe an incident. Objects in, strings out. */
+/** Texts that describe an incident. */
 
 import { markOf } from "./theme.js";
 import { plural } from "./scales.js";
@@ -17,10 +17,10 @@ const VERDICTS = {
   deterministic: "It recurred when the same steps were run again.",
 };
 
-/** "● recovered". */
+/** Returns "● recovered". */
 export const outcomeText = ({ outcome }) => `${markOf(outcome).sign} ${markOf(outcome).word}`;
 
-/** The outcome of the incident, and whether it recurred when the steps were run again. */
+/** Returns the outcome of the incident, and whether it recurred when the steps were run again. */
 export function outcomeSentences({ outcome, verdict, closed_step: closed, step }) {
   const after = closed === null || closed === undefined
     ? ""
@@ -28,15 +28,15 @@ export function outcomeSentences({ outcome, verdict, closed_step: closed, step }
   return [(OUTCOMES[outcome] ?? String(outcome)) + after, VERDICTS[verdict]].filter(Boolean);
 }
 
-/** The most affected layer, "" if unknown. */
+/** Returns the most affected layer; "" if it is not known. */
 export function worstLayer({ origin, layers }) {
   return origin?.module || layers?.[0]?.[0] || "";
 }
 
-/** "1: discriminator". */
+/** Returns "1: discriminator". */
 export const optimizerText = ({ index, part }) => (part ? `${index}: ${part}` : String(index));
 
-/** The responses in order, with repeated ones counted: ["step skipped (2x)", ...]. */
+/** Returns the responses in order; repeated ones are counted: ["step skipped (2x)", ...]. */
 export function responses({ responses: given = [] }) {
   const runs = [];
   for (const text of given) {
@@ -46,19 +46,19 @@ export function responses({ responses: given = [] }) {
   return runs.map(({ text, times }) => (times > 1 ? `${text} (${times}x)` : text));
 }
 
-/** The best supported cause with its certainty, from the record's `hypotheses`. */
+/** Returns the best supported cause with its certainty. */
 export function causeText({ cause, hypotheses }) {
   const best = hypotheses?.[0];
   if (!best && !cause) return "not known";
   return best && best.cause === cause ? `${cause} (${best.certainty})` : cause || best.cause;
 }
 
-/** "model.py:42", "" if the file is unknown. */
+/** Returns "model.py:42"; "" if the file is not known. */
 export function place({ file, line }) {
   return file ? `${file.split(/[\\/]/).pop()}:${line}` : "";
 }
 
-/** Clock and date of a moment in seconds since 1970. */
+/** Returns clock time and date of a time in seconds since 1970. */
 export function moment(seconds) {
   const date = new Date(seconds * 1000);
   if (Number.isNaN(date.getTime())) return { clock: "", date: "" };
@@ -69,7 +69,7 @@ export function moment(seconds) {
   };
 }
 
-/** Python code that loads the saved incident folder. */
+/** Returns Python code that loads the saved incident folder. */
 export function loadingCode(path) {
   return [
     "from pathlib import Path",

@@ -1,8 +1,8 @@
 /**
- * Zooming and panning along the attempts, the same in every picture.
+ * Zooming and panning along the attempts, the same in every chart.
  *
- * Drag over a stretch to look at it, Ctrl or Alt with the wheel to zoom at the pointer, double-click
- * for all. With the picture focused: + and -, arrows to pan, 0 for all.
+ * Drag to zoom into a range, use the wheel with Ctrl or Alt to zoom at the pointer, double-click to
+ * show all. When the chart has the focus: + and - zoom, arrow keys pan, 0 shows all.
  */
 
 import { el } from "./dom.js";
@@ -10,7 +10,7 @@ import { el } from "./dom.js";
 const MIN_SPAN = 4;
 const DRAGGED = 4;
 
-/** @returns {[number, number]} the range as many times as long, about `centre`, within `full`. */
+/** @returns {[number, number]} the range scaled by a factor around `centre`, within `full`. */
 export function zoomed([low, high], factor, centre, full) {
   const span = Math.min(Math.max((high - low) * factor, MIN_SPAN), full[1] - full[0]);
   return within(centre - (span * (centre - low)) / (high - low), span, full);
@@ -34,7 +34,7 @@ function within(low, span, full) {
  * @param {() => [number, number]} view.full
  * @param {(range: [number, number]|null) => void} view.show
  * @param {(px: number, event: PointerEvent) => void} view.click
- * @param {(px: number) => number} view.clamp  pixel held inside the picture
+ * @param {(px: number) => number} view.clamp  pixel limited to the chart
  */
 export function attachZoom(element, view) {
   const rubber = el("div", { class: "rubber", hidden: true });
