@@ -46,6 +46,9 @@ class DiagnosisContext:
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     verdict: str = ""
     """"transient" or "deterministic" once the step was run again, else empty; see `Incident`."""
+    rerun_lowered: bool = False
+    """Whether the steps were run again with a lower learning rate or a tighter clip, so that a
+    "transient" verdict may be due to these."""
     shown: Mapping[str, str] = field(default_factory=dict)
     """Causes confirmed by an experiment -> how they were confirmed."""
     batch: tuple[str, ...] = ()

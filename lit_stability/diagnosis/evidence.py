@@ -121,9 +121,10 @@ def rate_changed(context: DiagnosisContext) -> str | None:
 
 
 def transient(context: DiagnosisContext) -> str | None:
-    """The anomaly did not recur when the steps were run again."""
+    """The anomaly did not recur when the steps were run again under the same conditions."""
     sentence = "it did not recur when the same steps were run again"
-    return sentence if context.verdict == "transient" else None
+    same = context.verdict == "transient" and not context.rerun_lowered
+    return sentence if same else None
 
 
 def deterministic(context: DiagnosisContext) -> str | None:
@@ -148,13 +149,18 @@ def ordinary_loss(context: DiagnosisContext) -> str | None:
     return f"the loss is ordinary, {context.stats.loss:.4g}"
 
 
-def sudden_nan(context: DiagnosisContext) -> str | None:
-    """The losses before the NaN or Inf were ordinary: nothing was diverging."""
-    broken = context.anomaly.kind in ("non-finite loss", "non-finite gradient")
+def calm_before(context: DiagnosisContext) -> str | None:
+    """The losses before the step were ordinary: nothing was diverging."""
     finite = [s.loss for s in context.history if s.has_loss]
-    if not broken or len(finite) < _CALM_STEPS or loss_pattern(finite) is not None:
+    if len(finite) < _CALM_STEPS or loss_pattern(finite) is not None:
         return None
     return f"the {len(finite)} losses before were ordinary, the last {finite[-1]:.4g}"
+
+
+def sudden_nan(context: DiagnosisContext) -> str | None:
+    """The loss or gradient became non-finite after ordinary losses."""
+    broken = context.anomaly.kind in ("non-finite loss", "non-finite gradient")
+    return calm_before(context) if broken else None
 
 
 def bad_input(context: DiagnosisContext) -> str | None:

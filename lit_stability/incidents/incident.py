@@ -22,7 +22,7 @@ from lit_stability.diagnosis import (
     assess,
 )
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.policies.actions import Response, describe
+from lit_stability.policies.actions import Response, RollBack, describe
 
 Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
 """``recurring``: the run was healthy again, and an incident at the same place came before or
@@ -96,6 +96,7 @@ class Incident:
     """Earlier incidents at the same place."""
     closed_step: int | None = None
     started: float = field(default_factory=time.time)
+    _rerun_lowered: bool = field(default=False, init=False, repr=False, compare=False)
     _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
     _sealed: bool = field(default=False, init=False, repr=False, compare=False)
 
@@ -125,6 +126,9 @@ class Incident:
             )
         self.response = response
         self.responses.append(describe(response))
+        self._rerun_lowered |= isinstance(response, RollBack) and (
+            response.lr_factor < 1 or response.clip_factor < 1
+        )
 
     def adjust(self, response: Response) -> None:
         """Records a change that may remove the cause; another callback still resolves the step."""
@@ -239,6 +243,7 @@ class Incident:
             shown=dict(self.shown),
             origin=self.origin,
             verdict=self.verdict,
+            rerun_lowered=self._rerun_lowered,
             occurrences=self.occurrences,
         )
 
@@ -246,7 +251,9 @@ class Incident:
     def remedy(self) -> str:
         """What to try, in one sentence."""
         causes = self.likely_causes
-        return causes[0].remedy if causes else "inspect the files in the incident folder"
+        if self.cause and causes:
+            return causes[0].remedy
+        return "inspect the files in the incident folder; the cause is unknown"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the incident as JSON types."""

@@ -11,16 +11,16 @@ from typing import Any
 from lit_stability.incidents.incident import Incident
 
 _OFTEN = 3
-"""Incidents of one kind and cause that count as one that recurs, where no place is known."""
+"""Incidents of one kind and cause that count as one that recurs, wherever they are."""
 
 
 def same_place(incident: Incident, earlier: Sequence[Incident]) -> list[Incident]:
     """Returns the earlier incidents that this one repeats; empty if it is a new one.
 
     The place is the operation and source line that made the NaN or Inf; or else the batch, if it is
-    the one of the same index in another epoch. Where neither is known, the third incident of the
-    same kind and cause counts as a repetition. What did not recur when the same steps were run
-    again has no place.
+    the one of the same index in another epoch. Where neither fits, the third incident of the same
+    kind and cause, known or not, counts as a repetition. What did not recur when the same steps
+    were run again has no place.
 
     Args:
         incident: the latest.
@@ -30,7 +30,7 @@ def same_place(incident: Incident, earlier: Sequence[Incident]) -> list[Incident
         return []
     alike = [each for each in earlier if _is_alike(incident, each)]
     here = [each for each in alike if _is_here(incident, each)]
-    often = [each for each in alike if incident.cause and each.cause == incident.cause]
+    often = [each for each in alike if each.cause == incident.cause]
     return here or (often if len(often) + 1 >= _OFTEN else [])
 
 

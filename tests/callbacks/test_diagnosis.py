@@ -229,3 +229,76 @@ def test_healthy_run_is_the_same_with_a_diagnosis(tmp_path):
 def test_history_too_short_to_compare_with_is_refused():
     with pytest.raises(ValueError, match="history must be at least 20 steps, got 5"):
         Diagnosis(history=5)
+
+
+class Weighted(Regression):
+    """Weighs samples by a constant, of which one element is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.ones(16)
+        self.weights[3] = torch.inf
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        error = (self.net(x).squeeze(-1) - y.squeeze(-1)).square()
+        return (error * self.weights).mean()
+
+
+class Buffered(Weighted):
+    """The same as a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        weights = self.weights
+        del self.weights
+        self.register_buffer("weights", weights)
+
+
+@pytest.mark.parametrize("module", [Weighted, Buffered])
+def test_constant_of_the_module_is_named_and_the_batch_is_ruled_out(module, tmp_path, caplog):
+    callbacks = stability_callbacks()
+    with pytest.raises(TrainingStopped):
+        fit(tmp_path, callbacks, module, max_steps=20)
+    (incident,) = callbacks[0].incidents
+    assert incident.cause == "non-finite constant", incident.likely_causes
+    assert "bad batch" in [each.cause for each in incident.ruled_out]
+    (record,) = read_incidents(tmp_path)
+    assert "bad batch" in [cause for cause, _ in record["ruled_out"]]
+    report = next((tmp_path / "incidents").glob("*/report.md")).read_text(encoding="utf8")
+    assert "### Ruled out\n\n* bad batch (" in report
+
+
+def test_burst_of_large_gradients_under_an_ordinary_loss_blames_no_rate(tmp_path):
+    callbacks = [FaultInjector([ScaleGradients(step=40, factor=1e3, steps=5)]), *suite()]
+    fit(tmp_path, callbacks, max_steps=55)
+    incident = callbacks[1].incidents[0]
+    assert incident.cause in ("exploding gradient", "glitch", ""), incident.likely_causes
+    assert not any("learning rate x" in response for response in incident.responses[:1])
+
+
+def test_console_and_report_end_with_the_same_cause(tmp_path, caplog):
+    callbacks = stability_callbacks()
+    fit(tmp_path, callbacks, TooFast, endless(), max_steps=150, max_epochs=-1)
+    closed = [r.getMessage() for r in caplog.records if "; step" in r.getMessage()]
+    reports = [(i.id, i.cause or "unknown") for i in callbacks[0].incidents if i.closed_step]
+    assert reports
+    for number, cause in reports:
+        (line,) = [each for each in closed if each.startswith(f"incident {number} (")]
+        assert f"cause: {cause};" in line or f"cause {cause};" in line
+        (path,) = (tmp_path / "incidents").glob(f"*-{number}/report.md")
+        assert f"* **cause**: {cause}\n" in path.read_text(encoding="utf8")
+
+
+def test_diagnosis_of_batches_that_cannot_be_examined_trains_on(tmp_path):
+    def collate(samples):
+        x, y = (torch.stack(each) for each in zip(*samples, strict=True))
+        return [x.to_sparse(), y]
+
+    class Sparse(Regression):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0].to_dense(), batch[1]], batch_idx)
+
+    data = DataLoader(regression_data(10).dataset, 16, collate_fn=collate)
+    _, trainer = fit(tmp_path, suite(), Sparse, data, max_steps=8)
+    assert trainer.global_step == 8

@@ -10,6 +10,7 @@ from lit_stability.diagnosis import (
     CAUSES,
     Cause,
     DiagnosisContext,
+    assess,
     decision_tree,
     diagnose,
     register_cause,
@@ -151,6 +152,85 @@ CASES = {
         context("non-finite loss", loss=NAN, origin=OPERATION, verdict="transient"),
         "glitch",
     ),
+    "a constant of the module": (
+        context(
+            "non-finite loss",
+            loss=NAN,
+            origin=SimpleNamespace(
+                **(vars(OPERATION) | {"cause": "constant", "kind": "non-finite constant"})
+            ),
+        ),
+        "non-finite constant",
+    ),
+    "a buffer that was infinite from the start": (
+        context(
+            "non-finite loss",
+            loss=NAN,
+            origin=SimpleNamespace(**(vars(SPOILED) | {"cause": "buffer", "tensor": "w"})),
+            bad_from_start=frozenset({"w"}),
+        ),
+        "non-finite constant",
+    ),
+    "a buffer that was finite before": (
+        context(
+            "non-finite loss",
+            loss=NAN,
+            origin=SimpleNamespace(**(vars(SPOILED) | {"cause": "buffer", "tensor": "w"})),
+        ),
+        "weights damaged from outside",
+    ),
+    "a value that overflows at the end of a growth": (
+        context(
+            "non-finite loss",
+            GROWN,
+            loss=NAN,
+            origin=SimpleNamespace(**(vars(OPERATION) | {"op": "mse_loss", "kind": "overflow"})),
+            occurrences=9,
+        ),
+        "learning rate too high",
+    ),
+    "an exponential at the end of a growth": (
+        context(
+            "non-finite loss",
+            GROWN,
+            loss=NAN,
+            origin=SimpleNamespace(**(vars(OPERATION) | {"op": "exp", "kind": "overflow"})),
+        ),
+        "operation outside its domain",
+    ),
+    "LBFGS on mini-batches": (
+        context("gradient spike", optimizer_type="lbfgs", batches_per_epoch=40),
+        "LBFGS on mini-batches",
+    ),
+    "a recurrent gain": (
+        context(
+            "divergence",
+            history=history(GROWN, start=10),
+            loss=89.7,
+            layer_types=frozenset({"rnn", "linear"}),
+            sensitivity_at_start=1e4,
+        ),
+        "recurrent gain too large",
+    ),
+    "a recurrent network of the usual gain": (
+        context(
+            "divergence",
+            history=history(GROWN, start=10),
+            loss=89.7,
+            layer_types=frozenset({"rnn", "linear"}),
+            sensitivity_at_start=100.0,
+        ),
+        "learning rate too high",
+    ),
+    "raw targets": (
+        context(
+            "divergence",
+            history=history((2.0, 40.0, 900.0), start=0),
+            loss=1e5,
+            unscaled=("values of rms 2e5",),
+        ),
+        "data not normalised",
+    ),
     "an optimizer's state": (context("optimizer state"), "optimizer state damaged"),
     "a rank": (context("rank disagreement"), "rank out of step"),
 }
@@ -163,6 +243,129 @@ def test_cause_of_a_context_is_named_first(name):
     found = diagnose(given)
     assert found[0].cause == expected, [each.text() for each in found]
     assert all(each.evidence and each.remedy and each.ignore_when for each in found)
+
+
+def origin(**options):
+    return SimpleNamespace(**(vars(OPERATION) | options))
+
+
+NAN_LOSS = {"kind": "non-finite loss", "loss": NAN}
+SPIKE = {"kind": "gradient spike", "grad_norm": 900.0, "verdict": "deterministic"}
+SOUND = {"batch_examined": True}
+START = {"history": history(CALM, start=10), "rate_rose": False}
+MLP, NORMED = frozenset({"linear", "relu"}), frozenset({"linear", "layernorm"})
+CLEARED = {
+    "a finite batch": (NAN_LOSS | SOUND, "bad batch", "the batch is finite"),
+    "a batch whose loss is ordinary": (SPIKE | SOUND, "bad batch", "the loss is ordinary"),
+    "a constant": (
+        NAN_LOSS | {"origin": origin(cause="constant", tensor="w")},
+        "bad batch",
+        "w, an attribute of the module, is non-finite",
+    ),
+    "an ordinary loss": (
+        SPIKE | {"occurrences": 9},
+        "learning rate too high",
+        "the loss is ordinary, 2",
+    ),
+    "ordinary losses before a NaN": (
+        NAN_LOSS | {"occurrences": 9},
+        "learning rate too high",
+        "the 30 losses before were ordinary",
+    ),
+    "an ordinary gradient": (
+        {"kind": "loss spike", "loss": 900.0},
+        "exploding gradient",
+        "the gradient norm is normal",
+    ),
+    "a model without norms": (
+        {"kind": "divergence", "layer_types": MLP} | START,
+        "no warm-up",
+        "neither norms nor attention",
+    ),
+    "an optimizer without moments": (
+        {"kind": "update spike", "optimizer_type": "sgd", "momentum": 0.0},
+        "optimizer state damaged",
+        "plain SGD keeps no state",
+    ),
+    "LBFGS on mini-batches": (
+        {
+            "kind": "divergence",
+            "losses": GROWN,
+            "loss": 89.7,
+            "optimizer_type": "lbfgs",
+            "batches_per_epoch": 40,
+        },
+        "learning rate too high",
+        "LBFGS builds its curvature from 40 different batches",
+    ),
+    "calm steps on raw data": (
+        {"kind": "loss spike", "loss": 900.0, "unscaled": ("rms 300",)} | START,
+        "data not normalised",
+        "the 30 losses before were ordinary",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLEARED)
+def test_cause_that_the_evidence_contradicts_is_ruled_out_and_not_named(name):
+    options, cause, why = CLEARED[name]
+    found = assess(context(**options))
+    assert cause not in [each.cause for each in found.likely_causes]
+    (excluded,) = [each for each in found.ruled_out if each.cause == cause]
+    assert why in excluded.text()
+
+
+KEPT = {
+    "a batch of another scale": (SPIKE | SOUND | {"batch": ("rms 1e4",)}, "bad batch"),
+    "a batch that was not examined": (SPIKE, "bad batch"),
+    "norms": ({"kind": "divergence", "layer_types": NORMED} | START, "no warm-up"),
+    "moments": (
+        {"kind": "update spike", "optimizer_type": "sgd", "momentum": 0.9},
+        "optimizer state damaged",
+    ),
+    "LBFGS on all data": (
+        {
+            "kind": "divergence",
+            "losses": GROWN,
+            "loss": 89.7,
+            "optimizer_type": "lbfgs",
+            "batches_per_epoch": 1,
+        },
+        "learning rate too high",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_cause_that_nothing_contradicts_is_kept(name):
+    options, cause = KEPT[name]
+    assert cause in [each.cause for each in diagnose(context(**options))]
+
+
+def test_cause_that_an_experiment_has_confirmed_is_not_ruled_out():
+    given = context(**(SPIKE | SOUND), shown={"bad batch": "it is finite without sample 3"})
+    assert diagnose(given)[0].cause == "bad batch"
+    assert "bad batch" not in [each.cause for each in assess(given).ruled_out]
+
+
+def test_no_weaker_cause_is_returned_beside_a_certain_one():
+    given = context("non-finite loss", loss=NAN, origin=OPERATION, **START)
+    assert [each.cause for each in diagnose(given, most=10)] == ["operation outside its domain"]
+
+
+def test_fault_before_the_first_step_is_blamed_on_no_learning_rate():
+    anomaly = Anomaly(kind="non-finite gradient", step=0, value=NAN, message="m", signal="s")
+    given = DiagnosisContext(anomaly=anomaly, occurrences=9, verdict="deterministic", **SOUND)
+    found = assess(given)
+    assert [each.cause for each in found.likely_causes][:1] == ["initialisation"]
+    assert "learning rate too high" not in [each.cause for each in found.likely_causes]
+
+
+def test_rerun_at_a_lower_rate_is_no_evidence_of_a_glitch():
+    same = context("divergence", GROWN, loss=89.7, verdict="transient")
+    lower = context("divergence", GROWN, loss=89.7, verdict="transient", rerun_lowered=True)
+    assert diagnose(same)[0].cause == "glitch"
+    assert diagnose(lower)[0].cause == "learning rate too high"
 
 
 def test_causes_of_each_printed_pattern_are_among_those_named():

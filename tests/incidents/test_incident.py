@@ -201,3 +201,17 @@ def test_training_stopped_carries_its_incident():
     trouble = incident()
     error = TrainingStopped("over", trouble)
     assert (str(error), error.incident) == ("over", trouble)
+
+
+def test_report_of_an_unknown_cause_says_so_and_what_was_ruled_out():
+    trouble = incident()
+    trouble.context = DiagnosisContext(
+        anomaly=trouble.first, verdict="deterministic", optimizer_type="sgd", momentum=0.0
+    )
+    trouble.close("recovered", 12450)
+    assert trouble.cause == ""
+    assert "; cause unknown; step 12450 now" in closing_line(trouble)
+    text = markdown(trouble)
+    assert "* **cause**: unknown" in text
+    assert "The cause is unknown." in text
+    assert "the cause is unknown" in trouble.remedy

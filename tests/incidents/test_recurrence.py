@@ -61,6 +61,11 @@ PLACES = {
     "the third without a cause": (
         [incident(1, "divergence", batch=1), incident(2, "divergence", batch=2)],
         incident(3, "divergence", batch=3),
+        [1, 2],
+    ),
+    "the third, of another cause": (
+        [incident(1, SPIKE, batch=1, cause="x"), incident(2, SPIKE, batch=2, cause="y")],
+        incident(3, SPIKE, batch=3, cause="z"),
         [],
     ),
 }

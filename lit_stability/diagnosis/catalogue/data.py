@@ -39,7 +39,7 @@ DATA = (
     Cause(
         name="data not normalised",
         rules=((6, c.both(c.TROUBLE, c.both(c.unscaled, c.early))), (-8, c.transient)),
-        contradictions=(c.operation, c.constant, c.bad_state),
+        contradictions=(c.operation, c.constant, c.bad_state, c.calm_before),
         remedy="scale inputs and targets to variance 1, or to [0, 1]; take the logarithm of "
         "amounts and counts",
         ignore_when="if the loss decreases as expected",
