@@ -58,7 +58,7 @@ class MetricRecorder(Callback):
     """Records the logged metrics when each ``global_step`` is first reached.
 
     A step that the suite rejects reaches no new ``global_step`` and is not recorded; one that is
-    taken again replaces its first record.
+    run again replaces its first record.
     """
 
     def __init__(self) -> None:

@@ -10,6 +10,9 @@ from lit_stability.measurement.step_stats import StepStats
 
 _LARGE = 0.05
 """Smallest write that is questioned, as a share of the norm of the tensor."""
+_ABSURD = 1e3
+"""Smallest write between two epochs that is questioned: no program makes a weight so much larger, a
+flipped bit of an exponent does."""
 _REACH = 2
 """Steps after a write within which trouble is put down to it."""
 _ROUTINE = 10
@@ -24,7 +27,8 @@ class ProgramWrites:
     such code does. So a large write is questioned once: it asks for a rollback. A write that is
     seen while those steps run again is the program's, and its tensor is accepted from then on; so
     is one that is questioned a second time, where nothing runs steps again.
-    Between two epochs the hooks of the program run, so what is written there is not questioned.
+    Between two epochs the hooks of the program run, so what is written there is not questioned
+    unless it is absurd.
     What an accepted write causes, a loss or a gradient far above the window, is no fault either:
     the detectors learn again, unless such writes are routine.
 
@@ -59,7 +63,7 @@ class ProgramWrites:
         written = dict(stats.outside_writes)
         unknown = {name: share for name, share in written.items() if name not in self.accepted}
         if stats.starts_epoch:
-            unknown = {}
+            unknown = {name: share for name, share in unknown.items() if share > _ABSURD}
         runs_again = stats.step <= self._runs_again_until
         self.newly_accepted = tuple(n for n in unknown if runs_again or n in self._questioned)
         self.accepted.update(self.newly_accepted)

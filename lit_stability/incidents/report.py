@@ -6,8 +6,7 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.incidents.incident import Incident
@@ -68,8 +67,33 @@ def responses_text(incident: Incident) -> str:
     Args:
         incident: whose responses to list.
     """
-    runs = [(response, len([*run])) for response, run in groupby(incident.responses)]
-    return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in runs)
+    return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in _counted(incident.responses))
+
+
+def _counted(responses: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Yields responses, and pairs of responses, with the number of times that each is repeated.
+
+    >>> [*_counted(["step retried", "step skipped"] * 3 + ["rolled back"])]
+    [('step retried and skipped', 3), ('rolled back', 1)]
+    """
+    rest = list(responses)
+    while rest:
+        single = _repeats(rest, 1)
+        pairs = _repeats(rest, 2) if rest[:2] == ["step retried", "step skipped"] else 0
+        if pairs > 1:
+            yield "step retried and skipped", pairs
+            rest = rest[2 * pairs :]
+        else:
+            yield rest[0], single
+            rest = rest[single:]
+
+
+def _repeats(items: Sequence[str], length: int) -> int:
+    """Returns how often the first ``length`` items are repeated at the beginning."""
+    count = 1
+    while items[count * length : (count + 1) * length] == items[:length]:
+        count += 1
+    return count
 
 
 def markdown(incident: Incident) -> str:

@@ -158,6 +158,7 @@ class EscalationPolicy:
         older: bool = False,
         adjusted: bool = False,
         clippable: bool = False,
+        random: bool = True,
         recommended_action: RecommendedAction = "usual",
         cause: str = "",
     ) -> Response:
@@ -174,6 +175,7 @@ class EscalationPolicy:
             adjusted: whether a setting that may be the cause was changed, such as the precision:
                 earlier recurrences then no longer count.
             clippable: whether the gradients are still there to be clipped.
+            random: whether the step has drawn random numbers.
             recommended_action: what the likely cause recommends; see `lit_stability.diagnosis`.
             cause: name of the likely cause, for the reason of a stop.
         """
@@ -202,7 +204,7 @@ class EscalationPolicy:
             return ClipStep()
         streak_is_over = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not streak_is_over and self._spend("skips"):
-            return self._reject_step(anomaly.step, replay)
+            return self._reject_step(anomaly.step, replay, random)
         if streak_is_over and not damaged:
             if self._failed_at is not None and anomaly.step <= self._failed_at:
                 batches = 2 * self.budget.skips_in_a_row
@@ -227,9 +229,9 @@ class EscalationPolicy:
         goes_on = self._clipped is not None and abs(anomaly.step - self._clipped) <= _BURST
         return goes_on or not replay or self.retried.returns(anomaly.step)
 
-    def _reject_step(self, step: int, replay: bool) -> Response:
+    def _reject_step(self, step: int, replay: bool, random: bool) -> Response:
         # A batch was skipped at this step and the next one fails too, with the same random numbers.
-        draw_is_suspect = step == self._skipped
+        draw_is_suspect = random and step == self._skipped
         if replay and not self.retried.returns(step):
             self.retried.begin(step)
             return RetryStep(draw_is_suspect)

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_stability import Anomaly, GradientMonitor, read_incidents, stability_callbacks
 from lit_stability.detectors import default_detectors
-from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss, ScaleGradients
+from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import Regression, fit, flat, skipping_suite
 
 
@@ -119,7 +119,7 @@ def test_own_detector_is_asked_after_the_default_ones(tmp_path):
 
 def test_record_has_a_line_per_opening_and_closing(tmp_path):
     """S17: what happened, what was done, whether it helped."""
-    faults = [NanLoss(step=20), ScaleGradients(step=45, steps=3)]
+    faults = [NanLoss(step=20), CorruptGradient(step=45, steps=3)]
     fit(tmp_path, [FaultInjector(faults), *skipping_suite()])
     lines = [json.loads(x) for x in (tmp_path / "incidents.jsonl").read_text().splitlines()]
     assert [(x["event"], x["id"], x["strikes"]) for x in lines] == [

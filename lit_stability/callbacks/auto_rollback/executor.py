@@ -251,12 +251,13 @@ class ResponseExecutor:
             older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
+            random=engine.drew_random_numbers(),
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
 
     def _recommended(self, incident: Incident) -> RecommendedAction:
-        """What the cause recommends, unless the steps are to be replayed first."""
+        """What the cause recommends, unless the steps have to be replayed first."""
         anomaly = incident.anomaly
         if not anomaly.replay_first or not self._engine.replay:
             return incident.recommended_action

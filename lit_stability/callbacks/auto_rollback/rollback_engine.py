@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
@@ -28,7 +29,7 @@ from lit_stability.trainer_internals import (
     remove_gradients,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
-from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
+from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -276,6 +277,15 @@ class RollbackEngine:
         start.restore(self._trainer)
         self._skipper.restore()
         self._rewind(start, skipped, same_step=True)
+
+    def drew_random_numbers(self) -> bool:
+        """Returns whether the current batch's step has drawn from a random generator so far."""
+        entry = self._ring.entries[-1] if self._ring.entries else None
+        if entry is None or entry.rng is None:
+            return True
+        now = capture_rng()
+        same_on_devices = all(map(torch.equal, entry.rng["cuda"], now["cuda"]))
+        return not (same_rng(entry.rng, now) and same_on_devices)
 
     def redraw(self, step: int) -> None:
         """Has a step that was undone draw other random numbers than before."""
