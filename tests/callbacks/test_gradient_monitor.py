@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_stability import Anomaly, GradientMonitor, read_incidents, stability_callbacks
 from lit_stability.detectors import default_detectors
-from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
+from lit_stability.faults import CorruptGradient, CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import Regression, fit, flat, skipping_suite
 
 
