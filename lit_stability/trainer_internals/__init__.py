@@ -15,7 +15,7 @@ from lit_stability.trainer_internals.loop_counters import (
     count_skipped_batches,
     end_epoch_schedulers,
 )
-from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics
+from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics, known_metrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
 from lit_stability.trainer_internals.precision import (
     PrecisionSwitch,
@@ -30,6 +30,7 @@ from lit_stability.trainer_internals.reference_step import (
     same_batch,
     same_loss,
 )
+from lit_stability.trainer_internals.schedulers import describe_scheduler
 from lit_stability.trainer_internals.skip_step import (
     SchedulerPause,
     StepSkipper,
@@ -84,12 +85,14 @@ __all__ = [
     "batches_begun",
     "callbacks_of",
     "count_skipped_batches",
+    "describe_scheduler",
     "end_epoch_schedulers",
     "ends_window",
     "full_checkpoint",
     "incomparable",
     "is_compiled",
     "is_supported",
+    "known_metrics",
     "loaders",
     "log_every",
     "logger_step",
