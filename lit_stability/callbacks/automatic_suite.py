@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -23,6 +24,9 @@ class AutomaticSuite(StabilityCallback):
 
     def __init__(self) -> None:
         self._added_to: weakref.ref[Trainer] | None = None
+
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_added_to": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adds the suite; Lightning then calls ``setup`` of the added callbacks too."""

@@ -54,6 +54,9 @@ class Diagnosis(StabilityCallback):
         self._phases = PhaseRanges()
         self._batch: Any = None
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_batch": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit in which this callback cannot work.
 

@@ -143,6 +143,16 @@ class GradientMonitor(StabilityCallback):
         """The incident that is open, if one is."""
         return self._tracker.current
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        tracker = IncidentTracker(None, self.close_after, self._tracker.count)
+        tracker.incidents = list(self.incidents)
+        return {
+            **dict.fromkeys(("_measurer", "_reporter", "_schedules", "_pending")),
+            "_detectors": DetectorSet([], [], log.info),
+            "_consensus": RankConsensus(None),
+            "_tracker": tracker,
+        }
+
     def gather(self, value: Any) -> list[Any]:
         """Returns a value of every rank, in their order; on one rank, a list of its own.
 

@@ -102,6 +102,9 @@ class LastKnownGood(StabilityCallback):
         self._capturing = False
         self._lowers_after_crash = True
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_fit": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts to record the position in the data.
 
