@@ -51,6 +51,7 @@ from lit_stability.trainer_internals.trainer_view import (
     ends_window,
     full_checkpoint,
     is_compiled,
+    local_path,
     log_every,
     logger_step,
     loss_scale_on_device,
@@ -58,6 +59,7 @@ from lit_stability.trainer_internals.trainer_view import (
     run_directory,
     tear_down,
     unscale,
+    why_no_directory,
 )
 from lit_stability.trainer_internals.training_snapshot import StepStart, TrainingSnapshot
 
@@ -94,6 +96,7 @@ __all__ = [
     "is_supported",
     "known_metrics",
     "loaders",
+    "local_path",
     "log_every",
     "logger_step",
     "loss_scale_on_device",
@@ -111,5 +114,6 @@ __all__ = [
     "tear_down",
     "unscale",
     "why_fixed",
+    "why_no_directory",
     "why_unsupported",
 ]
