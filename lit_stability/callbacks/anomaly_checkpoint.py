@@ -77,6 +77,9 @@ class AnomalyCheckpoint(StabilityCallback):
         self._batch: Any = None
         self._suspected: list[dict[str, Any]] = []
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_batch": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit in which this callback cannot work.
 

@@ -74,6 +74,9 @@ class AttentionProbe(StabilityCallback):
         self._recorder: AttentionMonitor | None = None
         self._around: AroundNextStep | None = None
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_recorder": None, "_around": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a trainer without a `GradientMonitor` before this callback."""
         if stage == "fit":

@@ -54,6 +54,9 @@ class CurvatureProbe(StabilityCallback):
         self._high_in_a_row = 0
         self._obstacle: str | None = None
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_recorded_step": RecordedStep()}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a trainer without a `GradientMonitor` before this callback."""
         if stage == "fit":

@@ -67,6 +67,9 @@ class Diagnosis(StabilityCallback):
         """Norm of the trainable weights of this rank when the fit began."""
         self._sensitivity: float | None = None
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_batch": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit in which this callback cannot work.
 

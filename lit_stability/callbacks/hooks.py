@@ -46,6 +46,19 @@ class StabilityCallback(Callback):
     (True, False)
     """
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the attributes for a pickle or a copy, without what belongs to a fit.
+
+        A module may keep its callbacks among its hyperparameters, which every checkpoint holds.
+        """
+        own = {**vars(self), **self._outside_a_fit()}
+        # Lightning adds methods of the module to every callback, and would save the module twice.
+        return {key: value for key, value in own.items() if key not in ("log", "log_dict")}
+
+    def _outside_a_fit(self) -> dict[str, Any]:
+        """Returns the attributes that hold the fit in progress, with their values outside of it."""
+        return {}
+
     ignores_skipped_steps: bool = False
     """Whether the state of `rewindable_state` never changes in a step that is then skipped. If
     False, a skipped step is undone by restoring a snapshot, which costs more."""

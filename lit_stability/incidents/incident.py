@@ -103,6 +103,10 @@ class Incident:
     def __post_init__(self) -> None:
         self.first = self.anomaly
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the attributes for a pickle or a copy, without the step in progress."""
+        return {**vars(self), "recorded_step": None}
+
     @property
     def at_start(self) -> bool:
         """Whether the state was damaged before the first step."""

@@ -16,7 +16,7 @@ from lit_stability.trainer_internals.loop_counters import (
     count_skipped_batches,
     end_epoch_schedulers,
 )
-from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics
+from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics, known_metrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
 from lit_stability.trainer_internals.precision import (
     PrecisionSwitch,
@@ -31,6 +31,7 @@ from lit_stability.trainer_internals.reference_step import (
     same_batch,
     same_loss,
 )
+from lit_stability.trainer_internals.schedulers import describe_scheduler
 from lit_stability.trainer_internals.skip_step import (
     SchedulerPause,
     StepSkipper,
@@ -52,6 +53,7 @@ from lit_stability.trainer_internals.trainer_view import (
     ends_window,
     full_checkpoint,
     is_compiled,
+    local_path,
     log_every,
     logger_step,
     loss_scale_on_device,
@@ -59,6 +61,7 @@ from lit_stability.trainer_internals.trainer_view import (
     run_directory,
     tear_down,
     unscale,
+    why_no_directory,
 )
 from lit_stability.trainer_internals.training_snapshot import StepStart, TrainingSnapshot
 
@@ -87,6 +90,7 @@ __all__ = [
     "callbacks_of",
     "clip_norm",
     "count_skipped_batches",
+    "describe_scheduler",
     "end_epoch_schedulers",
     "ends_window",
     "full_checkpoint",
@@ -94,7 +98,9 @@ __all__ = [
     "incomparable",
     "is_compiled",
     "is_supported",
+    "known_metrics",
     "loaders",
+    "local_path",
     "log_every",
     "logger_step",
     "loss_scale_on_device",
@@ -112,5 +118,6 @@ __all__ = [
     "tear_down",
     "unscale",
     "why_fixed",
+    "why_no_directory",
     "why_unsupported",
 ]

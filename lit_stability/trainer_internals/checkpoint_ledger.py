@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_stability.trainer_internals.patch import Patch
+
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 
@@ -37,7 +39,7 @@ class CheckpointLedger:
         self._trainer = trainer
         self._events: list[Path | _Removal] = []
         self._first = 0
-        self._attached = False
+        self._patches: list[Patch] = []
 
     def attach(self) -> None:
         """Starts recording, and deletes hidden files of a run that was killed."""
@@ -54,9 +56,12 @@ class CheckpointLedger:
                 remove(filepath)
 
         self._remove = remove
-        strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
-        strategy.remove_checkpoint = remove_checkpoint  # type: ignore[method-assign]
-        self._attached = True
+        self._patches = [
+            Patch(strategy, "save_checkpoint", save_checkpoint),
+            Patch(strategy, "remove_checkpoint", remove_checkpoint),
+        ]
+        for patch in self._patches:
+            patch.apply()
         if self._trainer.is_global_zero:
             for folder in _folders(self._trainer):
                 for hidden in folder.glob(".*.removed"):
@@ -64,12 +69,12 @@ class CheckpointLedger:
 
     def detach(self) -> None:
         """Deletes all hidden files and restores the methods of the strategy."""
-        if not self._attached:
+        if not self._patches:
             return
         self.commit(self.mark)
-        for name in ("save_checkpoint", "remove_checkpoint"):
-            vars(self._trainer.strategy).pop(name, None)
-        self._attached = False
+        for patch in self._patches:
+            patch.remove()
+        self._patches = []
 
     @property
     def mark(self) -> int:

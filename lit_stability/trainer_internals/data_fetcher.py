@@ -119,6 +119,10 @@ def _observed(base: Any) -> type:
 
         return ask(len(asked))
 
+    def __reduce__(self: Any) -> Any:
+        # A copy, of a Trainer for one, is a fetcher without observers.
+        return object.__new__, (base,), vars(self)
+
     # A mixin would change the layout, which Python refuses when the class of an object is changed.
-    body = {"__iter__": __iter__, "__next__": __next__, "observers": []}
+    body = {"__iter__": __iter__, "__next__": __next__, "__reduce__": __reduce__, "observers": []}
     return type(base.__name__, (base,), body)

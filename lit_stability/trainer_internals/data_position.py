@@ -33,6 +33,7 @@ from lit_stability.trainer_internals.dataloaders import (
     iterators,
     loaders,
 )
+from lit_stability.trainer_internals.patch import Patch
 from lit_stability.trainer_internals.trainer_view import is_called
 from lit_stability.training_state.rng import (
     capture_rng,
@@ -89,7 +90,8 @@ class DataPosition(FetcherObserver):
             carry_over(previous, current_fetcher(trainer))
             self._watch(current_fetcher(trainer))
 
-        vars(loop)["setup_data"] = setup_data
+        self._patch = Patch(loop, "setup_data", setup_data)
+        self._patch.apply()
         self._undo = before_first_iteration(trainer, self._before_iter)
 
     def detach(self) -> None:
@@ -97,7 +99,7 @@ class DataPosition(FetcherObserver):
         if self._trainer is None:
             return
         loop = self._trainer.fit_loop
-        vars(loop).pop("setup_data", None)
+        self._patch.remove()
         self._undo()
         if (fetcher := current_fetcher(self._trainer)) is not None:
             stop_observing(fetcher, self)
@@ -167,7 +169,7 @@ class DataPosition(FetcherObserver):
             loop._last_train_dl_reload_epoch = state["reloaded"]
         if between_batches:
             # To skip the validation of the previous batch, Lightning would count that batch twice.
-            loop.epoch_loop.__dict__["_should_check_val_fx"] = lambda fetcher: False
+            Patch(loop.epoch_loop, "_should_check_val_fx", lambda fetcher: False).apply()
         restore_rng(unpack_rng(state["now"]))
         self._pending = state
 

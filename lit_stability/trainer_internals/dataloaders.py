@@ -18,6 +18,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lit_stability.trainer_internals.patch import Patch
+
 _KNOWN = (
     type(None),
     BatchSampler,
@@ -79,7 +81,7 @@ def before_first_iteration(trainer: Trainer, call: Callable[[], None]) -> Callab
     own = vars(trainer.fit_loop)
     patch = own.get(_LAST_HOOK)
     if not isinstance(patch, _LoadStates):
-        patch = own[_LAST_HOOK] = _LoadStates(getattr(trainer.fit_loop, _LAST_HOOK))
+        patch = own[_LAST_HOOK] = _LoadStates(trainer.fit_loop)
     patch.calls.append(call)
 
     def undo() -> None:
@@ -95,14 +97,16 @@ _LAST_HOOK = "_load_combined_loader_states"
 """Method that the fit loop calls last before the first iteration of the loaders."""
 
 
-class _LoadStates:
+class _LoadStates(Patch):
     """Calls the original method of the fit loop, then the registered functions."""
 
-    def __init__(self, original: Callable[[], None]) -> None:
-        self._original = original
+    def __init__(self, loop: Any) -> None:
+        original = getattr(loop, _LAST_HOOK)
         self.calls: list[Callable[[], None]] = []
 
-    def __call__(self) -> None:
-        self._original()
-        for call in list(self.calls):
-            call()
+        def load_states() -> None:
+            original()
+            for call in list(self.calls):
+                call()
+
+        super().__init__(loop, _LAST_HOOK, load_states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -117,3 +117,14 @@ def _copy(value: Any, device: torch.device | None = None) -> Any:
     if not isinstance(value, list):
         return value
     return list(value) if device is None else [_copy(item, device) for item in value]
+
+
+def known_metrics(trainer: Trainer, names: Collection[str]) -> dict[str, float]:
+    """Returns logged metrics as they are known now; computes none, which may need all ranks.
+
+    Args:
+        trainer: in its fit.
+        names: of the metrics; those that are not known yet are left out.
+    """
+    known = trainer._logger_connector._callback_metrics
+    return {name: float(known[name]) for name in names if name in known}

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lit_stability.trainer_internals.patch import Patch
+
 
 class AroundNextStep:
     """Runs the next ``training_step`` inside a context, then removes itself.
@@ -25,8 +27,8 @@ class AroundNextStep:
     ) -> None:
         self._strategy, self._context = trainer.strategy, context
         self._original: Callable[..., Any] = self._strategy.training_step
-        self._before = vars(self._strategy).get("training_step")
-        vars(self._strategy)["training_step"] = self._run
+        self._patch = Patch(self._strategy, "training_step", self._run)
+        self._patch.apply()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
@@ -35,9 +37,4 @@ class AroundNextStep:
 
     def remove(self) -> None:
         """Removes the patch; also needed if no step was run."""
-        own = vars(self._strategy)
-        if own.get("training_step") != self._run:
-            return
-        del own["training_step"]
-        if self._before is not None:
-            own["training_step"] = self._before
+        self._patch.remove()

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lit_stability.trainer_internals.isolation import isolated_step
+from lit_stability.trainer_internals.patch import Patch
 from lit_stability.training_state.rng import capture_rng, pack_rng, restore_rng, unpack_rng
 
 _NAMED = "named tuple"
@@ -48,7 +49,6 @@ class ReferenceStep:
                 "in manual optimization a training_step cannot be run without its update"
             )
             return
-        before = vars(pl_module).get("training_step")
         original = pl_module.training_step
 
         @functools.wraps(original)
@@ -59,13 +59,9 @@ class ReferenceStep:
             self._record_loss(kept, output)
             return output
 
-        def undo() -> None:
-            vars(pl_module).pop("training_step", None)
-            if before is not None:
-                vars(pl_module)["training_step"] = before
-
-        vars(pl_module)["training_step"] = training_step
-        self._undo = undo
+        patch = Patch(pl_module, "training_step", training_step)
+        patch.apply()
+        self._undo = patch.remove
 
     def cancel(self) -> None:
         """Stops recording and restores the ``training_step`` of the module."""

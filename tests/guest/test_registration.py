@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lit_stability
 from lit_stability import AutoRollback, GradientMonitor, stability_callbacks
@@ -93,3 +95,85 @@ def test_config_says_all_that_runs(tmp_path, monkeypatch):
     plain["trainer"] = {"accelerator": "cpu", "enable_checkpointing": False, "logger": False}
     del plain["trainer"]["logger"]
     assert "AutomaticSuite" not in names(launched(check_options(plain)))
+
+
+class NoOptimizer(Regression):
+    """Legal in Lightning: nearest neighbours, memory banks, dry runs."""
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).mean()
+
+    def configure_optimizers(self):
+        return None
+
+
+class ForeignTensor(Regression):
+    """Optimizes a tensor that is no parameter of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["tensor"] = torch.zeros(8, requires_grad=True)
+
+    def training_step(self, batch, batch_idx):
+        return ((batch[0] - self.tensor) ** 2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.tensor], 0.1)
+
+
+class Sharded(torch.optim.SGD):
+    """Like an optimizer that shards its state over the ranks."""
+
+    def consolidate_state_dict(self, to=0):
+        raise NotImplementedError
+
+
+class ShardedState(Regression):
+    def configure_optimizers(self):
+        return Sharded(self.parameters(), 0.01)
+
+
+class OtherStrategy(SingleDeviceStrategy):
+    """A subclass that nobody has tried with the suite."""
+
+
+LEGAL = {
+    "no optimizer": (NoOptimizer, {}, "returned no optimizer"),
+    "a tensor of its own": (ForeignTensor, {}, "holds no parameter of ForeignTensor"),
+    "sharded state": (ShardedState, {}, "cannot restore the state of a Sharded"),
+    "a strategy": (
+        Regression,
+        {"strategy": OtherStrategy("cpu"), "accelerator": "auto"},
+        "not support OtherStrategy",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None")
+@pytest.mark.parametrize(("module", "options", "reason"), LEGAL.values(), ids=LEGAL)
+def test_fit_that_an_explicit_suite_refuses_is_left_alone_with_one_line(
+    module, options, reason, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("LIT_STABILITY_AUTO", "1")
+    trainer = make_trainer(tmp_path, max_epochs=1, max_steps=-1, **options)
+    trained = module()
+    trainer.fit(trained, regression_data())
+    assert names(trainer) == ["AutomaticSuite"]
+    lines = [r.getMessage() for r in caplog.records if r.name.endswith("lit_stability")]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert not list(tmp_path.rglob("*.*"))
+    assert "setup_data" not in vars(trainer.fit_loop)
+
+    explicit = make_trainer(tmp_path, stability_callbacks(), max_epochs=1, **options)
+    with pytest.raises((ValueError, RuntimeError), match=reason):
+        explicit.fit(module(), regression_data())
+
+
+def test_trainer_that_was_left_alone_has_the_suite_in_its_next_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_STABILITY_AUTO", "1")
+    trainer = make_trainer(tmp_path, max_epochs=1, max_steps=-1)
+    trainer.fit(ForeignTensor(), regression_data())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Regression(), regression_data())
+    assert names(trainer) == ["AutomaticSuite", *SUITE]

@@ -108,6 +108,9 @@ class AutoRollback(StabilityCallback):
         self._stopped: Incident | None = None
         """The incident for which the fit does not start."""
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_executor": None, "_stopped": None}
+
     def register(self, *objects: Stateful) -> None:
         """Adds objects whose state a rollback restores, such as an average of weights.
 

@@ -88,6 +88,9 @@ class CrashPrediction(StabilityCallback):
         self._actions: PreventiveActions | None = None
         self._peak, self._count, self._saved = 0.0, 0, ""
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_actions": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a trainer without a `GradientMonitor` or with an unsupported strategy."""
         if stage == "fit":

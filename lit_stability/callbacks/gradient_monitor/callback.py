@@ -18,6 +18,7 @@ from lit_stability.callbacks.gradient_monitor.incident_tracker import (
 )
 from lit_stability.callbacks.gradient_monitor.rank_consensus import RankConsensus
 from lit_stability.callbacks.gradient_monitor.reporter import Reporter, log
+from lit_stability.callbacks.gradient_monitor.schedule_watch import ScheduleWatch
 from lit_stability.callbacks.gradient_monitor.step_measurer import StepMeasurer
 from lit_stability.callbacks.gradient_monitor.validation import (
     asked_detectors,
@@ -76,6 +77,10 @@ class GradientMonitor(StabilityCallback):
     On several ranks all decide the same, from numbers summed over the ranks, see
     `lit_stability.distributed.collectives`. Under a strategy that is neither supported nor allowed
     each rank observes its own numbers.
+
+    The callback warns once of a metric that is NaN and that ReduceLROnPlateau, EarlyStopping or
+    ModelCheckpoint monitors, and of a learning rate that becomes almost 0 before the loss has
+    reached its floor.
 
     With several optimizers, the metrics of the second end in ``_1``, and so on. Incidents go to
     ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text. Step
@@ -147,6 +152,16 @@ class GradientMonitor(StabilityCallback):
         """The incident that is open, if one is."""
         return self._tracker.current
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        tracker = IncidentTracker(None, self.close_after, self._tracker.count)
+        tracker.incidents = list(self.incidents)
+        return {
+            **dict.fromkeys(("_measurer", "_reporter", "_schedules", "_pending")),
+            "_detectors": DetectorSet([], [], log.info),
+            "_consensus": RankConsensus(None),
+            "_tracker": tracker,
+        }
+
     def gather(self, value: Any) -> list[Any]:
         """Returns a value of every rank, in their order; on one rank, a list of its own.
 
@@ -175,6 +190,7 @@ class GradientMonitor(StabilityCallback):
         ranks = ranks_of(trainer, self.allow_strategies)
         self._consensus = RankConsensus(ranks)
         self._reporter = Reporter(trainer, self._history)
+        self._schedules = ScheduleWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
         self._detectors = DetectorSet(
@@ -322,6 +338,7 @@ class GradientMonitor(StabilityCallback):
     def _learn(self, trainer: Trainer, pl_module: LightningModule, stats: StepStats) -> None:
         """Teach the detectors a step that all ranks accepted."""
         self._detectors.learn(stats)
+        self._schedules.stepped(stats)
         self._tracker.healthy(trainer, pl_module, stats.step)
 
     def _raise(
@@ -362,10 +379,21 @@ class GradientMonitor(StabilityCallback):
         if self._measurer is not None:
             self._measurer.renew(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports monitored metrics that are NaN."""
+        if self._measurer is not None:
+            self._schedules.metrics_known()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports monitored metrics that were NaN at the end of the epoch before."""
+        if self._measurer is not None:
+            self._schedules.metrics_known()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the open incident, reports non-finite weights, and prints the summary."""
         if self._measurer is None:
             return
+        self._schedules.metrics_known()
         self._reporter.ends_with(self._consensus.bad_state(self._meters.values()))
         self._tracker.close(trainer, pl_module, "unresolved")
         self._reporter.end(self.incidents)

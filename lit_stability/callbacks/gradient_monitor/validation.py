@@ -76,6 +76,14 @@ def require_watchable(
             f"configure_optimizers of {type(pl_module).__name__} returned no optimizer: nothing is "
             "trained, so nothing can be monitored; return one, or fit without the suite"
         )
+    own = {id(parameter) for parameter in pl_module.parameters()}
+    for index, optimizer in enumerate(trainer.optimizers):
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
+                f"{type(pl_module).__name__}; pass it `module.parameters()`, or fit without the "
+                "suite"
+            )
     names = [name for name, _ in pl_module.named_parameters()]
     for each in detectors:
         if isinstance(each, LayerBounds):

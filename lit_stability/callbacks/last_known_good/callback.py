@@ -20,6 +20,7 @@ from lit_stability.trainer_internals import (
     EpochMetrics,
     full_checkpoint,
     run_directory,
+    why_no_directory,
 )
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.good_checkpoints import FOLDER, State
@@ -101,6 +102,9 @@ class LastKnownGood(StabilityCallback):
         self._restored: Mapping[str, Any] = {}
         self._capturing = False
         self._lowers_after_crash = True
+
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_fit": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts to record the position in the data.
@@ -263,6 +267,12 @@ class _Fit:
                 every_n_steps=owner.every_n_steps,
                 confirm_after=owner.confirm_after,
                 max_batch_bytes=owner.max_batch_bytes,
+            )
+        elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info(
+                "LastKnownGood keeps nothing, and incidents are not recorded: %s; give the Trainer "
+                "a local default_root_dir",
+                why_no_directory(self.trainer),
             )
         if (
             self.manager is not None

@@ -13,6 +13,7 @@ from lit_stability.callbacks.hooks import lower_learning_rate
 from lit_stability.trainer_internals import (
     ReferenceStep,
     incomparable,
+    local_path,
     replay_loss,
     same_batch,
     same_loss,
@@ -38,7 +39,7 @@ class PreviousRun:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        path = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        path = local_path(trainer.ckpt_path)
         self.source = path if path is not None and path.parent.name == FOLDER else None
         """The good checkpoint that the fit resumes from, or None."""
         end = None if self.source is None else RunEnd.read(self.source.parent)

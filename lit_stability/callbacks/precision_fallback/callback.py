@@ -117,6 +117,9 @@ class PrecisionFallback(StabilityCallback):
         self._pending_precision: str | None = None
         self._counted_step = -1
 
+    def _outside_a_fit(self) -> dict[str, Any]:
+        return {"_switch": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Chooses the precision levels, and refuses a fit in which this callback cannot work.
 

@@ -1,0 +1,82 @@
+"""Reports what makes a schedule end the training unnoticed. May import Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lit_stability.callbacks.gradient_monitor.reporter import log
+from lit_stability.detectors.dead_learning_rate import DeadLearningRate, DeadRate
+from lit_stability.measurement.step_stats import StepStats
+from lit_stability.trainer_internals import callbacks_of, describe_scheduler, known_metrics
+
+
+class ScheduleWatch:
+    """Reports a monitored metric that is NaN, and a learning rate that is almost 0; each once.
+
+    `ReduceLROnPlateau` takes a NaN for no improvement and lowers the learning rate, `EarlyStopping`
+    stops and `ModelCheckpoint` cannot rank. Lightning says that of `EarlyStopping` only.
+
+    Args:
+        trainer: at the start of its fit.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._rate = DeadLearningRate()
+        self._reported: set[str] = set()
+        """Metrics that were NaN."""
+
+    def stepped(self, stats: StepStats) -> None:
+        """Adds an accepted step."""
+        plateaus = {c.monitor for c in self._trainer.lr_scheduler_configs if c.reduce_on_plateau}
+        dead = self._rate.update(
+            stats.step,
+            stats.optimizer,
+            stats.loss,
+            stats.nominal_learning_rates,
+            metric=None if not plateaus else math.nan if plateaus & self._reported else 0.0,
+        )
+        if dead is not None:
+            self._warn(f"step {stats.step}: {self._text(dead)}")
+
+    def _text(self, dead: DeadRate) -> str:
+        names = [describe_scheduler(c.scheduler) for c in self._trainer.lr_scheduler_configs]
+        return (
+            f"the learning rate is {dead.rate:.3g} since step {dead.since}, after "
+            f"{dead.peak:.3g}: nothing is learnt any more, and the loss had not reached its floor; "
+            f"check {' and '.join(names) or 'what sets it'}"
+        )
+
+    def metrics_known(self) -> None:
+        """Checks the metrics that are monitored, after an epoch or a validation."""
+        if self._trainer.sanity_checking:
+            return
+        users: dict[str, list[str]] = {}
+        for name, user in self._monitored():
+            if name not in self._reported:
+                users.setdefault(name, []).append(user)
+        for name, value in known_metrics(self._trainer, users).items():
+            if math.isnan(value):
+                self._reported.add(name)
+                self._warn(
+                    f"step {self._trainer.global_step}: {name} is NaN, and "
+                    f"{' and '.join(dict.fromkeys(users[name]))} monitors it: no later value can "
+                    "be compared with it; find the sample or batch that makes it NaN"
+                )
+
+    def _monitored(self) -> Iterator[tuple[str, str]]:
+        """Yields the name of each monitored metric, and who monitors it."""
+        for config in self._trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.monitor:
+                yield config.monitor, type(config.scheduler).__name__
+        for callback in callbacks_of(self._trainer):
+            if isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor:
+                yield callback.monitor, type(callback).__name__
+
+    def _warn(self, line: str) -> None:
+        if self._trainer.is_global_zero:
+            log.warning("%s", line)
