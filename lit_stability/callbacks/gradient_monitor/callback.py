@@ -25,6 +25,7 @@ from lit_stability.callbacks.gradient_monitor.validation import (
     require_package,
     require_watchable,
 )
+from lit_stability.callbacks.gradient_monitor.write_finder import WriteFinder
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
 from lit_stability.detectors import (
     Anomaly,
@@ -139,6 +140,7 @@ class GradientMonitor(StabilityCallback):
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
         self._pending: PendingVerdict | None = None
+        self._finder: WriteFinder | None = None
         self._nan_before: tuple[str, ...] = ()
         """Buffers that held a NaN before a checkpoint was loaded."""
 
@@ -245,6 +247,8 @@ class GradientMonitor(StabilityCallback):
         """Measures the step, asks the detectors, and calls the hooks for the verdict."""
         if self._measurer is None:
             return
+        if self._finder is not None:
+            self._finder.leave()
         stats = self._measurer.measure(trainer, optimizer, scan=self.current is not None)
         if stats is None:
             return
@@ -255,11 +259,14 @@ class GradientMonitor(StabilityCallback):
             self.details.append(stats)
         anomaly, shared = self._detectors.verdict(stats, voting=self._consensus.votes)
         if self._detectors.regime_change is not None:
-            change = self._detectors.regime_change
+            change = self._with_writer(self._detectors.regime_change, stats)
             stats = self._accept_regime(trainer, pl_module, stats, change)
         decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
         gate.after_verdict()
+        if self._detectors.expects_write_after(stats):
+            self._finder = WriteFinder(pl_module.named_parameters())
+            self._meters[stats.optimizer].after_update = self._finder.enter
         self._reporter.history.judged(stats, optimizer)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict) -> None:
@@ -272,6 +279,16 @@ class GradientMonitor(StabilityCallback):
         elif self.current is not None and isinstance(self.current.response, ClipStep):
             self._reporter.accepted(stats)
             self._detectors.learn(stats)
+
+    def _with_writer(self, change: RegimeChange, stats: StepStats) -> RegimeChange:
+        """Adds to a change of regime the line that has written the weights, if it was seen."""
+        names = [name for name, _ in stats.outside_writes]
+        writer = "" if self._finder is None else self._finder.writer(names)
+        self._finder = None
+        if not writer:
+            return change
+        self._reporter.log_line(f"step {stats.step}: they are written by {writer}")
+        return replace(change, what=f"{change.what}, by {writer}")
 
     def _accept_regime(
         self,
@@ -402,6 +419,8 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Closes the open incident and the record when the fit ends in an exception."""
+        if self._finder is not None:
+            self._finder.leave()
         if self._measurer is None:
             return
         stopped = isinstance(exception, TrainingStopped)

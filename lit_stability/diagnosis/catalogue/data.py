@@ -59,6 +59,19 @@ DATA = (
         ignore_when="if the change is intended",
     ),
     Cause(
+        name="weights written by the program",
+        rules=((-8, c.transient),),
+        remedy="nothing, if the write is intended: its parameters are accepted from now on",
+        ignore_when="if the write is intended, such as a reset, a restart of dead codes or pruning",
+    ),
+    Cause(
+        name="random draw of the step",
+        rules=((-8, c.bad_input),),
+        remedy="bound what is drawn before it is used, such as a uniform number before its "
+        "logarithm; any batch fails with such a draw",
+        ignore_when="if it is rare: the step is retried with other random numbers",
+    ),
+    Cause(
         name="loss or labels",
         rules=((1, c.kind("non-finite loss", "loss spike")), (1, c.ordinary_gradient)),
         remedy="check the loss function for log(0), division by a count of zero and labels out of "
