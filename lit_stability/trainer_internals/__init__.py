@@ -64,6 +64,7 @@ from lit_stability.trainer_internals.trainer_view import (
     why_no_directory,
 )
 from lit_stability.trainer_internals.training_snapshot import StepStart, TrainingSnapshot
+from lit_stability.trainer_internals.worker_exit import at_worker_exit
 
 __all__ = [
     "AroundNextStep",
@@ -85,6 +86,7 @@ __all__ = [
     "StepStart",
     "TrainingSnapshot",
     "apply_fp32_modules",
+    "at_worker_exit",
     "batch_index",
     "batches_begun",
     "callbacks_of",

@@ -340,7 +340,8 @@ def test_module_that_reads_ahead_on_its_own_cannot_be_positioned_and_is_reported
 
     fit(tmp_path, [*suite(), Join()], Reader, max_steps=30)
     assert caplog.text.count("training_step takes `dataloader_iter`") == 1
-    assert caplog.text.count("a resume cannot verify the state") == 1
+    lines = [r for r in caplog.records if "will not verify the restored" in r.getMessage()]
+    assert [r.levelname for r in lines] == ["INFO"], "nothing is wrong with the run"
     _, trainer = resume(tmp_path, suite(), Reader())
     assert trainer.global_step == 60
 

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -521,3 +522,29 @@ def test_locate_keeps_nothing_of_the_step_alive():
     assert locate_nonfinite(model, step) is not None
     gc.collect()
     assert [ref() for ref in kept] == [None]
+
+
+@dataclass(slots=True)
+class Graph:
+    """A batch without ``__dict__``."""
+
+    x: torch.Tensor
+
+
+class Doubles(nn.Module):
+    """Returns a batch, as the layers of graph networks do."""
+
+    def forward(self, graph):
+        return Graph(graph.x * 2)
+
+
+class Logarithm(nn.Module):
+    def forward(self, graph):
+        return Graph(graph.x.log())
+
+
+def test_module_that_returns_a_batch_with_slots_is_searched():
+    module = nn.Sequential(Doubles(), Logarithm())
+    graph = Graph(torch.tensor([-1.0], requires_grad=True))
+    origin = locate_nonfinite(module, lambda: module(graph).x.sum())
+    assert (origin.module, origin.op) == ("1", "log")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +46,14 @@ from lit_stability.measurement.initial_state import (
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime, ClipStep
-from lit_stability.trainer_internals import callbacks_of, log_every, ranks_of, reshard, sharing
+from lit_stability.trainer_internals import (
+    at_worker_exit,
+    callbacks_of,
+    log_every,
+    ranks_of,
+    reshard,
+    sharing,
+)
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.skipped_step import skip_gate
 
@@ -141,6 +148,7 @@ class GradientMonitor(StabilityCallback):
         self._history = StepHistory()
         self._pending: PendingVerdict | None = None
         self._finder: WriteFinder | None = None
+        self._cancel_exit: Callable[[], None] = _nothing
         self._nan_before: tuple[str, ...] = ()
         """Buffers that held a NaN before a checkpoint was loaded."""
 
@@ -162,6 +170,7 @@ class GradientMonitor(StabilityCallback):
             "_detectors": DetectorSet([], [], log.info),
             "_consensus": RankConsensus(None),
             "_tracker": tracker,
+            "_cancel_exit": _nothing,
         }
 
     def gather(self, value: Any) -> list[Any]:
@@ -204,7 +213,15 @@ class GradientMonitor(StabilityCallback):
             self._measurer.watch_writes()
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
         self._pending = None
+        self._cancel_exit = at_worker_exit(lambda: self._worker_ended(trainer, pl_module))
         self._check_initial_state(trainer, pl_module)
+
+    @staticmethod
+    def _worker_ended(trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the fit for the whole suite, as Lightning does not in a worker that failed."""
+        for each in callbacks_of(trainer):
+            if isinstance(each, StabilityCallback):
+                each.on_exception(trainer, pl_module, RuntimeError("the worker process ended"))
 
     def _check_initial_state(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens an incident if the state is damaged before the first step."""
@@ -419,6 +436,7 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Closes the open incident and the record when the fit ends in an exception."""
+        self._cancel_exit()
         if self._finder is not None:
             self._finder.leave()
         if self._measurer is None:
@@ -437,6 +455,7 @@ class GradientMonitor(StabilityCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Releases the parameters and the process group."""
         if stage == "fit":
+            self._cancel_exit()
             if self._measurer is not None:
                 self._measurer.close()
             self._measurer = None
@@ -462,3 +481,7 @@ class GradientMonitor(StabilityCallback):
         self._tracker.count = int(state_dict["incidents"])
         self._history.count = int(state_dict.get("attempts", 0))
         self._restored = state_dict["detectors"]
+
+
+def _nothing() -> None:
+    """Cancels nothing, outside of a fit."""

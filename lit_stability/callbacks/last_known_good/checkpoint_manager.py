@@ -97,9 +97,7 @@ class CheckpointManager:
         self._reference.cancel()
         kept = self._reference.kept
         if kept is None:
-            self._warn_once(
-                "a resume cannot verify the state", self._reference.obstacle or "no step followed"
-            )
+            self._note_once(self._reference.obstacle or "no step followed")
         else:
             kept |= {"loss": kept["loss"].cpu(), "step": self._step}
             self._copy.state["callbacks"][state_key]["kept"] = kept
@@ -120,6 +118,12 @@ class CheckpointManager:
         """Waits for the writer, and leaves the module as it was before the fit."""
         self._reference.cancel()
         self.writer.join()
+
+    def _note_once(self, obstacle: str) -> None:
+        """Logs why a resume will not be verified; nothing is wrong with the run."""
+        if obstacle not in self._warned:
+            self._warned.add(obstacle)
+            log.info("a resume will not verify the restored state: %s", obstacle)
 
     def _warn_once(self, problem: str, reason: str) -> None:
         if problem not in self._warned:

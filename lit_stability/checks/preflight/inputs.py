@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from lit_stability.checks.finding import Finding
 from lit_stability.checks.preflight.observation import Observation
 from lit_stability.checks.preflight.report import NotApplicableError
+from lit_stability.measurement.tensor_tree import named_tensors
 
 HUGE = 1e4
 """Beyond 1e4 a product of two elements overflows fp16 (65504)."""
@@ -147,27 +147,3 @@ def empty_epoch(
         why="no weight changes, and no error says so",
         remedy=remedy,
     )
-
-
-def named_tensors(value: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a batch, each with its path.
-
-    >>> import torch
-    >>> [name for name, _ in named_tensors({"x": torch.zeros(2), "more": [torch.ones(1)]})]
-    ["batch['x']", "batch['more'][0]"]
-    """
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from named_tensors(item, f"{name}[{key!r}]")
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for key, item in zip(value._fields, value, strict=True):
-            yield from named_tensors(item, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from named_tensors(item, f"{name}[{i}]")
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        for key, item in vars(value).items():
-            if isinstance(item, (Tensor, Mapping, list, tuple)):
-                yield from named_tensors(item, f"{name}.{key}")

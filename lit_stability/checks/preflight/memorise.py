@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lit_stability.checks.finding import Finding
-from lit_stability.checks.preflight.inputs import named_tensors
 from lit_stability.checks.preflight.operations import WithoutDropout, quiet_dropout
 from lit_stability.checks.preflight.report import NotApplicableError
 from lit_stability.checks.preflight.subject import Subject
+from lit_stability.measurement.tensor_tree import named_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

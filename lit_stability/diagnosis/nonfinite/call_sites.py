@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_stability.diagnosis.nonfinite.origin import Phase
+from lit_stability.measurement.tensor_tree import tensors_in
 
 _LIBRARIES = tuple(
     f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2])
@@ -183,7 +184,9 @@ def _is_custom(node: Any) -> bool:
 def _leaves(output: Any) -> list[Any]:
     if isinstance(output, dict):
         return list(output.values())
-    return list(vars(output).values()) if hasattr(output, "__dataclass_fields__") else [output]
+    if isinstance(output, (Tensor, list, tuple)):
+        return [output]
+    return list(tensors_in(output))
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lit_stability.checks.preflight.inputs import check_batch, named_tensors
+from lit_stability.checks.preflight.inputs import check_batch
 from lit_stability.checks.preflight.report import NotApplicableError
+from lit_stability.measurement.tensor_tree import named_tensors
 from models.translation.batches import Batch
 
 ZEROS, ONES = torch.zeros(2, 4), torch.ones(2, 4)
