@@ -20,7 +20,7 @@ from lit_stability.diagnosis.nonfinite.advice import ADVICE, LAYERS, OPS, advise
 from lit_stability.distributed.dtensor import local
 from lit_stability.training_state.rng import capture_rng, same_rng
 from tests.diagnosis import nonfinite_cases
-from tests.diagnosis.nonfinite_cases import BAD, HEALTHY, data
+from tests.diagnosis.nonfinite_cases import BAD, HEALTHY, INF, data
 from tests.distributed import run_ranks
 
 EXPECTED = {"phase": "forward", "cause": "operation"}
@@ -389,6 +389,30 @@ def test_locate_weight_of_an_absent_class_names_where_the_module_holds_it(
     found = locate_nonfinite(model, lambda: loss_of(weights)(model, batch))
     assert (found.cause, found.tensor) == (cause, tensor), found.describe()
     assert "a class without samples" in found.advice
+
+
+def test_locate_single_weight_of_inf_is_no_mask():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 1)
+            self.loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([torch.inf]))
+
+    model = Model()
+    found = locate_nonfinite(model, lambda: model.loss(model.fc(data()), torch.zeros(3, 1)))
+    assert (found.cause, found.tensor) == ("buffer", "loss.pos_weight"), found.describe()
+
+
+def test_locate_fully_masked_row_under_a_mask_in_a_buffer_is_the_softmax():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.full((3, 4), -INF))
+
+    model = Model()
+    found = locate_nonfinite(model, lambda: (model.fc(data()) + model.mask).softmax(-1).sum())
+    assert (found.cause, found.op, found.kind) == ("operation", "softmax", "fully masked row")
 
 
 def test_locate_batch_that_the_module_keeps_is_an_input():

@@ -187,9 +187,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         lost = cause == "input" and unknown
         if lost and self._first_in_backward is not None:
             return self._first_in_backward
-        is_meant = is_mask(operand.tensor) or (
-            cause in ("buffer", "constant") and value_of(operand.tensor) == "-inf"
-        )
+        is_meant = _is_meant(cause, operand.tensor)
         origin = self._origin(
             call,
             operand.tensor,
@@ -198,7 +196,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor=name or operand.name,
             inputs=(range_of(name or operand.name, operand.tensor),),
         )
-        source = self._new_source(origin, intended=is_meant and cause != "parameter")
+        source = self._new_source(origin, intended=is_meant)
         self._note(operand.tensor, source)
         return source
 
@@ -288,3 +286,13 @@ def _divides_by_small(call: KernelCall, operands: list[Operand]) -> bool:
     """Returns whether a division overflows because of its divisor."""
     divides = call.kernel.startswith(("div", "reciprocal", "rsqrt"))
     return divides and has_small_divisor([operand.tensor for operand in operands])
+
+
+def _is_meant(cause: Cause, tensor: Tensor) -> bool:
+    """Returns whether the infinities of a tensor from before the step are there on purpose."""
+    if cause == "parameter":
+        return False
+    if cause == "input":
+        return is_mask(tensor)
+    # A single weight of inf, as of a class without samples, is no mask.
+    return value_of(tensor) == "-inf" or (is_mask(tensor) and has_zero(tensor))
