@@ -87,7 +87,7 @@ class CorruptGradient(Fault):
         """See `Fault`."""
         for _, p in _matching(pl_module, self.parameter):
             if p.grad is not None:
-                local(p.grad).view(-1)[:1] = self.value
+                _first(local(p.grad)).fill_(self.value)
 
 
 @dataclass(kw_only=True)
@@ -122,13 +122,13 @@ class CorruptWeight(Fault):
     def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """See `Fault`."""
         for _, p in _matching(pl_module, self.parameter):
-            flat = local(p.data).view(-1)
+            first = _first(local(p.data))
             if self.bit is None:
-                flat[:1] = self.value
+                first.fill_(self.value)
             else:
                 # 1 << 31 exceeds int32; its two's complement has the same bits.
                 mask = (1 << self.bit) - (1 << 32 if self.bit == 31 else 0)
-                flat[:1] = (flat[:1].float().view(torch.int32) ^ mask).view(torch.float32)
+                first.copy_((first.float().view(torch.int32) ^ mask).view(torch.float32))
 
 
 @dataclass(kw_only=True)
@@ -253,6 +253,11 @@ class FaultInjector(Callback):
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """Returns a view of the first element, empty if there is none, in any memory format."""
+    return tensor.as_strided((min(1, tensor.numel()),), (1,))
 
 
 def _matching(module: nn.Module, pattern: str) -> Sequence[tuple[str, nn.Parameter]]:

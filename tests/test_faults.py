@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lit_stability.faults import (
     BadBatch,
@@ -147,3 +148,18 @@ def test_pattern_that_matches_nothing_lists_the_parameters(tmp_path):
     injector = FaultInjector([CorruptWeight(step=0, parameter="decoder.*")])
     with pytest.raises(ValueError, match=r"no parameter matches 'decoder\.\*'; there are \['net"):
         fit(tmp_path, [injector], max_steps=1)
+
+
+@pytest.mark.parametrize("fault", [CorruptWeight, CorruptGradient])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_fault_changes_one_element_in_any_memory_format(fault, layout, tmp_path):
+    module = nn.Conv2d(3, 4, 2).to(memory_format=layout)
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    if fault is CorruptWeight:
+        CorruptWeight(step=0, parameter="weight").on_batch(None, module, None)
+        changed = module.weight
+    else:
+        CorruptGradient(step=0, parameter="weight").on_gradients(module)
+        changed = module.weight.grad
+    assert int(changed.isnan().sum()) == 1
