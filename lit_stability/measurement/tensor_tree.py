@@ -53,12 +53,12 @@ def named_tensors(
         return
     if id(value) in _inside or len(_inside) >= _DEEPEST:
         return
-    for part, item in _parts(value):
+    for part, item in parts_of(value):
         yield from named_tensors(item, name + part, _inside=_inside | {id(value)})
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the items of a container, or the attributes of a batch object."""
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the items of a container, or the attributes of a batch object, with their paths."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):

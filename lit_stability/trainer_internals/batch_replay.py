@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lit_stability.measurement.tensor_tree import size_of, tensors_in
+from lit_stability.measurement.tensor_tree import size_of
+from lit_stability.trainer_internals.batch_digest import arrays_size, digest_of
 from lit_stability.trainer_internals.data_fetcher import (
     FetcherObserver,
     current_fetcher,
@@ -25,6 +26,9 @@ from lit_stability.trainer_internals.data_fetcher import (
 )
 from lit_stability.trainer_internals.trainer_view import is_called
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
+
+_TRIED = 3
+"""First batches that are copied in any case."""
 
 
 @dataclass(eq=False)
@@ -39,11 +43,19 @@ class RecordedBatch:
     rng: dict[str, Any] | None
     """State of the generators right after the fetch; None: a replay does not reset them."""
     nbytes: int
-    versions: tuple[int, ...]
+    digest: tuple[Hashable, ...] | None
+    """Of the batch as it was served; None when only a copy is left."""
     step: int = -1
     """Number of optimizer steps before the step that the batch belongs to."""
     modified: bool = False
-    """Whether the training step modified the batch in place."""
+    """Whether the training step modified the batch, and there is no copy."""
+    original: Any = None
+    """What was served in place of ``item``, which is a copy of it."""
+
+    @property
+    def served(self) -> Any:
+        """The batch as the training step got it."""
+        return self.item if self.original is None else self.original
 
 
 class ReplayRing:
@@ -53,11 +65,15 @@ class ReplayRing:
 
     Args:
         max_bytes: bound on the size of the recorded batches; the oldest are dropped beyond it.
-        clone: serves copies, for a training step that modifies its batch in place.
+        clone: keeps copies, for a training step that modifies its batches. The first batches are
+            copied in any case, until it is seen whether the step modifies them.
     """
 
     def __init__(self, max_bytes: int, clone: bool) -> None:
         self.max_bytes, self.clone = max_bytes, clone
+        self.modifies = False
+        """Whether the training step was seen to modify a batch."""
+        self._tried = 0
         self.entries: deque[RecordedBatch] = deque()
         self.queue: deque[RecordedBatch] = deque()
         self.skipped: Counter[int] = Counter()
@@ -132,10 +148,50 @@ class ReplayRing:
             first = False
 
     def check_modified(self) -> None:
-        """Checks whether the training step modified the last served batch in place."""
-        if not self.clone and self.entries:
-            entry = self.entries[-1]
-            entry.modified = entry.modified or _versions(entry.item) != entry.versions
+        """Checks whether the training step modified the last served batch.
+
+        From the first one on, copies are kept.
+        """
+        entry = self.entries[-1] if self.entries else None
+        if entry is None or entry.digest is None:
+            return
+        changed = digest_of(entry.served) != entry.digest
+        if changed and entry.original is None:
+            entry.modified = True
+        self.modifies = self.modifies or changed
+        self.clone = self.clone or changed
+
+    def serve(self, entry: RecordedBatch) -> Any:
+        """Records an entry, and returns its batch: the loader's own, of which a copy is kept."""
+        copies = self.clone or self._tried < _TRIED
+        self._tried += 1
+        self._release_original()
+        if copies and entry.original is None:
+            entry.item, entry.original = _copied(entry.item)
+        self.add(entry)
+        return entry.served
+
+    def serve_again(self, entry: RecordedBatch) -> Any:
+        """Records an entry that is replayed, and returns its batch, or a copy of it."""
+        self._release_original()
+        if self.clone:
+            entry.item, entry.original = _copied(entry.item)
+        entry.digest = digest_of(entry.served)
+        self.add(entry)
+        return entry.served
+
+    def _release_original(self) -> None:
+        """Keeps only one copy of the batch before, the one that no step has seen."""
+        if self.entries and self.entries[-1].original is not None:
+            self.entries[-1].original = self.entries[-1].digest = None
+
+
+def _copied(item: Any) -> tuple[Any, Any]:
+    """Returns a copy of a batch, and the batch; the batch and None if it cannot be copied."""
+    try:
+        return copy.deepcopy(item), item
+    except Exception:
+        return item, None
 
 
 class BatchRecorder(FetcherObserver):
@@ -225,16 +281,17 @@ class BatchRecorder(FetcherObserver):
             if entry.rng is not None:
                 restore_rng(entry.rng)
             fetcher.done = not self.more_in(entry.epoch)
+            serve = ring.serve_again
         else:
             fetcher.done = self._live_done
             item = fetch()
             self._live_done = fetcher.done
             index = fetcher.fetched - len(getattr(fetcher, "batches", ())) - 1
-            size = size_of(item)
-            entry = RecordedBatch(item, self._live_epoch, index, None, size, _versions(item))
+            size = size_of(item) + arrays_size(item)
+            entry = RecordedBatch(item, self._live_epoch, index, None, size, digest_of(item))
+            serve = ring.serve
         entry.rng = capture_rng()
-        ring.add(entry)
-        return copy.deepcopy(entry.item) if ring.clone else entry.item
+        return serve(entry)
 
     def iterate(self, fetcher: Any, restart: Callable[[], Any]) -> Any:
         """Starts an epoch; the loaders are not restarted for a replayed epoch."""
@@ -247,7 +304,3 @@ class BatchRecorder(FetcherObserver):
         restart()
         self._live_epoch, self._live_done = epoch, fetcher.done
         return fetcher
-
-
-def _versions(item: Any) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors_in(item) if not t.is_inference())

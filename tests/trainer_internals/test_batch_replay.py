@@ -1,10 +1,12 @@
 """The replay ring alone: which batches are recorded, dropped and replayed, and in which order."""
 
+import numpy as np
 import pytest
 import torch
 
 from lit_stability.measurement.tensor_tree import size_of
 from lit_stability.trainer_internals import RecordedBatch, ReplayRing
+from lit_stability.trainer_internals.batch_digest import digest_of
 
 
 def ring_of(count, max_bytes=10**6):
@@ -74,7 +76,7 @@ def test_prune_drops_the_entries_before_a_position():
 def test_modified_batch_is_detected_and_only_replayable_without_it():
     ring = ReplayRing(10**6, clone=False)
     batch = {"x": torch.zeros(3), "y": [torch.zeros(2)]}
-    entry = RecordedBatch(batch, 0, 0, None, size_of(batch), (0, 0))
+    entry = RecordedBatch(batch, 0, 0, None, size_of(batch), digest_of(batch))
     ring.add(entry)
     ring.check_modified()
     assert ring.replayable(0)
@@ -82,6 +84,51 @@ def test_modified_batch_is_detected_and_only_replayable_without_it():
     ring.check_modified()
     assert not ring.replayable(0)
     assert ring.replayable(0, skipped=[entry])
+
+
+def recorded(batch):
+    return RecordedBatch(batch, 0, 0, None, size_of(batch), digest_of(batch))
+
+
+@pytest.mark.parametrize("modified_from", [0, 5])
+def test_copies_are_kept_from_the_first_modified_batch_on(modified_from):
+    """The first batches are copied in any case, so that a step that always writes loses none."""
+    ring = ReplayRing(10**6, clone=False)
+    entries = [recorded([torch.full((2,), float(i))]) for i in range(8)]
+    for i, entry in enumerate(entries):
+        served = ring.serve(entry)
+        if i >= modified_from:
+            served[0].add_(100)
+        ring.check_modified()
+    assert [e.modified for e in entries] == [i == modified_from == 5 for i in range(8)]
+    assert [float(e.item[0][0]) for e in entries] == [
+        i + 100 * (i == modified_from == 5) for i in range(8)
+    ]
+
+
+def test_replayed_batch_is_unchanged_however_often_it_is_modified():
+    ring = ReplayRing(10**6, clone=False)
+    ring.serve(recorded({"x": np.zeros(2)}))["x"] += 1
+    for _ in range(3):
+        ring.check_modified()
+        ring.rewind(0)
+        served = ring.serve_again(ring.queue.popleft())
+        assert served["x"].tolist() == [0, 0]
+        served["x"] += 1
+
+
+def test_batch_that_cannot_be_copied_is_served_and_not_replayable_once_modified():
+    class Handle:
+        def __init__(self):
+            self.x = torch.zeros(2)
+
+        def __deepcopy__(self, memo):
+            raise TypeError("a connection cannot be copied")
+
+    ring = ReplayRing(10**6, clone=True)
+    ring.serve(recorded(Handle())).x.add_(1)
+    ring.check_modified()
+    assert not ring.replayable(0)
 
 
 def test_size_counts_tensors_in_containers_and_batch_objects():
