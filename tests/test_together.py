@@ -18,7 +18,7 @@ from lit_stability import (
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import make_trainer
 from tests.exact import Batches, differences, loader, run
-from tests.test_exact_recovery import Net
+from tests.exact_net import Net
 
 WEIGHT = functools.partial(CorruptWeight, parameter="first.0.weight")
 

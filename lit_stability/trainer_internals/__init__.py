@@ -5,7 +5,7 @@ source, and fail when a release of Lightning moves or renames one of them.
 """
 
 from lit_stability.trainer_internals.batch_replay import BatchRecorder, RecordedBatch, ReplayRing
-from lit_stability.trainer_internals.callback_state import Stateful
+from lit_stability.trainer_internals.callback_state import Stateful, keeps_state
 from lit_stability.trainer_internals.checkpoint_ledger import CheckpointLedger
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
@@ -18,6 +18,7 @@ from lit_stability.trainer_internals.loop_counters import (
 )
 from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics, known_metrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
+from lit_stability.trainer_internals.plain_attributes import PlainAttributes, owners_in
 from lit_stability.trainer_internals.precision import (
     PrecisionSwitch,
     apply_fp32_modules,
@@ -75,6 +76,7 @@ __all__ = [
     "LoggedMetrics",
     "LoopState",
     "Outcome",
+    "PlainAttributes",
     "PrecisionSwitch",
     "RecordedBatch",
     "RecordedStep",
@@ -100,6 +102,7 @@ __all__ = [
     "incomparable",
     "is_compiled",
     "is_supported",
+    "keeps_state",
     "known_metrics",
     "loaders",
     "local_path",
@@ -107,6 +110,7 @@ __all__ = [
     "logger_step",
     "loss_scale_on_device",
     "loss_scaler",
+    "owners_in",
     "parameters_of",
     "ranks_of",
     "remove_gradients",

@@ -7,14 +7,25 @@ module, and of objects that the user registers.
 from __future__ import annotations
 
 import copy
+import functools
+import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias
+from weakref import WeakSet
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.snapshot import ModuleSnapshot
+
+log = logging.getLogger("lightning.pytorch.lit_stability")
 
 Restore: TypeAlias = Callable[[], None]
 
@@ -51,20 +62,42 @@ def capture_callback_state(
         if hasattr(owner, "rewindable_state"):
             restores.append(_hook(owner))
         elif isinstance(owner, ModelCheckpoint | EarlyStopping):
+            if isinstance(owner, ModelCheckpoint) and owner.save_last == "link":
+                restores.append(_last_link(owner, trainer))
             restores.append(_stateful(owner))
             restores.append(_attributes(owner))
         elif isinstance(owner, WeightAveraging):
             restores.append(_average(owner, averages))
             restores.append(_attributes(owner))
+        elif isinstance(owner, BaseFinetuning):
+            restores.append(_attributes(owner))
+        if keeps_state(owner):
+            restores.append(_stateful_of_the_user(owner))
     return [*restores, *(_stateful(owner) for owner in registered)]
 
 
+def keeps_state(owner: Any) -> bool:
+    """Returns whether a callback of the user defines how to save and restore its state.
+
+    Not if it has a ``rewindable_state``, which says what a rollback restores.
+    """
+    if not isinstance(owner, Callback) or hasattr(owner, "rewindable_state"):
+        return False
+    if isinstance(owner, ModelCheckpoint | EarlyStopping):
+        return False
+    methods = (getattr(type(owner), name) for name in ("state_dict", "load_state_dict"))
+    return all(method.__module__.split(".")[0] not in _PACKAGES for method in methods)
+
+
+_PACKAGES = ("lightning", "pytorch_lightning", "lit_stability")
 _ATTRIBUTES = (
     "_last_global_step_saved",
     "_last_checkpoint_saved",
     "_defer_save_until_validation",
     "_latest_update_step",
     "_latest_update_epoch",
+    "_internal_optimizer_metadata",
+    "previous_backbone_lr",
     "stopping_reason",
     "stopping_reason_message",
 )
@@ -82,8 +115,59 @@ def _stateful(owner: Stateful) -> Restore:
 
 
 def _attributes(owner: Any) -> Restore:
-    values = {name: getattr(owner, name) for name in _ATTRIBUTES if hasattr(owner, name)}
-    return lambda: vars(owner).update(values)
+    values = {name: copy.deepcopy(vars(owner)[name]) for name in _ATTRIBUTES if name in vars(owner)}
+    return lambda: vars(owner).update(copy.deepcopy(values))
+
+
+def _stateful_of_the_user(owner: Any) -> Restore:
+    """Code that expects to be called when a checkpoint is saved or loaded may fail now."""
+    try:
+        restore = _stateful(owner)
+    except Exception as error:
+        return functools.partial(_report, owner, error)
+
+    def attempt() -> None:
+        try:
+            restore()
+        except Exception as error:
+            _report(owner, error)
+
+    return attempt
+
+
+def _report(owner: Any, error: Exception) -> None:
+    if owner not in _REPORTED:
+        _REPORTED.add(owner)
+        log.warning(
+            "the state of %s is not rolled back: %s: %s. Give it rewindable_state() and "
+            "load_rewindable_state(state)",
+            type(owner).__name__,
+            type(error).__name__,
+            error,
+        )
+
+
+_REPORTED: WeakSet[Any] = WeakSet()
+"""Callbacks of which it was logged."""
+
+
+def _last_link(owner: ModelCheckpoint, trainer: Trainer) -> Restore:
+    """Has ``last.ckpt`` point again to what it pointed to; called before the state is restored.
+
+    The file that it points to now may have been quarantined, so that nothing could be loaded.
+    """
+    path = owner.last_model_path
+    target = os.readlink(path) if path and os.path.islink(path) else None
+
+    def restore() -> None:
+        if not trainer.is_global_zero:
+            return
+        if owner.last_model_path and os.path.islink(owner.last_model_path):
+            os.remove(owner.last_model_path)
+        if target is not None and not os.path.lexists(path):
+            os.symlink(target, path)
+
+    return restore
 
 
 def _average(owner: WeightAveraging, averages: dict[int, ModuleSnapshot]) -> Restore:

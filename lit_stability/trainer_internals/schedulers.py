@@ -1,7 +1,8 @@
-"""Names of learning-rate schedulers, for messages."""
+"""Learning-rate schedulers: their state, and their names for messages."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 _OPTIONS = ("gamma", "factor", "step_size", "T_max", "total_iters")
@@ -20,3 +21,30 @@ def describe_scheduler(scheduler: Any) -> str:
     inner = [describe_scheduler(each) for each in getattr(scheduler, "_schedulers", ())]
     details = ", ".join(inner or options)
     return type(scheduler).__name__ + (f" ({details})" if details else "")
+
+
+class SchedulerState:
+    """Copy of a scheduler's state.
+
+    A ``state_dict`` lacks functions, of which ``LambdaLR`` keeps one for each parameter group; a
+    group that was added since has brought one more.
+
+    Args:
+        scheduler: to copy.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._state = copy.deepcopy(scheduler.state_dict())
+        self._lists = [
+            (owner, name, list(value))
+            for owner in (scheduler, *getattr(scheduler, "_schedulers", ()))
+            for name, value in vars(owner).items()
+            if isinstance(value, list) and any(callable(each) for each in value)
+        ]
+
+    def restore(self) -> None:
+        """Restores the state."""
+        for owner, name, functions in self._lists:
+            setattr(owner, name, list(functions))
+        self._scheduler.load_state_dict(copy.deepcopy(self._state))

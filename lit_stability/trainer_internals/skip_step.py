@@ -36,6 +36,10 @@ class StepSkipper:
         """Whether a step was skipped in this window."""
         return bool(self._counts)
 
+    def skips(self, optimizer: Optimizer) -> bool:
+        """Returns whether the step of an optimizer is skipped in this window."""
+        return any(skipped is optimizer for skipped, _ in self._counts)
+
     def skip(self, optimizer: Optimizer, *, epoch: bool) -> None:
         """Skips the next step of an optimizer.
 
@@ -44,7 +48,7 @@ class StepSkipper:
             epoch: pause the schedulers of interval "epoch" too.
         """
         remove_gradients(optimizer)
-        if any(skipped is optimizer for skipped, _ in self._counts):
+        if self.skips(optimizer):
             return
         if not self.active:
             # The loss scaler will count the skipped step; restore() resets it.

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lit_stability.trainer_internals.callback_state import Restore, Stateful, capture_callback_state
 from lit_stability.trainer_internals.loop_counters import LoopState, Steps
 from lit_stability.trainer_internals.metrics import LoggedMetrics
+from lit_stability.trainer_internals.plain_attributes import (
+    PlainAttributes,
+    is_of_the_user,
+    owners_in,
+)
+from lit_stability.trainer_internals.schedulers import SchedulerState
+from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, restore_rng
 from lit_stability.training_state.snapshot import BufferGuard, ModuleSnapshot, OptimizerSnapshot
@@ -39,11 +47,14 @@ class TrainingSnapshot:
         self.steps = Steps(0, 0, 0)
         self._optimizers: list[OptimizerSnapshot] = []
         self._metrics = LoggedMetrics(pl_module)
-        self._schedulers: list[Any] = []
+        self._schedulers: list[SchedulerState] = []
         self._scaler: Any = None
         self._rng: dict[str, Any] = {}
         self._callback_state: list[Restore] = []
         self._averages: dict[int, ModuleSnapshot] = {}
+        self._attributes = PlainAttributes(())
+        self._of_callbacks = PlainAttributes(())
+        self._trained: list[tuple[Tensor, bool]] = []
 
     def capture(
         self,
@@ -63,12 +74,17 @@ class TrainingSnapshot:
             saved.capture(optimizer)
         self._metrics.capture(trainer)
         self._schedulers = [
-            copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+            SchedulerState(config.scheduler) for config in trainer.lr_scheduler_configs
         ]
         self._scaler = copy.deepcopy(trainer.precision_plugin.state_dict())
         self._callback_state = capture_callback_state(
             trainer, pl_module, registered, self._averages
         )
+        self._attributes = PlainAttributes(owners_in(trainer, pl_module, of_torch=True))
+        self._of_callbacks = PlainAttributes(filter(is_of_the_user, callbacks_of(trainer)))
+        for attributes in (self._attributes, self._of_callbacks):
+            attributes.capture()
+        self._trained = [(p, p.requires_grad) for p in pl_module.parameters()]
         self.loops, self.steps = LoopState(trainer), Steps.of(trainer)
         self._rng = capture_rng()
 
@@ -78,17 +94,23 @@ class TrainingSnapshot:
         Args:
             trainer: to restore.
             replay: whether the steps since then are replayed; parameter groups added since then
-                are removed, as the replay adds them again.
+                are removed, as the replay adds them again, and what was frozen then is frozen.
         """
+        if replay and self.crosses_change_of_groups(trainer):
+            # A flag of the callback that made the change must not say that it was made.
+            self._of_callbacks.restore()
+            for parameter, trained in self._trained:
+                parameter.requires_grad_(trained)
         self.module.restore()
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
             saved.restore(optimizer, drop_new_groups=replay)
         clear_gradients(trainer)
         self._metrics.restore(trainer)
-        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
+        for state in self._schedulers:
+            state.restore()
         if self._scaler:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(self._scaler))
+        self._attributes.restore()
         self.restore_callback_state()
         restore_rng(self._rng)
 
@@ -96,6 +118,27 @@ class TrainingSnapshot:
         """Restores the state of callbacks, module and registered objects."""
         for restore in self._callback_state:
             restore()
+
+    def restore_again(self) -> None:
+        """Restores what later hooks of the rejected batch may have changed since `restore`."""
+        self.module.restore()
+        self._attributes.restore()
+        self.restore_callback_state()
+
+    def owners_changed(self) -> list[Any]:
+        """Returns the modules and optimizers of which values in attributes have changed since."""
+        return self._attributes.changed_owners()
+
+    def crosses_change_of_groups(self, trainer: Trainer) -> bool:
+        """Returns whether other parameters are trained now, or are in other groups."""
+        pairs = zip(self._optimizers, trainer.optimizers, strict=True)
+        same = all(saved.has_same_groups(optimizer) for saved, optimizer in pairs)
+        return not same or any(p.requires_grad != trained for p, trained in self._trained)
+
+    @property
+    def kept_by_callbacks(self) -> tuple[str, ...]:
+        """Attributes of the user's callbacks that have changed since."""
+        return self._of_callbacks.changed()
 
     @property
     def nbytes(self) -> int:
@@ -105,23 +148,35 @@ class TrainingSnapshot:
 
 
 class StepStart:
-    """State that a step changes before it can be skipped: buffers, metrics, RNG, loop counters.
+    """State that a step changes before it can be skipped.
+
+    These are buffers, parameters that the program writes itself, values in attributes of the
+    module, metrics, generators and loop counters.
 
     Args:
+        trainer: in its fit.
         pl_module: the module in training.
     """
 
-    def __init__(self, pl_module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._buffers = BufferGuard(pl_module)
         self._metrics = LoggedMetrics(pl_module)
+        self.attributes = PlainAttributes(owners_in(trainer, pl_module, of_torch=False))
         self.position = 0
         self.loops: LoopState
         self._rng: dict[str, Any] = {}
 
-    def capture(self, trainer: Trainer, *, position: int) -> None:
-        """Captures the state, before the first batch of the step is fetched."""
+    def capture(self, trainer: Trainer, *, position: int, written: Sequence[Tensor] = ()) -> None:
+        """Captures the state, before the first batch of the step is fetched.
+
+        Args:
+            trainer: in its fit.
+            position: of the batch in the replay ring.
+            written: parameters that the program writes itself.
+        """
         self.position = position
-        self._buffers.capture()
+        self._buffers.capture(written)
+        self.attributes.capture()
         self._metrics.capture(trainer)
         self.loops = LoopState(trainer)
         self._rng = capture_rng()
@@ -129,9 +184,14 @@ class StepStart:
     def restore(self, trainer: Trainer) -> None:
         """Restores all state except loops and data, and clears the gradients."""
         self._buffers.restore()
+        self.attributes.restore()
         self._metrics.restore(trainer)
         clear_gradients(trainer)
         restore_rng(self._rng)
+
+    def restore_again(self) -> None:
+        """Restores what later hooks of the rejected batch may have changed since `restore`."""
+        self._buffers.restore()
 
 
 def clear_gradients(trainer: Trainer) -> None:

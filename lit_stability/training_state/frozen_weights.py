@@ -104,13 +104,25 @@ def _equal(kept: Sequence[Kept]) -> bool:
     for copy in kept:
         groups.setdefault((copy.live.dtype, copy.live.device), []).append(copy)
     for group in groups.values():
-        now = torch.cat([_sampled(copy.live) for copy in group])
-        then = torch.cat([_sampled(copy.saved) for copy in group])
+        now = torch.cat([sampled(copy.live) for copy in group])
+        then = torch.cat([sampled(copy.saved) for copy in group])
         if not torch.equal(now.view(torch.uint8), then.view(torch.uint8)):  # as bytes, NaN == NaN
             return False
     return True
 
 
-def _sampled(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().view(-1)
+def sampled(tensor: Tensor) -> Tensor:
+    """Returns about 256 elements of a tensor, evenly spread, in one dimension.
+
+    >>> sampled(torch.arange(1024.0)).tolist()[:3]
+    [0.0, 4.0, 8.0]
+    """
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else _in_memory_order(tensor)
     return flat[:: max(1, flat.numel() // _SAMPLES)]
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Returns the elements in the order in which they lie in memory: a view, if without gaps."""
+    found = tensor.detach()
+    order = sorted(range(found.dim()), key=found.stride, reverse=True)
+    return found.permute(order).reshape(-1)

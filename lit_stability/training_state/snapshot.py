@@ -137,6 +137,7 @@ class OptimizerSnapshot:
         self._keys: list[tuple[Tensor, str, Tensor]] = []
         self._other: list[tuple[Tensor, str, Any]] = []
         self._groups: list[dict[str, Any]] = []
+        self._members: list[list[Tensor]] = []
 
     def capture(self, optimizer: Optimizer) -> None:
         """Copies the optimizer's state and group options."""
@@ -152,17 +153,25 @@ class OptimizerSnapshot:
             {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
             for group in optimizer.param_groups
         ]
+        self._members = [list(group["params"]) for group in optimizer.param_groups]
+
+    def has_same_groups(self, optimizer: Optimizer) -> bool:
+        """Returns whether the groups hold the same parameters as at the capture."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        return len(groups) == len(self._members) and all(map(_same, groups, self._members))
 
     def restore(self, optimizer: Optimizer, *, drop_new_groups: bool = False) -> None:
         """Restores the captured state.
 
         Args:
             optimizer: the optimizer that was captured.
-            drop_new_groups: remove parameter groups that were added after the capture; a replay
-                adds them again.
+            drop_new_groups: remove parameters and groups that were added after the capture; a
+                replay adds them again.
         """
         if drop_new_groups:
             del optimizer.param_groups[len(self._groups) :]
+            for group, members in zip(optimizer.param_groups, self._members, strict=False):
+                group["params"][:] = members
         kept: dict[Tensor, dict[str, Any]] = {}
         targets = []
         for (parameter, key, then), saved in zip(self._keys, self.bank.saved, strict=True):
@@ -187,7 +196,7 @@ class OptimizerSnapshot:
 
 
 class BufferGuard:
-    """Snapshot of a module's buffers at the start of a step.
+    """Snapshot of a module's buffers, and of some parameters, at the start of a step.
 
     A bad batch changes them before its step is rejected. Each capture copies all of them: batch
     normalization writes its running statistics without raising their version counters, so the
@@ -203,10 +212,10 @@ class BufferGuard:
         self._bank = TensorBank()
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
-    def capture(self) -> None:
-        """Copies all buffers."""
+    def capture(self, parameters: Sequence[Tensor] = ()) -> None:
+        """Copies all buffers, and the parameters that the program writes in a step."""
         self._homes = _buffers(self._owners)
-        self._bank.capture([b for _, _, b in self._homes if b is not None])
+        self._bank.capture([*(b for _, _, b in self._homes if b is not None), *parameters])
 
     def restore(self) -> None:
         """Restores all buffers; a buffer replaced by another tensor is reassigned first."""

@@ -33,7 +33,7 @@ from tests.callbacks.test_battery import TwoOptimizers
 from tests.clip_cases import BUSY, Norms, expected, suite
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 from tests.exact import Batches, differences, loader, run
-from tests.test_exact_recovery import Net
+from tests.exact_net import Net
 from tests.test_invariants import fp16_on_cpu
 
 

@@ -26,7 +26,7 @@ from tests.clip_cases import BUSY, RULE, Norms, clipped_fits, expected, suite
 from tests.conftest import fit
 from tests.distributed import run_ranks_once
 from tests.exact import Batches, differences, loader, run
-from tests.test_exact_recovery import Net
+from tests.exact_net import Net
 from tests.test_exact_recovery import TwoOptimizers as ExactTwoOptimizers
 from tests.test_invariants import fp16_on_cpu
 

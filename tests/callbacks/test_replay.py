@@ -12,7 +12,7 @@ from lit_stability.detectors import Divergence, NonFinite
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import fit, flat, make_trainer, regression_data
 from tests.exact import Batches, differences, loader, run
-from tests.test_exact_recovery import Net
+from tests.exact_net import Net
 
 MARK = 77.0
 
@@ -241,15 +241,33 @@ class WritesIntoItsBatch(Net):
         return super().training_step(batch, batch_idx)
 
 
-def test_batch_written_into_is_skipped_and_the_remedy_is_said_once(tmp_path, caplog):
+class WritesLater(Net):
+    """Writes into its batches from step 25 on."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step >= 25:
+            batch[0].mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+def test_batch_written_into_is_replayed_from_a_copy_and_that_is_said_once(tmp_path, caplog):
     faults = [NanLoss(step=20), CorruptWeight(step=33, parameter="first.0.weight")]
     callbacks = [FaultInjector(faults), GradientMonitor(), AutoRollback()]
     run(tmp_path, WritesIntoItsBatch, marked(), callbacks, max_epochs=2)
     told = ours(caplog)
-    assert sum("pass AutoRollback(clone_batches=True)" in line for line in told) == 1
-    assert "clone_batches" in told[1], "at the first batch, before anything happens"
+    copies = "training_step changes its batch: a copy of each batch is kept from now on"
+    assert told.count(copies) == 1
+    assert told[1] == copies, "at the first batch, before anything happens"
     responses = [i["responses"] for i in read_incidents(tmp_path)]
-    assert responses == [["step skipped"], ["rolled back"]]
+    assert responses == [["step retried"], ["rolled back and replayed"]]
+
+
+def test_batch_written_into_without_a_copy_is_skipped_and_the_remedy_is_said(tmp_path, caplog):
+    callbacks = [FaultInjector([NanLoss(step=25)]), GradientMonitor(), AutoRollback()]
+    run(tmp_path, WritesLater, marked(), callbacks, max_epochs=1)
+    assert sum("pass AutoRollback(clone_batches=True)" in line for line in ours(caplog)) == 1
+    (incident,) = read_incidents(tmp_path)
+    assert incident["responses"] == ["step skipped"]
 
 
 def test_ring_too_small_falls_back_to_new_data_and_says_so(tmp_path, caplog):

@@ -69,7 +69,8 @@ class AutoRollback(StabilityCallback):
             a jump of its schedule is released when the schedule comes back.
         budget: how many responses the run may spend.
         max_ring_bytes: bound on the raw batches kept; beyond it they cannot be replayed.
-        clone_batches: keep copies, for a ``training_step`` that writes into its batch.
+        clone_batches: keep copies from the start, for a ``training_step`` that changes its batch.
+            Otherwise they are kept from the first batch on that is seen to be changed.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -238,6 +239,11 @@ class AutoRollback(StabilityCallback):
         """
         if self._executor is not None:
             self._executor.batch_ended()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undoes what hooks of a rejected batch have done since it was undone."""
+        if self._executor is not None:
+            self._executor.validation_started()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Releases the schedulers that were held for a rejected batch."""

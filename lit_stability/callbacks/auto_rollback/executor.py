@@ -127,6 +127,10 @@ class ResponseExecutor:
         if self._finder.active:
             self._finder.measure(self._trainer)
 
+    def validation_started(self) -> None:
+        """Undoes what hooks of a rejected batch have done since it was undone."""
+        self._engine.restore_again()
+
     def epoch_ended(self) -> None:
         """Releases the schedulers that were held for a rejected batch."""
         self._engine.epoch_ended()
@@ -138,6 +142,7 @@ class ResponseExecutor:
     def measured(self, stats: StepStats) -> None:
         """Remembers the measurement of the step that is judged next."""
         self._stats = stats
+        self._engine.measured()
 
     def object_alone(self, anomaly: Anomaly) -> None:
         """Skips a step that this rank objects to, or clips it if that will be the response."""
@@ -211,7 +216,7 @@ class ResponseExecutor:
             return
         self._redrawn = None
         self._backoff.disturbed()
-        if self._pending is not None:
+        if self._pending is not None and not self._is_graver(incident):
             # The step of another optimizer in this batch was rejected already.
             incident.resolve(self._pending[0])
             self.skip(incident.anomaly.optimizer)
@@ -229,6 +234,13 @@ class ResponseExecutor:
             return
         self._pending = (response, incident)
         self.skip(incident.anomaly.optimizer)
+
+    def _is_graver(self, incident: Incident) -> bool:
+        """Whether the pending response undoes the step only, but the state before it is damaged."""
+        undoes_step = self._pending is not None and isinstance(
+            self._pending[0], RetryStep | SkipStep
+        )
+        return undoes_step and incident.anomaly.state_corrupted
 
     def _choose(self, incident: Incident) -> Response:
         """Ask the escalation policy, with what is known of the damage and of the data."""
@@ -251,7 +263,7 @@ class ResponseExecutor:
             older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
-            random=engine.drew_random_numbers(),
+            random=engine.drew_random_numbers() or engine.changed_attributes(),
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
@@ -294,14 +306,14 @@ class ResponseExecutor:
             self._carry_out(response, incident)
             self.apply_learning_rates()
         elif self._engine.stepped:
-            self._finder.end()
+            self._finder.step_ended(self._trainer.global_step)
         self._voted = ""
         self._engine.batch_ended()
 
     def _carry_out(self, response: Response, incident: Incident) -> None:
         match response:
             case RetryStep(new_random_numbers):
-                self._finder.begin(len(self._engine.window))
+                self._finder.begin(len(self._engine.window), incident.anomaly.step)
                 self._engine.to_step_start(())
                 if new_random_numbers:
                     self._redraw(incident)
@@ -338,6 +350,7 @@ class ResponseExecutor:
             return
         self._relax_from = max(self._relax_from, incident.anomaly.step)
         engine.snapshots_paused = True
+        self._finder.begin(len(engine.window), incident.anomaly.step)
         batches = engine.batches_since(snapshot)
         skipped = [each for each in batches if response.skip_suspect and each.step == suspect]
         engine.to_snapshot(snapshot, skipped)
@@ -378,16 +391,28 @@ class ResponseExecutor:
 
 
 class BadMicroBatchFinder:
-    """Finds the bad batch of an accumulation window while the window is retried."""
+    """Finds the bad batch of an accumulation window while the window is retried.
+
+    Steps before it may be replayed first.
+    """
 
     def __init__(self) -> None:
         self.active = False
+        self._step = 0
         self._norms: list[float] = []
         """Norm of the accumulated gradients after each batch."""
 
-    def begin(self, batches: int) -> None:
-        """Measures after each batch from now on, if the window has several."""
-        self.active, self._norms = batches > 1, []
+    def begin(self, batches: int, step: int) -> None:
+        """Measures after each batch until a step has ended, if its window has several."""
+        self.active, self._norms, self._step = batches > 1, [], step
+
+    def step_ended(self, steps: int) -> None:
+        """Clears the norms of a step that was accepted, and ends if it was the one asked for.
+
+        Args:
+            steps: optimizer steps taken so far.
+        """
+        self.active, self._norms = self.active and steps <= self._step, []
 
     def end(self) -> None:
         """Stops measuring: the window is over."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +17,7 @@ from lit_stability.callbacks.hooks import implements
 from lit_stability.trainer_internals import (
     BatchRecorder,
     CheckpointLedger,
+    PlainAttributes,
     RecordedBatch,
     ReplayRing,
     SchedulerPause,
@@ -26,17 +28,25 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     count_skipped_batches,
     end_epoch_schedulers,
+    keeps_state,
+    owners_in,
     remove_gradients,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
+from lit_stability.training_state.weight_writes import WeightWrites
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
+_COPIES = "training_step changes its batch: a copy of each batch is kept from now on"
 _MODIFIED = (
-    "training_step writes into its batch, so the batch cannot be replayed: pass "
+    "a batch that training_step has changed cannot be replayed, as no copy of it was kept: pass "
     "AutoRollback(clone_batches=True)"
+)
+_KEPT = (
+    "attributes of callbacks are not rolled back: {}. A callback that has state_dict and "
+    "load_state_dict, or rewindable_state and load_rewindable_state, is"
 )
 
 
@@ -70,7 +80,7 @@ class RollbackEngine:
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
         self._every = snapshot_every
-        self._since = self._draws = 0
+        self._since = self._draws = self._taken = 0
         self._ring = ReplayRing(max_ring_bytes, clone)
         self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch, owner)
         self._recorder.attach()
@@ -83,17 +93,26 @@ class RollbackEngine:
         )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
-        self._start = StepStart(pl_module)
+        self._start = StepStart(trainer, pl_module)
+        self._writes = WeightWrites(
+            pl_module, trainer.optimizers, lambda optimizer: self._skipper.skips(optimizer)
+        )
         self._pause = SchedulerPause()
         self._skipper = StepSkipper(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
         self._undone = False
         """Whether the last batch was undone, so that its gradients must not be added to."""
+        self._undone_to: StepStart | TrainingSnapshot | None = None
+        """What the last batch was undone to, while further hooks of that batch run."""
+        self._attributes = PlainAttributes(owners_in(trainer, pl_module, of_torch=False))
+        """Values in attributes of the module as they were before the undo, then after it."""
+        self._rng: dict[str, Any] = {}
+        """Of the generators after the undo."""
         self._logged: set[str] = set()
         self.snapshots_paused = False
         """Whether no new snapshot is taken for now: the steps since the last are being checked."""
         self._has_extra = bool(registered) or any(
-            implements(owner, "rewindable_state")
+            (implements(owner, "rewindable_state") or keeps_state(owner))
             and not getattr(owner, "ignores_skipped_steps", False)
             for owner in [*callbacks_of(trainer), pl_module]
         )
@@ -105,11 +124,14 @@ class RollbackEngine:
         self.stepped = False
         """Whether an optimizer has stepped in this window."""
         self._accepted = 0
+        self._wrote = False
+        """Whether the program wrote weights that the start of the window has no copy of."""
         self._skipper.forget()
 
     def close(self) -> None:
         """Leaves the trainer as it was before the fit."""
         self._pause.end()
+        self._writes.close()
         self._recorder.detach()
         self._ledger.detach()
 
@@ -153,10 +175,9 @@ class RollbackEngine:
             for optimizer in self._trainer.optimizers:
                 remove_gradients(optimizer)
         self._undone = False
+        self.restore_again()
+        self._writes.check()
         if self._finish is not None:
-            # Hooks of the rejected batch that ran after the rewind have changed these again.
-            if isinstance(self._finish, TrainingSnapshot):
-                self._finish.restore_callback_state()
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
         if self._recorder.interrupted:
@@ -172,9 +193,40 @@ class RollbackEngine:
             self._take_snapshot(position)
         if first:
             self._snapshots.confirm_now()
-        self._start.capture(self._trainer, position=position)
+        self._start.capture(self._trainer, position=position, written=self._writes.written)
+        self._writes.begin(samples=(first or due) and self._sample_is_due())
+
+    def _sample_is_due(self) -> bool:
+        """Whether the elements of weights are compared: ever more rarely, as that takes time."""
+        self._taken += 1
+        return self._taken & (self._taken - 1) == 0
+
+    def restore_again(self) -> None:
+        """Restores again what hooks of an undone batch have changed after it was undone.
+
+        Called before the next fetch, and before an epoch ends or is validated.
+        """
+        undone_to, self._undone_to = self._undone_to, None
+        if undone_to is None:
+            return
+        undone_to.restore_again()
+        self._attributes.restore()
+        restore_rng(self._rng)
+
+    def measured(self) -> None:
+        """Looks for weights that the program has written in this step."""
+        if self._writes.check():
+            self._wrote = True
+            self._log_once(
+                f"the program writes {len(self._writes.written)} parameters itself: a step that is "
+                "undone restores them too"
+            )
 
     def _take_snapshot(self, position: int) -> None:
+        if self._snapshots.confirmed is not None:
+            changed = self._snapshots.confirmed.owners_changed()
+            for attributes in (self._start.attributes, self._attributes):
+                attributes.watch(changed)
         snapshot = self._snapshots.begin()
         oldest = self._snapshots.oldest
         if oldest is not None:
@@ -255,9 +307,9 @@ class RollbackEngine:
         """Whether more than the current step's own changes must be undone.
 
         Updates of another optimizer in the same window, and extra state of callbacks, are in a
-        snapshot only.
+        snapshot only, and so are weights that the program wrote for the first time.
         """
-        return self.stepped or self._has_extra
+        return self.stepped or self._has_extra or self._wrote
 
     def snapshot_for(self, step: int, *, older: bool) -> TrainingSnapshot:
         """Returns the newest confirmed snapshot from before a step, or the one before it."""
@@ -268,15 +320,21 @@ class RollbackEngine:
 
     def to_step_start(self, skipped: Collection[RecordedBatch]) -> None:
         """Undoes the current step and serves its batches again, except those to skip."""
-        if self._needs_snapshot:
-            assert self._snapshots.confirmed is not None
-            self.to_snapshot(self._snapshots.confirmed, skipped)
+        self.measured()
+        confirmed = self._snapshots.confirmed
+        assert confirmed is not None
+        if self._needs_snapshot and self._replayable(confirmed.position, skipped):
+            self.to_snapshot(confirmed, skipped)
             return
-        start, self._undone = self._start, True
+        self._undo_step()
+        self._rewind(self._start, skipped, same_step=True)
+
+    def _undo_step(self) -> None:
+        self._attributes.capture()
+        self._undone, self._undone_to = True, self._start
         self._pause.undo()
-        start.restore(self._trainer)
+        self._start.restore(self._trainer)
         self._skipper.restore()
-        self._rewind(start, skipped, same_step=True)
 
     def drew_random_numbers(self) -> bool:
         """Returns whether the current batch's step has drawn from a random generator so far."""
@@ -287,8 +345,16 @@ class RollbackEngine:
         same_on_devices = all(map(torch.equal, entry.rng["cuda"], now["cuda"]))
         return not (same_rng(entry.rng, now) and same_on_devices)
 
+    def changed_attributes(self) -> bool:
+        """Returns whether the current step has changed counters or flags of the module so far."""
+        return bool(self._start.attributes.changed(flags_only=True))
+
     def redraw(self, step: int) -> None:
-        """Has a step that was undone draw other random numbers than before."""
+        """Has a step that was undone draw other random numbers than before.
+
+        Counters and flags of the module, by which it may choose what to do, go on too.
+        """
+        self._attributes.restore(flags_only=True)
         self._draws += 1
         if self._ring.queue:
             self._ring.redraw(step, self._draws)
@@ -297,10 +363,7 @@ class RollbackEngine:
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""
-        self._undone = True
-        self._pause.undo()
-        self._start.restore(self._trainer)
-        self._skipper.restore()
+        self._undo_step()
         self._pause.hide(self._trainer, same_step=True)
 
     def to_snapshot(self, snapshot: TrainingSnapshot, skipped: Collection[RecordedBatch]) -> None:
@@ -320,10 +383,14 @@ class RollbackEngine:
         self._snapshots.discard()
         if snapshot is self._snapshots.older:
             self._snapshots.go_back()
-        self._since, self._undone = 0, True
+        self._attributes.capture()
+        self._since, self._undone, self._undone_to = 0, True, snapshot
         for path in self._ledger.go_back(snapshot.mark):
             self._log(f"checkpoint written since the snapshot, renamed: {path}")
         self._pause.forget()
+        crossing = snapshot.crosses_change_of_groups(self._trainer)
+        if not (replay and crossing) and snapshot.kept_by_callbacks:
+            self._log_once(_KEPT.format(", ".join(snapshot.kept_by_callbacks[:5])))
         snapshot.restore(self._trainer, replay=replay)
 
     def _rewind(
@@ -347,8 +414,8 @@ class RollbackEngine:
     def batch_ended(self) -> None:
         """Updates counts after an accepted batch, or after the response to a rejected one."""
         self._ring.check_modified()
-        if self.replay and self._ring.position == 1 and self._ring.entries[0].modified:
-            self._log_once(_MODIFIED)
+        if self.replay and self._ring.modifies:
+            self._log_once(_COPIES)
         if not self._skipper.active:
             skipped = self._ring.skipped[self._trainer.current_epoch]
             count_skipped_batches(self._trainer, skipped)
@@ -357,9 +424,13 @@ class RollbackEngine:
                 self._snapshots.healthy()
         if self._skipper.active or self.stepped:
             self._begin_window()
+        if self._undone_to is not None:
+            self._attributes.capture()
+            self._rng = capture_rng()
 
     def epoch_ended(self) -> None:
         """Releases the schedulers: no further batch is fetched in this epoch."""
+        self.restore_again()
         self._pause.end()
 
     def _log(self, line: str) -> None:
