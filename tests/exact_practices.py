@@ -205,7 +205,7 @@ class Frozen(Net):
 
     def __init__(self, scheduled=False):
         super().__init__()
-        self.backbone = self.first
+        self.backbone = self.first[0]
         self.scheduled = scheduled
 
     def configure_optimizers(self):
@@ -264,11 +264,11 @@ class Finetunes(BaseFinetuning):
         self.done = False
 
     def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.first)
+        self.freeze(pl_module.backbone)
 
     def finetune_function(self, pl_module, epoch, optimizer):
         if epoch == 1 and not self.done:
-            self.unfreeze_and_add_param_group(pl_module.first, optimizer, lr=1e-3)
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=1e-3)
             self.done = True
 
 

@@ -45,6 +45,10 @@ class RecordedBatch:
     nbytes: int
     digest: tuple[Hashable, ...] | None
     """Of the batch as it was served; None when only a copy is left."""
+    before: dict[str, Any] | None = None
+    """State of the generators right before the fetch."""
+    drawn: tuple[dict[str, Any] | None] | None = None
+    """``rng`` before other random numbers were drawn, until a step with those is accepted."""
     step: int = -1
     """Number of optimizer steps before the step that the batch belongs to."""
     modified: bool = False
@@ -81,6 +85,9 @@ class ReplayRing:
         self.first = 0
         """Position of the oldest entry."""
         self.nbytes = 0
+        self.resume: dict[str, Any] | None = None
+        """State of the generators for the next new batch, after the last recorded one was skipped;
+        None: they continue as they are."""
 
     @property
     def position(self) -> int:
@@ -123,20 +130,33 @@ class ReplayRing:
         """Moves the entries from a position on to the queue, except the skipped ones.
 
         After the first skipped batch, the generators are no longer reset. They continue as if that
-        batch had never existed.
+        batch had never existed. If it was the first of its epoch, that is from the state in which
+        the epoch's loader had left them.
         """
         queued, reset_rng = [], True
+        self.resume, epoch = None, None
         for entry in self.since(position):
+            if entry.drawn is not None:
+                entry.rng, entry.drawn = *entry.drawn, None
             self.entries.pop()
             self.nbytes -= entry.nbytes
             if entry in skipped:
                 self.skipped[entry.epoch] += 1
+                if reset_rng and epoch not in (None, entry.epoch):
+                    self.resume = entry.before
                 reset_rng = False
                 continue
+            epoch = entry.epoch
             if not reset_rng:
-                entry.rng = None
+                self._continue_with(entry)
             queued.append(entry)
+        if not reset_rng:
+            for entry in self.queue:
+                self._continue_with(entry)
         self.queue.extendleft(reversed(queued))
+
+    def _continue_with(self, entry: RecordedBatch) -> None:
+        entry.rng, entry.before, self.resume = None, self.resume, None
 
     def redraw(self, step: int, salt: int) -> None:
         """Has the queued batches of a step draw other random numbers than before."""
@@ -144,8 +164,14 @@ class ReplayRing:
         for entry in self.queue:
             if entry.step != step:
                 continue
+            entry.drawn = (entry.rng,)
             entry.rng = fresh_rng(entry.rng or capture_rng(), salt) if first else None
             first = False
+
+    def accept_draws(self) -> None:
+        """Keeps the random numbers that were drawn for an accepted step, for replays of it."""
+        for entry in self.entries:
+            entry.drawn = None
 
     def check_modified(self) -> None:
         """Checks whether the training step modified the last served batch.
@@ -253,6 +279,19 @@ class BatchRecorder(FetcherObserver):
             return self.ring.queue[0].epoch == epoch
         return epoch == self._live_epoch and not self._live_done
 
+    def restore_rng_before_next(self) -> None:
+        """Restores the generators to what they were before a batch that is replayed or skipped.
+
+        The start of an epoch draws random numbers, and loaders are not started again in a replay.
+        """
+        ring = self.ring
+        if ring.queue:
+            state = ring.queue[0].before
+        else:
+            state, ring.resume = ring.resume, None
+        if state is not None:
+            restore_rng(state)
+
     @property
     def replayed_index(self) -> int | None:
         """Index of the next batch if it is a replayed one; -1 if it is of another epoch."""
@@ -275,7 +314,7 @@ class BatchRecorder(FetcherObserver):
         self._before_fetch()
         if not self.can_replay:
             return fetch()
-        ring = self.ring
+        ring, before = self.ring, capture_rng()
         if ring.queue:
             entry = ring.queue.popleft()
             if entry.rng is not None:
@@ -290,7 +329,7 @@ class BatchRecorder(FetcherObserver):
             size = size_of(item) + arrays_size(item)
             entry = RecordedBatch(item, self._live_epoch, index, None, size, digest_of(item))
             serve = ring.serve
-        entry.rng = capture_rng()
+        entry.before, entry.rng = before, capture_rng()
         return serve(entry)
 
     def iterate(self, fetcher: Any, restart: Callable[[], Any]) -> Any:

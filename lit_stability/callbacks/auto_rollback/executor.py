@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -314,7 +314,7 @@ class ResponseExecutor:
         match response:
             case RetryStep(new_random_numbers):
                 self._finder.begin(len(self._engine.window), incident.anomaly.step)
-                self._engine.to_step_start(())
+                self._to_step_start((), incident)
                 if new_random_numbers:
                     self._redraw(incident)
             case SkipStep(new_random_numbers):
@@ -340,7 +340,12 @@ class ResponseExecutor:
         if incident.agree(not possible, self._gather):
             self._engine.drop_step()
         else:
-            self._engine.to_step_start(bad)
+            self._to_step_start(bad, incident)
+
+    def _to_step_start(self, skipped: Collection[RecordedBatch], incident: Incident) -> None:
+        if self._engine.to_step_start(skipped):
+            self._relax_from = max(self._relax_from, incident.anomaly.step)
+            call_hook("on_rollback", self._trainer, self._module)
 
     def _roll_back(self, response: RollBack, incident: Incident) -> None:
         engine, suspect = self._engine, incident.anomaly.suspect

@@ -104,8 +104,11 @@ class RollbackEngine:
         """Whether the last batch was undone, so that its gradients must not be added to."""
         self._undone_to: StepStart | TrainingSnapshot | None = None
         """What the last batch was undone to, while further hooks of that batch run."""
-        self._attributes = PlainAttributes(owners_in(trainer, pl_module, of_torch=False))
-        """Values in attributes of the module as they were before the undo, then after it."""
+        owners = owners_in(trainer, pl_module, of_torch=False)
+        self._before_undo, self._after_undo = PlainAttributes(owners), PlainAttributes(owners)
+        """Values in attributes of the module."""
+        self._redrawn: int | None = None
+        """The step that is retried with other random numbers, until its first batch is fetched."""
         self._rng: dict[str, Any] = {}
         """Of the generators after the undo."""
         self._logged: set[str] = set()
@@ -175,7 +178,10 @@ class RollbackEngine:
             for optimizer in self._trainer.optimizers:
                 remove_gradients(optimizer)
         self._undone = False
-        self.restore_again()
+        if self._undone_to is not None:
+            self.restore_again()
+            restore_rng(self._rng)
+        self._recorder.restore_rng_before_next()
         self._writes.check()
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
@@ -194,6 +200,9 @@ class RollbackEngine:
         if first:
             self._snapshots.confirm_now()
         self._start.capture(self._trainer, position=position, written=self._writes.written)
+        if self._redrawn is not None and self._redrawn <= self._trainer.global_step:
+            self._before_undo.restore(flags_only=True)
+            self._redrawn = None
         self._writes.begin(samples=(first or due) and self._sample_is_due())
 
     def _sample_is_due(self) -> bool:
@@ -210,8 +219,7 @@ class RollbackEngine:
         if undone_to is None:
             return
         undone_to.restore_again()
-        self._attributes.restore()
-        restore_rng(self._rng)
+        self._after_undo.restore()
 
     def measured(self) -> None:
         """Looks for weights that the program has written in this step."""
@@ -225,7 +233,7 @@ class RollbackEngine:
     def _take_snapshot(self, position: int) -> None:
         if self._snapshots.confirmed is not None:
             changed = self._snapshots.confirmed.owners_changed()
-            for attributes in (self._start.attributes, self._attributes):
+            for attributes in (self._start.attributes, self._before_undo, self._after_undo):
                 attributes.watch(changed)
         snapshot = self._snapshots.begin()
         oldest = self._snapshots.oldest
@@ -318,19 +326,24 @@ class RollbackEngine:
         before = self._snapshots.older
         return before if before is not None and (older or found.step > step) else found
 
-    def to_step_start(self, skipped: Collection[RecordedBatch]) -> None:
-        """Undoes the current step and serves its batches again, except those to skip."""
+    def to_step_start(self, skipped: Collection[RecordedBatch]) -> bool:
+        """Undoes the current step and serves its batches again, except those to skip.
+
+        Returns:
+            Whether a snapshot was restored, so that steps before it are replayed too.
+        """
         self.measured()
         confirmed = self._snapshots.confirmed
         assert confirmed is not None
         if self._needs_snapshot and self._replayable(confirmed.position, skipped):
             self.to_snapshot(confirmed, skipped)
-            return
+            return True
         self._undo_step()
         self._rewind(self._start, skipped, same_step=True)
+        return False
 
     def _undo_step(self) -> None:
-        self._attributes.capture()
+        self._before_undo.capture()
         self._undone, self._undone_to = True, self._start
         self._pause.undo()
         self._start.restore(self._trainer)
@@ -354,12 +367,12 @@ class RollbackEngine:
 
         Counters and flags of the module, by which it may choose what to do, go on too.
         """
-        self._attributes.restore(flags_only=True)
+        self._redrawn = step
         self._draws += 1
         if self._ring.queue:
             self._ring.redraw(step, self._draws)
         else:
-            restore_rng(fresh_rng(capture_rng(), self._draws))
+            self._ring.resume = fresh_rng(self._ring.resume or capture_rng(), self._draws)
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""
@@ -383,7 +396,7 @@ class RollbackEngine:
         self._snapshots.discard()
         if snapshot is self._snapshots.older:
             self._snapshots.go_back()
-        self._attributes.capture()
+        self._before_undo.capture()
         self._since, self._undone, self._undone_to = 0, True, snapshot
         for path in self._ledger.go_back(snapshot.mark):
             self._log(f"checkpoint written since the snapshot, renamed: {path}")
@@ -417,6 +430,8 @@ class RollbackEngine:
         if self.replay and self._ring.modifies:
             self._log_once(_COPIES)
         if not self._skipper.active:
+            if self.stepped:
+                self._ring.accept_draws()
             skipped = self._ring.skipped[self._trainer.current_epoch]
             count_skipped_batches(self._trainer, skipped)
             self._since += self._accepted
@@ -425,7 +440,7 @@ class RollbackEngine:
         if self._skipper.active or self.stepped:
             self._begin_window()
         if self._undone_to is not None:
-            self._attributes.capture()
+            self._after_undo.capture()
             self._rng = capture_rng()
 
     def epoch_ended(self) -> None:
