@@ -93,6 +93,7 @@ NUMERICS = (
         remedy="mend the number where it is computed: a weight divided by the count of a class "
         "without samples, a statistic of an empty column, a scale that was read as NaN",
         ignore_when="never: no batch and no learning rate changes it",
+        recommended_action="stop",
     ),
     Cause(
         name="numeric precision",
