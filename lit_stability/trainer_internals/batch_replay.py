@@ -44,6 +44,8 @@ class RecordedBatch:
     """Number of optimizer steps before the step that the batch belongs to."""
     modified: bool = False
     """Whether the training step modified the batch in place."""
+    raised: bool = False
+    """Whether the training step raised an exception when it last saw the batch."""
 
 
 class ReplayRing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -302,7 +302,7 @@ class ResponseExecutor:
         match response:
             case RetryStep(new_random_numbers):
                 self._finder.begin(len(self._engine.window))
-                self._engine.to_step_start(())
+                self._undo_step(())
                 if new_random_numbers:
                     self._redraw(incident)
             case SkipStep(new_random_numbers):
@@ -322,13 +322,19 @@ class ResponseExecutor:
         self._redrawn = incident
 
     def _skip_batch(self, incident: Incident) -> None:
-        bad = self._finder.bad_batches(self._engine.window, self._gather)
+        window = self._engine.window
+        raised = [batch for batch in window if batch.raised]
+        bad = raised or self._finder.bad_batches(window, self._gather)
         self._finder.end()
         possible = bool(bad) and self._engine.can_retry(bad)
         if incident.agree(not possible, self._gather):
             self._engine.drop_step()
         else:
-            self._engine.to_step_start(bad)
+            self._undo_step(bad)
+
+    def _undo_step(self, skipped: Collection[RecordedBatch]) -> None:
+        if self._engine.to_step_start(skipped):
+            call_hook("on_rollback", self._trainer, self._module)
 
     def _roll_back(self, response: RollBack, incident: Incident) -> None:
         engine, suspect = self._engine, incident.anomaly.suspect

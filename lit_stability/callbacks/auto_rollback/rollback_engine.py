@@ -104,6 +104,7 @@ class RollbackEngine:
         self._window_is_new = True
         self.stepped = False
         """Whether an optimizer has stepped in this window."""
+        self._cut_short = False
         self._accepted = 0
         self._skipper.forget()
 
@@ -214,7 +215,37 @@ class RollbackEngine:
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Skips the step that an optimizer is about to take."""
-        self._skipper.skip(optimizer, epoch=self.replay)
+        self._skipper.skip(optimizer, epoch=self.replay, counted=not self._cut_short)
+
+    @property
+    def current_batch(self) -> RecordedBatch:
+        """The batch that is being trained on."""
+        return self._ring.entries[-1]
+
+    @property
+    def records_batches(self) -> bool:
+        """False if the module fetches its batches itself."""
+        return self._recorder.can_replay
+
+    def cut_short(self) -> bool:
+        """Has the current batch undone from a snapshot: weights may have changed within it.
+
+        Returns:
+            Whether that is possible; if not, nothing was changed.
+        """
+        before, self.stepped = self.stepped, True
+        self._cut_short = self.can_retry()
+        self.stepped = before or self._cut_short
+        return self._cut_short
+
+    def damaged_buffers(self) -> tuple[str, ...]:
+        """Returns buffers that were non-finite before this step and are finite in a snapshot."""
+        assert self._snapshots.confirmed is not None
+        before = self._snapshots.confirmed.module.non_finite_buffers()
+        damaged = self._start.non_finite_buffers() - before
+        names = {id(module): name for name, module in self._module.named_modules()}
+        found = (f"{names.get(owner, '')}.{key}".lstrip(".") for owner, key in damaged)
+        return tuple(sorted(found))
 
     @property
     def window(self) -> list[RecordedBatch]:
@@ -266,17 +297,22 @@ class RollbackEngine:
         before = self._snapshots.older
         return before if before is not None and (older or found.step > step) else found
 
-    def to_step_start(self, skipped: Collection[RecordedBatch]) -> None:
-        """Undoes the current step and serves its batches again, except those to skip."""
+    def to_step_start(self, skipped: Collection[RecordedBatch]) -> bool:
+        """Undoes the current step and serves its batches again, except those to skip.
+
+        Returns:
+            Whether a snapshot was restored, and the steps since then run again.
+        """
         if self._needs_snapshot:
             assert self._snapshots.confirmed is not None
             self.to_snapshot(self._snapshots.confirmed, skipped)
-            return
+            return True
         start, self._undone = self._start, True
         self._pause.undo()
         start.restore(self._trainer)
         self._skipper.restore()
         self._rewind(start, skipped, same_step=True)
+        return False
 
     def drew_random_numbers(self) -> bool:
         """Returns whether the current batch's step has drawn from a random generator so far."""
