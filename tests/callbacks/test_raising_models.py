@@ -336,7 +336,7 @@ def test_stop_of_another_callback_is_not_caught(tmp_path):
                 raise TrainingStopped("stop", None)
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(TrainingStopped, match="^stop$"):
+    with pytest.raises(TrainingStopped, match=r"^stop$"):
         fit(tmp_path, stability_callbacks(), lambda: Stops(step=99), loader(Batches()))
 
 
