@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
-from lit_stability.checks.preflight.inputs import named_tensors
 from lit_stability.incidents import Incident
+from lit_stability.measurement.tensor_tree import named_tensors
 from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of
 
 log = logging.getLogger("lightning.pytorch.lit_stability")

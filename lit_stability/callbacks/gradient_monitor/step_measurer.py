@@ -23,14 +23,13 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     clip_norm,
     ends_window,
-    is_skipped,
     loss_scale_on_device,
     loss_scaler,
     unscale,
 )
 from lit_stability.training_state.gradient_clipping import gradients_are_new
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
-from lit_stability.training_state.skipped_step import skip_gate
+from lit_stability.training_state.skipped_step import is_skipped, skip_gate
 
 ProbeAnswer: TypeAlias = list[ProbeReading] | DeviceReadings | None
 """What a probe returns: None for a step that it does not measure."""
