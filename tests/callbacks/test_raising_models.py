@@ -1,8 +1,11 @@
 """Models that raise where they see a NaN, or a batch that they cannot work with."""
 
+import copy
 import functools
 import math
+import pickle
 import re
+import weakref
 
 import numpy as np
 import pytest
