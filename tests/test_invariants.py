@@ -272,9 +272,9 @@ def test_normal_step_copies_to_the_host_once_and_hooks_no_module(tmp_path, monke
             numbers.clear()
         fit(tmp_path, [*callbacks, Probe()], max_steps=25)
         seen.append({name: len(numbers) for name, numbers in crossings.items()})
-    # The monitor looks through the weights that are kept for the disk before the first step, and
-    # through those that the fit ends with.
-    copies = 1 + 1
+    # The monitor looks through the buffers in setup, through the whole state and through the
+    # weights kept for the disk before the first step, and through those that the fit ends with.
+    copies = 1 + 1 + 1 + 1
     assert seen[1]["tolist"] - seen[0]["tolist"] == 25 + copies
     assert seen[1]["item"] == seen[0]["item"]
 
