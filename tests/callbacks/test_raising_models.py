@@ -24,7 +24,7 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.faults import CorruptWeight, FaultInjector
-from tests.conftest import fit
+from tests.conftest import Regression, fit
 from tests.exact import Batches, differences, loader, run
 from tests.test_exact_recovery import Net, TwoOptimizers, in_dict, onecycle, plateau, sequence
 from tests.test_invariants import fp16_on_cpu
@@ -488,7 +488,14 @@ def test_loss_without_a_graph_on_every_batch_ends_with_the_error_of_torch(tmp_pa
         fit(tmp_path, stability_callbacks(), Constant, loader(Batches()))
 
 
-def test_damaged_buffer_in_a_model_that_raises_is_rolled_back_exactly(tmp_path):
+@pytest.mark.parametrize(
+    ("hook", "response", "cause"),
+    [
+        ("on_train_batch_end", "rolled back and replayed", "weights damaged from outside"),
+        ("on_train_batch_start", "step retried", "glitch"),
+    ],
+)
+def test_damaged_buffer_in_a_model_that_raises_is_undone_exactly(hook, response, cause, tmp_path):
     class Scaled(Net):
         def __init__(self):
             super().__init__()
@@ -503,21 +510,22 @@ def test_damaged_buffer_in_a_model_that_raises_is_rolled_back_exactly(tmp_path):
     class Damage(Callback):
         done = False
 
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        def damage(self, trainer, pl_module, *args):
             if trainer.global_step == 30 and not self.done:
                 self.done = True
                 pl_module.scale.fill_(torch.nan)
 
-    suite = [Damage(), *stability_callbacks()]
+    setattr(Damage, hook, Damage.damage)
+    suite = [*stability_callbacks(), Damage()]
     results = [
         run(tmp_path / "bad", Scaled, loader(Batches()), suite, max_epochs=3),
         run(tmp_path / "clean", Scaled, loader(Batches()), max_epochs=3),
     ]
     assert differences(*results) == {}
     (incident,) = read_incidents(tmp_path / "bad")
-    assert "buffer scale is non-finite" in incident["message"]
-    assert incident["cause"] == "weights damaged from outside"
-    assert incident["responses"] == ["rolled back and replayed"]
+    assert ("buffer scale is non-finite" in incident["message"]) == (response != "step retried")
+    assert incident["cause"] == cause
+    assert incident["responses"] == [response]
 
 
 class StepsWithAClosure(Net):
@@ -584,19 +592,17 @@ class Copies(Callback):
 def test_trainer_is_copied_at_any_time_of_a_fit_in_which_a_model_raises(tmp_path):
     copies = Copies()
     suite = [*stability_callbacks(), copies]
-    module = lambda: RaisesOnNan()  # noqa: E731 - a local class would not be pickled
-    _, trainer = fit(tmp_path, suite, module, loader(Batches(nan=(BAD,))), max_steps=20)
+    _, trainer = fit(tmp_path, suite, RaisesOnNan, loader(Batches(nan=(BAD,))), max_steps=20)
     assert copies.copies >= 8
     assert len(read_incidents(tmp_path)) == 1
     assert "training_step" not in vars(trainer.strategy)
     pickle.loads(pickle.dumps(trainer))
 
 
-class RaisesOnNan(Net):
-    def forward(self, x):
-        out = super().forward(x)
-        normal(out)
-        return out
+class RaisesOnNan(Regression):
+    def training_step(self, batch, batch_idx):
+        normal(batch[0])
+        return super().training_step(batch, batch_idx)
 
 
 def test_guard_is_gone_after_a_fit_and_after_an_exception(tmp_path):
