@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.norms import norms_of, to_host
 from lit_stability.measurement.step_meter import StepMeter
+from lit_stability.measurement.watched_buffers import RUNNING
 
 Named: TypeAlias = tuple[str, Tensor]
 
 _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 """Keys of averages of squares in the state of an optimizer, of which none may be negative."""
-
-_RUNNING = ("running_mean", "running_var")
-"""Names of the statistics in normalization layers."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def damaged_state(
     buffers = (
         name
         for name, buffer in bad["buffers"]
-        if name.rpartition(".")[2] in _RUNNING or (name not in nan_before and _has_nan(buffer))
+        if name.rpartition(".")[2] in RUNNING or (name not in nan_before and _has_nan(buffer))
     )
     return DamagedState(
         weights=_once([*(name for name, _ in bad["trained"]), *frozen]),
