@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributions import Categorical, Normal
@@ -25,6 +26,7 @@ from lit_stability import (
 )
 from lit_stability.faults import CorruptWeight, FaultInjector
 from tests.conftest import Regression, fit
+from tests.distributed import run_ranks
 from tests.exact import Batches, differences, loader, run
 from tests.test_exact_recovery import Net, TwoOptimizers, in_dict, onecycle, plateau, sequence
 from tests.test_invariants import fp16_on_cpu
@@ -359,7 +361,7 @@ def test_program_that_raises_on_every_batch_ends_with_its_own_exception(tmp_path
     assert len(module.raised) == 5
     assert caught.traceback[-1].name == "training_step"
     assert caught.traceback[-1].path.name == "test_raising_models.py"
-    assert "raises on 3 batches in a row, each of which was retried and left out" in caplog.text
+    assert "raises on 3 batches in a row, each of which was left out" in caplog.text
 
 
 def test_exception_without_a_suite_that_acts_is_that_of_the_bare_run(tmp_path):
@@ -395,6 +397,14 @@ def test_finite_batch_on_which_the_model_raises_is_left_out_exactly(bad, tmp_pat
     assert {i["verdict"] for i in incidents} == {"deterministic"}
     assert {i["outcome"] for i in incidents} == {"recurring"}
     assert re.search(r"Target 7 .* at test_raising_models.py:\d+ in tr", incidents[0]["message"])
+
+
+def test_rows_of_bad_batches_among_many_bad_ones_do_not_end_the_fit(tmp_path):
+    bad = range(1, 24, 3)
+    module = functools.partial(Raise, lambda: ValueError("bad label"), batches=labels(*bad))
+    data = sequence(Batches())
+    _, trainer = fit(tmp_path, stability_callbacks(), module, data, max_epochs=12, max_steps=-1)
+    assert trainer.global_step == 12 * (24 - len(bad))
 
 
 def test_batches_that_raise_are_dropped_where_data_are_not_replayed(tmp_path):
@@ -644,3 +654,26 @@ def test_memory_of_the_failed_step_is_released(tmp_path):
     fit(tmp_path, suite, Watched, loader(Batches(nan=(BAD,))), max_steps=20)
     assert len(kept) == 2
     assert look.alive == 0
+
+
+def one_rank(root):
+    patched = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx:  # the probe of attention records the first step
+                patched.append("training_step" in vars(trainer.strategy))
+
+    module = Raise(lambda: ValueError("nan"))
+    strategy = DDPStrategy(process_group_backend="gloo")
+    try:
+        fit(root, [*stability_callbacks(), Look()], lambda: module, loader(Batches()),
+            strategy=strategy, devices=2)  # fmt: skip
+    except ValueError:
+        return len(module.raised), any(patched)
+    return "finished"
+
+
+def test_exception_on_several_ranks_is_raised_as_by_the_bare_trainer(tmp_path):
+    """The other ranks would wait for gradients that never come."""
+    assert run_ranks(one_rank, tmp_path, folder=tmp_path) == [(1, False), (1, False)]

@@ -53,9 +53,9 @@ class AutoRollback(StabilityCallback):
     loss without a graph, is handled like one with a NaN loss: damaged weights or buffers are rolled
     back; otherwise the step is retried, and its batch is skipped if it raises again. Callbacks see
     a loss of 0 for such a batch. The exception is raised to the user, untouched, before the first
-    good step of a fit; with the third such batch in a row, if batches, weights and buffers are
-    finite; on several ranks; and in manual optimization if the batch cannot be replayed, or if it
-    comes from inside ``optimizer.step(closure)``.
+    good step of a fit; with the third such batch in a row (later if many have raised before), if
+    batches, weights and buffers are finite; on several ranks; and in manual optimization if the
+    batch cannot be replayed, or if it comes from inside ``optimizer.step(closure)``.
 
     If a `Diagnosis` before it finds that the learning rate is likely too high, the first rollback
     lowers it; if the architecture is certain to be the cause, the fit stops.

@@ -6,6 +6,7 @@ May import Lightning.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from typing import Any
 
@@ -21,7 +22,9 @@ from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
 _IN_A_ROW = 3
-"""Batches in a row that raise without an explanation before the exception is raised to the user."""
+"""Fewest batches in a row that raise without an explanation for which the program is at fault."""
+_BY_CHANCE = 1e-4
+"""Largest probability of a row of bad batches that is held to be no chance."""
 _OF_ONE_BATCH = 20
 """Exceptions on one batch before it is raised to the user, whatever was done about them."""
 _NAMED = 3
@@ -32,9 +35,9 @@ class RaisingSteps:
     """Keeps a fit alive when ``training_step`` raises because of its batch or of damaged state.
 
     The step is rejected like one with a NaN loss. An exception is raised to the user, untouched, if
-    no step of this fit has succeeded yet; if it comes with the third batch in a row although batch,
-    weights and buffers are finite, as the program is at fault then; and if the batch cannot be
-    undone.
+    no step of this fit has succeeded yet; if it comes with the third batch in a row (later if
+    many batches have raised before) although batch, weights and buffers are finite, as the program
+    is at fault then; and if the batch cannot be undone.
 
     Args:
         trainer: in its fit, on one rank.
@@ -55,8 +58,12 @@ class RaisingSteps:
         self._guard = StepGuard(trainer, pl_module, self._contain, self._passed)
         self._unexplained: list[tuple[int, int]] = []
         """Epoch and index of the batches in a row that raised without an explanation."""
+        self._good = self._bad = 0
+        """Batches that passed, and that raised without an explanation in earlier rows."""
         self._count: Counter[tuple[int, int]] = Counter()
         """Exceptions by epoch and index of the batch."""
+        self._bad_from_the_start = set(non_finite_weights(pl_module))
+        """Parameters that are non-finite on purpose, such as a frozen mask."""
         self._has_stepped = self._accepted = False
 
     def close(self) -> None:
@@ -95,12 +102,12 @@ class RaisingSteps:
             )
 
     def _passed(self) -> None:
-        if not self._unexplained:
-            return
         batch = self._engine.current_batch
         batch.raised = False
+        self._good += 1
         # Batches before those that raised are replayed; they tell nothing new.
-        if (batch.epoch, batch.index) > max(self._unexplained):
+        if self._unexplained and (batch.epoch, batch.index) > max(self._unexplained):
+            self._bad += len(self._unexplained)
             self._unexplained = []
 
     def _contain(self, failure: StepFailure) -> bool:
@@ -112,9 +119,10 @@ class RaisingSteps:
         place = (batch.epoch, batch.index)
         new = not failure.explained and place not in self._unexplained
         self._count[place] += 1
-        if new and len(self._unexplained) + 1 >= _IN_A_ROW:
+        row = len(self._unexplained) + new
+        if new and row >= suspicious_row(self._bad, self._good):
             self._log_surrender(
-                f"{_IN_A_ROW} batches in a row, each of which was retried and left "
+                f"{row} batches in a row, each of which was left "
                 "out; batch, weights and buffers are finite"
             )
             return False
@@ -137,8 +145,25 @@ class RaisingSteps:
 
     def _examine(self, failure: StepFailure) -> None:
         failure.findings, failure.bad_batch = examine_batch(failure.batch)
-        failure.bad_weights = non_finite_weights(self._module)
+        bad = non_finite_weights(self._module)
+        failure.bad_weights = tuple(name for name in bad if name not in self._bad_from_the_start)
         failure.bad_buffers = self._engine.damaged_buffers()
+
+
+def suspicious_row(bad: int, good: int) -> int:
+    """Returns how many bad batches in a row are not bad by chance.
+
+    Args:
+        bad: earlier batches that raised.
+        good: batches that did not.
+
+    >>> [suspicious_row(bad, 100 - bad) for bad in (0, 1, 10, 40, 90)]
+    [3, 3, 4, 11, 88]
+    """
+    share = bad / (bad + good) if bad else 0.0
+    if not 0 < share < 1:
+        return _IN_A_ROW
+    return max(_IN_A_ROW, math.ceil(math.log(_BY_CHANCE) / math.log(share)))
 
 
 def examine_batch(batch: Any) -> tuple[tuple[str, ...], bool]:

@@ -37,11 +37,11 @@ def failure_anomaly(stats: StepStats, failure: StepFailure, damage: Anomaly | No
     """
     message = failure.error + (f" at {failure.place}" if failure.place else "")
     message = "; ".join([message, *failure.findings])
+    if damage is not None:
+        return replace(damage, message=f"{message}; {damage.message}")
     if failure.bad_weights:
         name = failure.bad_weights[0]
         return _damaged(stats, "non-finite weight", f"{message}; weight {name} is non-finite", name)
-    if damage is not None:
-        return replace(damage, message=f"{message}; {damage.message}")
     if failure.bad_buffers:
         name = failure.bad_buffers[0]
         return _damaged(stats, "exception", f"{message}; buffer {name} is non-finite", name)
