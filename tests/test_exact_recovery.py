@@ -199,6 +199,8 @@ PRECISIONS = {
     "bf16-true": {"precision": "bf16-true"},
 }
 
+MAY_BE_QUESTIONED = ("restarted codes",)
+"""Practices that write weights on purpose: the first large write is questioned once."""
 NOT_JUDGED = ("SWA",)
 """Its last epoch takes no optimizer step, so a bad batch in it changes the BatchNorm statistics."""
 
@@ -277,8 +279,11 @@ HEALTHY = {**FEATURES, **PRECISIONS, **PRACTICES} | {
 }
 
 
-@pytest.mark.parametrize("options", HEALTHY.values(), ids=[h.replace(" ", "-") for h in HEALTHY])
-def test_healthy_run_is_unchanged(options, tmp_path):
+@pytest.mark.parametrize("name", HEALTHY, ids=lambda name: name.replace(" ", "-"))
+def test_healthy_run_is_unchanged(name, tmp_path):
     """Invariant 1: weights, optimizers, generators, metrics, validations, files."""
-    assert both(tmp_path, options) == {}
-    assert not (tmp_path / "faulty" / "incidents.jsonl").exists()
+    assert both(tmp_path, HEALTHY[name]) == {}
+    if name in MAY_BE_QUESTIONED:
+        assert len(read_incidents(tmp_path / "faulty")) == 1
+    else:
+        assert not (tmp_path / "faulty" / "incidents.jsonl").exists()

@@ -23,6 +23,7 @@ from benchmarks.healthy.networks import (
     clusters,
     generator,
     inputs,
+    leaky_sum,
     loader,
     mlp,
     sgd,
@@ -117,13 +118,13 @@ class HeavyTails(Net):
         return self.track(self.loss(prediction, noisy), F.mse_loss(prediction, clean))
 
 
-def heavy_tailed(seed: int, degrees: float, scale: float = 0.3) -> DataLoader[Any]:
+def heavy_tailed(seed: int, degrees: float, scale: float = 0.3, batch: int = 32) -> DataLoader[Any]:
     """Returns inputs, targets with Student's t noise, and clean targets."""
     x = inputs(seed, 3200)
     normal = torch.randn(3200, 1, generator=generator(seed + 4))
     gamma = torch._standard_gamma(torch.full((3200, 1), degrees / 2), generator=generator(seed + 5))
     noise = normal * (degrees / (2 * gamma.clamp(min=1e-12))).sqrt()
-    return loader(x, surface(x) + scale * noise, surface(x))
+    return loader(x, surface(x) + scale * noise, surface(x), batch=batch)
 
 
 def with_outliers(seed: int) -> DataLoader[Any]:
@@ -315,7 +316,7 @@ class Recurrent(Net):
         """Returns the error of every step; judged by the mean over the elements."""
         length = int(self.longest(self.global_step))
         x = torch.randn(16, length, 2)
-        y = (x[..., :1] * 0.9 ** torch.arange(length)[:, None]).cumsum(1)
+        y = leaky_sum(x)
         output = self.net[1](self._states(x, length))
         loss = F.mse_loss(output, y[:, : output.shape[1]], reduction=self.reduction)
         return self.track(loss, F.mse_loss(output, y[:, : output.shape[1]]))
@@ -623,6 +624,13 @@ KINDS = (
         data=partial(heavy_tailed, degrees=2.5),
         steps=300,
         trainer=clipped(),
+    ),
+    kind(
+        "Student's t targets, batches of 4",
+        "The same with 1.5 degrees of freedom, in batches in which one sample weighs a quarter.",
+        partial(HeavyTails, loss=F.mse_loss),
+        data=partial(heavy_tailed, degrees=1.5, scale=0.1, batch=4),
+        steps=400,
     ),
     kind(
         "Cauchy targets, clipped",

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.healthy.floors import linear_task
 from benchmarks.healthy.kind import LOOPS, Kind
 from benchmarks.healthy.networks import (
     Net,
@@ -31,6 +32,7 @@ from benchmarks.healthy.networks import (
     classes,
     cross_entropy,
     inputs,
+    leaky_sum,
     loader,
     mlp,
     regression,
@@ -437,6 +439,7 @@ class Truncated(Net):
     """A recurrent network whose state is carried from batch to batch, detached."""
 
     state: Tensor | None = None
+    latest: Tensor | float = 0.0
 
     def __init__(self) -> None:
         super().__init__(nn.ModuleList([nn.GRU(2, 24, batch_first=True), nn.Linear(24, 1)]))
@@ -444,7 +447,8 @@ class Truncated(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the error of one piece of an endless sequence."""
         x = torch.randn(16, 12, 2)
-        y = (x[..., :1] * 0.8 ** torch.arange(12)[:, None]).cumsum(1)
+        y = leaky_sum(x, self.latest)
+        self.latest = y[:, -1]
         output, state = self.net[0](x, self.state)
         self.state = state.detach()
         return self.track(F.mse_loss(self.net[1](output), y))
@@ -511,7 +515,7 @@ class Evolution(Net):
     """Estimates the gradient from losses at perturbed weights; there is no backward pass."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Linear(8, 1), optimizer=sgd)
+        super().__init__(nn.Linear(8, 1), optimizer=lambda p: torch.optim.SGD(p, 0.02))
         self.automatic_optimization = False
 
     @torch.no_grad()
@@ -520,12 +524,12 @@ class Evolution(Net):
         weights = dict(self.net.named_parameters())
         self.track(self._error(weights, batch))
         estimates = {k: torch.zeros_like(w) for k, w in weights.items()}
-        for _ in range(4):
+        for _ in range(8):
             noise = {k: torch.randn_like(w) for k, w in weights.items()}
             up = self._error({k: w + 0.05 * noise[k] for k, w in weights.items()}, batch)
             down = self._error({k: w - 0.05 * noise[k] for k, w in weights.items()}, batch)
             for name in estimates:
-                estimates[name] += (up - down) / 0.1 * noise[name] / 4
+                estimates[name] += (up - down) / 0.1 * noise[name] / 8
         for name, parameter in weights.items():
             parameter.grad = estimates[name]
         self.optimizers().step()
@@ -795,6 +799,8 @@ KINDS = (
         "evolution strategy",
         "Gradients are estimated from losses, without a backward pass.",
         Evolution,
+        data=linear_task,
+        steps=400,
     ),
     kind(
         "validation every 20 steps",

@@ -182,6 +182,23 @@ def surface(x: Tensor) -> Tensor:
     return x[:, :1] * x[:, 1:2] + x[:, 2:3].sin() + 0.5 * x[:, 3:4]
 
 
+def leaky_sum(x: Tensor, start: Tensor | float = 0.0) -> Tensor:
+    """Returns a running sum over the first channel of a sequence, which forgets 20 % in each step.
+
+    Args:
+        x: Sequences, of shape (samples, steps, channels).
+        start: The sum before the first step, of shape (samples, 1).
+
+    Returns:
+        The sums, of shape (samples, steps, 1).
+    """
+    sums = []
+    for step in x[..., :1].unbind(1):
+        start = 0.8 * start + step
+        sums.append(start)
+    return torch.stack(sums, 1)
+
+
 def regression(seed: int, count: int = 1600) -> DataLoader[Any]:
     """Returns inputs and a smooth function of them with a little noise: 50 batches of 32."""
     x = inputs(seed, count)

@@ -6,6 +6,7 @@ One optimizer step, with the hooks in place::
                                 AutoRollback records buffers and epoch metrics
                                 CurvatureProbe keeps the batch, if it measures this step
       training_step             AttentionProbe records attention kernels, if it measures this step
+                                AutoRollback goes on with a loss of 0 if it raises
       on_before_backward        GradientMonitor reads the loss (DDP: the ranks start to measure)
       backward
       on_before_optimizer_step  GradientMonitor measures (accumulated, unscaled, unclipped), asks

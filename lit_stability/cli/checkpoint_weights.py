@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
+from lit_stability.checks.checkpoint.load import load
 from lit_stability.errors import ConfigError
 
 
@@ -53,11 +53,6 @@ class CheckpointWeights(StabilityCallback):
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # for damaged bytes, torch raises exceptions of many types
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ConfigError(f"checkpoint={path}: cannot be read: {reason}") from error
-    if not isinstance(found, Mapping):
-        kind = type(found).__name__
-        raise ConfigError(f"checkpoint={path}: expected a checkpoint or state dict, got a {kind}")
-    return found
+        return load(path)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint={error}") from error

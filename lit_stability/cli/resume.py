@@ -32,7 +32,8 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "res
             checkpoint that a `LastKnownGood` has confirmed. Both log and ignore files that are
             truncated or damaged.
         run_dir: Folder of the run.
-        option: Name of the option in messages.
+        option: Name of the option in messages. Only to `resume` a file must be one of a Trainer;
+            other options use its weights.
 
     Raises:
         ConfigError: There is no such checkpoint, or it is damaged or not one of a Trainer.
@@ -53,7 +54,8 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "res
             raise ConfigError(
                 f"{option}={wanted}: no such checkpoint; give a path, `last` or `good`"
             )
-        problem = None if Path(wanted).is_dir() else _problem_of(Path(wanted))
+        check = _problem_of if option == "resume" else damage_of
+        problem = None if Path(wanted).is_dir() else check(Path(wanted))
         if problem is not None:
             raise ConfigError(f"{option}={wanted}: {problem}; try `last` or `good`")
         return str(wanted)

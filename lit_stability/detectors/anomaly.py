@@ -15,6 +15,7 @@ Kind = Literal[
     "non-finite weight",
     "non-finite buffer",
     "damaged state at the start",
+    "exception",
     "gradient spike",
     "loss spike",
     "divergence",

@@ -69,6 +69,18 @@ class DetectorSet:
             anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
         return anomaly, True
 
+    def damage(self, stats: StepStats) -> Anomaly | None:
+        """Returns an anomaly of damaged weights for a step without loss and gradients, or None.
+
+        Only the detectors that use no gradients are asked. What a forward pass that was cut short
+        has left in the buffers is no damage, as it is undone with the step.
+        """
+        self.regime_change = None
+        anomaly = self._written_outside(stats) or self.ask(stats, "shared")
+        if anomaly is None or not anomaly.state_corrupted or anomaly.kind == "non-finite buffer":
+            return None
+        return anomaly
+
     def _written_outside(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly for a write that the program is not known to make."""
         writes = self._writes[stats.optimizer]

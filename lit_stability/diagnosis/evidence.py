@@ -224,6 +224,13 @@ def constant(context: DiagnosisContext) -> str | None:
     return None
 
 
+def lasting_constant(context: DiagnosisContext) -> str | None:
+    """The module holds a non-finite number, so it is there in every step."""
+    found = constant(context)
+    lasting = context.origin is not None and context.origin.cause in ("constant", "buffer")
+    return "the module holds it, so it is there in every step" if found and lasting else None
+
+
 def overflow(context: DiagnosisContext) -> str | None:
     """An operation overflows in its format and is finite in float32."""
     origin = context.origin

@@ -5,22 +5,24 @@ A state that was saved with a NaN cannot be repaired by going back to it: it is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lit_stability.distributed.dtensor import local
-from lit_stability.measurement.norms import non_finite, norms_of, to_host
+from lit_stability.measurement.norms import norms_of, to_host
 from lit_stability.measurement.step_meter import StepMeter
+from lit_stability.measurement.watched_buffers import RUNNING
+
+Named: TypeAlias = tuple[str, Tensor]
 
 _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 """Keys of averages of squares in the state of an optimizer, of which none may be negative."""
-
-_RUNNING = ("running_mean", "running_var")
-"""Names of the statistics in normalization layers."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class DamagedState:
 @torch.no_grad()
 def buffers_with_nan(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of buffers that hold a NaN, in one copy to the host if there are none."""
-    return tuple(n for n, b in _suspected(module.named_buffers()) if _has_nan(b))
+    bad, _ = _read({"buffers": list(module.named_buffers())}, [])
+    return tuple(name for name, buffer in bad["buffers"] if _has_nan(buffer))
 
 
 @torch.no_grad()
@@ -84,46 +87,93 @@ def damaged_state(
         meters: of its optimizers.
         nan_before: names of buffers that held a NaN before, by `buffers_with_nan`.
     """
-    weights: list[str] = []
-    moments: list[str] = []
-    trained: set[str] = set()
-    for meter in meters:
-        pairs = zip(meter.names, meter.parameters, strict=True)
-        trained.update(name for name, parameter in pairs if parameter.requires_grad)
-        bad_weights, bad_moments = meter.audit()
-        weights += [name for name in bad_weights if name in trained]
-        moments += [*bad_moments, *_negative_squares(meter)]
-    frozen = ((n, p) for n, p in module.named_parameters() if n not in trained)
-    weights += [name for name, tensor in _suspected(frozen) if _has_nan(tensor)]
+    meters = list(meters)
+    trained = _once(n for m in meters for n, p in _pairs(m) if p.requires_grad)
+    parameters = dict(module.named_parameters())
+    squares = [each for meter in meters for each in _moments(meter, _SQUARES)]
+    bad, negative = _read(
+        {
+            "trained": [(name, parameters[name]) for name in trained],
+            "frozen": [(n, p) for n, p in parameters.items() if n not in trained],
+            "moments": [each for meter in meters for each in _moments(meter)],
+            "buffers": list(module.named_buffers()),
+        },
+        squares,
+    )
+    frozen = (name for name, tensor in bad["frozen"] if _has_nan(tensor))
     buffers = (
         name
-        for name, buffer in _suspected(module.named_buffers())
-        if name.rpartition(".")[2] in _RUNNING or (name not in nan_before and _has_nan(buffer))
+        for name, buffer in bad["buffers"]
+        if name.rpartition(".")[2] in RUNNING or (name not in nan_before and _has_nan(buffer))
     )
-    return DamagedState(*map(_once, (weights, moments, buffers)))
+    return DamagedState(
+        weights=_once([*(name for name, _ in bad["trained"]), *frozen]),
+        moments=_once([*(name for name, _ in bad["moments"]), *negative]),
+        buffers=_once(buffers),
+    )
 
 
-def _suspected(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Tensors with a NaN, an Inf, or a norm that overflows."""
-    tensors = {n: local(t) for n, t in named if t.dtype in _FORMATS and not t.is_meta}
-    tensors = {n: t for n, t in tensors.items() if t.layout is torch.strided and t.numel()}
-    norms = to_host({"norms": norms_of(list(tensors.values()))})["norms"]
-    bad = non_finite(list(tensors), norms)
-    return [(name, tensors[name]) for name in bad if not bool(torch.isfinite(tensors[name]).all())]
+def _pairs(meter: StepMeter) -> Iterable[Named]:
+    return zip(meter.names, meter.parameters, strict=True)
 
 
-def _negative_squares(meter: StepMeter) -> tuple[str, ...]:
-    """Names of parameters with a negative average of squares, whose root is a NaN."""
-    names: list[str] = []
-    smallest: list[Tensor] = []
-    for name, parameter in zip(meter.names, meter.parameters, strict=True):
-        state = meter.optimizer.state.get(parameter) or {}
-        for value in (state.get(key) for key in _SQUARES):
-            if isinstance(value, Tensor) and value.dtype in _FORMATS and value.numel():
-                names.append(name)
-                smallest.append(local(value).amin().float().reshape(1))
-    values = to_host({"smallest": smallest})["smallest"]
-    return tuple(name for name, value in zip(names, values, strict=True) if value < 0)
+def _moments(meter: StepMeter, keys: Collection[str] | None = None) -> list[Named]:
+    """The tensors in the optimizer's state, with the names of their parameters."""
+    return [
+        (name, value)
+        for name, parameter in _pairs(meter)
+        for key, value in (meter.optimizer.state.get(parameter) or {}).items()
+        if isinstance(value, Tensor) and (keys is None or key in keys)
+    ]
+
+
+def _read(
+    groups: Mapping[str, Sequence[Named]], squares: Sequence[Named]
+) -> tuple[dict[str, list[Named]], list[str]]:
+    """Reads all tensors in one copy to the host.
+
+    Returns:
+        The tensors of each group with a NaN or Inf, and the names of squares that are negative.
+    """
+    readable = {key: _readable(group) for key, group in groups.items()}
+    squares = _readable(squares)
+    host = to_host(
+        {key: [_norms(group)] for key, group in readable.items() if group}
+        | {"smallest": [_smallest(squares)] if squares else []}
+    )
+    bad: dict[str, list[Named]] = {key: [] for key in groups}
+    for key, group in readable.items():
+        pairs = zip(group, host.get(key, ()), strict=True)
+        suspected = [named for named, norm in pairs if not math.isfinite(norm)]
+        # The norm of large finite elements overflows.
+        bad[key] = [(n, t) for n, t in suspected if not bool(torch.isfinite(t).all())]
+    smallest = zip(squares, host["smallest"], strict=True)
+    return bad, [name for (name, _), value in smallest if value < 0]
+
+
+def _readable(named: Iterable[Named]) -> list[Named]:
+    """This rank's part of each tensor that has elements and a floating-point format."""
+    own = [(n, local(t)) for n, t in named if t.dtype in _FORMATS and not t.is_meta]
+    return [(n, t) for n, t in own if t.layout is torch.strided and t.numel()]
+
+
+def _norms(group: Sequence[Named]) -> Tensor:
+    """The norms, one device after the other, on the first of them."""
+    device = group[0][1].device
+    norms = [norms_of([t])[0].to(device) for _, t in group if t.device != device]
+    here = norms_of([t for _, t in group if t.device == device])
+    if not norms:
+        return here[0]
+    rows = iter(here[0].unbind())
+    others = iter(norms)
+    return torch.stack(
+        [next(rows) if t.device == device else next(others).reshape(()) for _, t in group]
+    )
+
+
+def _smallest(group: Sequence[Named]) -> Tensor:
+    device = group[0][1].device
+    return torch.stack([t.amin().float().to(device) for _, t in group])
 
 
 def _has_nan(tensor: Tensor) -> bool:

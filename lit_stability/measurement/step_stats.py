@@ -123,7 +123,8 @@ class StepStats:
     bad_weights: tuple[str, ...] = ()
     """Non-finite parameters; only on steps that scan the weights."""
     bad_buffers: tuple[str, ...] = ()
-    """Buffers of the module that were finite and are not any more; only on steps that scan."""
+    """Buffers of the module that were finite and are damaged now, see `WatchedBuffers`; only on
+    steps that scan."""
     last_scan: int | None = None
     """Step of the scan before this one, -1 if there was none; None if the state was good until this
     step, as right after a rollback."""

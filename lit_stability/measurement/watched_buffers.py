@@ -1,4 +1,4 @@
-"""Scans a module's buffers for values that have become non-finite. May import torch."""
+"""Scans a module's buffers for values that have become NaN. May import torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.norms import norms_of
 
+RUNNING = ("running_mean", "running_var")
+"""Names of the statistics in normalization layers."""
+
 
 class WatchedBuffers:
     """The floating-point buffers of a module that are finite when the watch begins.
 
-    A mask of -inf, or a running minimum that starts at inf, is non-finite on purpose and is not
-    watched.
+    A NaN is damage, and so is an Inf in a running mean or variance. Any other Inf may be there on
+    purpose: a mask that is filled with -inf, a limit.
 
     Args:
         module: with its buffers; one that is replaced by another tensor is found by its name.
@@ -26,17 +29,19 @@ class WatchedBuffers:
         found = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         finite = _are_finite([*found.values()])
         self.names = tuple(n for n, good in zip(found, finite, strict=True) if good)
+        self._running = torch.tensor([n.rpartition(".")[2] in RUNNING for n in self.names])
 
     @torch.no_grad()
     def flags(self) -> list[Tensor]:
-        """Returns one tensor with 1 for each watched buffer that is non-finite; [] without any."""
+        """Returns one tensor with 1 for each watched buffer that is damaged; [] without any."""
         if not self.names:
             return []
         present = dict(self._module.named_buffers())
         buffers = [present.get(name) for name in self.names]
         empty = torch.zeros(())
-        norms = norms_of([empty if b is None else local(b) for b in buffers])
-        return [(~torch.isfinite(n)).float() for n in norms]
+        (norms,) = norms_of([empty if b is None else local(b) for b in buffers])
+        self._running = self._running.to(norms.device)
+        return [torch.where(self._running, ~norms.isfinite(), norms.isnan()).float()]
 
     def names_of(self, flags: Sequence[float]) -> tuple[str, ...]:
         """Returns the names of the buffers whose flag is set."""

@@ -39,6 +39,7 @@ from lit_stability.trainer_internals.skip_step import (
     parameters_of,
     remove_gradients,
 )
+from lit_stability.trainer_internals.step_guard import StepFailure, StepGuard, step_failure
 from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
 from lit_stability.trainer_internals.strategies import (
     ranks_of,
@@ -84,6 +85,8 @@ __all__ = [
     "ReplayRing",
     "SchedulerPause",
     "Stateful",
+    "StepFailure",
+    "StepGuard",
     "StepSkipper",
     "StepStart",
     "TrainingSnapshot",
@@ -121,6 +124,7 @@ __all__ = [
     "same_loss",
     "save_incident_checkpoint",
     "sharing",
+    "step_failure",
     "tear_down",
     "unscale",
     "why_fixed",

@@ -53,6 +53,8 @@ class RecordedBatch:
     """Number of optimizer steps before the step that the batch belongs to."""
     modified: bool = False
     """Whether the training step modified the batch, and there is no copy."""
+    raised: bool = False
+    """Whether the training step raised an exception when it last saw the batch."""
     original: Any = None
     """What was served in place of ``item``, which is a copy of it."""
 

@@ -6,6 +6,7 @@ Lightning and torch know nothing of them, but a training step may read them, as 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ class _Value:
         if now is not self.value or self.copy.shape != now.shape:
             return False
         return torch.equal(now, self.copy)
+
+    def is_first_number(self) -> bool:
+        """Whether the value is finite and the attribute is unset now, as before its first use."""
+        unset = vars(self.owner).get(self.name) is None
+        return unset and type(self.value) is float and math.isfinite(self.value)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -76,10 +82,10 @@ class PlainAttributes:
         """Restores the values, and removes attributes that were added since.
 
         Args:
-            flags_only: leave floats and tensors as they are.
+            flags_only: leave floats and tensors as they are, except a number that is unset now.
         """
         for each in self._values:
-            if not flags_only or type(each.value) in _FLAGS:
+            if not flags_only or type(each.value) in _FLAGS or each.is_first_number():
                 each.restore()
         if flags_only:
             return

@@ -182,7 +182,11 @@ TORCH = (
     Private("_opname", _SCHEMA, ("diagnosis",)),
     Private("_orig_mod", "asking the user", ("measurement",)),
     Private("_parameters", _MODULE),
-    Private("_post_accumulate_grad_hooks", "refusing models with such hooks", ("training_state",)),
+    Private(
+        "_post_accumulate_grad_hooks",
+        "refusing models with such hooks",
+        ("training_state", "trainer_internals"),
+    ),
     Private("_scale", "GradScaler.get_scale, which waits for the device"),
     Private("_schedulers", "the state_dict of each scheduler in it", ("cli", "trainer_internals")),
     Private("_schema", _SCHEMA, ("diagnosis", "measurement")),

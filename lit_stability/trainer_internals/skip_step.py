@@ -40,12 +40,13 @@ class StepSkipper:
         """Returns whether the step of an optimizer is skipped in this window."""
         return any(skipped is optimizer for skipped, _ in self._counts)
 
-    def skip(self, optimizer: Optimizer, *, epoch: bool) -> None:
+    def skip(self, optimizer: Optimizer, *, epoch: bool, counted: bool = True) -> None:
         """Skips the next step of an optimizer.
 
         Args:
             optimizer: in ``on_before_optimizer_step``.
             epoch: pause the schedulers of interval "epoch" too.
+            counted: whether Lightning will count the step; not if it will never be taken.
         """
         remove_gradients(optimizer)
         if self.skips(optimizer):
@@ -55,7 +56,8 @@ class StepSkipper:
             self._scaler_state = copy.deepcopy(self._trainer.precision_plugin.state_dict())
             self._pause.begin(self._trainer, epoch=epoch)
         self._counts.append((optimizer, _counts(optimizer)))
-        _uncount_step(self._trainer)
+        if counted:
+            _uncount_step(self._trainer)
 
     def restore(self) -> None:
         """Restores the loss scaler, and optimizer counters that change even without gradients."""

@@ -181,6 +181,10 @@ class StepStart:
         self.loops = LoopState(trainer)
         self._rng = capture_rng()
 
+    def non_finite_buffers(self) -> set[tuple[int, str]]:
+        """Returns id of the module and key of each buffer that was non-finite at the start."""
+        return self._buffers.non_finite_buffers()
+
     def restore(self, trainer: Trainer) -> None:
         """Restores all state except loops and data, and clears the gradients."""
         self._buffers.restore()

@@ -96,6 +96,10 @@ class ModuleSnapshot:
         for frozen in self._kept:
             frozen.restore()
 
+    def non_finite_buffers(self) -> set[tuple[int, str]]:
+        """Returns id of the module and key of each buffer that was non-finite when captured."""
+        return _non_finite(self._homes, self.bank.saved[len(self._parameters) :])
+
     def drift(self) -> dict[str, float]:
         """Returns the largest absolute change of any element since the capture, by parameter."""
         if self._module is None:
@@ -222,11 +226,24 @@ class BufferGuard:
         _reassign(self._homes)
         self._bank.restore()
 
+    def non_finite_buffers(self) -> set[tuple[int, str]]:
+        """Returns id of the module and key of each buffer that was non-finite when captured."""
+        buffers = sum(buffer is not None for _, _, buffer in self._homes)
+        return _non_finite(self._homes, self._bank.saved[:buffers])
+
 
 def _buffers(
     owners: Iterable[tuple[nn.Module, dict[str, Tensor | None]]],
 ) -> list[tuple[nn.Module, str, Tensor | None]]:
     return [(m, key, b) for m, buffers in owners if buffers for key, b in buffers.items()]
+
+
+def _non_finite(
+    homes: Iterable[tuple[nn.Module, str, Tensor | None]], saved: Iterable[Tensor]
+) -> set[tuple[int, str]]:
+    owned = [(id(module), key) for module, key, buffer in homes if buffer is not None]
+    pairs = zip(owned, saved, strict=True)
+    return {owner for owner, copy_ in pairs if not bool(copy_.isfinite().all())}
 
 
 def _reassign(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:

@@ -163,8 +163,17 @@ def spike(module):
     return ScaleGradients(step=20, factor=1e5)
 
 
-@pytest.mark.parametrize("fault", [nan, spike])
-@pytest.mark.parametrize(("module", "options"), CASES.values(), ids=CASES)
+CLIPPED_AWAY = {("norm", spike), ("norm fp16", spike)}
+"""Where the Trainer clips to a norm, a large gradient is no reason to skip a step."""
+SKIPPED = [
+    pytest.param(*case, fault, id=f"{name}-{fault.__name__}")
+    for name, case in CASES.items()
+    for fault in (nan, spike)
+    if (name, fault) not in CLIPPED_AWAY
+]
+
+
+@pytest.mark.parametrize(("module", "options", "fault"), SKIPPED)
 def test_skipped_step_with_later_hooks_is_as_if_the_fault_had_never_been(
     module, options, fault, tmp_path
 ):
@@ -179,10 +188,11 @@ def test_skipped_step_with_later_hooks_is_as_if_the_fault_had_never_been(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_skipped_step_of_a_compiled_optimizer_is_as_if_the_fault_had_never_been(tmp_path):
-    suite = [GradientMonitor(), AutoRollback()]
-    saved, _ = fit(tmp_path / "suite", [FaultInjector([NanLoss(step=20)]), *suite], CompiledStep)
-    bare, _ = fit(tmp_path / "bare", (), CompiledStep)
-    assert [i.outcome for i in suite[0].incidents] == ["recovered"]
+    suite, steps = [GradientMonitor(), AutoRollback()], {"max_steps": 6}
+    injector = FaultInjector([NanLoss(step=3)])
+    saved, _ = fit(tmp_path / "suite", [injector, *suite], CompiledStep, **steps)
+    bare, _ = fit(tmp_path / "bare", (), CompiledStep, **steps)
+    assert [i.responses for i in suite[0].incidents] == [["step retried"]]
     assert torch.equal(flat(saved), flat(bare))
 
 

@@ -1,5 +1,7 @@
 """Measuring inside a real fit: no update, the right gradients, an early end."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -110,8 +112,9 @@ def test_module_in_16_bits_is_widened_before_its_weights_are_loaded(checkpoint, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a checkpoint", "cannot be read"),
-        ([1, 2], "expected a checkpoint or state dict, got a list"),
+        (b"not a checkpoint", "is no checkpoint, or is truncated"),
+        ([1, 2], "contains the type list; expected the dict of a checkpoint"),
+        ({"extra": Path("x")}, "contains more than tensors and plain values.*PosixPath"),
         ({"state_dict": {"net.0.weight": torch.ones(2, 2)}}, "does not match Regression.*Missing"),
     ],
 )

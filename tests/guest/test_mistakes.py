@@ -166,7 +166,7 @@ logger: null
     ("words", "message"),
     [
         (["run_dir=file/x"], "run_dir=file/x: cannot be written"),
-        (["--resume", "file"], "resume=file: is not a checkpoint, or is truncated"),
+        (["--resume", "file"], "resume=file: it is truncated, or not a checkpoint"),
         (["trainer.accelerator=cuda"], "accelerator is not available"),
         (["trainer.max_step=3"], "did you mean max_steps"),
     ],

@@ -37,9 +37,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
-@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
-    "strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)]
+    ("strategy", "devices"), [("ddp_fork", 2), pytest.param("ddp_spawn", 1, marks=pytest.mark.slow)]
 )
 def test_exception_in_a_worker_leaves_no_hidden_file_and_closes_the_record(
     strategy, devices, tmp_path

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.auto_rollback.executor import ResponseExecutor
+from lit_stability.callbacks.auto_rollback.raising_steps import RaisingSteps
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
@@ -23,7 +24,7 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
-from lit_stability.trainer_internals import Stateful
+from lit_stability.trainer_internals import Stateful, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
@@ -46,6 +47,15 @@ class AutoRollback(StabilityCallback):
     with another term, data of another scale. The detectors accept it (`Spike` after 30
     rejections), what was lowered for it is restored, and the fit goes on; the batches that were
     skipped stay skipped.
+
+    A ``training_step`` that raises what bad numbers can cause (a `ValueError`, a `RuntimeError`, an
+    `IndexError`, an error of ``torch.linalg`` and their like; not their subclasses), or returns a
+    loss without a graph, is handled like one with a NaN loss: damaged weights or buffers are rolled
+    back; otherwise the step is retried, and its batch is skipped if it raises again. Callbacks see
+    a loss of 0 for such a batch. The exception is raised to the user, untouched, before the first
+    good step of a fit; with the third such batch in a row (later if many have raised before), if
+    batches, weights and buffers are finite; on several ranks; and in manual optimization if the
+    batch cannot be replayed, or if it comes from inside ``optimizer.step(closure)``.
 
     If a `Diagnosis` before it finds that the learning rate is likely too high, the first rollback
     lowers it; if the architecture is certain to be the cause, the fit stops.
@@ -106,11 +116,12 @@ class AutoRollback(StabilityCallback):
         self.escalation = EscalationPolicy(budget)
         self._registered: list[Stateful] = []
         self._executor: ResponseExecutor | None = None
+        self._raising: RaisingSteps | None = None
         self._stopped: Incident | None = None
         """The incident for which the fit does not start."""
 
     def _outside_a_fit(self) -> dict[str, Any]:
-        return {"_executor": None, "_stopped": None}
+        return {"_executor": None, "_raising": None, "_stopped": None}
 
     def register(self, *objects: Stateful) -> None:
         """Adds objects whose state a rollback restores, such as an average of weights.
@@ -147,7 +158,7 @@ class AutoRollback(StabilityCallback):
             require_monitor(trainer, self)
             require_supported_strategy(trainer, self)
             # A fit that ended in an exception has had no teardown.
-            self._executor = self._stopped = None
+            self._executor = self._raising = self._stopped = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to record the data, and puts restored factors in force.
@@ -175,6 +186,9 @@ class AutoRollback(StabilityCallback):
             owner=self,
         )
         self._executor = ResponseExecutor(trainer, pl_module, engine, self.escalation, self.backoff)
+        # Ranks would wait for one that raises; exceptions of a loader are not those of a step.
+        if sharing(trainer) == "alone" and engine.records_batches:
+            self._raising = RaisingSteps(trainer, pl_module, engine, self)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the data of a new epoch, which may have another loader."""
@@ -187,6 +201,8 @@ class AutoRollback(StabilityCallback):
         """Records to which step the batch belongs."""
         if self._executor is not None:
             self._executor.batch_started()
+        if self._raising is not None:
+            self._raising.batch_started()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks for the bad batch while an accumulation window is retried."""
@@ -206,6 +222,8 @@ class AutoRollback(StabilityCallback):
         """Counts the step, clips it if the clip is tightened, relaxes what was tightened."""
         if self._executor is not None:
             self._executor.accept(stats)
+        if self._raising is not None:
+            self._raising.accepted()
 
     def on_regime_change(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
@@ -228,6 +246,8 @@ class AutoRollback(StabilityCallback):
             self._stopped = incident
         elif self._executor is not None:
             self._executor.respond(incident)
+        if self._raising is not None:
+            self._raising.explain(incident)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -239,6 +259,8 @@ class AutoRollback(StabilityCallback):
         """
         if self._executor is not None:
             self._executor.batch_ended()
+        if self._raising is not None:
+            self._raising.batch_ended()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undoes what hooks of a rejected batch have done since it was undone."""
@@ -254,6 +276,7 @@ class AutoRollback(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Restores the nominal learning rates, as the optimizers may be saved now."""
+        self._stop_catching()
         if self._executor is not None:
             self._executor.close()
         for optimizer in trainer.optimizers:
@@ -262,11 +285,16 @@ class AutoRollback(StabilityCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves optimizers and memory as they were before the fit."""
         if stage == "fit":
+            self._stop_catching()
             for optimizer in trainer.optimizers:
                 learning_rate_multiplier(optimizer).detach()
             if self._executor is not None:
                 self._executor.close()
-            self._executor = None
+            self._executor = self._raising = None
+
+    def _stop_catching(self) -> None:
+        if self._raising is not None:
+            self._raising.close()
 
     def lower_learning_rate(self, factor: float) -> bool:
         """Multiplies learning rate and clip by a factor; healthy steps raise both again."""

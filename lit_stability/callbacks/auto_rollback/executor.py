@@ -334,7 +334,9 @@ class ResponseExecutor:
         self._redrawn = incident
 
     def _skip_batch(self, incident: Incident) -> None:
-        bad = self._finder.bad_batches(self._engine.window, self._gather)
+        window = self._engine.window
+        raised = [batch for batch in window if batch.raised]
+        bad = raised or self._finder.bad_batches(window, self._gather)
         self._finder.end()
         possible = bool(bad) and self._engine.can_retry(bad)
         if incident.agree(not possible, self._gather):

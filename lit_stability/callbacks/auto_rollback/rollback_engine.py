@@ -126,6 +126,7 @@ class RollbackEngine:
         self._window_is_new = True
         self.stepped = False
         """Whether an optimizer has stepped in this window."""
+        self._cut_short = False
         self._accepted = 0
         self._wrote = False
         """Whether the program wrote weights that the start of the window has no copy of."""
@@ -274,7 +275,37 @@ class RollbackEngine:
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Skips the step that an optimizer is about to take."""
-        self._skipper.skip(optimizer, epoch=self.replay)
+        self._skipper.skip(optimizer, epoch=self.replay, counted=not self._cut_short)
+
+    @property
+    def current_batch(self) -> RecordedBatch:
+        """The batch that is being trained on."""
+        return self._ring.entries[-1]
+
+    @property
+    def records_batches(self) -> bool:
+        """False if the module fetches its batches itself."""
+        return self._recorder.can_replay
+
+    def cut_short(self) -> bool:
+        """Has the current batch undone from a snapshot: weights may have changed within it.
+
+        Returns:
+            Whether that is possible; if not, nothing was changed.
+        """
+        before, self.stepped = self.stepped, True
+        self._cut_short = self.can_retry()
+        self.stepped = before or self._cut_short
+        return self._cut_short
+
+    def damaged_buffers(self) -> tuple[str, ...]:
+        """Returns buffers that were non-finite before this step and are finite in a snapshot."""
+        assert self._snapshots.confirmed is not None
+        before = self._snapshots.confirmed.module.non_finite_buffers()
+        damaged = self._start.non_finite_buffers() - before
+        names = {id(module): name for name, module in self._module.named_modules()}
+        found = (f"{names.get(owner, '')}.{key}".lstrip(".") for owner, key in damaged)
+        return tuple(sorted(found))
 
     @property
     def window(self) -> list[RecordedBatch]:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.gradient_monitor.failed_step import failure_anomaly
 from lit_stability.callbacks.gradient_monitor.incident_tracker import (
     IncidentTracker,
     PendingVerdict,
@@ -38,6 +39,7 @@ from lit_stability.detectors import (
 from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.step_history import StepHistory
+from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.measurement.initial_state import (
     DamagedState,
     buffers_with_nan,
@@ -47,12 +49,14 @@ from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime, ClipStep
 from lit_stability.trainer_internals import (
+    StepFailure,
     at_worker_exit,
     callbacks_of,
     log_every,
     ranks_of,
     reshard,
     sharing,
+    step_failure,
 )
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.skipped_step import skip_gate
@@ -266,11 +270,19 @@ class GradientMonitor(StabilityCallback):
             return
         if self._finder is not None:
             self._finder.leave()
-        stats = self._measurer.measure(trainer, optimizer, scan=self.current is not None)
+        failure = step_failure(trainer)
+        stats = self._measurer.measure(
+            trainer, optimizer, scan=self.current is not None, failed=failure is not None
+        )
         if stats is None:
             return
         gate = skip_gate(optimizer)
         gate.before_verdict()
+        if failure is not None:
+            self._judge_failure(trainer, pl_module, stats, failure)
+            gate.after_verdict()
+            self._reporter.history.judged(stats, optimizer)
+            return
         call_hook("on_step_measured", trainer, pl_module, stats)
         if stats.details:
             self.details.append(stats)
@@ -281,7 +293,8 @@ class GradientMonitor(StabilityCallback):
         decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
         gate.after_verdict()
-        if self._detectors.expects_write_after(stats):
+        # torch.compile does not trace through the finder.
+        if self._detectors.expects_write_after(stats) and not has_compiled_parts(pl_module):
             self._finder = WriteFinder(pl_module.named_parameters())
             self._meters[stats.optimizer].after_update = self._finder.enter
         self._reporter.history.judged(stats, optimizer)
@@ -306,6 +319,22 @@ class GradientMonitor(StabilityCallback):
             return change
         self._reporter.log_line(f"step {stats.step}: they are written by {writer}")
         return replace(change, what=f"{change.what}, by {writer}")
+
+    def _judge_failure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stats: StepStats,
+        failure: StepFailure,
+    ) -> None:
+        """Raises an anomaly for a ``training_step`` that raised an exception."""
+        failure.reported = True
+        call_hook("on_step_measured", trainer, pl_module, stats)
+        anomaly = failure_anomaly(stats, failure, self._detectors.damage(stats))
+        if self._detectors.regime_change is not None:
+            change = self._with_writer(self._detectors.regime_change, stats)
+            stats = self._accept_regime(trainer, pl_module, stats, change)
+        self._raise(trainer, pl_module, anomaly, stats)
 
     def _accept_regime(
         self,
@@ -345,6 +374,10 @@ class GradientMonitor(StabilityCallback):
         """Counts the votes on the step, if there are any, before other callbacks act on it."""
         if self._measurer is None:
             return
+        failure = step_failure(trainer)
+        if failure is not None and failure.late:
+            stats = self._measurer.measure_state(trainer)
+            self._judge_failure(trainer, pl_module, stats, failure)
         pending, self._pending = self._pending, None
         if pending is not None:
             self._count(trainer, pl_module, pending)

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lit_stability.callbacks.gradient_monitor.failed_step import without_gradients
 from lit_stability.callbacks.hooks import implements
 from lit_stability.distributed.collectives import Ranks
 from lit_stability.measurement.distributed_step_meter import DistributedStepMeter
@@ -28,7 +29,7 @@ from lit_stability.trainer_internals import (
 )
 from lit_stability.training_state.gradient_clipping import gradients_are_new
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
-from lit_stability.training_state.skipped_step import skip_gate
+from lit_stability.training_state.skipped_step import is_skipped, skip_gate
 
 ProbeAnswer: TypeAlias = list[ProbeReading] | DeviceReadings | None
 """What a probe returns: None for a step that it does not measure."""
@@ -121,13 +122,17 @@ class StepMeasurer:
             scan_weights=scan or self._is_due(meter, self._scan_every),
         )
 
-    def measure(self, trainer: Trainer, optimizer: Optimizer, *, scan: bool) -> StepStats | None:
+    def measure(
+        self, trainer: Trainer, optimizer: Optimizer, *, scan: bool, failed: bool = False
+    ) -> StepStats | None:
         """Measures a step before its update; returns None if it was measured already.
 
         Args:
             trainer: in the optimizer's step.
             optimizer: whose gradients to measure.
             scan: as in `take_loss`.
+            failed: whether a ``training_step`` of this step raised: its loss and gradients mean
+                nothing, and the weights are scanned.
         """
         index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
         if isinstance(optimizer, LBFGS) and index in self._measured:
@@ -143,6 +148,9 @@ class StepMeasurer:
         meter = self._meter(index, optimizer)
         loss, self._loss = self._loss, None
         probes = [c for c in callbacks_of(trainer) if implements(c, "probe_readings")]
+        probes = [] if failed else probes
+        # A step without gradients, as where training_step returns None, may hide damaged weights.
+        scan = scan or failed or is_skipped(optimizer)
         answers = [probe.probe_readings(trainer, self._module) for probe in probes]
         stats = meter.measure(
             trainer.global_step,
@@ -157,12 +165,31 @@ class StepMeasurer:
             starts_epoch=self._starts_epoch(index, trainer.current_epoch),
             ends_epoch=trainer.is_last_batch,
         )
+        if failed:
+            return without_gradients(stats)
         readings = self._readings(answers, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
 
     def _starts_epoch(self, index: int, epoch: int) -> bool:
         last, self._epochs[index] = self._epochs.get(index, epoch), epoch
         return last != epoch
+
+    def measure_state(self, trainer: Trainer) -> StepStats:
+        """Measures weights and optimizer state after a ``training_step`` that was cut short.
+
+        Its step is the one after those that were accepted in the same batch: they do not show that
+        the batch can be trained on.
+        """
+        optimizer, self._loss = trainer.optimizers[0], None
+        scale = learning_rate_multiplier(optimizer)
+        stats = self._meter(0, optimizer).measure(
+            trainer.global_step,
+            None,
+            learning_rates=scale.effective(),
+            nominal_learning_rates=scale.nominal(),
+            scan_weights=True,
+        )
+        return without_gradients(stats)
 
     def _readings(
         self, answers: Sequence[ProbeAnswer], also: Sequence[float]

@@ -66,6 +66,8 @@ def load(file: Path) -> Mapping[str, Any]:
         damage = wrong_checksum(file)
         if damage is not None:
             raise ConfigError(f"{file}: {damage}; try another checkpoint") from error
+        if not zipfile.is_zipfile(file) and "GLOBAL" not in str(error):
+            raise ConfigError(_no_checkpoint(file, error)) from error
         raise ConfigError(
             f"{file}: contains more than tensors and plain values; other objects are not loaded, "
             f"because they may run code. {_reason(error)}{_objects(file)} Write it again, in the "
@@ -73,10 +75,7 @@ def load(file: Path) -> Mapping[str, Any]:
         ) from error
     except Exception as error:
         # Bytes that are not a pickle can raise any exception.
-        raise ConfigError(
-            f"{file}: is no checkpoint, or is truncated ({type(error).__name__} "
-            f"{_reason(error)}); try another checkpoint"
-        ) from error
+        raise ConfigError(_no_checkpoint(file, error)) from error
     if not isinstance(loaded, Mapping):
         kind = type(loaded).__name__
         raise ConfigError(f"{file}: contains the type {kind}; expected the dict of a checkpoint")
@@ -139,6 +138,11 @@ _ADVICE = re.compile(
     r"Please file an issue|Check the documentation of torch\.load)"
 )
 """Where torch's own advice starts, which is to load the file without the check."""
+
+
+def _no_checkpoint(file: Path, error: BaseException) -> str:
+    reason = f"{type(error).__name__} {_reason(error)}".strip()
+    return f"{file}: is no checkpoint, or is truncated ({reason}); try another checkpoint"
 
 
 def _reason(error: BaseException) -> str:

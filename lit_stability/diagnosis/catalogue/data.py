@@ -89,10 +89,11 @@ NUMERICS = (
     ),
     Cause(
         name="non-finite constant",
-        rules=((8, c.constant), (-8, c.transient)),
+        rules=((6, c.constant), (2, c.lasting_constant), (-8, c.transient)),
         remedy="mend the number where it is computed: a weight divided by the count of a class "
         "without samples, a statistic of an empty column, a scale that was read as NaN",
         ignore_when="never: no batch and no learning rate changes it",
+        recommended_action="stop",
     ),
     Cause(
         name="numeric precision",
