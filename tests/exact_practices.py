@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     Callback,
     GradientAccumulationScheduler,
+    ModelCheckpoint,
     StochasticWeightAveraging,
 )
 from torch import nn
@@ -176,6 +177,58 @@ class LateBuffer(Net):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.level = 0.9 * self.level + 0.1 * batch[0].mean(0)
+
+
+class ByHand(CountsSteps):
+    """One backward pass for two optimizers, a counter, and a teacher updated in the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.slow = copy.deepcopy(self.first[0]).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        apart = (self.slow(batch[0]) - self.first[0](batch[0])).square().mean()
+        loss = super().training_step(batch, batch_idx) + 0.01 * apart
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.first[0].parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+
+    def configure_optimizers(self):
+        trunk = torch.optim.AdamW(self.first.parameters(), 1e-2)
+        return [trunk, torch.optim.SGD(self.last.parameters(), 1e-2, momentum=0.9)]
+
+
+class UpdatesByHand(Net):
+    """Updates one parameter itself, from its gradient, and leaves it out of the optimizer."""
+
+    def on_after_backward(self):
+        bias = self.first[0].bias
+        bias.data.sub_(0.01 * bias.grad)
+        bias.grad = None
+
+    def configure_optimizers(self):
+        trained = [p for n, p in self.named_parameters() if n != "first.0.bias"]
+        return torch.optim.AdamW(trained, 1e-2)
+
+
+class DrawsAfterwards(Net):
+    """Draws the noise of the next batch at the end of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = 0.0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0] + self.noise, batch[1]), batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.noise = 0.01 * float(torch.randn(()))
 
 
 class Unfreezes(Net):
@@ -427,6 +480,9 @@ PRACTICES = {
     "restarted codes": {"module": RestartsCodes},
     "projections": {"module": Projects},
     "buffer after the batch": {"module": LateBuffer},
+    "two optimizers, one backward": {"module": ByHand},
+    "parameter updated by hand": {"module": UpdatesByHand},
+    "random numbers after the batch": {"module": DrawsAfterwards},
     "module unfreezes": {"module": Unfreezes},
     "callback unfreezes": with_callback(UnfreezesOnce, Frozen),
     "callback unfreezes, LambdaLR": with_callback(UnfreezesOnce, lambda: Frozen(scheduled=True)),
@@ -441,6 +497,20 @@ PRACTICES = {
     "callback with a state": with_callback(Curriculum),
     "slow weights of a callback": with_callback(SlowWeights),
     "optimizer with a counter": {"module": OwnOptimizer},
+    "ModelCheckpoint with a link": {
+        "enable_checkpointing": True,
+        "callbacks": lambda root: [
+            ModelCheckpoint(
+                root / "linked",
+                every_n_train_steps=4,
+                save_top_k=2,
+                monitor="step",
+                mode="max",
+                filename="{step}",
+                save_last="link",
+            )
+        ],
+    },
     "batch, attribute rebound": {"module": RebindsAttribute, "loader": batches_of(InObjects)},
     "batch, item rebound": {"module": RebindsItem, "loader": batches_of(InDicts)},
     "batch, array written": {"module": WritesArrays, "loader": batches_of(InArrays)},

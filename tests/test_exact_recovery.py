@@ -259,7 +259,25 @@ CELLS = [
         (f"accumulation, bad batch {i}", {"accumulate_grad_batches": 4}, {"nan": i})
         for i in [(0,), (3,), (21,), (23,), (9, 10)]
     ],
-]
+    *[
+        (f"{p}, bad batch {i}", PRACTICES[p], {"nan": i})
+        for p in ("counter in an attribute", "teacher", "callback with a state")
+        for i in [(0,), (23,), (22, 23)]
+    ],
+    *[
+        (f"accumulation, {p}, {name}", {**PRACTICES[p], "accumulate_grad_batches": 3}, cell)
+        for p in ("averages in tensors", "codebook, through data", "slow weights of a callback",
+                  "batch, tensor written", "buffer after the batch")
+        for name, cell in (
+            ("bad batch", {"nan": (10,)}),
+            ("NaN weight", {"faults": [lambda: HEAD(step=11)]}),
+        )
+    ],
+    ("codebook, fp16, bad batch",
+     {**PRACTICES["codebook, frozen parameter"], "plugins": fp16_on_cpu}, {"nan": (10,)}),
+    ("teacher, validation in mid-epoch, bad batch",
+     {**PRACTICES["teacher"], "val_check_interval": 5}, {"nan": (10,)}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,14 +92,18 @@ class PlainAttributes:
         for owner, name in self._added():
             del vars(owner)[name]
 
-    def changed(self, *, flags_only: bool = False) -> tuple[str, ...]:
+    def changed(
+        self, *, flags_only: bool = False, of: Callable[[Any], bool] = lambda _: True
+    ) -> tuple[str, ...]:
         """Returns the attributes that have changed since, such as ``Codebook.seen``.
 
         Args:
             flags_only: leave out floats and tensors.
+            of: which objects to look at.
         """
         asked = [v for v in self._values if not flags_only or type(v.value) in _FLAGS]
-        names = (f"{type(v.owner).__name__}.{v.name}" for v in asked if not v.is_same())
+        changed = (v for v in asked if of(v.owner) and not v.is_same())
+        names = (f"{type(v.owner).__name__}.{v.name}" for v in changed)
         return tuple(dict.fromkeys(names))
 
     def changed_owners(self) -> list[Any]:

@@ -9,7 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_stability.trainer_internals.callback_state import Restore, Stateful, capture_callback_state
+from lit_stability.trainer_internals.callback_state import (
+    Restore,
+    Stateful,
+    capture_callback_state,
+    keeps_state,
+)
 from lit_stability.trainer_internals.loop_counters import LoopState, Steps
 from lit_stability.trainer_internals.metrics import LoggedMetrics
 from lit_stability.trainer_internals.plain_attributes import (
@@ -137,8 +142,10 @@ class TrainingSnapshot:
 
     @property
     def kept_by_callbacks(self) -> tuple[str, ...]:
-        """Attributes of the user's callbacks that have changed since."""
-        return self._of_callbacks.changed()
+        """Attributes that have changed since, of the user's callbacks whose state is not known."""
+        return self._of_callbacks.changed(
+            of=lambda owner: not keeps_state(owner) and not hasattr(owner, "rewindable_state")
+        )
 
     @property
     def nbytes(self) -> int:
@@ -192,6 +199,10 @@ class StepStart:
         self._metrics.restore(trainer)
         clear_gradients(trainer)
         restore_rng(self._rng)
+
+    def had_finite(self, parameters: Iterable[Tensor]) -> bool:
+        """Returns whether there is a finite copy of each of the parameters."""
+        return self._buffers.had_finite(parameters)
 
     def restore_again(self) -> None:
         """Restores what later hooks of the rejected batch may have changed since `restore`."""

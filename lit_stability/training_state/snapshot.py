@@ -215,10 +215,11 @@ class BufferGuard:
         self._owners = [(m, m._buffers) for m in module.modules()]
         self._bank = TensorBank()
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._parameters: list[Tensor] = []
 
     def capture(self, parameters: Sequence[Tensor] = ()) -> None:
         """Copies all buffers, and the parameters that the program writes in a step."""
-        self._homes = _buffers(self._owners)
+        self._homes, self._parameters = _buffers(self._owners), list(parameters)
         self._bank.capture([*(b for _, _, b in self._homes if b is not None), *parameters])
 
     def restore(self) -> None:
@@ -228,8 +229,15 @@ class BufferGuard:
 
     def non_finite_buffers(self) -> set[tuple[int, str]]:
         """Returns id of the module and key of each buffer that was non-finite when captured."""
-        buffers = sum(buffer is not None for _, _, buffer in self._homes)
+        buffers = len(self._bank.saved) - len(self._parameters)
         return _non_finite(self._homes, self._bank.saved[:buffers])
+
+    def had_finite(self, parameters: Iterable[Tensor]) -> bool:
+        """Returns whether a finite copy was captured of each of the parameters."""
+        copies = self._bank.saved[len(self._bank.saved) - len(self._parameters) :]
+        known = {id(p): saved for p, saved in zip(self._parameters, copies, strict=True)}
+        asked = [known.get(id(p)) for p in parameters]
+        return all(saved is not None and bool(saved.isfinite().all()) for saved in asked)
 
 
 def _buffers(

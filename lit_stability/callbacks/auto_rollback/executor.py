@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -244,9 +245,11 @@ class ResponseExecutor:
 
     def _choose(self, incident: Incident) -> Response:
         """Ask the escalation policy, with what is known of the damage and of the data."""
-        anomaly, engine = incident.anomaly, self._engine
+        engine = self._engine
+        anomaly = self._of_this_step(incident)
         ratio = None if incident.stats is None else incident.stats.update_ratio
-        corrupted = incident.agree(self._is_corrupted(incident), self._gather)
+        moved_far = anomaly is incident.anomaly and self._is_corrupted(incident)
+        corrupted = incident.agree(moved_far, self._gather)
         if corrupted or anomaly.state_corrupted:
             replay = engine.can_replay(engine.snapshot_for(anomaly.suspect, older=False))
         else:
@@ -267,6 +270,18 @@ class ResponseExecutor:
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
+
+    def _of_this_step(self, incident: Incident) -> Anomaly:
+        """Returns the anomaly, as one of the present step if the program damaged weights in it."""
+        anomaly = incident.anomaly
+        if anomaly.kind != "non-finite weight":
+            return anomaly
+        damaged = self._engine.damaged_in_this_step()
+        if incident.agree(not damaged, self._gather):
+            return anomaly
+        evidence = f"{damaged[0]} was finite before this step, in which the program writes it"
+        incident.note("bad batch", evidence)
+        return replace(anomaly, state_corrupted=False, since=None)
 
     def _recommended(self, incident: Incident) -> RecommendedAction:
         """What the cause recommends, unless the steps have to be replayed first."""

@@ -183,7 +183,7 @@ class RollbackEngine:
             self.restore_again()
             restore_rng(self._rng)
         self._recorder.restore_rng_before_next()
-        self._writes.check()
+        self._find_writes()
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
@@ -224,12 +224,20 @@ class RollbackEngine:
 
     def measured(self) -> None:
         """Looks for weights that the program has written in this step."""
-        if self._writes.check():
-            self._wrote = True
-            self._log_once(
-                f"the program writes {len(self._writes.written)} parameters itself: a step that is "
-                "undone restores them too"
+        self._wrote = self._find_writes() or self._wrote
+
+    def _find_writes(self) -> bool:
+        found = self._writes.check()
+        if found and "writes" not in self._logged:
+            self._logged.add("writes")
+            names = {id(p): name for name, p in self._module.named_parameters()}
+            first = ", ".join(names.get(id(p), "a parameter") for p in self._writes.written[:3])
+            more = len(self._writes.written) - 3
+            self._log(
+                f"the program writes {first}{f' and {more} more' if more > 0 else ''} itself: "
+                "a step that is undone restores such weights too"
             )
+        return found
 
     def _take_snapshot(self, position: int) -> None:
         if self._snapshots.confirmed is not None:
@@ -297,6 +305,16 @@ class RollbackEngine:
         self._cut_short = self.can_retry()
         self.stepped = before or self._cut_short
         return self._cut_short
+
+    def damaged_in_this_step(self) -> tuple[str, ...]:
+        """Returns the non-finite weights if all of them were finite at the start of this step.
+
+        That is known of weights that the program writes itself.
+        """
+        bad = {
+            name: p for name, p in self._module.named_parameters() if not bool(p.isfinite().all())
+        }
+        return tuple(bad) if self._start.had_finite(bad.values()) else ()
 
     def damaged_buffers(self) -> tuple[str, ...]:
         """Returns buffers that were non-finite before this step and are finite in a snapshot."""

@@ -1,0 +1,143 @@
+"""State that a program keeps itself: what is undone with a step, and what is logged about it."""
+
+import logging
+
+import pytest
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, read_incidents
+from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
+from tests.conftest import fit
+from tests.exact import Batches, loader
+from tests.exact_net import Net
+from tests.exact_practices import ByHand, Codebook, Curriculum, Teacher
+
+
+def suite(*faults, **options):
+    injector = [FaultInjector(list(faults))] if faults else []
+    return [*injector, GradientMonitor(), AutoRollback(**options)]
+
+
+def train(root, module=Net, *faults, callbacks=(), nan=(), **options):
+    options = {"max_epochs": 3, "max_steps": -1, **options}
+    return fit(root, [*suite(*faults), *callbacks], module, loader(Batches(nan=nan)), **options)
+
+
+@pytest.mark.parametrize(
+    "kind", ["parameter", "written through data", "trained", "buffer"], ids=lambda k: k.split()[0]
+)
+def test_nan_batch_that_a_codebook_takes_in_is_the_only_one_left_out(kind, tmp_path):
+    """A bad batch that damages a weight in its own step is suspected itself."""
+    module, trainer = train(tmp_path, lambda: Codebook(kind), nan=(10,), max_epochs=1)
+    assert trainer.global_step == 23
+    assert module.codes.isfinite().all()
+    (incident,) = read_incidents(tmp_path)
+    assert sum(r.startswith("rolled back") for r in incident["responses"]) <= 2
+
+
+@pytest.mark.parametrize("step", [40, 42, 48])
+def test_damage_in_the_second_of_two_optimizers_is_rolled_back_at_once(step, tmp_path):
+    """The first optimizer's finding, a NaN loss, would only have the step retried."""
+    fault = CorruptWeight(step=step, parameter="last.1.weight")
+    module, _ = train(tmp_path, ByHand, fault, max_epochs=2)
+    assert all(p.isfinite().all() for p in module.parameters())
+    (incident,) = read_incidents(tmp_path)
+    assert incident["responses"][-1] == "rolled back and replayed"
+    assert incident["outcome"] == "recovered"
+
+
+def test_link_to_the_last_checkpoint_is_not_left_without_its_file(tmp_path):
+    fault = CorruptWeight(step=45, steps=10**9, parameter="first.0.weight")
+    checkpoint = ModelCheckpoint(
+        tmp_path / "c", every_n_train_steps=3, save_top_k=-1, filename="{step}", save_last="link"
+    )
+    with pytest.raises(TrainingStopped):
+        train(tmp_path, Net, fault, callbacks=[checkpoint], enable_checkpointing=True)
+    links = [file for file in (tmp_path / "c").iterdir() if file.is_symlink()]
+    assert links
+    assert all(link.exists() for link in links)
+
+
+def test_written_parameters_are_reported_once(tmp_path, caplog):
+    train(tmp_path, Teacher, NanLoss(step=10), NanLoss(step=30), max_epochs=2)
+    assert caplog.text.count("the program writes slow.weight, slow.bias itself") == 1
+
+
+class Counts(Callback):
+    """Keeps a number that nothing saves."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def on_train_batch_end(self, *args):
+        self.batches += 1
+
+
+def test_attributes_of_callbacks_that_stay_are_reported_once(tmp_path, caplog):
+    faults = [CorruptWeight(step=s, parameter="first.0.weight") for s in (20, 50)]
+    train(tmp_path, Net, *faults, callbacks=[Counts(), Curriculum()])
+    lines = [r.getMessage() for r in caplog.records if "not rolled back" in r.getMessage()]
+    assert len(lines) == 1
+    assert "Counts.batches" in lines[0]
+    assert "Curriculum" not in lines[0], "it has a state_dict, so it is rolled back"
+
+
+class CannotLoad(Curriculum):
+    def load_state_dict(self, state_dict):
+        raise RuntimeError("only when a checkpoint is loaded")
+
+
+def test_callback_that_cannot_load_its_state_does_not_end_the_fit(tmp_path, caplog):
+    faults = [NanLoss(step=10), CorruptWeight(step=20, parameter="first.0.weight")]
+    _, trainer = train(tmp_path, Net, *faults, callbacks=[CannotLoad()], max_epochs=2)
+    assert trainer.global_step == 48
+    warned = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert [r.getMessage().split(": ")[0] for r in warned] == [
+        "the state of CannotLoad is not rolled back"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["flag", "counter"])
+def test_step_that_fails_by_an_attribute_of_the_module_goes_on_with_another_value(kind, tmp_path):
+    """The step fails whatever its batch, as long as the attribute is restored."""
+
+    class Fails(Net):
+        failed, calls = False, 0
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.calls += 1
+            if kind == "counter":
+                return loss * float("nan") if self.calls == 13 else loss
+            if self.trainer.global_step != 12 or self.failed:
+                return loss
+            self.failed = True
+            return loss * float("nan")
+
+    module, trainer = train(tmp_path, Fails, max_epochs=1)
+    assert trainer.global_step >= 23
+    assert all(p.isfinite().all() for p in module.parameters())
+    (incident,) = read_incidents(tmp_path)
+    assert incident["outcome"] == "recovered"
+
+
+def test_unfrozen_layer_is_frozen_by_a_rollback_and_unfrozen_by_the_replay(tmp_path):
+    class Unfreezes(Callback):
+        done = False
+
+        def __init__(self):
+            self.seen = []
+
+        def setup(self, trainer, pl_module, stage):
+            pl_module.first.requires_grad_(False)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 26 and not self.done:
+                self.done = True
+                pl_module.first.requires_grad_(True)
+            self.seen.append((trainer.global_step, pl_module.first[0].weight.requires_grad))
+
+    callback, fault = Unfreezes(), CorruptWeight(step=28, parameter="last.1.weight")
+    train(tmp_path, Net, fault, callbacks=[callback], max_epochs=2)
+    assert callback.seen.count((25, False)) == 2, "the steps before it were replayed"
+    assert set(callback.seen) == {(step, step >= 26) for step in range(48)}
