@@ -39,12 +39,12 @@ def run_ranks(function, *args, ranks=2, timeout=120, folder):
     return [x["value"] for x in results]
 
 
-def run_ranks_once(tmp_path_factory, function, name, *args, timeout=180):
+def run_ranks_once(tmp_path_factory, function, name, *args, timeout=180, ranks=2, label=""):
     """Folder and results of ``run_ranks(function, folder, name, *args)``, by whichever worker of a
     test run comes first; the others wait for it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = base / f"ranks-{function.__name__}-{name}"
+    folder = base / f"ranks-{function.__name__}-{name}{label}"
     done = folder.with_suffix(".pt")
     try:
         folder.mkdir()
@@ -55,7 +55,9 @@ def run_ranks_once(tmp_path_factory, function, name, *args, timeout=180):
     else:
         part = done.with_suffix(".part")
         try:
-            value = run_ranks(function, folder, name, *args, folder=folder, timeout=timeout)
+            value = run_ranks(
+                function, folder, name, *args, folder=folder, timeout=timeout, ranks=ranks
+            )
             torch.save({"value": value}, part)
         except BaseException:
             torch.save({"error": traceback.format_exc()}, part)

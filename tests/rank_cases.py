@@ -138,6 +138,7 @@ def whole(tensors):
 def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), val=False, **options):
     """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
+    ranks = options.get("devices", 2)
     net = module(name == "fsdp2", dropout)
     strategy = ModelParallelStrategy(2, 1) if name == "fsdp2" else name
     if options.pop("fp16", False):
@@ -155,9 +156,9 @@ def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), val=
         "default_root_dir": root,
     }
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
-    data = batches(trainer.global_rank, 2, skipped=skipped)
+    data = batches(trainer.global_rank, ranks, skipped=skipped)
     torch.manual_seed(trainer.global_rank)
-    trainer.fit(net, data, batches(trainer.global_rank, 2, count=2) if val else None)
+    trainer.fit(net, data, batches(trainer.global_rank, ranks, count=2) if val else None)
     return net, trainer
 
 
@@ -166,7 +167,7 @@ SUITES = {"whole": stability_callbacks, "monitor": lambda: stability_callbacks()
 
 def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options):
     """Returns the results of one rank for a fit with these faults."""
-    recorder, truth, suite = Recorder(), Truth(), SUITES[suite]()
+    recorder, truth, suite, lines = Recorder(), Truth(), SUITES[suite](), Lines()
     callbacks = [FaultInjector(list(faults))] if faults else [truth]
     callbacks += [*suite, recorder]
     if checkpoint:
@@ -179,6 +180,7 @@ def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options
         "incidents": incidents_of(suite),
         "messages": [i.first.message for i in suite[0].incidents] if suite else [],
         "evidence": [i.evidence for i in suite[0].incidents] if suite else [],
+        "log": lines.stop(),
         "state": suite[-1].state_dict() if len(suite) > 1 else {},
         "weights": whole(net.parameters()),
         "buffers": whole([torch.zeros(1), *net.buffers()]),
@@ -189,6 +191,26 @@ def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options
         "losses": net.losses,
         "norms": truth.norms,
     }
+
+
+class Lines(logging.Handler):
+    """Collects the lines of the package's log, which is quiet otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.logger = [], logging.getLogger("lightning.pytorch.lit_stability")
+        self.logger.addHandler(self)
+        self.logger.propagate = False
+        self.logger.setLevel(logging.INFO)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def stop(self):
+        self.logger.removeHandler(self)
+        self.logger.propagate = True
+        self.logger.setLevel(logging.NOTSET)
+        return self.lines
 
 
 def incidents_of(suite):

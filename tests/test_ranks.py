@@ -61,6 +61,22 @@ DDP = {
 }
 FSDP2 = {**BOTH, "validation": ((), {"val": True, "val_check_interval": 10})}
 
+OF_THREE = {"devices": 3, "max_steps": 40}
+THREE = {
+    "clean": ((), OF_THREE),
+    "NaN weight, step 2": ((CorruptWeight(step=2, rank=1, parameter="net.4.weight"),), OF_THREE),
+    "NaN weight, step 5": ((CorruptWeight(step=5, rank=1, parameter="net.4.weight"),), OF_THREE),
+    "NaN weight, step 24": ((CorruptWeight(step=24, rank=2, parameter="net.4.weight"),), OF_THREE),
+    "NaN loss, step 12": ((NanLoss(step=12, rank=2),), OF_THREE),
+    "NaN loss, step 0": ((NanLoss(step=0, rank=1),), OF_THREE),
+    "NaN weight, step 1": ((CorruptWeight(step=1, rank=1, parameter="net.4.weight"),), OF_THREE),
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return run_ranks_once(tmp_path_factory, outcomes, "ddp", THREE, ranks=3, label="three")
+
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
@@ -326,3 +342,21 @@ def test_strategy_that_was_run_is_accepted(strategy, tmp_path):
     for callback in trainer.callbacks[1:4]:
         callback.setup(trainer, Regression(), "fit")
     assert sharing(trainer) == ("shards" if isinstance(strategy, Strategy) else "replicas")
+
+
+@pytest.mark.parametrize("case", [c for c in THREE if not c.endswith((" 0", " 1", "clean"))])
+def test_three_ranks_recover_exactly_from_a_fault_after_the_first_step(case, three):
+    """DDP sums the gradients in another order from the second step on: no rollback crosses that."""
+    _, ranks = three
+    for rank in ranks:
+        assert torch.equal(rank[case]["weights"], rank["clean"]["weights"])
+        assert [i[-1] for i in rank[case]["incidents"]] == ["recovered"]
+
+
+@pytest.mark.parametrize("case", ["NaN loss, step 0", "NaN weight, step 1"])
+def test_three_ranks_log_that_the_first_step_is_not_repeated_exactly(case, three):
+    _, ranks = three
+    said = [sum("the last bits may differ" in line for line in rank[case]["log"]) for rank in ranks]
+    assert said == [1, 0, 0]
+    assert all(torch.equal(rank[case]["weights"], ranks[0][case]["weights"]) for rank in ranks)
+    assert torch.allclose(ranks[0][case]["weights"], ranks[0]["clean"]["weights"], atol=1e-3)

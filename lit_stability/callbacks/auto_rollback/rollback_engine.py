@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
@@ -31,6 +32,7 @@ from lit_stability.trainer_internals import (
     keeps_state,
     owners_in,
     remove_gradients,
+    sharing,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
@@ -43,6 +45,10 @@ _COPIES = "training_step changes its batch: a copy of each batch is kept from no
 _MODIFIED = (
     "a batch that training_step has changed cannot be replayed, as no copy of it was kept: pass "
     "AutoRollback(clone_batches=True)"
+)
+_FIRST_STEP = (
+    "DDP sums the gradients of the first step in another order when it is run again: with three "
+    "ranks or more the last bits may differ"
 )
 _KEPT = (
     "attributes of callbacks are not rolled back: {}. A callback that has state_dict and "
@@ -94,8 +100,10 @@ class RollbackEngine:
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
         self._start = StepStart(trainer, pl_module)
+        # Shards are gathered and freed within a step: writes to them are not watched.
+        watched = nn.Module() if sharing(trainer) == "shards" else pl_module
         self._writes = WeightWrites(
-            pl_module, trainer.optimizers, lambda optimizer: self._skipper.skips(optimizer)
+            watched, trainer.optimizers, lambda optimizer: self._skipper.skips(optimizer)
         )
         self._pause = SchedulerPause()
         self._skipper = StepSkipper(trainer, self._pause)
@@ -119,6 +127,9 @@ class RollbackEngine:
             and not getattr(owner, "ignores_skipped_steps", False)
             for owner in [*callbacks_of(trainer), pl_module]
         )
+        self._many_replicas = sharing(trainer) == "replicas" and trainer.world_size > 2
+        self._order_changes = self._many_replicas
+        """Whether DDP is going to sum the gradients in another order."""
         self._begin_window()
 
     def _begin_window(self) -> None:
@@ -194,7 +205,7 @@ class RollbackEngine:
             return
         self._window_is_new = False
         position = self._ring.position
-        first = self._snapshots.confirmed is None
+        first = self._snapshots.confirmed is None or self._order_is_final()
         due = self._since >= self._every and self._snapshots.ready and not self.snapshots_paused
         if first or due:
             self._take_snapshot(position)
@@ -205,6 +216,21 @@ class RollbackEngine:
             self._before_undo.restore(flags_only=True)
             self._redrawn = None
         self._writes.begin(samples=(first or due) and self._sample_is_due())
+
+    def _order_is_final(self) -> bool:
+        """Whether DDP has just fixed the order in which it sums the gradients.
+
+        Before its second forward pass it puts them into other buckets. With three ranks or more the
+        sums of the first step cannot be repeated bit by bit, so nothing goes back before it.
+        """
+        if not self._order_changes or self._trainer.global_step == 0:
+            return False
+        self._order_changes = False
+        return True
+
+    def _warn_of_first_step(self, undone_to: StepStart | TrainingSnapshot) -> None:
+        if self._many_replicas and undone_to.position == 0:
+            self._log_once(_FIRST_STEP)
 
     def _sample_is_due(self) -> bool:
         """Whether the elements of weights are compared: ever more rarely, as that takes time."""
@@ -311,6 +337,8 @@ class RollbackEngine:
 
         That is known of weights that the program writes itself.
         """
+        if not self._writes.written:
+            return ()
         bad = {
             name: p for name, p in self._module.named_parameters() if not bool(p.isfinite().all())
         }
@@ -393,6 +421,7 @@ class RollbackEngine:
 
     def _undo_step(self) -> None:
         self._before_undo.capture()
+        self._warn_of_first_step(self._start)
         self._undone, self._undone_to = True, self._start
         self._pause.undo()
         self._start.restore(self._trainer)
@@ -450,6 +479,7 @@ class RollbackEngine:
         for path in self._ledger.go_back(snapshot.mark):
             self._log(f"checkpoint written since the snapshot, renamed: {path}")
         self._pause.forget()
+        self._warn_of_first_step(snapshot)
         crossing = snapshot.crosses_change_of_groups(self._trainer)
         if not (replay and crossing) and snapshot.kept_by_callbacks:
             self._log_once(_KEPT.format(", ".join(snapshot.kept_by_callbacks[:5])))
