@@ -42,6 +42,8 @@ class RecordedBatch:
     versions: tuple[int, ...]
     step: int = -1
     """Number of optimizer steps before the step that the batch belongs to."""
+    own_rng: tuple[dict[str, Any] | None] | None = None
+    """The state before it was replaced to draw other random numbers; None if it was not."""
     modified: bool = False
     """Whether the training step modified the batch in place."""
     raised: bool = False
@@ -114,6 +116,8 @@ class ReplayRing:
         queued, reset_rng = [], True
         for entry in self.since(position):
             self.entries.pop()
+            if entry.own_rng is not None:
+                (entry.rng,), entry.own_rng = entry.own_rng, None
             self.nbytes -= entry.nbytes
             if entry in skipped:
                 self.skipped[entry.epoch] += 1
@@ -130,6 +134,7 @@ class ReplayRing:
         for entry in self.queue:
             if entry.step != step:
                 continue
+            entry.own_rng = (entry.rng,)
             entry.rng = fresh_rng(entry.rng or capture_rng(), salt) if first else None
             first = False
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
+from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (
     BatchRecorder,
     CheckpointLedger,
@@ -33,6 +34,13 @@ from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
+
+
+def has_nonfinite(batch: object) -> bool:
+    """Returns whether a batch holds a NaN or Inf."""
+    found = (t for t in tensors_in(batch) if t.is_floating_point())
+    return any(not bool(torch.isfinite(t).all()) for t in found)
+
 
 _MODIFIED = (
     "training_step writes into its batch, so the batch cannot be replayed: pass "
@@ -315,8 +323,10 @@ class RollbackEngine:
         return False
 
     def drew_random_numbers(self) -> bool:
-        """Returns whether the current batch's step has drawn from a random generator so far."""
+        """Returns whether the step may fail by a random draw: it drew, and its batch is finite."""
         entry = self._ring.entries[-1] if self._ring.entries else None
+        if any(has_nonfinite(each.item) for each in self.window):
+            return False
         if entry is None or entry.rng is None:
             return True
         now = capture_rng()
