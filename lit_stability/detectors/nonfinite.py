@@ -42,7 +42,7 @@ class NonFinite:
             first = f", first in {layers[0][0]}" if layers else ""
             message = f"gradient norm is {stats.grad_norm}{first}"
             return _anomaly(stats, "non-finite gradient", stats.grad_norm, message, layers)
-        # A batch that makes the loss non-finite has damaged the buffers too, and is undone with them.
+        # A batch with a non-finite loss damages buffers too, and both are undone together.
         if stats.bad_buffers:
             layers = tuple((name, math.nan) for name in stats.bad_buffers[:5])
             message = f"{_count(stats.bad_buffers, 'buffer')} non-finite, first {layers[0][0]}"
