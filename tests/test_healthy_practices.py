@@ -57,8 +57,6 @@ def ends(tmp_path, module, **options):
 def test_weights_written_on_purpose_cost_one_rollback_and_change_nothing(way, every, tmp_path):
     bare, with_suite, suite = ends(tmp_path, lambda: Writing(way, every))
     assert torch.equal(bare, with_suite)
-    evidence = [e for i in suite[0].incidents for e in i.evidence if "the program writes" in e]
-    assert all("test_healthy_practices.py:" in e for e in evidence)
     assert sum("rolled back" in r for i in suite[0].incidents for r in i.responses) <= 1
     rollback = next(c for c in suite if isinstance(c, AutoRollback))
     assert rollback.backoff.lr_factor == 1.0

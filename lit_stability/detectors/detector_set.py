@@ -97,10 +97,6 @@ class DetectorSet:
         """Records that a response may undo the steps up to an anomaly of damaged state."""
         self._writes[anomaly.optimizer].rolled_back_for(anomaly.step)
 
-    def expects_write_after(self, stats: StepStats) -> bool:
-        """Returns whether state was found damaged at the next step, and this one runs again."""
-        return self._writes[stats.optimizer].expects_write_after(stats.step)
-
     @property
     def knows_writes(self) -> bool:
         """Whether the program is known to write weights, so that writes have to be watched."""

@@ -30,10 +30,6 @@ class NonFinite:
             layers = tuple((name, math.nan) for name in stats.bad_weights[:5])
             message = f"{_count(stats.bad_weights)} non-finite, first {stats.bad_weights[0]}"
             return _anomaly(stats, "non-finite weight", math.nan, message, layers)
-        if stats.bad_buffers:
-            layers = tuple((name, math.nan) for name in stats.bad_buffers[:5])
-            message = f"{_count(stats.bad_buffers, 'buffer')} non-finite, first {layers[0][0]}"
-            return _anomaly(stats, "non-finite buffer", math.nan, message, layers)
         bad_loss = stats.has_loss and not math.isfinite(stats.loss)
         bad_gradients = not stats.finite_gradients
         if stats.loss_scale is not None and bad_loss != bad_gradients:
@@ -46,6 +42,11 @@ class NonFinite:
             first = f", first in {layers[0][0]}" if layers else ""
             message = f"gradient norm is {stats.grad_norm}{first}"
             return _anomaly(stats, "non-finite gradient", stats.grad_norm, message, layers)
+        # A batch with a non-finite loss damages buffers too, and both are undone together.
+        if stats.bad_buffers:
+            layers = tuple((name, math.nan) for name in stats.bad_buffers[:5])
+            message = f"{_count(stats.bad_buffers, 'buffer')} non-finite, first {layers[0][0]}"
+            return _anomaly(stats, "non-finite buffer", math.nan, message, layers)
         return None
 
     def update(self, stats: StepStats) -> None:

@@ -58,10 +58,6 @@ class ProgramWrites:
         """Records that the state was found damaged at this step, so the steps before run again."""
         self._runs_again_until = step
 
-    def expects_write_after(self, step: int) -> bool:
-        """Returns whether state was found damaged at the next step, and this one runs again."""
-        return self._runs_again_until == step + 1
-
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if a weight was written that the program is not known to write."""
         written = dict(stats.outside_writes)

@@ -7,7 +7,7 @@ moments, and one copy to the host. May import torch but neither Lightning nor de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +114,6 @@ class StepMeter:
         self.watches_writes = False
         """Whether writes to the weights outside of the optimizer's step are measured; costs one
         more sample of the weights for each step, so it begins when there is a reason."""
-        self.after_update: Callable[[], object] | None = None
-        """Called once, when the next update has ended."""
         self._ends_epoch = False
         self._handle = optimizer.register_step_post_hook(self._update_ended)
         self._updated_weights: Tensor | None = None
@@ -133,9 +131,6 @@ class StepMeter:
         self._handle.remove()
 
     def _update_ended(self, *_: Any) -> None:
-        after, self.after_update = self.after_update, None
-        if after is not None:
-            after()
         if self.watches_writes or self._ends_epoch:
             with torch.no_grad():
                 self._updated_weights = self._samples.gather()

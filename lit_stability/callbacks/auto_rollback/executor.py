@@ -266,7 +266,7 @@ class ResponseExecutor:
             older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
-            random=engine.drew_random_numbers() or engine.changed_attributes(),
+            random=engine.may_fail_by_chance(),
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )

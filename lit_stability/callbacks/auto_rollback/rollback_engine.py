@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
+from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (
     BatchRecorder,
     CheckpointLedger,
@@ -54,6 +55,12 @@ _KEPT = (
     "attributes of callbacks are not rolled back: {}. A callback that has state_dict and "
     "load_state_dict, or rewindable_state and load_rewindable_state, is"
 )
+
+
+def has_nonfinite(batch: object) -> bool:
+    """Returns whether a batch holds a NaN or Inf."""
+    found = (t for t in tensors_in(batch) if t.is_floating_point())
+    return any(not bool(torch.isfinite(t).all()) for t in found)
 
 
 class RollbackEngine:
@@ -427,18 +434,23 @@ class RollbackEngine:
         self._start.restore(self._trainer)
         self._skipper.restore()
 
-    def drew_random_numbers(self) -> bool:
-        """Returns whether the current batch's step has drawn from a random generator so far."""
+    def may_fail_by_chance(self) -> bool:
+        """Returns whether the step may end otherwise with the same batches.
+
+        It drew random numbers, or changed counters or flags of the module. A batch that holds a NaN
+        needs no such reason.
+        """
+        if any(has_nonfinite(each.item) for each in self.window):
+            return False
+        return self._drew_random_numbers() or bool(self._start.attributes.changed(flags_only=True))
+
+    def _drew_random_numbers(self) -> bool:
         entry = self._ring.entries[-1] if self._ring.entries else None
         if entry is None or entry.rng is None:
             return True
         now = capture_rng()
         same_on_devices = all(map(torch.equal, entry.rng["cuda"], now["cuda"]))
         return not (same_rng(entry.rng, now) and same_on_devices)
-
-    def changed_attributes(self) -> bool:
-        """Returns whether the current step has changed counters or flags of the module so far."""
-        return bool(self._start.attributes.changed(flags_only=True))
 
     def redraw(self, step: int) -> None:
         """Has a step that was undone draw other random numbers than before.

@@ -26,7 +26,6 @@ from lit_stability.callbacks.gradient_monitor.validation import (
     require_package,
     require_watchable,
 )
-from lit_stability.callbacks.gradient_monitor.write_finder import WriteFinder
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
 from lit_stability.detectors import (
     Anomaly,
@@ -39,7 +38,6 @@ from lit_stability.detectors import (
 from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.step_history import StepHistory
-from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.measurement.initial_state import (
     DamagedState,
     buffers_with_nan,
@@ -151,7 +149,6 @@ class GradientMonitor(StabilityCallback):
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
         self._pending: PendingVerdict | None = None
-        self._finder: WriteFinder | None = None
         self._cancel_exit: Callable[[], None] = _nothing
         self._nan_before: tuple[str, ...] = ()
         """Buffers that held a NaN before a checkpoint was loaded."""
@@ -268,8 +265,6 @@ class GradientMonitor(StabilityCallback):
         """Measures the step, asks the detectors, and calls the hooks for the verdict."""
         if self._measurer is None:
             return
-        if self._finder is not None:
-            self._finder.leave()
         failure = step_failure(trainer)
         stats = self._measurer.measure(
             trainer, optimizer, scan=self.current is not None, failed=failure is not None
@@ -288,15 +283,11 @@ class GradientMonitor(StabilityCallback):
             self.details.append(stats)
         anomaly, shared = self._detectors.verdict(stats, voting=self._consensus.votes)
         if self._detectors.regime_change is not None:
-            change = self._with_writer(self._detectors.regime_change, stats)
+            change = self._detectors.regime_change
             stats = self._accept_regime(trainer, pl_module, stats, change)
         decide = self._judge if shared else self._judge_alone
         decide(trainer, pl_module, PendingVerdict(stats, anomaly))
         gate.after_verdict()
-        # torch.compile does not trace through the finder.
-        if self._detectors.expects_write_after(stats) and not has_compiled_parts(pl_module):
-            self._finder = WriteFinder(pl_module.named_parameters())
-            self._meters[stats.optimizer].after_update = self._finder.enter
         self._reporter.history.judged(stats, optimizer)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, pending: PendingVerdict) -> None:
@@ -310,16 +301,6 @@ class GradientMonitor(StabilityCallback):
             self._reporter.accepted(stats)
             self._detectors.learn(stats)
 
-    def _with_writer(self, change: RegimeChange, stats: StepStats) -> RegimeChange:
-        """Adds to a change of regime the line that has written the weights, if it was seen."""
-        names = [name for name, _ in stats.outside_writes]
-        writer = "" if self._finder is None else self._finder.writer(names)
-        self._finder = None
-        if not writer:
-            return change
-        self._reporter.log_line(f"step {stats.step}: they are written by {writer}")
-        return replace(change, what=f"{change.what}, by {writer}")
-
     def _judge_failure(
         self,
         trainer: Trainer,
@@ -332,7 +313,7 @@ class GradientMonitor(StabilityCallback):
         call_hook("on_step_measured", trainer, pl_module, stats)
         anomaly = failure_anomaly(stats, failure, self._detectors.damage(stats))
         if self._detectors.regime_change is not None:
-            change = self._with_writer(self._detectors.regime_change, stats)
+            change = self._detectors.regime_change
             stats = self._accept_regime(trainer, pl_module, stats, change)
         self._raise(trainer, pl_module, anomaly, stats)
 
@@ -470,8 +451,6 @@ class GradientMonitor(StabilityCallback):
     ) -> None:
         """Closes the open incident and the record when the fit ends in an exception."""
         self._cancel_exit()
-        if self._finder is not None:
-            self._finder.leave()
         if self._measurer is None:
             return
         stopped = isinstance(exception, TrainingStopped)
