@@ -95,7 +95,7 @@ class DetectorSet:
 
     def rolled_back_for(self, anomaly: Anomaly) -> None:
         """Records that a response may undo the steps up to an anomaly of damaged state."""
-        self._writes[anomaly.optimizer].rolled_back_for(anomaly.step)
+        self._writes[anomaly.optimizer].rolled_back_for(anomaly)
 
     @property
     def knows_writes(self) -> bool:

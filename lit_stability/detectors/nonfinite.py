@@ -84,10 +84,7 @@ def _since(stats: StepStats, kind: Kind) -> int | None:
     if kind == "non-finite buffer":
         # Buffers change in the forward pass, so the batch of a step damages what it is measured on.
         return stats.step if stats.last_scan is None else min(stats.step, stats.last_scan + 1)
-    if kind != "non-finite weight":
-        return None
-    inside = any(share - share != 0 for _, share in stats.outside_writes)
-    return stats.step if inside else max(0, stats.step - 1)
+    return max(0, stats.step - 1) if kind == "non-finite weight" else None
 
 
 def _count(names: tuple[str, ...], what: str = "parameter") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ _ABSURD = 1e3
 flipped bit of an exponent does."""
 _REACH = 2
 """Steps after a write within which trouble is put down to it."""
+_HARMLESS = ("weight corruption", "update spike")
+"""Anomalies that say that weights have changed, not that it has done harm."""
 _ROUTINE = 10
 """A write that comes again within so many steps is routine and explains no sudden trouble."""
 
@@ -26,7 +29,9 @@ class ProgramWrites:
     outside (faulty memory, a stray write) does not come again when the same steps are run again,
     such code does. So a large write is questioned once: it asks for a rollback. A write that is
     seen while those steps run again is the program's, and its tensor is accepted from then on; so
-    is one that is questioned a second time, where nothing runs steps again.
+    is one that is questioned a second time, where nothing runs steps again. What makes a weight
+    non-finite or the loss diverge may be done by the code for one bad batch, and is not accepted
+    before it has come again without that batch.
     Between two epochs the hooks of the program run, so what is written there is not questioned
     unless it is absurd.
     What an accepted write causes, a loss or a gradient far above the window, is no fault either:
@@ -34,9 +39,9 @@ class ProgramWrites:
 
     >>> writes = ProgramWrites()
     >>> reset = StepStats(step=100, loss=1.0, grad_norm=1.0, outside_writes=(("head.weight", 1.2),))
-    >>> writes.check(reset).message
+    >>> anomaly = writes.check(reset); anomaly.message
     'head.weight changed by 1.2 of its norm outside of the optimizer step'
-    >>> writes.rolled_back_for(100); writes.check(reset), writes.newly_accepted
+    >>> writes.rolled_back_for(anomaly); writes.check(reset), writes.newly_accepted
     (None, ('head.weight',))
     """
 
@@ -54,13 +59,14 @@ class ProgramWrites:
         self._writes: list[int] = []
         """Steps of the last two writes to accepted parameters."""
 
-    def rolled_back_for(self, step: int) -> None:
-        """Records that the state was found damaged at this step, so the steps before run again."""
-        self._runs_again_until = step
+    def rolled_back_for(self, anomaly: Anomaly) -> None:
+        """Records that the state was found damaged, so the steps before are replayed."""
+        if anomaly.kind in _HARMLESS:
+            self._runs_again_until = anomaly.step
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if a weight was written that the program is not known to write."""
-        written = dict(stats.outside_writes)
+        written = {name: share for name, share in stats.outside_writes if math.isfinite(share)}
         unknown = {name: share for name, share in written.items() if name not in self.accepted}
         if stats.starts_epoch:
             unknown = {name: share for name, share in unknown.items() if share > _ABSURD}

@@ -19,8 +19,17 @@ from lit_stability.faults import CorruptGradient, FaultInjector
 from tests.conftest import Regression, by_hand, fit, flat
 
 
+def is_bad(module, batch, batch_idx):
+    """Whether this is the batch that came at a given index first."""
+    if batch_idx == module.bad:
+        module.last.setdefault("bad", batch[0].sum().item())
+    return batch[0].sum().item() == module.last.get("bad")
+
+
 class Logarithm(Regression):
-    """From step 30 on one batch has the logarithm of 0; dropout and BatchNorm are at work."""
+    """The batch of step 30 has the logarithm of 0; dropout and BatchNorm are at work."""
+
+    bad = 30
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -31,7 +40,7 @@ class Logarithm(Regression):
         self.seen.append(batch_idx)
         self.last["batch"] = batch_idx
         loss = super().training_step(batch, batch_idx)
-        if batch_idx == 30:
+        if is_bad(self, batch, batch_idx):
             loss = loss + torch.log(loss.detach() * 0.0) * self.net(batch[0]).mean()
         return loss
 
@@ -93,7 +102,7 @@ class Fragile(Logarithm):
     """Cannot run one batch twice."""
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == 30 and self.last.get("batch") == 30:
+        if is_bad(self, batch, batch_idx) and self.last.get("batch") == 30:
             raise RuntimeError("seen already")
         return super().training_step(batch, batch_idx)
 
@@ -117,9 +126,15 @@ def test_nothing_is_searched_for_in_manual_optimization(tmp_path):
 class Window(Regression):
     """A root of 0 in the first batch of an accumulation window: its gradient is infinite."""
 
+    bad = 20
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.last = {}
+
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        if batch_idx == 20:
+        if is_bad(self, batch, batch_idx):
             loss = loss + (self.net[0].weight * 0.0).sqrt().sum() * 0.0
         return loss
 

@@ -36,11 +36,11 @@ BAD = 10
 
 
 def normal(out):
-    Normal(out, 1.0)
+    Normal(out, 1.0, validate_args=True)
 
 
 def categorical(out):
-    Categorical(logits=out.expand(2, -1))
+    Categorical(logits=out.expand(2, -1), validate_args=True)
 
 
 def cross_entropy_range(out):

@@ -16,14 +16,34 @@ def stats(step, *names, share=1.0, loss=1.0, norm=1.0):
 
 def test_write_that_comes_again_is_accepted_and_damage_is_not():
     writes = ProgramWrites()
-    assert writes.check(stats(10, "w")).state_corrupted
-    writes.rolled_back_for(10)
+    anomaly = writes.check(stats(10, "w"))
+    assert anomaly.state_corrupted
+    writes.rolled_back_for(anomaly)
     assert writes.check(stats(10)) is None  # it did not come again
-    assert writes.check(stats(20, "w")) is not None
-    writes.rolled_back_for(20)
+    writes.rolled_back_for(writes.check(stats(20, "w")))
     assert writes.check(stats(20, "w")) is None
     assert writes.accepted == {"w"}
     assert writes.check(stats(30, "w")) is None
+
+
+@pytest.mark.parametrize("kind", ["divergence", "non-finite weight"])
+def test_write_that_did_harm_is_accepted_only_when_it_comes_without_its_batch(kind):
+    writes = ProgramWrites()
+    writes.rolled_back_for(Anomaly(kind=kind, step=10, value=9.0, message="", state_corrupted=True))
+    anomaly = writes.check(stats(8, "w"))
+    assert anomaly.suspect == 7
+    assert not writes.accepted
+    writes.rolled_back_for(anomaly)
+    assert writes.check(stats(8, "w")) is None
+    assert writes.accepted == {"w"}
+
+
+def test_non_finite_write_is_never_accepted():
+    writes = ProgramWrites()
+    writes.rolled_back_for(writes.check(stats(10, "w")))
+    for share in (float("nan"), float("inf")):
+        assert writes.check(stats(10, "w", share=share)) is None
+    assert not writes.accepted
 
 
 def test_write_is_accepted_the_second_time_where_no_step_runs_again():

@@ -21,7 +21,7 @@ def raised_by(call):
 
 
 NUMBERS = {
-    "distribution": lambda: Normal(torch.tensor(torch.nan), 1.0),
+    "distribution": lambda: Normal(torch.tensor(torch.nan), 1.0, validate_args=True),
     "multinomial": lambda: torch.multinomial(torch.tensor([torch.nan, 1.0]), 1),
     "cholesky": lambda: torch.linalg.cholesky(-torch.eye(2)),
     "singular": lambda: torch.linalg.inv(torch.zeros(2, 2)),
@@ -74,7 +74,7 @@ def test_quoted_error_is_one_short_line():
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: Normal(torch.tensor(torch.nan), 1.0), lambda: random.sample([1], 2)],
+    [lambda: Normal(torch.tensor(torch.nan), 1.0, validate_args=True), lambda: random.sample([1], 2)],
     ids=["inside of torch", "inside of the standard library"],
 )
 def test_place_is_the_line_of_the_user(call):

@@ -252,7 +252,9 @@ class RollbackEngine:
         undone_to, self._undone_to = self._undone_to, None
         if undone_to is None:
             return
+        self._find_writes()
         undone_to.restore_again()
+        self._writes.begin()
         self._after_undo.restore()
 
     def measured(self) -> None:
@@ -432,6 +434,7 @@ class RollbackEngine:
         self._undone, self._undone_to = True, self._start
         self._pause.undo()
         self._start.restore(self._trainer)
+        self._writes.begin()
         self._skipper.restore()
 
     def may_fail_by_chance(self) -> bool:
@@ -483,6 +486,7 @@ class RollbackEngine:
         self._snapshots.restart()
 
     def _restore(self, snapshot: TrainingSnapshot, *, replay: bool) -> None:
+        self._find_writes()
         self._snapshots.discard()
         if snapshot is self._snapshots.older:
             self._snapshots.go_back()
@@ -496,6 +500,7 @@ class RollbackEngine:
         if not (replay and crossing) and snapshot.kept_by_callbacks:
             self._log_once(_KEPT.format(", ".join(snapshot.kept_by_callbacks[:5])))
         snapshot.restore(self._trainer, replay=replay)
+        self._writes.begin()
 
     def _rewind(
         self,
