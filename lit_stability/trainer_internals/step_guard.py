@@ -85,7 +85,7 @@ class StepGuard:
         """Of the current step; None if its ``training_step`` worked."""
         self._flags = _Flags(pl_module)
         self._calls, self._failed = 0, False
-        self._had_graph = False
+        self._in_batch = self._had_graph = False
         self._patch.apply()
         _GUARDS[trainer] = self
 
@@ -98,12 +98,16 @@ class StepGuard:
 
     def batch_started(self) -> None:
         """Records that the next call is the first one for its batch."""
-        self._calls, self._failed = 0, False
+        self._calls, self._failed, self._in_batch = 0, False, True
+
+    def batch_ended(self) -> None:
+        """Records that further calls, such as of a step run once more, are not for a new batch."""
+        self._in_batch = False
 
     def _guarded(self, *args: Any, **kwargs: Any) -> Any:
         """Runs ``training_step``, with the arguments that Lightning passes."""
         trainer = self._trainer
-        if trainer is None:
+        if trainer is None or not self._in_batch:
             return self._run(*args, **kwargs)
         if self._failed:
             # An optimizer that evaluates its closure again: the whole batch will be undone.

@@ -29,7 +29,7 @@ def test_write_that_comes_again_is_accepted_and_damage_is_not():
 @pytest.mark.parametrize("kind", ["divergence", "non-finite weight"])
 def test_write_that_did_harm_is_accepted_only_when_it_comes_without_its_batch(kind):
     writes = ProgramWrites()
-    writes.rolled_back_for(Anomaly(kind=kind, step=10, value=9.0, message="", state_corrupted=True))
+    writes.rolled_back_for(Anomaly(kind=kind, step=10, value=9.0, signal="loss", message=""))
     anomaly = writes.check(stats(8, "w"))
     assert anomaly.suspect == 7
     assert not writes.accepted

@@ -531,6 +531,17 @@ def test_instability_halves_the_learning_rate_then_forgets_moments_then_leaves_b
     assert module.rates[begun[-1]] == pytest.approx(module.rates[begun[0]] / 8)
 
 
+class RaisesLate(Net):
+    """The exception comes after the step, where nothing can be retried."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = nan_at(12, 1)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.late(self)
+
+
 def test_instability_cuts_by_way_of_the_suite_where_it_is_attached(tmp_path):
     suites = []
 
@@ -538,7 +549,7 @@ def test_instability_cuts_by_way_of_the_suite_where_it_is_attached(tmp_path):
         suites.append([GradientMonitor(), AutoRollback(relax_after=1000)])
         return suites[-1]
 
-    _, result = recovered(tmp_path, lambda: Net(recur=nan_at(12, 1)), callbacks=callbacks)
+    _, result = recovered(tmp_path, RaisesLate, callbacks=callbacks)
     assert result.remedies == ("learning rate x0.5, clip x0.5",)
     backoff = suites[-1][1].backoff
     assert (backoff.lr_factor, backoff.clip_factor) == (0.5, 0.5)

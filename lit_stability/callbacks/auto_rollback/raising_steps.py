@@ -80,6 +80,7 @@ class RaisingSteps:
 
     def batch_ended(self) -> None:
         """Forgets a failure that was responded to; called after the response."""
+        self._guard.batch_ended()
         self._has_stepped = self._has_stepped or self._accepted
         failure = self._guard.failure
         if failure is not None and failure.reported:
