@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
@@ -18,7 +19,12 @@ _JUMP = 3.0
 _USUAL = 3.0
 """Factor on the median update up to which the weights have moved as usual."""
 _LEVEL = 2.0
-"""Factor on the first high loss up to which the loss has stayed level since."""
+"""Factor on the median of the first half of a row up to which its second half is level."""
+
+
+def _is_level(losses: list[float]) -> bool:
+    half = len(losses) // 2
+    return median(losses[half:]) <= _LEVEL * median(losses[:half] or losses)
 
 
 class Divergence:
@@ -79,14 +85,18 @@ class Divergence:
         self.rise, self.sigmas, self.floor, self.persist = rise, sigmas, floor, persist
         self.min_history, self.give_up = min_history, give_up
         self.window = Window(window)
-        self.high = 0
+        self._highs: list[float] = []
+        """The present row of high losses."""
         self._high_step = -1
         self._recent: deque[float] = deque(maxlen=5)
         """Last accepted losses."""
         self._moves = Window(window)
         """Update-to-weight ratios of accepted steps."""
-        self._jumped_to: float | None = None
-        """First high loss of a row, if it rose at once while the weights moved as usual."""
+        self._jumped = False
+        """Whether the loss rose at once, at the first row of high losses in this place, while the
+        weights moved as usual."""
+        self._recurs = False
+        """Whether the present row repeats the last one that was flagged."""
         self._row = self._flagged_row = -1
         """Step at which the present row of high losses began, and the last one that was flagged."""
         self._largest = 0.0
@@ -101,15 +111,16 @@ class Divergence:
         if not self._is_high(stats.loss):
             return None
         # A step that is retried counts once.
-        self.high += stats.step != self._high_step
-        self._high_step = stats.step
-        if self.high == 1:
-            self._row_began(stats)
-        if self.high < self.persist:
+        if stats.step != self._high_step:
+            self._highs.append(stats.loss)
+            self._high_step = stats.step
+            if len(self._highs) == 1:
+                self._row_began(stats)
+        if len(self._highs) < self.persist:
             return None
-        self.high = 0
-        recurs, self._flagged_row = self._row == self._flagged_row, self._row
-        if recurs and self._jumped_to is not None and stats.loss <= _LEVEL * self._jumped_to:
+        level = _is_level(self._highs)
+        self._highs, self._flagged_row = [], self._row
+        if self._recurs and self._jumped and level:
             self.reset_windows()
             self.regimes += 1
             return None
@@ -119,28 +130,28 @@ class Divergence:
             self.reset_windows()
             self.regimes += 1
             return None
-        median = self.window.median
+        usual = self.window.median
         return Anomaly(
             kind="divergence",
             step=stats.step,
             value=stats.loss,
             signal="loss",
-            baseline=median,
+            baseline=usual,
             threshold=self._threshold(),
             optimizer=stats.optimizer,
             state_corrupted=True,
-            replay_first=self._jumped_to is not None,
+            replay_first=self._jumped,
             since=max(0, stats.step - self.persist),
             layers=tuple(stats.worst_layers()),
             message=f"loss {stats.loss:.4g} has stayed above {self._threshold():.4g} for "
-            f"{self.persist} steps; its median was {median:.4g}",
+            f"{self.persist} steps; its median was {usual:.4g}",
         )
 
     def update(self, stats: StepStats) -> None:
         """Learns an accepted loss, unless it is high."""
         if self._is_high(stats.loss):
             return
-        self.high, self._high_step = 0, -1
+        self._highs, self._high_step = [], -1
         self._streak.accepted(stats.step)
         self.window.add(stats.loss)
         self._recent.append(stats.loss)
@@ -152,14 +163,17 @@ class Divergence:
     def reset_windows(self) -> None:
         """Clears window and counts after a change of regime, in this or in another detector."""
         self.window.replace([])
-        self._streak, self.high = RejectionStreak(), 0
+        self._streak, self._highs = RejectionStreak(), []
         self._recent.clear()
 
     def _row_began(self, stats: StepStats) -> None:
         self._row = stats.step
-        # After a rollback to this very step, the last update is not known any more.
-        if self._row != self._flagged_row:
-            self._jumped_to = stats.loss if self._has_jumped(stats) else None
+        # Right after a rollback, when no update is known, the weights are those that had a low
+        # loss at this step before: what is high now is so by the data or the loss.
+        undone = stats.update_ratio is None and stats.step < self._flagged_row
+        self._recurs = undone or stats.step == self._flagged_row
+        if not self._recurs:
+            self._jumped = self._has_jumped(stats)
 
     def _has_jumped(self, stats: StepStats) -> bool:
         """Whether the loss rose at once although the weights moved as usual."""

@@ -74,7 +74,10 @@ def test_quoted_error_is_one_short_line():
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: Normal(torch.tensor(torch.nan), 1.0, validate_args=True), lambda: random.sample([1], 2)],
+    [
+        lambda: Normal(torch.tensor(torch.nan), 1.0, validate_args=True),
+        lambda: random.sample([1], 2),
+    ],
     ids=["inside of torch", "inside of the standard library"],
 )
 def test_place_is_the_line_of_the_user(call):

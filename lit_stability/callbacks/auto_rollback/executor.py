@@ -155,10 +155,12 @@ class ResponseExecutor:
             self.skip(anomaly.optimizer)
 
     def _clip(self, anomaly: Anomaly) -> None:
-        """Clips the current gradients to the usual norm."""
+        """Clips the current gradients to the usual norm, or below it if the clip is tightened."""
         assert self._stats is not None
         assert anomaly.baseline is not None
-        clip_step(self._trainer.optimizers[anomaly.optimizer], self._stats, anomaly.baseline)
+        tightened = self.baselines[anomaly.optimizer].clip_threshold(self._backoff.clip_factor)
+        norm = min(anomaly.baseline, tightened or math.inf)
+        clip_step(self._trainer.optimizers[anomaly.optimizer], self._stats, norm)
         self._engine.stepped = True
 
     def accept(self, stats: StepStats) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
 
 from lit_stability.callbacks.crash_prediction.preventive_actions import (
     PreventiveActions,
@@ -26,6 +27,7 @@ from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
 from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+from lit_stability.training_state.skipped_step import is_skipped
 
 log = logging.getLogger("lightning.pytorch.lit_stability")
 
@@ -83,6 +85,8 @@ class CrashPrediction(StabilityCallback):
         self._baselines: dict[int, Baseline] = {}
         self._restored: Mapping[str, Any] = {}
         self._pending: list[StepStats] = []
+        self._measured: dict[int, StepStats] = {}
+        """The step about to be taken, by optimizer."""
         self._rejected = False
         """Whether a step of the current batch was rejected."""
         self._actions: PreventiveActions | None = None
@@ -114,14 +118,27 @@ class CrashPrediction(StabilityCallback):
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
-        """Clips the step if the clip is tightened; keeps it until all ranks have accepted it."""
-        if self._actions is None:
+        """Keeps the measurement until all ranks have accepted the step."""
+        if self._actions is not None:
+            self._pending.append(stats)
+
+    def on_step_measured(
+        self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
+    ) -> None:
+        """Keeps the measurement until it is known whether the step is skipped."""
+        self._measured[stats.optimizer] = stats
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clips the step if the clip is tightened, unless another callback has skipped it."""
+        index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), -1)
+        stats = self._measured.pop(index, None)
+        if stats is None or self._actions is None or is_skipped(optimizer):
             return
-        factor = self.prevention.clip_factor
-        threshold = self._baselines[stats.optimizer].clip_threshold(factor)
+        threshold = self._baselines[index].clip_threshold(self.prevention.clip_factor)
         if threshold is not None and stats.finite_gradients:
-            clip_step(trainer.optimizers[stats.optimizer], stats, threshold)
-        self._pending.append(stats)
+            clip_step(optimizer, stats, threshold)
 
     def on_local_anomaly(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
