@@ -27,7 +27,7 @@ from tests.conftest import Regression, make_trainer
 from tests.distributed import run_ranks_once
 from tests.rank_cases import Manual, outcomes
 
-AGAIN, SKIP = ["step retried"], ["step skipped"]
+AGAIN, SKIP, CLIP = ["step retried"], ["step skipped"], ["gradients clipped"]
 BACK = ["rolled back and replayed"]
 APART = "rank disagreement"
 WEIGHT = "net.0.weight"
@@ -101,7 +101,7 @@ def both(request):
         # The fault writes into rank 1's batch: where one cannot replay, nobody does.
         ("NaN batch", "non-finite loss", SKIP),
         ("loss spike", "gradient spike", AGAIN),
-        ("loss spike twice", "gradient spike", AGAIN + SKIP),
+        ("loss spike twice", "gradient spike", AGAIN + CLIP),
         ("NaN weight", "non-finite weight", BACK),
         ("flipped bit", "non-finite weight", BACK),
         ("zeroed moment", "optimizer state", BACK),
@@ -125,7 +125,7 @@ def same_on_both_ranks(one, other):
     assert [s.loss for s in one["stats"][-15:]] == [s.loss for s in other["stats"][-15:]]
 
 
-@pytest.mark.parametrize("case", ["NaN loss twice", "NaN batch", "loss spike twice"])
+@pytest.mark.parametrize("case", ["NaN loss twice", "NaN batch"])
 def test_batch_skipped_on_all_ranks_leaves_no_trace(case, both):
     """Invariant 2: weights of all ranks, rank 0's buffers, which DDP hands round, the count."""
     equals_run_without_fault(both[1], case, "without batch 30")
@@ -359,4 +359,6 @@ def test_three_ranks_log_that_the_first_step_is_not_repeated_exactly(case, three
     said = [sum("the last bits may differ" in line for line in rank[case]["log"]) for rank in ranks]
     assert said == [1, 0, 0]
     assert all(torch.equal(rank[case]["weights"], ranks[0][case]["weights"]) for rank in ranks)
-    assert torch.allclose(ranks[0][case]["weights"], ranks[0]["clean"]["weights"], atol=1e-3)
+    # Not the weights: a bias before a normalization layer has gradients of rounding errors alone.
+    last, clean = (ranks[0][each]["stats"][-1] for each in (case, "clean"))
+    assert (last.step, last.loss) == (clean.step, pytest.approx(clean.loss, rel=1e-4))
