@@ -144,8 +144,8 @@ def _far(call: Comparison) -> Finding:
     return Finding(
         check="comparisons",
         severity="error",
-        what=f"the first outputs miss the labels by {call.error_rms:.4g} (rms), the labels are of "
-        f"the scale of {call.label_rms:.4g}: their squares differ by more than a hundred times",
+        what=f"the first outputs miss the labels by {call.error_rms:.4g} (rms); the rms of the "
+        f"labels is {call.label_rms:.4g}",
         where=(call.head,) if call.head else (),
         why="the first steps only undo the initialisation, or diverge",
         remedy="initialise the named head small (Xavier with gain 0.1); look for a gain above 1 in "
