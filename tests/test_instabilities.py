@@ -13,7 +13,7 @@ from lit_stability.incidents.report import responses_text
 @pytest.mark.parametrize(
     ("name", "steps", "done"),
     [
-        ("learning rate diverges", 90, "rolled back and replayed, learning rate x"),
+        ("learning rate diverges", 100, "rolled back and replayed, learning rate x"),
         ("final gain zeroed", 60, "stopped: zeroed gain"),
         ("post-norm without warm-up", 160, ""),
     ],

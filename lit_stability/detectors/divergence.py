@@ -22,11 +22,6 @@ _LEVEL = 2.0
 """Factor on the median of the first half of a row up to which its second half is level."""
 
 
-def _is_level(losses: list[float]) -> bool:
-    half = len(losses) // 2
-    return median(losses[half:]) <= _LEVEL * median(losses[:half] or losses)
-
-
 class Divergence:
     """Flags a loss that stays far above its window for ``persist`` consecutive steps.
 
@@ -41,7 +36,7 @@ class Divergence:
 
     A loss that rose at once while the weights moved as usual, and then stays level, was not driven
     up by the weights: if it comes back when the same steps are replayed, data or loss have changed,
-    and it is accepted then.
+    and it is accepted then. A loss that is high from a rollback on is not flagged while it falls.
 
     Args:
         rise: smallest rise that counts, as a share of the median's absolute value.
@@ -97,6 +92,8 @@ class Divergence:
         weights moved as usual."""
         self._recurs = False
         """Whether the present row repeats the last one that was flagged."""
+        self._undone = False
+        """Whether the loss has been high from the first step after a rollback on."""
         self._row = self._flagged_row = -1
         """Step at which the present row of high losses began, and the last one that was flagged."""
         self._largest = 0.0
@@ -118,8 +115,13 @@ class Divergence:
                 self._row_began(stats)
         if len(self._highs) < self.persist:
             return None
-        level = _is_level(self._highs)
-        self._highs, self._flagged_row = [], self._row
+        half = self.persist // 2
+        early, late = median(self._highs[:half] or self._highs), median(self._highs[half:])
+        self._highs = []
+        if self._undone and late < early:
+            return None
+        level = late <= early + (_LEVEL - 1) * abs(early)
+        self._flagged_row = self._row
         if self._recurs and self._jumped and level:
             self.reset_windows()
             self.regimes += 1
@@ -151,7 +153,7 @@ class Divergence:
         """Learns an accepted loss, unless it is high."""
         if self._is_high(stats.loss):
             return
-        self._highs, self._high_step = [], -1
+        self._highs, self._high_step, self._undone = [], -1, False
         self._streak.accepted(stats.step)
         self.window.add(stats.loss)
         self._recent.append(stats.loss)
@@ -163,15 +165,15 @@ class Divergence:
     def reset_windows(self) -> None:
         """Clears window and counts after a change of regime, in this or in another detector."""
         self.window.replace([])
-        self._streak, self._highs = RejectionStreak(), []
+        self._streak, self._highs, self._undone = RejectionStreak(), [], False
         self._recent.clear()
 
     def _row_began(self, stats: StepStats) -> None:
         self._row = stats.step
         # Right after a rollback, when no update is known, the weights are those that had a low
         # loss at this step before: what is high now is so by the data or the loss.
-        undone = stats.update_ratio is None and stats.step < self._flagged_row
-        self._recurs = undone or stats.step == self._flagged_row
+        self._undone |= stats.update_ratio is None and stats.step < self._flagged_row
+        self._recurs = self._undone or stats.step == self._flagged_row
         if not self._recurs:
             self._jumped = self._has_jumped(stats)
 

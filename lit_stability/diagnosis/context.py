@@ -42,6 +42,8 @@ class DiagnosisContext:
     """The measurement of the bad step."""
     occurrences: int = 1
     """Anomalies of the same incident so far; a batch that is retried counts twice."""
+    clipped: int = 0
+    """How many of them were clipped."""
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
     verdict: str = ""

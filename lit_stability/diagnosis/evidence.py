@@ -135,8 +135,16 @@ def deterministic(context: DiagnosisContext) -> str | None:
 
 def other_batches(context: DiagnosisContext) -> str | None:
     """Five or more consecutive batches cause an anomaly: they cannot all be bad."""
-    batches = (context.occurrences + 1) // 2
+    # Each batch is tried twice, except in a burst of gradients that are clipped.
+    batches = max(context.clipped, (context.occurrences + 1) // 2)
     return f"it recurred with {batches} consecutive batches" if batches >= 5 else None
+
+
+def despite_clipping(context: DiagnosisContext) -> str | None:
+    """Clipping the gradients of several steps has not brought the loss down."""
+    if context.clipped < 5 or context.loss_is_ordinary is not False:
+        return None
+    return f"the loss stays high after {context.clipped} clipped steps"
 
 
 def ordinary_loss(context: DiagnosisContext) -> str | None:

@@ -22,7 +22,7 @@ from lit_stability.diagnosis import (
     assess,
 )
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.policies.actions import Response, RollBack, describe
+from lit_stability.policies.actions import ClipStep, Response, RollBack, describe
 
 Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
 """``recurring``: the run was healthy again, and an incident at the same place came before or
@@ -249,6 +249,7 @@ class Incident:
             verdict=self.verdict,
             rerun_lowered=self._rerun_lowered,
             occurrences=self.occurrences,
+            clipped=self.responses.count(describe(ClipStep())),
         )
 
     @property

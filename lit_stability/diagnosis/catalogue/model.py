@@ -65,6 +65,7 @@ MODEL = (
             (1, c.large_gradient),
             (1, c.unclipped),
             (1, c.other_batches),
+            (-2, c.despite_clipping),
             (-2, c.transient),
         ),
         contradictions=(c.ordinary_gradient,),

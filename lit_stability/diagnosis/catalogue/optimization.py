@@ -29,6 +29,7 @@ LEARNING_RATE = (
                 ),
             ),
             (3, c.other_batches),
+            (2, c.despite_clipping),
             (-3, c.unscaled),
             (-4, c.steep_recurrence),
             (-4, c.transient),
