@@ -21,6 +21,11 @@ _FLAGS = (bool, int, str, type(None))
 _PLAIN = (*_FLAGS, float, complex)
 _LARGEST = 2**24
 """Bytes of the largest tensor that is copied; a larger one is state that belongs in a buffer."""
+_SMALL = 2**12
+"""Bytes up to which a tensor is copied every time. A larger one is if its version has changed,
+which writes through ``data`` do not do."""
+_SCAN_EVERY = 16
+"""Captures after which all attributes are looked through, and not only those known to be plain."""
 _OURS = "lit_stability"
 _THEIRS = ("lightning", "pytorch_lightning", "torchmetrics")
 
@@ -31,6 +36,15 @@ class _Value:
     name: str
     value: Any
     copy: Tensor | None
+    version: int
+
+    def is_kept(self, attributes: dict[str, Any]) -> bool:
+        """Whether the attribute needs no new copy; quick, but not for a small tensor."""
+        if attributes.get(self.name, _MISSING) is not self.value:
+            return False
+        if self.copy is None:
+            return True
+        return self.copy.nbytes > _SMALL and self.value._version == self.version
 
     def is_same(self) -> bool:
         now = vars(self.owner).get(self.name, _MISSING)
@@ -57,6 +71,31 @@ class _Value:
 _MISSING = object()
 
 
+class _Owner:
+    """An object and the values in its attributes."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self._foreign = owner, _not_the_users(owner)
+        self.values: list[_Value] = []
+        self._size = -1
+
+    def capture(self, *, scan: bool) -> None:
+        attributes = vars(self.owner)
+        same_names = len(attributes) == self._size and not scan
+        if same_names and all(each.is_kept(attributes) for each in self.values):
+            return
+        self._size = len(attributes)
+        self.values = [_value(self.owner, *item) for item in self.plain()]
+
+    def plain(self) -> Iterator[tuple[str, Any]]:
+        """Yields the attributes that are copied."""
+        for name, value in vars(self.owner).items():
+            if name in self._foreign:
+                continue
+            if type(value) in _PLAIN or (type(value) is Tensor and _is_small(value)):
+                yield name, value
+
+
 class PlainAttributes:
     """Copies of all numbers, flags, texts and small tensors in the attributes of some objects.
 
@@ -67,16 +106,19 @@ class PlainAttributes:
     """
 
     def __init__(self, owners: Iterable[Any]) -> None:
-        self._owners = [(each, _not_the_users(each)) for each in owners]
-        self._values: list[_Value] = []
+        self._owners = [_Owner(each) for each in owners]
+        self._captures = 0
 
     def capture(self) -> None:
         """Copies the present values."""
-        self._values = [
-            _Value(owner, name, value, _copy(value))
-            for owner, foreign in self._owners
-            for name, value in _plain(owner, foreign)
-        ]
+        scan = self._captures % _SCAN_EVERY == 0
+        self._captures += 1
+        for each in self._owners:
+            each.capture(scan=scan)
+
+    @property
+    def _values(self) -> Iterator[_Value]:
+        return (value for each in self._owners for value in each.values)
 
     def restore(self, *, flags_only: bool = False) -> None:
         """Restores the values, and removes attributes that were added since.
@@ -113,17 +155,16 @@ class PlainAttributes:
 
     def watch(self, owners: Iterable[Any]) -> None:
         """Includes further objects from the next capture on."""
-        known = {id(owner) for owner, _ in self._owners}
-        self._owners += [(o, _not_the_users(o)) for o in owners if id(o) not in known]
+        known = {id(each.owner) for each in self._owners}
+        self._owners += [_Owner(each) for each in owners if id(each) not in known]
 
     def _added(self) -> list[tuple[Any, str]]:
-        known = {(id(each.owner), each.name) for each in self._values}
-        return [
-            (owner, name)
-            for owner, foreign in self._owners
-            for name, _ in _plain(owner, foreign)
-            if (id(owner), name) not in known and not name.startswith("_")
-        ]
+        found = []
+        for each in self._owners:
+            known = {value.name for value in each.values}
+            names = (name for name, _ in each.plain())
+            found += [(each.owner, n) for n in names if n not in known and not n.startswith("_")]
+        return found
 
 
 def owners_in(trainer: Trainer, pl_module: LightningModule, *, of_torch: bool) -> list[Any]:
@@ -149,22 +190,16 @@ def _is_of(cls: type, packages: tuple[str, ...]) -> bool:
     return cls.__module__.split(".")[0] in packages
 
 
-def _plain(owner: Any, foreign: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(owner).items():
-        if name in foreign:
-            continue
-        if type(value) in _PLAIN or (type(value) is Tensor and _is_small(value)):
-            yield name, value
-
-
 def _is_small(value: Tensor) -> bool:
     """Whether a tensor is copied: a large one, or one with a graph, is no running state."""
     tracked = value.requires_grad or value.is_inference() or value.layout is not torch.strided
     return not tracked and value.numel() * value.element_size() <= _LARGEST
 
 
-def _copy(value: Any) -> Tensor | None:
-    return value.detach().clone() if isinstance(value, Tensor) else None
+def _value(owner: Any, name: str, value: Any) -> _Value:
+    if isinstance(value, Tensor):
+        return _Value(owner, name, value, value.detach().clone(), value._version)
+    return _Value(owner, name, value, None, 0)
 
 
 def _not_the_users(owner: Any) -> frozenset[str]:

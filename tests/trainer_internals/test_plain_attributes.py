@@ -1,5 +1,7 @@
 """Values in attributes: which are copied, and what is restored."""
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -99,3 +101,34 @@ def test_attributes_of_torch_and_lightning_are_left_alone():
     assert not module._automatic_optimization
     assert finetuning._restarting
     assert not plain._done
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda owner: setattr(owner, "seen", 1),
+        lambda owner: setattr(owner, "added", 2.0),
+        lambda owner: setattr(owner, "table", torch.ones(3)),
+        lambda owner: owner.table.add_(1),
+        lambda owner: owner.counts.data.add_(1),
+    ],
+    ids=["replaced", "added", "other tensor", "written in place", "written through data"],
+)
+def test_second_capture_copies_what_has_changed_since_the_first(change):
+    owner = Owner()
+    owner.table = torch.zeros(10_000)
+    attributes = PlainAttributes([owner])
+    attributes.capture()
+    change(owner)
+    attributes.capture()
+    wanted = {n: getattr(owner, n, None) for n in ("seen", "table", "counts", "added")}
+    wanted = copy.deepcopy(wanted)
+    owner.seen, owner.added = -1, -1
+    owner.table.fill_(9)
+    owner.counts.fill_(9)
+    attributes.restore()
+    assert all(same(getattr(owner, n, None), value) for n, value in wanted.items())
+
+
+def same(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
