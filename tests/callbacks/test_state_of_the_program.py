@@ -3,9 +3,11 @@
 import logging
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, read_incidents
+from lit_stability.callbacks.auto_rollback import rollback_engine
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import fit
 from tests.exact import Batches, loader
@@ -60,7 +62,26 @@ def test_link_to_the_last_checkpoint_is_not_left_without_its_file(tmp_path):
 
 def test_written_parameters_are_reported_once(tmp_path, caplog):
     train(tmp_path, Teacher, NanLoss(step=10), NanLoss(step=30), max_epochs=2)
-    assert caplog.text.count("the program writes slow.weight, slow.bias itself") == 1
+    text = "the program writes slow.weight, slow.bias itself, in a hook after the update"
+    assert caplog.text.count(text) == 1
+
+
+def test_place_in_the_step_of_a_write_is_named(tmp_path, caplog):
+    train(tmp_path, Codebook, NanLoss(step=10), max_epochs=1)
+    assert "the program writes codes itself, in training_step" in caplog.text
+
+
+def test_weights_that_are_too_large_to_be_copied_each_step_are_undone_by_a_snapshot(
+    tmp_path, monkeypatch
+):
+    runs = []
+    for limit in (2**26, 1):
+        monkeypatch.setattr(rollback_engine, "_COPIED", limit)
+        module, _ = train(tmp_path / str(limit), Teacher, nan=(10,), max_epochs=2)
+        runs.append(module.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    records = [read_incidents(tmp_path / str(limit))[0]["responses"] for limit in (2**26, 1)]
+    assert records == [["step retried", "step skipped"]] * 2
 
 
 class Counts(Callback):

@@ -47,6 +47,11 @@ _MODIFIED = (
     "a batch that training_step has changed cannot be replayed, as no copy of it was kept: pass "
     "AutoRollback(clone_batches=True)"
 )
+_COPIED = 2**26
+"""Bytes of weights that the program writes, up to which they are copied for every step. Beyond it a
+step is undone by way of the last snapshot."""
+_BEFORE_UPDATE = "in training_step or another hook before the update"
+_AFTER_UPDATE = "in a hook after the update, such as on_train_batch_end"
 _FIRST_STEP = (
     "DDP sums the gradients of the first step in another order when it is run again: with three "
     "ranks or more the last bits may differ"
@@ -148,6 +153,8 @@ class RollbackEngine:
         self._accepted = 0
         self._wrote = False
         """Whether the program wrote weights that the start of the window has no copy of."""
+        self._too_large = False
+        """Whether that is so as they are too many."""
         self._skipper.forget()
 
     def close(self) -> None:
@@ -218,7 +225,10 @@ class RollbackEngine:
             self._take_snapshot(position)
         if first:
             self._snapshots.confirm_now()
-        self._start.capture(self._trainer, position=position, written=self._writes.written)
+        written = self._writes.written
+        self._too_large = sum(p.nbytes for p in written) > _COPIED
+        copied = () if self._too_large else written
+        self._start.capture(self._trainer, position=position, written=copied)
         if self._redrawn is not None and self._redrawn <= self._trainer.global_step:
             self._before_undo.restore(flags_only=True)
             self._redrawn = None
@@ -259,9 +269,9 @@ class RollbackEngine:
 
     def measured(self) -> None:
         """Looks for weights that the program has written in this step."""
-        self._wrote = self._find_writes() or self._wrote
+        self._wrote = self._find_writes(_BEFORE_UPDATE) or self._wrote
 
-    def _find_writes(self) -> bool:
+    def _find_writes(self, place: str = _AFTER_UPDATE) -> bool:
         found = self._writes.check()
         if found and "writes" not in self._logged:
             self._logged.add("writes")
@@ -269,8 +279,8 @@ class RollbackEngine:
             first = ", ".join(names.get(id(p), "a parameter") for p in self._writes.written[:3])
             more = len(self._writes.written) - 3
             self._log(
-                f"the program writes {first}{f' and {more} more' if more > 0 else ''} itself: "
-                "a step that is undone restores such weights too"
+                f"the program writes {first}{f' and {more} more' if more > 0 else ''} itself, "
+                f"{place}: a step that is undone restores such weights too"
             )
         return found
 
@@ -403,7 +413,7 @@ class RollbackEngine:
         Updates of another optimizer in the same window, and extra state of callbacks, are in a
         snapshot only, and so are weights that the program wrote for the first time.
         """
-        return self.stepped or self._has_extra or self._wrote
+        return self.stepped or self._has_extra or self._wrote or self._too_large
 
     def snapshot_for(self, step: int, *, older: bool) -> TrainingSnapshot:
         """Returns the newest confirmed snapshot from before a step, or the one before it."""
