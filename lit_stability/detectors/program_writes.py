@@ -66,12 +66,13 @@ class ProgramWrites:
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if a weight was written that the program is not known to write."""
-        written = {name: share for name, share in stats.outside_writes if math.isfinite(share)}
+        written = dict(stats.outside_writes)
         unknown = {name: share for name, share in written.items() if name not in self.accepted}
         if stats.starts_epoch:
             unknown = {name: share for name, share in unknown.items() if share > _ABSURD}
         runs_again = stats.step <= self._runs_again_until
-        self.newly_accepted = tuple(n for n in unknown if runs_again or n in self._questioned)
+        repeated = [n for n in unknown if runs_again or n in self._questioned]
+        self.newly_accepted = tuple(n for n in repeated if math.isfinite(unknown[n]))
         self.accepted.update(self.newly_accepted)
         unknown = {n: share for n, share in unknown.items() if n not in self.accepted}
         # What does not come again was damage, however often it hits this parameter.

@@ -260,6 +260,13 @@ class Incident:
             return causes[0].remedy
         return "inspect the files in the incident folder; the cause is unknown"
 
+    @property
+    def advice(self) -> str:
+        """What to try, and the files with more of it, for the message of an exception."""
+        files = {"Record": self.record, "Details": self.path}
+        named = [f"{what}: {path}" for what, path in files.items() if path]
+        return ". ".join([f"What to try: {self.remedy}", *named])
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the incident as JSON types."""
         return {

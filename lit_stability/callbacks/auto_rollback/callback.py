@@ -169,9 +169,7 @@ class AutoRollback(StabilityCallback):
         stopped, self._stopped = self._stopped, None
         if stopped is not None:
             raise TrainingStopped(
-                f"nothing was trained: {stopped.anomaly.message}. What to try: {stopped.remedy}. "
-                f"Record: {stopped.record}",
-                stopped,
+                f"nothing was trained: {stopped.anomaly.message}. {stopped.advice}", stopped
             )
         require_whole_optimizers(trainer, self)
         engine = RollbackEngine(

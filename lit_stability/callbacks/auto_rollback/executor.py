@@ -383,11 +383,9 @@ class ResponseExecutor:
         suspect = incident.anomaly.suspect
         self._engine.to_snapshot_only(self._engine.snapshot_for(suspect, older=False))
         call_hook("on_rollback", self._trainer, self._module)
-        folder = f", details: {incident.path}" if incident.path else ""
+        step = self._trainer.global_step
         raise TrainingStopped(
-            f"training stopped at step {self._trainer.global_step}: {response.reason}. "
-            f"What to try: {incident.remedy}. Record: {incident.record}{folder}",
-            incident,
+            f"training stopped at step {step}: {response.reason}. {incident.advice}", incident
         )
 
     def consensus_state(self) -> dict[str, Any]:
