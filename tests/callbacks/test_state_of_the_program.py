@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
 from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, read_incidents
 from lit_stability.callbacks.auto_rollback import rollback_engine
@@ -64,6 +64,31 @@ def test_written_parameters_are_reported_once(tmp_path, caplog):
     train(tmp_path, Teacher, NanLoss(step=10), NanLoss(step=30), max_epochs=2)
     text = "the program writes slow.weight, slow.bias itself, in a hook after the update"
     assert caplog.text.count(text) == 1
+
+
+class Projects(Net):
+    def on_train_epoch_end(self):
+        with torch.no_grad():
+            self.first[0].weight.clamp_(-0.3, 0.3)
+
+
+@pytest.mark.parametrize("module", [Net, Projects])
+def test_writes_between_two_steps_are_not_copied_with_each_step(module, tmp_path, caplog):
+    """Averages that are swapped in for a validation, and a projection after each epoch."""
+    average = EMAWeightAveraging(decay=0.9)
+    callbacks = [*suite(NanLoss(step=30)), average]
+    val = loader(Batches(2))
+    fit(
+        tmp_path,
+        callbacks,
+        module,
+        loader(Batches()),
+        val,
+        max_steps=60,
+        val_check_interval=8,
+        max_epochs=-1,
+    )
+    assert "itself" not in caplog.text
 
 
 def test_place_in_the_step_of_a_write_is_named(tmp_path, caplog):

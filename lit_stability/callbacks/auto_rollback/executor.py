@@ -130,7 +130,7 @@ class ResponseExecutor:
 
     def validation_started(self) -> None:
         """Undoes what hooks of a rejected batch have done since it was undone."""
-        self._engine.restore_again()
+        self._engine.hooks_ended()
 
     def epoch_ended(self) -> None:
         """Releases the schedulers that were held for a rejected batch."""

@@ -122,6 +122,8 @@ class RollbackEngine:
         self._finish: StepStart | TrainingSnapshot | None = None
         self._undone = False
         """Whether the last batch was undone, so that its gradients must not be added to."""
+        self._hooks_have_ended = False
+        """Whether all hooks of the last batch have run."""
         self._undone_to: StepStart | TrainingSnapshot | None = None
         """What the last batch was undone to, while further hooks of that batch run."""
         owners = owners_in(trainer, pl_module, of_torch=False)
@@ -205,10 +207,12 @@ class RollbackEngine:
                 remove_gradients(optimizer)
         self._undone = False
         if self._undone_to is not None:
-            self.restore_again()
+            self._restore_again()
             restore_rng(self._rng)
         self._recorder.restore_rng_before_next()
-        self._find_writes()
+        if not self._hooks_have_ended:
+            self._find_writes()
+        self._hooks_have_ended = False
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
@@ -254,11 +258,19 @@ class RollbackEngine:
         self._taken += 1
         return self._taken & (self._taken - 1) == 0
 
-    def restore_again(self) -> None:
-        """Restores again what hooks of an undone batch have changed after it was undone.
+    def hooks_ended(self) -> None:
+        """Ends the watch over the hooks of a batch, as an epoch ends or is validated now.
 
-        Called before the next fetch, and before an epoch ends or is validated.
+        What is written from now on, such as averaged weights that are swapped in for a validation,
+        belongs to no step.
         """
+        if not self._hooks_have_ended:
+            self._find_writes()
+            self._restore_again()
+        self._hooks_have_ended = True
+
+    def _restore_again(self) -> None:
+        """Restores again what hooks of an undone batch have changed after it was undone."""
         undone_to, self._undone_to = self._undone_to, None
         if undone_to is None:
             return
@@ -551,7 +563,7 @@ class RollbackEngine:
 
     def epoch_ended(self) -> None:
         """Releases the schedulers: no further batch is fetched in this epoch."""
-        self.restore_again()
+        self.hooks_ended()
         self._pause.end()
 
     def _log(self, line: str) -> None:
