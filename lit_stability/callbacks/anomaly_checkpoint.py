@@ -253,7 +253,8 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rewrite_report(incident: Incident) -> None:
-    if incident.path is None:
+    # The folder of an older incident may have been deleted to make room.
+    if incident.path is None or not Path(incident.path).is_dir():
         return
     try:
         (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
