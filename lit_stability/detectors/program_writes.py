@@ -16,8 +16,6 @@ _ABSURD = 1e3
 flipped bit of an exponent does."""
 _REACH = 2
 """Steps after a write within which trouble is put down to it."""
-_HARMLESS = ("weight corruption", "update spike")
-"""Anomalies that say that weights have changed, not that it has done harm."""
 _ROUTINE = 10
 """A write that comes again within so many steps is routine and explains no sudden trouble."""
 
@@ -29,9 +27,9 @@ class ProgramWrites:
     outside (faulty memory, a stray write) does not come again when the same steps are run again,
     such code does. So a large write is questioned once: it asks for a rollback. A write that is
     seen while those steps run again is the program's, and its tensor is accepted from then on; so
-    is one that is questioned a second time, where nothing runs steps again. What makes a weight
-    non-finite or the loss diverge may be done by the code for one bad batch, and is not accepted
-    before it has come again without that batch.
+    is one that is questioned a second time, where nothing runs steps again. A write that may be
+    what made the weight non-finite or the loss diverge may have been done for one bad batch: it is
+    accepted only once it has come again without that batch.
     Between two epochs the hooks of the program run, so what is written there is not questioned
     unless it is absurd.
     What an accepted write causes, a loss or a gradient far above the window, is no fault either:
@@ -52,6 +50,8 @@ class ProgramWrites:
         """Those of them that the last `check` has accepted."""
         self._runs_again_until = -1
         """Step up to which steps are run again, after state was found damaged."""
+        self._harm: Anomaly | None = None
+        """What made them run again, if it is more than that weights have changed."""
         self._questioned: dict[str, int] = {}
         """Parameter -> step of a write that was questioned."""
         self._written_at: dict[str, int] = {}
@@ -61,8 +61,8 @@ class ProgramWrites:
 
     def rolled_back_for(self, anomaly: Anomaly) -> None:
         """Records that the state was found damaged, so the steps before are replayed."""
-        if anomaly.kind in _HARMLESS:
-            self._runs_again_until = anomaly.step
+        self._runs_again_until = anomaly.step
+        self._harm = anomaly if anomaly.kind in ("non-finite weight", "divergence") else None
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if a weight was written that the program is not known to write."""
@@ -71,7 +71,11 @@ class ProgramWrites:
         if stats.starts_epoch:
             unknown = {name: share for name, share in unknown.items() if share > _ABSURD}
         runs_again = stats.step <= self._runs_again_until
-        repeated = [n for n in unknown if runs_again or n in self._questioned]
+        repeated = [
+            name
+            for name in unknown
+            if name in self._questioned or (runs_again and not self._is_suspect(name, stats.step))
+        ]
         self.newly_accepted = tuple(n for n in repeated if math.isfinite(unknown[n]))
         self.accepted.update(self.newly_accepted)
         unknown = {n: share for n, share in unknown.items() if n not in self.accepted}
@@ -100,6 +104,14 @@ class ProgramWrites:
             message=f"{name} changed by {unknown[name]:.2g} of its norm outside of the optimizer "
             "step",
         )
+
+    def _is_suspect(self, name: str, step: int) -> bool:
+        """Returns whether a write may have done the harm for which steps run again."""
+        if self._harm is None:
+            return False
+        if self._harm.kind == "divergence":
+            return abs(step - self._harm.suspect) <= _REACH
+        return name in dict(self._harm.layers)
 
     def explains(self, anomaly: Anomaly) -> bool:
         """Returns whether an anomaly follows from an accepted write, and so is no fault."""

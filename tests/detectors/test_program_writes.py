@@ -26,16 +26,31 @@ def test_write_that_comes_again_is_accepted_and_damage_is_not():
     assert writes.check(stats(30, "w")) is None
 
 
-@pytest.mark.parametrize("kind", ["divergence", "non-finite weight"])
-def test_write_that_did_harm_is_accepted_only_when_it_comes_without_its_batch(kind):
+DAMAGE = {"step": 12, "value": 9.0, "signal": "loss", "message": "", "state_corrupted": True}
+HARM = [
+    Anomaly(kind="divergence", since=7, **DAMAGE),
+    Anomaly(kind="non-finite weight", layers=(("w", float("nan")),), **DAMAGE),
+]
+
+
+@pytest.mark.parametrize("harm", HARM, ids=lambda harm: harm.kind)
+def test_write_that_did_harm_is_accepted_only_when_it_comes_without_its_batch(harm):
     writes = ProgramWrites()
-    writes.rolled_back_for(Anomaly(kind=kind, step=10, value=9.0, signal="loss", message=""))
+    writes.rolled_back_for(harm)
     anomaly = writes.check(stats(8, "w"))
     assert anomaly.suspect == 7
     assert not writes.accepted
     writes.rolled_back_for(anomaly)
     assert writes.check(stats(8, "w")) is None
     assert writes.accepted == {"w"}
+
+
+@pytest.mark.parametrize("harm", HARM, ids=lambda harm: harm.kind)
+def test_write_that_cannot_have_done_the_harm_is_accepted_at_once(harm):
+    writes = ProgramWrites()
+    writes.rolled_back_for(harm)
+    assert writes.check(stats(2, "v")) is None
+    assert writes.accepted == {"v"}
 
 
 def test_non_finite_write_is_never_accepted():
