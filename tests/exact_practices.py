@@ -487,13 +487,13 @@ PRACTICES = {
     "callback unfreezes": with_callback(UnfreezesOnce, Frozen),
     "callback unfreezes, LambdaLR": with_callback(UnfreezesOnce, lambda: Frozen(scheduled=True)),
     "callback adds to a group": with_callback(JoinsTheGroup, Frozen),
-    "layer frozen for an epoch": with_callback(FreezesForAnEpoch),
+    "layer frozen for an epoch": with_callback(FreezesForAnEpoch) | {"max_epochs": 3},
     "BaseFinetuning": with_callback(Finetunes, Frozen),
     "BackboneFinetuning": with_callback(
         lambda: BackboneFinetuning(1, lambda epoch: 3.0, backbone_initial_lr=1e-3), Frozen
     ),
     "accumulation from an epoch on": with_callback(lambda: GradientAccumulationScheduler({1: 2})),
-    "SWA": with_callback(lambda: StochasticWeightAveraging(1e-2, 1)),
+    "SWA": with_callback(lambda: StochasticWeightAveraging(1e-2, 1)) | {"max_epochs": 3},
     "callback with a state": with_callback(Curriculum),
     "slow weights of a callback": with_callback(SlowWeights),
     "optimizer with a counter": {"module": OwnOptimizer},

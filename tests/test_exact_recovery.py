@@ -151,9 +151,13 @@ FEATURES = {
     "accumulation": {"accumulate_grad_batches": 3},
     "clipping": {"gradient_clip_val": 0.1},
     "OneCycle": {"module": functools.partial(Net, scheduler=onecycle)},
-    "cosine by epoch": {"module": functools.partial(Net, scheduler=cosine_by_epoch)},
+    "cosine by epoch": {
+        "module": functools.partial(Net, scheduler=cosine_by_epoch), "max_epochs": 3,
+    },
     "plateau by step": {"module": functools.partial(Net, scheduler=plateau("train/loss", "step"))},
-    "plateau by epoch": {"module": functools.partial(Net, scheduler=plateau("val/loss", "epoch"))},
+    "plateau by epoch": {
+        "module": functools.partial(Net, scheduler=plateau("val/loss", "epoch")), "max_epochs": 3,
+    },
     "validation in mid-epoch": {"val_check_interval": 5},
     "validation across epochs": {"val_check_interval": 7, "check_val_every_n_epoch": None},
     "max_steps": {"max_steps": 50, "max_epochs": None},
@@ -166,7 +170,9 @@ FEATURES = {
     "CombinedLoader": {"loader": in_dict},
     "reloaded every epoch": {"reload_dataloaders_every_n_epochs": 1},
     "EMA": {"callbacks": lambda root: [EMAWeightAveraging(decay=0.9)]},
-    "EarlyStopping": {"callbacks": lambda root: [EarlyStopping("val/loss", patience=1)]},
+    "EarlyStopping": {
+        "callbacks": lambda root: [EarlyStopping("val/loss", patience=1)], "max_epochs": 3,
+    },
     "ModelCheckpoint": {
         "enable_checkpointing": True,
         "val_check_interval": 6,
@@ -213,7 +219,7 @@ def both(tmp_path, options, faults=(), nan=()):
     others = options.pop("callbacks", lambda root: [])
     rollback = options.pop("rollback", {})
     clean = options.pop("clean", {})
-    limits = {"max_epochs": 3, "max_steps": -1, **options}
+    limits = {"max_epochs": 2, "max_steps": -1, **options}
     results = []
     for name in ("faulty", "clean"):
         root = tmp_path / name
