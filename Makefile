@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test bench bench-all bench-quick
+.PHONY: check test bench bench-all bench-quick lightning-tests
 
 check:
 	ruff check .
@@ -44,6 +44,10 @@ bench-quick:
 	$(BENCH) -m benchmarks.prediction --quick
 	$(BENCH) -m benchmarks.soak --quick
 	$(BENCH) -m benchmarks.readme --quick
+
+# Lightning's own tests with the suite in every Trainer: `make lightning-tests CHECKOUT=path` of its repository.
+lightning-tests:
+	python -m benchmarks.lightning_tests $(CHECKOUT)
 
 # The protections that benchmarks compare with, beside the project in an environment of their own.
 .bench-venv: constraints.txt benchmarks/alternatives/requirements.txt
