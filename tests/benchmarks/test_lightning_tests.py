@@ -18,6 +18,7 @@ from benchmarks.lightning_tests import (
     normalized,
     outcomes_of,
     require_installed,
+    require_passed,
     selected_tests,
 )
 
@@ -161,6 +162,13 @@ def test_failure_is_expected_if_it_counts_or_lists_what_a_suite_adds(message, ex
 )
 def test_numbers_ids_and_paths_of_a_message_are_replaced(message, without):
     assert normalized(message) == without
+
+
+def test_tests_that_all_fail_without_the_suite_are_refused_with_the_first(tmp_path):
+    bare = {"a::x": Outcome("failed", "KeyError: 1"), "a::y": Outcome("skipped")}
+    with pytest.raises(ValueError, match=r"none of 2 tests of .* The first, a::x: KeyError: 1"):
+        require_passed(bare, tmp_path)
+    assert require_passed(bare | {"a::z": Outcome("passed")}, tmp_path)["a::z"].status == "passed"
 
 
 def test_test_without_a_result_or_skipped_with_the_suite_is_a_new_failure():
