@@ -42,10 +42,10 @@ COUNTS = re.compile(
     r"AssertionError: (Expected '.*' to (not )?(have been|be) |expected call not found|"
     r"Calls not found)|"
     r"\.(call_count|mock_calls|method_calls|call_args_list)\b|\bcall\(|"
-    r"where \d+ = len\(|len\(.*\) ==",
+    r"where \d+ = len\(|len\(.*\) ==|<lit_stability\.",
     re.DOTALL,
 )
-"""A count: of the calls of a mock, or of the items of a list."""
+"""A count of calls of a mock or of the items of a list, or a callback of the suite in a list."""
 
 LISTS = re.compile(
     r"(?:contains (?:one|\d+) more items?(?:, first extra item)?:|"

@@ -138,6 +138,10 @@ def test_package_that_is_not_installed_is_refused_with_the_command(monkeypatch):
         ("AssertionError: assert {'a', 'b'} == {'a'}\nExtra items in the left set:\n'b'", True),
         ("assert {'a': 1, 'b': 2} == {'a': 1}\nLeft contains 1 more item:\n{'b': 2}", True),
         ("assert ['a', 'b'] == ['b']\nAt index 0 diff: 'a' != 'b'", True),
+        (
+            "assert {'callbacks': [<lit_stability.Diagnosis object at 0x7>]} == {'callbacks': []}",
+            True,
+        ),
         ("assert [1, 2] == [1, 3]\nAt index 1 diff: 2 != 3", False),
         ("assert [0.5, 0.2] == [0.5]\nLeft contains one more item: 0.2", False),
         ("AssertionError: assert False\n+  where False = <method allclose>", False),
