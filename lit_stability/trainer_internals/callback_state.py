@@ -62,7 +62,7 @@ def capture_callback_state(
         if hasattr(owner, "rewindable_state"):
             restores.append(_hook(owner))
         elif isinstance(owner, ModelCheckpoint | EarlyStopping):
-            if isinstance(owner, ModelCheckpoint) and owner.save_last == "link":
+            if isinstance(owner, ModelCheckpoint) and getattr(owner, "save_last", "") == "link":
                 restores.append(_last_link(owner, trainer))
             restores.append(_stateful(owner))
             restores.append(_attributes(owner))
@@ -85,7 +85,7 @@ def keeps_state(owner: Any) -> bool:
         return False
     if isinstance(owner, ModelCheckpoint | EarlyStopping):
         return False
-    methods = (getattr(type(owner), name) for name in ("state_dict", "load_state_dict"))
+    methods = (getattr(owner.__class__, name) for name in ("state_dict", "load_state_dict"))
     return all(method.__module__.split(".")[0] not in _PACKAGES for method in methods)
 
 

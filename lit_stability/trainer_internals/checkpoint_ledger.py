@@ -124,7 +124,9 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _folders(trainer: Trainer) -> list[Path]:
-    paths = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    # A subclass with an `__init__` of its own may have none.
+    paths = [getattr(c, "dirpath", None) for c in callbacks]
     return [Path(path) for path in paths if path is not None]
 
 

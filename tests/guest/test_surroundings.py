@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import PureWindowsPath
+from unittest.mock import Mock
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_stability import (
@@ -44,6 +47,30 @@ class Tables(Logger):
 
     def log_text(self, key, columns=None, data=None, dataframe=None, step=None):
         self.tables.append((key, columns, data, step))
+
+
+class Uploads(ModelCheckpoint):
+    """A `ModelCheckpoint` in name: it initializes none of its attributes, and has no folder."""
+
+    state_key = "Uploads"
+
+    def __init__(self):
+        self.epochs = 0
+
+    def setup(self, *args, **kwargs):
+        pass
+
+    on_train_start = on_train_batch_end = on_validation_end = setup
+    on_train_end = on_exception = setup
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs += 1
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict):
+        self.epochs = state_dict["epochs"]
 
 
 def with_fault(*suite):
@@ -151,3 +178,24 @@ def test_trainer_is_reused_after_a_fit_in_the_same_kernel(tmp_path):
         trainer.fit(Regression(), regression_data())
         assert trainer.global_step == 30
     assert len(read_incidents(tmp_path)) == 2
+
+
+def test_checkpoint_callback_without_a_folder_or_a_monitor_is_no_obstacle(tmp_path):
+    uploads, suite = Uploads(), stability_callbacks()
+    trainer = make_trainer(
+        tmp_path, with_fault(*suite, uploads), max_steps=40, enable_checkpointing=True
+    )
+    trainer.fit(Regression(), regression_data())
+    assert trainer.global_step == 40
+    assert uploads.epochs >= 1
+    assert [record["outcome"] for record in read_incidents(tmp_path)] == ["recovered"]
+
+
+@pytest.mark.parametrize("kind", [Callback, ModelCheckpoint])
+def test_mock_of_a_callback_is_no_obstacle(kind, tmp_path):
+    """Programs of others are tested with stand-ins, in which Lightning's hooks are mocks."""
+    mock = Mock(spec=kind, state_key="mock", **{"state_dict.return_value": {}})
+    callbacks = [*stability_callbacks(), mock]
+    trainer = make_trainer(tmp_path, callbacks, max_steps=5, enable_checkpointing=True)
+    trainer.fit(Regression(), regression_data())
+    assert mock.on_train_batch_end.call_count == 5

@@ -74,8 +74,11 @@ class ScheduleWatch:
             if config.reduce_on_plateau and config.monitor:
                 yield config.monitor, type(config.scheduler).__name__
         for callback in callbacks_of(self._trainer):
-            if isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor:
-                yield callback.monitor, type(callback).__name__
+            if not isinstance(callback, EarlyStopping | ModelCheckpoint):
+                continue
+            # A subclass with an `__init__` of its own may have none.
+            if monitor := getattr(callback, "monitor", None):
+                yield monitor, type(callback).__name__
 
     def _warn(self, line: str) -> None:
         if self._trainer.is_global_zero:
