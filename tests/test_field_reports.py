@@ -179,6 +179,26 @@ class ComplexWeights(Reported):
         return self.net(torch.cat([mixed.real, mixed.imag], -1))[:, 0]
 
 
+class QuantisedBase(Reported):
+    """A low-rank adapter on frozen int8, fp8 and bool weights (huggingface/transformers 32943)."""
+
+    def build(self):
+        frozen = {
+            "integers": torch.randint(-127, 128, (8, 8), dtype=torch.int8),
+            "fp8": torch.randn(8).to(torch.float8_e4m3fn),
+            "mask": torch.arange(8) > 0,
+        }
+        for name, tensor in frozen.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_buffer("scale", torch.full((8,), 0.5).to(torch.float8_e4m3fn))
+        self.down = nn.Parameter(torch.randn(8, 2) / 8)
+        self.up = nn.Parameter(torch.zeros(2, 8))
+
+    def predict(self, x):
+        weight = self.integers.float() / 127 * self.scale.float() + self.down @ self.up
+        return super().predict(x @ weight * self.mask + self.fp8.float())
+
+
 class ValidatedCentre(Validated):
     """Tensors made in validation are inference tensors (pytorch-lightning 14497)."""
 
@@ -210,6 +230,7 @@ HEALTHY = [
     MissingTargets,
     FakeQuantised,
     ComplexWeights,
+    QuantisedBase,
     ValidatedCentre,
     EmptyValidation,
     IncompleteWindow,
