@@ -213,6 +213,15 @@ class ValidatedCentre(Validated):
         self.centre = batch[0].mean(0)
 
 
+class Lazy(Validated):
+    """Lazy modules, which get their shapes from the sanity check (pytorch-lightning 13764)."""
+
+    def build(self):
+        self.net = nn.Sequential(
+            nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1)
+        )
+
+
 class EmptyValidation(Validated):
     """A validation metric that is NaN, in a healthy training (pytorch-lightning 1008)."""
 
@@ -232,6 +241,7 @@ HEALTHY = [
     ComplexWeights,
     QuantisedBase,
     ValidatedCentre,
+    Lazy,
     EmptyValidation,
     IncompleteWindow,
 ]
@@ -254,6 +264,14 @@ def test_broken_batch_is_left_out_of_a_healthy_practice(kind, tmp_path):
     assert same(module, reference)
     assert {i.cause for i in suite[0].incidents} == {"bad batch"}
     assert len(suite[0].incidents) == 4
+
+
+def test_lazy_module_without_a_shape_is_refused_by_name(tmp_path):
+    class Unvalidated(Lazy):
+        validation_step = LightningModule.validation_step
+
+    with pytest.raises(ValueError, match=r"net\.0\.weight has no shape yet"):
+        fit(tmp_path, stability_callbacks(), Unvalidated, batches())
 
 
 def test_adam_in_fp16_whose_epsilon_underflows_stays_finite(tmp_path):
