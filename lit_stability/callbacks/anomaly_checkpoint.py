@@ -253,8 +253,8 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rewrite_report(incident: Incident) -> None:
-    if incident.path is None:
-        return
+    if incident.path is None or not Path(incident.path).is_dir():
+        return  # the folder was not saved, or has been deleted to keep within the bounds
     try:
         (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
     except OSError as error:
