@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.norms import norms_of, to_host
+from lit_stability.measurement.number_formats import FLOATS, is_measurable
 from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.watched_buffers import RUNNING
 
 Named: TypeAlias = tuple[str, Tensor]
 
-_FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 """Keys of averages of squares in the state of an optimizer, of which none may be negative."""
 
@@ -153,7 +153,8 @@ def _read(
 
 def _readable(named: Iterable[Named]) -> list[Named]:
     """This rank's part of each tensor that has elements and a floating-point format."""
-    own = [(n, local(t)) for n, t in named if t.dtype in _FORMATS and not t.is_meta]
+    real = [(n, t) for n, t in named if is_measurable(t) and t.dtype in FLOATS]
+    own = [(n, local(t)) for n, t in real if not t.is_meta]
     return [(n, t) for n, t in own if t.layout is torch.strided and t.numel()]
 
 

@@ -27,6 +27,7 @@ from lit_stability.measurement.norms import (
     to_host,
     total,
 )
+from lit_stability.measurement.number_formats import is_measurable
 from lit_stability.measurement.optimizer_moments import MomentStats, OptimizerMoments
 from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
@@ -71,7 +72,8 @@ class StepMeter:
 
     Args:
         named_parameters: ``(name, parameter)`` pairs; skipped are those that the optimizer lacks,
-            and frozen ones that are non-finite, such as a mask of -inf.
+            frozen ones that are non-finite, such as a mask of -inf, and those that cannot be
+            measured, such as frozen int8 weights.
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
         buffers: the buffers to scan together with the weights, or None.
@@ -88,7 +90,7 @@ class StepMeter:
         buffers: WatchedBuffers | None = None,
     ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        found = [(n, p) for n, p in named_parameters if id(p) in held]
+        found = [(n, p) for n, p in named_parameters if id(p) in held and is_measurable(p)]
         constants = _constants(p for _, p in found if not p.requires_grad)
         pairs = [(n, p) for n, p in found if id(p) not in constants]
         if not pairs:

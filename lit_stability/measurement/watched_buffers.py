@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.norms import norms_of
+from lit_stability.measurement.number_formats import is_measurable
 
 RUNNING = ("running_mean", "running_var")
 """Names of the statistics in normalization layers."""
@@ -26,7 +27,8 @@ class WatchedBuffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        found = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        measurable = {n: b for n, b in module.named_buffers() if is_measurable(b)}
+        found = {n: b for n, b in measurable.items() if b.is_floating_point()}
         finite = _are_finite([*found.values()])
         self.names = tuple(n for n, good in zip(found, finite, strict=True) if good)
         self._running = torch.tensor([n.rpartition(".")[2] in RUNNING for n in self.names])

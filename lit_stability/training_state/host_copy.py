@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_stability.measurement.number_formats import FLOATS
+
 _Path = tuple[Any, ...]
 
 
@@ -80,7 +82,7 @@ def first_nonfinite(state: Mapping[str, Any], exempt: Collection[str] = ()) -> s
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether all elements are finite, in one pass and without a temporary tensor."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if tensor.dtype not in FLOATS or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.number_formats import all_finite, is_measurable
 from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
 
 
@@ -112,7 +113,7 @@ class ModuleSnapshot:
         return {
             names[id(p)]: float((live - saved).abs().amax()) if live.numel() else 0.0
             for p, (live, saved) in pairs
-            if id(p) in names
+            if id(p) in names and is_measurable(live)
         }
 
     def outlier(self, factor: float = 1e3) -> tuple[str, float] | None:
@@ -237,7 +238,7 @@ class BufferGuard:
         copies = self._bank.saved[len(self._bank.saved) - len(self._parameters) :]
         known = {id(p): saved for p, saved in zip(self._parameters, copies, strict=True)}
         asked = [known.get(id(p)) for p in parameters]
-        return all(saved is not None and bool(saved.isfinite().all()) for saved in asked)
+        return all(saved is not None and all_finite(saved) for saved in asked)
 
 
 def _buffers(
@@ -251,7 +252,7 @@ def _non_finite(
 ) -> set[tuple[int, str]]:
     owned = [(id(module), key) for module, key, buffer in homes if buffer is not None]
     pairs = zip(owned, saved, strict=True)
-    return {owner for owner, copy_ in pairs if not bool(copy_.isfinite().all())}
+    return {owner for owner, copy_ in pairs if not all_finite(copy_)}
 
 
 def _reassign(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:

@@ -84,6 +84,22 @@ def test_folders_are_bounded_and_first_and_newest_stay(tmp_path):
     ]
 
 
+def test_deleted_folder_of_a_repeated_incident_is_not_missed(tmp_path, caplog):
+    class NanInLog(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + (-loss).log() if batch[0][0, 0] == 9 else loss
+
+    data = regression_data(158)
+    data.dataset.tensors[0][20 * 16 :: 20 * 16, 0] = 9
+    suite = stability_callbacks()
+    fit(tmp_path, suite, NanInLog, data, max_steps=150)
+    assert len(suite[0].incidents) == 7
+    assert len(suite[0].incidents[-1].repeats) == 6
+    assert len(incident_folders(tmp_path)) == 5
+    assert "was not updated" not in caplog.text
+
+
 def test_folders_are_bounded_in_bytes(tmp_path):
     faults = [NanLoss(step=s) for s in (20, 40, 60)]
     suite = [GradientMonitor(), AnomalyCheckpoint(max_bytes=1), stability_callbacks()[-1]]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
+from lit_stability.measurement.number_formats import all_finite
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (
     BatchRecorder,
@@ -64,8 +65,7 @@ _KEPT = (
 
 def has_nonfinite(batch: object) -> bool:
     """Returns whether a batch holds a NaN or Inf."""
-    found = (t for t in tensors_in(batch) if t.is_floating_point())
-    return any(not bool(torch.isfinite(t).all()) for t in found)
+    return any(not all_finite(t) for t in tensors_in(batch))
 
 
 class RollbackEngine:
@@ -370,9 +370,7 @@ class RollbackEngine:
         """
         if not self._writes.written:
             return ()
-        bad = {
-            name: p for name, p in self._module.named_parameters() if not bool(p.isfinite().all())
-        }
+        bad = {name: p for name, p in self._module.named_parameters() if not all_finite(p)}
         return tuple(bad) if self._start.had_finite(bad.values()) else ()
 
     def damaged_buffers(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.parameter import is_lazy
 
 from lit_stability.detectors import Detector, LayerBounds, default_detectors
 
@@ -60,7 +61,7 @@ def require_package(trainer: Trainer, callback: Callback) -> None:
 def require_watchable(
     trainer: Trainer, pl_module: LightningModule, detectors: Sequence[Detector]
 ) -> None:
-    """Refuses a fit that updates nothing, and bounds on parameters that do not exist.
+    """Refuses a fit that updates nothing, lazy parameters, and bounds on those that do not exist.
 
     Args:
         trainer: at the start of its fit.
@@ -75,6 +76,12 @@ def require_watchable(
         raise ValueError(
             f"configure_optimizers of {type(pl_module).__name__} returned no optimizer: nothing is "
             "trained, so nothing can be monitored; return one, or fit without the suite"
+        )
+    unshaped = [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]
+    if unshaped:
+        raise ValueError(
+            f"{unshaped[0]} has no shape yet, so it cannot be monitored; run a batch through the "
+            "lazy modules before the fit, or let the sanity check of the validation do it"
         )
     own = {id(parameter) for parameter in pl_module.parameters()}
     for index, optimizer in enumerate(trainer.optimizers):
