@@ -287,3 +287,17 @@ def test_adam_in_fp16_whose_epsilon_underflows_stays_finite(tmp_path):
     module = trained(tmp_path / "suite", stability_callbacks(), DeadUnit)
     assert any(p.isnan().any() for p in bare.parameters())
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+class Empty(Reported):
+    def build(self):
+        self.none = nn.Parameter(torch.zeros(0, 8))
+
+    def predict(self, x):
+        return super().predict(x) + self.none.sum()
+
+
+def test_parameter_without_elements_is_not_called_dead(tmp_path):
+    suite = stability_callbacks()
+    fit(tmp_path, suite, Empty, batches(), max_steps=80, max_epochs=-1)
+    assert suite[0].incidents == []

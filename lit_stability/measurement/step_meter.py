@@ -90,7 +90,9 @@ class StepMeter:
         buffers: WatchedBuffers | None = None,
     ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        found = [(n, p) for n, p in named_parameters if id(p) in held and is_measurable(p)]
+        own = [(n, p) for n, p in named_parameters if id(p) in held and is_measurable(p)]
+        # Without elements nothing is dead; a sharded parameter counts those of all ranks.
+        found = [(n, p) for n, p in own if p.numel()]
         constants = _constants(p for _, p in found if not p.requires_grad)
         pairs = [(n, p) for n, p in found if id(p) not in constants]
         if not pairs:
