@@ -51,9 +51,19 @@ class WeightWrites:
         self._versions: list[int] = []
         self._samples: dict[int, Tensor] = {}
         self._places: dict[int, int] = {}
-        self._handles: list[RemovableHandle] = [
-            o.register_step_post_hook(self._stepped) for o in optimizers
-        ]
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[RemovableHandle] = []
+        self.follow(optimizers)
+
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Watches the steps of other optimizers, if the program has replaced them."""
+        found = list(optimizers)
+        if found == self._optimizers:
+            return
+        self.close()
+        self._optimizers = found
+        self._handles = [o.register_step_post_hook(self._stepped) for o in found]
+        self.begin()
 
     def begin(self, *, samples: bool = False) -> None:
         """Records the present weights, at the start of a step.

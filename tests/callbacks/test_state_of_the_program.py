@@ -91,6 +91,17 @@ def test_writes_between_two_steps_are_not_copied_with_each_step(module, tmp_path
     assert "itself" not in caplog.text
 
 
+def test_steps_of_an_optimizer_that_was_replaced_are_no_writes(tmp_path, caplog):
+    class Replaces(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.strategy.optimizers = [torch.optim.SGD(self.parameters(), 1e-2)]
+
+    module, _ = train(tmp_path, Replaces, NanLoss(step=40))
+    assert "itself" not in caplog.text
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 def test_place_in_the_step_of_a_write_is_named(tmp_path, caplog):
     train(tmp_path, Codebook, NanLoss(step=10), max_epochs=1)
     assert "the program writes codes itself, in training_step" in caplog.text

@@ -213,6 +213,7 @@ class RollbackEngine:
         if not self._hooks_have_ended:
             self._find_writes()
         self._hooks_have_ended = False
+        self._writes.follow(self._trainer.optimizers)
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
