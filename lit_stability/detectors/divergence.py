@@ -90,6 +90,9 @@ class Divergence:
         self._jumped = False
         """Whether the loss rose at once, at the first row of high losses in this place, while the
         weights moved as usual."""
+        self._accepted_row = -1
+        """Step of the last jump that was accepted. If training came back to it, as it diverged, the
+        jump is not accepted at once again."""
         self._recurs = False
         """Whether the present row repeats the last one that was flagged."""
         self._undone = False
@@ -122,7 +125,8 @@ class Divergence:
             return None
         level = late <= early + (_LEVEL - 1) * abs(early)
         self._flagged_row = self._row
-        if self._recurs and self._jumped and level:
+        if self._recurs and self._jumped and level and self._row != self._accepted_row:
+            self._accepted_row = self._row
             self.reset_windows()
             self.regimes += 1
             return None

@@ -32,3 +32,12 @@ def test_jump_that_shows_at_any_step_of_a_replay_is_a_change_of_regime():
     rows = [(0, [1.0, 1.1] * 15, False), (30, level, False), (20, level, True)]
     assert flags_of(detector, rows) == [34]
     assert detector.regimes == 1
+
+
+def test_jump_after_which_the_run_diverged_is_not_accepted_at_once_again():
+    detector = Divergence(persist=5)
+    usual, level = [1.0, 1.1] * 15, [30.0, 31.0, 32.0, 30.0, 31.0]
+    rows = [(0, usual, False), (30, level, False), (30, level, True)]
+    assert flags_of(detector, rows) == [34]
+    assert detector.regimes == 1
+    assert flags_of(detector, [(0, usual, True), (30, level, False)]) == [34]
