@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,10 +55,15 @@ def _leaves(value: Any, depth: int) -> Iterator[Hashable]:
         yield value if value == value else "nan"
     else:
         yield id(value)
-        if depth < _DEEPEST:
+        if depth >= _DEEPEST:
+            return
+        if type(value) in (list, tuple):
+            parts: Iterable[Any] = value
+        else:
             yield from _keys(value)
-            for _, part in parts_of(value):
-                yield from _leaves(part, depth + 1)
+            parts = (part for _, part in parts_of(value))
+        for part in parts:
+            yield from _leaves(part, depth + 1)
 
 
 def _keys(value: Any) -> Iterator[Hashable]:

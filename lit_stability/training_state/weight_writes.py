@@ -50,7 +50,8 @@ class WeightWrites:
         self._watched: list[Tensor] = []
         self._versions: list[int] = []
         self._samples: dict[int, Tensor] = {}
-        self._places: dict[int, int] = {}
+        self._stepped_by: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        """The watched parameters of each optimizer, with their places."""
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self.follow(optimizers)
@@ -74,18 +75,18 @@ class WeightWrites:
         if samples or not self._watched:
             found = [p for p in self._module.parameters() if type(p) is nn.Parameter]
             self._watched = [p for p in found if id(p) not in self._known and not p.is_inference()]
-            self._places = {id(p): i for i, p in enumerate(self._watched)}
+            self._stepped_by = {}
         self._versions = [p._version for p in self._watched]
         self._samples = {id(p): sampled(p).clone() for p in self._watched} if samples else {}
 
     def check(self) -> bool:
         """Returns whether parameters were written that were not known to be."""
         versions = [p._version for p in self._watched]
-        new = []
-        if versions != self._versions:
-            pairs = zip(self._watched, self._versions, strict=True)
-            new = [p for p, version in pairs if p._version != version]
-            self._versions = versions
+        if versions == self._versions and not self._samples:
+            return False
+        pairs = zip(self._watched, self._versions, strict=True)
+        new = [p for p, version in pairs if p._version != version]
+        self._versions = versions
         new += self._differ()
         new = [p for p in new if id(p) not in self._known]
         self._known.update(map(id, new))
@@ -109,12 +110,19 @@ class WeightWrites:
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if self._skips(optimizer):
             return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                place = self._places.get(id(p))
-                if place is not None and p.grad is not None:
-                    self._versions[place] = p._version
+        for place, p in self._places(optimizer):
+            if p.grad is not None:
+                self._versions[place] = p._version
+                if self._samples:
                     self._samples.pop(id(p), None)
+
+    def _places(self, optimizer: Optimizer) -> list[tuple[int, Tensor]]:
+        # Groups may be added in a fit.
+        key = id(optimizer), sum(len(group["params"]) for group in optimizer.param_groups)
+        if key not in self._stepped_by:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._stepped_by[key] = [(i, p) for i, p in enumerate(self._watched) if id(p) in held]
+        return self._stepped_by[key]
 
     def close(self) -> None:
         """Removes the hooks from the optimizers."""
