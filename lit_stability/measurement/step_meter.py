@@ -72,8 +72,8 @@ class StepMeter:
 
     Args:
         named_parameters: ``(name, parameter)`` pairs; skipped are those that the optimizer lacks,
-            frozen ones that are non-finite, such as a mask of -inf, and those that cannot be
-            measured, such as frozen int8 weights.
+            frozen ones that are non-finite, such as a mask of -inf, those without elements, and
+            those that cannot be measured, such as frozen int8 weights.
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
         buffers: the buffers to scan together with the weights, or None.
