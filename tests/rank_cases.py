@@ -75,12 +75,16 @@ class Manual(Net):
         return [torch.optim.AdamW(trunk, 1e-2), torch.optim.SGD(head, 1e-2, momentum=0.9)]
 
 
-def batches(rank, ranks, count=60, skipped=()):
-    """Returns the batches of a rank; an index means the same data whatever else is skipped."""
+def batches(rank, ranks, count=60, skipped=(), nan=()):
+    """Returns the batches of a rank; an index means the same data whatever else is skipped.
+
+    Those of `nan` hold a NaN on rank 1.
+    """
     g = torch.Generator().manual_seed(1)
     x = torch.randn(count * ranks * 8, 9, generator=g)
     y = x @ torch.arange(9.0) / 9 + 0.1 * torch.randn(len(x), generator=g)
     x, y = (t.view(count, ranks, 8, -1)[:, rank] for t in (x, y))
+    x[list(nan) if rank == 1 else [], 0, 0] = float("nan")
     keep = [i for i in range(count) if i not in skipped]
     return DataLoader(TensorDataset(x[keep].flatten(0, 1), y[keep].flatten()), 8)
 
@@ -135,7 +139,9 @@ def whole(tensors):
     return torch.cat([t.detach().double().flatten() for t in full])
 
 
-def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), val=False, **options):
+def fit_rank(
+    root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), nan=(), val=False, **options
+):
     """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
     ranks = options.get("devices", 2)
@@ -156,7 +162,7 @@ def fit_rank(root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), val=
         "default_root_dir": root,
     }
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
-    data = batches(trainer.global_rank, ranks, skipped=skipped)
+    data = batches(trainer.global_rank, ranks, skipped=skipped, nan=nan)
     torch.manual_seed(trainer.global_rank)
     trainer.fit(net, data, batches(trainer.global_rank, ranks, count=2) if val else None)
     return net, trainer

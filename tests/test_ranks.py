@@ -39,6 +39,7 @@ BOTH = {
     "NaN loss": ((NanLoss(step=30, rank=1),), {}),
     "NaN loss twice": ((NanLoss(step=30, steps=2, rank=1),), {}),
     "NaN batch": ((BadBatch(step=30, rank=1),), {}),
+    "four NaN batches": ((), {"nan": range(30, 34)}),
     "loss spike": ((ScaleLoss(step=30, rank=1),), {}),
     "loss spike twice": ((ScaleLoss(step=30, steps=2, rank=1),), {}),
     "NaN weight": ((CorruptWeight(step=30, rank=1, parameter=WEIGHT),), {}),
@@ -100,6 +101,8 @@ def both(request):
         ("NaN loss twice", "non-finite loss", AGAIN + SKIP),
         # The fault writes into rank 1's batch: where one cannot replay, nobody does.
         ("NaN batch", "non-finite loss", SKIP),
+        # One rank's batches are to blame: no rank draws other random numbers for them.
+        ("four NaN batches", "non-finite loss", (AGAIN + SKIP) * 4),
         ("loss spike", "gradient spike", AGAIN),
         ("loss spike twice", "gradient spike", AGAIN + CLIP),
         ("NaN weight", "non-finite weight", BACK),

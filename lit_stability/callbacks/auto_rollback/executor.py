@@ -257,6 +257,7 @@ class ResponseExecutor:
         else:
             replay = engine.can_retry()
         replay = not incident.agree(not replay, self._gather)
+        random = not incident.agree(not engine.may_fail_by_chance(), self._gather)
         if self._escalation.returns(anomaly, state_corrupted=corrupted):
             incident.verdict = "deterministic"
         self._checked = incident
@@ -268,7 +269,7 @@ class ResponseExecutor:
             older=engine.has_older_snapshot,
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
-            random=engine.may_fail_by_chance(),
+            random=random,
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
