@@ -136,8 +136,8 @@ def _stateful_of_the_user(owner: Any) -> Restore:
 
 
 def _report(owner: Any, error: Exception) -> None:
-    if owner not in _REPORTED:
-        _REPORTED.add(owner)
+    if type(owner) not in _REPORTED:
+        _REPORTED.add(type(owner))
         log.warning(
             "the state of %s is not rolled back: %s: %s. Give it rewindable_state() and "
             "load_rewindable_state(state)",
@@ -147,8 +147,8 @@ def _report(owner: Any, error: Exception) -> None:
         )
 
 
-_REPORTED: WeakSet[Any] = WeakSet()
-"""Callbacks of which it was logged."""
+_REPORTED: WeakSet[type] = WeakSet()
+"""Classes of callbacks for which it was logged; a callback need not be hashable."""
 
 
 def _last_link(owner: ModelCheckpoint, trainer: Trainer) -> Restore:

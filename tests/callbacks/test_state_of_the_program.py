@@ -1,6 +1,7 @@
 """State that a program keeps itself: what is undone with a step, and what is logged about it."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def test_writes_between_two_steps_are_not_copied_with_each_step(module, tmp_path
         max_epochs=-1,
     )
     assert "itself" not in caplog.text
+
+
+@dataclass
+class Saves(Callback):
+    """Has a state that can be read only while a checkpoint is saved; a dataclass has no hash."""
+
+    saving: bool = False
+
+    def state_dict(self):
+        if not self.saving:
+            raise RuntimeError("no checkpoint is saved now")
+        return {}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def test_state_of_a_callback_that_cannot_be_read_is_logged_once(tmp_path, caplog):
+    fault = CorruptWeight(step=30, parameter="first.0.weight")
+    module, trainer = train(tmp_path, Net, fault, callbacks=[Saves()], max_epochs=2)
+    assert (trainer.global_step, module.first[0].weight.isfinite().all()) == (48, True)
+    assert caplog.text.count("the state of Saves is not rolled back: RuntimeError") == 1
 
 
 def test_steps_of_an_optimizer_that_was_replaced_are_no_writes(tmp_path, caplog):
