@@ -31,7 +31,9 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     count_skipped_batches,
     end_epoch_schedulers,
+    has_room_to_move,
     keeps_state,
+    move_batch_index,
     owners_in,
     remove_gradients,
     sharing,
@@ -131,6 +133,8 @@ class RollbackEngine:
         """Values in attributes of the module."""
         self._redrawn: int | None = None
         """The step that is retried with other random numbers, until its first batch is fetched."""
+        self._moved: int | None = None
+        """The step that is retried at the next batch index, until its first batch is fetched."""
         self._rng: dict[str, Any] = {}
         """Of the generators after the undo."""
         self._logged: set[str] = set()
@@ -237,6 +241,9 @@ class RollbackEngine:
         if self._redrawn is not None and self._redrawn <= self._trainer.global_step:
             self._before_undo.restore(flags_only=True)
             self._redrawn = None
+        if self._moved is not None and self._moved <= self._trainer.global_step:
+            move_batch_index(self._trainer)
+            self._moved = None
         self._writes.begin(samples=(first or due) and self._sample_is_due())
 
     def _order_is_final(self) -> bool:
@@ -487,6 +494,15 @@ class RollbackEngine:
             self._ring.redraw(step, self._draws)
         else:
             self._ring.resume = fresh_rng(self._ring.resume or capture_rng(), self._draws)
+
+    @property
+    def can_move_index(self) -> bool:
+        """Whether the current step can be retried at the batch index after its own."""
+        return self.replay and has_room_to_move(self._trainer)
+
+    def move_index(self, step: int) -> None:
+        """Has the batches of a step that was undone get the indices after their own."""
+        self._moved = step
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""
