@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.incidents import Incident
-from lit_stability.measurement.number_formats import all_finite
+from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import named_tensors
 from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of
 
@@ -206,4 +206,5 @@ def _samples(bad: Tensor) -> str:
 
 def non_finite_weights(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of parameters that hold a NaN or Inf."""
-    return tuple(n for n, p in module.named_parameters() if not all_finite(p))
+    named = dict(module.named_parameters())
+    return tuple(n for n, ok in zip(named, which_are_finite(named.values()), strict=True) if not ok)

@@ -9,13 +9,12 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
-from lit_stability.measurement.number_formats import all_finite
+from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (
     BatchRecorder,
@@ -67,7 +66,7 @@ _KEPT = (
 
 def has_nonfinite(batch: object) -> bool:
     """Returns whether a batch holds a NaN or Inf."""
-    return any(not all_finite(t) for t in tensors_in(batch))
+    return not all(which_are_finite(tensors_in(batch)))
 
 
 class RollbackEngine:
@@ -378,7 +377,9 @@ class RollbackEngine:
         """
         if not self._writes.written:
             return ()
-        bad = {name: p for name, p in self._module.named_parameters() if not all_finite(p)}
+        named = dict(self._module.named_parameters())
+        finite = which_are_finite(named.values())
+        bad = {name: named[name] for name, ok in zip(named, finite, strict=True) if not ok}
         return tuple(bad) if self._start.had_finite(bad.values()) else ()
 
     def damaged_buffers(self) -> tuple[str, ...]:
@@ -479,9 +480,7 @@ class RollbackEngine:
         entry = self._ring.entries[-1] if self._ring.entries else None
         if entry is None or entry.rng is None:
             return True
-        now = capture_rng()
-        same_on_devices = all(map(torch.equal, entry.rng["cuda"], now["cuda"]))
-        return not (same_rng(entry.rng, now) and same_on_devices)
+        return not same_rng(entry.rng, capture_rng())
 
     def redraw(self, step: int) -> None:
         """Has a step that was undone draw other random numbers than before.
