@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test bench bench-all bench-quick lightning-tests
+.PHONY: check test bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -48,6 +48,23 @@ bench-quick:
 # Lightning's own tests with the suite in every Trainer: `make lightning-tests CHECKOUT=path` of its repository.
 lightning-tests:
 	python -m benchmarks.lightning_tests $(CHECKOUT)
+
+# On a machine with a GPU and torch, under ten minutes: the tests that need a GPU, then what the suite
+# costs there, in benchmarks/results/gpu.md. Without a network: `make gpu-wheels` on another machine,
+# carry the folder along, and `make gpu WHEELS=.wheels PYTHON=python3`.
+PYTHON = python
+WHEELS =
+gpu:
+	test -z "$(WHEELS)" || $(PYTHON) -m pip install -q --no-index --no-deps --upgrade \
+		--target $(WHEELS)/site $(WHEELS)/*.whl
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(WHEELS)/site $(PYTHON) -m pytest -q tests/gpu
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(WHEELS)/site $(PYTHON) -m benchmarks.gpu
+
+# What is pure Python; numpy, PyYAML, protobuf and grpcio are taken to be there.
+gpu-wheels:
+	$(PYTHON) -m pip wheel -q --no-deps -c constraints.txt -w .wheels lightning pytorch-lightning \
+		lightning-utilities torchmetrics tensorboard omegaconf packaging \
+		pytest pygments pluggy iniconfig fsspec tqdm
 
 # The protections that benchmarks compare with, beside the project in an environment of their own.
 .bench-venv: constraints.txt benchmarks/alternatives/requirements.txt

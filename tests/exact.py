@@ -102,7 +102,7 @@ def run(root, module, data, callbacks=(), *, val=None, seed=3, resume=None, **op
         ],
         "scaler": trainer.precision_plugin.state_dict(),
         "generators": digest(
-            [random.getstate(), list(np.random.get_state()), torch.get_rng_state()]
+            [random.getstate(), list(np.random.get_state()), torch.get_rng_state(), *_on_gpus()]
         ),
         "global_step": trainer.global_step,
         "epoch": trainer.current_epoch,
@@ -112,6 +112,10 @@ def run(root, module, data, callbacks=(), *, val=None, seed=3, resume=None, **op
         "callbacks": [s for c in trainer.callbacks for s in _others(c)],
         "extra": digest(getattr(module, "extra", {})),
     }
+
+
+def _on_gpus():
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def _optimizer(optimizer, module):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.byte_gpt import ByteGPTModule
 from benchmarks.overhead.suites import Suite
-from benchmarks.overhead.turns import Setting, batches_of, make_trainer
+from benchmarks.overhead.turns import Setting, make_trainer
 
 READS = ("_local_scalar_dense", "equal", "nonzero")
 """Kernels that wait for a result on the host; ``item``, ``float`` and ``bool`` use the first."""
@@ -118,4 +118,4 @@ def _fit(suite: Suite, setting: Setting, memory: _MemoryAtEnd) -> None:
     gc.collect()
     seed_everything(0, verbose=False)
     trainer = make_trainer(suite, setting, [*suite.callbacks(), memory])
-    trainer.fit(ByteGPTModule(setting.config), batches_of(setting))
+    trainer.fit(ByteGPTModule(setting.config), setting.batches())

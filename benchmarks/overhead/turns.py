@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, Trainer, seed_everything
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -36,6 +37,39 @@ class Setting:
     steps: int = 120
     precision: Any = "32-true"
     lr: float = 1e-3
+    accelerator: str = "cpu"
+    module: Callable[..., LightningModule] = ByteGPTModule
+
+    def batches(self) -> DataLoader[Any]:
+        """Returns precomputed batches, so that a fetch costs nothing."""
+        data = loader(self.batch, self.config.length)
+        batches = [batch for batch, _ in zip(data, range(50), strict=False)]
+        return DataLoader(batches, batch_size=None)
+
+    def stopwatch(self) -> Callable[[], float]:
+        """Starts a clock; returns a function that gives the seconds until it is called.
+
+        On a GPU that is the time of the stream, which is idle at both ends.
+        """
+        if self.accelerator == "cpu":
+            before = time.perf_counter()
+            return lambda: time.perf_counter() - before
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+
+        def stop() -> float:
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return stop
+
+    def seconds_of(self, operation: Callable[[], Any]) -> float:
+        """Returns how long an operation takes."""
+        stop = self.stopwatch()
+        operation()
+        return stop()
 
 
 @dataclass(frozen=True)
@@ -82,8 +116,8 @@ class RoundRobin:
 class TurnTaker(Callback):
     """Waits for the Trainer's turn before each step, and times the step."""
 
-    def __init__(self, turns: RoundRobin, index: int, clock: HookClock) -> None:
-        self.turns, self.index, self.clock = turns, index, clock
+    def __init__(self, turns: RoundRobin, index: int, clock: HookClock, setting: Setting) -> None:
+        self.turns, self.index, self.clock, self.setting = turns, index, clock, setting
         self.times: list[float] = []
         self.incidents = 0
 
@@ -94,20 +128,14 @@ class TurnTaker(Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Records the step, passes the turn on and waits for the next one."""
-        self.times.append(time.perf_counter() - self.last)
+        self.times.append(self.stop())
         self.clock.next_step()
         self.turns.pass_on(self.index)
         self._wait()
 
     def _wait(self) -> None:
         self.turns.wait(self.index)
-        self.last = time.perf_counter()
-
-
-def batches_of(setting: Setting) -> DataLoader[Any]:
-    """Returns precomputed batches, so that a fetch costs nothing."""
-    data = loader(setting.batch, setting.config.length)
-    return DataLoader([batch for batch, _ in zip(data, range(50), strict=False)], batch_size=None)
+        self.stop = self.setting.stopwatch()
 
 
 def make_trainer(suite: Suite, setting: Setting, callbacks: list[Callback]) -> Trainer:
@@ -116,6 +144,8 @@ def make_trainer(suite: Suite, setting: Setting, callbacks: list[Callback]) -> T
     options: dict[str, Any] = {
         "max_steps": setting.steps,
         "precision": setting.precision,
+        "accelerator": setting.accelerator,
+        "devices": 1,
         "callbacks": callbacks,
         "default_root_dir": root,
     }
@@ -146,9 +176,9 @@ def _start_fit(
 ) -> tuple[threading.Thread, TurnTaker]:
     seed_everything(0, verbose=False)
     callbacks = suite.callbacks()
-    turn_taker = TurnTaker(turns, index, HookClock(callbacks))
+    turn_taker = TurnTaker(turns, index, HookClock(callbacks), setting)
     trainer = make_trainer(suite, setting, [*callbacks, turn_taker])
-    module, data = ByteGPTModule(setting.config, lr=setting.lr), batches_of(setting)
+    module, data = setting.module(setting.config, lr=setting.lr), setting.batches()
 
     def fit() -> None:
         try:

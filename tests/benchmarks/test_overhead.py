@@ -18,7 +18,6 @@ from benchmarks.overhead.turns import (
     WARMUP_BLOCKS,
     RoundRobin,
     Setting,
-    batches_of,
     in_blocks,
     make_trainer,
     ratio,
@@ -175,7 +174,7 @@ def test_traffic_alone_copies_the_state_and_leaves_a_fit_as_it_was():
     for callbacks in ([], [traffic]):
         seed_everything(0, verbose=False)
         trainer = make_trainer(SUITES["bare"], replace(TINY, steps=20), callbacks)
-        trainer.fit(module := ByteGPTModule(TINY.config), batches_of(TINY))
+        trainer.fit(module := ByteGPTModule(TINY.config), TINY.batches())
         modules.append(module)
     assert modules[0].losses == modules[1].losses
     initial, *_ = traffic._copies
