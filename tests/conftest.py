@@ -1,6 +1,7 @@
 """What every test shares: one torch thread, a quiet Lightning, small modules to train."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+    # Of processes that tests start; beside other tests a second thread only gets in the way.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

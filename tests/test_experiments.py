@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -127,8 +126,6 @@ def main_job(tmp_path_factory):
         done = subprocess.run(
             [*command, *overrides, f"run_dir={folder}", "trainer.enable_progress_bar=false"],
             cwd=ROOT,
-            # Beside the tests of other workers, a second thread only gets in the way.
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=True,

@@ -49,26 +49,45 @@ def test_notebook_holds_the_cells_of_its_source_and_was_run(source):
     assert not re.search(r"/(root|home|work|Users)/", printed(kept))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
-def test_notebooks_run_and_show_what_they_say(monkeypatch):
-    """S7, C3, C5, K4: fast mode, from the first cell to the last, in a kernel each.
-
-    What the suite says comes below the cell that trains.
-    """
+def run_fast(name, monkeypatch):
+    """What a notebook prints in fast mode, from the first cell to the last, in its own kernel."""
     monkeypatch.setenv("NOTEBOOKS", "fast")
-    ran = {source.stem: execute.execute(source) for source in execute.SOURCES}
-    five = printed(ran["your_model_in_five_lines"])
+    (source,) = [path for path in execute.SOURCES if path.stem == name]
+    return execute.execute(source)
+
+
+IN_KERNELS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+
+
+@pytest.mark.slow
+@IN_KERNELS
+def test_five_lines_save_the_accuracy(monkeypatch):
+    """S7, K4: what the suite says comes below the cell that trains."""
+    five = printed(run_fast("your_model_in_five_lines", monkeypatch))
     dead, alive = re.findall(r"accuracy (\d\.\d+), (\d+) weights are NaN", five)
     assert (float(dead[0]), int(alive[1])) == (0.5, 0)
     assert float(alive[0]) > 0.95
     assert "incident 1 at step 40 (epoch 0, batch 40)" in five
-    rescue = printed(ran["a_death_and_a_rescue"])
-    last = {k: float(v) for k, v in re.findall(r"^(un\w+|with the suite) +(\S+)$", rescue, re.M)}
+
+
+@pytest.mark.slow
+@IN_KERNELS
+def test_rescue_ends_as_the_undisturbed_run(monkeypatch):
+    """S7, C3."""
+    book = run_fast("a_death_and_a_rescue", monkeypatch)
+    last = {
+        k: float(v) for k, v in re.findall(r"^(un\w+|with the suite) +(\S+)$", printed(book), re.M)
+    }
     assert last["unprotected"] != last["unprotected"]
     assert last["with the suite"] == pytest.approx(last["undisturbed"], rel=0.02)
-    assert len(figures(ran["a_death_and_a_rescue"])) == 1
-    causal = printed(ran["why_the_classifier_stayed_at_0_percent"])
+    assert len(figures(book)) == 1
+
+
+@pytest.mark.slow
+@IN_KERNELS
+def test_suspects_of_the_classifier_are_tried_in_turn(monkeypatch):
+    """S7, C5."""
+    causal = printed(run_fast("why_the_classifier_stayed_at_0_percent", monkeypatch))
     suspects = ["not normalised", "would train", "as torch makes them", "the first update"]
     suspects += ["planned steps together", "made by"]
     found = [causal.index(each) for each in suspects]
