@@ -14,6 +14,8 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
+    "lightning_choice": {"versions"},
+    "lightning_package": {"lightning_choice", "versions"},
     "errors": set(),
     "printing": set(),
     "redaction": set(),
@@ -21,32 +23,41 @@ ROOMS = {
     "distributed": set(),
     "measurement": {"distributed"},
     "training_state": {"distributed", "measurement", "redaction"},
-    "faults": {"distributed", "measurement"},
+    "faults": {"distributed", "lightning_package", "measurement"},
     "detectors": {"measurement"},
     "diagnosis": {"detectors", "distributed", "measurement", "training_state"},
     "policies": {"detectors", "diagnosis", "measurement"},
     "incidents": {"detectors", "diagnosis", "measurement", "policies", "redaction"},
-    "trainer_internals": {"diagnosis", "distributed", "measurement", "redaction", "training_state"},
+    "trainer_internals": {
+        *("diagnosis", "distributed", "lightning_package", "measurement", "redaction"),
+        "training_state",
+    },
     "checks": {"diagnosis", "errors", "figures", "measurement", "printing", "training_state"},
     "tensorboard": {"incidents", "measurement"},
     "callbacks": {
         *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
-        *("measurement", "policies", "tensorboard", "trainer_internals", "training_state"),
-        "versions",
+        *("lightning_package", "measurement", "policies", "tensorboard", "trainer_internals"),
+        "training_state",
     },
-    "restart": {"callbacks", "checks", "incidents", "trainer_internals", "training_state"},
+    "restart": {
+        *("callbacks", "checks", "incidents", "lightning_package", "trainer_internals"),
+        "training_state",
+    },
     "cli": {
-        *("callbacks", "checks", "errors", "figures", "incidents", "measurement", "printing"),
-        *("redaction", "restart", "trainer_internals", "training_state"),
+        *("callbacks", "checks", "errors", "figures", "incidents", "lightning_package"),
+        *("measurement", "printing", "redaction", "restart", "trainer_internals"),
+        "training_state",
     },
     "registration": {"callbacks"},
 }
 """Every room, from the lowest up, and the rooms that its files import: only lower ones."""
 
 WITH_LIGHTNING = {"callbacks", "trainer_internals", "restart", "cli", "faults"}
+"""Rooms that may use Lightning, through `lightning_package`."""
 WITHOUT_TORCH = {
     *(
         "versions",
+        "lightning_choice",
         "errors",
         "printing",
         "redaction",
@@ -258,9 +269,36 @@ def test_every_file_is_in_a_room():
     assert {room_of(f) for f in FILES} == {*ROOMS, "__init__"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if room_of(f) not in WITH_LIGHTNING])
+@pytest.mark.parametrize("path", [f for f in FILES if room_of(f) != "lightning_package"])
+def test_lightning_is_imported_by_one_file(path):
+    names = {"lightning", "lightning_fabric", "pytorch_lightning"}
+    assert not imported(path) & names, "import it from lit_stability.lightning_package"
+
+
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if room_of(f) not in WITH_LIGHTNING | {"lightning_package"}]
+)
 def test_file_outside_the_shell_imports_no_lightning(path):
-    assert not imported(path) & {"lightning", "pytorch_lightning", "torchmetrics"}
+    assert not imported(path) & {"torchmetrics"}
+    assert "lightning_package" not in own_imports(path)
+
+
+def test_both_packages_of_lightning_give_the_same_names():
+    """They are written out twice, for type checkers and readers."""
+    tree = ast.parse((ROOT / "lightning_package.py").read_text(encoding="utf8"))
+    (choice,) = [n for n in tree.body if isinstance(n, ast.If)]
+    first, second = (
+        {(n.module, alias.name, alias.asname) for n in part for alias in n.names}
+        for part in (choice.body, choice.orelse)
+    )
+    names = {"lightning": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+    names["lightning.pytorch"] = "pytorch_lightning"
+
+    def renamed(module):
+        known = max((n for n in names if f"{module}.".startswith(f"{n}.")), key=len)
+        return names[known] + module.removeprefix(known)
+
+    assert {(renamed(module), *rest) for module, *rest in first} == second
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if is_light(f)])
@@ -283,4 +321,6 @@ def test_light_files_exist():
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):
-    assert not imported(path, everywhere=False) & {"torch", "lightning", "numpy"}
+    assert not imported(path, everywhere=False) & {"torch", "numpy"}
+    text = (ROOT / path).read_text(encoding="utf8")
+    assert "\nfrom lit_stability.lightning_package" not in text

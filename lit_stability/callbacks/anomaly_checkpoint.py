@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
@@ -21,6 +19,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
 from lit_stability.incidents.report import markdown
+from lit_stability.lightning_package import LIGHTNING_VERSION, LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import run_directory, save_incident_checkpoint, sharing
@@ -212,7 +211,7 @@ class AnomalyCheckpoint(StabilityCallback):
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "lightning": lightning.__version__,
+                "lightning": LIGHTNING_VERSION,
                 "platform": platform.platform(),
             },
         }

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.detectors.anomaly import require
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.attention_monitor import LOGIT, AttentionMonitor, fitting
 from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.measurement.norms import DeviceReadings

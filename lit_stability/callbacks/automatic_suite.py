@@ -5,8 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from lit_stability.callbacks import stability_callbacks
 from lit_stability.callbacks.gradient_monitor.reporter import log
 from lit_stability.callbacks.gradient_monitor.validation import require_watchable
@@ -15,6 +13,7 @@ from lit_stability.callbacks.requirements import (
     require_supported_strategy,
     require_whole_optimizers,
 )
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 

@@ -11,8 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 if TYPE_CHECKING:

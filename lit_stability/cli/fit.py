@@ -11,15 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import (
-    Callback,
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    seed_everything,
-)
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.callbacks.automatic_suite import AutomaticSuite
@@ -31,6 +22,15 @@ from lit_stability.cli.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.cli.signature import sign
 from lit_stability.cli.targets import Rules, refusals
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_package import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Logger,
+    MisconfigurationException,
+    Trainer,
+    seed_everything,
+)
 from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
 from lit_stability.trainer_internals import callbacks_of, hide_environment

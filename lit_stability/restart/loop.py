@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.restart.callback import (
     RemedyFailedError,
     RestartCallback,

@@ -10,8 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
+from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 _OPTIONS = (

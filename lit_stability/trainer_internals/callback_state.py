@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias
 from weakref import WeakSet
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
+from lit_stability.lightning_package import (
     BaseFinetuning,
+    Callback,
     EarlyStopping,
+    LightningModule,
     ModelCheckpoint,
+    Trainer,
     WeightAveraging,
 )
-
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.snapshot import ModuleSnapshot
 

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch import Callback, Trainer
 
+from lit_stability.lightning_package import Callback, Trainer, fabric_types
 from lit_stability.trainer_internals.data_fetcher import (
     FetcherObserver,
     carry_over,
@@ -124,7 +123,7 @@ class DataPosition(FetcherObserver):
     def _stateful(self) -> bool:
         """Whether a loader has its own ``state_dict``, which Lightning saves and restores."""
         assert self._trainer is not None
-        return any(isinstance(dl, _Stateful) for dl in loaders(self._trainer))
+        return any(isinstance(dl, fabric_types._Stateful) for dl in loaders(self._trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, loadable with ``weights_only=True``; {} outside a fit."""

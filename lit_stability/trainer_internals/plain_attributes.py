@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
+
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 
 _FLAGS = (bool, int, str, type(None))
 _PLAIN = (*_FLAGS, float, complex)

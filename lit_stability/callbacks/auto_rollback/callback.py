@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.auto_rollback.executor import ResponseExecutor
 from lit_stability.callbacks.auto_rollback.raising_steps import RaisingSteps
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
@@ -20,6 +18,7 @@ from lit_stability.callbacks.requirements import (
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
@@ -20,6 +19,7 @@ from lit_stability.callbacks.requirements import gather_of
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import RecommendedAction
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import (

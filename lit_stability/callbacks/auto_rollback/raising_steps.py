@@ -11,11 +11,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.incidents import Incident
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import all_finite
 from lit_stability.measurement.tensor_tree import named_tensors
 from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of

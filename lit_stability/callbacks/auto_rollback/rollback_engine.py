@@ -10,11 +10,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import all_finite
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.crash_prediction.preventive_actions import (
@@ -21,6 +20,7 @@ from lit_stability.callbacks.requirements import require_monitor, require_suppor
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require, require_instance
 from lit_stability.incidents import Incident
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.backoff import Baseline
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels

@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.gradient_flow.picture import draw_gradient_flow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.hooks import StabilityCallback
@@ -17,6 +15,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.figures import new_figure, to_png
 from lit_stability.incidents import Incident
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail, StepStats
 from lit_stability.tensorboard.images import write_figure

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
 from lit_stability.detectors import Detector, LayerBounds, default_detectors
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 
 
 def asked_detectors(

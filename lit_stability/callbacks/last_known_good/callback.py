@@ -7,13 +7,12 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.last_known_good.checkpoint_manager import CheckpointManager
 from lit_stability.callbacks.last_known_good.resume_check import PreviousRun, ResumeVerification
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.incidents import Incident
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import (
     DataPosition,

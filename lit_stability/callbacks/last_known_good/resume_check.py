@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import lower_learning_rate
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import (
     ReferenceStep,
     incomparable,

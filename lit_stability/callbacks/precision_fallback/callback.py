@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook
@@ -14,6 +13,7 @@ from lit_stability.callbacks.precision_fallback.float32_rerun import Float32Reru
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.lost_updates import lost_epsilon
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import KeepInFloat32, LowerPrecision
