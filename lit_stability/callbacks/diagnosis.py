@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,12 +18,13 @@ from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.distributed.dtensor import local
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.number_formats import all_finite
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class Diagnosis(StabilityCallback):

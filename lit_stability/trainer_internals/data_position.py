@@ -8,12 +8,12 @@ is the one that the interrupted run would have trained on.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, Trainer, fabric_types
 from lit_stability.trainer_internals.data_fetcher import (
     FetcherObserver,
@@ -42,7 +42,7 @@ from lit_stability.training_state.rng import (
     unpack_rng,
 )
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 MAX_STATES = 500
 """Generator states saved per epoch if reading the data draws random numbers; 10 kB each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lit_stability.lightning_choice import LIGHTNING_ROOTS
 from lit_stability.lightning_package import LIGHTNING_VERSION, Trainer
 from lit_stability.redaction import redacted_tree
 from lit_stability.trainer_internals.strategies import sharing
@@ -46,4 +47,4 @@ def _dump(trainer: Trainer) -> dict[str, Any]:
     return checkpoint
 
 
-_KNOWN = ("lightning", "pytorch_lightning", "lit_stability")
+_KNOWN = (*LIGHTNING_ROOTS, "lit_stability")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from lit_stability.callbacks.requirements import (
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Stop
@@ -26,7 +26,7 @@ from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.trainer_internals import Stateful, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class AutoRollback(StabilityCallback):

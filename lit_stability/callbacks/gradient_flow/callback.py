@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.figures import new_figure, to_png
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail, StepStats
@@ -22,7 +22,7 @@ from lit_stability.tensorboard.images import write_figure
 from lit_stability.trainer_internals import callbacks_of, logger_step, run_directory
 from lit_stability.training_state.atomic_write import write_and_keep
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class GradientFlow(StabilityCallback):
