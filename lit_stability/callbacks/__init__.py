@@ -54,6 +54,8 @@ that resolves the incident decides the response; callbacks after it see ``incide
 [('non-finite loss', ['step skipped'], 'recovered')]
 """
 
+# First, because it checks the versions: with an old torch the imports below fail without a reason.
+import lit_stability.lightning_package  # noqa: F401
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.attention_probe import AttentionProbe
