@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     (info / "entry_points.txt").write_text(entry_points("pytorch_lightning.callbacks_factory"))
     path = os.pathsep.join([str(info.parent), str(ROOT)])
     done = python("-m", "tests.guest.under_pytorch_lightning", folder, PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "found.json").read_text()), done.stderr
 
 
@@ -100,6 +100,22 @@ def test_trainer_of_pytorch_lightning_has_the_suite_by_the_environment_variable(
     assert run[0]["automatic"] == ["AutomaticSuite", *SUITE]
 
 
+def test_command_fits_a_model_of_pytorch_lightning_with_its_trainer_and_logger(run):
+    assert run[0]["command"]["fit"] == 0
+    assert run[0]["command"]["events"] == 1
+
+
+def test_command_refuses_a_model_of_the_other_package_with_what_to_set(run):
+    message = run[0]["command"]["message"]
+    assert run[0]["command"]["refused"] == 2
+    assert "expected a mapping whose _target_ is a LightningModule; this is one of" in message
+    assert "set LIT_STABILITY_LIGHTNING=lightning, or" in message
+
+
+def test_callbacks_of_pytorch_lightning_are_told_from_those_of_the_user(run):
+    assert run[0]["states"] == {"Counter": True, "Timer": False}
+
+
 def test_classes_that_a_config_may_build_exist_in_pytorch_lightning(run):
     assert run[0]["components"] == {"found": 13, "missing": []}
 
@@ -127,30 +143,6 @@ def test_callbacks_are_of_the_package_that_is_imported_after_them():
     )
     done = python("-c", program)
     assert done.returncode == 0, done.stderr
-
-
-CONFIG = """
-model: {_target_: mine.Model}
-trainer: {_target_: pytorch_lightning.Trainer, max_steps: 2, accelerator: cpu}
-"""
-MODEL = "from pytorch_lightning.demos.boring_classes import BoringModel as Model\n"
-
-
-@pytest.mark.parametrize("named", ["", "pytorch_lightning"])
-def test_config_with_a_model_of_pytorch_lightning_fits_or_says_what_to_set(named, tmp_path):
-    (tmp_path / "mine.py").write_text(MODEL)
-    (tmp_path / "mine.yaml").write_text(CONFIG)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    words = ("-m", "lit_stability.cli.main", "fit", "-c", tmp_path / "mine.yaml")
-    options = (f"run_dir={tmp_path / 'run'}",)
-    done = python(*words, *options, PYTHONPATH=path, LIT_STABILITY_LIGHTNING=named)
-    if named:
-        assert done.returncode == 0, done.stderr
-        assert list((tmp_path / "run").glob("events.*")), "no TensorBoardLogger of the package"
-    else:
-        assert done.returncode == 2
-        assert "expected a mapping whose _target_ is a LightningModule; this is" in done.stderr
-        assert "set LIT_STABILITY_LIGHTNING=pytorch_lightning, or" in done.stderr
 
 
 @pytest.mark.parametrize(

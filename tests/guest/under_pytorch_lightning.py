@@ -3,17 +3,20 @@
 Usage: python -m tests.guest.under_pytorch_lightning FOLDER
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
 import pickle
 import pkgutil
 import sys
+import traceback
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, Timer, WeightAveraging
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -28,10 +31,12 @@ from lit_stability import (
     stability_callbacks,
 )
 from lit_stability.callbacks.automatic_suite import AutomaticSuite
+from lit_stability.cli.main import main as lit_stability_command
 from lit_stability.cli.targets import COMPONENTS
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.incidents.report import responses_text
 from lit_stability.trainer_internals import sharing
+from lit_stability.trainer_internals.callback_state import keeps_state
 
 
 class Net(pl.LightningModule):
@@ -196,6 +201,21 @@ def copies(folder):
     }
 
 
+class Counter(pl.Callback):
+    """A callback of the user, which says what its state is."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def states(folder):
+    """A rollback restores what callbacks of the user save; time that has passed is not undone."""
+    return {each.__name__: keeps_state(each()) for each in (Counter, Timer)}
+
+
 def components(folder):
     names = [name for name in COMPONENTS if name.startswith(("pytorch_l", "lightning_fabric"))]
     classes = {name: pkgutil.resolve_name(name) for name in names}
@@ -208,6 +228,25 @@ def automatic(folder):
     _, trainer = fit(folder, max_steps=3)
     del os.environ["LIT_STABILITY_AUTO"]
     return [type(callback).__name__ for callback in trainer.callbacks]
+
+
+def command(folder):
+    """`lit-stability fit` with a model of either package."""
+    codes, printed, config = [], io.StringIO(), folder / "mine.yaml"
+    folder.mkdir()
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        model = {"_target_": f"{package}.demos.boring_classes.BoringModel"}
+        config.write_text(
+            json.dumps({"model": model, "trainer": {"max_steps": 2, "accelerator": "cpu"}})
+        )
+        with contextlib.redirect_stderr(printed):
+            codes.append(lit_stability_command(["fit", "-c", str(config), f"run_dir={folder}/run"]))
+    return {
+        "fit": codes[0],
+        "events": len(list(folder.glob("run/events.*"))),
+        "refused": codes[1],
+        "message": printed.getvalue(),
+    }
 
 
 def other_package(folder):
@@ -236,12 +275,20 @@ def other_package(folder):
     }
 
 
+def attempt(scenario, folder):
+    """What a scenario finds; an error fails its own test, and not those of the others."""
+    try:
+        return scenario(folder)
+    except Exception as error:
+        return {"error": "".join(traceback.format_exception(error)[-3:])}
+
+
 def main(folder):
     logging.getLogger("pytorch_lightning").setLevel(logging.INFO)
     torch.set_num_threads(1)
     scenarios = (healthy, damaged_weight, nan_loss, overflow, strategies, broken_sample, copies)
-    scenarios += (components, automatic, other_package)
-    found = {each.__name__: each(folder / each.__name__) for each in scenarios}
+    scenarios += (states, components, automatic, command, other_package)
+    found = {each.__name__: attempt(each, folder / each.__name__) for each in scenarios}
     (folder / "found.json").write_text(json.dumps(found))
 
 
