@@ -1,6 +1,7 @@
 """The public names, and who may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +292,18 @@ def test_lightning_is_imported_by_one_file(path):
 def test_file_outside_the_shell_imports_no_lightning(path):
     assert not imported(path) & {"torchmetrics"}
     assert "lightning_package" not in own_imports(path)
+
+
+WRITES_BOTH_NAMES = {"lightning_choice.py", "cli/targets.py", "restart/crashes.py"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f not in WRITES_BOTH_NAMES])
+def test_text_names_no_module_of_one_package_of_lightning(path):
+    """Such as a logger or a target: `lightning_choice` knows which package is in use."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf8"))
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    name = re.compile(r"(lightning[./](pytorch|fabric)|pytorch_lightning|lightning_fabric)[\w./]*")
+    assert [text for text in texts if isinstance(text, str) and name.fullmatch(text)] == []
 
 
 def test_both_packages_of_lightning_give_the_same_names():
