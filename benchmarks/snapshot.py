@@ -53,7 +53,7 @@ class Rounds(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: Any) -> None:
         snapshot = TrainingSnapshot(pl_module, FrozenWeights())
-        start = StepStart(pl_module)
+        start = StepStart(trainer, pl_module)
         snapshot.capture(trainer, pl_module, position=0, mark=0)
         source = torch.zeros(snapshot.nbytes // 4)
         target = torch.empty_like(source)

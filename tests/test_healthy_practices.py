@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.callbacks.auto_rollback import AutoRollback
@@ -118,6 +119,50 @@ def test_large_gradients_that_come_back_are_clipped_at_most_a_few_times(factor, 
     assert set(responses) <= {"step retried", "gradients clipped"}
     assert responses.count("gradients clipped") <= 4
     assert (bare - with_suite).norm() < 0.1 * bare.norm()
+
+
+def nan_term(loss):
+    return loss * float("nan")
+
+
+def exception(loss):
+    raise RuntimeError(f"no penalty for {loss}")
+
+
+@pytest.mark.parametrize("fault", [nan_term, exception])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["1", "2"])
+def test_fault_of_one_batch_index_costs_few_batches_and_is_named(fault, options, tmp_path):
+    class Periodic(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return fault(loss) if batch_idx % 16 == 5 else loss
+
+    suite = stability_callbacks()
+    module, trainer = fit(
+        tmp_path, suite, Periodic, regression_data(64), max_steps=-1, max_epochs=3, **options
+    )
+    window = options.get("accumulate_grad_batches", 1)
+    assert trainer.global_step >= 3 * 64 / window - 16
+    assert torch.isfinite(flat(module)).all()
+    assert {i.cause for i in suite[0].incidents} == {"fault of one batch index"}
+    assert sum(r == "step skipped" for i in suite[0].incidents for r in i.responses) <= 3
+
+
+def loader(batches):
+    return DataLoader(batches, batch_size=None)
+
+
+@pytest.mark.parametrize("bad", [3, 5])
+def test_bad_batches_in_a_row_are_not_taken_for_a_fault_of_their_index(bad, tmp_path):
+    batches = [tuple(batch) for batch in regression_data(40)]
+    nans = [(x * float("nan"), y) for x, y in batches[20 : 20 + bad]]
+    spoiled = batches[:20] + nans + batches[20 + bad :]
+    without = batches[:20] + batches[20 + bad :]
+    suite = stability_callbacks()
+    module, _ = fit(tmp_path / "a", suite, data=loader(spoiled), max_steps=-1, max_epochs=1)
+    twin, _ = fit(tmp_path / "b", data=loader(without), max_steps=-1, max_epochs=1)
+    assert torch.equal(flat(module), flat(twin))
+    assert suite[0].incidents[0].cause == "bad batch"
 
 
 def test_random_draw_that_fails_costs_a_batch_and_is_named(tmp_path):

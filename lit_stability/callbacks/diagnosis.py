@@ -20,7 +20,7 @@ from lit_stability.distributed.dtensor import local
 from lit_stability.incidents import Incident
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
-from lit_stability.measurement.number_formats import all_finite
+from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of
 
@@ -94,8 +94,10 @@ class Diagnosis(StabilityCallback):
         self._first_batch = self._sensitivity = None
         trained = [local(p.detach()) for p in pl_module.parameters() if p.requires_grad]
         self._first_norm = float(torch.nn.utils.get_total_norm(trained))
+        buffers = dict(pl_module.named_buffers())
+        finite = which_are_finite(buffers.values())
         self._bad_from_start = frozenset(
-            name for name, buffer in pl_module.named_buffers() if not all_finite(local(buffer))
+            name for name, ok in zip(buffers, finite, strict=True) if not ok
         )
 
     def on_train_batch_end(

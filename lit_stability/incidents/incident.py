@@ -179,6 +179,16 @@ class Incident:
         if evidence not in self.evidence:
             self.evidence.append(evidence)
 
+    def withdraw(self, cause: str) -> None:
+        """Removes a cause of `note` that a later experiment contradicts.
+
+        Args:
+            cause: as it was noted; nothing happens if it was not.
+        """
+        evidence = self.shown.pop(cause, None)
+        if evidence in self.evidence:
+            self.evidence.remove(evidence)
+
     @property
     def assessment(self) -> Assessment:
         """The diagnosis; computed again only when its input has changed, and final after `seal`."""

@@ -8,7 +8,7 @@ in calls. May import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, mul
 from typing import Any
@@ -73,7 +73,7 @@ def peaks_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def norms_and_peaks(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Returns `norms_of` and `peaks_of`; on a CPU both of each tensor while it is in the cache."""
-    if not all(t.device.type == "cpu" for t in tensors):
+    if not _on_cpu(tensors):
         return norms_of(tensors), peaks_of(tensors)
     if not tensors:
         return [], []
@@ -85,10 +85,15 @@ def norms_and_peaks(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tenso
     return [_stacked(norms)], [_stacked(peaks)]
 
 
+def _on_cpu(tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels cost what they read; elsewhere they cost a launch each."""
+    return all(t.device.type == "cpu" for t in tensors)
+
+
 def _peak(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return tensor.new_zeros(())
-    if tensor.device.type == "cpu":  # there, two passes take less than one of `aminmax`
+    if _on_cpu([tensor]):  # there, two passes take less than one of `aminmax`
         return torch.maximum(-tensor.amin(), tensor.amax())
     low, high = torch.aminmax(tensor)
     return torch.maximum(-low, high)
@@ -218,7 +223,7 @@ class BatchedNorms:
 def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Returns groups of indices of small tensors with the same shape and dtype."""
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    if not all(t.device.type == "cpu" for t in tensors):
+    if not _on_cpu(tensors):
         return []
     for i, t in enumerate(tensors):
         if _may_be_stacked(t):

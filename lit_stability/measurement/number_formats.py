@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+from lit_stability.distributed.dtensor import local
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Real formats with norms and comparisons; fp8 has neither."""
@@ -22,10 +26,18 @@ def is_measurable(tensor: Tensor) -> bool:
     return not is_lazy(tensor) and (tensor.dtype in FLOATS or tensor.dtype.is_complex)
 
 
-def all_finite(tensor: Tensor) -> bool:
+def which_are_finite(tensors: Iterable[Tensor]) -> list[bool]:
     """Returns whether no element is NaN or infinite; True for one that cannot be measured.
 
-    >>> all_finite(torch.tensor([1.0, torch.nan])), all_finite(torch.tensor([1, 2]))
-    (False, True)
+    The host waits once for all of them.
+
+    >>> which_are_finite([torch.tensor([torch.nan]), torch.tensor([1]), torch.ones(2)])
+    [False, True, True]
     """
-    return not is_measurable(tensor) or bool(tensor.isfinite().all())
+    given = list(tensors)
+    found = [local(t).isfinite().all() for t in given if is_measurable(t)]
+    if not found:
+        return [True] * len(given)
+    device = found[0].device
+    answers = iter(torch.stack([f.to(device) for f in found]).tolist())
+    return [not is_measurable(t) or next(answers) for t in given]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.gradient_distribution import details_of, sampled_distribution
@@ -245,7 +245,9 @@ class StepMeter:
         return tuple((name, _root_ratio(moved, whole)) for name, moved, whole in rows if moved)
 
     def _moves(self, read: Reading) -> WeightMoves | None:
-        if self._scanned is None or not read.extents:
+        # Learning rate and gradient tell nothing of how far a line search moves the weights.
+        searches = isinstance(self.optimizer, LBFGS)
+        if self._scanned is None or not read.extents or searches:
             return None
         since, norms, peaks = self._scanned
         count = len(self.names)

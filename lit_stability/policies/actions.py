@@ -15,6 +15,8 @@ class RetryStep:
 
     new_random_numbers: bool = False
     """Whether the step draws other random numbers this time."""
+    next_index: bool = False
+    """Whether the batch gets the index of the batch after it this time."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def describe(response: Response) -> str:
     'rolled back, learning rate x0.5, clip x0.5'
     """
     match response:
-        case RetryStep(new):
-            return "step retried" + " with new random numbers" * new
+        case RetryStep(new, next_index):
+            words = "step retried" + " with new random numbers" * new
+            return words + " at the next batch index" * next_index
         case SkipStep():
             return "step skipped"
         case ClipStep():

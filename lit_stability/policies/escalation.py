@@ -3,7 +3,8 @@
 Imports neither torch nor Lightning. A rollback does not restore its state; checkpoints contain it.
 
     bad batch, state intact ......... retry the step; if the anomaly recurs, skip the batch; if
-                                      the next batch fails too, retry with new random numbers
+                                      the next batch fails too, retry with new random numbers;
+                                      if the one after fails too, at the next batch index
     large but finite gradient ....... retry the step; if it recurs, clip it to the usual norm,
                                       and so the rest of the burst
     learning rate jumped ............ hold it at its last accepted value
@@ -41,6 +42,8 @@ _BURST = 5
 """Steps after a clipped one in which another large gradient is clipped without a retry."""
 _CERTAIN = 3
 """Batches in a row that must fail before a certain cause is one of all batches."""
+_MOVED_AFTER = (2, 5, 8)
+"""Batches in a row that failed at one batch index when the index is suspected."""
 _LARGEST_CUT = 1e3
 """Largest divisor of the learning rate in one rollback."""
 
@@ -111,6 +114,8 @@ class EscalationPolicy:
         """Check of the steps replayed since a snapshot."""
         self.retried = ReproducibilityCheck(slack=0)
         """Check of a single retried step."""
+        self.suspects_index = False
+        """Whether a batch index was found to fail with any batch: the next one is tried at once."""
         self._failed_at: int | None = None
         """Step at which so many batches in a row failed that the state was rolled back."""
         self._skipped: int | None = None
@@ -159,6 +164,7 @@ class EscalationPolicy:
         adjusted: bool = False,
         clippable: bool = False,
         random: bool = True,
+        movable: bool = False,
         recommended_action: RecommendedAction = "usual",
         cause: str = "",
     ) -> Response:
@@ -176,6 +182,7 @@ class EscalationPolicy:
                 earlier recurrences then no longer count.
             clippable: whether the gradients are still there to be clipped.
             random: whether the step has drawn random numbers.
+            movable: whether the batch can be trained on at the index of the batch after it.
             recommended_action: what the likely cause recommends; see `lit_stability.diagnosis`.
             cause: name of the likely cause, for the reason of a stop.
         """
@@ -204,7 +211,7 @@ class EscalationPolicy:
             return ClipStep()
         streak_is_over = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not streak_is_over and self._spend("skips"):
-            return self._reject_step(anomaly.step, replay, random)
+            return self._reject_step(anomaly.step, replay, random, movable)
         if streak_is_over and not damaged:
             if self._failed_at is not None and anomaly.step <= self._failed_at:
                 batches = 2 * self.budget.skips_in_a_row
@@ -229,12 +236,15 @@ class EscalationPolicy:
         goes_on = self._clipped is not None and abs(anomaly.step - self._clipped) <= _BURST
         return goes_on or not replay or self.retried.returns(anomaly.step)
 
-    def _reject_step(self, step: int, replay: bool, random: bool) -> Response:
+    def _reject_step(self, step: int, replay: bool, random: bool, movable: bool) -> Response:
         # A batch was skipped at this step and the next one fails too, with the same random numbers.
         draw_is_suspect = random and step == self._skipped
         if replay and not self.retried.returns(step):
             self.retried.begin(step)
-            return RetryStep(draw_is_suspect)
+            # A skipped batch leaves its index to the next. One change at a time shows the cause.
+            several = step == self._skipped and self._skips_in_a_row in _MOVED_AFTER
+            move = movable and (several or self.suspects_index)
+            return RetryStep(draw_is_suspect and not move, move)
         self.retried.end()
         self._skips_in_a_row += 1
         self._skipped = step

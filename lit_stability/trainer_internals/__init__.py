@@ -15,6 +15,8 @@ from lit_stability.trainer_internals.loop_counters import (
     LoopState,
     count_skipped_batches,
     end_epoch_schedulers,
+    has_room_to_move,
+    move_batch_index,
 )
 from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics, known_metrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
@@ -101,6 +103,7 @@ __all__ = [
     "end_epoch_schedulers",
     "ends_window",
     "full_checkpoint",
+    "has_room_to_move",
     "hide_environment",
     "incomparable",
     "is_compiled",
@@ -113,6 +116,7 @@ __all__ = [
     "logger_step",
     "loss_scale_on_device",
     "loss_scaler",
+    "move_batch_index",
     "owners_in",
     "parameters_of",
     "ranks_of",

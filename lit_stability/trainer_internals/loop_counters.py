@@ -84,14 +84,41 @@ def validates_at_end(trainer: Trainer) -> bool:
 
 
 def count_skipped_batches(trainer: Trainer, skipped: int) -> None:
-    """Counts skipped batches at the end of an epoch; without them its validation is not due."""
+    """Counts skipped batches at the end of an epoch; without them its validation is not due.
+
+    Where an index was moved, some of them have been counted already.
+    """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     if not (skipped and progress.is_last_batch and validates_at_end(trainer)):
         return
     if trainer.check_val_every_n_epoch is not None:
-        current = progress.current
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(current, name, getattr(current, name) + skipped)
+        missing = trainer.num_training_batches - progress.current.ready
+        _advance(trainer, int(min(skipped, max(missing, 0))))
+
+
+def has_room_to_move(trainer: Trainer) -> bool:
+    """Returns whether `move_batch_index` stays within the epoch.
+
+    Args:
+        trainer: at the end of a batch with an optimizer step.
+    """
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return ready + trainer.accumulate_grad_batches <= trainer.num_training_batches
+
+
+def move_batch_index(trainer: Trainer) -> None:
+    """Moves the next batch to the index after its own, or by a whole accumulation window.
+
+    Args:
+        trainer: before it fetches a batch that begins a window.
+    """
+    _advance(trainer, trainer.accumulate_grad_batches)
+
+
+def _advance(trainer: Trainer, batches: int) -> None:
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(current, name, getattr(current, name) + batches)
 
 
 def end_epoch_schedulers(trainer: Trainer) -> None:

@@ -8,30 +8,59 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _WORDS = 624
 """Number of 32-bit words in a Mersenne Twister; numpy stores its position, an int, after them."""
 
 
 def capture_rng() -> dict[str, Any]:
-    """Returns the RNG states of python, numpy, torch and every CUDA device."""
+    """Returns the RNG states of python, numpy, torch and every accelerator in use."""
+    accelerator = _accelerator()
     return {
         "python": random.getstate(),
         "numpy": _numpy.state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if _has_cuda() else [],
+        "accelerator": [] if accelerator is None else accelerator.states(),
     }
 
 
+@dataclass(frozen=True)
+class _Accelerator:
+    """The generators of one kind of device."""
+
+    kind: str
+    states: Callable[[], list[Tensor]]
+    restore: Callable[[list[Tensor]], None]
+
+
+def _accelerator() -> _Accelerator | None:
+    """Returns the kind of device whose generators are in use.
+
+    CUDA is not started for its generators: that would take memory, and forbid forks.
+    """
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        if module.is_initialized():
+            return _Accelerator(kind, module.get_rng_state_all, module.set_rng_state_all)
+    return _mps() if _has_mps() else None
+
+
 @cache
-def _has_cuda() -> bool:
-    return torch.cuda.is_available()
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def _mps() -> _Accelerator:
+    one = torch.mps
+    return _Accelerator("mps", lambda: [one.get_rng_state()], lambda s: one.set_rng_state(s[0]))
 
 
 class _NumpyGenerator:
@@ -68,8 +97,9 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    accelerator = _accelerator()
+    if state["accelerator"] and accelerator is not None:
+        accelerator.restore(state["accelerator"])
 
 
 def fresh_rng(state: Mapping[str, Any], salt: int = 0) -> dict[str, Any]:
@@ -88,13 +118,15 @@ def fresh_rng(state: Mapping[str, Any], salt: int = 0) -> dict[str, Any]:
     generator.set_state(state["torch"])
     drawn = torch.randint(2**31, (2,), generator=generator).tolist()
     seed = hash((*drawn, salt)) % 2**32
+    accelerator = _accelerator()
+    kind = "cpu" if accelerator is None else accelerator.kind
     return {
         "python": random.Random(seed).getstate(),
         "numpy": np.random.RandomState(seed).get_state(),
         "torch": generator.manual_seed(seed).get_state(),
-        "cuda": [
-            torch.Generator(torch.device("cuda", i)).manual_seed(seed).get_state()
-            for i in range(len(state["cuda"]))
+        "accelerator": [
+            torch.Generator(torch.device(kind, i)).manual_seed(seed).get_state()
+            for i in range(len(state["accelerator"]))
         ],
     }
 
@@ -114,33 +146,39 @@ def pack_rng(state: Mapping[str, Any]) -> dict[str, Any]:
         "python": [version, torch.tensor(integers), gauss],
         "numpy": [torch.from_numpy(words.astype(np.int64)), position, has_gauss, cached],
         "torch": state["torch"],
-        "cuda": list(state["cuda"]),
+        "accelerator": list(state["accelerator"]),
     }
 
 
 def unpack_rng(packed: Mapping[str, Any]) -> dict[str, Any]:
     """Converts packed states back for `restore_rng`.
 
-    CUDA states are dropped if the number of devices differs.
+    States of accelerators are dropped if the number of devices differs.
+
+    Args:
+        packed: as `pack_rng` returned it; version 0.1.0 named the states of accelerators "cuda".
     """
     version, integers, gauss = packed["python"]
     words, position, has_gauss, cached = packed["numpy"]
-    cuda = packed["cuda"]
+    states = [s.cpu() for s in packed.get("accelerator", packed.get("cuda", []))]
+    accelerator = _accelerator()
+    devices = 0 if accelerator is None else len(accelerator.states())
     return {
         "python": (version, tuple(integers.tolist()), gauss),
         "numpy": ("MT19937", words.numpy().astype(np.uint32), position, has_gauss, cached),
         "torch": packed["torch"].cpu(),
-        "cuda": [s.cpu() for s in cuda] if len(cuda) == torch.cuda.device_count() else [],
+        "accelerator": states if len(states) == devices else [],
     }
 
 
 def same_rng(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Returns whether no random number was drawn on the host between two captures."""
+    """Returns whether no random number was drawn between two captures."""
     return bool(
         torch.equal(a["torch"], b["torch"])
         and a["python"] == b["python"]
         and a["numpy"][2:] == b["numpy"][2:]
         and np.array_equal(a["numpy"][1], b["numpy"][1])
+        and all(map(torch.equal, a["accelerator"], b["accelerator"]))
     )
 
 

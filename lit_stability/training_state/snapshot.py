@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
-from lit_stability.measurement.number_formats import all_finite, is_measurable
+from lit_stability.measurement.number_formats import is_measurable, which_are_finite
 from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
 
 
@@ -238,7 +238,8 @@ class BufferGuard:
         copies = self._bank.saved[len(self._bank.saved) - len(self._parameters) :]
         known = {id(p): saved for p, saved in zip(self._parameters, copies, strict=True)}
         asked = [known.get(id(p)) for p in parameters]
-        return all(saved is not None and all_finite(saved) for saved in asked)
+        captured = [saved for saved in asked if saved is not None]
+        return len(captured) == len(asked) and all(which_are_finite(captured))
 
 
 def _buffers(
@@ -251,8 +252,8 @@ def _non_finite(
     homes: Iterable[tuple[nn.Module, str, Tensor | None]], saved: Iterable[Tensor]
 ) -> set[tuple[int, str]]:
     owned = [(id(module), key) for module, key, buffer in homes if buffer is not None]
-    pairs = zip(owned, saved, strict=True)
-    return {owner for owner, copy_ in pairs if not all_finite(copy_)}
+    pairs = zip(owned, which_are_finite(saved), strict=True)
+    return {owner for owner, finite in pairs if not finite}
 
 
 def _reassign(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:

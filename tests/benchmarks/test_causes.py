@@ -36,7 +36,10 @@ def test_summary_counts_each_group_and_all():
     ]
 
 
-@pytest.mark.parametrize("name", ["coefficient that is NaN", "NaN in a row", "equal eigenvalues"])
+@pytest.mark.parametrize(
+    "name",
+    ["coefficient that is NaN", "NaN in a row", "equal eigenvalues", "LBFGS on mini-batches"],
+)
 def test_cause_of_a_field_case_is_named(name):
     (case,) = [each for each in FIELD if each.name == name]
     assert of_field(case).verdict == "right"

@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
-from lit_stability.training_state.rng import capture_rng, restore_rng
+from lit_stability.training_state import rng
+from lit_stability.training_state.rng import (
+    capture_rng,
+    fresh_rng,
+    pack_rng,
+    restore_rng,
+    same_rng,
+    unpack_rng,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +73,70 @@ def test_another_generator_is_read_by_its_own_rules():
     drawn = np.random.rand(3).tolist()
     restore_rng(state)
     assert np.random.rand(3).tolist() == drawn
+
+
+class Accelerator:
+    """A kind of device with one generator."""
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.generator = torch.Generator()
+
+    def states(self):
+        return [self.generator.get_state()]
+
+    def restore(self, states):
+        self.generator.set_state(states[0])
+
+    def draw(self):
+        return torch.rand(1, generator=self.generator).item()
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A device in use beside the CPU, whose kind of generator is that of the CPU."""
+    made = Accelerator("cpu")
+    monkeypatch.setattr(rng, "_accelerator", lambda: made)
+    return made
+
+
+def test_generators_of_an_accelerator_are_restored_and_packed(accelerator):
+    before = capture_rng()
+    first = accelerator.draw()
+    assert not same_rng(before, capture_rng())
+    restore_rng(before)
+    assert same_rng(before, capture_rng())
+    assert accelerator.draw() == first
+    restore_rng(unpack_rng(pack_rng(before)))
+    assert accelerator.draw() == first
+
+
+def test_state_of_0_1_0_restores_cuda_generators(accelerator):
+    packed = pack_rng(capture_rng())
+    packed["cuda"] = packed.pop("accelerator")
+    first = accelerator.draw()
+    restore_rng(unpack_rng(packed))
+    assert accelerator.draw() == first
+
+
+def test_state_with_another_number_of_accelerators_restores_the_host_only(accelerator):
+    packed = pack_rng(capture_rng())
+    packed["accelerator"] = packed["accelerator"] * 2
+    first, on_host = accelerator.draw(), torch.rand(1)
+    restore_rng(unpack_rng(packed))
+    assert torch.rand(1) == on_host
+    assert accelerator.draw() != first
+
+
+def test_fresh_numbers_differ_on_an_accelerator_too(accelerator):
+    before = capture_rng()
+    first = accelerator.draw()
+    restore_rng(fresh_rng(before))
+    assert accelerator.draw() != first
+
+
+def test_cuda_that_the_program_has_not_started_stays_so(monkeypatch):
+    """Its start takes memory and forbids forks, as in a run on the CPU of a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("started CUDA"))
+    assert capture_rng()["accelerator"] == []

@@ -33,7 +33,7 @@ from lit_stability.policies.actions import (
 )
 from lit_stability.policies.backoff import Backoff, Baseline
 from lit_stability.policies.escalation import EscalationPolicy
-from lit_stability.trainer_internals import RecordedBatch, parameters_of
+from lit_stability.trainer_internals import RecordedBatch, batch_index, parameters_of
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
@@ -81,6 +81,7 @@ class ResponseExecutor:
         self._voted: Literal["clipped", "skipped", ""] = ""
         """What was done to the current step before all ranks had voted on it."""
         self._redrawn: Incident | None = None
+        self._moved: Incident | None = None
         """The incident whose step is retried with new random numbers."""
         self._relax_from = 0
         """Step of the anomaly last rolled back for: replayed steps before it relax nothing."""
@@ -170,7 +171,7 @@ class ResponseExecutor:
             self.skip(stats.optimizer)
             return
         self._engine.healthy()
-        self._note_random_draw()
+        self._note_what_helped()
         self._count(stats.step)
         baseline = self.baselines[stats.optimizer]
         threshold = baseline.clip_threshold(self._backoff.clip_factor)
@@ -184,15 +185,30 @@ class ResponseExecutor:
             self.apply_learning_rates()
             log.info("step %d: %s", stats.step, relaxed)
 
-    def _note_random_draw(self) -> None:
-        """Name the random draw as the cause, if the step passes with other random numbers."""
-        incident, self._redrawn = self._redrawn, None
-        if incident is not None:
-            incident.note(
+    def _note_what_helped(self) -> None:
+        """Name the random draw, or the batch index, as the cause if the step passes without it."""
+        moved, self._moved = self._moved, None
+        if moved is not None:
+            self._escalation.suspects_index = True
+            self._clear_of_blame(moved)
+            moved.note(
+                "fault of one batch index",
+                f"the batch of step {moved.anomaly.step} failed at batch index {moved.batch_idx} "
+                f"and passed at {batch_index(self._trainer)}",
+            )
+        redrawn, self._redrawn = self._redrawn, None
+        if redrawn is not None:
+            self._clear_of_blame(redrawn)
+            redrawn.note(
                 "random draw of the step",
-                f"step {incident.anomaly.step} failed with two batches and the same random "
+                f"step {redrawn.anomaly.step} failed with two batches and the same random "
                 "numbers, and passed with others",
             )
+
+    def _clear_of_blame(self, incident: Incident) -> None:
+        """Withdraw that the batch is bad: it has passed."""
+        for cause in ("bad batch", "the model raises on this batch"):
+            incident.withdraw(cause)
 
     def _count(self, step: int) -> None:
         """Count a healthy step; it may decide whether the retried anomaly is deterministic."""
@@ -217,7 +233,7 @@ class ResponseExecutor:
         ignored = incident.anomaly.warn_only and incident.recommended_action != "stop"
         if incident.resolved or ignored:
             return
-        self._redrawn = None
+        self._redrawn = self._moved = None
         self._backoff.disturbed()
         if self._pending is not None and not self._is_graver(incident):
             # The step of another optimizer in this batch was rejected already.
@@ -270,6 +286,7 @@ class ResponseExecutor:
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
             random=random,
+            movable=engine.can_move_index,
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
@@ -303,7 +320,8 @@ class ResponseExecutor:
     def _is_corrupted(self, incident: Incident) -> bool:
         """Whether a weight moved further since the snapshot than training can have moved it."""
         outlier = self._engine.outlier()
-        if outlier is None:
+        chosen = isinstance(self._trainer.optimizers[incident.anomaly.optimizer], LBFGS)
+        if outlier is None or chosen:  # LBFGS chooses how far it moves a weight
             return False
         name, moved, step = outlier
         incident.note(
@@ -330,11 +348,14 @@ class ResponseExecutor:
 
     def _carry_out(self, response: Response, incident: Incident) -> None:
         match response:
-            case RetryStep(new_random_numbers):
+            case RetryStep(new_random_numbers, next_index):
                 self._finder.begin(len(self._engine.window), incident.anomaly.step)
                 self._to_step_start((), incident)
                 if new_random_numbers:
                     self._redraw(incident)
+                if next_index:
+                    self._engine.move_index(incident.anomaly.step)
+                    self._moved = incident
             case SkipStep(new_random_numbers):
                 self._skip_batch(incident)
                 if new_random_numbers:

@@ -16,7 +16,7 @@ from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.incidents import Incident
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
-from lit_stability.measurement.number_formats import all_finite
+from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import named_tensors
 from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of
 
@@ -122,11 +122,11 @@ class RaisingSteps:
         new = not failure.explained and place not in self._unexplained
         self._count[place] += 1
         row = len(self._unexplained) + new
-        if new and row >= suspicious_row(self._bad, self._good):
-            self._log_surrender(
-                f"{row} batches in a row, each of which was left "
-                "out; batch, weights and buffers are finite"
-            )
+        # A batch in such a row is tried at another batch index first.
+        last = self._count[place] > 1 or not self._engine.can_move_index
+        in_a_row = not failure.explained and row >= suspicious_row(self._bad, self._good)
+        if in_a_row and last:
+            self._log_surrender(f"{row} batches in a row; batch, weights and buffers are finite")
             return False
         if self._count[place] > _OF_ONE_BATCH:
             self._log_surrender(f"the same batch {_OF_ONE_BATCH} times")
@@ -206,4 +206,5 @@ def _samples(bad: Tensor) -> str:
 
 def non_finite_weights(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of parameters that hold a NaN or Inf."""
-    return tuple(n for n, p in module.named_parameters() if not all_finite(p))
+    named = dict(module.named_parameters())
+    return tuple(n for n, ok in zip(named, which_are_finite(named.values()), strict=True) if not ok)

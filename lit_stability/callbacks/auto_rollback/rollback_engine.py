@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
-from lit_stability.measurement.number_formats import all_finite
+from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (
     BatchRecorder,
@@ -31,7 +30,9 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     count_skipped_batches,
     end_epoch_schedulers,
+    has_room_to_move,
     keeps_state,
+    move_batch_index,
     owners_in,
     remove_gradients,
     sharing,
@@ -65,7 +66,7 @@ _KEPT = (
 
 def has_nonfinite(batch: object) -> bool:
     """Returns whether a batch holds a NaN or Inf."""
-    return any(not all_finite(t) for t in tensors_in(batch))
+    return not all(which_are_finite(tensors_in(batch)))
 
 
 class RollbackEngine:
@@ -131,6 +132,8 @@ class RollbackEngine:
         """Values in attributes of the module."""
         self._redrawn: int | None = None
         """The step that is retried with other random numbers, until its first batch is fetched."""
+        self._moved: int | None = None
+        """The step that is retried at the next batch index, until its first batch is fetched."""
         self._rng: dict[str, Any] = {}
         """Of the generators after the undo."""
         self._logged: set[str] = set()
@@ -237,6 +240,9 @@ class RollbackEngine:
         if self._redrawn is not None and self._redrawn <= self._trainer.global_step:
             self._before_undo.restore(flags_only=True)
             self._redrawn = None
+        if self._moved is not None and self._moved <= self._trainer.global_step:
+            move_batch_index(self._trainer)
+            self._moved = None
         self._writes.begin(samples=(first or due) and self._sample_is_due())
 
     def _order_is_final(self) -> bool:
@@ -371,7 +377,9 @@ class RollbackEngine:
         """
         if not self._writes.written:
             return ()
-        bad = {name: p for name, p in self._module.named_parameters() if not all_finite(p)}
+        named = dict(self._module.named_parameters())
+        finite = which_are_finite(named.values())
+        bad = {name: named[name] for name, ok in zip(named, finite, strict=True) if not ok}
         return tuple(bad) if self._start.had_finite(bad.values()) else ()
 
     def damaged_buffers(self) -> tuple[str, ...]:
@@ -472,9 +480,7 @@ class RollbackEngine:
         entry = self._ring.entries[-1] if self._ring.entries else None
         if entry is None or entry.rng is None:
             return True
-        now = capture_rng()
-        same_on_devices = all(map(torch.equal, entry.rng["cuda"], now["cuda"]))
-        return not (same_rng(entry.rng, now) and same_on_devices)
+        return not same_rng(entry.rng, capture_rng())
 
     def redraw(self, step: int) -> None:
         """Has a step that was undone draw other random numbers than before.
@@ -487,6 +493,15 @@ class RollbackEngine:
             self._ring.redraw(step, self._draws)
         else:
             self._ring.resume = fresh_rng(self._ring.resume or capture_rng(), self._draws)
+
+    @property
+    def can_move_index(self) -> bool:
+        """Whether the current step can be retried at the batch index after its own."""
+        return self.replay and has_room_to_move(self._trainer)
+
+    def move_index(self, step: int) -> None:
+        """Has the batches of a step that was undone get the indices after their own."""
+        self._moved = step
 
     def drop_step(self) -> None:
         """Undoes the current step and goes on with the next batch."""

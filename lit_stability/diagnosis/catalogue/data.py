@@ -72,6 +72,13 @@ DATA = (
         ignore_when="if it is rare: the step is retried with other random numbers",
     ),
     Cause(
+        name="fault of one batch index",
+        rules=((-8, c.bad_input),),
+        remedy="look at what training_step does at this batch_idx only, such as a term that is "
+        "added every so many batches",
+        ignore_when="if it is rare: the index is left out",
+    ),
+    Cause(
         name="loss or labels",
         rules=((1, c.kind("non-finite loss", "loss spike")), (1, c.ordinary_gradient)),
         remedy="check the loss function for log(0), division by a count of zero and labels out of "

@@ -83,7 +83,7 @@ def has_small_divisor(operands: Sequence[Tensor]) -> bool:
     >>> has_small_divisor([torch.tensor(1e38), torch.tensor(0.01)])
     False
     """
-    sizes = [elements(t).abs().double() for t in operands]
+    sizes = [elements(t).abs() for t in operands]
     smallest = [float(s[s > 0].min()) for s in sizes[-1:] if bool((s > 0).any())]
     largest = [float(s.max()) for s in sizes[:-1] if s.numel()]
     return bool(smallest) and 1.0 / smallest[0] > max(largest, default=1.0)
