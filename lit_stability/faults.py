@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.distributed.dtensor import local
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.tensor_tree import tensors_in
 
 

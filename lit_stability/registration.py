@@ -1,8 +1,8 @@
 """Adds the default suite to every Trainer without code, with ``LIT_STABILITY_AUTO=1``.
 
-If this package is installed, Lightning calls `callbacks` for each new Trainer, through the entry
-point of group ``lightning.pytorch.callbacks_factory``. Unless the variable is set, it returns an
-empty list and imports nothing heavy.
+If this package is installed, Lightning calls `callbacks` for each new Trainer, through an entry
+point: group ``lightning.pytorch.callbacks_factory``, or ``pytorch_lightning.callbacks_factory`` in
+the other package. Unless the variable is set, it returns an empty list and imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -13,19 +13,22 @@ NEEDED = {"lightning": ">=2.6,!=2.6.2,!=2.6.3", "torch": ">=2.13"}
 """Distribution name -> supported versions, as in ``pyproject.toml``."""
 
 
-def require_versions() -> None:
+def require_versions(lightning: str = "lightning") -> None:
     """Checks that every needed distribution is installed in a supported version.
+
+    Args:
+        lightning: the distribution that Lightning is used from: ``lightning``, or
+            ``pytorch-lightning``, which has the same versions.
 
     Raises:
         ImportError: if one is not; the message has the version found and the command to fix it.
     """
-    for name, wanted in NEEDED.items():
+    for needed, wanted in NEEDED.items():
+        name = lightning if needed == "lightning" else needed
         found = installed(name)
         if found is None or not SpecifierSet(wanted).contains(found, prereleases=True):
-            other = installed("pytorch-lightning") if name == "lightning" and not found else None
-            hint = f" (pytorch-lightning {other} is another package)" if other else ""
             raise ImportError(
-                f"lit_stability needs {name}{wanted}, found {found or 'none'}{hint}; "
+                f"lit_stability needs {name}{wanted}, found {found or 'none'}; "
                 f"run pip install '{name}{wanted}'"
             )
 

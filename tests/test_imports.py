@@ -1,6 +1,7 @@
 """The public names, and who may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,39 +15,60 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
+    "lightning_choice": {"versions"},
+    "lightning_package": {"lightning_choice", "versions"},
     "errors": set(),
     "printing": set(),
     "redaction": set(),
     "figures": {"printing"},
     "distributed": set(),
     "measurement": {"distributed"},
-    "training_state": {"distributed", "measurement", "redaction"},
-    "faults": {"distributed", "measurement"},
+    "training_state": {"distributed", "lightning_choice", "measurement", "redaction"},
+    "faults": {"distributed", "lightning_package", "measurement"},
     "detectors": {"measurement"},
-    "diagnosis": {"detectors", "distributed", "measurement", "training_state"},
+    "diagnosis": {"detectors", "distributed", "lightning_choice", "measurement", "training_state"},
     "policies": {"detectors", "diagnosis", "measurement"},
     "incidents": {"detectors", "diagnosis", "measurement", "policies", "redaction"},
-    "trainer_internals": {"diagnosis", "distributed", "measurement", "redaction", "training_state"},
-    "checks": {"diagnosis", "errors", "figures", "measurement", "printing", "training_state"},
-    "tensorboard": {"incidents", "measurement"},
+    "trainer_internals": {
+        *("diagnosis", "distributed", "lightning_choice", "lightning_package", "measurement"),
+        *("redaction", "training_state"),
+    },
+    "checks": {
+        *("diagnosis", "errors", "figures", "lightning_choice", "measurement", "printing"),
+        "training_state",
+    },
+    "tensorboard": {"incidents", "lightning_choice", "measurement"},
     "callbacks": {
         *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
-        *("measurement", "policies", "tensorboard", "trainer_internals", "training_state"),
-        "versions",
+        *("lightning_choice", "lightning_package", "measurement", "policies", "tensorboard"),
+        *("trainer_internals", "training_state"),
     },
-    "restart": {"callbacks", "checks", "incidents", "trainer_internals", "training_state"},
+    "restart": {
+        *("callbacks", "checks", "incidents", "lightning_choice", "lightning_package"),
+        *("trainer_internals", "training_state"),
+    },
     "cli": {
-        *("callbacks", "checks", "errors", "figures", "incidents", "measurement", "printing"),
-        *("redaction", "restart", "trainer_internals", "training_state"),
+        *("callbacks", "checks", "errors", "figures", "incidents", "lightning_choice"),
+        *(
+            "lightning_package",
+            "measurement",
+            "printing",
+            "redaction",
+            "restart",
+            "trainer_internals",
+        ),
+        "training_state",
     },
     "registration": {"callbacks"},
 }
 """Every room, from the lowest up, and the rooms that its files import: only lower ones."""
 
 WITH_LIGHTNING = {"callbacks", "trainer_internals", "restart", "cli", "faults"}
+"""Rooms that may use Lightning, through `lightning_package`."""
 WITHOUT_TORCH = {
     *(
         "versions",
+        "lightning_choice",
         "errors",
         "printing",
         "redaction",
@@ -258,9 +280,48 @@ def test_every_file_is_in_a_room():
     assert {room_of(f) for f in FILES} == {*ROOMS, "__init__"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if room_of(f) not in WITH_LIGHTNING])
+@pytest.mark.parametrize("path", [f for f in FILES if room_of(f) != "lightning_package"])
+def test_lightning_is_imported_by_one_file(path):
+    names = {"lightning", "lightning_fabric", "pytorch_lightning"}
+    assert not imported(path) & names, "import it from lit_stability.lightning_package"
+
+
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if room_of(f) not in WITH_LIGHTNING | {"lightning_package"}]
+)
 def test_file_outside_the_shell_imports_no_lightning(path):
-    assert not imported(path) & {"lightning", "pytorch_lightning", "torchmetrics"}
+    assert not imported(path) & {"torchmetrics"}
+    assert "lightning_package" not in own_imports(path)
+
+
+WRITES_BOTH_NAMES = {"lightning_choice.py", "cli/targets.py", "restart/crashes.py"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f not in WRITES_BOTH_NAMES])
+def test_text_names_no_module_of_one_package_of_lightning(path):
+    """Such as a logger or a target: `lightning_choice` knows which package is in use."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf8"))
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    name = re.compile(r"(lightning[./](pytorch|fabric)|pytorch_lightning|lightning_fabric)[\w./]*")
+    assert [text for text in texts if isinstance(text, str) and name.fullmatch(text)] == []
+
+
+def test_both_packages_of_lightning_give_the_same_names():
+    """They are written out twice, for type checkers and readers."""
+    tree = ast.parse((ROOT / "lightning_package.py").read_text(encoding="utf8"))
+    (choice,) = [n for n in tree.body if isinstance(n, ast.If)]
+    first, second = (
+        {(n.module, alias.name, alias.asname) for n in part for alias in n.names}
+        for part in (choice.body, choice.orelse)
+    )
+    names = {"lightning": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+    names["lightning.pytorch"] = "pytorch_lightning"
+
+    def renamed(module):
+        known = max((n for n in names if f"{module}.".startswith(f"{n}.")), key=len)
+        return names[known] + module.removeprefix(known)
+
+    assert {(renamed(module), *rest) for module, *rest in first} == second
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if is_light(f)])
@@ -283,4 +344,6 @@ def test_light_files_exist():
     ],
 )
 def test_file_that_starts_a_command_imports_no_torch_at_its_top(path):
-    assert not imported(path, everywhere=False) & {"torch", "lightning", "numpy"}
+    assert not imported(path, everywhere=False) & {"torch", "numpy"}
+    text = (ROOT / path).read_text(encoding="utf8")
+    assert "\nfrom lit_stability.lightning_package" not in text

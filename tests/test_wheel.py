@@ -97,19 +97,22 @@ def test_wheel_registers_command_tab_and_callbacks(wheel):
         text = file.read(points).decode()
     assert "lit-stability = lit_stability.cli.main:main" in text
     assert "[tensorboard_plugins]\nstability = lit_stability.tensorboard.loader:" in text
-    assert "[lightning.pytorch.callbacks_factory]\nstability = lit_stability.registration:" in text
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        group = f"[{package}.callbacks_factory]"
+        assert f"{group}\nstability = lit_stability.registration:" in text
 
 
 def test_entry_points_of_the_installed_wheel_load(installed, tmp_path):
     code = (
         "import lit_stability; from importlib.metadata import entry_points\n"
         "print(lit_stability.__file__)\n"
-        "for g in ('tensorboard_plugins', 'lightning.pytorch.callbacks_factory'):\n"
+        "groups = [f'{p}.callbacks_factory' for p in ('lightning.pytorch', 'pytorch_lightning')]\n"
+        "for g in ('tensorboard_plugins', *groups):\n"
         "    (e,) = entry_points(group=g, name='stability'); print(e.load().__name__)"
     )
-    where, tab, factory = run(installed / "python", "-c", code, cwd=tmp_path).split()
+    where, tab, *factories = run(installed / "python", "-c", code, cwd=tmp_path).split()
     assert Path(where).is_relative_to(installed.parent)
-    assert (tab, factory) == ("StabilityLoader", "callbacks")
+    assert (tab, *factories) == ("StabilityLoader", "callbacks", "callbacks")
 
 
 MODULE = """

@@ -54,13 +54,8 @@ that resolves the incident decides the response; callbacks after it see ``incide
 [('non-finite loss', ['step skipped'], 'recovered')]
 """
 
-# ruff: noqa: E402 - checked first: with an old Lightning the imports below fail without a reason.
-from lit_stability.versions import require_versions
-
-require_versions()
-
-from lightning.pytorch import Callback
-
+# First, because it checks the versions: with an old torch the imports below fail without a reason.
+import lit_stability.lightning_package  # noqa: F401
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.attention_probe import AttentionProbe
@@ -75,6 +70,7 @@ from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.callbacks.preflight import Preflight
+from lit_stability.lightning_package import Callback
 
 __all__ = [
     "AdaptiveGradientClipping",

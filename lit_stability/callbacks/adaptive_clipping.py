@@ -6,15 +6,15 @@ May import Lightning.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
 from lit_stability.trainer_internals import log_every, logger_step
@@ -22,7 +22,7 @@ from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.skipped_step import is_skipped
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _OWNER = "clipping"
 

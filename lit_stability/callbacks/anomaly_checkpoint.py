@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import shutil
 import tempfile
@@ -11,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
@@ -21,12 +18,14 @@ from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
 from lit_stability.incidents.report import markdown
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LIGHTNING_VERSION, LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import run_directory, save_incident_checkpoint, sharing
 from lit_stability.training_state.rng import capture_rng
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class AnomalyCheckpoint(StabilityCallback):
@@ -212,7 +211,7 @@ class AnomalyCheckpoint(StabilityCallback):
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "lightning": lightning.__version__,
+                "lightning": LIGHTNING_VERSION,
                 "platform": platform.platform(),
             },
         }

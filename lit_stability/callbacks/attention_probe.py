@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.detectors.anomaly import require
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.attention_monitor import LOGIT, AttentionMonitor, fitting
 from lit_stability.measurement.compiled import has_compiled_parts
 from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
 from lit_stability.trainer_internals import AroundNextStep, callbacks_of, is_compiled, sharing
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _EMPTY_LIMIT, _SLOWDOWN = 2, 20
 """After this many measurements in a row without attention, only one in `_SLOWDOWN` is made."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from lit_stability.callbacks import stability_callbacks
 from lit_stability.callbacks.gradient_monitor.reporter import log
-from lit_stability.callbacks.gradient_monitor.validation import require_watchable
+from lit_stability.callbacks.gradient_monitor.validation import require_package, require_watchable
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
     require_supported_strategy,
     require_whole_optimizers,
 )
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 
@@ -49,8 +48,9 @@ class AutomaticSuite(StabilityCallback):
             log.info("LIT_STABILITY_AUTO=1 adds nothing: the Trainer has %s", ", ".join(chosen))
             return
         try:
+            require_package(trainer, self)
             require_supported_strategy(trainer, self)
-        except RuntimeError as reason:
+        except (ValueError, RuntimeError) as reason:
             log.info("LIT_STABILITY_AUTO=1 adds nothing: %s", _first_sentence(reason))
             return
         after = existing.index(self) + 1

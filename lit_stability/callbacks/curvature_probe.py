@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.detectors.anomaly import require
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.curvature import directional_curvature, plain_updates, slope_of
 from lit_stability.measurement.step_stats import ProbeReading, StepStats
 from lit_stability.trainer_internals import RecordedStep, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 RATIO = "curvature_ratio"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import gather_of, require_monitor
@@ -20,11 +18,13 @@ from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.distributed.dtensor import local
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class Diagnosis(StabilityCallback):

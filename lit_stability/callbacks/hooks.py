@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
+from lit_stability.lightning_choice import LIGHTNING_ROOTS, suite_logger
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from lit_stability.measurement.norms import DeviceReadings
     from lit_stability.measurement.step_stats import ProbeReading, StepStats
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class StabilityCallback(Callback):
@@ -279,7 +278,7 @@ def misspelt_hooks(owner: Any) -> dict[str, str]:
     >>> misspelt_hooks(Pager())
     {'on_incidents': 'on_incident'}
     """
-    if type(owner).__module__.split(".")[0] in ("lightning", "lit_stability"):
+    if type(owner).__module__.split(".")[0] in (*LIGHTNING_ROOTS, "lit_stability"):
         return {}
     known = {*HOOKS, *dir(Callback), *dir(LightningModule)}
     meant: dict[str, str] = {}
@@ -294,10 +293,13 @@ def misspelt_hooks(owner: Any) -> dict[str, str]:
     return meant
 
 
+_NOT_THE_USERS = (*LIGHTNING_ROOTS, "torch", "builtins", "lit_stability")
+
+
 def _own_names(kind: type) -> Iterable[str]:
     """Names of the methods and flags that a class and its bases outside of Lightning define."""
     for base in kind.__mro__:
-        if base.__module__.split(".")[0] in ("lightning", "torch", "builtins", "lit_stability"):
+        if base.__module__.split(".")[0] in _NOT_THE_USERS:
             continue
         for name, value in vars(base).items():
             if inspect.isroutine(value) or isinstance(value, (bool, property)):

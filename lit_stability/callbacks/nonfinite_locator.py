@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
     gather_of,
@@ -14,8 +10,10 @@ from lit_stability.callbacks.requirements import (
 )
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _KINDS = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "infinite loss")
 

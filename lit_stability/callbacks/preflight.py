@@ -9,8 +9,6 @@ import inspect
 from collections.abc import Sequence, Sized
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -30,6 +28,7 @@ from lit_stability.checks.preflight import (
 )
 from lit_stability.checks.preflight.inputs import empty_epoch
 from lit_stability.detectors.anomaly import require_instance
+from lit_stability.lightning_package import LightningModule, Trainer, is_overridden
 from lit_stability.trainer_internals import loss_scaler, sharing, why_unsupported
 
 OnError = Literal["warn", "stop"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.gradient_monitor.validation import require_package
 from lit_stability.callbacks.hooks import implements
+from lit_stability.lightning_package import Callback, Trainer
 from lit_stability.trainer_internals import callbacks_of, sharing, why_unsupported
 
 

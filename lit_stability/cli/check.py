@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 
 from lit_stability.callbacks.preflight import Preflight
@@ -23,6 +20,13 @@ from lit_stability.cli.config import resolve
 from lit_stability.cli.fit import check_options, make_model_and_data, make_trainer
 from lit_stability.cli.instantiate import Build
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_package import (
+    Callback,
+    Checkpoint,
+    DummyLogger,
+    LightningModule,
+    Trainer,
+)
 from lit_stability.training_state.atomic_write import write_and_keep
 
 

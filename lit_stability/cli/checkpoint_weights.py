@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.checks.checkpoint.load import load
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_package import LightningModule, Trainer
 
 
 class CheckpointWeights(StabilityCallback):

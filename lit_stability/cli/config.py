@@ -28,16 +28,8 @@ from omegaconf.resolvers import oc
 
 from lit_stability.cli.instantiate import suggest
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_choice import choose_lightning, trainer_module
 
-DEFAULTS: dict[str, Any] = {
-    "run_dir": "runs/${experiment}",
-    "logger": {
-        "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
-        "save_dir": "${run_dir}",
-        "name": "",
-        "version": "",
-    },
-}
 _OWN = ("about", "expect")
 _TOO_DEEP = "nested too deeply; lists and mappings may be nested about 100 times"
 _KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
@@ -55,7 +47,7 @@ def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictC
         ConfigError: A file is missing or not a YAML mapping, or an override is malformed.
     """
     places = [Path.cwd(), Path.cwd() / "configs"]
-    merged: Any = {"experiment": Path(files[0]).stem if files else "unnamed"} | DEFAULTS
+    merged: Any = {"experiment": Path(files[0]).stem if files else "unnamed"} | _defaults()
     for name in files:
         merged = _merge(merged, _load(_find(str(name), places)))
     merged = _merge(merged, _parse(overrides))
@@ -65,6 +57,14 @@ def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictC
         raise ConfigError(_first_line(error)) from error
     except RecursionError as error:
         raise ConfigError(f"{', '.join(map(str, files))}: {_TOO_DEEP}") from error
+
+
+def _defaults() -> dict[str, Any]:
+    logger = f"{trainer_module(choose_lightning())}.loggers.TensorBoardLogger"
+    return {
+        "run_dir": "runs/${experiment}",
+        "logger": {"_target_": logger, "save_dir": "${run_dir}", "name": "", "version": ""},
+    }
 
 
 def resolve(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:

@@ -11,15 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import (
-    Callback,
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    seed_everything,
-)
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lit_stability.callbacks.automatic_suite import AutomaticSuite
@@ -31,6 +22,17 @@ from lit_stability.cli.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.cli.signature import sign
 from lit_stability.cli.targets import Rules, refusals
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_choice import trainer_module
+from lit_stability.lightning_package import (
+    PACKAGE,
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Logger,
+    MisconfigurationException,
+    Trainer,
+    seed_everything,
+)
 from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
 from lit_stability.trainer_internals import callbacks_of, hide_environment
@@ -56,7 +58,7 @@ class Run:
     data: LightningDataModule | None = None
     """Null if the model has its own data loaders."""
     trainer: Trainer
-    """Options of `lightning.pytorch.Trainer`, except `callbacks` and `logger`."""
+    """Options of Lightning's `Trainer`, except `callbacks` and `logger`."""
     callbacks: dict[str, Callback | None] | None = None
     """Callbacks by name, called in this order; null removes an inherited one."""
     logger: Logger | list[Logger] | Literal[False] | None = None
@@ -161,7 +163,7 @@ def check_options(plain: dict[str, Any], allow: Sequence[str] = ()) -> dict[str,
             for key in ("callbacks", "logger")
             if key in trainer
         ]
-        trainer = {"_target_": "lightning.pytorch.Trainer"} | trainer
+        trainer = {"_target_": f"{trainer_module(PACKAGE)}.Trainer"} | trainer
     options = bind(Run, plain | {"trainer": trainer}, "", problems, Rules(tuple(allow))).options
     if problems:
         raise ConfigError(*problems)

@@ -1,6 +1,6 @@
 """Checks the targets of a config against their signatures before anything is built.
 
-Imports only the standard library and `targets`; torch and lightning come with the targets.
+Imports neither torch nor Lightning, which come with the targets.
 """
 
 import collections.abc as abc
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from lit_stability.cli.targets import Rules, refusal
+from lit_stability.lightning_choice import mixed_packages
 
 _LISTS: dict[Any, Callable[[list[Any]], Any]] = {
     list: list,
@@ -175,7 +176,8 @@ def _mismatched(target: Any, kinds: Sequence[Any], members: Sequence[Any]) -> st
     others = [kind for kind in kinds if kind is not Literal and not _is_checkable(kind)]
     if not inspect.isclass(target) or others or any(issubclass(target, kind) for kind in closed):
         return None
-    return f"expected {_name(members)}"
+    mixed = mixed_packages(target)
+    return f"expected {_name(members)}" + (f"; this is one of {mixed}" if mixed else "")
 
 
 def _import(name: Any, path: str, bad: list[str]) -> Any:

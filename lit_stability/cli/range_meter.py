@@ -8,13 +8,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.checks.precision_ranges.measure import Probe
 from lit_stability.checks.precision_ranges.report import RangeReport
+from lit_stability.lightning_package import LightningModule, Trainer
 
 
 class RangeMeter(StabilityCallback):

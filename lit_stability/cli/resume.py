@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_package import Callback, LightningModule, Trainer, rank_zero_info
 from lit_stability.training_state.checkpoint_file import damage_of, first_whole
 from lit_stability.training_state.good_checkpoints import find_last_good
 

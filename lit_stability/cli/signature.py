@@ -17,14 +17,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import logging
 import os
 import secrets
 from pathlib import Path
 
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.training_state.atomic_write import write_atomically
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 VARIABLE = "LIT_STABILITY_KEY_FILE"
 _BYTES = 32

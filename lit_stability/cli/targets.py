@@ -13,7 +13,7 @@ A classmethod, such as `MyModel.load_from_checkpoint`, counts as its class. Func
 only if they are listed or allowed. What can be refused by its name, or by reading the source, is
 refused before anything is imported.
 
-Imports only the standard library.
+Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-COMPONENTS = frozenset(
+from lit_stability.lightning_choice import LIGHTNING_ROOTS
+
+_OF_LIGHTNING = frozenset(
     {
         "lightning.fabric.accelerators.accelerator.Accelerator",
         "lightning.fabric.loggers.logger.Logger",
@@ -45,6 +47,19 @@ COMPONENTS = frozenset(
         "lightning.pytorch.profilers.profiler.Profiler",
         "lightning.pytorch.strategies.strategy.Strategy",
         "lightning.pytorch.trainer.trainer.Trainer",
+    }
+)
+"""The package `pytorch_lightning` has the same classes, under other names."""
+
+COMPONENTS = frozenset(
+    {
+        *_OF_LIGHTNING,
+        *(
+            name.replace("lightning.pytorch.", "pytorch_lightning.").replace(
+                "lightning.fabric.", "lightning_fabric."
+            )
+            for name in _OF_LIGHTNING
+        ),
         "torch.nn.modules.module.Module",
         "torch.optim.lr_scheduler.LRScheduler",
         "torch.optim.optimizer.Optimizer",
@@ -65,7 +80,7 @@ LISTED = (
 )
 """Patterns of other targets that a config may call; a ``*`` matches one name."""
 
-_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning", "builtins"})
+_LIBRARIES = frozenset({"torch", "builtins", *LIGHTNING_ROOTS})
 """Packages that are too large for all their classes to be trusted because one of them is."""
 _OPEN = ("abc", "builtins", "collections", "collections.abc", "typing")
 """Modules whose classes say nothing about what an object is, such as `Iterable`."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import StabilityCallback, lower_learning_rate
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.restart.checkpoint_edits import clear_optimizer_state, rescale_batch_progress
 from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes

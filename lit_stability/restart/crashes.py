@@ -20,8 +20,10 @@ from lit_stability.incidents import TrainingStopped
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
 
-_FETCH = "lightning/pytorch/loops/fetchers.py"
-_EVALUATION = "lightning/pytorch/loops/evaluation_loop.py"
+_FETCH, _EVALUATION = (
+    tuple(f"/{package}/loops/{file}" for package in ("lightning/pytorch", "pytorch_lightning"))
+    for file in ("fetchers.py", "evaluation_loop.py")
+)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 _NONFINITE = re.compile(r"\bnans?\b|\bnon-?finite\b|\bnot finite\b", re.IGNORECASE)
 _LOST_DEVICE = re.compile(r"(CUDA|HIP) error|device-side assert|cuDNN error", re.IGNORECASE)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-
+from lit_stability.lightning_package import LightningDataModule, LightningModule, Trainer
 from lit_stability.restart.loop import Recover, Recovery, RecoveryResult
 from lit_stability.restart.resume_source import Find, ResumeSource
 

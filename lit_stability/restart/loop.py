@@ -6,14 +6,13 @@ May import Lightning.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.restart.callback import (
     RemedyFailedError,
     RestartCallback,
@@ -34,7 +33,7 @@ from lit_stability.restart.resume_source import ResumeSource
 from lit_stability.restart.trainers import Trainers, own_callbacks
 from lit_stability.trainer_internals import callbacks_of, run_directory, tear_down
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import loaders
 
 

@@ -5,15 +5,15 @@ Imports neither torch nor Lightning.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from lit_stability.incidents.log import append_line
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.restart.crashes import Crash
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 SCHEMA = 1
 """Version of the line format."""

@@ -14,15 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.parsing import (
+from lit_stability.callbacks.hooks import can_lower_learning_rate
+from lit_stability.lightning_package import (
+    GradientAccumulationScheduler,
+    LightningModule,
+    Trainer,
     lightning_getattr,
     lightning_hasattr,
     lightning_setattr,
 )
-
-from lit_stability.callbacks.hooks import can_lower_learning_rate
 from lit_stability.restart.crashes import Crash
 from lit_stability.restart.memory import batch_sizes, checkpoint_activations, drops_last
 from lit_stability.trainer_internals import callbacks_of

@@ -5,14 +5,14 @@ Imports neither torch nor Lightning.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.training_state.good_checkpoints import find_last_good
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 Find: TypeAlias = Callable[[Path], Path | str | None]
 

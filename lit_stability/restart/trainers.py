@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
+from lit_stability.lightning_choice import mixed_packages
+from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 _OPTIONS = (
@@ -45,7 +45,9 @@ class Trainers:
         """
         trainer = self._make(**overrides)
         if not isinstance(trainer, Trainer):
-            raise ValueError(f"make_trainer must return a Trainer, got {trainer!r}")
+            mixed = mixed_packages(type(trainer))
+            found = f"one of {mixed}" if mixed else repr(trainer)
+            raise ValueError(f"make_trainer must return a Trainer, got {found}")
         self._check_new(trainer)
         _check_options(trainer, overrides)
         _check_devices(trainer)

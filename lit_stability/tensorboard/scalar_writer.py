@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
 from lit_stability.incidents import Incident
 from lit_stability.incidents.report import markdown
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.size_limits import MIB, TEXTS, SizeLimit, bytes_of
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class StabilityWriter:

@@ -5,13 +5,13 @@ Imports neither torch nor Lightning, and TensorBoard only if a logger writes eve
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, Row
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.tensorboard.layout import write_layout
 from lit_stability.tensorboard.size_limits import (
@@ -24,7 +24,7 @@ from lit_stability.tensorboard.size_limits import (
 )
 from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _NO_STEPS = (
     f"the incidents of this fit have filled {WITH_STEPS // MIB} MiB of the event file; further "

@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-
+from lit_stability.lightning_package import Callback, Trainer
 from lit_stability.measurement.tensor_tree import size_of
 from lit_stability.trainer_internals.batch_digest import arrays_size, digest_of
 from lit_stability.trainer_internals.data_fetcher import (

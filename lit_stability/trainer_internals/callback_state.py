@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias
 from weakref import WeakSet
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
+from lit_stability.lightning_choice import LIGHTNING_ROOTS, suite_logger
+from lit_stability.lightning_package import (
     BaseFinetuning,
+    Callback,
     EarlyStopping,
+    LightningModule,
     ModelCheckpoint,
+    Trainer,
     WeightAveraging,
 )
-
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.snapshot import ModuleSnapshot
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 Restore: TypeAlias = Callable[[], None]
 
@@ -89,7 +90,7 @@ def keeps_state(owner: Any) -> bool:
     return all(method.__module__.split(".")[0] not in _PACKAGES for method in methods)
 
 
-_PACKAGES = ("lightning", "pytorch_lightning", "lit_stability")
+_PACKAGES = (*LIGHTNING_ROOTS, "lit_stability")
 _ATTRIBUTES = (
     "_last_global_step_saved",
     "_last_checkpoint_saved",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import ModelCheckpoint, Trainer
 from lit_stability.trainer_internals.patch import Patch
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lit_stability.lightning_package import Trainer, fetchers
 
 
 class FetcherObserver:
@@ -56,7 +55,7 @@ def current_fetcher(trainer: Trainer) -> Any:
 
 def draws_its_batches(fetcher: Any) -> bool:
     """Returns whether the module takes ``dataloader_iter`` and fetches its batches itself."""
-    return isinstance(fetcher, _DataLoaderIterDataFetcher)
+    return isinstance(fetcher, fetchers._DataLoaderIterDataFetcher)
 
 
 def observers(fetcher: Any) -> list[FetcherObserver]:

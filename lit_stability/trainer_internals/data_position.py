@@ -8,14 +8,13 @@ is the one that the interrupted run would have trained on.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch import Callback, Trainer
 
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import Callback, Trainer, fabric_types
 from lit_stability.trainer_internals.data_fetcher import (
     FetcherObserver,
     carry_over,
@@ -43,7 +42,7 @@ from lit_stability.training_state.rng import (
     unpack_rng,
 )
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 MAX_STATES = 500
 """Generator states saved per epoch if reading the data draws random numbers; 10 kB each."""
@@ -124,7 +123,7 @@ class DataPosition(FetcherObserver):
     def _stateful(self) -> bool:
         """Whether a loader has its own ``state_dict``, which Lightning saves and restores."""
         assert self._trainer is not None
-        return any(isinstance(dl, _Stateful) for dl in loaders(self._trainer))
+        return any(isinstance(dl, fabric_types._Stateful) for dl in loaders(self._trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, loadable with ``weights_only=True``; {} outside a fit."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,6 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals.patch import Patch
 
 _KNOWN = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
-
+from lit_stability.lightning_package import LightningDataModule, LightningModule
 from lit_stability.redaction import keep_out, kept_out, redacted_tree
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning
-from lightning.pytorch import Trainer
-
+from lit_stability.lightning_choice import LIGHTNING_ROOTS
+from lit_stability.lightning_package import LIGHTNING_VERSION, Trainer
 from lit_stability.redaction import redacted_tree
 from lit_stability.trainer_internals.strategies import sharing
 from lit_stability.trainer_internals.trainer_view import callbacks_of
@@ -31,7 +30,7 @@ def _dump(trainer: Trainer) -> dict[str, Any]:
     checkpoint = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
-        "pytorch-lightning_version": lightning.__version__,
+        "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": module.state_dict(),
         "loops": trainer._checkpoint_connector._get_loops_state_dict(),
         "callbacks": {
@@ -48,4 +47,4 @@ def _dump(trainer: Trainer) -> dict[str, Any]:
     return checkpoint
 
 
-_KNOWN = ("lightning", "pytorch_lightning", "lit_stability")
+_KNOWN = (*LIGHTNING_ROOTS, "lit_stability")

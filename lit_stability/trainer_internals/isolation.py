@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals.metrics import LoggedMetrics
 from lit_stability.training_state.isolated_model import IsolatedModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lit_stability.lightning_package import Trainer
 
 _LOGGED = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
+
+from lit_stability.lightning_package import LightningModule, Trainer
 
 
 class LoggedMetrics:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning.pytorch import Trainer
-
+from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals.patch import Patch
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
+
+from lit_stability.lightning_choice import LIGHTNING_ROOTS
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 
 _FLAGS = (bool, int, str, type(None))
 _PLAIN = (*_FLAGS, float, complex)
@@ -27,7 +29,7 @@ which writes through ``data`` do not do."""
 _SCAN_EVERY = 16
 """Captures after which all attributes are looked through, and not only those known to be plain."""
 _OURS = "lit_stability"
-_THEIRS = ("lightning", "pytorch_lightning", "torchmetrics")
+_THEIRS = (*LIGHTNING_ROOTS, "torchmetrics")
 
 
 @dataclass

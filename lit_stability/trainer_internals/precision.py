@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 
+from lit_stability.lightning_package import (
+    HalfPrecision,
+    LightningModule,
+    MixedPrecision,
+    Precision,
+    Trainer,
+    WeightAveraging,
+)
 from lit_stability.measurement.half_precision import HALF, widen
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals.strategies import sharing

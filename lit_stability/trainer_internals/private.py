@@ -65,6 +65,7 @@ LIGHTNING = (
         "a data loader of our own around the user's",
         paths=("fit_loop._data_fetcher",),
     ),
+    Private("_DataLoaderIterDataFetcher", "the signature of training_step"),
     Private("_defer_save_until_validation", _STATE_DICT),
     Private("_first_loop_iter", _KEEP_LOGGED, paths=("_logger_connector._first_loop_iter",)),
     Private(
@@ -126,15 +127,11 @@ LIGHTNING = (
         _OWN_LOOP,
         paths=("fit_loop.epoch_loop._skip_next_val",),
     ),
+    Private("_Stateful", "hasattr of its two methods"),
     Private(
         "_teardown", "leaving the failed trainer to the garbage collector", paths=("_teardown",)
     ),
     Private("_tensor_parallel_size", "ModelParallelStrategy.device_mesh"),
-    Private("lightning.fabric.utilities.types:_Stateful", "hasattr of its two methods"),
-    Private(
-        "lightning.pytorch.loops.fetchers:_DataLoaderIterDataFetcher",
-        "the signature of training_step",
-    ),
 )
 
 PATHS = (

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
+from lit_stability.lightning_package import LightningModule, Trainer, move_data_to_device
 from lit_stability.trainer_internals.isolation import isolated_step
 from lit_stability.trainer_internals.patch import Patch
 from lit_stability.training_state.rng import capture_rng, pack_rng, restore_rng, unpack_rng

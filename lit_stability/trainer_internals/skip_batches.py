@@ -9,10 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from lit_stability.lightning_package import Trainer, sized_len
 from lit_stability.trainer_internals.data_fetcher import current_fetcher
 from lit_stability.trainer_internals.dataloaders import before_first_iteration, loaders
 from lit_stability.trainer_internals.loop_counters import count_skipped_batches

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals.loop_counters import step_counters
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 

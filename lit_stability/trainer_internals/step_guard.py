@@ -8,11 +8,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
+from lit_stability.lightning_package import LightningModule, Trainer, is_overridden
 from lit_stability.trainer_internals.patch import Patch
 from lit_stability.trainer_internals.step_exceptions import (
     may_come_from_numbers,

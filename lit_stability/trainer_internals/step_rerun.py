@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin, locate_nonfinite
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.half_precision import HALF, cast
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.tensor_tree import size_of

@@ -6,11 +6,16 @@ from collections.abc import Collection
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.optim import LBFGS
 
 from lit_stability.distributed.collectives import Ranks
+from lit_stability.lightning_package import (
+    DDPStrategy,
+    LightningModule,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Trainer,
+)
 
 Sharing: TypeAlias = Literal["alone", "replicas", "shards", "untried"]
 

@@ -7,12 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+
+from lit_stability.lightning_package import (
+    Callback,
+    GradClipAlgorithmType,
+    LightningModule,
+    Trainer,
+    is_overridden,
+)
 
 
 def logger_step(trainer: Trainer) -> int:

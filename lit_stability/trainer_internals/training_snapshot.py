@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals.callback_state import (
     Restore,
     Stateful,

@@ -5,7 +5,6 @@ May import torch, but not Lightning.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -14,11 +13,12 @@ from typing import Any
 
 import torch
 
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.training_state.atomic_write import write_atomically
 from lit_stability.training_state.good_checkpoints import free_path, good_files, step_of
 from lit_stability.training_state.host_copy import first_nonfinite
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _JOIN_TIMEOUT = 600.0
 """Seconds to wait at the end of a fit for a write: the disk may have failed."""

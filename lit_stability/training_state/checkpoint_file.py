@@ -6,12 +6,13 @@ Imports neither torch nor Lightning.
 
 from __future__ import annotations
 
-import logging
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+from lit_stability.lightning_choice import suite_logger
+
+log = suite_logger()
 
 _CHUNK = 1 << 20
 """Bytes that are read at once."""

@@ -6,18 +6,18 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
 
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.redaction import redacted_tree
 from lit_stability.training_state.atomic_write import write_atomically
 from lit_stability.training_state.checkpoint_file import first_whole
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 FOLDER = "good"
 """Name of the folder inside the run's folder that holds the good checkpoints."""

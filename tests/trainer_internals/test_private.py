@@ -63,7 +63,7 @@ def reached(tree):
             if node.module == "__future__" or node.module.startswith("lit_stability"):
                 continue
             for alias in node.names:
-                if private or alias.name.startswith("_"):
+                if private or re.match(r"_[A-Za-z]", alias.name):
                     yield f"{node.module}:{alias.name}"
         elif isinstance(node, ast.Constant):
             text = str(node.value)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
-
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.auto_rollback.executor import ResponseExecutor
 from lit_stability.callbacks.auto_rollback.raising_steps import RaisingSteps
@@ -20,6 +17,8 @@ from lit_stability.callbacks.requirements import (
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
@@ -27,7 +26,7 @@ from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.trainer_internals import Stateful, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class AutoRollback(StabilityCallback):

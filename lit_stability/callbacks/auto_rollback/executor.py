@@ -5,13 +5,11 @@ May import Lightning.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
@@ -20,6 +18,8 @@ from lit_stability.callbacks.requirements import gather_of
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import RecommendedAction
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import (
@@ -37,7 +37,7 @@ from lit_stability.trainer_internals import RecordedBatch, batch_index, paramete
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _OWNER = "rollback"
 """Of its factor on the learning rate."""

@@ -5,22 +5,22 @@ May import Lightning.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import named_tensors
 from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _IN_A_ROW = 3
 """Fewest batches in a row that raise without an explanation for which the program is at fault."""

@@ -5,15 +5,15 @@ May import Lightning.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.hooks import implements
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import (
@@ -42,7 +42,7 @@ from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
 from lit_stability.training_state.weight_writes import WeightWrites
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _COPIES = "training_step changes its batch: a copy of each batch is kept from now on"
 _MODIFIED = (

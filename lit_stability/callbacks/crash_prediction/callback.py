@@ -5,11 +5,9 @@ May import Lightning. `lit_stability.policies.crash_risk` computes the risk and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_stability.callbacks.crash_prediction.preventive_actions import (
@@ -21,6 +19,8 @@ from lit_stability.callbacks.requirements import require_monitor, require_suppor
 from lit_stability.detectors import Anomaly
 from lit_stability.detectors.anomaly import require, require_instance
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.backoff import Baseline
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
@@ -29,7 +29,7 @@ from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.skipped_step import is_skipped
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _OWNER = "prediction"
 

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.policies.crash_risk import CrashRisk
 from lit_stability.trainer_internals import (
     PrecisionSwitch,

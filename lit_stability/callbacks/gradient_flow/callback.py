@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.gradient_flow.picture import draw_gradient_flow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
@@ -17,13 +14,15 @@ from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis.training_phases import PhaseRanges
 from lit_stability.figures import new_figure, to_png
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail, StepStats
 from lit_stability.tensorboard.images import write_figure
 from lit_stability.trainer_internals import callbacks_of, logger_step, run_directory
 from lit_stability.training_state.atomic_write import write_and_keep
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class GradientFlow(StabilityCallback):

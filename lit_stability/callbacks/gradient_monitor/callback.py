@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -38,6 +37,7 @@ from lit_stability.detectors import (
 from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.step_history import StepHistory
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.initial_state import (
     DamagedState,
     buffers_with_nan,

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.gradient_monitor.reporter import Reporter
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
 from lit_stability.incidents.recurrence import same_place
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import batch_index
 

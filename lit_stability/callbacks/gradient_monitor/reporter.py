@@ -6,18 +6,18 @@ import logging
 from collections.abc import Sequence
 from typing import Literal
 
-from lightning.pytorch import Trainer
-
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.incidents.report import closing_line, opening_line, summary_table
 from lit_stability.incidents.step_history import StepHistory
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.scalar_writer import StabilityWriter
 from lit_stability.trainer_internals import logger_step, run_directory
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 def only_warnings(record: logging.LogRecord) -> bool:

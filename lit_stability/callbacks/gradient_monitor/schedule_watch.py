@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-
 from lit_stability.callbacks.gradient_monitor.reporter import log
 from lit_stability.detectors.dead_learning_rate import DeadLearningRate, DeadRate
+from lit_stability.lightning_package import EarlyStopping, ModelCheckpoint, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of, describe_scheduler, known_metrics
 

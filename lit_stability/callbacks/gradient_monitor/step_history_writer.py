@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
 from lit_stability.incidents.step_history import StepHistory, row_of
+from lit_stability.lightning_package import Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.training_state.gradient_clipping import clip_threshold

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lit_stability.callbacks.gradient_monitor.failed_step import without_gradients
 from lit_stability.callbacks.hooks import implements
 from lit_stability.distributed.collectives import Ranks
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.distributed_step_meter import DistributedStepMeter
 from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_meter import StepMeter

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
 from lit_stability.detectors import Detector, LayerBounds, default_detectors
+from lit_stability.lightning_choice import mixed_packages
+from lit_stability.lightning_package import Callback, LightningModule, Trainer
 
 
 def asked_detectors(
@@ -38,24 +39,17 @@ def asked_detectors(
 
 
 def require_package(trainer: Trainer, callback: Callback) -> None:
-    """Refuses the Trainer of `pytorch_lightning`, whose classes are not those of `lightning`.
+    """Refuses a Trainer of the package of Lightning that this process does not use.
 
     Args:
         trainer: as it calls ``setup``.
         callback: that was given to it.
 
     Raises:
-        ValueError: with the import to change.
+        ValueError: with the variable to set.
     """
-    if isinstance(trainer, Trainer):
-        return
-    packages = {each.__module__.split(".")[0] for each in type(trainer).__mro__}
-    found = "pytorch_lightning" if "pytorch_lightning" in packages else type(trainer).__module__
-    raise ValueError(
-        f"{type(callback).__name__} is a callback of lightning.pytorch, and this is a Trainer of "
-        f"{found}, which shares no class with it; write `from lightning.pytorch import Trainer, "
-        f"LightningModule` wherever {found} is imported from, the model and its data included"
-    )
+    if reason := mixed_packages(type(trainer)):
+        raise ValueError(f"{type(callback).__name__} was given to a Trainer of {reason}")
 
 
 def require_watchable(

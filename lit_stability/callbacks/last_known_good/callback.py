@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
-
-from lightning.pytorch import LightningModule, Trainer
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.last_known_good.checkpoint_manager import CheckpointManager
 from lit_stability.callbacks.last_known_good.resume_check import PreviousRun, ResumeVerification
 from lit_stability.callbacks.requirements import require_monitor
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import (
     DataPosition,
@@ -25,7 +24,7 @@ from lit_stability.trainer_internals import (
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.good_checkpoints import FOLDER, State
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class LastKnownGood(StabilityCallback):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import ReferenceStep, ends_window
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.host_copy import HostCopy, is_finite
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 
 class CheckpointManager:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.hooks import lower_learning_rate
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import (
     ReferenceStep,
     incomparable,
@@ -20,7 +19,7 @@ from lit_stability.trainer_internals import (
 )
 from lit_stability.training_state.good_checkpoints import FOLDER, RunEnd, State, put_aside
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _MOST_FAILURES = 3
 """After this many failures in a row, further ones are reported but lower nothing more."""

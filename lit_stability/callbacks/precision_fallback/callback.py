@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lit_stability.callbacks.hooks import StabilityCallback, call_hook
@@ -14,6 +12,8 @@ from lit_stability.callbacks.precision_fallback.float32_rerun import Float32Reru
 from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
+from lit_stability.lightning_choice import suite_logger
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.lost_updates import lost_epsilon
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import KeepInFloat32, LowerPrecision
@@ -28,7 +28,7 @@ from lit_stability.trainer_internals import (
 )
 from lit_stability.training_state.fp32_modules import matching
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 _RERUN_KINDS = ("non-finite loss", "non-finite gradient", "loss-scale collapse", "loss-scale fall")
 """Kinds of anomaly for which the step is run again in float32."""

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lit_stability.callbacks.requirements import gather_of
 from lit_stability.detectors import Spike
 from lit_stability.diagnosis.nonfinite import NonFiniteOrigin
 from lit_stability.incidents import Incident
+from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import Outcome, apply_fp32_modules
 from lit_stability.training_state.fp32_modules import release_from_fp32

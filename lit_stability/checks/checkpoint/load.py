@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lit_stability.errors import ConfigError
+from lit_stability.lightning_choice import choose_lightning, trainer_module
 from lit_stability.measurement.step_stats import GradientDetail
 from lit_stability.training_state.checkpoint_file import damage_of
 from lit_stability.training_state.good_checkpoints import find_last_good
@@ -35,9 +36,10 @@ def find_file(given: Path) -> Path:
     if not given.is_dir():
         raise ConfigError(f"{given}: no such file; give a checkpoint, or the folder of a run")
     if (given / ".metadata").exists() or (given / "meta.pt").exists():
+        module = trainer_module(choose_lightning())
         raise ConfigError(
             f"{given}: is a sharded checkpoint, which cannot be examined; consolidate it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {given}"
+            f"python -m {module}.utilities.consolidate_checkpoint {given}"
         )
     if (given / "checkpoint.ckpt").exists() and (given / "scene.pt").exists():
         return find_file(given / "checkpoint.ckpt")

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lit_stability.callbacks.preflight import Preflight
 from lit_stability.checks.preflight import PreflightError, Report
 from lit_stability.cli.experiments.expectation import End, Expectation
 from lit_stability.cli.experiments.judgement import judge, summary
 from lit_stability.cli.experiments.outcome import Ending, Outcome, incidents_since, write_outcome
 from lit_stability.incidents import TrainingStopped
+from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals import callbacks_of
 
 

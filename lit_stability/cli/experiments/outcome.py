@@ -6,7 +6,6 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,10 +14,11 @@ from typing import Any, get_args
 
 from lit_stability.cli.experiments.expectation import End
 from lit_stability.incidents.log import read_incidents
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.redaction import redacted_tree
 from lit_stability.training_state.atomic_write import write_and_keep
 
-log = logging.getLogger("lightning.pytorch.lit_stability")
+log = suite_logger()
 
 FILE = "outcome.json"
 _VERSION = 1

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_stability.diagnosis.nonfinite.values import storage_of
+from lit_stability.lightning_choice import LIGHTNING_ROOTS
 
 _MOST = 64
 """Largest number of elements examined in a container."""
-_PACKAGES = ("builtins", "torch", "lightning", "lightning_fabric", "pytorch_lightning")
+_PACKAGES = ("builtins", "torch", *LIGHTNING_ROOTS)
 """Packages whose objects hold no constants of the user's program."""
 
 
