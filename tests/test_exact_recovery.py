@@ -7,6 +7,7 @@ always bad, and the data of the other run do not contain it.
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from lit_stability.faults import (
     ScaleGradients,
     ScaleLoss,
 )
+from tests.delayed import delay_copies
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import OPTIMIZERS, Net, cosine_by_epoch, onecycle, plateau
 from tests.exact_practices import PRACTICES, WritesTensors
@@ -296,6 +298,13 @@ def test_recovered_run_equals_one_without_the_fault(options, cell, tmp_path):
     incidents = read_incidents(tmp_path / "faulty")
     assert incidents, "there was something to recover from"
     assert {i["outcome"] for i in incidents} <= {"recovered", "recurring", "unresolved"}
+
+
+@pytest.fixture(autouse=True)
+def copies(monkeypatch):
+    """``SNAPSHOTS=delayed`` runs all with snapshots that are copied beside the training."""
+    if os.environ.get("SNAPSHOTS") == "delayed":
+        delay_copies(monkeypatch, longest=0.01)
 
 
 HEALTHY = {**FEATURES, **PRECISIONS, **PRACTICES} | {

@@ -17,6 +17,7 @@ import torch
 
 from lit_stability.checks.preflight.report import PreflightError
 from lit_stability.incidents import TrainingStopped
+from lit_stability.training_state.out_of_memory import is_out_of_memory
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
 
@@ -24,7 +25,6 @@ _FETCH, _EVALUATION = (
     tuple(f"/{package}/loops/{file}" for package in ("lightning/pytorch", "pytorch_lightning"))
     for file in ("fetchers.py", "evaluation_loop.py")
 )
-_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 _NONFINITE = re.compile(r"\bnans?\b|\bnon-?finite\b|\bnot finite\b", re.IGNORECASE)
 _LOST_DEVICE = re.compile(r"(CUDA|HIP) error|device-side assert|cuDNN error", re.IGNORECASE)
 _FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker")
@@ -78,9 +78,7 @@ def kind_of(error: BaseException) -> Kind:
         return "other"
     if isinstance(error, TrainingStopped):
         return "instability"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "out of memory"
-    if isinstance(error, RuntimeError) and _MEMORY.search(text):
+    if is_out_of_memory(error):
         return "out of memory"
     if isinstance(error, RuntimeError) and _LOST_DEVICE.search(text):
         return "device"

@@ -67,7 +67,11 @@ from lit_stability.trainer_internals.trainer_view import (
     unscale,
     why_no_directory,
 )
-from lit_stability.trainer_internals.training_snapshot import StepStart, TrainingSnapshot
+from lit_stability.trainer_internals.training_snapshot import (
+    StepStart,
+    TrainingSnapshot,
+    snapshot_bytes,
+)
 from lit_stability.trainer_internals.worker_exit import at_worker_exit
 
 __all__ = [
@@ -128,6 +132,7 @@ __all__ = [
     "same_loss",
     "save_incident_checkpoint",
     "sharing",
+    "snapshot_bytes",
     "step_failure",
     "tear_down",
     "unscale",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lit_stability.distributed.dtensor import local
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals.callback_state import (
     Restore,
@@ -24,6 +25,7 @@ from lit_stability.trainer_internals.plain_attributes import (
 )
 from lit_stability.trainer_internals.schedulers import SchedulerState
 from lit_stability.trainer_internals.trainer_view import callbacks_of
+from lit_stability.training_state.copies import Copies
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, restore_rng
 from lit_stability.training_state.snapshot import BufferGuard, ModuleSnapshot, OptimizerSnapshot
@@ -51,6 +53,7 @@ class TrainingSnapshot:
         self.loops: LoopState
         self.steps = Steps(0, 0, 0)
         self._optimizers: list[OptimizerSnapshot] = []
+        self._copies = Copies()
         self._metrics = LoggedMetrics(pl_module)
         self._schedulers: list[SchedulerState] = []
         self._scaler: Any = None
@@ -69,12 +72,22 @@ class TrainingSnapshot:
         position: int,
         mark: int,
         registered: Iterable[Stateful] = (),
+        written: Collection[Tensor] = (),
     ) -> None:
-        """Copies the current state into the snapshot."""
+        """Copies the current state into the snapshot.
+
+        Args:
+            trainer: between two batches.
+            pl_module: the module in training.
+            position: of the next batch in the replay ring.
+            mark: in the ledger of checkpoint files.
+            registered: objects whose state belongs to it.
+            written: parameters that the program writes outside of an optimizer's step.
+        """
         self.step, self.position, self.mark = trainer.global_step, position, mark
-        self.module.capture(pl_module)
+        self.module.capture(pl_module, written)
         if len(self._optimizers) != len(trainer.optimizers):
-            self._optimizers = [OptimizerSnapshot() for _ in trainer.optimizers]
+            self._optimizers = [OptimizerSnapshot(self._copies) for _ in trainer.optimizers]
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
             saved.capture(optimizer)
         self._metrics.capture(trainer)
@@ -92,6 +105,17 @@ class TrainingSnapshot:
         self._trained = [(p, p.requires_grad) for p in pl_module.parameters()]
         self.loops, self.steps = LoopState(trainer), Steps.of(trainer)
         self._rng = capture_rng()
+
+    def place(self, copies: Copies) -> None:
+        """Has the next capture copy weights and moments in another way, or to another memory."""
+        self._copies = copies
+        for bank in (self.module.bank, *(saved.bank for saved in self._optimizers)):
+            bank.place(copies)
+
+    @property
+    def written(self) -> bool:
+        """Whether weights or moments were written since the capture began."""
+        return any(b.written for b in (self.module.bank, *(o.bank for o in self._optimizers)))
 
     def restore(self, trainer: Trainer, *, replay: bool) -> None:
         """Restores all state except loops and data, and clears the gradients.
@@ -150,8 +174,17 @@ class TrainingSnapshot:
     @property
     def nbytes(self) -> int:
         """Size of the tensors in bytes, without the shared frozen weights."""
-        banks = [self.module.bank, *(average.bank for average in self._averages.values())]
-        return sum(bank.nbytes for bank in (*banks, *(o.bank for o in self._optimizers)))
+        modules = sum(each.nbytes for each in (self.module, *self._averages.values()))
+        return modules + sum(saved.bank.nbytes for saved in self._optimizers)
+
+
+def snapshot_bytes(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Returns the size of a snapshot: trained weights, buffers, state of the optimizers."""
+    weights = (p for p in pl_module.parameters() if p.requires_grad)
+    states = (s for o in trainer.optimizers for s in o.state.values())
+    moments = (value for state in states for value in state.values())
+    tensors = (*weights, *pl_module.buffers(), *moments)
+    return sum(local(t).nbytes for t in tensors if isinstance(t, Tensor))
 
 
 class StepStart:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -18,32 +18,53 @@ from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.number_formats import is_measurable, which_are_finite
+from lit_stability.training_state.copies import Copies
 from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
 
 
 class TensorBank:
-    """Copies a list of tensors into buffers that are reused by each capture."""
+    """Copies a list of tensors into buffers that are reused by each capture.
 
-    def __init__(self) -> None:
+    Args:
+        copies: how, and where to; None for a copy at once on the tensors' own devices.
+    """
+
+    def __init__(self, copies: Copies | None = None) -> None:
+        self._copies = copies or Copies()
         self._live: list[Tensor] = []
         self._saved: list[Tensor] = []
+        self._made_for: list[_Kind] = []
         self._pairs: _Pairs = []
+        self._versions: list[int] = []
+
+    def place(self, copies: Copies) -> None:
+        """Has the next capture copy in another way; the buffers are made again for it."""
+        if copies is not self._copies:
+            self._copies, self._saved, self._made_for = copies, [], []
 
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copies the tensors; allocates new buffers only if a shape, dtype or device changed."""
         live = [local(t) for t in tensors]
-        if not _same(self._live, live) or not _alike(self._saved, live):
-            if not _alike(self._saved, live):
-                self._saved = [torch.empty_like(t, requires_grad=False) for t in live]
+        kinds = [(t.shape, t.dtype, t.device) for t in live]
+        if not _same(self._live, live) or self._made_for != kinds:
+            if self._made_for != kinds:
+                self._saved, self._made_for = [], []
+                self._saved, self._made_for = [self._copies.buffer(t) for t in live], kinds
             self._live = live
             self._pairs = _in_groups(self._saved, live)
-        for saved, now in self._pairs:
-            torch._foreach_copy_(saved, now)
+        self._versions = [_version(t) for t in live]
+        self._copies.start(self._pairs)
+
+    @property
+    def written(self) -> bool:
+        """Whether a captured tensor was written since, as its version counter shows."""
+        return self._versions != [_version(t) for t in self._live]
 
     @torch.no_grad()
     def restore(self, targets: Sequence[Tensor] | None = None) -> None:
         """Copies the saved values into the captured tensors, or into ``targets``."""
+        self._copies.finish()
         same = targets is None or _same(self._live, targets)
         pairs = self._pairs if same else _in_groups(self._saved, targets or [])
         for saved, now in pairs:
@@ -52,11 +73,13 @@ class TensorBank:
     @property
     def saved(self) -> list[Tensor]:
         """Returns the copies, in the order of the captured tensors."""
+        self._copies.finish()
         return self._saved
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Returns the pairs ``(live, saved)`` of captured tensors and copies."""
+        self._copies.finish()
         return [(t.detach(), s) for t, s in zip(self._live, self._saved, strict=True)]
 
     @property
@@ -70,36 +93,56 @@ class ModuleSnapshot:
 
     Args:
         frozen: holds one copy of the frozen parameters for all snapshots that share it.
+        copies: how the parameters are copied, and where to.
     """
 
-    def __init__(self, frozen: FrozenWeights | None = None) -> None:
-        self.bank = TensorBank()
+    def __init__(self, frozen: FrozenWeights | None = None, copies: Copies | None = None) -> None:
+        self.bank = TensorBank(copies)
+        """Of the parameters that only optimizers change."""
+        self._at_once = TensorBank()
+        """Of the rest, which a forward pass may change."""
         self._frozen = frozen or FrozenWeights()
         self._kept: list[Kept] = []
         self._module: nn.Module | None = None
         self._parameters: list[Tensor] = []
+        self._written: list[Tensor] = []
         self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
 
-    def capture(self, module: nn.Module) -> None:
-        """Copies the module's parameters and buffers."""
+    def capture(self, module: nn.Module, written: Collection[Tensor] = ()) -> None:
+        """Copies the module's parameters and buffers.
+
+        Args:
+            module: to copy.
+            written: parameters that the program writes at any time: they are copied at once.
+        """
         self._module = module
         modules = list(module.modules())
         found = (p for m in modules for p in m._parameters.values() if p is not None)
-        self._parameters, self._kept = self._frozen.split(dict.fromkeys(found))
+        changing, self._kept = self._frozen.split(dict.fromkeys(found))
+        at_once = {id(p) for p in written}
+        self._parameters = [p for p in changing if id(p) not in at_once]
+        self._written = [p for p in changing if id(p) in at_once]
         self._homes = _buffers((m, m._buffers) for m in modules)
         buffers = [b for _, _, b in self._homes if b is not None]
-        self.bank.capture([*self._parameters, *buffers])
+        self._at_once.capture([*self._written, *buffers])
+        self.bank.capture(self._parameters)
 
     def restore(self) -> None:
         """Restores all values; a buffer replaced by another tensor is reassigned first."""
         _reassign(self._homes)
         self.bank.restore()
+        self._at_once.restore()
         for frozen in self._kept:
             frozen.restore()
 
+    @property
+    def nbytes(self) -> int:
+        """Returns the size of the copies in bytes, without the frozen weights."""
+        return self.bank.nbytes + self._at_once.nbytes
+
     def non_finite_buffers(self) -> set[tuple[int, str]]:
         """Returns id of the module and key of each buffer that was non-finite when captured."""
-        return _non_finite(self._homes, self.bank.saved[len(self._parameters) :])
+        return _non_finite(self._homes, self._at_once.saved[len(self._written) :])
 
     def drift(self) -> dict[str, float]:
         """Returns the largest absolute change of any element since the capture, by parameter."""
@@ -107,11 +150,14 @@ class ModuleSnapshot:
             return {}
         names = {id(p): name for name, p in self._module.named_parameters()}
         pairs = [
-            *zip(self._parameters, self.bank.pairs, strict=False),
+            *zip(self._parameters, self.bank.pairs, strict=True),
+            *zip(self._written, self._at_once.pairs, strict=False),
             *((frozen.live, (frozen.live.detach(), frozen.saved)) for frozen in self._kept),
         ]
         return {
-            names[id(p)]: float((live - saved).abs().amax()) if live.numel() else 0.0
+            names[id(p)]: float((live - saved.to(live.device)).abs().amax())
+            if live.numel()
+            else 0.0
             for p, (live, saved) in pairs
             if id(p) in names and is_measurable(live)
         }
@@ -135,10 +181,13 @@ class OptimizerSnapshot:
     """Snapshot of an optimizer's moments, step counts and group options.
 
     A restore deletes state that the optimizer created after the capture.
+
+    Args:
+        copies: how the tensors are copied, and where to.
     """
 
-    def __init__(self) -> None:
-        self.bank = TensorBank()
+    def __init__(self, copies: Copies | None = None) -> None:
+        self.bank = TensorBank(copies)
         self._keys: list[tuple[Tensor, str, Tensor]] = []
         self._other: list[tuple[Tensor, str, Any]] = []
         self._groups: list[dict[str, Any]] = []
@@ -267,21 +316,21 @@ def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
-        for x, y in zip(a, b, strict=True)
-    )
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
+_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 _Pairs: TypeAlias = list[tuple[list[Tensor], list[Tensor]]]
 
 
 def _in_groups(a: Iterable[Tensor], b: Iterable[Tensor]) -> _Pairs:
-    """Splits both lists into groups of one dtype and device, for one foreach copy each."""
-    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    """Splits both lists into groups of one dtype and two devices, for one foreach copy each."""
+    groups: dict[
+        tuple[torch.dtype, torch.device, torch.device], tuple[list[Tensor], list[Tensor]]
+    ] = {}
     for x, y in zip(a, b, strict=True):
-        xs, ys = groups.setdefault((x.dtype, x.device), ([], []))
+        xs, ys = groups.setdefault((x.dtype, x.device, y.device), ([], []))
         xs.append(x)
         ys.append(y)
     return list(groups.values())

@@ -33,6 +33,8 @@ class SnapshotRotation(Generic[S]):
 
     make: Callable[[], S]
     confirm_after: int
+    single: bool = False
+    """Keeps one snapshot: the next capture replaces it, and must be confirmed at once."""
     confirmed: S | None = None
     older: S | None = None
     candidate: S | None = None
@@ -51,6 +53,9 @@ class SnapshotRotation(Generic[S]):
 
     def begin(self) -> S:
         """Returns the snapshot to capture into; it replaces a candidate not yet confirmed."""
+        if self.single and self.candidate is None:
+            self.older = self.older or self.confirmed
+            self._spare, self.confirmed = None, None
         if self.candidate is None:
             for snapshot in (self._spare, self.older):
                 if snapshot is not None:
@@ -61,6 +66,11 @@ class SnapshotRotation(Generic[S]):
             self._spare = self.older = None
         self._age = 0
         return self.candidate
+
+    @property
+    def is_about_to_confirm(self) -> bool:
+        """Returns whether the next healthy step confirms the candidate."""
+        return self.candidate is not None and self._age + 1 >= self.confirm_after
 
     def healthy(self) -> None:
         """Counts a healthy step towards the confirmation of the candidate."""

@@ -25,6 +25,7 @@ from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.trainer_internals import Stateful, sharing
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
+from lit_stability.training_state.snapshot_memory import Where
 
 log = suite_logger()
 
@@ -67,7 +68,10 @@ class AutoRollback(StabilityCallback):
     ends with `TrainingStopped` and the weights of the last confirmed snapshot.
 
     Two snapshots of weights, buffers and optimizer state are kept in memory, and the raw batches
-    since the older one; their sizes are logged when they are first known.
+    since the older one; their sizes are logged when they are first known. On an accelerator the
+    copies for the host are made beside the next forward and backward pass. Where two do not fit,
+    one is kept: a rollback then reaches back to the last one only. Where none fits, bad steps are
+    still undone, but damaged weights end the run.
 
     Args:
         data: what happens to the batches since the snapshot.
@@ -80,6 +84,9 @@ class AutoRollback(StabilityCallback):
         max_ring_bytes: bound on the raw batches kept; beyond it they cannot be replayed.
         clone_batches: keep copies from the start, for a ``training_step`` that changes its batch.
             Otherwise they are kept from the first batch on that is seen to be changed.
+        snapshot_device: memory for the snapshots: ``"device"``, that of the weights; ``"host"``; or
+            ``"auto"``, the device if they fit there after the first steps, else the host; on
+            several ranks always the device.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -95,9 +102,14 @@ class AutoRollback(StabilityCallback):
         budget: Budget | None = None,
         max_ring_bytes: int = 2**30,
         clone_batches: bool = False,
+        snapshot_device: Where = "auto",
     ) -> None:
         if data not in ("replay", "skip"):
             raise ValueError(f"data must be 'replay' or 'skip', got {data!r}")
+        if snapshot_device not in ("auto", "device", "host"):
+            raise ValueError(
+                f"snapshot_device must be 'auto', 'device' or 'host', got {snapshot_device!r}"
+            )
         for name, value in (
             ("snapshot_every", snapshot_every),
             ("confirm_after", confirm_after),
@@ -111,6 +123,7 @@ class AutoRollback(StabilityCallback):
         self.confirm_after = confirm_after
         self.max_ring_bytes = max_ring_bytes
         self.clone_batches = clone_batches
+        self.snapshot_device: Where = snapshot_device
         self.backoff = Backoff(relax_after)
         self.escalation = EscalationPolicy(budget)
         self._registered: list[Stateful] = []
@@ -180,6 +193,7 @@ class AutoRollback(StabilityCallback):
             max_ring_bytes=self.max_ring_bytes,
             clone=self.clone_batches,
             registered=self._registered,
+            snapshot_device=self.snapshot_device,
             owner=self,
         )
         self._executor = ResponseExecutor(trainer, pl_module, engine, self.escalation, self.backoff)

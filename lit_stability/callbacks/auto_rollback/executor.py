@@ -269,7 +269,9 @@ class ResponseExecutor:
         moved_far = anomaly is incident.anomaly and self._is_corrupted(incident)
         corrupted = incident.agree(moved_far, self._gather)
         if corrupted or anomaly.state_corrupted:
-            replay = engine.can_replay(engine.snapshot_for(anomaly.suspect, older=False))
+            replay = self.can_roll_back and engine.can_replay(
+                engine.snapshot_for(anomaly.suspect, older=False)
+            )
         else:
             replay = engine.can_retry()
         replay = not incident.agree(not replay, self._gather)
@@ -277,7 +279,7 @@ class ResponseExecutor:
         if self._escalation.returns(anomaly, state_corrupted=corrupted):
             incident.verdict = "deterministic"
         self._checked = incident
-        return self._escalation.respond(
+        response = self._escalation.respond(
             anomaly,
             state_corrupted=corrupted,
             excess=self.baselines[anomaly.optimizer].excess(ratio),
@@ -290,6 +292,9 @@ class ResponseExecutor:
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
+        if isinstance(response, RollBack) and not self.can_roll_back:
+            return Stop(f"there was no memory for a snapshot to go back to ({anomaly.message})")
+        return response
 
     def _of_this_step(self, incident: Incident) -> Anomaly:
         """Returns the anomaly, as one of the present step if the program damaged weights in it."""
@@ -402,9 +407,10 @@ class ResponseExecutor:
         engine.to_snapshot(snapshot, skipped)
 
     def _stop(self, response: Stop, incident: Incident) -> None:
-        suspect = incident.anomaly.suspect
-        self._engine.to_snapshot_only(self._engine.snapshot_for(suspect, older=False))
-        call_hook("on_rollback", self._trainer, self._module)
+        if self.can_roll_back:
+            snapshot = self._engine.snapshot_for(incident.anomaly.suspect, older=False)
+            self._engine.to_snapshot_only(snapshot)
+            call_hook("on_rollback", self._trainer, self._module)
         step = self._trainer.global_step
         raise TrainingStopped(
             f"training stopped at step {step}: {response.reason}. {incident.advice}", incident

@@ -5,12 +5,14 @@ May import Lightning.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
 from lit_stability.callbacks.hooks import implements
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
@@ -36,10 +38,11 @@ from lit_stability.trainer_internals import (
     owners_in,
     remove_gradients,
     sharing,
+    snapshot_bytes,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
-from lit_stability.training_state.snapshot_rotation import SnapshotRotation
+from lit_stability.training_state.snapshot_memory import Homes, Where
 from lit_stability.training_state.weight_writes import WeightWrites
 
 log = suite_logger()
@@ -52,6 +55,11 @@ _MODIFIED = (
 _COPIED = 2**26
 """Bytes of weights that the program writes, up to which they are copied for every step. Beyond it a
 step is undone by way of the last snapshot."""
+_ONE_SNAPSHOT = "a rollback reaches back to the last one only, whatever was damaged since"
+_NO_SNAPSHOT = (
+    "a bad step is undone and its batch left out, but damaged weights end the run; continue it "
+    "from the last good checkpoint"
+)
 _BEFORE_UPDATE = "in training_step or another hook before the update"
 _AFTER_UPDATE = "in a hook after the update, such as on_train_batch_end"
 _FIRST_STEP = (
@@ -81,6 +89,7 @@ class RollbackEngine:
         max_ring_bytes: bound on the batches kept.
         clone: keep copies of the batches.
         registered: further objects whose state belongs to the snapshot.
+        snapshot_device: where snapshots are kept.
         owner: the callback; nothing is recorded while a tuner has replaced it.
     """
 
@@ -95,6 +104,7 @@ class RollbackEngine:
         max_ring_bytes: int,
         clone: bool,
         registered: Sequence[Stateful],
+        snapshot_device: Where,
         owner: Callback,
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
@@ -107,8 +117,12 @@ class RollbackEngine:
         if replay and not self.replay:
             log.info("training_step draws from dataloader_iter: batches are skipped, not replayed")
         self._frozen = FrozenWeights()
-        self._snapshots = SnapshotRotation(
-            lambda: TrainingSnapshot(pl_module, self._frozen), confirm_after
+        self._store = SnapshotStore(
+            lambda: TrainingSnapshot(pl_module, self._frozen),
+            confirm_after=confirm_after,
+            where=snapshot_device,
+            device=trainer.strategy.root_device,
+            alone=sharing(trainer) == "alone",
         )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
@@ -137,6 +151,7 @@ class RollbackEngine:
         self._rng: dict[str, Any] = {}
         """Of the generators after the undo."""
         self._logged: set[str] = set()
+        self._logged_homes: Homes | None = None
         self.snapshots_paused = False
         """Whether no new snapshot is taken for now: the steps since the last are being checked."""
         self._has_extra = bool(registered) or any(
@@ -165,6 +180,7 @@ class RollbackEngine:
     def close(self) -> None:
         """Leaves the trainer as it was before the fit."""
         self._pause.end()
+        self._store.close()
         self._writes.close()
         self._recorder.detach()
         self._ledger.detach()
@@ -176,12 +192,12 @@ class RollbackEngine:
     @property
     def confirmed(self) -> TrainingSnapshot | None:
         """The newest confirmed snapshot."""
-        return self._snapshots.confirmed
+        return self._store.rotation.confirmed
 
     @property
     def has_older_snapshot(self) -> bool:
         """Whether the snapshot before the newest confirmed one is still there."""
-        return self._snapshots.older is not None
+        return self._store.rotation.older is not None
 
     @property
     def kept_batches(self) -> int:
@@ -199,7 +215,7 @@ class RollbackEngine:
             Name of the parameter, how far the element moved, and the step of the snapshot that it
             is compared with; None if there is no such element, or no snapshot.
         """
-        confirmed = self._snapshots.confirmed
+        confirmed = self._store.rotation.confirmed
         found = None if confirmed is None else confirmed.module.outlier()
         return None if confirmed is None or found is None else (*found, confirmed.step)
 
@@ -217,22 +233,25 @@ class RollbackEngine:
             self._find_writes()
         self._hooks_have_ended = False
         self._writes.follow(self._trainer.optimizers)
+        self._store.follow(self._trainer.optimizers)
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
         if self._recorder.interrupted:
             self._recorder.interrupted, self._window_is_new = False, True
-            self._snapshots.restart()
+            self._store.rotation.restart()
         if not self._window_is_new:
             return
         self._window_is_new = False
         position = self._ring.position
-        first = self._snapshots.confirmed is None or self._order_is_final()
-        due = self._since >= self._every and self._snapshots.ready and not self.snapshots_paused
-        if first or due:
-            self._take_snapshot(position)
-        if first:
-            self._snapshots.confirm_now()
+        first = self._store.rotation.confirmed is None or self._order_is_final()
+        due = (
+            self._since >= self._every and self._store.rotation.ready and not self.snapshots_paused
+        )
+        if self._store.keeps_none:
+            self._ring.prune(position)
+        elif first or due:
+            self._take_snapshot(position, confirm=first)
         written = self._writes.written
         self._too_large = sum(p.nbytes for p in written) > _COPIED
         copied = () if self._too_large else written
@@ -303,37 +322,53 @@ class RollbackEngine:
             )
         return found
 
-    def _take_snapshot(self, position: int) -> None:
-        if self._snapshots.confirmed is not None:
-            changed = self._snapshots.confirmed.owners_changed()
+    def _take_snapshot(self, position: int, *, confirm: bool) -> None:
+        if self._store.rotation.confirmed is not None:
+            changed = self._store.rotation.confirmed.owners_changed()
             for attributes in (self._start.attributes, self._before_undo, self._after_undo):
                 attributes.watch(changed)
-        snapshot = self._snapshots.begin()
-        oldest = self._snapshots.oldest
-        if oldest is not None:
-            self._ring.prune(oldest.position)
-            self._ledger.commit(oldest.mark)
-        snapshot.capture(
-            self._trainer,
-            self._module,
-            position=position,
-            mark=self._ledger.mark,
-            registered=self._registered,
-        )
-        self._since = 0
-        if oldest is None:
-            frozen = self._frozen.nbytes / 2**20
-            self._log_once(
-                f"AutoRollback keeps two snapshots, {snapshot.nbytes / 2**20:.1f} MiB each"
-                + (f", and {frozen:.1f} MiB of frozen weights once" if frozen else "")
+
+        def take(snapshot: TrainingSnapshot) -> None:
+            snapshot.capture(
+                self._trainer,
+                self._module,
+                position=position,
+                mark=self._ledger.mark,
+                registered=self._registered,
+                written=self._writes.written,
             )
-        elif self.replay and "ring" not in self._logged:
+
+        size = functools.partial(snapshot_bytes, self._trainer, self._module)
+        self._store.capture(size, take, confirm=confirm)
+        self._since = 0
+        self._log_memory()
+        oldest = self._store.rotation.oldest
+        if oldest is None:
+            return
+        self._ring.prune(oldest.position)
+        self._ledger.commit(oldest.mark)
+        if self.replay and position > oldest.position and "ring" not in self._logged:
             self._logged.add("ring")
             self._log(
                 f"AutoRollback keeps {position - oldest.position} batches to replay, "
                 f"{self._ring.nbytes / 2**20:.1f} MiB of at most "
                 f"{self._ring.max_bytes / 2**20:.0f}"
             )
+
+    def _log_memory(self) -> None:
+        homes, frozen = self._store.homes, self._frozen.nbytes / 2**20
+        newest = self._store.rotation.candidate or self._store.rotation.confirmed
+        if homes is None or homes == self._logged_homes:
+            return
+        self._logged_homes = homes
+        if newest is None:
+            self._log(f"AutoRollback keeps no snapshot, as {homes.reason}: {_NO_SNAPSHOT}")
+            return
+        self._log(
+            f"AutoRollback keeps {homes}, {newest.nbytes / 2**20:.1f} MiB each"
+            + (f", and {frozen:.1f} MiB of frozen weights once" if frozen else "")
+            + (f"; {_ONE_SNAPSHOT}" if len(homes.of) == 1 else "")
+        )
 
     def batch_started(self) -> None:
         """Records to which optimizer step the batch belongs."""
@@ -384,8 +419,9 @@ class RollbackEngine:
 
     def damaged_buffers(self) -> tuple[str, ...]:
         """Returns buffers that were non-finite before this step and are finite in a snapshot."""
-        assert self._snapshots.confirmed is not None
-        before = self._snapshots.confirmed.module.non_finite_buffers()
+        if self.confirmed is None:
+            return ()
+        before = self.confirmed.module.non_finite_buffers()
         damaged = self._start.non_finite_buffers() - before
         names = {id(module): name for name, module in self._module.named_modules()}
         found = (f"{names.get(owner, '')}.{key}".lstrip(".") for owner, key in damaged)
@@ -403,8 +439,9 @@ class RollbackEngine:
         self._ring.check_modified()
         position = self._start.position
         if self._needs_snapshot:
-            assert self._snapshots.confirmed is not None
-            position = self._snapshots.confirmed.position
+            if self.confirmed is None:
+                return False
+            position = self.confirmed.position
         return self._replayable(position, skipped)
 
     def can_replay(self, snapshot: TrainingSnapshot) -> bool:
@@ -436,9 +473,9 @@ class RollbackEngine:
 
     def snapshot_for(self, step: int, *, older: bool) -> TrainingSnapshot:
         """Returns the newest confirmed snapshot from before a step, or the one before it."""
-        found = self._snapshots.confirmed
+        found = self._store.rotation.confirmed
         assert found is not None
-        before = self._snapshots.older
+        before = self._store.rotation.older
         return before if before is not None and (older or found.step > step) else found
 
     def to_step_start(self, skipped: Collection[RecordedBatch]) -> bool:
@@ -448,9 +485,12 @@ class RollbackEngine:
             Whether a snapshot was restored, so that steps before it are replayed too.
         """
         self.measured()
-        confirmed = self._snapshots.confirmed
-        assert confirmed is not None
-        if self._needs_snapshot and self._replayable(confirmed.position, skipped):
+        confirmed = self.confirmed
+        if (
+            self._needs_snapshot
+            and confirmed is not None
+            and self._replayable(confirmed.position, skipped)
+        ):
             self.to_snapshot(confirmed, skipped)
             return True
         self._undo_step()
@@ -458,6 +498,7 @@ class RollbackEngine:
         return False
 
     def _undo_step(self) -> None:
+        self._store.wait()
         self._before_undo.capture()
         self._warn_of_first_step(self._start)
         self._undone, self._undone_to = True, self._start
@@ -519,13 +560,14 @@ class RollbackEngine:
         snapshot.steps.restore(self._trainer)
         self._pause.hide(self._trainer, same_step=False)
         # Data and loops have gone on since: the next snapshot is taken before the next batch.
-        self._snapshots.restart()
+        self._store.rotation.restart()
 
     def _restore(self, snapshot: TrainingSnapshot, *, replay: bool) -> None:
         self._find_writes()
-        self._snapshots.discard()
-        if snapshot is self._snapshots.older:
-            self._snapshots.go_back()
+        self._store.wait()
+        self._store.rotation.discard()
+        if snapshot is self._store.rotation.older:
+            self._store.rotation.go_back()
         self._before_undo.capture()
         self._since, self._undone, self._undone_to = 0, True, snapshot
         for path in self._ledger.go_back(snapshot.mark):
@@ -568,7 +610,7 @@ class RollbackEngine:
             count_skipped_batches(self._trainer, skipped)
             self._since += self._accepted
             for _ in range(self._accepted):
-                self._snapshots.healthy()
+                self._store.healthy()
         if self._skipper.active or self.stepped:
             self._begin_window()
         if self._undone_to is not None:

@@ -1,0 +1,134 @@
+"""Copies tensors while training goes on, and says until when they must not change.
+
+May import torch, but not Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Pairs: TypeAlias = Sequence[tuple[list[Tensor], list[Tensor]]]
+"""Groups of targets and of sources, one foreach copy each."""
+
+
+class Copies:
+    """Copies at once, in the order of the device's other work.
+
+    The base class of copies that take their time. A source must not be written between `start`
+    and `wait`, and a target must not be read before `finish`.
+    """
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        """Returns memory for a copy of a tensor."""
+        return torch.empty_like(tensor, requires_grad=False)
+
+    def start(self, pairs: Pairs) -> None:
+        """Begins to copy."""
+        _copy(pairs)
+
+    def wait(self) -> None:
+        """Lets what the caller does next come after the copies; the host need not wait."""
+
+    def finish(self) -> None:
+        """Has the host wait until all copies are complete."""
+
+
+class ThreadCopies(Copies):
+    """Copies on the host in a thread.
+
+    Args:
+        before: called in the thread before each copy, such as for a delay.
+
+    >>> copies, source = ThreadCopies(), torch.ones(2)
+    >>> target = copies.buffer(source)
+    >>> copies.start([([target], [source])]); copies.finish()
+    >>> target.tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self._before = before
+        self._thread = ThreadPoolExecutor(1, "lit_stability snapshot")
+        self._running: list[Future[None]] = []
+
+    def start(self, pairs: Pairs) -> None:
+        """Begins to copy."""
+        self._running.append(self._thread.submit(self._run, pairs))
+
+    def _run(self, pairs: Pairs) -> None:
+        self._before()
+        _copy(pairs)
+
+    def wait(self) -> None:
+        """Waits for the thread."""
+        running, self._running = self._running, []
+        for each in running:
+            each.result()
+
+    def finish(self) -> None:
+        """Waits for the thread."""
+        self.wait()
+
+
+class StreamCopies(Copies):
+    """Copies from a CUDA device to pinned memory of the host, on a stream of their own.
+
+    Args:
+        device: of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._done: Any = None
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        """Returns pinned memory for a copy of a tensor; tensors of the host keep to their own."""
+        on_device = tensor.device.type == self._device.type
+        return torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=on_device)
+
+    def start(self, pairs: Pairs) -> None:
+        """Begins to copy after all work that is queued now."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            _copy(pairs, non_blocking=True)
+            for _, sources in pairs:
+                for source in sources:  # one that is replaced meanwhile keeps its memory
+                    if source.device.type == self._device.type:
+                        source.record_stream(self._stream)
+            self._done = self._stream.record_event()
+
+    def wait(self) -> None:
+        """Lets the device's next work on the present stream come after the copies."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def finish(self) -> None:
+        """Waits for the device."""
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+
+
+def copies_to_host(device: torch.device) -> Copies:
+    """Returns copies to the host for the tensors of a device."""
+    return StreamCopies(device) if device.type == "cuda" else HostCopies()
+
+
+class HostCopies(Copies):
+    """Copies to the memory of the host at once, from a device without streams."""
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        """Returns memory of the host for a copy of a tensor."""
+        return torch.empty_like(tensor, device="cpu", requires_grad=False)
+
+
+@torch.no_grad()
+def _copy(pairs: Pairs, *, non_blocking: bool = False) -> None:
+    for targets, sources in pairs:
+        torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

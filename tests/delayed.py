@@ -1,0 +1,29 @@
+"""Snapshots that are copied in a thread, with delays: they stand for copies from a device."""
+
+import random
+import time
+
+from lit_stability.callbacks.auto_rollback import snapshot_store
+from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
+from lit_stability.training_state.copies import ThreadCopies
+
+
+class Unordered(ThreadCopies):
+    """Copies that no optimizer's step waits for: what they copy may be torn."""
+
+    def wait(self):
+        pass
+
+    def finish(self):
+        super().wait()
+
+
+def delay_copies(monkeypatch, kind=ThreadCopies, longest=0.02):
+    """Has all snapshots copied in a thread, each copy after a random delay in seconds."""
+    delays = random.Random(0)
+
+    def copies(device):
+        return kind(lambda: time.sleep(delays.uniform(0, longest)))
+
+    monkeypatch.setattr(snapshot_store, "copies_to_host", copies)
+    monkeypatch.setattr(SnapshotStore, "_copies_of", lambda store, snapshot: store._to_host)
