@@ -18,12 +18,13 @@ def is_measurable(tensor: Tensor) -> bool:
     """Returns whether torch computes the norm of a tensor.
 
     It does not for integers, booleans and fp8, such as frozen quantised weights, and not for a
-    tensor of a lazy module before the first forward pass.
+    tensor of a lazy module before the first forward pass, or one on the device "meta".
 
     >>> is_measurable(torch.zeros(2, dtype=torch.int8)), is_measurable(torch.zeros(2))
     (False, True)
     """
-    return not is_lazy(tensor) and (tensor.dtype in FLOATS or tensor.dtype.is_complex)
+    has_content = not is_lazy(tensor) and not tensor.is_meta
+    return has_content and (tensor.dtype in FLOATS or tensor.dtype.is_complex)
 
 
 def which_are_finite(tensors: Iterable[Tensor]) -> list[bool]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_stability.distributed.dtensor import local
+
 _SAMPLES = 256
 """Elements of a parameter that are compared. An update of a frozen network, such as the teacher
 in self-distillation, changes nearly all of its elements."""
@@ -19,8 +21,9 @@ in self-distillation, changes nearly all of its elements."""
 
 @dataclass(frozen=True)
 class Kept:
-    """A frozen parameter and its saved copy."""
+    """A frozen parameter and its saved copy; of a sharded one, of this rank's shard."""
 
+    parameter: Tensor
     live: Tensor
     saved: Tensor
     version: int
@@ -59,32 +62,33 @@ class FrozenWeights:
         """
         changing, unchanged = [], []
         for parameter in parameters:
-            copy = self._kept.get(id(parameter))
-            if not _can_be_kept(parameter) or id(parameter) in self._changed:
+            copy, live = self._kept.get(id(parameter)), local(parameter)
+            if not _can_be_kept(parameter, live) or id(parameter) in self._changed:
                 self._kept.pop(id(parameter), None)
                 changing.append(parameter)
-            elif copy is None or copy.live is not parameter:
-                unchanged.append(self._keep(parameter))
-            elif copy.version != parameter._version or copy.pointer != parameter.data_ptr():
+            elif copy is None or copy.parameter is not parameter:
+                unchanged.append(self._keep(parameter, live))
+            elif copy.version != live._version or copy.pointer != live.data_ptr():
                 changing.append(self._release(copy))
             else:
                 unchanged.append(copy)
         if not _equal(unchanged):
             changed = [copy for copy in unchanged if not _equal([copy])]
             changing += [self._release(copy) for copy in changed]
-            unchanged = [copy for copy in unchanged if id(copy.live) in self._kept]
+            unchanged = [copy for copy in unchanged if id(copy.parameter) in self._kept]
         return changing, unchanged
 
-    def _keep(self, parameter: Tensor) -> Kept:
-        kept = Kept(parameter, parameter.detach().clone(), parameter._version, parameter.data_ptr())
+    def _keep(self, parameter: Tensor, live: Tensor) -> Kept:
+        saved = live.detach().clone()
+        kept = Kept(parameter, live, saved, live._version, live.data_ptr())
         self._kept[id(parameter)] = kept
         return kept
 
     def _release(self, kept: Kept) -> Tensor:
         """Stops keeping the parameter; snapshots that refer to its copy still hold it."""
-        del self._kept[id(kept.live)]
-        self._changed.add(id(kept.live))
-        return kept.live
+        del self._kept[id(kept.parameter)]
+        self._changed.add(id(kept.parameter))
+        return kept.parameter
 
     @property
     def nbytes(self) -> int:
@@ -92,10 +96,10 @@ class FrozenWeights:
         return sum(copy.saved.numel() * copy.saved.element_size() for copy in self._kept.values())
 
 
-def _can_be_kept(parameter: Tensor) -> bool:
-    plain = type(parameter) in (Tensor, torch.nn.Parameter)
-    frozen = plain and not parameter.requires_grad and not parameter.is_inference()
-    return frozen and parameter.is_contiguous()
+def _can_be_kept(parameter: Tensor, live: Tensor) -> bool:
+    plain = type(live) in (Tensor, torch.nn.Parameter) and not live.is_meta
+    frozen = plain and not parameter.requires_grad and not live.is_inference()
+    return frozen and live.is_contiguous()
 
 
 def _equal(kept: Sequence[Kept]) -> bool:

@@ -117,7 +117,8 @@ class ModuleSnapshot:
         """
         self._module = module
         modules = list(module.modules())
-        found = (p for m in modules for p in m._parameters.values() if p is not None)
+        own = (p for m in modules for p in m._parameters.values() if p is not None)
+        found = (p for p in own if not p.is_meta)  # without content
         changing, self._kept = self._frozen.split(dict.fromkeys(found))
         at_once = {id(p) for p in written}
         self._parameters = [p for p in changing if id(p) not in at_once]
@@ -152,7 +153,7 @@ class ModuleSnapshot:
         pairs = [
             *zip(self._parameters, self.bank.pairs, strict=True),
             *zip(self._written, self._at_once.pairs, strict=False),
-            *((frozen.live, (frozen.live.detach(), frozen.saved)) for frozen in self._kept),
+            *((frozen.parameter, (frozen.live.detach(), frozen.saved)) for frozen in self._kept),
         ]
         return {
             names[id(p)]: float((live - saved.to(live.device)).abs().amax())

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.snapshot import ModuleSnapshot
@@ -107,3 +111,39 @@ def test_unfrozen_weights_are_copied_from_then_on():
     assert torch.equal(net["body"].weight, before)
     first.restore()
     assert torch.equal(net["body"].weight, before)
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of one rank, this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_frozen_shards_are_held_once_and_come_back(mesh):
+    """FSDP2 has them as DTensors."""
+    net = make()
+    for layer in net.values():
+        fully_shard(layer, mesh=mesh)
+    assert type(net["body"].weight) is DTensor
+    before = net["body"].weight.full_tensor().clone()
+    frozen, (first, second) = two(net)
+    second.capture(net)
+    assert frozen.nbytes == 4 * (64 * 64 + 64)
+    assert (first.bank.nbytes, second.bank.nbytes) == (520, 520)
+    with torch.no_grad():
+        net["body"].weight.to_local().mul_(2.0)
+    second.restore()
+    assert torch.equal(net["body"].weight.full_tensor(), before)
+
+
+def test_module_with_weights_without_content_is_captured_and_restored():
+    net = make()
+    net["absent"] = nn.Linear(4, 4, device="meta").requires_grad_(False)
+    _, snapshots = two(net)
+    with torch.no_grad():
+        net["head"].bias.fill_(3.0)
+    snapshots[0].restore()
+    assert not (net["head"].bias == 3.0).any()
+    assert snapshots[0].outlier() is None
