@@ -121,21 +121,16 @@ def test_large_gradients_that_come_back_are_clipped_at_most_a_few_times(factor, 
     assert (bare - with_suite).norm() < 0.1 * bare.norm()
 
 
-def nan_term(loss):
-    return loss * float("nan")
+FAULTS = {"constant": lambda loss: loss * float("nan"), "domain": lambda loss: torch.log(-loss)}
 
 
-def exception(loss):
-    raise RuntimeError(f"no penalty for {loss}")
-
-
-@pytest.mark.parametrize("fault", [nan_term, exception])
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["1", "2"])
 def test_fault_of_one_batch_index_costs_few_batches_and_is_named(fault, options, tmp_path):
     class Periodic(Regression):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            return fault(loss) if batch_idx % 16 == 5 else loss
+            return FAULTS[fault](loss) if batch_idx % 16 == 5 else loss
 
     suite = stability_callbacks()
     module, trainer = fit(

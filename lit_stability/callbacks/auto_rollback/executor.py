@@ -276,6 +276,8 @@ class ResponseExecutor:
             replay = engine.can_retry()
         replay = not incident.agree(not replay, self._gather)
         random = not incident.agree(not engine.may_fail_by_chance(), self._gather)
+        # What a program raises at one index may be meant.
+        movable = anomaly.kind != "exception" and engine.can_move_index()
         if self._escalation.returns(anomaly, state_corrupted=corrupted):
             incident.verdict = "deterministic"
         self._checked = incident
@@ -288,7 +290,7 @@ class ResponseExecutor:
             adjusted=incident.adjusted,
             clippable=self._is_clippable(anomaly),
             random=random,
-            movable=engine.can_move_index,
+            movable=not incident.agree(not movable, self._gather),
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )

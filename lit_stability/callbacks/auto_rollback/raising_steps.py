@@ -122,10 +122,7 @@ class RaisingSteps:
         new = not failure.explained and place not in self._unexplained
         self._count[place] += 1
         row = len(self._unexplained) + new
-        # A batch in such a row is tried at another batch index first.
-        last = self._count[place] > 1 or not self._engine.can_move_index
-        in_a_row = not failure.explained and row >= suspicious_row(self._bad, self._good)
-        if in_a_row and last:
+        if new and row >= suspicious_row(self._bad, self._good):
             self._log_surrender(f"{row} batches in a row; batch, weights and buffers are finite")
             return False
         if self._count[place] > _OF_ONE_BATCH:

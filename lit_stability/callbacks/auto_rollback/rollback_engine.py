@@ -513,9 +513,12 @@ class RollbackEngine:
         It drew random numbers, or changed counters or flags of the module. A batch that holds a NaN
         needs no such reason.
         """
-        if any(has_nonfinite(each.item) for each in self.window):
+        if self._batch_is_bad():
             return False
         return self._drew_random_numbers() or bool(self._start.attributes.changed(flags_only=True))
+
+    def _batch_is_bad(self) -> bool:
+        return any(has_nonfinite(each.item) for each in self.window)
 
     def _drew_random_numbers(self) -> bool:
         entry = self._ring.entries[-1] if self._ring.entries else None
@@ -535,10 +538,13 @@ class RollbackEngine:
         else:
             self._ring.resume = fresh_rng(self._ring.resume or capture_rng(), self._draws)
 
-    @property
     def can_move_index(self) -> bool:
-        """Whether the current step can be retried at the batch index after its own."""
-        return self.replay and has_room_to_move(self._trainer)
+        """Returns whether the current step can be retried at the batch index after its own.
+
+        A batch that holds a NaN fails at any.
+        """
+        room = self.replay and has_room_to_move(self._trainer)
+        return room and not self._batch_is_bad()
 
     def move_index(self, step: int) -> None:
         """Has the batches of a step that was undone get the indices after their own."""
