@@ -14,12 +14,13 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
+    "compat": set(),
     "errors": set(),
     "printing": set(),
     "redaction": set(),
     "figures": {"printing"},
     "distributed": set(),
-    "measurement": {"distributed"},
+    "measurement": {"compat", "distributed"},
     "training_state": {"distributed", "measurement", "redaction"},
     "faults": {"distributed", "measurement"},
     "detectors": {"measurement"},
@@ -34,7 +35,9 @@ ROOMS = {
         *("measurement", "policies", "tensorboard", "trainer_internals", "training_state"),
         "versions",
     },
-    "restart": {"callbacks", "checks", "incidents", "trainer_internals", "training_state"},
+    "restart": {
+        *("callbacks", "checks", "compat", "incidents", "trainer_internals", "training_state"),
+    },
     "cli": {
         *("callbacks", "checks", "errors", "figures", "incidents", "measurement", "printing"),
         *("redaction", "restart", "trainer_internals", "training_state"),

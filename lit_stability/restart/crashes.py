@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from lit_stability.checks.preflight.report import PreflightError
+from lit_stability.compat import empty_device_cache
 from lit_stability.incidents import TrainingStopped
 
 Kind = Literal["out of memory", "instability", "data", "device", "other"]
@@ -139,5 +140,4 @@ def forget_locals(error: BaseException) -> None:
 def free_memory() -> None:
     """Collects garbage and returns cached blocks of memory to the device."""
     gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    empty_device_cache()

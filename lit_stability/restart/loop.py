@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_stability.compat import add_note
 from lit_stability.restart.callback import (
     RemedyFailedError,
     RestartCallback,
@@ -224,9 +225,8 @@ class Recovery:
 
     def _with_note(self, error: Exception, reason: str) -> Exception:
         tried = "".join(f"\n  {line}" for line in self._lines)
-        error.add_note(
-            f"fit_with_recovery gave up: {reason}.{' Crashes so far:' + tried if tried else ''}"
-        )
+        crashes = " Crashes so far:" + tried if tried else ""
+        add_note(error, f"fit_with_recovery gave up: {reason}.{crashes}")
         return error
 
     def _release(self, trainer: Trainer, attempt: RestartCallback, error: Exception) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from torch import nn
 
@@ -15,6 +14,7 @@ import lit_stability
 from lit_stability import stability_callbacks
 from lit_stability.versions import NEEDED
 from tests.conftest import regression_data
+from tests.project import PYPROJECT
 
 _log = logging.getLogger("pytorch_lightning")
 _level = _log.level
@@ -98,6 +98,5 @@ def test_version_that_will_not_do_is_refused_at_import_with_the_command(name, ve
 
 
 def test_versions_needed_are_those_that_pip_gets():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        dependencies = tomllib.load(file)["project"]["dependencies"]
+    dependencies = PYPROJECT["project"]["dependencies"]
     assert {f"{name}{wanted}" for name, wanted in NEEDED.items()} <= set(dependencies)
