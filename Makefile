@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test compat bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -8,6 +8,10 @@ check:
 
 test:
 	pytest
+
+# The tests with other versions of Python, torch and Lightning: 7 GB and ten minutes each, never in CI.
+compat:
+	python -m benchmarks.compat
 
 # What the suite costs and saves, in benchmarks/results: half an hour on two cores that do nothing else.
 # `make .bench-venv bench` has the published protections measured too.

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-NEEDED = {"lightning": ">=2.6,!=2.6.2,!=2.6.3", "torch": ">=2.13"}
+NEEDED = {"lightning": ">=2.6,!=2.6.2,!=2.6.3", "torch": ">=2.8"}
 """Distribution name -> supported versions, as in ``pyproject.toml``."""
 
 

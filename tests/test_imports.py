@@ -16,13 +16,14 @@ FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
     "lightning_choice": {"versions"},
+    "compat": {"lightning_choice"},
     "lightning_package": {"lightning_choice", "versions"},
     "errors": set(),
     "printing": set(),
     "redaction": set(),
     "figures": {"printing"},
     "distributed": set(),
-    "measurement": {"distributed"},
+    "measurement": {"compat", "distributed"},
     "training_state": {"distributed", "lightning_choice", "measurement", "redaction"},
     "faults": {"distributed", "lightning_package", "measurement"},
     "detectors": {"measurement"},
@@ -44,7 +45,7 @@ ROOMS = {
         *("trainer_internals", "training_state"),
     },
     "restart": {
-        *("callbacks", "checks", "incidents", "lightning_choice", "lightning_package"),
+        *("callbacks", "checks", "compat", "incidents", "lightning_choice", "lightning_package"),
         *("trainer_internals", "training_state"),
     },
     "cli": {

@@ -163,7 +163,8 @@ def _reschedule(scheduler: Any, fresh: dict[str, Any], groups: list[dict[str, An
         _set(group, options)
     scheduler.load_state_dict(deepcopy(fresh))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optimizer.step() was called before the restore
+        # optimizer.step() was called before the restore; a deprecation is not hidden.
+        warnings.simplefilter("ignore", UserWarning)
         for _ in range(end - start):
             scheduler.step()
 

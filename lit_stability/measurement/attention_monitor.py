@@ -23,8 +23,9 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lit_stability.compat import CompiledCodeStaysCompiled
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.attention_logits import (
     product_scores,
@@ -68,7 +69,7 @@ def measure_attention(
     return monitor.readings()
 
 
-class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AttentionMonitor(CompiledCodeStaysCompiled):  # type: ignore[no-untyped-call]
     """Context manager that measures attentions without changing any result.
 
     An attention is named after the innermost module that runs it. `stop` ends the measurement
@@ -97,11 +98,6 @@ class AttentionMonitor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entered = False
         self.error: Exception | None = None
         """The first error that prevented a measurement."""
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Returns True, as compiled code would otherwise run uncompiled from then on."""
-        return True
 
     def __enter__(self) -> AttentionMonitor:
         """Registers the module hooks and enters the dispatch mode."""

@@ -90,8 +90,8 @@ class FloatFormat:
     def overflows(self, value: float) -> bool:
         """Whether a finite value rounds beyond the largest number.
 
-        IEEE formats turn it into Inf. OFP8 allows NaN or the largest number; torch 2.13 uses the
-        largest number, so an overflow in a cast to ``float8_e4m3fn`` is silent.
+        IEEE formats turn it into Inf. OFP8 allows NaN, as in torch 2.8, or the largest number, as
+        in torch 2.13, where an overflow in a cast to ``float8_e4m3fn`` is silent.
         """
         # `largest` is odd, so a tie rounds up, unless NaN occupies the last place.
         if self.finite_only:

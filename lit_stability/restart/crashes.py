@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
-import torch
-
 from lit_stability.checks.preflight.report import PreflightError
+from lit_stability.compat import empty_device_cache
 from lit_stability.incidents import TrainingStopped
 from lit_stability.training_state.out_of_memory import is_out_of_memory
 
@@ -139,5 +138,4 @@ def forget_locals(error: BaseException) -> None:
 def free_memory() -> None:
     """Collects garbage and returns cached blocks of memory to the device."""
     gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    empty_device_cache()

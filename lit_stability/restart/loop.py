@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_stability.compat import add_note
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.restart.callback import (
@@ -223,9 +224,8 @@ class Recovery:
 
     def _with_note(self, error: Exception, reason: str) -> Exception:
         tried = "".join(f"\n  {line}" for line in self._lines)
-        error.add_note(
-            f"fit_with_recovery gave up: {reason}.{' Crashes so far:' + tried if tried else ''}"
-        )
+        crashes = " Crashes so far:" + tried if tried else ""
+        add_note(error, f"fit_with_recovery gave up: {reason}.{crashes}")
         return error
 
     def _release(self, trainer: Trainer, attempt: RestartCallback, error: Exception) -> None:

@@ -199,7 +199,7 @@ TORCH = (
     Private(
         "torch.utils._python_dispatch:TorchDispatchMode",
         "__torch_function__ modes, which do not see the backward pass",
-        ("diagnosis", "measurement"),
+        ("compat", "diagnosis"),
     ),
     Private(
         "torch.utils._python_dispatch:_get_current_dispatch_mode",

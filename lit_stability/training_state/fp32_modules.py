@@ -79,7 +79,8 @@ def fp32_modules_of(model: nn.Module) -> list[str]:
 
 def _forward(module: nn.Module, out: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
     before = module.__dict__["_original_forward"]
-    forward = type(module).forward.__get__(module) if before is None else before
+    # Not `forward.__get__(module)`, which the compiler of torch 2.9 and older cannot trace.
+    forward = functools.partial(type(module).forward, module) if before is None else before
     device = _device_of(module, args, kwargs)
     args, kwargs = cast(args, torch.float32), cast(kwargs, torch.float32)
     with torch.autocast(device, enabled=False):

@@ -62,6 +62,7 @@ OPTIONS = {
         },
         "max_ring_bytes": 1000,
         "clone_batches": True,
+        "snapshot_device": "host",
     },
     "CrashPrediction": {
         "levels": {

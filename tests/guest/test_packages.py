@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import lit_stability
 from lit_stability import stability_callbacks
 from lit_stability.versions import NEEDED, installed
+from tests.project import PYPROJECT
 
 ROOT = Path(lit_stability.__file__).parents[1]
 SUITE = [type(callback).__name__ for callback in stability_callbacks()]
@@ -49,8 +49,7 @@ def run(tmp_path_factory):
 
 def entry_points(group):
     """The entry points of a group, as the installed package has them."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        points = tomllib.load(file)["project"]["entry-points"][group]
+    points = PYPROJECT["project"]["entry-points"][group]
     return f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in points.items())
 
 
@@ -168,6 +167,5 @@ def test_version_that_will_not_do_is_refused_at_import_with_the_command(name, ve
 
 
 def test_versions_needed_are_those_that_pip_gets():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        dependencies = tomllib.load(file)["project"]["dependencies"]
+    dependencies = PYPROJECT["project"]["dependencies"]
     assert {f"{name}{wanted}" for name, wanted in NEEDED.items()} <= set(dependencies)

@@ -2,29 +2,25 @@
 
 import logging
 import sys
-from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-import lit_stability
 from lit_stability import AutoRollback, GradientMonitor, stability_callbacks
 from lit_stability.cli.fit import check_options
 from lit_stability.cli.fit import make_trainer as launched
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import Regression, make_trainer, regression_data
+from tests.project import PYPROJECT
 
-ROOT = Path(lit_stability.__file__).parents[1]
 SUITE = [type(c).__name__ for c in stability_callbacks()]
 
 
 @pytest.fixture(autouse=True)
 def _installed(tmp_path_factory, monkeypatch):
     """The entry point found once, whatever is installed here: under the package's own name."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        points = tomllib.load(file)["project"]["entry-points"]
+    points = PYPROJECT["project"]["entry-points"]
     (group,) = [name for name in points if name == "lightning.pytorch.callbacks_factory"]
     info = tmp_path_factory.mktemp("site") / "lit_stability-0.dist-info"
     info.mkdir()

@@ -59,9 +59,8 @@ def test_rounding_at_the_edges_is_that_of_a_cast(name, sign):
 def test_e4m3_overflows_only_beyond_the_tie_that_goes_down():
     assert not FLOAT8_E4M3FN.overflows(464.0)
     assert FLOAT8_E4M3FN.overflows(math.nextafter(464.0, math.inf))
-    assert after_cast(torch.tensor([1e9]), "float8_e4m3fn") == [448.0], (
-        "torch saturates: the overflow is unseen"
-    )
+    (cast,) = after_cast(torch.tensor([1e9]), "float8_e4m3fn")
+    assert cast == 448.0 or math.isnan(cast), "the two results that OFP8 allows"
 
 
 def test_zero_is_neither_lost_nor_subnormal():

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tomllib
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
@@ -24,6 +23,7 @@ from lit_stability.tensorboard.loader import StabilityLoader
 from lit_stability.tensorboard.plugin import MIMETYPES, StabilityPlugin
 from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.tensorboard.tags import SAMPLES
+from tests.project import PYPROJECT
 
 
 class Logger:
@@ -290,8 +290,7 @@ def test_plugin_that_cannot_be_loaded_leaves_tensorboard_alone(monkeypatch, capl
 
 def test_package_says_where_the_plugin_is_and_takes_the_page_along():
     """K2."""
-    root = Path(__file__).parents[2]
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf8"))
-    found = project["project"]["entry-points"]["tensorboard_plugins"]["stability"]
+    found = PYPROJECT["project"]["entry-points"]["tensorboard_plugins"]["stability"]
     assert found == f"{StabilityLoader.__module__}:{StabilityLoader.__name__}"
-    assert "tensorboard/static/*" in project["tool"]["setuptools"]["package-data"]["lit_stability"]
+    packages = PYPROJECT["tool"]["setuptools"]["package-data"]
+    assert "tensorboard/static/*" in packages["lit_stability"]

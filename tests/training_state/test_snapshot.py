@@ -65,9 +65,9 @@ def train(net, optimizer, steps):
             optimizer.zero_grad()
             loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
             loss.backward()
-            return loss
+            return loss.detach()
 
-        losses.append(float(optimizer.step(closure).detach()))
+        losses.append(float(optimizer.step(closure)))
     return losses
 
 

@@ -196,7 +196,8 @@ def peak_rates(subject: Subject, steps: int) -> list[float]:
 def _advance(schedulers: Sequence[LRScheduler]) -> bool:
     """Steps all schedulers; returns False if one has ended (OneCycleLR) or needs a metric."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # schedulers warn that the optimizer took no step
+        # Schedulers warn that the optimizer took no step; a deprecation is not hidden.
+        warnings.simplefilter("ignore", UserWarning)
         try:
             for scheduler in schedulers:
                 scheduler.step()
