@@ -24,6 +24,9 @@ from lit_stability.checks.checkpoint import examine, format_report
 from lit_stability.training_state.good_checkpoints import RunEnd
 from tests.conftest import Regression, make_trainer, regression_data
 
+# Written with lightning 2.6.6; an older one that is installed says so.
+pytestmark = pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")
+
 WRITTEN = Path(__file__).parent / "data" / "written_by_0_1_0"
 STEP = 131
 """At which the good checkpoint was taken."""
