@@ -1,12 +1,13 @@
 """Runs a selection of the tests with other versions of Python, torch and Lightning.
 
-    python -m benchmarks.compat [--only py3.12-torch2.8] [--folder FOLDER] [--keep]
+    python -m benchmarks.compat [--only py3.12-torch2.8] [--failed] [--folder FOLDER] [--keep]
 
 For each environment: makes it, installs into it, runs the tests in one process, writes its row of
 the table in ``docs/compatibility.md``, and removes it. One environment is there at a time, because
 most builds of torch need about 7 GB on disk and a download of 3 GB; one takes about ten minutes. An
-interpreter that is not installed is skipped. The exit code is 1 if a test fails. Run it on an idle
-machine: it is no part of CI.
+interpreter that is not installed is skipped. ``--failed`` runs only the files whose tests failed
+the last time, and corrects the row. The exit code is 1 if a test fails. Run it on an idle machine:
+it is no part of CI.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -227,13 +228,48 @@ def row_of(environment: Environment, outcomes: dict[str, Outcome], seconds: floa
     )
 
 
-def measure(environment: Environment, python: str, folder: Path) -> Row:
-    """Installs an environment, runs the selection in it, and returns its row."""
+def files_of(failures: Iterable[str]) -> list[str]:
+    """Returns the files of failed tests, relative to the project.
+
+    >>> files_of(["tests.test_ranks::test_a", "tests.test_ranks::test_b"])
+    ['tests/test_ranks.py']
+    """
+    modules = {name.partition("::")[0] for name in failures}
+    return sorted(f"{module.replace('.', '/')}.py" for module in modules)
+
+
+def corrected(row: Row, outcomes: dict[str, Outcome]) -> Row:
+    """Returns a row in which the tests that failed have their new outcomes."""
+    still = [name for name in row.failures if outcomes[name].status in ("failed", "error")]
+    passed = [name for name in row.failures if outcomes[name].status == "passed"]
+    return replace(
+        row,
+        passed=row.passed + len(passed),
+        failed=len(still),
+        skipped=row.skipped + len(row.failures) - len(still) - len(passed),
+        date=date.today().isoformat(),
+        failures=still,
+    )
+
+
+def measure(environment: Environment, python: str, folder: Path, earlier: Row | None) -> Row:
+    """Installs an environment, runs tests in it, and returns its row.
+
+    Args:
+        environment: The versions.
+        python: Path of the interpreter.
+        folder: Folder of the environment.
+        earlier: A row whose failed tests alone are run again; None for the whole selection.
+    """
     install(environment, python, folder)
+    tests = selected() if earlier is None else files_of(earlier.failures)
     with tempfile.TemporaryDirectory() as temporary:
         started = time.monotonic()
-        outcomes = run_tests(folder / "bin" / "python", selected(), Path(temporary) / "report.xml")
-        return row_of(environment, outcomes, time.monotonic() - started)
+        outcomes = run_tests(folder / "bin" / "python", tests, Path(temporary) / "report.xml")
+        seconds = time.monotonic() - started
+    if earlier is None:
+        return row_of(environment, outcomes, seconds)
+    return corrected(earlier, outcomes)
 
 
 def recorded(path: Path) -> dict[str, Row]:
@@ -286,15 +322,19 @@ def write_document(path: Path, rows: Iterable[Row]) -> None:
     path.write_text(f"{before}{START}\n{table(rows)}\n{END}{after}", encoding="utf8")
 
 
-def run(environment: Environment, parent: Path, keep: bool) -> Row | None:
-    """Measures one environment and writes its row; returns None if its interpreter is missing."""
+def run(environment: Environment, parent: Path, keep: bool, failed: bool) -> Row | None:
+    """Measures one environment and writes its row; returns None if there is nothing to run."""
+    earlier = recorded(RECORD).get(environment.name) if failed else None
+    if failed and (earlier is None or not earlier.failures):
+        print(f"{environment.name}: skipped, no failed test is recorded", flush=True)
+        return None
     python = interpreter(environment.python)
     if python is None:
         print(f"{environment.name}: skipped, there is no python{environment.python}", flush=True)
         return None
     folder = parent / environment.name
     try:
-        row = measure(environment, python, folder)
+        row = measure(environment, python, folder, earlier)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -314,6 +354,7 @@ def options() -> argparse.ArgumentParser:
         "--folder", type=Path, help="where environments are made; default: temporary"
     )
     parser.add_argument("--keep", action="store_true", help="do not remove them: 7 GB each")
+    parser.add_argument("--failed", action="store_true", help="only what failed the last time")
     return parser
 
 
@@ -326,7 +367,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="compat-") as temporary:
-        rows = [run(each, args.folder or Path(temporary), args.keep) for each in environments]
+        parent = args.folder or Path(temporary)
+        rows = [run(each, parent, args.keep, args.failed) for each in environments]
     failures = [name for row in rows if row is not None for name in row.failures]
     if failures:
         sys.exit("failed:\n  " + "\n  ".join(failures))

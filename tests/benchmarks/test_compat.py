@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.compat import (
     Environment,
     Row,
     chosen,
+    corrected,
     install,
     interpreter,
     pins,
@@ -79,7 +81,7 @@ def test_interpreter_is_the_one_asked_for():
 
 def test_interpreter_that_is_missing_skips_its_environment(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compat, "measure", lambda *_: pytest.fail("not skipped"))
-    assert compat.run(Environment("3.0", "2.8.0"), tmp_path, keep=False) is None
+    assert compat.run(Environment("3.0", "2.8.0"), tmp_path, keep=False, failed=False) is None
     assert "skipped, there is no python3.0" in capsys.readouterr().out
 
 
@@ -116,6 +118,21 @@ def test_outcomes_are_counted_with_the_names_of_failures(tmp_path):
 
 def test_error_of_a_fixture_counts_as_a_failure():
     assert row_of(ENVIRONMENTS[0], {"a": Outcome("error")}, 1.0).failed == 1
+
+
+def test_row_is_corrected_by_the_tests_that_failed_and_were_run_again():
+    row = replace(ROW, failed=3, failures=["a", "b", "c"])
+    again = {"a": Outcome("passed"), "b": Outcome("failed"), "c": Outcome("skipped")}
+    now = corrected(row, {**again, "another": Outcome("passed")})
+    assert (now.passed, now.failed, now.skipped) == (ROW.passed + 1, 1, ROW.skipped + 1)
+    assert now.failures == ["b"]
+    assert now.minutes == ROW.minutes
+
+
+def test_environment_without_failures_is_not_run_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compat, "RECORD", tmp_path / "compat.json")
+    assert compat.run(ENVIRONMENTS[0], tmp_path, keep=False, failed=True) is None
+    assert "no failed test is recorded" in capsys.readouterr().out
 
 
 def test_tests_that_cannot_start_are_an_error(tmp_path):
