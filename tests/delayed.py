@@ -18,12 +18,12 @@ class Unordered(ThreadCopies):
         super().wait()
 
 
-def delay_copies(monkeypatch, kind=ThreadCopies, longest=0.02):
+def delay_copies(monkeypatch, kind=ThreadCopies, shortest=0.0, longest=0.02):
     """Has all snapshots copied in a thread, each copy after a random delay in seconds."""
     delays = random.Random(0)
 
     def copies(device):
-        return kind(lambda: time.sleep(delays.uniform(0, longest)))
+        return kind(lambda: time.sleep(delays.uniform(shortest, longest)))
 
     monkeypatch.setattr(snapshot_store, "copies_to_host", copies)
     monkeypatch.setattr(SnapshotStore, "_copies_of", lambda store, snapshot: store._to_host)

@@ -29,7 +29,7 @@ def test_folder_holds_state_batch_history_statistics_and_versions(tmp_path):
     assert torch.isnan(y).all()
     assert (context["step"], context["batch_idx"], context["epoch"]) == (30, 30, 0)
     assert {g["name"] for g in context["gradients"]} >= {"net.0.weight", "net.4.bias"}
-    assert set(context["rng"]) == {"python", "numpy", "torch", "cuda"}
+    assert set(context["rng"]) == {"python", "numpy", "torch", "accelerator"}
 
     history = json.loads((folder / "history.json").read_text())
     assert history["steps"] == list(range(31))

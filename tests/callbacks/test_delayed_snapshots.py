@@ -58,8 +58,8 @@ def test_healthy_run_with_such_copies_is_unchanged(tmp_path, monkeypatch):
 
 
 def test_copies_that_no_step_waits_for_are_torn(tmp_path, monkeypatch):
-    """The delays are long enough that the tests above would see a missing wait."""
-    delay_copies(monkeypatch, Unordered)
+    """What the waits are for; the delays are longer than a step on a busy machine."""
+    delay_copies(monkeypatch, Unordered, shortest=0.3, longest=0.3)
     clean, saved = pair(tmp_path, Net, FAULTS["damaged weight"])
     assert "weights" in differences(clean, saved)
 

@@ -82,7 +82,7 @@ def test_first_copy_is_of_step_0_and_the_newest_two_stay(tmp_path):
     assert state["global_step"] == 40
     assert state.keys() >= {"state_dict", "optimizer_states", "lr_schedulers", "loops"}
     own = state["callbacks"]["LastKnownGood"]
-    assert own["position"]["now"].keys() == {"python", "numpy", "torch", "cuda"}
+    assert own["position"]["now"].keys() == {"python", "numpy", "torch", "accelerator"}
     assert own["kept"]["step"] == 40
 
 

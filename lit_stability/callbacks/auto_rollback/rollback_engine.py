@@ -356,9 +356,9 @@ class RollbackEngine:
             )
 
     def _log_memory(self) -> None:
-        homes, frozen = self._store.homes, self._frozen.nbytes / 2**20
+        homes, frozen = self._store.stated, self._frozen.nbytes / 2**20
         newest = self._store.rotation.candidate or self._store.rotation.confirmed
-        if homes is None or homes == self._logged_homes:
+        if homes == self._logged_homes:
             return
         self._logged_homes = homes
         if newest is None:

@@ -158,6 +158,15 @@ class SnapshotStore:
         return bool(self.homes.of)
 
     @property
+    def stated(self) -> Homes:
+        """Where the snapshots are kept, as far as that is known."""
+        if self.homes is not None:
+            return self.homes
+        if self._device.type == "cpu":
+            return Homes(("device", "device"))
+        return Homes(("host", "host"), "a step has yet to show what it needs")
+
+    @property
     def keeps_none(self) -> bool:
         """Whether there is no memory for any snapshot."""
         return self.homes is not None and not self.homes.of
