@@ -1,6 +1,6 @@
 """What older versions of Python and torch lack: one name for each difference.
 
-Each says which version made it unnecessary. May import torch, but not Lightning.
+Each names the version that lacks it. May import torch, but not Lightning.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_note(error: BaseException, note: str) -> None:
 def empty_device_cache() -> None:
     """Returns cached blocks of memory to the accelerator; has no effect without one.
 
-    Before torch 2.9 only the module of a device, such as ``torch.cuda``, has this function.
+    In torch 2.8 only the module of a device, such as ``torch.cuda``, has this function.
     """
     if not torch.accelerator.is_available():
         return
@@ -61,6 +61,6 @@ class CompiledCodeStaysCompiled(TorchDispatchMode):  # type: ignore[no-untyped-c
     def is_infra_mode(cls) -> bool:
         """Whether the mode counts as one of torch's own, which the compiler always ignored.
 
-        Only where torch does not know `ignore_compile_internals`, that is before 2.10.
+        Only where torch does not know `ignore_compile_internals`, as 2.8 does not.
         """
         return not hasattr(TorchDispatchMode, "ignore_compile_internals")

@@ -79,7 +79,7 @@ def fp32_modules_of(model: nn.Module) -> list[str]:
 
 def _forward(module: nn.Module, out: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
     before = module.__dict__["_original_forward"]
-    # Not `forward.__get__(module)`, which the compiler of torch 2.9 and older cannot trace.
+    # Not `forward.__get__(module)`, which the compiler of torch 2.8 cannot trace.
     forward = functools.partial(type(module).forward, module) if before is None else before
     device = _device_of(module, args, kwargs)
     args, kwargs = cast(args, torch.float32), cast(kwargs, torch.float32)
