@@ -42,9 +42,7 @@ def test_cache_is_emptied_by_the_function_for_all_accelerators(emptied):
     assert emptied == ["accelerator"]
 
 
-def test_cache_is_emptied_by_the_module_of_the_device_where_torch_has_no_other(
-    emptied, monkeypatch
-):
+def test_cache_is_emptied_by_the_module_of_the_device_in_torch_2_8(emptied, monkeypatch):
     monkeypatch.delattr(torch.accelerator, "empty_cache")
     empty_device_cache()
     assert emptied == ["device"]
