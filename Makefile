@@ -9,7 +9,8 @@ check:
 test:
 	pytest
 
-# The tests with other versions of Python, torch and Lightning: 7 GB and ten minutes each, never in CI.
+# The tests with other versions of Python, torch and Lightning: 7 GB and ten minutes of the processor
+# each, never in CI.
 compat:
 	python -m benchmarks.compat
 
@@ -53,7 +54,7 @@ bench-quick:
 lightning-tests:
 	python -m benchmarks.lightning_tests $(CHECKOUT)
 
-# On a machine with a GPU and torch, under ten minutes: the tests that need a GPU, then what the suite
+# On a machine with a GPU and torch: the tests that need a GPU, then what the suite
 # costs there, in benchmarks/results/gpu.md. Without a network: `make gpu-wheels` on another machine,
 # carry the folder along, and `make gpu WHEELS=.wheels PYTHON=python3`.
 PYTHON = python

@@ -4,10 +4,10 @@
 
 For each environment: makes it, installs into it, runs the tests in one process, writes its row of
 the table in ``docs/compatibility.md``, and removes it. One environment is there at a time, because
-most builds of torch need about 7 GB on disk and a download of 3 GB; one takes about ten minutes. An
-interpreter that is not installed is skipped. ``--failed`` runs only the files whose tests failed
-the last time, and corrects the row. The exit code is 1 if a test fails. Run it on an idle machine:
-it is no part of CI.
+most builds of torch need about 7 GB on disk and a download of 3 GB; one takes about ten minutes of
+the processor. An interpreter that is not installed is skipped. ``--failed`` runs only the files
+whose tests failed the last time, and corrects the row. The exit code is 1 if a test fails. Run it
+on an idle machine: it is no part of CI.
 """
 
 from __future__ import annotations

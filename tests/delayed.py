@@ -2,10 +2,35 @@
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from lit_stability.callbacks.auto_rollback import snapshot_store
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
-from lit_stability.training_state.copies import ThreadCopies
+from lit_stability.training_state.copies import Copies
+
+
+class ThreadCopies(Copies):
+    """Copies in a thread, each after a call of `before`."""
+
+    def __init__(self, before):
+        self._before = before
+        self._thread = ThreadPoolExecutor(1)
+        self._running = []
+
+    def start(self, pairs):
+        self._running.append(self._thread.submit(self._run, pairs))
+
+    def _run(self, pairs):
+        self._before()
+        super().start(pairs)
+
+    def wait(self):
+        running, self._running = self._running, []
+        for each in running:
+            each.result()
+
+    def finish(self):
+        self.wait()
 
 
 class Unordered(ThreadCopies):

@@ -5,8 +5,7 @@ May import torch, but not Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +20,12 @@ class Copies:
 
     The base class of copies that take their time. A source must not be written between `start`
     and `wait`, and a target must not be read before `finish`.
+
+    >>> copies, source = Copies(), torch.ones(2)
+    >>> target = copies.buffer(source)
+    >>> copies.start([([target], [source])]); copies.finish()
+    >>> target.tolist()
+    [1.0, 1.0]
     """
 
     def buffer(self, tensor: Tensor) -> Tensor:
@@ -36,43 +41,6 @@ class Copies:
 
     def finish(self) -> None:
         """Has the host wait until all copies are complete."""
-
-
-class ThreadCopies(Copies):
-    """Copies on the host in a thread.
-
-    Args:
-        before: called in the thread before each copy, such as for a delay.
-
-    >>> copies, source = ThreadCopies(), torch.ones(2)
-    >>> target = copies.buffer(source)
-    >>> copies.start([([target], [source])]); copies.finish()
-    >>> target.tolist()
-    [1.0, 1.0]
-    """
-
-    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
-        self._before = before
-        self._thread = ThreadPoolExecutor(1, "lit_stability snapshot")
-        self._running: list[Future[None]] = []
-
-    def start(self, pairs: Pairs) -> None:
-        """Begins to copy."""
-        self._running.append(self._thread.submit(self._run, pairs))
-
-    def _run(self, pairs: Pairs) -> None:
-        self._before()
-        _copy(pairs)
-
-    def wait(self) -> None:
-        """Waits for the thread."""
-        running, self._running = self._running, []
-        for each in running:
-            each.result()
-
-    def finish(self) -> None:
-        """Waits for the thread."""
-        self.wait()
 
 
 class StreamCopies(Copies):
@@ -115,17 +83,17 @@ class StreamCopies(Copies):
             self._done = None
 
 
-def copies_to_host(device: torch.device) -> Copies:
-    """Returns copies to the host for the tensors of a device."""
-    return StreamCopies(device) if device.type == "cuda" else HostCopies()
-
-
 class HostCopies(Copies):
     """Copies to the memory of the host at once, from a device without streams."""
 
     def buffer(self, tensor: Tensor) -> Tensor:
         """Returns memory of the host for a copy of a tensor."""
         return torch.empty_like(tensor, device="cpu", requires_grad=False)
+
+
+def copies_to_host(device: torch.device) -> Copies:
+    """Returns copies to the host for the tensors of a device."""
+    return StreamCopies(device) if device.type == "cuda" else HostCopies()
 
 
 @torch.no_grad()

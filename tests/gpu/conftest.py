@@ -5,6 +5,7 @@ the tests themselves.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ MISSING = ON_GPU and not torch.cuda.is_available()
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" not in item.path.parts:
+        if Path(__file__).parent not in item.path.parents:
             continue
         item.add_marker(pytest.mark.gpu)
         if MISSING:

@@ -15,7 +15,6 @@ from lit_stability import AttentionProbe, GradientMonitor, stability_callbacks
 from tests.conftest import make_trainer
 from tests.device_rules import PACKAGE
 from tests.exact import Batches, loader
-from tests.gpu.conftest import ACCELERATOR
 
 
 class Quiet(LightningModule):
@@ -176,7 +175,3 @@ def test_assertion_of_a_kernel_ends_the_fit_with_its_own_error(tmp_path):
     )
     assert done.returncode != 0
     assert "device-side assert" in done.stderr
-
-
-def test_device_of_the_tests():
-    assert ACCELERATOR in ("cuda", "cpu")

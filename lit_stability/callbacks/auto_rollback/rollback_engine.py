@@ -42,7 +42,7 @@ from lit_stability.trainer_internals import (
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
-from lit_stability.training_state.snapshot_memory import Homes, Where
+from lit_stability.training_state.snapshot_memory import Where
 from lit_stability.training_state.weight_writes import WeightWrites
 
 log = suite_logger()
@@ -55,7 +55,7 @@ _MODIFIED = (
 _COPIED = 2**26
 """Bytes of weights that the program writes, up to which they are copied for every step. Beyond it a
 step is undone by way of the last snapshot."""
-_ONE_SNAPSHOT = "a rollback reaches back to the last one only, whatever was damaged since"
+_ONE_SNAPSHOT = "damage that is found only after the next one was taken cannot be undone"
 _NO_SNAPSHOT = (
     "a bad step is undone and its batch left out, but damaged weights end the run; continue it "
     "from the last good checkpoint"
@@ -151,7 +151,6 @@ class RollbackEngine:
         self._rng: dict[str, Any] = {}
         """Of the generators after the undo."""
         self._logged: set[str] = set()
-        self._logged_homes: Homes | None = None
         self.snapshots_paused = False
         """Whether no new snapshot is taken for now: the steps since the last are being checked."""
         self._has_extra = bool(registered) or any(
@@ -215,7 +214,7 @@ class RollbackEngine:
             Name of the parameter, how far the element moved, and the step of the snapshot that it
             is compared with; None if there is no such element, or no snapshot.
         """
-        confirmed = self._store.rotation.confirmed
+        confirmed = self.confirmed
         found = None if confirmed is None else confirmed.module.outlier()
         return None if confirmed is None or found is None else (*found, confirmed.step)
 
@@ -244,7 +243,7 @@ class RollbackEngine:
             return
         self._window_is_new = False
         position = self._ring.position
-        first = self._store.rotation.confirmed is None or self._order_is_final()
+        first = self.confirmed is None or self._order_is_final()
         due = (
             self._since >= self._every and self._store.rotation.ready and not self.snapshots_paused
         )
@@ -323,8 +322,8 @@ class RollbackEngine:
         return found
 
     def _take_snapshot(self, position: int, *, confirm: bool) -> None:
-        if self._store.rotation.confirmed is not None:
-            changed = self._store.rotation.confirmed.owners_changed()
+        if self.confirmed is not None:
+            changed = self.confirmed.owners_changed()
             for attributes in (self._start.attributes, self._before_undo, self._after_undo):
                 attributes.watch(changed)
 
@@ -357,10 +356,10 @@ class RollbackEngine:
 
     def _log_memory(self) -> None:
         homes, frozen = self._store.stated, self._frozen.nbytes / 2**20
-        newest = self._store.rotation.candidate or self._store.rotation.confirmed
-        if homes == self._logged_homes:
+        newest = self._store.rotation.candidate or self.confirmed
+        if str(homes) in self._logged:
             return
-        self._logged_homes = homes
+        self._logged.add(str(homes))
         if newest is None:
             self._log(f"AutoRollback keeps no snapshot, as {homes.reason}: {_NO_SNAPSHOT}")
             return
@@ -473,7 +472,7 @@ class RollbackEngine:
 
     def snapshot_for(self, step: int, *, older: bool) -> TrainingSnapshot:
         """Returns the newest confirmed snapshot from before a step, or the one before it."""
-        found = self._store.rotation.confirmed
+        found = self.confirmed
         assert found is not None
         before = self._store.rotation.older
         return before if before is not None and (older or found.step > step) else found
