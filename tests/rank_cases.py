@@ -171,11 +171,14 @@ def fit_rank(
 SUITES = {"whole": stability_callbacks, "monitor": lambda: stability_callbacks()[:1], "none": list}
 
 
-def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, **options):
-    """Returns the results of one rank for a fit with these faults."""
+def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, recorded=True, **options):
+    """Returns the results of one rank for a fit with these faults.
+
+    With ``recorded=False`` no callback but those of the suite sees the steps.
+    """
     recorder, truth, suite, lines = Recorder(), Truth(), SUITES[suite](), Lines()
     callbacks = [FaultInjector(list(faults))] if faults else [truth]
-    callbacks += [*suite, recorder]
+    callbacks = [*callbacks, *suite, recorder] if recorded else suite
     if checkpoint:
         callbacks.append(ModelCheckpoint(root / "saved", every_n_train_steps=1, save_top_k=-1))
     try:

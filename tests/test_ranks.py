@@ -58,6 +58,8 @@ DDP = {
     "last step": ((ScaleGradients(step=49, rank=1),), {}),
     "accumulation": ((NanLoss(step=12, rank=1),), {"accumulate_grad_batches": 2, "max_steps": 25}),
     "fp16": ((NanLoss(step=30, rank=1),), {"fp16": True}),
+    "clipped": ((), {"gradient_clip_val": 1.0, "recorded": False}),
+    "clipped bare": ((), {"gradient_clip_val": 1.0, "recorded": False, "suite": "none"}),
     "two optimizers": ((ScaleGradients(step=60, rank=1),), {"module": Manual, "max_steps": 100}),
 }
 FSDP2 = {**BOTH, "validation": ((), {"val": True, "val_check_interval": 10})}
@@ -162,6 +164,13 @@ def test_healthy_ranks_with_the_suite_are_bit_identical_to_those_without(both):
         assert torch.equal(rank["clean"]["weights"], rank["bare"]["weights"])
         assert torch.equal(rank["clean"]["buffers"], rank["bare"]["buffers"])
         assert rank["clean"]["losses"] == rank["bare"]["losses"]
+
+
+def test_ranks_that_clip_with_the_measured_norm_are_bit_identical_to_bare_ones(ddp):
+    """Invariant 1."""
+    for rank in ddp[1]:
+        assert torch.equal(rank["clipped"]["weights"], rank["clipped bare"]["weights"])
+        assert not torch.equal(rank["clipped"]["weights"], rank["bare"]["weights"])
 
 
 def test_measured_norms_and_loss_are_those_of_all_ranks_together(both):

@@ -164,6 +164,22 @@ def gradients_of(names: tuple[str, ...], parameters: Sequence[Tensor]) -> Gradie
     return Gradients(tuple(n for n, _ in pairs), [g for _, g in pairs], False)
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredGradients:
+    """Gradients as they were measured, so that a clip after that need not read them again."""
+
+    tensors: list[Tensor]
+    """One for each parameter; plain tensors."""
+    norms: Tensor
+    """Their norms, on the device."""
+    total: float
+    """Norm of all of them, on the host."""
+    stacked: Sequence[int]
+    """Indices of those whose norm may differ in the last bit from `torch._foreach_norm`'s."""
+    versions: list[int]
+    """Version counter of each."""
+
+
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
     if not set(map(type, tensors)) <= PLAIN or set(map(_layout, tensors)) - {torch.strided}:
         return False
@@ -182,6 +198,8 @@ class BatchedNorms:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._stacks = [part for group in _groups(tensors) for part in _parts(group, tensors)]
         stacked = [i for part in self._stacks for i in part]
+        self.stacked = sorted(stacked)
+        """Indices of the tensors that are stacked."""
         self._rest = sorted(set(range(len(tensors))) - set(stacked))
         self._original_order = torch.tensor([*stacked, *self._rest]).argsort()
 

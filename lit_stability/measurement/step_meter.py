@@ -21,6 +21,7 @@ from lit_stability.measurement.lost_updates import Rounding
 from lit_stability.measurement.norms import (
     BatchedNorms,
     Gradients,
+    MeasuredGradients,
     gradients_of,
     non_finite,
     norms_of,
@@ -118,6 +119,10 @@ class StepMeter:
         self.watches_writes = False
         """Whether writes to the weights outside of the optimizer's step are measured; costs one
         more sample of the weights for each step, so it begins when there is a reason."""
+        self.keeps_gradients = False
+        """Whether `measured` is set, for a clip that comes after the measurement."""
+        self.measured: MeasuredGradients | None = None
+        """The gradients of the last step, unless some are missing, sparse or not plain tensors."""
         self._ends_epoch = False
         self._handle = optimizer.register_step_post_hook(self._update_ended)
         self._updated_weights: Tensor | None = None
@@ -191,6 +196,8 @@ class StepMeter:
         read = self._read(loss, loss_scale, scan_weights, sum(learning_rates), grads, rows, also)
         self.also = read.also
         grad_norms = tuple(read.grad_norms)
+        if self.keeps_gradients:
+            self.measured = self._measured(grads, total(grad_norms))
         self._moments.gradients(grads.names, grad_norms)
         rms, rms_name = self._second_moment_ratio(
             dict(zip(grads.names, grad_norms, strict=True)), read.updates
@@ -340,7 +347,17 @@ class StepMeter:
         )
 
     def _gradient_norms(self, grads: Gradients) -> list[Tensor]:
-        return self._batched.norms(grads.tensors) if grads.complete else norms_of(grads.tensors)
+        complete = grads.complete
+        norms = self._batched.norms(grads.tensors) if complete else norms_of(grads.tensors)
+        self._last_norms = norms
+        return norms
+
+    def _measured(self, grads: Gradients, norm: float) -> MeasuredGradients | None:
+        if not grads.complete:
+            return None
+        versions = [grad._version for grad in grads.tensors]
+        stacked = self._batched.stacked
+        return MeasuredGradients(grads.tensors, self._last_norms[0], norm, stacked, versions)
 
     def _scan(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns norms and peaks of all weights."""

@@ -18,6 +18,7 @@ from lit_stability.trainer_internals.loop_counters import (
     has_room_to_move,
     move_batch_index,
 )
+from lit_stability.trainer_internals.measured_clipping import MeasuredClipping
 from lit_stability.trainer_internals.metrics import EpochMetrics, LoggedMetrics, known_metrics
 from lit_stability.trainer_internals.next_step import AroundNextStep
 from lit_stability.trainer_internals.plain_attributes import PlainAttributes, owners_in
@@ -82,6 +83,7 @@ __all__ = [
     "EpochMetrics",
     "LoggedMetrics",
     "LoopState",
+    "MeasuredClipping",
     "Outcome",
     "PlainAttributes",
     "PrecisionSwitch",

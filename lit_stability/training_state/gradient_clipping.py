@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
+from lit_stability.measurement.norms import MeasuredGradients
 from lit_stability.measurement.step_stats import StepStats
 
 
@@ -89,3 +90,68 @@ def clip_threshold(optimizer: Optimizer, stats: StepStats) -> float | None:
     """
     step, _, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
     return smallest if step == stats.step else None
+
+
+_MARGIN = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""Excess of a threshold over the norm, by dtype, from which on rounding cannot make it smaller."""
+_LARGEST = 1e4
+"""Thresholds beyond it are compared by torch: a norm in fp16 may be infinite there."""
+
+
+def clip_measured(
+    measured: MeasuredGradients, parameters: Sequence[Tensor], max_norm: float
+) -> bool:
+    """Clips like `torch.nn.utils.clip_grad_norm_`, to the bit, without measuring the norm again.
+
+    Gradients below the threshold are not touched; there, torch multiplies them by 1.
+
+    Args:
+        measured: the gradients, as they were measured in this step.
+        parameters: those whose gradients to clip together.
+        max_norm: largest norm that the gradients may keep.
+
+    Returns:
+        Whether it was done. If not, nothing has changed: gradients were written since, others are
+        to be clipped too, or their norm cannot be known to the bit without measuring it.
+
+    >>> p = torch.nn.Parameter(torch.zeros(2))
+    >>> p.grad = torch.tensor([3.0, 4.0])
+    >>> norms = torch.stack(torch._foreach_norm([p.grad]))
+    >>> clip_measured(MeasuredGradients([p.grad], norms, 5.0, (), [p.grad._version]), [p], 1.0)
+    True
+    >>> p.grad
+    tensor([0.6000, 0.8000])
+    """
+    order = _order(measured, [p.grad for p in parameters if p.grad is not None])
+    if order is None or not math.isfinite(measured.total):
+        return False
+    dtypes = {grad.dtype for grad in measured.tensors}
+    margin = max(_MARGIN.get(dtype, math.inf) for dtype in dtypes)
+    if measured.total * (1 + margin) + 1e-6 <= max_norm <= _LARGEST:
+        return True
+    if dtypes != {torch.float32} or len({grad.device for grad in measured.tensors}) > 1:
+        return False
+    total = torch.linalg.vector_norm(_exact_norms(measured)[order], 2.0)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return True
+
+
+def _order(measured: MeasuredGradients, grads: list[Tensor]) -> list[int] | slice | None:
+    """Returns the place of each gradient among the measured ones; None if they are others."""
+    if [grad._version for grad in measured.tensors] != measured.versions:
+        return None
+    theirs, ours = [*map(id, grads)], [*map(id, measured.tensors)]
+    if theirs == ours:
+        return slice(None)
+    place = {key: i for i, key in enumerate(ours)}
+    same = len(theirs) == len(ours) and place.keys() == set(theirs)
+    return [place[key] for key in theirs] if same else None
+
+
+def _exact_norms(measured: MeasuredGradients) -> Tensor:
+    if not measured.stacked:
+        return measured.norms
+    norms = measured.norms.clone()
+    again = torch._foreach_norm([measured.tensors[i] for i in measured.stacked], 2.0)
+    norms[list(measured.stacked)] = torch.stack(again)
+    return norms

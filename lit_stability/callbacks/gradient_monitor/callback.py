@@ -456,6 +456,8 @@ class GradientMonitor(StabilityCallback):
         stopped = isinstance(exception, TrainingStopped)
         self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
         self._reporter.end(self.incidents)
+        # A fit that fails has no teardown.
+        self._measurer.close()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

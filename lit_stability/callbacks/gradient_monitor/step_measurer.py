@@ -19,6 +19,7 @@ from lit_stability.measurement.step_meter import StepMeter
 from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_readings
 from lit_stability.measurement.watched_buffers import WatchedBuffers
 from lit_stability.trainer_internals import (
+    MeasuredClipping,
     RecordedStep,
     callbacks_of,
     clip_norm,
@@ -58,6 +59,7 @@ class StepMeasurer:
         self._module, self._ranks = pl_module, ranks
         self._scan_every, self._details_every = scan_weights_every, details_every
         self._buffers = WatchedBuffers(pl_module)
+        self._clipping = MeasuredClipping(trainer, pl_module)
         self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer)
@@ -72,6 +74,9 @@ class StepMeasurer:
 
     def renew(self, trainer: Trainer) -> None:
         """Replaces the meters, after tensors were replaced; their counts go on."""
+        # The plugin for the precision may be another one too.
+        self._clipping.remove()
+        self._clipping = MeasuredClipping(trainer, self._module)
         for index, optimizer in enumerate(trainer.optimizers):
             count = self.meters[index].count
             self.meters[index].forget()
@@ -84,13 +89,15 @@ class StepMeasurer:
             meter.watches_writes = True
 
     def close(self) -> None:
-        """Removes the hooks from the optimizers."""
+        """Removes the hooks from the optimizers, and leaves the clipping to Lightning."""
+        self._clipping.remove()
         for meter in self.meters.values():
             meter.close()
 
     def batch_started(self, batch: Any, batch_idx: int) -> None:
         """Records the batch that the next measurement belongs to."""
         self._measured.clear()
+        self._clipping.measured(None)
         if self.recorded_step is not None:
             self.recorded_step.batch_started(batch, batch_idx)
 
@@ -165,6 +172,8 @@ class StepMeasurer:
             starts_epoch=self._starts_epoch(index, trainer.current_epoch),
             ends_epoch=trainer.is_last_batch,
         )
+        self._clipping.measured(meter.measured)
+        meter.measured = None
         if failed:
             return without_gradients(stats)
         readings = self._readings(answers, meter.also)
@@ -223,8 +232,11 @@ class StepMeasurer:
         named = self._module.named_parameters()
         buffers = self._buffers if index == 0 else None
         if self._ranks is None:
-            return StepMeter(named, optimizer, index, buffers)
-        return DistributedStepMeter(named, optimizer, index, self._ranks, buffers)
+            meter = StepMeter(named, optimizer, index, buffers)
+        else:
+            meter = DistributedStepMeter(named, optimizer, index, self._ranks, buffers)
+        meter.keeps_gradients = self._clipping.active
+        return meter
 
     @staticmethod
     def _is_due(meter: StepMeter, every: int) -> bool:
