@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lit_stability.lightning_choice import LIGHTNING_ROOTS, suite_logger
@@ -52,7 +53,8 @@ class StabilityCallback(Callback):
         """
         own = {**vars(self), **self._outside_a_fit()}
         # Lightning adds methods of the module to every callback, and would save the module twice.
-        return {key: value for key, value in own.items() if key not in ("log", "log_dict")}
+        left_out = ("log", "log_dict", *_hidden_in(self))
+        return {key: value for key, value in own.items() if key not in left_out}
 
     def _outside_a_fit(self) -> dict[str, Any]:
         """Returns the attributes that hold the fit in progress, with their values outside of it."""
@@ -209,6 +211,43 @@ class StabilityCallback(Callback):
         """Takes over the `consensus_state` of rank 0."""
 
 
+_PER_BATCH = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+"""Hooks that Lightning calls for every batch."""
+
+
+def hide_empty_hooks(trainer: Trainer) -> None:
+    """Spares Lightning the calls of hooks that do nothing, for as long as a fit lasts.
+
+    It calls every hook of every callback in every step, between two calls of its profiler, unless
+    the hook is not callable. So a callback of this package has None where it defines no hook.
+
+    Args:
+        trainer: whose callbacks to look at; those of other base classes stay as they are.
+    """
+    for each in callbacks_of(trainer):
+        for name in _PER_BATCH if isinstance(each, StabilityCallback) else ():
+            if getattr(type(each), name) is getattr(Callback, name):
+                vars(each).setdefault(name, None)
+
+
+def show_empty_hooks(trainer: Trainer) -> None:
+    """Gives the callbacks all their hooks back, at the end of a fit."""
+    for each in callbacks_of(trainer):
+        for name in _hidden_in(each):
+            del vars(each)[name]
+
+
+def _hidden_in(callback: Any) -> list[str]:
+    return [name for name in _PER_BATCH if vars(callback).get(name, callback) is None]
+
+
 HOOKS: tuple[str, ...] = tuple(n for n in vars(StabilityCallback) if not n.startswith("_"))
 """Names of the hooks and flags."""
 
@@ -234,16 +273,21 @@ _CLOSE = 0.85
 def call_hook(name: str, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
     """Calls ``name(trainer, pl_module, *args)`` on each callback, and the module, that has it."""
     for owner in [*callbacks_of(trainer), pl_module]:
-        hook = getattr(owner, name, None)
-        if callable(hook):
-            hook(trainer, pl_module, *args)
+        if implements(owner, name):
+            hook = getattr(owner, name)
+            if callable(hook):
+                hook(trainer, pl_module, *args)
 
 
 def implements(owner: Any, name: str) -> bool:
     """Returns whether an object defines a hook, other than by the base class's empty one."""
-    if not hasattr(owner, name):
-        return False
-    return getattr(type(owner), name, None) is not getattr(StabilityCallback, name)
+    return _class_implements(type(owner), name) or name in vars(owner)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)
+def _class_implements(kind: type, name: str) -> bool:
+    """Cached, as it is asked of each callback in each step."""
+    return getattr(kind, name, None) not in (None, getattr(StabilityCallback, name))
 
 
 def can_lower_learning_rate(trainer: Trainer) -> list[StabilityCallback]:

@@ -40,6 +40,10 @@ class DetectorSet:
         self, detectors: Sequence[Detector], optimizers: Iterable[int], log: Callable[[str], None]
     ) -> None:
         self._sets = {i: copy.deepcopy(list(detectors)) for i in optimizers}
+        self._with_regimes = frozenset(
+            id(d) for own in self._sets.values() for d in own if hasattr(d, "regimes")
+        )
+        """Ids of the detectors that accept changes of regime; asking all would take longer."""
         self._writes = {i: ProgramWrites() for i in optimizers}
         self._log = log
         self._replicas = Replicas()
@@ -130,14 +134,16 @@ class DetectorSet:
         if part != "own":
             self._deferred.clear()
         for detector in self._sets[stats.optimizer]:
-            if not _belongs(detector, part):
+            if part != "all" and not _belongs(detector, part):
                 continue
-            regimes = getattr(detector, "regimes", 0)
+            counts = id(detector) in self._with_regimes
+            regimes = getattr(detector, "regimes", 0) if counts else 0
             anomaly = detector.check(visible)
-            if anomaly is not None and anomaly.warn_only and found is not None:
-                self._deferred.add(id(detector))
-            found = _graver(found, self._unexplained(anomaly, stats))
-            if getattr(detector, "regimes", 0) > regimes:
+            if anomaly is not None:
+                if anomaly.warn_only and found is not None:
+                    self._deferred.add(id(detector))
+                found = _graver(found, self._unexplained(anomaly, stats))
+            if counts and getattr(detector, "regimes", 0) > regimes:
                 self._accepted(detector, stats)
         return found
 

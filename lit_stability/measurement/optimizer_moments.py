@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_, mul
+from operator import is_
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_stability.measurement.norms import non_finite
 from lit_stability.measurement.weight_sampling import RECHECK, WeightSampler
+
+_Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 _BLOCKS = 2
 """Sampled blocks per moment; few, because relevant damage affects the whole tensor."""
@@ -60,10 +64,10 @@ class OptimizerMoments:
         self._first_at: list[int] = []
         """Positions of the first moments among the sums, in the order of ``_first``."""
         self._second_at: list[int] = []
-        self._decay: list[float] = []
+        self._decay: _Numbers = np.empty(0)
         self.decays: dict[str, float] = {}
         """Decay of the second moment, by parameter; only of parameters that have one."""
-        self._last: list[float] | None = None
+        self._last: _Numbers | None = None
         self._last_sums: Tensor | None = None
         self._decays_on_device: Tensor | None = None
         self._gradients: Mapping[str, float] = {}
@@ -113,47 +117,39 @@ class OptimizerMoments:
         positions = [] if self._samples is None else self._samples.positions
         self._first_at, self._second_at = positions[: len(first)], positions[len(first) :]
         decay = self._decays()
-        self._decay = [decay[name] for name in second]
-        self.decays = dict(zip(self._second, self._decay, strict=True))
+        self.decays = {name: decay[name] for name in second}
+        self._decay = np.array([*self.decays.values()])
         self._decays_on_device = None
         self._last = self._last_sums = None
 
     def judge(self, sums: Sequence[float]) -> MomentStats:
         """Compares the sums, copied to the host, with those of the step before."""
-        second = [sums[i] for i in self._second_at]
-        bad = non_finite(self._first, [sums[i] for i in self._first_at])
-        last, self._last = self._last, second or None
+        numbers = np.asarray(sums)
+        second = numbers[self._second_at]
+        bad = non_finite(self._first, numbers[self._first_at].tolist())
+        last, self._last = self._last, second if len(second) else None
         if last is None or len(last) != len(second):
             return MomentStats(bad)
-        # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
-        floors = map(mul, self._decay, last)
-        ratios = [
-            (now / floor if math.isfinite(now) else math.nan) if floor > 0 else math.inf
-            for now, floor in zip(second, floors, strict=True)
-        ]
-        worst = _smallest(ratios)
-        grown = self._largest_growth(second, last)
+        with np.errstate(all="ignore"):
+            # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
+            floors = self._decay * last
+            ratios = np.where(np.isfinite(second), second / floors, math.nan)
+            ratios[~(floors > 0)] = math.inf
+            grown = self._largest_growth(second, last)
+        worst = int(ratios.argmin())  # the first NaN, if there is one
         # Without any gradient so far, no second moment could fall.
         if ratios[worst] == math.inf:
             return MomentStats(bad)
-        return MomentStats(bad, ratios[worst], self._second[worst], *grown)
+        return MomentStats(bad, float(ratios[worst]), self._second[worst], *grown)
 
-    def _largest_growth(
-        self, second: Sequence[float], last: Sequence[float]
-    ) -> tuple[float | None, str]:
+    def _largest_growth(self, second: _Numbers, last: _Numbers) -> tuple[float | None, str]:
         """Returns the largest ratio to the upper bound, with its parameter."""
         # The sample of a tensor has no larger sum of squares than the whole.
-        bounds = {
-            name: b * before + (1 - b) * self._gradients[name] ** 2
-            for name, b, before in zip(self._second, self._decay, last, strict=True)
-            if name in self._gradients
-        }
-        ratios = [
-            (now / bounds[name], name)
-            for name, now in zip(self._second, second, strict=True)
-            if bounds.get(name, 0.0) > 0 and math.isfinite(bounds[name])
-        ]
-        return max(ratios, default=(None, ""))
+        squares = np.square([self._gradients.get(name, math.nan) for name in self._second])
+        bounds = self._decay * last + (1 - self._decay) * squares
+        ratios = np.where((bounds > 0) & (bounds < math.inf), second / bounds, -1.0)
+        most = int(ratios.argmax())
+        return (float(ratios[most]), self._second[most]) if ratios[most] >= 0 else (None, "")
 
     def row(self, device: torch.device) -> Tensor:
         """Returns this rank's verdict on the device, a row of shape ``(5,)`` for `judge_rows`."""
@@ -171,7 +167,7 @@ class OptimizerMoments:
         last, self._last_sums = self._last_sums, second
         if last is not None and len(second):
             if self._decays_on_device is None:
-                self._decays_on_device = last.new_tensor(self._decay)
+                self._decays_on_device = last.new_tensor(self._decay.tolist())
             floor = last * self._decays_on_device
             ratio = torch.where(torch.isfinite(second), second / floor, math.nan)
             # A parameter without gradients so far, or an empty shard, cannot fall.
@@ -207,10 +203,3 @@ class OptimizerMoments:
             for p in group["params"]
         }
         return {n: by_id[id(p)] for n, p in zip(self._names, self._parameters, strict=True)}
-
-
-def _smallest(ratios: Sequence[float]) -> int:
-    """Returns the index of the first NaN, or of the smallest ratio if there is no NaN."""
-    if math.isnan(sum(ratios)):
-        return next(i for i, ratio in enumerate(ratios) if math.isnan(ratio))
-    return ratios.index(min(ratios))

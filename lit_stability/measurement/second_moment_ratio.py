@@ -12,7 +12,12 @@ the optimizer's own where that has seen clipped gradients. Imports neither torch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+_Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class SecondMomentRatio:
@@ -34,13 +39,13 @@ class SecondMomentRatio:
         """Sum and decay power (see below) of each parameter, saved when the parameters changed."""
         self._names: list[str] = []
         """Parameters of the last step; the lists below are in their order."""
-        self._pending: list[float] = []
+        self._pending: _Numbers = np.empty(0)
         """Their gradient norms, until the update is known to be applied."""
-        self._sums: list[float] = []
+        self._sums: _Numbers = np.empty(0)
         """Sum of the second moment; 0 if there is none."""
-        self._decay_powers: list[float] = []
+        self._decay_powers: _Numbers = np.empty(0)
         """Decay to the power of the learnt steps; the bias correction divides by 1 minus that."""
-        self._rates: list[float] = []
+        self._rates: _Numbers = np.empty(0)
         """Decay of the second moment; 1 if there is none, so that nothing is learnt."""
         self._decays: Mapping[str, float] = {}
 
@@ -66,38 +71,33 @@ class SecondMomentRatio:
         if taken:
             self._learn()
         self._follow([*norms], decays)
-        self._pending = [*norms.values()]
-        ratios = [
-            x * x * (1 - b * power) / (b * value + (1 - b) * x * x)
-            if value > 0 and x * x < math.inf
-            else 0.0
-            for x, value, power, b in self._rows()
-        ]
-        worst = max(ratios, default=0.0)
-        return (math.sqrt(worst), self._names[ratios.index(worst)]) if worst > 0 else None
-
-    def _rows(self) -> Iterator[tuple[float, float, float, float]]:
-        return zip(self._pending, self._sums, self._decay_powers, self._rates, strict=True)
+        self._pending = np.fromiter(norms.values(), float, len(norms))
+        if not norms:
+            return None
+        x, b = self._pending, self._rates
+        with np.errstate(all="ignore"):
+            grown = b * self._sums + (1 - b) * x * x
+            ratios = x * x * (1 - b * self._decay_powers) / grown
+        ratios[~((self._sums > 0) & (x * x < math.inf))] = 0.0
+        worst = int(ratios.argmax())
+        return (math.sqrt(ratios[worst]), self._names[worst]) if ratios[worst] > 0 else None
 
     def _learn(self) -> None:
         """Adds the finite gradients of the last step to the sums."""
-        decay_powers = [b * power if x < math.inf else power for x, _, power, b in self._rows()]
-        self._sums = [
-            b * value + (1 - b) * x * x if x < math.inf else value
-            for x, value, _, b in self._rows()
-        ]
-        self._decay_powers = decay_powers
+        x, b = self._pending, self._rates
+        finite = x < math.inf
+        with np.errstate(all="ignore"):
+            self._sums = np.where(finite, b * self._sums + (1 - b) * x * x, self._sums)
+        self._decay_powers = np.where(finite, b * self._decay_powers, self._decay_powers)
 
     def _follow(self, names: list[str], decays: Mapping[str, float]) -> None:
         """Switches to other parameters if they changed; keeps the sums of the previous ones."""
         if names == self._names and (decays is self._decays or decays == self._decays):
             return
-        rows = zip(self._names, self._sums, self._decay_powers, strict=True)
+        rows = zip(self._names, self._sums.tolist(), self._decay_powers.tolist(), strict=True)
         self._kept |= {n: (value, power) for n, value, power in rows if n in self._decays}
         found = [self._kept.get(n, (0.0, 1.0)) if n in decays else (0.0, 1.0) for n in names]
         self._names, self._decays = names, decays
-        self._sums, self._decay_powers = (
-            [value for value, _ in found],
-            [power for _, power in found],
-        )
-        self._rates = [decays.get(n, 1.0) for n in names]
+        self._sums = np.array([value for value, _ in found])
+        self._decay_powers = np.array([power for _, power in found])
+        self._rates = np.array([decays.get(n, 1.0) for n in names])

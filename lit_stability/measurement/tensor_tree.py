@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,6 +14,8 @@ _DEEPEST = 8
 """Objects inside of one another that are followed."""
 _OPAQUE = (str, bytes, type, FunctionType, MethodType, ModuleType, nn.Module, Dataset, DataLoader)
 """What a batch may refer to without that its tensors are part of the batch."""
+_PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
+"""Types without parts."""
 _FOREIGN = (
     "builtins",
     "collections",
@@ -88,6 +91,21 @@ def attributes_of(value: Any) -> dict[str, Any]:
     return {**slots, **getattr(value, "__dict__", {})}
 
 
-def size_of(value: Any) -> int:
-    """Returns the size of all tensors in a batch, in bytes."""
-    return sum(t.numel() * t.element_size() for t in tensors_in(value))
+def size_of(value: Any, *, _inside: tuple[int, ...] = ()) -> int:
+    """Returns the size of all tensors and numpy arrays in a batch, in bytes.
+
+    >>> import torch
+    >>> size_of({"x": torch.zeros(3), "y": [np.zeros(2), "text"]})
+    28
+    """
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if type(value) in _PLAIN:
+        return 0
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if id(value) in _inside or len(_inside) >= _DEEPEST:
+        return 0
+    inside = (*_inside, id(value))
+    parts = value if type(value) in (list, tuple) else [part for _, part in parts_of(value)]
+    return sum([size_of(part, _inside=inside) for part in parts])

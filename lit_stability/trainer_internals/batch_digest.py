@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from lit_stability.measurement.tensor_tree import parts_of
 _SAMPLED = 2**16
 """Bytes of an array that are read. Augmentation in place changes nearly all of them."""
 _DEEPEST = 8
+_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 
 
 def digest_of(batch: Any) -> tuple[Hashable, ...]:
@@ -30,46 +31,31 @@ def digest_of(batch: Any) -> tuple[Hashable, ...]:
     >>> digest_of(batch) == before
     False
     """
-    return tuple(_leaves(batch, 0))
+    leaves: list[Hashable] = []
+    _add_leaves(batch, 0, leaves)
+    return tuple(leaves)
 
 
-def arrays_size(batch: Any, depth: int = 0) -> int:
-    """Returns the size in bytes of the numpy arrays in a batch.
-
-    >>> arrays_size({"x": np.zeros(3), "y": [np.zeros(2)]})
-    40
-    """
-    if isinstance(batch, np.ndarray):
-        return batch.nbytes
-    if isinstance(batch, Tensor) or depth >= _DEEPEST:
-        return 0
-    return sum(arrays_size(part, depth + 1) for _, part in parts_of(batch))
-
-
-def _leaves(value: Any, depth: int) -> Iterator[Hashable]:
+def _add_leaves(value: Any, depth: int, leaves: list[Hashable]) -> None:
     if isinstance(value, Tensor):
-        yield (id(value), 0 if value.is_inference() else value._version, tuple(value.shape))
+        version = 0 if value.is_inference() else value._version
+        leaves.append((id(value), version, value.shape))
+    elif type(value) in _PLAIN:
+        leaves.append(value if value == value else "nan")
     elif isinstance(value, np.ndarray):
-        yield (id(value), value.shape, _checksum(value))
-    elif type(value) in (int, float, str, bytes, bool, type(None)):
-        yield value if value == value else "nan"
+        leaves.append((id(value), value.shape, _checksum(value)))
     else:
-        yield id(value)
+        leaves.append(id(value))
         if depth >= _DEEPEST:
             return
         if type(value) in (list, tuple):
             parts: Iterable[Any] = value
         else:
-            yield from _keys(value)
+            # The order or name of an entry may have changed too.
+            leaves.extend(value if isinstance(value, Mapping) else ())
             parts = (part for _, part in parts_of(value))
         for part in parts:
-            yield from _leaves(part, depth + 1)
-
-
-def _keys(value: Any) -> Iterator[Hashable]:
-    """The keys of a dict, as the order or name of an entry may have changed."""
-    if isinstance(value, Mapping):
-        yield from value
+            _add_leaves(part, depth + 1, leaves)
 
 
 def _checksum(array: np.ndarray[Any, Any]) -> int:

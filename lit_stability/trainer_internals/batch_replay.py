@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_stability.lightning_package import Callback, Trainer
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_internals.batch_digest import arrays_size, digest_of
+from lit_stability.trainer_internals.batch_digest import digest_of
 from lit_stability.trainer_internals.data_fetcher import (
     FetcherObserver,
     current_fetcher,
@@ -327,8 +327,8 @@ class BatchRecorder(FetcherObserver):
             item = fetch()
             self._live_done = fetcher.done
             index = fetcher.fetched - len(getattr(fetcher, "batches", ())) - 1
-            size = size_of(item) + arrays_size(item)
-            entry = RecordedBatch(item, self._live_epoch, index, None, size, digest_of(item))
+            found = digest_of(item)
+            entry = RecordedBatch(item, self._live_epoch, index, None, size_of(item), found)
             serve = ring.serve
         entry.before, entry.rng = before, capture_rng()
         return serve(entry)

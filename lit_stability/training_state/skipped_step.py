@@ -8,7 +8,7 @@ May import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -60,7 +60,7 @@ class SkipGate:
     def after_verdict(self) -> None:
         """Sets the gradients to 0 if all of them were removed."""
         judged, self._judged = self._judged, []
-        self.skipped = bool(judged) and not self._gradients()
+        self.skipped = bool(judged) and all(p.grad is None for p in self._parameters())
         if self.skipped:
             _clear([grad for _, grad in judged])
             _assign(judged)
@@ -102,9 +102,12 @@ class SkipGate:
         _assign(hidden)
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return [(p, p.grad) for p in self._parameters() if p.grad is not None]
+
+    def _parameters(self) -> Iterator[Tensor]:
         optimizer = self._optimizer()
         groups = [] if optimizer is None else optimizer.param_groups
-        return [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        return (p for group in groups for p in group["params"])
 
 
 _GATES: WeakKeyDictionary[Optimizer, SkipGate] = WeakKeyDictionary()

@@ -33,28 +33,36 @@ class TensorBank:
         self._copies = copies or Copies()
         self._live: list[Tensor] = []
         self._saved: list[Tensor] = []
-        self._made_for: list[_Kind] = []
+        self._devices: list[torch.device] = []
         self._pairs: _Pairs = []
         self._versions: list[int] = []
 
     def place(self, copies: Copies) -> None:
         """Has the next capture copy in another way; the buffers are made again for it."""
         if copies is not self._copies:
-            self._copies, self._saved, self._made_for = copies, [], []
+            self._copies, self._saved = copies, []
 
     @torch.no_grad()
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Copies the tensors; allocates new buffers only if a shape, dtype or device changed."""
         live = [local(t) for t in tensors]
-        kinds = [(t.shape, t.dtype, t.device) for t in live]
-        if not _same(self._live, live) or self._made_for != kinds:
-            if self._made_for != kinds:
-                self._saved, self._made_for = [], []
-                self._saved, self._made_for = [self._copies.buffer(t) for t in live], kinds
+        fitting = self._fit(live)
+        if not fitting:
+            self._saved = []
+            self._saved = [self._copies.buffer(t) for t in live]
+            self._devices = [t.device for t in live]
+        if not fitting or not _same(self._live, live):
             self._live = live
             self._pairs = _in_groups(self._saved, live)
         self._versions = [_version(t) for t in live]
         self._copies.start(self._pairs)
+
+    def _fit(self, live: list[Tensor]) -> bool:
+        """Whether the buffers were made for tensors like these."""
+        if len(live) != len(self._saved) or [t.device for t in live] != self._devices:
+            return False
+        pairs = zip(live, self._saved, strict=True)
+        return all(t.dtype == s.dtype and t.shape == s.shape for t, s in pairs)
 
     @property
     def written(self) -> bool:
@@ -321,7 +329,6 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 _Pairs: TypeAlias = list[tuple[list[Tensor], list[Tensor]]]
 
 

@@ -1,5 +1,6 @@
 """The hooks of this package: a base class that is called, foreign ones too, misspelt ones named."""
 
+import copy
 import inspect
 import logging
 
@@ -14,7 +15,7 @@ from lit_stability.callbacks.hooks import (
     misspelt_hooks,
 )
 from lit_stability.faults import FaultInjector, NanLoss
-from tests.conftest import Regression, fit, make_trainer
+from tests.conftest import Regression, fit, make_trainer, regression_data
 
 SEEN = ("on_step_measured", "on_healthy_step", "on_incident", "on_incident_closed")
 
@@ -179,3 +180,39 @@ def test_suite_and_plain_module_have_no_misspelt_hook(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
         fit(tmp_path, stability_callbacks(), max_steps=5)
     assert not [r for r in caplog.records if "never called" in r.getMessage()]
+
+
+class Watching(StabilityCallback):
+    """Defines one of the hooks of a batch."""
+
+    def __init__(self):
+        self.batches, self.copies, self.hidden = 0, [], []
+
+    def on_after_backward(self, trainer, pl_module):
+        self.batches += 1
+
+    def on_train_batch_end(self, trainer, *args):
+        self.hidden += [n for n in vars(self) if n.startswith("on_")]
+        self.copies = [copy.deepcopy(each) for each in trainer.callbacks]
+
+
+def test_empty_hooks_are_not_called_in_a_fit_and_are_there_again_afterwards(tmp_path):
+    watching = Watching()
+    _, trainer = fit(tmp_path, [*stability_callbacks(), watching], max_steps=5)
+    assert watching.batches == 5
+    assert "on_before_zero_grad" in watching.hidden
+    assert not {"on_after_backward", "on_train_batch_end"} & {*watching.hidden}
+    for each in [*trainer.callbacks, *watching.copies]:
+        assert callable(each.on_before_zero_grad), each
+        assert callable(each.on_after_backward), each
+
+
+def test_empty_hooks_are_there_again_after_a_fit_that_failed(tmp_path):
+    class Fails(Regression):
+        def training_step(self, batch, batch_idx):
+            raise KeyError("no such column")
+
+    trainer = make_trainer(tmp_path, stability_callbacks())
+    with pytest.raises(KeyError):
+        trainer.fit(Fails(), regression_data())
+    assert all(callable(each.on_before_zero_grad) for each in trainer.callbacks)

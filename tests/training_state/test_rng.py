@@ -1,5 +1,7 @@
 """States of the generators, as they are taken between any draws."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,33 @@ def test_numpys_state_is_that_of_the_moment_whatever_was_drawn(first, second):
         captured, expected = capture_rng()["numpy"], np.random.get_state()
         assert captured[2:] == expected[2:]
         assert np.array_equal(captured[1], expected[1])
+
+
+PYTHON_DRAWS = {
+    "nothing": lambda: None,
+    "uniform": random.random,
+    "one Gaussian number, the second in store": lambda: random.gauss(0, 1),
+    "whole numbers": lambda: random.randrange(10),
+    "a new seed": lambda: random.seed(3),
+    "a permutation": lambda: random.shuffle([*range(1000)]),
+}
+
+
+@pytest.mark.parametrize("second", PYTHON_DRAWS.values(), ids=PYTHON_DRAWS)
+@pytest.mark.parametrize("first", PYTHON_DRAWS.values(), ids=PYTHON_DRAWS)
+def test_pythons_state_is_that_of_the_moment_whatever_was_drawn(first, second):
+    random.seed(0)
+    for draw in (first, second, second):
+        draw()
+        assert capture_rng()["python"] == random.getstate()
+
+
+def test_pythons_state_is_the_right_one_where_its_memory_cannot_be_read(monkeypatch):
+    class Other(random.Random):
+        pass
+
+    monkeypatch.setattr(random, "getstate", Other(1).getstate)
+    assert capture_rng()["python"] == random.getstate()
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)

@@ -25,7 +25,13 @@ from lit_stability.callbacks.gradient_monitor.validation import (
     require_package,
     require_watchable,
 )
-from lit_stability.callbacks.hooks import StabilityCallback, call_hook, report_misspelt_hooks
+from lit_stability.callbacks.hooks import (
+    StabilityCallback,
+    call_hook,
+    hide_empty_hooks,
+    report_misspelt_hooks,
+    show_empty_hooks,
+)
 from lit_stability.detectors import (
     Anomaly,
     Detector,
@@ -216,6 +222,7 @@ class GradientMonitor(StabilityCallback):
         self._pending = None
         self._cancel_exit = at_worker_exit(lambda: self._worker_ended(trainer, pl_module))
         self._check_initial_state(trainer, pl_module)
+        hide_empty_hooks(trainer)
 
     @staticmethod
     def _worker_ended(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -457,6 +464,7 @@ class GradientMonitor(StabilityCallback):
         self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
         self._reporter.end(self.incidents)
         # A fit that fails has no teardown.
+        show_empty_hooks(trainer)
         self._measurer.close()
 
     def on_save_checkpoint(
@@ -470,6 +478,7 @@ class GradientMonitor(StabilityCallback):
         """Releases the parameters and the process group."""
         if stage == "fit":
             self._cancel_exit()
+            show_empty_hooks(trainer)
             if self._measurer is not None:
                 self._measurer.close()
             self._measurer = None
