@@ -1,6 +1,6 @@
 """Measures the cost of the suite per optimizer step, relative to a step without the suite.
 
-    python -m benchmarks.overhead [--parts batches tensors held] [--steps 120] [--quick]
+    python -m benchmarks.overhead [--parts batches tensors tiny held] [--steps 120] [--quick]
     python -m benchmarks.overhead --parts suites
     python -m benchmarks.overhead --suites "default suite" [--batch 8] [--precision bf16-mixed]
 
@@ -12,12 +12,13 @@ in milliseconds, and the mean time in hooks by a clock around each hook, includi
 once in 50 steps.
 
 ``batches``: three batch sizes, together with a second bare Trainer, which shows the effect of the
-location in memory alone; at one size also with only the suite's reads and copies of whole tensors.
-``tensors``: as many parameters in 102 and in 1002 tensors. ``held``: reads of tensors by the host
-and bytes of memory, minus those of a fit without the suite. ``suites``, not run by default: each
-callback and option, and other protections, at batch size 1, where a fixed cost is most visible. A
-protection that wraps the optimizer's step has no hook, so only the whole step measures it. A fit
-with an incident is excluded, because it is not healthy.
+location in memory alone; at one size also with only the suite's reads and copies of whole tensors,
+and with Trainers that clip to a norm. ``tensors``: as many parameters in 102 and in 1002 tensors.
+``tiny``: a net whose step is little more than Lightning's own work. ``held``: reads of tensors by
+the host and bytes of memory, minus those of a fit without the suite. ``suites``, not run by
+default: each callback and option, and other protections, at batch size 1, where a fixed cost is
+most visible. A protection that wraps the optimizer's step has no hook, so only the whole step
+measures it. A fit with an incident is excluded, because it is not healthy.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ IN_TENSORS = (ByteGPTConfig(width=320, layers=8), ByteGPTConfig(width=100, layer
 AT_ONCE = 4
 """Suites that alternate with one bare Trainer; each holds a model and its optimizer."""
 SUITE, TRAFFIC, CONTROL = "default suite", "its reads and copies alone", "bare, again"
-PARTS_BY_DEFAULT = ("batches", "tensors", "held")
+CLIPS = "default suite, clips"
+TINY = ByteGPTConfig(width=16, layers=1)
+PARTS_BY_DEFAULT = ("batches", "tensors", "tiny", "held")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def batches(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     """Measures the default suite at three batch sizes."""
     sizes = dict.fromkeys((1, 2, 4), (WARMUP_BLOCKS + 1) * BLOCK) if quick else BATCHES
     names = {size: [SUITE, CONTROL] for size in sizes}
-    names[setting.batch] = [SUITE, TRAFFIC, CONTROL]
+    names[setting.batch] = [SUITE, TRAFFIC, CONTROL, CLIPS]
     results = [compare(names[b], replace(setting, batch=b, steps=s)) for b, s in sizes.items()]
     return [r for rows, _ in results for r in rows], [f for _, failed in results for f in failed]
 
@@ -127,10 +130,17 @@ def tensors(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
     return [r for rows, _ in results for r in rows], [f for _, failed in results for f in failed]
 
 
+def tiny(setting: Setting, quick: bool) -> tuple[list[Row], list[str]]:
+    """Measures the default suite on a net whose step is little more than Lightning's own work."""
+    steps = setting.steps if quick else (WARMUP_BLOCKS + 20) * BLOCK
+    return compare([SUITE, CONTROL], replace(setting, batch=2, config=TINY, steps=steps))
+
+
 PARTS: dict[str, Callable[[Setting, bool], tuple[list[Row], list[str]]]] = {
     "batches": batches,
     "suites": suites,
     "tensors": tensors,
+    "tiny": tiny,
 }
 
 

@@ -87,6 +87,10 @@ OURS: dict[str, Suite] = {
     "bare": Suite(),
     "bare, again": Suite(),
     "default suite": Suite(stability_callbacks),
+    "bare, clips": Suite(options={"gradient_clip_val": 1.0}),
+    "default suite, clips": Suite(
+        stability_callbacks, {"gradient_clip_val": 1.0}, baseline="bare, clips"
+    ),
     "its reads and copies alone": Suite(lambda: [Traffic()]),
     "GradientMonitor": with_monitor(),
     "GradientMonitor, no details": with_monitor(details_every=0),
