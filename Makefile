@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test compat bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -13,6 +13,12 @@ test:
 # each, never in CI.
 compat:
 	python -m benchmarks.compat
+
+# All reference experiments: ten minutes of the processor. The tests run the short ones.
+experiments:
+	lit-stability experiments --all --out runs/experiments
+	cp runs/experiments/experiments.md runs/experiments/experiments.json benchmarks/results/
+	printf '\n`make experiments`, %s.\n' "$$(date +%F)" >> benchmarks/results/experiments.md
 
 # What the suite costs and saves, in benchmarks/results: half an hour on two cores that do nothing else.
 # `make .bench-venv bench` has the published protections measured too.

@@ -61,9 +61,8 @@ class OptimizerMoments:
         self._calls = 0
         self._first: list[str] = []
         self._second: list[str] = []
-        self._first_at: list[int] = []
+        self._first_at = self._second_at = np.empty(0, dtype=int)
         """Positions of the first moments among the sums, in the order of ``_first``."""
-        self._second_at: list[int] = []
         self._decay: _Numbers = np.empty(0)
         self.decays: dict[str, float] = {}
         """Decay of the second moment, by parameter; only of parameters that have one."""
@@ -114,7 +113,7 @@ class OptimizerMoments:
         tensors = [*first.values(), *second.values()]
         self._samples = WeightSampler(tensors, _BLOCKS) if tensors else None
         self._first, self._second = list(first), list(second)
-        positions = [] if self._samples is None else self._samples.positions
+        positions = np.array([] if self._samples is None else self._samples.positions, dtype=int)
         self._first_at, self._second_at = positions[: len(first)], positions[len(first) :]
         decay = self._decays()
         self.decays = {name: decay[name] for name in second}
@@ -133,21 +132,23 @@ class OptimizerMoments:
         with np.errstate(all="ignore"):
             # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
             floors = self._decay * last
-            ratios = np.where(np.isfinite(second), second / floors, math.nan)
+            ratios = second / floors
+            ratios[~np.isfinite(second)] = math.nan
             ratios[~(floors > 0)] = math.inf
-            grown = self._largest_growth(second, last)
+            grown = self._largest_growth(second, floors)
         worst = int(ratios.argmin())  # the first NaN, if there is one
         # Without any gradient so far, no second moment could fall.
         if ratios[worst] == math.inf:
             return MomentStats(bad)
         return MomentStats(bad, float(ratios[worst]), self._second[worst], *grown)
 
-    def _largest_growth(self, second: _Numbers, last: _Numbers) -> tuple[float | None, str]:
+    def _largest_growth(self, second: _Numbers, floors: _Numbers) -> tuple[float | None, str]:
         """Returns the largest ratio to the upper bound, with its parameter."""
         # The sample of a tensor has no larger sum of squares than the whole.
-        squares = np.square([self._gradients.get(name, math.nan) for name in self._second])
-        bounds = self._decay * last + (1 - self._decay) * squares
-        ratios = np.where((bounds > 0) & (bounds < math.inf), second / bounds, -1.0)
+        norms = np.array([self._gradients.get(name, math.nan) for name in self._second])
+        bounds = floors + (1 - self._decay) * norms * norms
+        ratios = second / bounds
+        ratios[~((bounds > 0) & (bounds < math.inf))] = -1.0
         most = int(ratios.argmax())
         return (float(ratios[most]), self._second[most]) if ratios[most] >= 0 else (None, "")
 

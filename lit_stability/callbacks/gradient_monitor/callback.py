@@ -76,6 +76,10 @@ class GradientMonitor(StabilityCallback):
     the first step weights, moments and buffers are checked once, see
     `lit_stability.measurement.initial_state`.
 
+    With ``Trainer(gradient_clip_val=...)`` the norm is computed once: the Trainer's clipping uses
+    the one measured here, with the same bits as a result. Where a hook of the user's may write to
+    the gradients in between, or they are sharded, Lightning computes it a second time.
+
     Metrics recorded, every ``trainer.log_every_n_steps`` steps, to every logger:
 
     * ``stability/grad_norm``: norm of all gradients, before clipping.
