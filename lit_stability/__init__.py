@@ -5,7 +5,34 @@ Importing this package loads neither torch nor lightning. Public names are impor
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
+    from lit_stability.callbacks import AdaptiveGradientClipping as AdaptiveGradientClipping
+    from lit_stability.callbacks import AnomalyCheckpoint as AnomalyCheckpoint
+    from lit_stability.callbacks import AttentionProbe as AttentionProbe
+    from lit_stability.callbacks import AutoRollback as AutoRollback
+    from lit_stability.callbacks import CrashPrediction as CrashPrediction
+    from lit_stability.callbacks import CurvatureProbe as CurvatureProbe
+    from lit_stability.callbacks import Diagnosis as Diagnosis
+    from lit_stability.callbacks import GradientFlow as GradientFlow
+    from lit_stability.callbacks import GradientMonitor as GradientMonitor
+    from lit_stability.callbacks import LastKnownGood as LastKnownGood
+    from lit_stability.callbacks import NonFiniteLocator as NonFiniteLocator
+    from lit_stability.callbacks import PrecisionFallback as PrecisionFallback
+    from lit_stability.callbacks import Preflight as Preflight
+    from lit_stability.callbacks import StabilityCallback as StabilityCallback
+    from lit_stability.callbacks import stability_callbacks as stability_callbacks
+    from lit_stability.detectors import Anomaly as Anomaly
+    from lit_stability.diagnosis.nonfinite import NonFiniteOrigin as NonFiniteOrigin
+    from lit_stability.diagnosis.nonfinite import locate_nonfinite as locate_nonfinite
+    from lit_stability.incidents import Incident as Incident
+    from lit_stability.incidents import TrainingStopped as TrainingStopped
+    from lit_stability.incidents.log import read_incidents as read_incidents
+    from lit_stability.measurement.attention_monitor import measure_attention as measure_attention
+    from lit_stability.measurement.step_stats import StepStats as StepStats
+    from lit_stability.restart import fit_with_recovery as fit_with_recovery
+    from lit_stability.training_state.good_checkpoints import find_last_good as find_last_good
 
 _HOME = {
     "AdaptiveGradientClipping": "callbacks",
