@@ -6,7 +6,8 @@ the gradient norms, which are measured anyway. Nothing is read from the device, 
 same number, and rarely used rows of an embedding count no more than in its gradient.
 
 The norms are those before clipping, and so is the second moment that is kept here. It differs from
-the optimizer's own where that has seen clipped gradients. Imports numpy, but neither torch nor Lightning.
+the optimizer's own where that has seen clipped gradients. Imports numpy, but neither torch nor
+Lightning.
 """
 
 from __future__ import annotations
