@@ -17,6 +17,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
+from lit_stability.tensorboard.guarded_loggers import to_each
 from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -166,8 +167,8 @@ class AdaptiveGradientClipping(StabilityCallback):
             f"stability/clip_threshold{suffix}": threshold,
             f"stability/clip_coefficient{suffix}": self._smallest.pop(index),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=logger_step(trainer))
+        step = logger_step(trainer)
+        to_each(trainer.loggers, lambda logger: logger.log_metrics(metrics, step=step))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs how many steps were clipped."""

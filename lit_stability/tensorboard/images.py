@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lit_stability.tensorboard.guarded_loggers import to_each
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -26,19 +28,18 @@ def write_figure(loggers: Sequence[Any], tag: str, figure: Figure, step: int) ->
     Returns:
         Whether any logger accepted the figure.
     """
-    written = False
-    pixels = None
-    for logger in loggers:
+
+    def write(logger: Any) -> bool:
         experiment: Any = getattr(logger, "experiment", None)
         if callable(getattr(experiment, "add_image", None)):
-            pixels = _pixels(figure) if pixels is None else pixels
-            experiment.add_image(tag, pixels, step, dataformats="HWC")
+            experiment.add_image(tag, _pixels(figure), step, dataformats="HWC")
         elif callable(getattr(experiment, "add_figure", None)):
             experiment.add_figure(tag, figure, step, close=False)
         else:
-            continue
-        written = True
-    return written
+            return False
+        return True
+
+    return to_each(loggers, write)
 
 
 def _pixels(figure: Figure) -> Any:

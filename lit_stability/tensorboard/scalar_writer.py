@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -10,6 +10,7 @@ from lit_stability.incidents import Incident
 from lit_stability.incidents.report import markdown
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.tensorboard.guarded_loggers import to_each
 from lit_stability.tensorboard.size_limits import MIB, TEXTS, SizeLimit, bytes_of
 
 log = suite_logger()
@@ -55,8 +56,7 @@ class StabilityWriter:
             "incidents": float(incidents),
         }
         metrics = {f"stability/{k}{suffix}": v for k, v in scalars.items() if v is not None}
-        for logger in self._loggers:
-            logger.log_metrics(metrics, step=step)
+        self._log_metrics(metrics, step)
 
     def write_readings(self, stats: StepStats, step: int) -> None:
         """Writes the readings of probes, one scalar per location in the model.
@@ -69,8 +69,10 @@ class StabilityWriter:
             "/".join(filter(None, ("stability", r.quantity, r.where))): r.value
             for r in stats.readings
         }
-        for logger in self._loggers:
-            logger.log_metrics(metrics, step=step)
+        self._log_metrics(metrics, step)
+
+    def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        to_each(self._loggers, lambda logger: logger.log_metrics(metrics, step=step))
 
     def write_incident(self, incident: Incident, step: int) -> None:
         """Writes an incident as markdown to each logger that accepts text (TensorBoard, wandb).
@@ -82,13 +84,16 @@ class StabilityWriter:
         if not self._texts.take(bytes_of(text)) and incident.outcome != "stopped":
             self._log_full()
             return
-        for logger in self._loggers:
+
+        def write(logger: Any) -> None:
             experiment: Any = getattr(logger, "experiment", None)
             if callable(getattr(experiment, "add_text", None)):
                 experiment.add_text(name, text, step)
                 experiment.flush()
             elif _takes_tables(logger):
                 logger.log_text(key=name, columns=["incident"], data=[[text]], step=step)
+
+        to_each(self._loggers, write)
 
     def _log_full(self) -> None:
         if not self._full:

@@ -24,6 +24,7 @@ from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.backoff import Baseline
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
+from lit_stability.tensorboard.guarded_loggers import to_each
 from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -213,8 +214,8 @@ class CrashPrediction(StabilityCallback):
         self._count += 1
         if self._count % log_every(trainer):
             return
-        for logger in trainer.loggers:
-            logger.log_metrics({"stability/risk": self._peak}, step=logger_step(trainer))
+        risk, step = {"stability/risk": self._peak}, logger_step(trainer)
+        to_each(trainer.loggers, lambda logger: logger.log_metrics(risk, step=step))
         self._peak = 0.0
 
     def on_exception(
