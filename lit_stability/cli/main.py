@@ -5,17 +5,24 @@ so that help and wrong options are answered immediately.
 """
 
 import argparse
+import contextlib
+import difflib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 
+from lit_stability import __version__
 from lit_stability.cli.config import as_written, compose
 from lit_stability.cli.doctor import add_doctor
 from lit_stability.cli.experiments.command import add_experiments
+from lit_stability.cli.incidents import add_incidents
 from lit_stability.cli.ranges import add_ranges
 from lit_stability.cli.signature import is_signed
 from lit_stability.cli.targets import add_allow
@@ -51,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; by default those of the process.
     """
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
+        parser.print_help()
+        return 2
+    args, rest = parser.parse_known_args(words)
     if hasattr(args, "overrides"):
         # argparse reads positionals of a sub-command only once; these come after an option.
         args.overrides += [word for word in rest if not word.startswith("-")]
@@ -86,13 +97,43 @@ def _stops() -> tuple[type[Exception], ...]:
     return (TrainingStopped, *((preflight.PreflightError,) if preflight else ()))
 
 
+class _Version(argparse.Action):
+    """Prints versions, which are looked up only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"lit-stability {__version__}")
+        for name in ("torch", "lightning", "pytorch-lightning"):
+            with contextlib.suppress(PackageNotFoundError):
+                print(f"{name} {version(name)}")
+        parser.exit()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Suggests the command that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            commands = re.findall(r"\w+", wrong[2])
+            close = difflib.get_close_matches(wrong[1], commands, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            message = f"{wrong[1]!r} is no command; {meant}commands: {', '.join(commands)}"
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="lit-stability",
         description="Train with PyTorch Lightning and recover from instabilities.",
-        epilog=f"{_EXIT_CODES}\nFor check, doctor, experiments and ranges: see COMMAND --help",
+        epilog=f"{_EXIT_CODES}\nFor the other commands: see COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action=_Version, help="print the versions of the package, torch and lightning"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fit(commands)
@@ -100,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ranges(commands)
     _add_check(commands)
     add_doctor(commands)
+    add_incidents(commands)
     add_experiments(commands)
     for command in commands.choices.values():
         command.description = textwrap.fill(str(command.description), 79)

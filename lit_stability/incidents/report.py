@@ -67,7 +67,16 @@ def responses_text(incident: Incident) -> str:
     Args:
         incident: whose responses to list.
     """
-    return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in _counted(incident.responses))
+    return responses_in_words(incident.responses)
+
+
+def responses_in_words(responses: Sequence[str]) -> str:
+    """Returns responses in order, repeated ones counted.
+
+    >>> responses_in_words(["step retried", "step skipped", "step skipped"])
+    'step retried, step skipped (2x)'
+    """
+    return ", ".join(r if n == 1 else f"{r} ({n}x)" for r, n in _counted(responses))
 
 
 def _counted(responses: Sequence[str]) -> Iterator[tuple[str, int]]:

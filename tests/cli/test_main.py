@@ -258,7 +258,6 @@ def test_config_error_is_a_message_without_traceback_and_code_2(arguments, messa
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["fti"],
         ["fit"],
         ["fit", "-c", "small", "--print"],
