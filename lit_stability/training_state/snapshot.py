@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.number_formats import is_measurable, which_are_finite
-from lit_stability.training_state.copies import Copies
+from lit_stability.training_state.copies import Copies, version_of
 from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
 
 
@@ -53,13 +53,13 @@ class TensorBank:
                 self._saved, self._made_for = [self._copies.buffer(t) for t in live], kinds
             self._live = live
             self._pairs = _in_groups(self._saved, live)
-        self._versions = [_version(t) for t in live]
+        self._versions = [version_of(t) for t in live]
         self._copies.start(self._pairs)
 
     @property
     def written(self) -> bool:
         """Whether a captured tensor was written since, as its version counter shows."""
-        return self._versions != [_version(t) for t in self._live]
+        return self._versions != [version_of(t) for t in self._live]
 
     @torch.no_grad()
     def restore(self, targets: Sequence[Tensor] | None = None) -> None:
@@ -315,10 +315,6 @@ def _reassign(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 _Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]

@@ -6,11 +6,9 @@ May import Lightning.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lit_stability.trainer_internals import TrainingSnapshot
 from lit_stability.training_state.copies import Copies, copies_to_host
@@ -23,6 +21,7 @@ from lit_stability.training_state.snapshot_memory import (
     free_on_host,
 )
 from lit_stability.training_state.snapshot_rotation import SnapshotRotation
+from lit_stability.training_state.step_barrier import StepBarrier
 
 
 class SnapshotStore:
@@ -68,27 +67,15 @@ class SnapshotStore:
             self.homes = Homes((where, where))
         elif not alone:
             self.homes = Homes(("device", "device"))
-        self._in_flight: TrainingSnapshot | None = None
-        self._optimizers: list[Optimizer] = []
-        self._handles: list[RemovableHandle] = []
+        self._barrier = StepBarrier(self._to_host)
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
         """Has the steps of these optimizers come after the copies."""
-        found = list(optimizers)
-        if found != self._optimizers:
-            self._remove_hooks()
-            self._optimizers = found
-            self._handles = [o.register_step_pre_hook(self._before_step) for o in found]
+        self._barrier.follow(optimizers)
 
     def close(self) -> None:
         """Waits for copies, and removes the hooks of the optimizers."""
-        self._to_host.finish()
-        self._remove_hooks()
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._barrier.close()
 
     def capture(
         self,
@@ -112,8 +99,7 @@ class SnapshotStore:
                 return
         confirm = confirm or self.rotation.single
         if confirm or not self._alone:
-            self._to_host.finish()
-            self._in_flight = None
+            self._barrier.finish()
         if confirm:
             self.rotation.confirm_now()
 
@@ -134,8 +120,15 @@ class SnapshotStore:
                 raise
             self.rotation.discard()
             return False
-        self._in_flight = snapshot if copies is self._to_host else None
+        if copies is self._to_host:
+            self._barrier.begin(
+                written=lambda: snapshot.written, discard=lambda: self._discard(snapshot)
+            )
         return True
+
+    def _discard(self, torn: TrainingSnapshot) -> None:
+        if torn is self.rotation.candidate:
+            self.rotation.discard()
 
     def _copies_of(self, snapshot: TrainingSnapshot) -> Copies:
         number = self._numbers.setdefault(id(snapshot), len(self._numbers))
@@ -171,15 +164,6 @@ class SnapshotStore:
         """Whether there is no memory for any snapshot."""
         return self.homes is not None and not self.homes.of
 
-    def _before_step(self, *_: Any) -> None:
-        """Has an optimizer's step come after the copies; called for each optimizer's."""
-        snapshot, self._in_flight = self._in_flight, None
-        if snapshot is None:
-            return
-        self._to_host.wait()
-        if snapshot.written and snapshot is self.rotation.candidate:
-            self.rotation.discard()
-
     def wait(self) -> None:
         """Has writes to the weights that come now come after the copies."""
         self._to_host.wait()
@@ -187,5 +171,5 @@ class SnapshotStore:
     def healthy(self) -> None:
         """Counts a healthy step; a snapshot that it confirms is complete."""
         if self.rotation.is_about_to_confirm:
-            self._to_host.finish()
+            self._barrier.finish()
         self.rotation.healthy()
