@@ -91,6 +91,8 @@ class Incident:
     callback has ``needs_recorded_step = True``."""
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Snapshots that were kept when it happened: number, places, bytes, and what is lost by it."""
     outcome: Outcome = "open"
     repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
     """Earlier incidents at the same place."""
@@ -302,6 +304,7 @@ class Incident:
             "evidence": list(self.evidence),
             "remedy": self.remedy,
             "responses": list(self.responses),
+            "memory": dict(self.memory),
             "path": self.path,
             "verdict": self.verdict,
             "outcome": self.outcome,

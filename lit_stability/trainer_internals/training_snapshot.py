@@ -187,6 +187,21 @@ def snapshot_bytes(trainer: Trainer, pl_module: LightningModule) -> int:
     return sum(local(t).nbytes for t in tensors if isinstance(t, Tensor))
 
 
+def incident_bytes(pl_module: LightningModule, *, reruns: bool) -> int:
+    """Returns the bytes that an incident needs beside the snapshots.
+
+    The buffers are copied at the start of each step. A step that is run again in isolation has
+    gradients of its own, while those of the real step are kept, and two more copies of the buffers.
+
+    Args:
+        pl_module: the module in training.
+        reruns: whether a callback runs steps again.
+    """
+    buffers = sum(local(b).nbytes for b in pl_module.buffers())
+    gradients = sum(local(p).nbytes for p in pl_module.parameters() if p.requires_grad)
+    return buffers + (gradients + 2 * buffers if reruns else 0)
+
+
 class StepStart:
     """State that a step changes before it can be skipped.
 

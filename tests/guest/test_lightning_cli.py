@@ -63,6 +63,7 @@ OPTIONS = {
         "max_ring_bytes": 1000,
         "clone_batches": True,
         "snapshot_device": "host",
+        "memory_budget": "4 GiB",
     },
     "CrashPrediction": {
         "levels": {

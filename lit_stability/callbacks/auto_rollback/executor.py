@@ -112,6 +112,11 @@ class ResponseExecutor:
         return self._engine.confirmed is not None
 
     @property
+    def memory_record(self) -> dict[str, Any]:
+        """What the snapshots and the batches take in memory, as JSON types."""
+        return self._engine.memory.as_dict()
+
+    @property
     def kept_batches(self) -> int:
         """Batches that are kept to be replayed."""
         return self._engine.kept_batches

@@ -5,13 +5,13 @@ May import Lightning.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.auto_rollback.memory_use import MemoryUse
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
 from lit_stability.callbacks.hooks import implements
 from lit_stability.lightning_choice import suite_logger
@@ -38,7 +38,6 @@ from lit_stability.trainer_internals import (
     owners_in,
     remove_gradients,
     sharing,
-    snapshot_bytes,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
@@ -55,11 +54,6 @@ _MODIFIED = (
 _COPIED = 2**26
 """Bytes of weights that the program writes, up to which they are copied for every step. Beyond it a
 step is undone by way of the last snapshot."""
-_ONE_SNAPSHOT = "damage that is found only after the next one was taken cannot be undone"
-_NO_SNAPSHOT = (
-    "a bad step is undone and its batch left out, but damaged weights end the run; continue it "
-    "from the last good checkpoint"
-)
 _BEFORE_UPDATE = "in training_step or another hook before the update"
 _AFTER_UPDATE = "in a hook after the update, such as on_train_batch_end"
 _FIRST_STEP = (
@@ -90,6 +84,8 @@ class RollbackEngine:
         clone: keep copies of the batches.
         registered: further objects whose state belongs to the snapshot.
         snapshot_device: where snapshots are kept.
+        memory_budget: bytes that snapshots, batches and other copies may take; None for no bound.
+        gather: returns a value of each rank; all ranks call it, or none.
         owner: the callback; nothing is recorded while a tuner has replaced it.
     """
 
@@ -105,11 +101,15 @@ class RollbackEngine:
         clone: bool,
         registered: Sequence[Stateful],
         snapshot_device: Where,
+        memory_budget: int | None,
+        gather: Callable[[Any], list[Any]],
         owner: Callback,
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
         self._every = snapshot_every
         self._since = self._draws = self._taken = 0
+        self._stepped = False
+        """Whether a step of this fit was accepted, so that it is known what one needs."""
         self._ring = ReplayRing(max_ring_bytes, clone)
         self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch, owner)
         self._recorder.attach()
@@ -122,7 +122,12 @@ class RollbackEngine:
             confirm_after=confirm_after,
             where=snapshot_device,
             device=trainer.strategy.root_device,
-            alone=sharing(trainer) == "alone",
+            budget=memory_budget,
+            gather=gather,
+            sharers=trainer.num_devices,
+        )
+        self.memory = MemoryUse(
+            trainer, pl_module, self._store, self._ring, self._frozen, memory_budget
         )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
@@ -337,37 +342,16 @@ class RollbackEngine:
                 written=self._writes.written,
             )
 
-        size = functools.partial(snapshot_bytes, self._trainer, self._module)
-        self._store.capture(size, take, confirm=confirm)
+        self.memory.measure_batches()
+        self._store.capture(self.memory.needs, take, confirm=confirm, stepped=self._stepped)
+        self.memory.bound_batches()
         self._since = 0
-        self._log_memory()
         oldest = self._store.rotation.oldest
-        if oldest is None:
-            return
-        self._ring.prune(oldest.position)
-        self._ledger.commit(oldest.mark)
-        if self.replay and position > oldest.position and "ring" not in self._logged:
-            self._logged.add("ring")
-            self._log(
-                f"AutoRollback keeps {position - oldest.position} batches to replay, "
-                f"{self._ring.nbytes / 2**20:.1f} MiB of at most "
-                f"{self._ring.max_bytes / 2**20:.0f}"
-            )
-
-    def _log_memory(self) -> None:
-        homes, frozen = self._store.stated, self._frozen.nbytes / 2**20
-        newest = self._store.rotation.candidate or self.confirmed
-        if str(homes) in self._logged:
-            return
-        self._logged.add(str(homes))
-        if newest is None:
-            self._log(f"AutoRollback keeps no snapshot, as {homes.reason}: {_NO_SNAPSHOT}")
-            return
-        self._log(
-            f"AutoRollback keeps {homes}, {newest.nbytes / 2**20:.1f} MiB each"
-            + (f", and {frozen:.1f} MiB of frozen weights once" if frozen else "")
-            + (f"; {_ONE_SNAPSHOT}" if len(homes.of) == 1 else "")
-        )
+        if oldest is not None:
+            self._ring.prune(oldest.position)
+            self._ledger.commit(oldest.mark)
+        if (line := self.memory.news()) is not None:
+            self._log(line)
 
     def batch_started(self) -> None:
         """Records to which optimizer step the batch belongs."""
@@ -454,8 +438,8 @@ class RollbackEngine:
         found = self._ring.replayable(position, skipped)
         if not found and position < self._ring.first:
             self._log_once(
-                "the batches since the snapshot take more than max_ring_bytes="
-                f"{self._ring.max_bytes}: they are skipped, not replayed"
+                f"the batches since the snapshot take more than {self.memory.bound_on_batches}: "
+                "they are skipped, not replayed"
             )
         elif not found:
             self._log_once(_MODIFIED)
@@ -614,6 +598,7 @@ class RollbackEngine:
             skipped = self._ring.skipped[self._trainer.current_epoch]
             count_skipped_batches(self._trainer, skipped)
             self._since += self._accepted
+            self._stepped = self._stepped or self._accepted > 0
             for _ in range(self._accepted):
                 self._store.healthy()
         if self._skipper.active or self.stepped:
