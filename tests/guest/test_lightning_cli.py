@@ -64,6 +64,7 @@ OPTIONS = {
         "clone_batches": True,
         "snapshot_device": "host",
         "memory_budget": "4 GiB",
+        "snapshot_cost": 0.01,
     },
     "CrashPrediction": {
         "levels": {

@@ -24,6 +24,7 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
+from lit_stability.policies.snapshot_cadence import SnapshotCadence
 from lit_stability.trainer_internals import Stateful, sharing
 from lit_stability.training_state.byte_sizes import parse_bytes
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -78,7 +79,12 @@ class AutoRollback(StabilityCallback):
 
     Args:
         data: what happens to the batches since the snapshot.
-        snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed.
+        snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed and
+            they do not cost too much. Damage can be undone that is detected so many steps late.
+        snapshot_cost: share of the training time that taking snapshots may cost. What they cost is
+            measured; the distance between them is doubled, four times at most and as long as the
+            batches to replay have room, until they cost no more. It then depends on the clock to
+            which snapshot a run goes back, but not how it goes on. None for a fixed distance.
         confirm_after: healthy steps after which a snapshot is confirmed.
         relax_after: healthy steps after which a lowered learning rate and a tightened clip are
             doubled, again and again until both are restored. A learning rate that is held against
@@ -110,6 +116,7 @@ class AutoRollback(StabilityCallback):
         clone_batches: bool = False,
         snapshot_device: Where = "auto",
         memory_budget: int | str | None = None,
+        snapshot_cost: float | None = 0.002,
     ) -> None:
         if data not in ("replay", "skip"):
             raise ValueError(f"data must be 'replay' or 'skip', got {data!r}")
@@ -124,11 +131,17 @@ class AutoRollback(StabilityCallback):
         ):
             if not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if snapshot_cost is not None and not 0 < snapshot_cost < 1:
+            raise ValueError(
+                "snapshot_cost must be a share of the training time between 0 and 1, or None, got "
+                f"{snapshot_cost!r}"
+            )
         require_instance("budget", budget, Budget)
         if memory_budget is not None:
             parse_bytes("memory_budget", memory_budget)
         self.data = data
         self.snapshot_every = snapshot_every
+        self.snapshot_cost = snapshot_cost
         self.confirm_after = confirm_after
         self.max_ring_bytes = max_ring_bytes
         self.clone_batches = clone_batches
@@ -199,7 +212,7 @@ class AutoRollback(StabilityCallback):
             trainer,
             pl_module,
             confirm_after=self.confirm_after,
-            snapshot_every=self.snapshot_every,
+            cadence=SnapshotCadence(self.snapshot_every, self.snapshot_cost),
             replay=self.data == "replay",
             max_ring_bytes=self.max_ring_bytes,
             clone=self.clone_batches,
@@ -267,6 +280,7 @@ class AutoRollback(StabilityCallback):
         """Chooses the response, and does the part of it that must come before the update."""
         if self._executor is not None:
             incident.memory = self._executor.memory_record
+            incident.cadence = self._executor.cadence_record
         if incident.at_start and self._executor is None and not incident.resolved:
             incident.resolve(Stop("no snapshot is better than the state that was loaded"))
             self._stopped = incident

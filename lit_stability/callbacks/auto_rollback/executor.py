@@ -112,6 +112,11 @@ class ResponseExecutor:
         return self._engine.confirmed is not None
 
     @property
+    def cadence_record(self) -> dict[str, Any]:
+        """How often snapshots are taken, and what one costs, as JSON types."""
+        return self._engine.cadence.as_dict()
+
+    @property
     def memory_record(self) -> dict[str, Any]:
         """What the snapshots and the batches take in memory, as JSON types."""
         return self._engine.memory.as_dict()

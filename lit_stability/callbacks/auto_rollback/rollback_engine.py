@@ -5,6 +5,8 @@ May import Lightning.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -13,11 +15,13 @@ from torch.optim import Optimizer
 
 from lit_stability.callbacks.auto_rollback.memory_use import MemoryUse
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
+from lit_stability.callbacks.auto_rollback.snapshot_timer import SnapshotTimer
 from lit_stability.callbacks.hooks import implements
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import tensors_in
+from lit_stability.policies.snapshot_cadence import SnapshotCadence
 from lit_stability.trainer_internals import (
     BatchRecorder,
     CheckpointLedger,
@@ -78,7 +82,7 @@ class RollbackEngine:
         trainer: in its fit.
         pl_module: the module in training.
         confirm_after: healthy steps after which a snapshot is confirmed.
-        snapshot_every: healthy steps between snapshots.
+        cadence: healthy steps between snapshots.
         replay: whether batches are replayed after a rollback, where that is possible.
         max_ring_bytes: bound on the batches kept.
         clone: keep copies of the batches.
@@ -95,7 +99,7 @@ class RollbackEngine:
         pl_module: LightningModule,
         *,
         confirm_after: int,
-        snapshot_every: int,
+        cadence: SnapshotCadence,
         replay: bool,
         max_ring_bytes: int,
         clone: bool,
@@ -106,7 +110,7 @@ class RollbackEngine:
         owner: Callback,
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
-        self._every = snapshot_every
+        self._confirm_after = confirm_after
         self._since = self._draws = self._taken = 0
         self._stepped = False
         """Whether a step of this fit was accepted, so that it is known what one needs."""
@@ -128,6 +132,10 @@ class RollbackEngine:
         )
         self.memory = MemoryUse(
             trainer, pl_module, self._store, self._ring, self._frozen, memory_budget
+        )
+        self.cadence = cadence
+        self._timer = SnapshotTimer(
+            cadence, trainer.strategy.root_device, self._store.finish, gather
         )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
@@ -247,10 +255,13 @@ class RollbackEngine:
         if not self._window_is_new:
             return
         self._window_is_new = False
+        self._timer.step_ended()
         position = self._ring.position
         first = self.confirmed is None or self._order_is_final()
         due = (
-            self._since >= self._every and self._store.rotation.ready and not self.snapshots_paused
+            self._since >= self.cadence.distance
+            and self._store.rotation.ready
+            and not self.snapshots_paused
         )
         if self._store.keeps_none:
             self._ring.prune(position)
@@ -267,6 +278,7 @@ class RollbackEngine:
             move_batch_index(self._trainer)
             self._moved = None
         self._writes.begin(samples=(first or due) and self._sample_is_due())
+        self._timer.step_begins()
 
     def _order_is_final(self) -> bool:
         """Whether DDP has just fixed the order in which it sums the gradients.
@@ -343,7 +355,10 @@ class RollbackEngine:
             )
 
         self.memory.measure_batches()
-        self._store.capture(self.memory.needs, take, confirm=confirm, stepped=self._stepped)
+        capture = functools.partial(
+            self._store.capture, self.memory.needs, take, confirm=confirm, stepped=self._stepped
+        )
+        self._state_cadence(self._timer.take(capture, self._room_for_batches))
         self.memory.bound_batches()
         self._since = 0
         oldest = self._store.rotation.oldest
@@ -352,6 +367,34 @@ class RollbackEngine:
             self._ledger.commit(oldest.mark)
         if (line := self.memory.news()) is not None:
             self._log(line)
+
+    def _room_for_batches(self) -> float:
+        """Returns the largest distance between snapshots at which all batches can be replayed.
+
+        The batches since the older snapshot are kept until a newer one is confirmed.
+        """
+        confirmed, ring = self.confirmed, self._ring
+        if not self.replay or confirmed is None or not ring.entries:
+            return math.inf
+        batches_per_step = (ring.position - confirmed.position) / max(1, self._since)
+        bytes_per_step = batches_per_step * ring.nbytes / len(ring.entries)
+        return (ring.max_bytes / max(1.0, bytes_per_step) - self._confirm_after) / 2
+
+    def _state_cadence(self, changed: bool) -> None:
+        cadence = self.cadence
+        if cadence.cost is None:
+            return
+        self._log_once(
+            f"AutoRollback takes a snapshot every {cadence.every} steps, or every "
+            f"{cadence.longest} at most if they cost more than "
+            f"{100 * cadence.cost:.3g} % of the time"
+        )
+        if changed:
+            self._log(
+                f"AutoRollback takes a snapshot every {cadence.distance} steps from now on: one "
+                f"takes {1e3 * cadence.capture_seconds:.3g} ms, a step "
+                f"{1e3 * cadence.step_seconds:.3g} ms, and snapshot_cost={cadence.cost:.3g}"
+            )
 
     def batch_started(self) -> None:
         """Records to which optimizer step the batch belongs."""

@@ -205,6 +205,10 @@ class SnapshotStore:
         """Whether there is no memory for any snapshot."""
         return not self.homes.of
 
+    def finish(self) -> None:
+        """Waits until the copies are complete."""
+        self._barrier.finish()
+
     def wait(self) -> None:
         """Has writes to the weights that come now come after the copies."""
         self._to_host.wait()
