@@ -17,10 +17,15 @@ from lit_stability.training_state.copies import Copies
 class StepBarrier:
     """Keeps the copy in flight whole: the next optimizer's step comes after it.
 
-    Weights and moments change in optimizers' steps. A tensor that the program itself writes before
-    such a step may be torn in the copy, which is then discarded. From then on the device waits for
-    each copy at once: a program that has written once may do so again, and nothing else would be
-    copied.
+    Weights and moments change in optimizers' steps. In automatic optimization without a loss scaler
+    Lightning hands forward and backward pass to such a step as its closure, so that they come after
+    the copy too: the host goes on, and the device waits for the copy. That is on purpose. A
+    ``training_step`` may write weights for a moment by way of ``p.data``, as adversarial training
+    does, and no version counter would show it.
+
+    A tensor that the program itself writes before the step may be torn in the copy, which is then
+    discarded. From then on the device waits for each copy at once: a program that has written once
+    may do so again, and nothing else would be copied.
 
     Copies that are immediate are never torn, and are not waited for.
 

@@ -153,8 +153,17 @@ class WritesMoments(Regression):
             state["exp_avg"].mul_(0.9)
 
 
+class WritesData(Regression):
+    """Adds to a weight in each forward pass, by way of ``data``: no version counter shows it."""
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].weight.data.add_(1e-3)
+        return super().training_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
-    ("module", "first"), [(Regression, 0), (WritesWeights, 1), (WritesMoments, 0)]
+    ("module", "first"),
+    [(Regression, 0), (WritesWeights, 1), (WritesMoments, 0), (WritesData, 0)],
 )
 def test_copy_made_beside_training_is_of_one_moment(module, first, tmp_path, monkeypatch):
     """The first copy of a weight that the program wrote meanwhile is discarded."""

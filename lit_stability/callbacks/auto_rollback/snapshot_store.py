@@ -45,9 +45,10 @@ class SnapshotStore:
     are kept from then on. With a budget that is decided again for each snapshot, as the state of
     the optimizers may grow.
 
-    Copies to the host run beside the next forward and backward pass: an optimizer's step comes
-    after them. A parameter that is written before that step, by the program, may be torn in the
-    copy; its version counter shows that, and the snapshot is discarded instead of confirmed.
+    Copies to the host are made while the program goes on: the next step of an optimizer comes after
+    them, on the device (`StepBarrier` says which work that is). A parameter that is written before
+    that step, by the program, may be torn in the copy; its version counter shows that, and the
+    snapshot is discarded instead of confirmed.
 
     Ranks must have the same snapshots. So all know what each needs and has when they decide, a
     capture for which one rank has no memory is given up by all, and a snapshot that is torn on one

@@ -33,9 +33,9 @@ class LastKnownGood(StabilityCallback):
     Works on one device. On several devices it keeps nothing and logs that.
 
     Between two batches the callback copies the complete state to the memory of the host. From an
-    accelerator, weights and moments are copied while training goes on, to pinned memory that the
-    next copy uses again; the next step of an optimizer comes after that. After ``confirm_after``
-    healthy steps without an incident the callback writes the copy in the background, to
+    accelerator, weights and moments are copied while the program goes on, to pinned memory that the
+    next copy uses again; the device makes its next step after that. After ``confirm_after`` healthy
+    steps without an incident the callback writes the copy in the background, to
     ``good/step=<step>.ckpt`` in ``trainer.log_dir``. An incident or a rollback discards a copy that
     is not confirmed yet, and so does a program that writes weights or moments itself while they are
     copied: training then waits for later copies. A copy with a NaN or Inf in weights, buffers or

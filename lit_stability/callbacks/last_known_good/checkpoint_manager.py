@@ -21,9 +21,9 @@ log = suite_logger()
 class CheckpointManager:
     """Manages one copy of the state at a time: due, taken, waiting for confirmation, written.
 
-    On an accelerator, weights and moments are copied beside training, and the next optimizer's step
-    comes after that. A copy of weights that the program wrote meanwhile is discarded; the next one
-    is taken after the next healthy step.
+    On an accelerator, weights and moments are copied while the program goes on, and the device
+    makes its next step after that. A copy of weights that the program wrote meanwhile is discarded;
+    the next one is taken after the next healthy step.
 
     Args:
         trainer: of the fit.
