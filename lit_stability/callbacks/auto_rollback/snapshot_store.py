@@ -45,9 +45,13 @@ class SnapshotStore:
     are kept from then on. With a budget that is decided again for each snapshot, as the state of
     the optimizers may grow.
 
-    Copies to the host run beside the next forward and backward pass: an optimizer's step comes
-    after them. A parameter that is written before that step, by the program, may be torn in the
-    copy; its version counter shows that, and the snapshot is discarded instead of confirmed.
+    Copies to the host run beside the next forward and backward pass: an optimizer's update comes
+    after them. In automatic optimization these passes are the closure that an optimizer's step
+    calls, so the step waits at the end of the closure. A parameter that is written before, by the
+    program, may be torn in the copy. Its version counter shows that, or `program_wrote` tells it,
+    and the snapshot is discarded instead of confirmed. Where that happens twice, as under an
+    optimizer that moves the weights before it calls its closure, training waits for the copies
+    from then on.
 
     Ranks must have the same snapshots. So all know what each needs and has when they decide, a
     capture for which one rank has no memory is given up by all, and a snapshot that is torn on one
@@ -93,6 +97,7 @@ class SnapshotStore:
         self._in_flight: TrainingSnapshot | None = None
         self._torn = False
         """Whether the program wrote weights while the candidate was copied."""
+        self._times_torn = 0
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
 
@@ -139,9 +144,12 @@ class SnapshotStore:
             self._give_up_some()
         if self.keeps_none:
             self.rotation = SnapshotRotation(self._make, self._confirm_after)
-        elif confirm or self.rotation.single:
+            return
+        confirm = confirm or self.rotation.single
+        if confirm or self._times_torn > 1:
             self._to_host.finish()
             self._in_flight = None
+        if confirm:
             self.rotation.confirm_now()
 
     def _has_memory(self, needs: Callable[[], Needs], stepped: bool) -> bool:
@@ -212,13 +220,47 @@ class SnapshotStore:
         """Whether there is no memory for any snapshot."""
         return not self.homes.of
 
-    def _before_step(self, *_: Any) -> None:
-        """Has an optimizer's step come after the copies; called for each optimizer's."""
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Has an optimizer's update come after the copies; called before each optimizer's step.
+
+        Returns:
+            The arguments of the step with a closure that waits at its end, if it has a closure.
+        """
+        if self._in_flight is None:
+            return None
+        optimizer, *given = args
+        closure = options["closure"] if "closure" in options else next(iter(given), None)
+        if closure is None:
+            self._land()
+            return None
+
+        def waiting() -> Any:
+            loss = closure()
+            self._land()
+            return loss
+
+        if "closure" in options:
+            return args, {**options, "closure": waiting}
+        return (optimizer, waiting, *given[1:]), options
+
+    def _land(self) -> None:
+        """Has what comes next wait for the copies, and looks whether they are torn."""
         snapshot, self._in_flight = self._in_flight, None
-        if snapshot is None:
-            return
-        self._to_host.wait()
-        self._torn = snapshot.written and snapshot is self.rotation.candidate
+        if snapshot is not None:
+            self._to_host.wait()
+            candidate = snapshot is self.rotation.candidate
+            self._torn = candidate and (self._torn or snapshot.written)
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether a snapshot is copied beside the present step."""
+        return self._in_flight is not None
+
+    def program_wrote(self) -> None:
+        """Notes that the program wrote weights other than in an optimizer's step."""
+        self._torn = self._torn or self._in_flight is not None
 
     def wait(self) -> None:
         """Has writes to the weights that come now come after the copies."""
@@ -231,5 +273,6 @@ class SnapshotStore:
             self._to_host.finish()
             beside_training = self._copies_of(candidate) is self._to_host
             if beside_training and any(self._gather(self._torn)):
+                self._times_torn += 1
                 self.rotation.discard()
         self.rotation.healthy()
