@@ -1,4 +1,4 @@
-"""A copy beside training: the next optimizer's step comes after it, or it is discarded."""
+"""A copy beside training: the next optimizer's step comes after it, or is known to be torn."""
 
 import time
 
@@ -13,24 +13,22 @@ from tests.delayed import ThreadCopies, Unordered
 class OneWeight:
     """A weight with its optimizer, and copies of it that take 50 ms."""
 
-    def __init__(self, kind=ThreadCopies):
+    def __init__(self, kind=ThreadCopies, **options):
         self.weight = torch.nn.Parameter(torch.zeros(2))
         self.weight.grad = torch.ones(2)
         self.optimizer = torch.optim.SGD([self.weight], 1.0)
         self.copies = kind(lambda: time.sleep(0.05)) if kind is not Copies else Copies()
-        self.barrier = StepBarrier(self.copies)
+        self.barrier = StepBarrier(self.copies, **options)
         self.barrier.follow([self.optimizer])
-        self.copy, self.discarded = torch.full((2,), -1.0), 0
+        self.copy, self.torn = torch.full((2,), -1.0), 0
 
     def begin(self):
         version = version_of(self.weight)
         self.copies.start([([self.copy], [self.weight.detach()])])
-        self.barrier.begin(
-            written=lambda: version_of(self.weight) != version, discard=self.count_one
-        )
+        self.barrier.begin(written=lambda: version_of(self.weight) != version, torn=self.count_one)
 
     def count_one(self):
-        self.discarded += 1
+        self.torn += 1
 
     def write(self):
         with torch.no_grad():
@@ -45,20 +43,39 @@ def test_step_comes_after_the_copy(kind, expected):
     one.optimizer.step()
     assert one.copy.tolist() == [expected] * 2
     one.barrier.close()
-    assert one.discarded == 0
+    assert one.torn == 0
 
 
-def test_copy_of_a_weight_that_the_program_wrote_is_discarded_and_later_ones_are_waited_for():
+def test_copy_of_a_weight_that_the_program_wrote_is_reported():
     one = OneWeight()
     one.begin()
     one.write()
     one.optimizer.step()
-    assert one.discarded == 1
+    assert one.torn == 1
     one.begin()
+    one.barrier.wait()
     one.write()
-    one.barrier.finish()
-    assert one.discarded == 1
-    assert one.copy.tolist() == [4.0, 4.0], "as the weight was when the copy began"
+    one.optimizer.step()
+    assert one.torn == 1, "it was waited for before the write"
+
+
+@pytest.mark.parametrize(("beside", "seen"), [(False, 0.0), (True, -1.0)])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_closure_comes_after_the_copy_or_beside_it_but_the_update_always_after(
+    by_name, beside, seen
+):
+    one = OneWeight(beside_passes=beside)
+    copied = []
+
+    def closure():
+        copied.append(one.copy.tolist()[0])
+        return 0.0
+
+    one.begin()
+    one.optimizer.step(**{"closure": closure}) if by_name else one.optimizer.step(closure)
+    assert copied == [seen]
+    assert one.copy.tolist() == [0.0, 0.0], "as the weight was before the update"
+    one.barrier.close()
 
 
 def test_step_that_has_no_hooks_is_taken_for_a_write():
@@ -67,7 +84,7 @@ def test_step_that_has_no_hooks_is_taken_for_a_write():
     one.barrier.follow([])
     one.optimizer.step()
     one.barrier.finish()
-    assert one.discarded == 1
+    assert one.torn == 1
 
 
 def test_write_after_an_immediate_copy_costs_nothing():
@@ -75,7 +92,7 @@ def test_write_after_an_immediate_copy_costs_nothing():
     one.begin()
     one.write()
     one.barrier.finish()
-    assert (one.discarded, one.copy.tolist()) == (0, [0.0, 0.0])
+    assert (one.torn, one.copy.tolist()) == (0, [0.0, 0.0])
 
 
 def test_barrier_that_is_closed_leaves_the_optimizer_as_it_was():

@@ -72,10 +72,10 @@ class AutoRollback(StabilityCallback):
 
     Two snapshots of weights, buffers and optimizer state are kept in memory, and the raw batches
     since the older one; their sizes are logged when they are first known, and are in the record of
-    each incident. On an accelerator the program goes on while copies for the host are made, and the
-    device makes its next step after them. Where two do not fit, one is kept: damage that is found
-    only after the next one was taken cannot be undone. Where none fits, bad steps are still undone,
-    but damaged weights end the run.
+    each incident. On an accelerator the copies for the host are made beside the next forward and
+    backward pass. Where two do not fit, one is kept: damage that is found only after the next one
+    was taken cannot be undone. Where none fits, bad steps are still undone, but damaged weights end
+    the run.
 
     Args:
         data: what happens to the batches since the snapshot.

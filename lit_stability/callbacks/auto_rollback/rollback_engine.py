@@ -277,7 +277,8 @@ class RollbackEngine:
         if self._moved is not None and self._moved <= self._trainer.global_step:
             move_batch_index(self._trainer)
             self._moved = None
-        self._writes.begin(samples=(first or due) and self._sample_is_due())
+        compared = self._sample_is_due() if first or due else False
+        self._writes.begin(samples=compared or self._store.is_copying)
         self._timer.step_begins()
 
     def _order_is_final(self) -> bool:
@@ -327,6 +328,8 @@ class RollbackEngine:
 
     def _find_writes(self, place: str = _AFTER_UPDATE) -> bool:
         found = self._writes.check()
+        if found:
+            self._store.program_wrote()
         if found and "writes" not in self._logged:
             self._logged.add("writes")
             names = {id(p): name for name, p in self._module.named_parameters()}

@@ -45,10 +45,13 @@ class SnapshotStore:
     are kept from then on. With a budget that is decided again for each snapshot, as the state of
     the optimizers may grow.
 
-    Copies to the host are made while the program goes on: the next step of an optimizer comes after
-    them, on the device (`StepBarrier` says which work that is). A parameter that is written before
-    that step, by the program, may be torn in the copy; its version counter shows that, and the
-    snapshot is discarded instead of confirmed.
+    Copies to the host run beside the next forward and backward pass: an optimizer's update comes
+    after them. In automatic optimization these passes are the closure that an optimizer's step
+    calls, so the step waits at the end of the closure. A parameter that is written before, by the
+    program, may be torn in the copy. Its version counter shows that, or `program_wrote` tells it,
+    and the snapshot is discarded instead of confirmed. Where that happens twice, as under an
+    optimizer that moves the weights before it calls its closure, training waits for the copies
+    from then on.
 
     Ranks must have the same snapshots. So all know what each needs and has when they decide, a
     capture for which one rank has no memory is given up by all, and a snapshot that is torn on one
@@ -91,9 +94,10 @@ class SnapshotStore:
         """Where the snapshots are kept, as far as that is known."""
         if self._on_accelerator and not self._decided:
             self.homes = Homes(("host", "host"), "a step has yet to show what it needs")
-        self._barrier = StepBarrier(self._to_host)
+        self._barrier = StepBarrier(self._to_host, beside_passes=True)
         self._torn = False
         """Whether the program wrote weights while the candidate was copied."""
+        self._times_torn = 0
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
         """Has the steps of these optimizers come after the copies."""
@@ -128,8 +132,11 @@ class SnapshotStore:
             self._give_up_some()
         if self.keeps_none:
             self.rotation = SnapshotRotation(self._make, self._confirm_after)
-        elif confirm or self.rotation.single:
+            return
+        confirm = confirm or self.rotation.single
+        if confirm or self._times_torn > 1:
             self._barrier.finish()
+        if confirm:
             self.rotation.confirm_now()
 
     def _has_memory(self, needs: Callable[[], Needs], stepped: bool) -> bool:
@@ -181,12 +188,13 @@ class SnapshotStore:
         self._torn = False
         if copies is self._to_host:
             self._barrier.begin(
-                written=lambda: snapshot.written, discard=lambda: self._discard(snapshot)
+                written=lambda: snapshot.written, torn=lambda: self._has_torn(snapshot)
             )
         return True
 
-    def _discard(self, torn: TrainingSnapshot) -> None:
-        self._torn = torn is self.rotation.candidate  # all ranks discard it, or none
+    def _has_torn(self, snapshot: TrainingSnapshot) -> None:
+        """Notes that the candidate may be torn, which all ranks then discard."""
+        self._torn = self._torn or snapshot is self.rotation.candidate
 
     def _copies_of(self, snapshot: TrainingSnapshot) -> Copies:
         number = self._numbers.setdefault(id(snapshot), len(self._numbers))
@@ -210,6 +218,15 @@ class SnapshotStore:
         """Waits until the copies are complete."""
         self._barrier.finish()
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether a snapshot is copied beside the present step."""
+        return self._barrier.is_copying
+
+    def program_wrote(self) -> None:
+        """Notes that the program wrote weights other than in an optimizer's step."""
+        self._torn = self._torn or self._barrier.is_copying
+
     def wait(self) -> None:
         """Has writes to the weights that come now come after the copies."""
         self._to_host.wait()
@@ -221,5 +238,6 @@ class SnapshotStore:
             self._barrier.finish()
             beside_training = self._copies_of(candidate) is self._to_host
             if beside_training and any(self._gather(self._torn)):
+                self._times_torn += 1
                 self.rotation.discard()
         self.rotation.healthy()

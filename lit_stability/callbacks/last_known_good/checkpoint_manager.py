@@ -23,7 +23,9 @@ class CheckpointManager:
 
     On an accelerator, weights and moments are copied while the program goes on, and the device
     makes its next step after that. A copy of weights that the program wrote meanwhile is discarded;
-    the next one is taken after the next healthy step.
+    the next one is taken after the next healthy step, and the device waits for it at once. The
+    forward pass does not run beside a copy: that gains little, as copies are rare, and a write by
+    way of ``data``, which no version counter shows, would be in a file that is called good.
 
     Args:
         trainer: of the fit.
@@ -52,6 +54,8 @@ class CheckpointManager:
         self._nonfinite_buffers = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
         copies = copies_to_host(trainer.strategy.root_device)
         self._copy, self._barrier = HostCopy(copies), StepBarrier(copies)
+        self._has_torn = False
+        """Whether the program wrote weights or moments while they were copied."""
         self._reference = ReferenceStep(max_batch_bytes)
         self._healthy = True
         self._healthy_steps: int | None = None
@@ -78,7 +82,9 @@ class CheckpointManager:
             log.info("LastKnownGood holds one copy of the checkpoint in memory, %.1f MiB now", mib)
         self._healthy_steps, self._step = 0, self._trainer.global_step
         self._barrier.follow(self._trainer.optimizers)
-        self._barrier.begin(written=lambda: self._copy.written, discard=self._discard_torn)
+        self._barrier.begin(written=lambda: self._copy.written, torn=self._discard_torn)
+        if self._has_torn:
+            self._barrier.wait()
         self._reference.begin(self._trainer, self._module)
 
     def _due(self) -> bool:
@@ -122,6 +128,8 @@ class CheckpointManager:
         self._reference.cancel()
 
     def _discard_torn(self) -> None:
+        # A program that has written weights may do so again: no copy might ever be whole.
+        self._has_torn = True
         if self._healthy_steps is not None:
             self.discard()
 
