@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_stability.measurement.number_formats import FLOATS
+from lit_stability.measurement.number_formats import is_measurable
 from lit_stability.training_state.copies import Copies, HostCopies, Pairs, version_of
 
 _Path = tuple[Any, ...]
@@ -117,9 +117,9 @@ def first_nonfinite(state: Mapping[str, Any], exempt: Collection[str] = ()) -> s
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether all elements are finite, in one pass and without a temporary tensor."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    if tensor.dtype not in FLOATS or tensor.numel() == 0:
+    if not is_measurable(tensor) or tensor.numel() == 0:
         return True
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

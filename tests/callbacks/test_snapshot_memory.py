@@ -8,14 +8,21 @@ import textwrap
 import pytest
 import torch
 
-from lit_stability import AutoRollback, GradientMonitor, TrainingStopped
+from lit_stability import (
+    AutoRollback,
+    GradientMonitor,
+    LastKnownGood,
+    TrainingStopped,
+    fit_with_recovery,
+)
 from lit_stability.callbacks.auto_rollback import snapshot_store
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.trainer_internals import TrainingSnapshot
 from lit_stability.training_state.copies import Copies, HostCopies
 from lit_stability.training_state.snapshot_memory import Needs
-from tests.conftest import fit
+from tests.conftest import Regression, fit, regression_data
+from tests.conftest import make_trainer as make
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import Net
 
@@ -125,6 +132,41 @@ def test_damage_without_any_snapshot_stops_the_run_with_the_reason(tmp_path, mon
     callbacks = suite_without_a_snapshot(CorruptWeight(step=30), monkeypatch)
     with pytest.raises(TrainingStopped, match="there was no memory for a snapshot to go back to"):
         fit(tmp_path, callbacks, max_steps=60)
+
+
+def test_fit_without_a_snapshot_names_the_checkpoint_on_disk_to_resume_from(tmp_path, monkeypatch):
+    callbacks = suite_without_a_snapshot(CorruptWeight(step=30), monkeypatch)
+    callbacks.insert(2, LastKnownGood(every_n_steps=10))
+    with pytest.raises(TrainingStopped, match="resume from the last good checkpoint") as stopped:
+        fit(tmp_path, callbacks, max_steps=60)
+    (file,) = [w.rstrip(",") for w in str(stopped.value).split() if w.endswith(".ckpt,")]
+    suite = [GradientMonitor(), LastKnownGood(), AutoRollback()]
+    module, trainer = Regression(), make(tmp_path / "again", suite, max_steps=60)
+    trainer.fit(module, regression_data(), ckpt_path=file)
+    assert trainer.global_step == 60
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_fit_without_a_snapshot_and_without_a_checkpoint_says_so(tmp_path, monkeypatch):
+    callbacks = suite_without_a_snapshot(CorruptWeight(step=30), monkeypatch)
+    with pytest.raises(TrainingStopped, match="no good checkpoint is on disk either"):
+        fit(tmp_path, callbacks, max_steps=60)
+
+
+def test_recovery_goes_back_to_disk_where_no_snapshot_fits(tmp_path, monkeypatch):
+    fail_captures(monkeypatch, lambda i: True)
+    faults = [FaultInjector([CorruptWeight(step=30)])]
+
+    def make_trainer(**overrides):
+        fault = [faults.pop()] if faults else []
+        suite = [GradientMonitor(), LastKnownGood(every_n_steps=10), AutoRollback()]
+        return make(tmp_path, [*fault, *suite], max_steps=60, **overrides)
+
+    module = Regression()
+    result = fit_with_recovery(make_trainer, module, train_dataloaders=regression_data())
+    assert len(result.crashes) == 1
+    assert result.trainer.global_step == 60
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 LIMITED = textwrap.dedent(

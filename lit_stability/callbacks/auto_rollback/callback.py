@@ -75,7 +75,7 @@ class AutoRollback(StabilityCallback):
     each incident. On an accelerator the copies for the host are made beside the next forward and
     backward pass. Where two do not fit, one is kept: damage that is found only after the next one
     was taken cannot be undone. Where none fits, bad steps are still undone, but damaged weights end
-    the run.
+    the fit, with the good checkpoint in the message from which `fit_with_recovery` would go on.
 
     Args:
         data: what happens to the batches since the snapshot.

@@ -305,7 +305,10 @@ class ResponseExecutor:
             cause=incident.cause,
         )
         if isinstance(response, RollBack) and not self.can_roll_back:
-            return Stop(f"there was no memory for a snapshot to go back to ({anomaly.message})")
+            where = self._engine.memory.where_to_resume()
+            return Stop(
+                f"there was no memory for a snapshot to go back to ({anomaly.message}); {where}"
+            )
         return response
 
     def _of_this_step(self, incident: Incident) -> Anomaly:

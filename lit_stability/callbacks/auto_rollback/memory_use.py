@@ -13,17 +13,19 @@ from lit_stability.trainer_internals import (
     ReplayRing,
     callbacks_of,
     incident_bytes,
+    run_directory,
     snapshot_bytes,
 )
 from lit_stability.training_state.byte_sizes import as_text
 from lit_stability.training_state.frozen_weights import FrozenWeights
+from lit_stability.training_state.good_checkpoints import find_last_good
 from lit_stability.training_state.snapshot_memory import Needs
 
 _ONE_SNAPSHOT = "damage that is found only after the next one was taken cannot be undone"
 _TOO_MANY_BATCHES = "the batches are more: they are not replayed after a rollback"
 _NO_SNAPSHOT = (
-    "a bad step is undone and its batch left out, but damaged weights end the run; continue it "
-    "from the last good checkpoint"
+    "a bad step is undone and its batch left out, but damaged weights end the fit; it can be "
+    "resumed from a checkpoint of LastKnownGood, if there is one"
 )
 
 
@@ -135,6 +137,14 @@ class MemoryUse:
         if snapshots * (self._batches or 0) > 2 * self._ring.max_bytes:
             lost.append(_TOO_MANY_BATCHES)
         return "; ".join(filter(None, lost))
+
+    def where_to_resume(self) -> str:
+        """Returns what a fit without a snapshot can go on from, for the message of its end."""
+        directory = run_directory(self._trainer)
+        file = None if directory is None else find_last_good(directory)
+        if file is None:
+            return "no good checkpoint is on disk either; LastKnownGood keeps one, on one device"
+        return f"resume from the last good checkpoint, {file}, or use fit_with_recovery"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the memory as JSON types, for the record of an incident."""
