@@ -3,9 +3,9 @@
     python -m benchmarks.snapshot [--rounds 40] [--quick]
 
 One process, one torch thread, a byte-level Transformer with 9.9M parameters and AdamW. Every round
-times a plain copy (one `Tensor.copy_` of the same number of bytes), a snapshot, a restore, and the
-capture at the start of a step one after the other, so that all have the same noise. Reports the
-medians of the rounds' ratios and their quartiles.
+times a plain copy (one `Tensor.copy_` of the same number of bytes), a snapshot, a restore, the copy
+for a good checkpoint, and the capture at the start of a step one after the other, so that all have
+the same noise. Reports the medians of the rounds' ratios and their quartiles.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from benchmarks.byte_gpt import ByteGPTConfig, ByteGPTModule, loader
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
 from lit_stability.measurement.tensor_tree import size_of
-from lit_stability.trainer_internals import RecordedBatch, ReplayRing, StepStart, TrainingSnapshot
+from lit_stability.trainer_internals import (
+    RecordedBatch,
+    ReplayRing,
+    StepStart,
+    TrainingSnapshot,
+    full_checkpoint,
+)
 from lit_stability.training_state.frozen_weights import FrozenWeights
+from lit_stability.training_state.host_copy import HostCopy
 
 
 class Rounds(Callback):
@@ -53,7 +60,7 @@ class Rounds(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: Any) -> None:
         snapshot = TrainingSnapshot(pl_module, FrozenWeights())
-        start = StepStart(trainer, pl_module)
+        start, good = StepStart(trainer, pl_module), HostCopy()
         snapshot.capture(trainer, pl_module, position=0, mark=0)
         source = torch.zeros(snapshot.nbytes // 4)
         target = torch.empty_like(source)
@@ -62,6 +69,7 @@ class Rounds(Callback):
             "plain copy": lambda: target.copy_(source),
             "snapshot": lambda: snapshot.capture(trainer, pl_module, position=0, mark=0),
             "restore": lambda: snapshot.restore(trainer, replay=True),
+            "good checkpoint": lambda: good.capture(full_checkpoint(trainer)),
             "start of a step": lambda: start.capture(trainer, position=0),
         }
         self.times = {name: [] for name in operations}
@@ -78,7 +86,7 @@ def report(rounds: Rounds, ring: ReplayRing, every: int = 20) -> tuple[dict[str,
     copy, step = rounds.times["plain copy"], statistics.median(rounds.step)
     spreads = {
         name: Spread.of(a / b for a, b in zip(rounds.times[name], copy, strict=True))
-        for name in ("snapshot", "restore")
+        for name in ("snapshot", "restore", "good checkpoint")
     }
     taken = statistics.median(rounds.times["snapshot"])
     figures = {

@@ -1,4 +1,4 @@
-"""Snapshots that are copied in a thread, with delays: they stand for copies from a device."""
+"""Copies of the state that a thread makes, with delays: they stand for copies from a device."""
 
 import random
 import time
@@ -6,11 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lit_stability.callbacks.auto_rollback import snapshot_store
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
+from lit_stability.callbacks.last_known_good import checkpoint_manager
 from lit_stability.training_state.copies import Copies
 
 
 class ThreadCopies(Copies):
     """Copies in a thread, each after a call of `before`."""
+
+    immediate = False
 
     def __init__(self, before):
         self._before = before
@@ -44,11 +47,12 @@ class Unordered(ThreadCopies):
 
 
 def delay_copies(monkeypatch, kind=ThreadCopies, shortest=0.0, longest=0.02):
-    """Has all snapshots copied in a thread, each copy after a random delay in seconds."""
+    """Has all copies of the state made in a thread, each after a random delay in seconds."""
     delays = random.Random(0)
 
     def copies(device):
         return kind(lambda: time.sleep(delays.uniform(shortest, longest)))
 
-    monkeypatch.setattr(snapshot_store, "copies_to_host", copies)
+    for each in (snapshot_store, checkpoint_manager):
+        monkeypatch.setattr(each, "copies_to_host", copies)
     monkeypatch.setattr(SnapshotStore, "_copies_of", lambda store, snapshot: store._to_host)

@@ -28,6 +28,20 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Returns whether a tensor, or this rank's shard of it, decides what operations on it do.
+
+    A quantised weight may be such a tensor, and may know only the operations of its layer.
+
+    >>> is_wrapper(torch.zeros(2)), is_wrapper(nn.Parameter(torch.zeros(2)))
+    (False, False)
+    """
+    if type(tensor) in PLAIN:
+        return False
+    kind = type(local(tensor))
+    return kind not in PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def share(tensor: Any, ranks: int) -> float:
     """Returns the weight of this rank's elements of a tensor in a sum over all ranks.
 

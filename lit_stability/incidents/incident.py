@@ -91,6 +91,10 @@ class Incident:
     callback has ``needs_recorded_step = True``."""
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Snapshots that were kept when it happened: number, places, bytes, and what is lost by it."""
+    cadence: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Steps between snapshots when it happened, and the seconds that a capture and a step take."""
     outcome: Outcome = "open"
     repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
     """Earlier incidents at the same place."""
@@ -302,6 +306,8 @@ class Incident:
             "evidence": list(self.evidence),
             "remedy": self.remedy,
             "responses": list(self.responses),
+            "memory": dict(self.memory),
+            "cadence": dict(self.cadence),
             "path": self.path,
             "verdict": self.verdict,
             "outcome": self.outcome,

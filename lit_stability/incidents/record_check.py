@@ -85,6 +85,11 @@ FIELDS: dict[str, tuple[Check, str]] = {
         _list_of(_mapping_with(evidence=_list_of(_is_text))),
         "a list of causes with their evidence",
     ),
+    "memory": (
+        _mapping_with(places=_list_of(_is_text)),
+        "a mapping of plain values and a list of places",
+    ),
+    "cadence": (_mapping_with(), "a mapping of plain values"),
     "window": (_is_window, "fields and rows of the same length"),
 }
 """Known fields: their check, and what is expected in words."""

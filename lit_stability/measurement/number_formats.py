@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lit_stability.distributed.dtensor import local
+from lit_stability.distributed.dtensor import is_wrapper, local
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Real formats with norms and comparisons; fp8 has neither."""
@@ -18,13 +18,16 @@ def is_measurable(tensor: Tensor) -> bool:
     """Returns whether torch computes the norm of a tensor.
 
     It does not for integers, booleans and fp8, such as frozen quantised weights, and not for a
-    tensor of a lazy module before the first forward pass, or one on the device "meta".
+    tensor of a lazy module before the first forward pass, one on the device "meta", or a sparse
+    one. A frozen wrapper, such as a quantised weight, may not know the operations for it.
 
     >>> is_measurable(torch.zeros(2, dtype=torch.int8)), is_measurable(torch.zeros(2))
     (False, True)
     """
-    has_content = not is_lazy(tensor) and not tensor.is_meta
-    return has_content and (tensor.dtype in FLOATS or tensor.dtype.is_complex)
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    frozen_wrapper = is_wrapper(tensor) and not tensor.requires_grad
+    return not frozen_wrapper and (tensor.dtype in FLOATS or tensor.dtype.is_complex)
 
 
 def which_are_finite(tensors: Iterable[Tensor]) -> list[bool]:

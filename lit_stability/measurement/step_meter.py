@@ -296,7 +296,7 @@ class StepMeter:
         owners, tensors = [], []
         for name, p in zip(self.names, self.parameters, strict=True):
             for value in (self.optimizer.state.get(p) or {}).values():
-                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                if isinstance(value, Tensor) and is_measurable(value):
                     owners.append(name)
                     tensors.append(local(value))
         moments = to_host({"norms": norms_of(tensors)})["norms"]

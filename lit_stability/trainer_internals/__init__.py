@@ -71,6 +71,7 @@ from lit_stability.trainer_internals.trainer_view import (
 from lit_stability.trainer_internals.training_snapshot import (
     StepStart,
     TrainingSnapshot,
+    incident_bytes,
     snapshot_bytes,
 )
 from lit_stability.trainer_internals.worker_exit import at_worker_exit
@@ -111,6 +112,7 @@ __all__ = [
     "full_checkpoint",
     "has_room_to_move",
     "hide_environment",
+    "incident_bytes",
     "incomparable",
     "is_compiled",
     "is_supported",

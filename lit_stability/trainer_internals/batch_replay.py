@@ -115,12 +115,20 @@ class ReplayRing:
         """Records an entry that is being served."""
         self.entries.append(entry)
         self.nbytes += entry.nbytes
-        while self.nbytes > self.max_bytes and len(self.entries) > 1:
-            self._drop_oldest()
+        self._drop_beyond_bound()
 
     def prune(self, position: int) -> None:
         """Drops the entries before a position."""
         while self.first < position and self.entries:
+            self._drop_oldest()
+
+    def bound(self, max_bytes: int) -> None:
+        """Sets the bound, and drops the oldest entries beyond it."""
+        self.max_bytes = max_bytes
+        self._drop_beyond_bound()
+
+    def _drop_beyond_bound(self) -> None:
+        while self.nbytes > self.max_bytes and len(self.entries) > 1:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_stability.distributed.dtensor import local
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals.callback_state import (
     Restore,
@@ -29,6 +28,7 @@ from lit_stability.training_state.copies import Copies
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, restore_rng
 from lit_stability.training_state.snapshot import BufferGuard, ModuleSnapshot, OptimizerSnapshot
+from lit_stability.training_state.tensor_parts import memory_of
 
 
 class TrainingSnapshot:
@@ -175,7 +175,7 @@ class TrainingSnapshot:
     def nbytes(self) -> int:
         """Size of the tensors in bytes, without the shared frozen weights."""
         modules = sum(each.nbytes for each in (self.module, *self._averages.values()))
-        return modules + sum(saved.bank.nbytes for saved in self._optimizers)
+        return modules + sum(saved.nbytes for saved in self._optimizers)
 
 
 def snapshot_bytes(trainer: Trainer, pl_module: LightningModule) -> int:
@@ -184,7 +184,22 @@ def snapshot_bytes(trainer: Trainer, pl_module: LightningModule) -> int:
     states = (s for o in trainer.optimizers for s in o.state.values())
     moments = (value for state in states for value in state.values())
     tensors = (*weights, *pl_module.buffers(), *moments)
-    return sum(local(t).nbytes for t in tensors if isinstance(t, Tensor))
+    return sum(memory_of(t) for t in tensors if isinstance(t, Tensor))
+
+
+def incident_bytes(pl_module: LightningModule, *, reruns: bool) -> int:
+    """Returns the bytes that an incident needs beside the snapshots.
+
+    The buffers are copied at the start of each step. A step that is run again in isolation has
+    gradients of its own, while those of the real step are kept, and two more copies of the buffers.
+
+    Args:
+        pl_module: the module in training.
+        reruns: whether a callback runs steps again.
+    """
+    buffers = sum(memory_of(b) for b in pl_module.buffers())
+    gradients = sum(memory_of(p) for p in pl_module.parameters() if p.requires_grad)
+    return buffers + (gradients + 2 * buffers if reruns else 0)
 
 
 class StepStart:

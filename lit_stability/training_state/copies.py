@@ -21,12 +21,17 @@ class Copies:
     The base class of copies that take their time. A source must not be written between `start`
     and `wait`, and a target must not be read before `finish`.
 
+    Attributes:
+        immediate: whether a copy is complete when `start` returns, for all that comes after it.
+
     >>> copies, source = Copies(), torch.ones(2)
     >>> target = copies.buffer(source)
     >>> copies.start([([target], [source])]); copies.finish()
     >>> target.tolist()
     [1.0, 1.0]
     """
+
+    immediate = True
 
     def buffer(self, tensor: Tensor) -> Tensor:
         """Returns memory for a copy of a tensor."""
@@ -49,6 +54,8 @@ class StreamCopies(Copies):
     Args:
         device: of the tensors.
     """
+
+    immediate = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -94,6 +101,11 @@ class HostCopies(Copies):
 def copies_to_host(device: torch.device) -> Copies:
     """Returns copies to the host for the tensors of a device."""
     return StreamCopies(device) if device.type == "cuda" else HostCopies()
+
+
+def version_of(tensor: Tensor) -> int:
+    """Returns the version counter of a tensor, which a write raises; 0 if it has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_stability.distributed.dtensor import local
+from lit_stability.distributed.dtensor import PLAIN, is_wrapper, local
+from lit_stability.training_state.tensor_parts import has_usual_memory
 
 _SAMPLES = 256
 """Elements of a parameter that are compared. An update of a frozen network, such as the teacher
@@ -58,11 +59,15 @@ class FrozenWeights:
     def split(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Kept]]:
         """Returns the parameters that a snapshot must copy itself, and the copies of all others.
 
+        A frozen parameter in another format than torch's usual ones, such as a wrapper around
+        quantised data, is in neither: it is not trained, and nothing is known about its memory.
         Synchronizes with the device once if there is a copy to compare with.
         """
         changing, unchanged = [], []
         for parameter in parameters:
-            copy, live = self._kept.get(id(parameter)), local(parameter)
+            if not parameter.requires_grad and not has_usual_memory(local(parameter)):
+                continue
+            copy, live = self._kept.get(id(parameter)), _plain(local(parameter))
             if not _can_be_kept(parameter, live) or id(parameter) in self._changed:
                 self._kept.pop(id(parameter), None)
                 changing.append(parameter)
@@ -96,8 +101,13 @@ class FrozenWeights:
         return sum(copy.saved.numel() * copy.saved.element_size() for copy in self._kept.values())
 
 
+def _plain(live: Tensor) -> Tensor:
+    """Returns a tensor of a subclass without operations of its own as a plain view."""
+    return live if is_wrapper(live) or type(live) in PLAIN else live.as_subclass(Tensor)
+
+
 def _can_be_kept(parameter: Tensor, live: Tensor) -> bool:
-    plain = type(live) in (Tensor, torch.nn.Parameter) and not live.is_meta
+    plain = type(live) in PLAIN and has_usual_memory(live)
     frozen = plain and not parameter.requires_grad and not live.is_inference()
     return frozen and live.is_contiguous()
 

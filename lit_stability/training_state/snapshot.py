@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_stability.distributed.dtensor import local
+from lit_stability.distributed.dtensor import is_wrapper, local
 from lit_stability.measurement.number_formats import is_measurable, which_are_finite
-from lit_stability.training_state.copies import Copies
+from lit_stability.training_state.copies import Copies, version_of
 from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
+from lit_stability.training_state.tensor_parts import apart, parts
 
 
 class TensorBank:
@@ -48,13 +49,13 @@ class TensorBank:
         live = [local(t) for t in tensors]
         fitting = self._fit(live)
         if not fitting:
-            self._saved = []
+            self._saved, self._pairs = [], []
             self._saved = [self._copies.buffer(t) for t in live]
             self._devices = [t.device for t in live]
         if not fitting or not _same(self._live, live):
             self._live = live
             self._pairs = _in_groups(self._saved, live)
-        self._versions = [_version(t) for t in live]
+        self._versions = [version_of(t) for t in live]
         self._copies.start(self._pairs)
 
     def _fit(self, live: list[Tensor]) -> bool:
@@ -67,7 +68,7 @@ class TensorBank:
     @property
     def written(self) -> bool:
         """Whether a captured tensor was written since, as its version counter shows."""
-        return self._versions != [_version(t) for t in self._live]
+        return self._versions != [version_of(t) for t in self._live]
 
     @torch.no_grad()
     def restore(self, targets: Sequence[Tensor] | None = None) -> None:
@@ -109,31 +110,34 @@ class ModuleSnapshot:
         """Of the parameters that only optimizers change."""
         self._at_once = TensorBank()
         """Of the rest, which a forward pass may change."""
+        self._wrapped = TensorBank()
+        """Of what wrappers hold, such as trained weights in a format of a library."""
         self._frozen = frozen or FrozenWeights()
         self._kept: list[Kept] = []
         self._module: nn.Module | None = None
         self._parameters: list[Tensor] = []
         self._written: list[Tensor] = []
-        self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._homes: _Homes = []
 
     def capture(self, module: nn.Module, written: Collection[Tensor] = ()) -> None:
         """Copies the module's parameters and buffers.
 
         Args:
-            module: to copy.
+            module: to copy. Frozen weights in the format of a library are not copied.
             written: parameters that the program writes at any time: they are copied at once.
         """
         self._module = module
         modules = list(module.modules())
         own = (p for m in modules for p in m._parameters.values() if p is not None)
-        found = (p for p in own if not p.is_meta)  # without content
-        changing, self._kept = self._frozen.split(dict.fromkeys(found))
+        found, wrapped = apart(p for p in dict.fromkeys(own) if not _is_frozen_wrapper(p))
+        changing, self._kept = self._frozen.split(found)
         at_once = {id(p) for p in written}
         self._parameters = [p for p in changing if id(p) not in at_once]
         self._written = [p for p in changing if id(p) in at_once]
         self._homes = _buffers((m, m._buffers) for m in modules)
-        buffers = [b for _, _, b in self._homes if b is not None]
+        buffers, more = apart(b for _, _, b in self._homes if b is not None)
         self._at_once.capture([*self._written, *buffers])
+        self._wrapped.capture([*wrapped, *more])
         self.bank.capture(self._parameters)
 
     def restore(self) -> None:
@@ -141,13 +145,14 @@ class ModuleSnapshot:
         _reassign(self._homes)
         self.bank.restore()
         self._at_once.restore()
+        self._wrapped.restore()
         for frozen in self._kept:
             frozen.restore()
 
     @property
     def nbytes(self) -> int:
         """Returns the size of the copies in bytes, without the frozen weights."""
-        return self.bank.nbytes + self._at_once.nbytes
+        return self.bank.nbytes + self._at_once.nbytes + self._wrapped.nbytes
 
     def non_finite_buffers(self) -> set[tuple[int, str]]:
         """Returns id of the module and key of each buffer that was non-finite when captured."""
@@ -197,6 +202,9 @@ class OptimizerSnapshot:
 
     def __init__(self, copies: Copies | None = None) -> None:
         self.bank = TensorBank(copies)
+        self._wrapped = TensorBank()
+        """Of what wrappers hold, such as moments in eight bits."""
+        self._wrappers: list[tuple[Tensor, str, Tensor]] = []
         self._keys: list[tuple[Tensor, str, Tensor]] = []
         self._other: list[tuple[Tensor, str, Any]] = []
         self._groups: list[dict[str, Any]] = []
@@ -204,19 +212,27 @@ class OptimizerSnapshot:
 
     def capture(self, optimizer: Optimizer) -> None:
         """Copies the optimizer's state and group options."""
-        self._keys, self._other = [], []
+        self._keys, self._other, self._wrappers = [], [], []
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and is_wrapper(value):
+                    self._wrappers.append((parameter, key, value))
+                elif isinstance(value, Tensor):
                     self._keys.append((parameter, key, value))
                 else:
                     self._other.append((parameter, key, copy.deepcopy(value)))
+        self._wrapped.capture([part for *_, value in self._wrappers for part in parts(value)])
         self.bank.capture([value for _, _, value in self._keys])
         self._groups = [
             {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
             for group in optimizer.param_groups
         ]
         self._members = [list(group["params"]) for group in optimizer.param_groups]
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the size of the copies in bytes."""
+        return self.bank.nbytes + self._wrapped.nbytes
 
     def has_same_groups(self, optimizer: Optimizer) -> bool:
         """Returns whether the groups hold the same parameters as at the capture."""
@@ -244,6 +260,9 @@ class OptimizerSnapshot:
             targets.append(local(target))
             kept.setdefault(parameter, {})[key] = target
         self.bank.restore(targets)
+        self._wrapped.restore()
+        for parameter, key, value in self._wrappers:
+            kept.setdefault(parameter, {})[key] = value
         for parameter, key, value in self._other:
             kept.setdefault(parameter, {})[key] = copy.deepcopy(value)
         for parameter in [*optimizer.state]:
@@ -273,13 +292,19 @@ class BufferGuard:
         # The dicts are stored: reaching them through many modules takes longer than the copy.
         self._owners = [(m, m._buffers) for m in module.modules()]
         self._bank = TensorBank()
-        self._homes: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._homes: _Homes = []
+        self._buffers: list[Tensor] = []
+        self._parts: list[Tensor] = []
+        """Of buffers that are wrappers."""
         self._parameters: list[Tensor] = []
 
     def capture(self, parameters: Sequence[Tensor] = ()) -> None:
         """Copies all buffers, and the parameters that the program writes in a step."""
-        self._homes, self._parameters = _buffers(self._owners), list(parameters)
-        self._bank.capture([*(b for _, _, b in self._homes if b is not None), *parameters])
+        before, self._homes = self._homes, _buffers(self._owners)
+        if not _same([b for *_, b in before], [b for *_, b in self._homes]):
+            self._buffers, self._parts = apart(b for _, _, b in self._homes if b is not None)
+        self._parameters = list(parameters)
+        self._bank.capture([*self._buffers, *self._parts, *parameters])
 
     def restore(self) -> None:
         """Restores all buffers; a buffer replaced by another tensor is reassigned first."""
@@ -288,8 +313,7 @@ class BufferGuard:
 
     def non_finite_buffers(self) -> set[tuple[int, str]]:
         """Returns id of the module and key of each buffer that was non-finite when captured."""
-        buffers = len(self._bank.saved) - len(self._parameters)
-        return _non_finite(self._homes, self._bank.saved[:buffers])
+        return _non_finite(self._homes, self._bank.saved[: len(self._buffers)])
 
     def had_finite(self, parameters: Iterable[Tensor]) -> bool:
         """Returns whether a finite copy was captured of each of the parameters."""
@@ -300,33 +324,34 @@ class BufferGuard:
         return len(captured) == len(asked) and all(which_are_finite(captured))
 
 
-def _buffers(
-    owners: Iterable[tuple[nn.Module, dict[str, Tensor | None]]],
-) -> list[tuple[nn.Module, str, Tensor | None]]:
+_Homes: TypeAlias = list[tuple[nn.Module, str, Tensor | None]]
+"""Module, key and buffer."""
+
+
+def _is_frozen_wrapper(parameter: Tensor) -> bool:
+    return is_wrapper(parameter) and not parameter.requires_grad
+
+
+def _buffers(owners: Iterable[tuple[nn.Module, dict[str, Tensor | None]]]) -> _Homes:
     return [(m, key, b) for m, buffers in owners if buffers for key, b in buffers.items()]
 
 
-def _non_finite(
-    homes: Iterable[tuple[nn.Module, str, Tensor | None]], saved: Iterable[Tensor]
-) -> set[tuple[int, str]]:
-    owned = [(id(module), key) for module, key, buffer in homes if buffer is not None]
+def _non_finite(homes: _Homes, saved: Iterable[Tensor]) -> set[tuple[int, str]]:
+    # Wrappers, and buffers without content, were not copied themselves.
+    owned = [(id(module), key) for module, key, b in homes if b is not None and apart([b])[0]]
     pairs = zip(owned, which_are_finite(saved), strict=True)
     return {owner for owner, finite in pairs if not finite}
 
 
-def _reassign(homes: Iterable[tuple[nn.Module, str, Tensor | None]]) -> None:
+def _reassign(homes: _Homes) -> None:
     """Undoes assignments such as ``self.centre = 0.9 * self.centre + 0.1 * mean``."""
     for module, key, buffer in homes:
         if module._buffers.get(key) is not buffer:
             module._buffers[key] = buffer
 
 
-def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 _Pairs: TypeAlias = list[tuple[list[Tensor], list[Tensor]]]

@@ -1,144 +1,148 @@
-"""Decides where snapshots are kept: on the device of the weights, or in the memory of the host.
+"""Decides how many snapshots are kept, and where: on the device of the weights, or on the host.
 
-May import torch, but not Lightning.
+Pure arithmetic on numbers of bytes; imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
-import torch
-
-if sys.platform != "win32":
-    import resource
+from lit_stability.training_state.byte_sizes import as_text
 
 Where = Literal["auto", "device", "host"]
 Place = Literal["device", "host"]
-_HEADROOM = 0.05
-"""Share of a memory that snapshots leave free."""
+Tier: TypeAlias = tuple[Place, ...]
+"""Where each of the snapshots is kept, the first one first."""
+
+TIERS: tuple[Tier, ...] = (
+    ("device", "device"),
+    ("device", "host"),
+    ("host", "host"),
+    ("device",),
+    ("host",),
+    (),
+)
+"""Every choice, the best one first: two are worth more than one, and the device is faster."""
+UNLIMITED = 2**63
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that the suite takes on one rank."""
+
+    snapshot: int
+    """Of one snapshot."""
+    frozen: int = 0
+    """Of the frozen weights, of which there is one copy."""
+    batches: int = 0
+    """Of the batches to replay, as far as they are known to grow."""
+    batches_held: int = 0
+    incident: int = 0
+    """Of what is copied at an incident, to run its step again."""
+
+    @property
+    def beside(self) -> int:
+        """All that comes beside the snapshots and the batches."""
+        return self.frozen + self.incident
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that are free on one rank, beyond those of the snapshots that it holds."""
+
+    device: int | None
+    """Of an accelerator; None if the weights are in the memory of the host."""
+    host: int
+    budget: int | None = None
+    """What the user allows the suite, in both memories together; None if there is no bound."""
 
 
 @dataclass(frozen=True)
 class Homes:
     """Where each of the snapshots is kept, the first one first."""
 
-    of: tuple[Place, ...]
+    of: Tier
     reason: str = ""
     """Why not all are on the device; empty if they are, or if the user has chosen so."""
 
     def __str__(self) -> str:
-        number = "two snapshots" if len(self.of) == 2 else "one snapshot"
+        number = ("no snapshot", "one snapshot", "two snapshots")[len(self.of)]
         places = [place for place in ("device", "host") if place in self.of]
         where = " and ".join({"device": "on the device", "host": "on the host"}[p] for p in places)
-        shown = "" if self == Homes(("device", "device")) else f" {where}"
+        shown = "" if self.of in ((), ("device", "device")) else f" {where}"
         return number + shown + (f", as {self.reason}" if self.reason else "")
 
 
-def choose_homes(nbytes: int, *, device: int | None, host: int) -> Homes:
-    """Chooses the fastest memory that two snapshots fit into, or else one.
+def tiers_for(where: Where, *, on_accelerator: bool) -> tuple[Tier, ...]:
+    """Returns the choices that a user's wish leaves, the best one first.
+
+    >>> tiers_for("auto", on_accelerator=False)
+    (('device', 'device'), ('device',), ())
+    """
+    if where != "auto":
+        return tuple(tier for tier in TIERS if set(tier) <= {where})
+    return TIERS if on_accelerator else tiers_for("device", on_accelerator=False)
+
+
+def choose_homes(ranks: Sequence[tuple[Needs, Memory]], tiers: Sequence[Tier] = TIERS) -> Homes:
+    """Chooses the best tier that every rank has the memory for.
+
+    One snapshot is kept even if not all batches since it can be kept beside it.
 
     Args:
-        nbytes: size of one snapshot.
-        device: free bytes of an accelerator; None if the weights are in the memory of the host.
-        host: free bytes of the host.
+        ranks: what each rank needs and has, in their order.
+        tiers: to choose from, the best one first; the last one holds no snapshot.
 
-    >>> choose_homes(4, device=10, host=100).of, choose_homes(4, device=6, host=100).of
-    (('device', 'device'), ('device', 'host'))
-    >>> print(choose_homes(4 * 2**20, device=2**20, host=5 * 2**20))
+    >>> memory = Memory(device=2**20, host=5 * 2**20)
+    >>> print(choose_homes([(Needs(4 * 2**20), memory)]))
     one snapshot on the host, as two do not fit into 1 MiB on the device and 5 MiB on the host
     """
-    if device is None:
-        places = _count("device", nbytes, host) or ("device",)
-        return Homes(places, _reason(places, {"host": host}))
-    places = _count("device", nbytes, device)
-    places = (*places, *_count("host", nbytes, host))[:2] or ("host",)
-    return Homes(places, _reason(places, {"device": device, "host": host}))
+    whole = [tier for tier in tiers if tier and all(_fits(tier, *rank) for rank in ranks)]
+    partly = [tier for tier in tiers if len(tier) == 1 and all(_fits(tier, *r, 0) for r in ranks)]
+    found = [*whole, *partly, ()][0]
+    return Homes(found, "" if found == tiers[0] else _reason(found, ranks, tiers))
 
 
-def _count(place: Place, nbytes: int, free: int) -> tuple[Place, ...]:
-    return (place,) * min(2, free // max(nbytes, 1))
+def _fits(tier: Tier, needs: Needs, memory: Memory, batches: int | None = None) -> bool:
+    """Returns whether a rank has the memory for a tier.
 
-
-def _reason(places: tuple[Place, ...], free: dict[str, int]) -> str:
-    if places == ("device", "device"):
-        return ""
-    shown = free if len(places) == 1 else {"device": free["device"]}
-    memories = [f"{size / 2**20:.0f} MiB on the {name}" for name, size in shown.items()]
-    return f"two do not fit into {' and '.join(memories)}"
-
-
-def free_on_device(device: torch.device) -> int | None:
-    """Returns the bytes of an accelerator that nobody uses, less a reserve; None for the CPU.
-
-    Memory that torch keeps for itself is not counted as free: it is needed for activations again.
+    Args:
+        tier: to be tested.
+        needs: of the rank.
+        memory: of the rank.
+        batches: bytes of batches beside the snapshots; None for all that are needed.
     """
-    if device.type == "cpu":
-        return None
-    memory = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if memory is None:
-        return 0
-    free, total = memory(device)
-    return max(0, int(free - _HEADROOM * total))
+    batches = needs.batches if batches is None else batches
+    to_come = max(0, batches - needs.batches_held)
+    on_device, on_host = (tier.count(place) * needs.snapshot for place in ("device", "host"))
+    if memory.device is None:
+        host_free = on_device + on_host + to_come + needs.incident <= memory.host
+        device_free = True
+    else:
+        host_free = not on_host or on_host + to_come <= memory.host
+        device_free = not on_device or on_device + needs.incident <= memory.device
+    total = len(tier) * needs.snapshot + needs.beside + batches
+    return host_free and device_free and (memory.budget is None or total <= memory.budget)
 
 
-def free_on_host() -> int:
-    """Returns the bytes of host memory that this process may use beyond its peak, less a reserve.
-
-    The least of the machine's available memory, of the rest below the limit of the control group,
-    and of the rest below the limit on the address space. A step needs again what it has needed at
-    the peak, such as gradients, although it is free between two steps.
-    """
-    status = _status()
-    resident = max(0, status.get("VmHWM", 0) - status.get("VmRSS", 0))
-    found = [free - resident for free in (_available(), *_below_groups())]
-    found += [limit - status.get("VmPeak", 0) for limit in _address_limits()]
-    return max(0, int(min(found) * (1 - _HEADROOM)))
-
-
-def _status() -> dict[str, int]:
-    """Returns the sizes of this process in bytes."""
-    rows = (line.partition(":") for line in _lines("/proc/self/status"))
-    return {name: int(size.split()[0]) * 1024 for name, _, size in rows if size.endswith("kB")}
-
-
-def _available() -> int:
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**63
-
-
-def _below_groups() -> list[int]:
-    """Returns what is left below the memory limit of the control group, in version 2 or 1."""
-    pairs = (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    )
-    found = []
-    for pair in pairs:
-        limit, usage = (_number(f"/sys/fs/cgroup/{name}") for name in pair)
-        if limit is not None and usage is not None:
-            found.append(max(0, limit - usage))
-    return found
-
-
-def _address_limits() -> list[int]:
-    if sys.platform == "win32":
-        return []
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return [] if limit == resource.RLIM_INFINITY else [limit]
-
-
-def _number(path: str) -> int | None:
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf8").splitlines()
-    except OSError:
-        return []
+def _reason(found: Tier, ranks: Sequence[tuple[Needs, Memory]], tiers: Sequence[Tier]) -> str:
+    """Returns what does not fit and where, on the first rank that the best tier does not fit."""
+    rank = next((i for i, each in enumerate(ranks) if not _fits(tiers[0], *each)), 0)
+    needs, memory = ranks[rank]
+    of_rank = f" of rank {rank}" if len(ranks) > 1 else ""
+    what = "two do not fit" if found else "none fits"
+    if memory.budget is not None and _fits(tiers[0], needs, replace(memory, budget=None)):
+        beside = needs.beside + needs.batches
+        return (
+            f"{what} into memory_budget={as_text(memory.budget)} beside {as_text(beside)} of "
+            f"batches and other copies{of_rank}"
+        )
+    shown: dict[str, int | None] = {"device": memory.device}
+    if len(found) < 2:
+        shown["host"] = memory.host
+    memories = [
+        f"{size / 2**20:.0f} MiB on the {n}" for n, size in shown.items() if size is not None
+    ]
+    return f"{what} into {' and '.join(memories)}{of_rank}"

@@ -51,6 +51,12 @@ class SnapshotRotation(Generic[S]):
         """Returns the oldest confirmed snapshot."""
         return self.confirmed if self.older is None else self.older
 
+    @property
+    def all(self) -> list[S]:
+        """Returns all snapshots that take memory, in no particular order."""
+        held = (self.confirmed, self.older, self.candidate, self._spare)
+        return [snapshot for snapshot in held if snapshot is not None]
+
     def begin(self) -> S:
         """Returns the snapshot to capture into; it replaces a candidate not yet confirmed."""
         if self.single and self.candidate is None:

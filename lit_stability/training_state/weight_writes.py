@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_stability.training_state.frozen_weights import sampled
+from lit_stability.training_state.tensor_parts import has_usual_memory
 
 
 class WeightWrites:
@@ -73,7 +74,8 @@ class WeightWrites:
             samples: whether to record elements too; costs one copy to the host in `check`.
         """
         if samples or not self._watched:
-            found = [p for p in self._module.parameters() if type(p) is nn.Parameter]
+            plain = (p for p in self._module.parameters() if type(p) is nn.Parameter)
+            found = [p for p in plain if has_usual_memory(p)]
             self._watched = [p for p in found if id(p) not in self._known and not p.is_inference()]
             self._stepped_by = {}
         self._versions = [p._version for p in self._watched]

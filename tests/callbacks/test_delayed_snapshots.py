@@ -7,7 +7,7 @@ import torch
 
 from lit_stability import AutoRollback, GradientMonitor, stability_callbacks
 from lit_stability.faults import CorruptMoment, CorruptWeight, FaultInjector, NanLoss
-from tests.delayed import Unordered, delay_copies
+from tests.delayed import ThreadCopies, Unordered, delay_copies
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import Net
 from tests.exact_practices import Codebook, RestartsCodes
@@ -77,3 +77,96 @@ def test_snapshot_of_weights_that_the_program_wrote_meanwhile_is_not_used(tmp_pa
     delay_copies(monkeypatch)
     clean, saved = pair(tmp_path, WritesBeforeTheUpdate, FAULTS["damaged weight"])
     assert differences(clean, saved) == {}
+
+
+class WritesFromStep20(Net):
+    """Adds to a weight in each forward pass from the step on at which the second copy is made."""
+
+    through_data = False
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step >= 20:
+            bias = self.last[1].bias
+            with torch.no_grad():
+                (bias.data if self.through_data else bias).add_(1e-3)
+        return super().training_step(batch, batch_idx)
+
+
+class WritesThroughDataFromStep20(WritesFromStep20):
+    """Does so without raising the version counter of the weight."""
+
+    through_data = True
+
+
+class MovesFirst(torch.optim.SGD):
+    """Moves the weights before it calls its closure, and back afterwards, as SAM does."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for p in weights:
+            p.add_(0.25)
+        with torch.enable_grad():
+            loss = closure()
+        for p in weights:
+            p.sub_(0.25)
+        super().step()
+        return loss
+
+
+class MovedFirst(Net):
+    def configure_optimizers(self):
+        return MovesFirst(self.parameters(), 1e-2, momentum=0.9)
+
+
+LATE = {
+    "weight": WritesFromStep20,
+    "weight through data": WritesThroughDataFromStep20,
+    "weights before the closure": MovedFirst,
+    "LBFGS": lambda: Net("LBFGS"),
+}
+
+
+@pytest.mark.parametrize("net", LATE)
+def test_copy_that_is_torn_by_writes_before_the_update_is_never_restored(
+    net, tmp_path, monkeypatch
+):
+    delay_copies(monkeypatch, shortest=0.1, longest=0.2)
+    fault = functools.partial(CorruptWeight, parameter="first.0.weight")
+    options = {"max_epochs": 2}
+    clean = run(tmp_path / "clean", LATE[net], loader(Batches()), **options)
+    callbacks = [FaultInjector([fault(step=35)]), GradientMonitor(), AutoRollback()]
+    saved = run(tmp_path / "saved", LATE[net], loader(Batches()), callbacks, **options)
+    assert callbacks[1].incidents[0].responses[0] == "rolled back and replayed"
+    assert differences(clean, saved) == {}
+
+
+def test_update_waits_for_the_copies_and_the_passes_before_it_do_not(tmp_path, monkeypatch):
+    """The copies run beside forward and backward pass: that is what they are made so for."""
+    events = []
+
+    class Noted(ThreadCopies):
+        def start(self, pairs):
+            events.append("copy")
+            super().start(pairs)
+
+        def wait(self):
+            events.append("wait")
+            super().wait()
+
+    class Watched(Net):
+        def training_step(self, batch, batch_idx):
+            events.append("forward")
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self):
+            events.append("backward")
+
+        def optimizer_step(self, *args, **options):
+            super().optimizer_step(*args, **options)
+            events.append("update")
+
+    delay_copies(monkeypatch, Noted)
+    run(tmp_path, Watched, loader(Batches()), [GradientMonitor(), AutoRollback()], max_epochs=1)
+    after = events[len(events) - events[::-1].index("copy") :]
+    assert after[:4] == ["forward", "backward", "wait", "update"]

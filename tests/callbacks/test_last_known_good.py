@@ -1,5 +1,6 @@
 """`LastKnownGood`: what is written, what is refused, and what a resume makes of it."""
 
+import copy
 import logging
 import sys
 import threading
@@ -20,6 +21,7 @@ from lit_stability.training_state import async_writer as writer
 from lit_stability.training_state.good_checkpoints import RunEnd, good_files, step_of
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
+from tests.delayed import Unordered, delay_copies
 
 
 def suite(*extra, **options):
@@ -111,6 +113,76 @@ def test_copy_is_of_the_step_it_names_however_slow_the_disk_is(tmp_path, monkeyp
         weights = torch.load(file, weights_only=True)["state_dict"]
         names = [n for n, _ in trainer.lightning_module.named_parameters()]
         assert torch.equal(torch.cat([weights[n].flatten() for n in names]), seen[step_of(file)])
+
+
+class States(Callback):
+    """Weights, buffers and moments before each step."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        moments = trainer.optimizers[0].state_dict()["state"]
+        self.seen[trainer.global_step] = copy.deepcopy((pl_module.state_dict(), moments))
+
+    def differ(self, file):
+        """What of a file is not as it was at the step in its name."""
+        state = torch.load(file, weights_only=True)
+        weights, moments = self.seen[step_of(file)]
+        now = state["state_dict"]
+        found = [n for n, v in weights.items() if not torch.equal(now[n], v.cpu())]
+        saved = state["optimizer_states"][0]["state"]
+        assert saved.keys() == moments.keys()
+        pairs = [(saved[i][k], v) for i, each in moments.items() for k, v in each.items()]
+        return found + ["moments"] * any(not torch.equal(a, b.cpu()) for a, b in pairs)
+
+
+class WritesWeights(Regression):
+    """Adds to a weight at the start of each batch, when a copy of it may be under way."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        with torch.no_grad():
+            self.net[0].weight.add_(1e-3)
+
+
+class WritesMoments(Regression):
+    """Lowers the moments at the start of each batch."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        for state in self.trainer.optimizers[0].state.values():
+            state["exp_avg"].mul_(0.9)
+
+
+class WritesData(Regression):
+    """Adds to a weight in each forward pass, by way of ``data``: no version counter shows it."""
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].weight.data.add_(1e-3)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("module", "first"),
+    [(Regression, 0), (WritesWeights, 1), (WritesMoments, 0), (WritesData, 0)],
+)
+def test_copy_made_beside_training_is_of_one_moment(module, first, tmp_path, monkeypatch):
+    """The first copy of a weight that the program wrote meanwhile is discarded."""
+    delay_copies(monkeypatch, shortest=0.02, longest=0.04)
+    states = States()
+    callbacks = [*suite(every_n_steps=1, confirm_after=1, keep=99), states, Join()]
+    fit(tmp_path, callbacks, module, max_steps=20)
+    files = good_files(tmp_path / "good")
+    assert len(files) > 5
+    assert step_of(files[0]) == first
+    assert {file.name: states.differ(file) for file in files} == {f.name: [] for f in files}
+
+
+def test_copy_that_no_step_waits_for_is_torn(tmp_path, monkeypatch):
+    """What the wait before a step is for."""
+    delay_copies(monkeypatch, Unordered, shortest=0.3, longest=0.3)
+    states = States()
+    fit(tmp_path, [*suite(confirm_after=3), states, Join()], max_steps=16)
+    assert any(states.differ(file) for file in good_files(tmp_path / "good"))
 
 
 def test_incident_discards_the_copy_that_is_not_confirmed(tmp_path):

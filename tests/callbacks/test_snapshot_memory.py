@@ -8,39 +8,23 @@ import textwrap
 import pytest
 import torch
 
-from lit_stability import AutoRollback, GradientMonitor, TrainingStopped
+from lit_stability import (
+    AutoRollback,
+    GradientMonitor,
+    LastKnownGood,
+    TrainingStopped,
+    fit_with_recovery,
+)
 from lit_stability.callbacks.auto_rollback import snapshot_store
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.trainer_internals import TrainingSnapshot
-from lit_stability.training_state import snapshot_memory
 from lit_stability.training_state.copies import Copies, HostCopies
-from lit_stability.training_state.snapshot_memory import choose_homes, free_on_host
-from tests.conftest import fit
+from lit_stability.training_state.snapshot_memory import Needs
+from tests.conftest import Regression, fit, regression_data
+from tests.conftest import make_trainer as make
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import Net
-
-GIB = 2**30
-
-
-@pytest.mark.parametrize(
-    ("device", "host", "homes"),
-    [
-        (None, 30 * GIB, ("device", "device")),
-        (None, 15 * GIB, ("device",)),
-        (None, 1 * GIB, ("device",)),
-        (25 * GIB, 0, ("device", "device")),
-        (15 * GIB, 15 * GIB, ("device", "host")),
-        (5 * GIB, 30 * GIB, ("host", "host")),
-        (5 * GIB, 15 * GIB, ("host",)),
-        (15 * GIB, 5 * GIB, ("device",)),
-        (0, 0, ("host",)),
-    ],
-)
-def test_homes_follow_the_free_memory(device, host, homes):
-    found = choose_homes(10 * GIB, device=device, host=host)
-    assert found.of == homes
-    assert bool(found.reason) == (homes != ("device", "device"))
 
 
 class Recorded:
@@ -57,7 +41,7 @@ class Recorded:
 def store_on_an_accelerator(monkeypatch, free, where="auto"):
     """A store for weights on a device with so many free bytes."""
     monkeypatch.setattr(snapshot_store, "free_on_device", lambda device: free)
-    monkeypatch.setattr(snapshot_store, "free_on_host", lambda: 100)
+    monkeypatch.setattr(snapshot_store, "free_on_host", lambda sharers: 100)
     return SnapshotStore(Recorded, confirm_after=1, where=where, device=torch.device("meta"))
 
 
@@ -65,7 +49,12 @@ def places_of(store, captures=5):
     """Where each of some snapshots went, each confirmed before the next."""
     found = []
     for i in range(captures):
-        store.capture(lambda: 10, lambda s: found.append(type(s.copies[-1])), confirm=i == 0)
+        store.capture(
+            lambda: Needs(10),
+            lambda s: found.append(type(s.copies[-1])),
+            confirm=i == 0,
+            stepped=i > 0,
+        )
         store.healthy()
     store.close()
     return found
@@ -145,6 +134,41 @@ def test_damage_without_any_snapshot_stops_the_run_with_the_reason(tmp_path, mon
         fit(tmp_path, callbacks, max_steps=60)
 
 
+def test_fit_without_a_snapshot_names_the_checkpoint_on_disk_to_resume_from(tmp_path, monkeypatch):
+    callbacks = suite_without_a_snapshot(CorruptWeight(step=30), monkeypatch)
+    callbacks.insert(2, LastKnownGood(every_n_steps=10))
+    with pytest.raises(TrainingStopped, match="resume from the last good checkpoint") as stopped:
+        fit(tmp_path, callbacks, max_steps=60)
+    (file,) = [w.rstrip(",") for w in str(stopped.value).split() if w.endswith(".ckpt,")]
+    suite = [GradientMonitor(), LastKnownGood(), AutoRollback()]
+    module, trainer = Regression(), make(tmp_path / "again", suite, max_steps=60)
+    trainer.fit(module, regression_data(), ckpt_path=file)
+    assert trainer.global_step == 60
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_fit_without_a_snapshot_and_without_a_checkpoint_says_so(tmp_path, monkeypatch):
+    callbacks = suite_without_a_snapshot(CorruptWeight(step=30), monkeypatch)
+    with pytest.raises(TrainingStopped, match="no good checkpoint is on disk either"):
+        fit(tmp_path, callbacks, max_steps=60)
+
+
+def test_recovery_goes_back_to_disk_where_no_snapshot_fits(tmp_path, monkeypatch):
+    fail_captures(monkeypatch, lambda i: True)
+    faults = [FaultInjector([CorruptWeight(step=30)])]
+
+    def make_trainer(**overrides):
+        fault = [faults.pop()] if faults else []
+        suite = [GradientMonitor(), LastKnownGood(every_n_steps=10), AutoRollback()]
+        return make(tmp_path, [*fault, *suite], max_steps=60, **overrides)
+
+    module = Regression()
+    result = fit_with_recovery(make_trainer, module, train_dataloaders=regression_data())
+    assert len(result.crashes) == 1
+    assert result.trainer.global_step == 60
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 LIMITED = textwrap.dedent(
     """
     import resource, sys, tempfile
@@ -166,8 +190,8 @@ LIMITED = textwrap.dedent(
                                            torch.nn.Linear(4096, 1))
 
     if sys.argv[1] == "two":  # whatever is free
-        snapshot_store.choose_homes = lambda *_, **__: Homes(("device", "device"))
-        snapshot_store.SnapshotStore._give_up_some = lambda self: False
+        snapshot_store.choose_homes = lambda *_: Homes(("device", "device"))
+        snapshot_store.is_out_of_memory = lambda error: False
     callbacks = [GradientMonitor(), AutoRollback()]
     make_trainer(tempfile.mkdtemp(), callbacks, max_steps=2).fit(Regression(), regression_data())
     module = Large()  # 64 MiB of weights, as many of gradients and of momentum
@@ -198,14 +222,3 @@ def test_run_that_two_snapshots_would_kill_keeps_one_and_goes_on():
     done = fit_in_limited_memory("auto")
     assert "STEPS 60" in done.stdout, done.stderr[-2000:]
     assert "AutoRollback keeps one snapshot on the device, as two do not fit into" in done.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
-def test_free_memory_is_what_a_limit_leaves_beyond_the_peak(monkeypatch):
-    monkeypatch.setattr(snapshot_memory, "_status", lambda: {"VmPeak": 600, "VmHWM": 5, "VmRSS": 3})
-    monkeypatch.setattr(snapshot_memory, "_available", lambda: 10**6)
-    monkeypatch.setattr(snapshot_memory, "_below_groups", lambda: [])
-    monkeypatch.setattr(snapshot_memory, "_address_limits", lambda: [1000])
-    assert free_on_host() == 380
-    monkeypatch.setattr(snapshot_memory, "_below_groups", lambda: [102])
-    assert free_on_host() == 95

@@ -147,3 +147,18 @@ def test_overflow_of_the_loss_scale_is_no_incident(options, tmp_path):
     grown = 2.0 ** (20 + 8 * 24 // 10)
     assert result["scaler"]["scale"] < grown, "steps have overflowed"
     assert not suite[0].incidents
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_run_whose_snapshots_are_measured_and_become_rare_recovers_bit_by_bit(
+    place, options, tmp_path
+):
+    clean = run(tmp_path / "clean", OnGPU, loader(Batches()), **options)
+    rollback = AutoRollback(
+        snapshot_every=1, confirm_after=1, snapshot_cost=1e-6, snapshot_device=place
+    )
+    callbacks = [FaultInjector([CorruptWeight(step=60)]), GradientMonitor(), rollback]
+    saved = run(tmp_path / "saved", OnGPU, loader(Batches()), callbacks, **options)
+    (incident,) = callbacks[1].incidents
+    assert incident.cadence["snapshot_every"] > 1
+    assert differences(clean, saved) == {}

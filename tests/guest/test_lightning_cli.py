@@ -63,6 +63,8 @@ OPTIONS = {
         "max_ring_bytes": 1000,
         "clone_batches": True,
         "snapshot_device": "host",
+        "memory_budget": "4 GiB",
+        "snapshot_cost": 0.01,
     },
     "CrashPrediction": {
         "levels": {

@@ -1,6 +1,7 @@
 """A checkpoint copied in memory: equal, apart from the original, in buffers that stay."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lit_stability.training_state.rng import (
     same_rng,
     unpack_rng,
 )
+from tests.delayed import ThreadCopies
 
 
 def checkpoint():
@@ -64,6 +66,25 @@ def test_tied_weights_stay_tied_and_are_held_once():
     copies = held.state["state_dict"]
     assert copies["embedding"].data_ptr() == copies["head"].data_ptr() != weight.data_ptr()
     assert held.nbytes == weight.numel() * 4
+
+
+def test_steady_tensors_are_copied_later_and_all_others_at_once():
+    """The caller goes on while weights are copied; a buffer may change right away."""
+    released = threading.Event()
+    waits = iter([lambda: None, lambda: released.wait(10)])
+    held = HostCopy(ThreadCopies(lambda: next(waits)()))
+    weight, buffer = torch.ones(3), torch.ones(3)
+    state = {"state_dict": {"weight": weight, "buffer": buffer}}
+    held.capture(state, steady=[weight])
+    assert held.state["state_dict"]["buffer"].tolist() == [1.0] * 3
+    buffer.zero_()
+    assert not held.written
+    released.set()
+    held.finish()
+    assert held.state["state_dict"]["weight"].tolist() == [1.0] * 3
+    assert held.state["state_dict"]["buffer"].tolist() == [1.0] * 3
+    weight.detach().add_(1)
+    assert held.written
 
 
 @pytest.mark.parametrize(

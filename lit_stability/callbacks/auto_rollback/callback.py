@@ -10,6 +10,7 @@ from lit_stability.callbacks.auto_rollback.raising_steps import RaisingSteps
 from lit_stability.callbacks.auto_rollback.rollback_engine import RollbackEngine
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
+    gather_of,
     require_monitor,
     require_supported_strategy,
     require_whole_optimizers,
@@ -23,7 +24,9 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
+from lit_stability.policies.snapshot_cadence import SnapshotCadence
 from lit_stability.trainer_internals import Stateful, sharing
+from lit_stability.training_state.byte_sizes import parse_bytes
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.snapshot_memory import Where
 
@@ -68,14 +71,20 @@ class AutoRollback(StabilityCallback):
     ends with `TrainingStopped` and the weights of the last confirmed snapshot.
 
     Two snapshots of weights, buffers and optimizer state are kept in memory, and the raw batches
-    since the older one; their sizes are logged when they are first known. On an accelerator the
-    copies for the host are made beside the next forward and backward pass. Where two do not fit,
-    one is kept: damage that is found only after the next one was taken cannot be undone. Where none
-    fits, bad steps are still undone, but damaged weights end the run.
+    since the older one; their sizes are logged when they are first known, and are in the record of
+    each incident. On an accelerator the copies for the host are made beside the next forward and
+    backward pass. Where two do not fit, one is kept: damage that is found only after the next one
+    was taken cannot be undone. Where none fits, bad steps are still undone, but damaged weights end
+    the fit, with the good checkpoint in the message from which `fit_with_recovery` would go on.
 
     Args:
         data: what happens to the batches since the snapshot.
-        snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed.
+        snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed and
+            they do not cost too much. Damage can be undone that is detected so many steps late.
+        snapshot_cost: share of the training time that taking snapshots may cost. What they cost is
+            measured; the distance between them is doubled, four times at most and as long as the
+            batches to replay have room, until they cost no more. It then depends on the clock to
+            which snapshot a run goes back, but not how it goes on. None for a fixed distance.
         confirm_after: healthy steps after which a snapshot is confirmed.
         relax_after: healthy steps after which a lowered learning rate and a tightened clip are
             doubled, again and again until both are restored. A learning rate that is held against
@@ -85,8 +94,11 @@ class AutoRollback(StabilityCallback):
         clone_batches: keep copies from the start, for a ``training_step`` that changes its batch.
             Otherwise they are kept from the first batch on that is seen to be changed.
         snapshot_device: memory for the snapshots: ``"device"``, that of the weights; ``"host"``; or
-            ``"auto"``, the device if they fit there after the first steps, else the host; on
-            several ranks always the device.
+            ``"auto"``, the device if they fit there after the first steps, else the host. All
+            ranks decide together.
+        memory_budget: what snapshots, batches to replay and the copies for an incident may take
+            together on each rank, on device and host: bytes, or a size such as ``"4 GiB"``. Fewer
+            snapshots are kept to stay below it, and then fewer batches. None for what is free.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -103,6 +115,8 @@ class AutoRollback(StabilityCallback):
         max_ring_bytes: int = 2**30,
         clone_batches: bool = False,
         snapshot_device: Where = "auto",
+        memory_budget: int | str | None = None,
+        snapshot_cost: float | None = 0.002,
     ) -> None:
         if data not in ("replay", "skip"):
             raise ValueError(f"data must be 'replay' or 'skip', got {data!r}")
@@ -117,13 +131,22 @@ class AutoRollback(StabilityCallback):
         ):
             if not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if snapshot_cost is not None and not 0 < snapshot_cost < 1:
+            raise ValueError(
+                "snapshot_cost must be a share of the training time between 0 and 1, or None, got "
+                f"{snapshot_cost!r}"
+            )
         require_instance("budget", budget, Budget)
+        if memory_budget is not None:
+            parse_bytes("memory_budget", memory_budget)
         self.data = data
         self.snapshot_every = snapshot_every
+        self.snapshot_cost = snapshot_cost
         self.confirm_after = confirm_after
         self.max_ring_bytes = max_ring_bytes
         self.clone_batches = clone_batches
         self.snapshot_device: Where = snapshot_device
+        self.memory_budget = memory_budget
         self.backoff = Backoff(relax_after)
         self.escalation = EscalationPolicy(budget)
         self._registered: list[Stateful] = []
@@ -184,16 +207,19 @@ class AutoRollback(StabilityCallback):
                 f"nothing was trained: {stopped.anomaly.message}. {stopped.advice}", stopped
             )
         require_whole_optimizers(trainer, self)
+        limit = self.memory_budget
         engine = RollbackEngine(
             trainer,
             pl_module,
             confirm_after=self.confirm_after,
-            snapshot_every=self.snapshot_every,
+            cadence=SnapshotCadence(self.snapshot_every, self.snapshot_cost),
             replay=self.data == "replay",
             max_ring_bytes=self.max_ring_bytes,
             clone=self.clone_batches,
             registered=self._registered,
             snapshot_device=self.snapshot_device,
+            memory_budget=None if limit is None else parse_bytes("memory_budget", limit),
+            gather=gather_of(trainer),
             owner=self,
         )
         self._executor = ResponseExecutor(trainer, pl_module, engine, self.escalation, self.backoff)
@@ -252,6 +278,9 @@ class AutoRollback(StabilityCallback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Chooses the response, and does the part of it that must come before the update."""
+        if self._executor is not None:
+            incident.memory = self._executor.memory_record
+            incident.cadence = self._executor.cadence_record
         if incident.at_start and self._executor is None and not incident.resolved:
             incident.resolve(Stop("no snapshot is better than the state that was loaded"))
             self._stopped = incident

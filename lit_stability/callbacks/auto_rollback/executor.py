@@ -112,6 +112,16 @@ class ResponseExecutor:
         return self._engine.confirmed is not None
 
     @property
+    def cadence_record(self) -> dict[str, Any]:
+        """How often snapshots are taken, and what one costs, as JSON types."""
+        return self._engine.cadence.as_dict()
+
+    @property
+    def memory_record(self) -> dict[str, Any]:
+        """What the snapshots and the batches take in memory, as JSON types."""
+        return self._engine.memory.as_dict()
+
+    @property
     def kept_batches(self) -> int:
         """Batches that are kept to be replayed."""
         return self._engine.kept_batches
@@ -295,7 +305,10 @@ class ResponseExecutor:
             cause=incident.cause,
         )
         if isinstance(response, RollBack) and not self.can_roll_back:
-            return Stop(f"there was no memory for a snapshot to go back to ({anomaly.message})")
+            where = self._engine.memory.where_to_resume()
+            return Stop(
+                f"there was no memory for a snapshot to go back to ({anomaly.message}); {where}"
+            )
         return response
 
     def _of_this_step(self, incident: Incident) -> Anomaly:

@@ -6,18 +6,22 @@ May import Lightning.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_stability.callbacks.auto_rollback.memory_use import MemoryUse
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
+from lit_stability.callbacks.auto_rollback.snapshot_timer import SnapshotTimer
 from lit_stability.callbacks.hooks import implements
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import tensors_in
+from lit_stability.policies.snapshot_cadence import SnapshotCadence
 from lit_stability.trainer_internals import (
     BatchRecorder,
     CheckpointLedger,
@@ -38,7 +42,6 @@ from lit_stability.trainer_internals import (
     owners_in,
     remove_gradients,
     sharing,
-    snapshot_bytes,
 )
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, fresh_rng, restore_rng, same_rng
@@ -55,11 +58,6 @@ _MODIFIED = (
 _COPIED = 2**26
 """Bytes of weights that the program writes, up to which they are copied for every step. Beyond it a
 step is undone by way of the last snapshot."""
-_ONE_SNAPSHOT = "damage that is found only after the next one was taken cannot be undone"
-_NO_SNAPSHOT = (
-    "a bad step is undone and its batch left out, but damaged weights end the run; continue it "
-    "from the last good checkpoint"
-)
 _BEFORE_UPDATE = "in training_step or another hook before the update"
 _AFTER_UPDATE = "in a hook after the update, such as on_train_batch_end"
 _FIRST_STEP = (
@@ -84,12 +82,14 @@ class RollbackEngine:
         trainer: in its fit.
         pl_module: the module in training.
         confirm_after: healthy steps after which a snapshot is confirmed.
-        snapshot_every: healthy steps between snapshots.
+        cadence: healthy steps between snapshots.
         replay: whether batches are replayed after a rollback, where that is possible.
         max_ring_bytes: bound on the batches kept.
         clone: keep copies of the batches.
         registered: further objects whose state belongs to the snapshot.
         snapshot_device: where snapshots are kept.
+        memory_budget: bytes that snapshots, batches and other copies may take; None for no bound.
+        gather: returns a value of each rank; all ranks call it, or none.
         owner: the callback; nothing is recorded while a tuner has replaced it.
     """
 
@@ -99,17 +99,21 @@ class RollbackEngine:
         pl_module: LightningModule,
         *,
         confirm_after: int,
-        snapshot_every: int,
+        cadence: SnapshotCadence,
         replay: bool,
         max_ring_bytes: int,
         clone: bool,
         registered: Sequence[Stateful],
         snapshot_device: Where,
+        memory_budget: int | None,
+        gather: Callable[[Any], list[Any]],
         owner: Callback,
     ) -> None:
         self._trainer, self._module, self._registered = trainer, pl_module, registered
-        self._every = snapshot_every
+        self._confirm_after = confirm_after
         self._since = self._draws = self._taken = 0
+        self._stepped = False
+        """Whether a step of this fit was accepted, so that it is known what one needs."""
         self._ring = ReplayRing(max_ring_bytes, clone)
         self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch, owner)
         self._recorder.attach()
@@ -122,7 +126,16 @@ class RollbackEngine:
             confirm_after=confirm_after,
             where=snapshot_device,
             device=trainer.strategy.root_device,
-            alone=sharing(trainer) == "alone",
+            budget=memory_budget,
+            gather=gather,
+            sharers=trainer.num_devices,
+        )
+        self.memory = MemoryUse(
+            trainer, pl_module, self._store, self._ring, self._frozen, memory_budget
+        )
+        self.cadence = cadence
+        self._timer = SnapshotTimer(
+            cadence, trainer.strategy.root_device, self._store.finish, gather
         )
         self._ledger = CheckpointLedger(trainer)
         self._ledger.attach()
@@ -242,10 +255,13 @@ class RollbackEngine:
         if not self._window_is_new:
             return
         self._window_is_new = False
+        self._timer.step_ended()
         position = self._ring.position
         first = self.confirmed is None or self._order_is_final()
         due = (
-            self._since >= self._every and self._store.rotation.ready and not self.snapshots_paused
+            self._since >= self.cadence.distance
+            and self._store.rotation.ready
+            and not self.snapshots_paused
         )
         if self._store.keeps_none:
             self._ring.prune(position)
@@ -261,7 +277,9 @@ class RollbackEngine:
         if self._moved is not None and self._moved <= self._trainer.global_step:
             move_batch_index(self._trainer)
             self._moved = None
-        self._writes.begin(samples=(first or due) and self._sample_is_due())
+        compared = self._sample_is_due() if first or due else False
+        self._writes.begin(samples=compared or self._store.is_copying)
+        self._timer.step_begins()
 
     def _order_is_final(self) -> bool:
         """Whether DDP has just fixed the order in which it sums the gradients.
@@ -310,6 +328,8 @@ class RollbackEngine:
 
     def _find_writes(self, place: str = _AFTER_UPDATE) -> bool:
         found = self._writes.check()
+        if found:
+            self._store.program_wrote()
         if found and "writes" not in self._logged:
             self._logged.add("writes")
             names = {id(p): name for name, p in self._module.named_parameters()}
@@ -337,37 +357,47 @@ class RollbackEngine:
                 written=self._writes.written,
             )
 
-        size = functools.partial(snapshot_bytes, self._trainer, self._module)
-        self._store.capture(size, take, confirm=confirm)
-        self._since = 0
-        self._log_memory()
-        oldest = self._store.rotation.oldest
-        if oldest is None:
-            return
-        self._ring.prune(oldest.position)
-        self._ledger.commit(oldest.mark)
-        if self.replay and position > oldest.position and "ring" not in self._logged:
-            self._logged.add("ring")
-            self._log(
-                f"AutoRollback keeps {position - oldest.position} batches to replay, "
-                f"{self._ring.nbytes / 2**20:.1f} MiB of at most "
-                f"{self._ring.max_bytes / 2**20:.0f}"
-            )
-
-    def _log_memory(self) -> None:
-        homes, frozen = self._store.stated, self._frozen.nbytes / 2**20
-        newest = self._store.rotation.candidate or self.confirmed
-        if str(homes) in self._logged:
-            return
-        self._logged.add(str(homes))
-        if newest is None:
-            self._log(f"AutoRollback keeps no snapshot, as {homes.reason}: {_NO_SNAPSHOT}")
-            return
-        self._log(
-            f"AutoRollback keeps {homes}, {newest.nbytes / 2**20:.1f} MiB each"
-            + (f", and {frozen:.1f} MiB of frozen weights once" if frozen else "")
-            + (f"; {_ONE_SNAPSHOT}" if len(homes.of) == 1 else "")
+        self.memory.measure_batches()
+        capture = functools.partial(
+            self._store.capture, self.memory.needs, take, confirm=confirm, stepped=self._stepped
         )
+        self._state_cadence(self._timer.take(capture, self._room_for_batches))
+        self.memory.bound_batches()
+        self._since = 0
+        oldest = self._store.rotation.oldest
+        if oldest is not None:
+            self._ring.prune(oldest.position)
+            self._ledger.commit(oldest.mark)
+        if (line := self.memory.news()) is not None:
+            self._log(line)
+
+    def _room_for_batches(self) -> float:
+        """Returns the largest distance between snapshots at which all batches can be replayed.
+
+        The batches since the older snapshot are kept until a newer one is confirmed.
+        """
+        confirmed, ring = self.confirmed, self._ring
+        if not self.replay or confirmed is None or not ring.entries:
+            return math.inf
+        batches_per_step = (ring.position - confirmed.position) / max(1, self._since)
+        bytes_per_step = batches_per_step * ring.nbytes / len(ring.entries)
+        return (ring.max_bytes / max(1.0, bytes_per_step) - self._confirm_after) / 2
+
+    def _state_cadence(self, changed: bool) -> None:
+        cadence = self.cadence
+        if cadence.cost is None:
+            return
+        self._log_once(
+            f"AutoRollback takes a snapshot every {cadence.every} steps, or every "
+            f"{cadence.longest} at most if they cost more than "
+            f"{100 * cadence.cost:.3g} % of the time"
+        )
+        if changed:
+            self._log(
+                f"AutoRollback takes a snapshot every {cadence.distance} steps from now on: one "
+                f"takes {1e3 * cadence.capture_seconds:.3g} ms, a step "
+                f"{1e3 * cadence.step_seconds:.3g} ms, and snapshot_cost={cadence.cost:.3g}"
+            )
 
     def batch_started(self) -> None:
         """Records to which optimizer step the batch belongs."""
@@ -454,8 +484,8 @@ class RollbackEngine:
         found = self._ring.replayable(position, skipped)
         if not found and position < self._ring.first:
             self._log_once(
-                "the batches since the snapshot take more than max_ring_bytes="
-                f"{self._ring.max_bytes}: they are skipped, not replayed"
+                f"the batches since the snapshot take more than {self.memory.bound_on_batches}: "
+                "they are skipped, not replayed"
             )
         elif not found:
             self._log_once(_MODIFIED)
@@ -614,6 +644,7 @@ class RollbackEngine:
             skipped = self._ring.skipped[self._trainer.current_epoch]
             count_skipped_batches(self._trainer, skipped)
             self._since += self._accepted
+            self._stepped = self._stepped or self._accepted > 0
             for _ in range(self._accepted):
                 self._store.healthy()
         if self._skipper.active or self.stepped:

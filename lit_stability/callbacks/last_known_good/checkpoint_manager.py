@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import ReferenceStep, ends_window
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
+from lit_stability.training_state.copies import copies_to_host
 from lit_stability.training_state.host_copy import HostCopy, is_finite
+from lit_stability.training_state.step_barrier import StepBarrier
 
 log = suite_logger()
 
 
 class CheckpointManager:
     """Manages one copy of the state at a time: due, taken, waiting for confirmation, written.
+
+    On an accelerator, weights and moments are copied while the program goes on, and the device
+    makes its next step after that. A copy of weights that the program wrote meanwhile is discarded;
+    the next one is taken after the next healthy step, and the device waits for it at once. The
+    forward pass does not run beside a copy: that gains little, as copies are rare, and a write by
+    way of ``data``, which no version counter shows, would be in a file that is called good.
 
     Args:
         trainer: of the fit.
@@ -42,7 +52,10 @@ class CheckpointManager:
         self._trainer, self._module = trainer, pl_module
         self._every_n_steps, self._confirm_after = every_n_steps, confirm_after
         self._nonfinite_buffers = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
-        self._copy = HostCopy()
+        copies = copies_to_host(trainer.strategy.root_device)
+        self._copy, self._barrier = HostCopy(copies), StepBarrier(copies)
+        self._has_torn = False
+        """Whether the program wrote weights or moments while they were copied."""
         self._reference = ReferenceStep(max_batch_bytes)
         self._healthy = True
         self._healthy_steps: int | None = None
@@ -58,7 +71,7 @@ class CheckpointManager:
         if not self._due():
             return
         try:
-            self._copy.capture(checkpoint())
+            self._copy.capture(checkpoint(), steady=_stepped(self._trainer, self._module))
         except Exception as error:
             # A user's hook that raises, or an object that cannot be copied.
             self._warn_once("no good checkpoint can be taken", repr(error))
@@ -68,6 +81,10 @@ class CheckpointManager:
             mib = self._copy.nbytes / 2**20
             log.info("LastKnownGood holds one copy of the checkpoint in memory, %.1f MiB now", mib)
         self._healthy_steps, self._step = 0, self._trainer.global_step
+        self._barrier.follow(self._trainer.optimizers)
+        self._barrier.begin(written=lambda: self._copy.written, torn=self._discard_torn)
+        if self._has_torn:
+            self._barrier.wait()
         self._reference.begin(self._trainer, self._module)
 
     def _due(self) -> bool:
@@ -92,6 +109,9 @@ class CheckpointManager:
         self._healthy_steps += 1
         if self._healthy_steps < self._confirm_after:
             return
+        self._barrier.finish()
+        if self._healthy_steps is None:  # discarded just now
+            return
         self._healthy_steps, self.last = None, self._step
         self._reference.cancel()
         kept = self._reference.kept
@@ -107,6 +127,12 @@ class CheckpointManager:
         self._healthy, self._healthy_steps = False, None
         self._reference.cancel()
 
+    def _discard_torn(self) -> None:
+        # A program that has written weights may do so again: no copy might ever be whole.
+        self._has_torn = True
+        if self._healthy_steps is not None:
+            self.discard()
+
     def rolled_back(self) -> None:
         """Discards the copy, and counts from the step rolled back to."""
         self.discard()
@@ -116,6 +142,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Waits for the writer, and leaves the module as it was before the fit."""
         self._reference.cancel()
+        self._barrier.close()
         self.writer.join()
 
     def _note_once(self, obstacle: str) -> None:
@@ -128,3 +155,11 @@ class CheckpointManager:
         if problem not in self._warned:
             self._warned.add(problem)
             log.warning("%s: %s", problem, reason)
+
+
+def _stepped(trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
+    """Returns weights and moments: they change in the steps of optimizers, and only there."""
+    states = (state for o in trainer.optimizers for state in o.state.values())
+    moments = (value for state in states for value in state.values())
+    found = [*(p for p in pl_module.parameters() if p.requires_grad), *moments]
+    return [t for t in found if isinstance(t, Tensor)]
