@@ -54,6 +54,7 @@ _HOME = {
     "StabilityCallback": "callbacks",
     "StepStats": "measurement.step_stats",
     "TrainingStopped": "incidents",
+    "estimate_memory": "training_state.memory_estimate",
     "find_last_good": "training_state.good_checkpoints",
     "fit_with_recovery": "restart",
     "locate_nonfinite": "diagnosis.nonfinite",

@@ -179,6 +179,7 @@ def test_import_of_the_arithmetic_loads_torch_without_lightning():
             "measurement.step_meter",
             "training_state.snapshot",
             "training_state.lr_multiplier",
+            "training_state.memory_estimate",
             "training_state.gradient_clipping",
         )
     )
@@ -215,6 +216,7 @@ def test_public_names_are_frozen():
         "StabilityCallback",
         "StepStats",
         "TrainingStopped",
+        "estimate_memory",
         "find_last_good",
         "fit_with_recovery",
         "locate_nonfinite",

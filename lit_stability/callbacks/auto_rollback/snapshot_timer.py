@@ -22,7 +22,8 @@ class SnapshotTimer:
 
     A capture that is measured is waited for, with the work of the device before it: what the device
     does beside the host would not show otherwise. These are three captures, then three of as many
-    as were taken before, and so on.
+    as were taken before, and so on. A copy that runs beside a step costs as much as it is longer
+    than a step.
 
     Args:
         cadence: decides the distance between snapshots.
@@ -62,20 +63,29 @@ class SnapshotTimer:
         Returns:
             Whether the distance has changed.
         """
-        if not self.cadence.measures:
+        if self.cadence.measures:
+            self.cadence.captured(self._measured(capture))
+        else:
             capture()
             self.cadence.captured(None)
-        else:
-            self._synchronize()
-            began = clock()
-            capture()
-            self._finish()
-            self._synchronize()
-            self.cadence.captured(clock() - began)
         if not self.cadence.decides:
             return False
         return self.cadence.agree(self._gather((self.cadence.wanted(), room())))
 
+    def _measured(self, capture: Callable[[], None]) -> float:
+        """Captures a snapshot, and returns for how many seconds that holds training up."""
+        self._synchronize()
+        began = clock()
+        capture()
+        self._synchronize()
+        captured = clock()
+        self._finish()
+        beside = clock() - captured
+        return captured - began + max(0.0, beside - self.cadence.step_seconds)
+
     def _synchronize(self) -> None:
-        if self._device.type not in ("cpu", "meta"):
-            torch.get_device_module(self._device).synchronize(self._device)
+        """Waits for the work in the order of the device, but not for copies beside it."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        elif self._device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize()
