@@ -270,6 +270,7 @@ class SnapshotStore:
         """Counts a healthy step; a snapshot that it confirms is complete, on all ranks."""
         candidate = self.rotation.candidate
         if candidate is not None and self.rotation.is_about_to_confirm:
+            self._land()  # no optimizer may have stepped: a scaler skips steps
             self._to_host.finish()
             beside_training = self._copies_of(candidate) is self._to_host
             if beside_training and any(self._gather(self._torn)):
