@@ -27,6 +27,7 @@ BENCH = $$(test -x .bench-venv/bin/python && echo .bench-venv/bin/python || echo
 bench:
 	$(BENCH) -m benchmarks.overhead
 	$(BENCH) -m benchmarks.snapshot
+	$(BENCH) -m benchmarks.memory
 	$(BENCH) -m benchmarks.soak & soak=$$!; \
 	$(BENCH) -m benchmarks.scale && $(BENCH) -m benchmarks.locate && \
 	$(BENCH) -m benchmarks.prediction --quick --out benchmarks/results; \
@@ -51,6 +52,7 @@ bench-quick:
 	$(BENCH) -m benchmarks.overhead --quick
 	$(BENCH) -m benchmarks.scale --quick
 	$(BENCH) -m benchmarks.snapshot --quick
+	$(BENCH) -m benchmarks.memory --quick
 	$(BENCH) -m benchmarks.locate --quick
 	$(BENCH) -m benchmarks.prediction --quick
 	$(BENCH) -m benchmarks.soak --quick
@@ -70,6 +72,7 @@ gpu:
 		--target $(WHEELS)/site $(WHEELS)/*.whl
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(WHEELS)/site $(PYTHON) -m pytest -q tests/gpu
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(WHEELS)/site $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(WHEELS)/site $(PYTHON) -m benchmarks.memory --accelerator gpu
 
 # What is pure Python; numpy, PyYAML, protobuf and grpcio are taken to be there.
 gpu-wheels:

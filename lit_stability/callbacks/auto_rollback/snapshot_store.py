@@ -235,7 +235,7 @@ class SnapshotStore:
         """Counts a healthy step; a snapshot that it confirms is complete, on all ranks."""
         candidate = self.rotation.candidate
         if candidate is not None and self.rotation.is_about_to_confirm:
-            self._barrier.finish()
+            self._barrier.finish()  # no optimizer may have stepped: a scaler skips steps
             beside_training = self._copies_of(candidate) is self._to_host
             if beside_training and any(self._gather(self._torn)):
                 self._times_torn += 1
