@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.measurement.step_stats import StepStats as StepStats
     from lit_stability.restart import fit_with_recovery as fit_with_recovery
     from lit_stability.training_state.good_checkpoints import find_last_good as find_last_good
+    from lit_stability.training_state.memory_estimate import estimate_memory as estimate_memory
 
 _HOME = {
     "AdaptiveGradientClipping": "callbacks",
