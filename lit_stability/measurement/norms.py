@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, mul
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,9 @@ _MIN_STACK = 8
 """Smallest number of tensors of one shape for which stacking pays."""
 _STACK_SIZE = 2**18
 """Elements per stack: a mebibyte of fp32 is still in the cache when it is read."""
+
+_PART = 2**20
+"""Elements of 16 bits that are converted to fp32 together."""
 
 _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
@@ -57,8 +59,32 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     types = {t.dtype for t in tensors}
     wide = types <= {torch.float32, torch.float64}
     widest = torch.float64 if torch.float64 in types else torch.float32
-    kwargs: dict[str, Any] = {} if wide else {"dtype": widest}
-    return [_stacked(torch._foreach_norm(tensors, 2.0, **kwargs))]
+    if wide:
+        return [_stacked(torch._foreach_norm(tensors, 2.0))]
+    if _on_cpu(tensors):
+        return [_stacked([_norm(t) for t in tensors])]
+    return [_stacked(torch._foreach_norm(tensors, 2.0, dtype=widest))]
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """Returns the norm of a tensor on a CPU, in fp32 or wider.
+
+    There, torch converts a tensor of 16 bits to fp32 as a whole before it reads it, which takes
+    twice its memory once more. So a large one is converted part by part, into one buffer.
+    """
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    if wide or tensor.numel() <= _PART or not tensor.is_contiguous():
+        return _vector_norm(tensor)
+    buffer = tensor.new_empty(_PART, dtype=torch.float32)
+    parts = torch.split(tensor.reshape(-1), _PART)
+    norms = [_vector_norm(buffer[: len(part)].copy_(part)) for part in parts]
+    return _vector_norm(torch.stack(norms))
+
+
+def _vector_norm(tensor: Tensor) -> Tensor:
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=None if wide else torch.float32)
+    return norm
 
 
 def peaks_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -79,8 +105,7 @@ def norms_and_peaks(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tenso
         return [], []
     norms, peaks = [], []
     for t in map(real, tensors):
-        wide = t.dtype in (torch.float32, torch.float64)
-        norms.append(torch.linalg.vector_norm(t, dtype=None if wide else torch.float32))
+        norms.append(_norm(t))
         peaks.append(_peak(t))
     return [_stacked(norms)], [_stacked(peaks)]
 

@@ -1,6 +1,8 @@
 """Many small tensors measured together, against each measured alone."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,3 +128,30 @@ def test_gradients_of_a_sparse_parameter_are_its_rows_and_not_complete():
     grads = gradients_of(names, found)
     assert not grads.complete
     assert grads.tensors[4].tolist() == [[2.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_of_a_large_half_precision_tensor_is_that_of_its_fp32_copy(dtype):
+    tensor = torch.randn(3 * 2**20 + 7).to(dtype)
+    expected = tensor.double().norm()
+    for (norms,) in (norms_of([tensor]), norms_and_peaks([tensor])[0]):
+        assert norms[0].double() == pytest.approx(float(expected), rel=1e-4)
+    turned = tensor[: 2**21].reshape(2, 2**20).t()
+    assert float(norms_of([turned])[0][0]) == pytest.approx(float(turned.double().norm()), rel=1e-4)
+
+
+def test_norm_of_a_large_half_precision_tensor_needs_no_copy_of_it():
+    """In a process of its own, as the peak of a process never falls."""
+    code = """
+import resource, torch
+from lit_stability.measurement.norms import norms_and_peaks, norms_of
+torch.set_num_threads(1)
+small, large = (torch.ones(n, dtype=torch.bfloat16) for n in (2**16, 100 * 2**20))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+norms_of([small]), norms_and_peaks([small])
+before = peak()
+norms_of([large]), norms_and_peaks([large])
+print((peak() - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200, "MiB; the tensor has 200, a copy in fp32 400"
