@@ -21,6 +21,8 @@ class ThreadCopies(Copies):
         self._running = []
 
     def start(self, pairs):
+        # Like a stream, it reads the memory that a tensor has now, even if it gets other memory.
+        pairs = [(targets, [source.detach() for source in sources]) for targets, sources in pairs]
         self._running.append(self._thread.submit(self._run, pairs))
 
     def _run(self, pairs):

@@ -108,6 +108,14 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def place_of(tensor: Tensor) -> int:
+    """Returns the address of a tensor's elements; 0 if it has none, as some subclasses."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
 @torch.no_grad()
 def _copy(pairs: Pairs, *, non_blocking: bool = False) -> None:
     for targets, sources in pairs:

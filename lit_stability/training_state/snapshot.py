@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_stability.distributed.dtensor import is_wrapper, local
 from lit_stability.measurement.number_formats import is_measurable, which_are_finite
-from lit_stability.training_state.copies import Copies, version_of
+from lit_stability.training_state.copies import Copies, place_of, version_of
 from lit_stability.training_state.frozen_weights import FrozenWeights, Kept
 from lit_stability.training_state.tensor_parts import apart, parts
 
@@ -37,6 +37,7 @@ class TensorBank:
         self._devices: list[torch.device] = []
         self._pairs: _Pairs = []
         self._versions: list[int] = []
+        self._places: list[int] = []
 
     def place(self, copies: Copies) -> None:
         """Has the next capture copy in another way; the buffers are made again for it."""
@@ -56,6 +57,7 @@ class TensorBank:
             self._live = live
             self._pairs = _in_groups(self._saved, live)
         self._versions = [version_of(t) for t in live]
+        self._places = [] if self._copies.immediate else [place_of(t) for t in live]
         self._copies.start(self._pairs)
 
     def _fit(self, live: list[Tensor]) -> bool:
@@ -67,7 +69,12 @@ class TensorBank:
 
     @property
     def written(self) -> bool:
-        """Whether a captured tensor was written since, as its version counter shows."""
+        """Whether a captured tensor was written, or got other memory, since the capture.
+
+        A write by way of ``data`` shows if it ends with other memory, as adversarial training does.
+        """
+        if self._places and self._places != [place_of(t) for t in self._live]:
+            return True
         return self._versions != [version_of(t) for t in self._live]
 
     @torch.no_grad()

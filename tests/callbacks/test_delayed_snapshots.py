@@ -73,9 +73,28 @@ class WritesBeforeTheUpdate(Net):
                 self.last[1].bias.add_(1e-3)
 
 
-def test_snapshot_of_weights_that_the_program_wrote_meanwhile_is_not_used(tmp_path, monkeypatch):
+class Adversarial(Net):
+    """Trains on perturbed weights, as adversarial weight perturbation does: by way of `data`.
+
+    No version counter shows it, and the weights are the old ones again before the update.
+    """
+
+    def training_step(self, batch, batch_idx):
+        backup = {p: p.detach().clone() for p in self.parameters()}
+        for p in backup:
+            p.data.add_(0.01)
+        loss = super().training_step(batch, batch_idx)
+        for p, values in backup.items():
+            p.data = values
+        return loss
+
+
+@pytest.mark.parametrize("net", [WritesBeforeTheUpdate, Adversarial])
+def test_snapshot_of_weights_that_the_program_wrote_meanwhile_is_not_used(
+    net, tmp_path, monkeypatch
+):
     delay_copies(monkeypatch)
-    clean, saved = pair(tmp_path, WritesBeforeTheUpdate, FAULTS["damaged weight"])
+    clean, saved = pair(tmp_path, net, FAULTS["damaged weight"])
     assert differences(clean, saved) == {}
 
 
