@@ -327,7 +327,7 @@ class EscalationPolicy:
         return dict(self._left)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counters as plain ints; the budget comes from the constructor."""
+        """Returns the counters as plain numbers; the budget comes from the constructor."""
         return {
             "left": dict(self._left),
             "skips_in_a_row": self._skips_in_a_row,
@@ -336,6 +336,7 @@ class EscalationPolicy:
             "skipped": self._skipped,
             "clipped": self._clipped,
             "failed_at": self._failed_at,
+            "suspects_index": self.suspects_index,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,3 +349,4 @@ class EscalationPolicy:
         self._since_rollback = None if since is None else int(since)
         self._skipped, self._clipped = state.get("skipped"), state.get("clipped")
         self._failed_at = state.get("failed_at")
+        self.suspects_index = bool(state.get("suspects_index", False))

@@ -457,6 +457,17 @@ def test_state_of_a_spent_budget_stays_spent_under_a_larger_budget():
     assert drive(twin, [DAMAGE]) == [STOP]
 
 
+def test_suspected_batch_index_is_known_after_a_restart():
+    escalation, twin = EscalationPolicy(), EscalationPolicy()
+    escalation.suspects_index = True
+    state = escalation.state_dict()
+    twin.load_state_dict(state)
+    assert twin.suspects_index
+    del state["suspects_index"]  # as an earlier version wrote it
+    twin.load_state_dict(state)
+    assert not twin.suspects_index
+
+
 def test_left_is_a_copy():
     escalation = EscalationPolicy()
     escalation.left["skips"] = 0
