@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import AutoRollback, stability_callbacks
+from lit_stability.callbacks.auto_rollback import snapshot_timer
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
@@ -27,6 +28,14 @@ def _own_key(tmp_path_factory):
     """Fits of the tests sign their configs with a key of their own, not with that of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_STABILITY_KEY_FILE", str(tmp_path_factory.mktemp("key") / "key"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _snapshots_take_no_time():
+    """Else a busy machine would make snapshots rarer; tests of that have clocks of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot_timer, "clock", lambda: 0.0)
         yield
 
 
