@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test test-long compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -13,6 +13,12 @@ test:
 # each, never in CI.
 compat:
 	python -m benchmarks.compat
+
+# What is too long for CI; five minutes on two cores.
+test-long:
+	pytest -q -n 2 -m long tests | tee /tmp/long_tests.log
+	{ printf '`make test-long`, %s:\n\n' "$$(date +%F)"; tail -n 1 /tmp/long_tests.log; } \
+		> benchmarks/results/long_tests.md
 
 # All reference experiments: ten minutes of the processor. The tests run the short ones.
 experiments:

@@ -198,6 +198,7 @@ def run_tests(python: Path, tests: Sequence[str], report: Path) -> dict[str, Out
         ValueError: pytest wrote no report.
     """
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += ["-m", ""]  # the long ones too
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # The launcher of this environment comes first for tests that start it.
     variables["PATH"] = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
