@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Module
+
 from lit_stability.lightning_choice import LIGHTNING_ROOTS, suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.trainer_internals import callbacks_of
@@ -240,7 +242,7 @@ def hide_empty_hooks(trainer: Trainer) -> None:
 def show_empty_hooks(trainer: Trainer) -> None:
     """Gives the callbacks all their hooks back, at the end of a fit."""
     for each in callbacks_of(trainer):
-        for name in _hidden_in(each):
+        for name in _hidden_in(each) if isinstance(each, StabilityCallback) else ():
             del vars(each)[name]
 
 
@@ -281,13 +283,21 @@ def call_hook(name: str, trainer: Trainer, pl_module: LightningModule, *args: An
 
 def implements(owner: Any, name: str) -> bool:
     """Returns whether an object defines a hook, other than by the base class's empty one."""
-    return _class_implements(type(owner), name) or name in vars(owner)  # type: ignore[arg-type]
+    known = _class_implements(type(owner), name)  # type: ignore[arg-type]
+    return hasattr(owner, name) if known is None else known or name in vars(owner)
 
 
 @lru_cache(maxsize=1024)
-def _class_implements(kind: type, name: str) -> bool:
-    """Cached, as it is asked of each callback in each step."""
-    return getattr(kind, name, None) not in (None, getattr(StabilityCallback, name))
+def _class_implements(kind: type, name: str) -> bool | None:
+    """Whether a class defines a hook; None if its objects may find attributes elsewhere.
+
+    Cached, as it is asked of each callback in each step.
+    """
+    found = getattr(kind, name, None)
+    if found is None:
+        elsewhere = getattr(kind, "__getattr__", None)
+        return False if elsewhere in (None, Module.__getattr__) else None
+    return found is not getattr(StabilityCallback, name)
 
 
 def can_lower_learning_rate(trainer: Trainer) -> list[StabilityCallback]:

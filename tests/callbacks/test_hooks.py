@@ -41,6 +41,18 @@ class Owner:
     """What has no hook of its own."""
 
 
+class Delegate(Callback):
+    """Stands in for another callback, whose attributes it finds."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        if name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
 def kind(base, **members):
     return type("Pager", (base,), {"__module__": "stranger", **members})()
 
@@ -110,6 +122,9 @@ def test_override_of_the_suite_has_the_parameters_of_the_hook():
         (kind(Callback, on_incident=hook), "on_incident", True),
         (kind(Callback), "on_incident", False),
         (Owner(), "rewindable_state", False),
+        (Delegate(AutoRollback()), "on_incident", True),
+        (Delegate(Callback()), "on_incident", False),
+        (kind(Callback, on_incident=None), "on_incident", False),
     ],
 )
 def test_implements_tells_an_override_from_the_empty_hook(owner, name, expected):
@@ -182,6 +197,13 @@ def test_suite_and_plain_module_have_no_misspelt_hook(tmp_path, caplog):
     assert not [r for r in caplog.records if "never called" in r.getMessage()]
 
 
+def test_hook_of_a_callback_that_another_one_stands_in_for_is_called(tmp_path):
+    inner = kind(Callback, on_healthy_step=lambda *args: seen.append(args[-1].step))
+    seen = []
+    fit(tmp_path, [GradientMonitor(), Delegate(inner)], max_steps=3)
+    assert seen == [0, 1, 2]
+
+
 class Watching(StabilityCallback):
     """Defines one of the hooks of a batch."""
 
@@ -198,11 +220,15 @@ class Watching(StabilityCallback):
 
 def test_empty_hooks_are_not_called_in_a_fit_and_are_there_again_afterwards(tmp_path):
     watching = Watching()
-    _, trainer = fit(tmp_path, [*stability_callbacks(), watching], max_steps=5)
+    without = kind(Callback)
+    without.on_before_zero_grad = None
+    suite = [*stability_callbacks(), watching]
+    fit(tmp_path, [*suite, without], max_steps=5)
     assert watching.batches == 5
     assert "on_before_zero_grad" in watching.hidden
     assert not {"on_after_backward", "on_train_batch_end"} & {*watching.hidden}
-    for each in [*trainer.callbacks, *watching.copies]:
+    assert without.on_before_zero_grad is None, "what a user has set stays"
+    for each in [*suite, *watching.copies[: len(suite)]]:
         assert callable(each.on_before_zero_grad), each
         assert callable(each.on_after_backward), each
 
