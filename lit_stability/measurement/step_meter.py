@@ -123,6 +123,7 @@ class StepMeter:
         """Whether `measured` is set, for a clip that comes after the measurement."""
         self.measured: MeasuredGradients | None = None
         """The gradients of the last step, unless some are missing, sparse or not plain tensors."""
+        self._last_norms: list[Tensor] = []
         self._ends_epoch = False
         self._handle = optimizer.register_step_post_hook(self._update_ended)
         self._updated_weights: Tensor | None = None

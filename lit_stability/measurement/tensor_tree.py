@@ -10,12 +10,12 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-_DEEPEST = 8
+DEEPEST = 8
 """Objects inside of one another that are followed."""
 _OPAQUE = (str, bytes, type, FunctionType, MethodType, ModuleType, nn.Module, Dataset, DataLoader)
 """What a batch may refer to without that its tensors are part of the batch."""
-_PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
-"""Types without parts."""
+PLAIN_TYPES = frozenset({bool, bytes, float, int, str, type(None)})
+"""Types of values without parts."""
 _FOREIGN = (
     "builtins",
     "collections",
@@ -54,7 +54,7 @@ def named_tensors(
     if isinstance(value, Tensor):
         yield name, value
         return
-    if id(value) in _inside or len(_inside) >= _DEEPEST:
+    if id(value) in _inside or len(_inside) >= DEEPEST:
         return
     for part, item in parts_of(value):
         yield from named_tensors(item, name + part, _inside=_inside | {id(value)})
@@ -100,11 +100,11 @@ def size_of(value: Any, *, _inside: tuple[int, ...] = ()) -> int:
     """
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN_TYPES:
         return 0
     if isinstance(value, np.ndarray):
         return value.nbytes
-    if id(value) in _inside or len(_inside) >= _DEEPEST:
+    if id(value) in _inside or len(_inside) >= DEEPEST:
         return 0
     inside = (*_inside, id(value))
     parts = value if type(value) in (list, tuple) else [part for _, part in parts_of(value)]

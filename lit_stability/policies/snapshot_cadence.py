@@ -112,6 +112,23 @@ class SnapshotCadence:
         """Duration of a capture, the median of the last three measured; 0 if none is known."""
         return statistics.median(self._captures or [0.0])
 
+    def plan(self) -> str:
+        """Returns the log line for the start, of a cadence that depends on the cost."""
+        assert self.cost is not None
+        return (
+            f"AutoRollback takes a snapshot every {self.every} steps, or every {self.longest} at "
+            f"most if they cost more than {100 * self.cost:.3g} % of the time"
+        )
+
+    def change(self) -> str:
+        """Returns the log line for a distance that has changed."""
+        assert self.cost is not None
+        return (
+            f"AutoRollback takes a snapshot every {self.distance} steps from now on: one takes "
+            f"{1e3 * self.capture_seconds:.3g} ms, a step {1e3 * self.step_seconds:.3g} ms, and "
+            f"snapshot_cost={self.cost:.3g}"
+        )
+
     def as_dict(self) -> dict[str, float]:
         """Returns the distance in steps and both durations in seconds, as JSON types."""
         return {

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lit_stability.measurement.tensor_tree import parts_of
+from lit_stability.measurement.tensor_tree import DEEPEST, PLAIN_TYPES, parts_of
 
 _SAMPLED = 2**16
 """Bytes of an array that are read. Augmentation in place changes nearly all of them."""
-_DEEPEST = 8
-_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 
 
 def digest_of(batch: Any) -> tuple[Hashable, ...]:
@@ -40,13 +38,13 @@ def _add_leaves(value: Any, depth: int, leaves: list[Hashable]) -> None:
     if isinstance(value, Tensor):
         version = 0 if value.is_inference() else value._version
         leaves.append((id(value), version, value.shape))
-    elif type(value) in _PLAIN:
+    elif type(value) in PLAIN_TYPES:
         leaves.append(value if value == value else "nan")
     elif isinstance(value, np.ndarray):
         leaves.append((id(value), value.shape, _checksum(value)))
     else:
         leaves.append(id(value))
-        if depth >= _DEEPEST:
+        if depth >= DEEPEST:
             return
         if type(value) in (list, tuple):
             parts: Iterable[Any] = value

@@ -63,7 +63,7 @@ def _memberships(root: Path) -> Iterator[tuple[_Files, str]]:
 
     A row is ``0::/path`` in version 2, and ``4:memory:/path`` in version 1.
     """
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in lines_of(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
@@ -86,7 +86,7 @@ def _left_in(folder: Path, files: _Files) -> Iterator[int]:
     usage = _number(folder / files.usage)
     if usage is None:
         return
-    rows = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
+    rows = dict(line.split(" ", 1) for line in lines_of(folder / "memory.stat") if " " in line)
     cache = rows.get(files.reclaimable, "0")
     used = usage - int(cache if cache.isdigit() else 0)
     for name in files.limits:
@@ -96,11 +96,12 @@ def _left_in(folder: Path, files: _Files) -> Iterator[int]:
 
 
 def _number(path: Path) -> int | None:
-    text = "".join(_lines(path)).strip()
+    text = "".join(lines_of(path)).strip()
     return int(text) if text.isdigit() else None
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """Returns the lines of a file of the system; none if it cannot be read."""
     try:
         return path.read_text(encoding="utf8").splitlines()
     except (OSError, UnicodeDecodeError):

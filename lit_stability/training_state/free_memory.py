@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lit_stability.training_state.control_groups import free_in_groups
+from lit_stability.training_state.control_groups import free_in_groups, lines_of
 
 if sys.platform != "win32":
     import resource
@@ -53,12 +53,12 @@ def free_on_host(sharers: int = 1) -> int:
 
 def _status() -> dict[str, int]:
     """Returns the sizes of this process in bytes."""
-    rows = (line.partition(":") for line in _lines("/proc/self/status"))
+    rows = (line.partition(":") for line in lines_of(Path("/proc/self/status")))
     return {name: int(size.split()[0]) * 1024 for name, _, size in rows if size.endswith("kB")}
 
 
 def _available() -> int:
-    for line in _lines("/proc/meminfo"):
+    for line in lines_of(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 2**63
@@ -69,10 +69,3 @@ def _address_limits() -> list[int]:
         return []
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return [] if limit == resource.RLIM_INFINITY else [limit]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf8").splitlines()
-    except OSError:
-        return []

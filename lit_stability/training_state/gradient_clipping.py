@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -136,7 +137,7 @@ def clip_measured(
     return True
 
 
-def _order(measured: MeasuredGradients, grads: list[Tensor]) -> list[int] | slice | None:
+def _order(measured: MeasuredGradients, grads: list[Tensor]) -> Tensor | slice | None:
     """Returns the place of each gradient among the measured ones; None if they are others."""
     if [grad._version for grad in measured.tensors] != measured.versions:
         return None
@@ -145,7 +146,13 @@ def _order(measured: MeasuredGradients, grads: list[Tensor]) -> list[int] | slic
         return slice(None)
     place = {key: i for i, key in enumerate(ours)}
     same = len(theirs) == len(ours) and place.keys() == set(theirs)
-    return [place[key] for key in theirs] if same else None
+    return _index(tuple(place[key] for key in theirs), measured.norms.device) if same else None
+
+
+@lru_cache(maxsize=8)
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Cached, as it is the same for every step, and a copy to the device may wait for it."""
+    return torch.tensor(places, device=device)
 
 
 def _exact_norms(measured: MeasuredGradients) -> Tensor:

@@ -19,14 +19,16 @@ from torch import Tensor
 
 _WORDS = 624
 """Number of 32-bit words in a Mersenne Twister; numpy stores its position, an int, after them."""
+_HEADER = object.__basicsize__
+"""Bytes of the header of an object in CPython."""
 
 
 def capture_rng() -> dict[str, Any]:
     """Returns the RNG states of python, numpy, torch and every accelerator in use."""
     accelerator = _accelerator()
     return {
-        "python": _python.state(),
-        "numpy": _numpy.state(),
+        "python": _python_state(),
+        "numpy": _numpy_state(),
         "torch": torch.get_rng_state(),
         "accelerator": [] if accelerator is None else accelerator.states(),
     }
@@ -63,63 +65,65 @@ def _mps() -> _Accelerator:
     return _Accelerator("mps", lambda: [one.get_rng_state()], lambda s: one.set_rng_state(s[0]))
 
 
-class _NumpyGenerator:
-    """Reads the state of numpy's generator and caches it."""
+class _StateCache:
+    """A state that is slow to read, valid while the memory of its generator is unchanged."""
 
     def __init__(self) -> None:
         self._memory: bytes | None = None
         self._state: Any = None
 
-    def state(self) -> Any:
-        """Returns the same as ``np.random.get_state``, from a cache if it is still valid.
+    def state(self, memory: bytes, read: Callable[[], tuple[Any, bytes | None]]) -> Any:
+        """Returns the state.
 
-        ``get_state`` boxes every word, which takes 30 to 80 microseconds. The cached state is valid
-        while the generator's memory is unchanged. A state with a stored second Gaussian number is
-        never cached, because that number is outside this memory.
+        Args:
+            memory: of the generator now.
+            read: returns the state, and the memory that belongs to it; None instead of that if
+                the memory does not hold the whole state, which is then not cached.
         """
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if not isinstance(generator, np.random.MT19937):
-            return np.random.get_state(legacy=False)
-        address: int = generator.ctypes.state_address
-        memory = ctypes.string_at(address, 4 * (_WORDS + 1))
         if memory != self._memory:
-            _, words, position, has_gauss, _ = self._state = np.random.get_state()
-            known = memory == np.append(words, np.uint32(position)).tobytes()
-            self._memory = memory if known and not has_gauss else None
+            self._state, belongs = read()
+            self._memory = memory if memory == belongs else None
         return self._state
 
 
-_numpy = _NumpyGenerator()
+_numpy_cache, _python_cache = _StateCache(), _StateCache()
 
 
-class _PythonGenerator:
-    """Reads the state of Python's generator and caches it.
+def _numpy_state() -> Any:
+    """Returns the same as ``np.random.get_state``, which takes 30 to 80 microseconds."""
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if not isinstance(generator, np.random.MT19937):
+        return np.random.get_state(legacy=False)
 
-    ``random.getstate`` makes a tuple of 625 numbers, ten times as long as comparing their memory
-    takes. In CPython a generator's memory is an object header, its position and its words; the
-    first state that is read shows whether that is so, and if not, nothing is cached.
+    def read() -> tuple[Any, bytes | None]:
+        state = np.random.get_state()
+        _, words, position, has_gauss, _ = state
+        # A second Gaussian number in store is outside of the memory.
+        return state, None if has_gauss else np.append(words, np.uint32(position)).tobytes()
+
+    address: int = generator.ctypes.state_address
+    return _numpy_cache.state(ctypes.string_at(address, 4 * (_WORDS + 1)), read)
+
+
+def _python_state() -> Any:
+    """Returns the same as ``random.getstate``, which makes a tuple of 625 numbers.
+
+    In CPython a generator's memory is an object header, its position and its words. Where it is
+    not, the memory never belongs to the state, and nothing is cached.
     """
+    generator = getattr(random.getstate, "__self__", None)
+    size = 4 * (1 + _WORDS)
+    if type(generator) is not random.Random or _HEADER + size > random.Random.__basicsize__:
+        return random.getstate()
 
-    def __init__(self) -> None:
-        self._memory: bytes | None = None
-        self._state: Any = None
+    def read() -> tuple[Any, bytes]:
+        state = random.getstate()
+        *words, position = state[1]
+        return state, np.array([position, *words], dtype=np.uint32).tobytes()
 
-    def state(self) -> Any:
-        """Returns the same as ``random.getstate``, from a cache if it is still valid."""
-        generator = getattr(random.getstate, "__self__", None)
-        if type(generator) is not random.Random:
-            return random.getstate()
-        memory = ctypes.string_at(id(generator) + object.__basicsize__, 4 * (1 + _WORDS))
-        if memory != self._memory:
-            self._state = random.getstate()
-            *words, position = self._state[1]
-            known = memory == np.array([position, *words], dtype=np.uint32).tobytes()
-            self._memory = memory if known else None
-        version, words, _ = self._state
-        return version, words, generator.gauss_next  # type: ignore[attr-defined]
-
-
-_python = _PythonGenerator()
+    memory = ctypes.string_at(id(generator) + _HEADER, size)
+    version, numbers, _ = _python_cache.state(memory, read)
+    return version, numbers, generator.gauss_next  # type: ignore[attr-defined]
 
 
 def restore_rng(state: dict[str, Any]) -> None:

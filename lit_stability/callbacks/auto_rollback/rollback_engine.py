@@ -384,20 +384,10 @@ class RollbackEngine:
         return (ring.max_bytes / max(1.0, bytes_per_step) - self._confirm_after) / 2
 
     def _state_cadence(self, changed: bool) -> None:
-        cadence = self.cadence
-        if cadence.cost is None:
-            return
-        self._log_once(
-            f"AutoRollback takes a snapshot every {cadence.every} steps, or every "
-            f"{cadence.longest} at most if they cost more than "
-            f"{100 * cadence.cost:.3g} % of the time"
-        )
+        if self.cadence.cost is not None:
+            self._log_once(self.cadence.plan())
         if changed:
-            self._log(
-                f"AutoRollback takes a snapshot every {cadence.distance} steps from now on: one "
-                f"takes {1e3 * cadence.capture_seconds:.3g} ms, a step "
-                f"{1e3 * cadence.step_seconds:.3g} ms, and snapshot_cost={cadence.cost:.3g}"
-            )
+            self._log(self.cadence.change())
 
     def batch_started(self) -> None:
         """Records to which optimizer step the batch belongs."""

@@ -191,13 +191,15 @@ class StepMeasurer:
         """
         optimizer, self._loss = trainer.optimizers[0], None
         scale = learning_rate_multiplier(optimizer)
-        stats = self._meter(0, optimizer).measure(
+        meter = self._meter(0, optimizer)
+        stats = meter.measure(
             trainer.global_step,
             None,
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
             scan_weights=True,
         )
+        meter.measured = None
         return without_gradients(stats)
 
     def _readings(
