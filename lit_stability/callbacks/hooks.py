@@ -174,8 +174,8 @@ class StabilityCallback(Callback):
     def lower_learning_rate(self, factor: float) -> bool:
         """Asks this callback to multiply learning rate and clip by a factor, for a while.
 
-        Called between ``setup`` and ``on_train_start``, after a run that failed; only on callbacks
-        of this base class.
+        Called in the ``on_train_start`` of another callback, before or after that of this one,
+        after a run that failed; only on callbacks of this base class.
 
         Args:
             factor: in (0, 1].

@@ -42,7 +42,12 @@ def gather_of(trainer: Trainer) -> Callable[[Any], list[Any]]:
     Args:
         trainer: in its fit.
     """
-    return next(c.gather for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
+    return monitor_of(trainer).gather
+
+
+def monitor_of(trainer: Trainer) -> GradientMonitor:
+    """Returns the trainer's `GradientMonitor`, which `require_monitor` ensures."""
+    return next(c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
 
 
 def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:

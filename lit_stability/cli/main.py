@@ -30,7 +30,12 @@ from lit_stability.errors import ConfigError
 from lit_stability.incidents import TrainingStopped
 from lit_stability.printing import printable
 from lit_stability.redaction import redacted
-from lit_stability.training_state.good_checkpoints import RunEnd, find_last_good, step_of
+from lit_stability.training_state.good_checkpoints import (
+    RunEnd,
+    find_last_good,
+    good_checkpoint_of,
+    step_of,
+)
 
 _EXIT_CODES = """\
 exit codes:
@@ -282,7 +287,8 @@ def _resume(args: argparse.Namespace) -> int:
             "which writes one after some healthy steps. To resume from any other checkpoint: "
             f"lit-stability fit -c {run / 'config.yaml'} --resume last"
         )
-    end = RunEnd.read(checkpoint.parent)
+    good = good_checkpoint_of(checkpoint)
+    end = None if good is None else RunEnd.read(good.parent)
     ending = "" if end is None else f"; the run {end.in_words()}"
     print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
     from lit_stability.cli.fit import fit

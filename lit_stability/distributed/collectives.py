@@ -89,6 +89,11 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self._host)
         return values[0]
 
+    @property
+    def host_group(self) -> Any:
+        """Returns the process group that exchanges data on the host."""
+        return self._host
+
     def close(self) -> None:
         """Destroys the process group."""
         if dist.is_initialized():

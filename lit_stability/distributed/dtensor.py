@@ -28,6 +28,31 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def shard_on_host(shard: Tensor, whole: Any) -> Any:
+    """Returns a DTensor on the host that has this memory as its shard; for others the shard itself.
+
+    No rank communicates.
+
+    Args:
+        shard: a copy of this rank's shard, in host memory.
+        whole: the tensor that was copied.
+    """
+    if type(whole) in PLAIN or not hasattr(whole, "to_local"):
+        return shard
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = whole.device_mesh
+    if mesh.device_type != "cpu":
+        # The copy is only written to disk: its mesh needs no connections.
+        names = mesh.mesh_dim_names
+        mesh = DeviceMesh("cpu", mesh.mesh.cpu(), mesh_dim_names=names, _init_backend=False)
+    shape, stride = whole.shape, whole.stride()
+    return DTensor.from_local(
+        shard, mesh, whole.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Returns whether a tensor, or this rank's shard of it, decides what operations on it do.
 

@@ -51,8 +51,6 @@ class RestartCallback(Callback):
     def __init__(self, plan: Plan, *, first: bool, initial_state: InitialState) -> None:
         self._plan, self._first, self._initial_state = plan, first, initial_state
         self._data: TrainingData | None = None
-        self._lowered = False
-        """Whether another callback has lowered the learning rate, and will raise it again."""
         self.error: BaseException | None = None
         """The exception that ended the fit, before any other callback could raise another."""
         self.not_fetched: tuple[Any, ...] | None = None
@@ -104,23 +102,21 @@ class RestartCallback(Callback):
                 rescale(states[callback.state_key], parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Records new layers; lowers learning rate and clip if a callback such as AutoRollback can.
-
-        The callbacks have restored their state by now, and apply it when training starts.
-        """
+        """Records layers that were created since ``setup``."""
         if trainer.ckpt_path is None:
             self._initial_state.add(pl_module)
-        self._lowered = self._plan.cut < 1 and lower_learning_rate(trainer, self._plan.cut)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that a halved batch size is in use; lowers the learning rate if no callback did.
+        """Checks that a halved batch size is in use, and lowers the learning rate and the clip.
+
+        A callback such as AutoRollback does so, if there is one, and raises them again later.
 
         Raises:
             RemedyFailedError: if the training loader ignores the halved batch size.
         """
         self._count_missing(True)
         self._check_batch_size(trainer)
-        if self._plan.cut < 1 and not self._lowered:
+        if self._plan.cut < 1 and not lower_learning_rate(trainer, self._plan.cut):
             for optimizer in trainer.optimizers:
                 factors = [self._plan.cut] * len(optimizer.param_groups)
                 learning_rate_multiplier(optimizer).set(factors, _OWNER)

@@ -28,6 +28,7 @@ from lit_stability.trainer_internals.precision import (
     is_supported,
     why_fixed,
 )
+from lit_stability.trainer_internals.rank_checkpoint import own_buffers, rank_checkpoint
 from lit_stability.trainer_internals.reference_step import (
     ReferenceStep,
     incomparable,
@@ -125,8 +126,10 @@ __all__ = [
     "loss_scale_on_device",
     "loss_scaler",
     "move_batch_index",
+    "own_buffers",
     "owners_in",
     "parameters_of",
+    "rank_checkpoint",
     "ranks_of",
     "remove_gradients",
     "replay_loss",

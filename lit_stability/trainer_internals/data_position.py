@@ -31,7 +31,9 @@ from lit_stability.trainer_internals.dataloaders import (
     is_plain,
     iterators,
     loaders,
+    samples_of_all_ranks,
 )
+from lit_stability.trainer_internals.loop_counters import set_batches
 from lit_stability.trainer_internals.patch import Patch
 from lit_stability.trainer_internals.trainer_view import is_called
 from lit_stability.training_state.rng import (
@@ -69,6 +71,8 @@ class DataPosition(FetcherObserver):
         self._before_fetch, self._owner = before_fetch, owner
         self._trainer: Trainer | None = None
         self._pending: Mapping[str, Any] | None = None
+        self._own = True
+        """Whether the position to restore was saved by this rank."""
         self._fetches = 0
         self._start: dict[str, Any] = {}
         self._first: dict[str, Any] | None = None
@@ -144,6 +148,7 @@ class DataPosition(FetcherObserver):
             states[0] = self._first
         return {
             "batches": self._fetches - ahead if index is None else index,
+            "samples_per_batch": samples_of_all_ranks(loaders(self._trainer)),
             "epoch_over": bool(loop.epoch_loop._num_ready_batches_reached()),
             "reloaded": self._reloaded,
             "start": pack_rng(self._start["rng"]),
@@ -154,13 +159,20 @@ class DataPosition(FetcherObserver):
             "now": pack_rng(capture_rng()),
         }
 
-    def resume(self, state: Mapping[str, Any], *, between_batches: bool) -> None:
+    def resume(
+        self, state: Mapping[str, Any], *, between_batches: bool, ranks_then: int | None = None
+    ) -> None:
         """Restores a saved position at the first fetch; called at the start of the fit.
 
         Args:
             state: return value of `state_dict`.
             between_batches: whether it was saved in ``before_fetch``, when the previous batch and
                 the validation after it were completely processed.
+            ranks_then: number of ranks that saved, if not this one of as many ranks did. Random
+                states are then not restored, and the number of batches is converted.
+
+        Raises:
+            ValueError: if it cannot be converted; the message says what to do.
         """
         assert self._trainer is not None
         loop = self._trainer.fit_loop
@@ -169,8 +181,40 @@ class DataPosition(FetcherObserver):
         if between_batches:
             # To skip the validation of the previous batch, Lightning would count that batch twice.
             Patch(loop.epoch_loop, "_should_check_val_fx", lambda fetcher: False).apply()
-        restore_rng(unpack_rng(state["now"]))
+        self._own = ranks_then is None
+        if self._own:
+            restore_rng(unpack_rng(state["now"]))
+        elif not state["epoch_over"] and ranks_then != self._trainer.world_size:
+            state = {**state, "batches": self._converted(state, ranks_then)}
+            set_batches(self._trainer, state["batches"])
         self._pending = state
+
+    def _converted(self, state: Mapping[str, Any], ranks_then: int | None) -> int:
+        """Returns the number of batches in which these ranks train on the same samples.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        assert self._trainer is not None
+        then, now = state.get("samples_per_batch"), samples_of_all_ranks(loaders(self._trainer))
+        ranks, batches = self._trainer.world_size, state["batches"]
+        head = (
+            f"the checkpoint was saved by {ranks_then} ranks after {batches} batches of its epoch, "
+            f"where {ranks} cannot go on"
+        )
+        tail = f"resume with {ranks_then}, or from a checkpoint at the end of an epoch"
+        if then is None or now is None:
+            raise ValueError(
+                f"{head}: the order of the samples is known for one loader with a "
+                f"DistributedSampler only; {tail}"
+            )
+        if batches * then % now:
+            raise ValueError(
+                f"{head}: {batches * then} samples were trained on, which are no whole number of "
+                f"batches of {now}, the batch size times the ranks; {tail}, or with a batch size "
+                f"that makes this product divide {batches * then}"
+            )
+        return int(batches * then // now)
 
     @property
     def _reloaded(self) -> int | None:
@@ -244,11 +288,13 @@ class DataPosition(FetcherObserver):
         self._trainer.fit_loop.epoch_loop.__dict__.pop("_should_check_val_fx", None)
         if self.obstacle is None and not self._stateful:
             if state["epoch_over"]:
-                self._set_generators(state["generators_now"])
+                if self._own:
+                    self._set_generators(state["generators_now"])
                 fetcher.__iter__()
                 return
             self._replay_epoch(fetcher, state)
-        restore_rng(unpack_rng(state["now"]))
+        if self._own:
+            restore_rng(unpack_rng(state["now"]))
 
     def _replay_epoch(self, fetcher: Any, state: Mapping[str, Any]) -> None:
         """Iterates the loaders from the start of the epoch and drops the batches trained on."""
@@ -258,11 +304,13 @@ class DataPosition(FetcherObserver):
         for loader, was_iterated in zip(loaders(self._trainer), state["again"], strict=False):
             if was_iterated:
                 iter(loader)
-        self._set_generators(state["generators"])
-        restore_rng(unpack_rng(state["start"]))
+        if self._own:
+            self._set_generators(state["generators"])
+            restore_rng(unpack_rng(state["start"]))
         self._before_iter()
         base.__iter__(fetcher)
-        self._states = {i: unpack_rng(s) for i, s in state["states"].items()}
+        states = state["states"] if self._own else {}
+        self._states = {i: unpack_rng(s) for i, s in states.items()}
         self._first = self._states.pop(0, None)
         if state["batches"] >= 1000:
             log.info(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,20 @@ def generators(trainer: Trainer) -> Iterator[torch.Generator]:
             if isinstance(generator, torch.Generator) and id(generator) not in seen:
                 seen.add(id(generator))
                 yield generator
+
+
+def samples_of_all_ranks(loaders: Sequence[Any]) -> int | None:
+    """Returns how many samples all ranks together take in a batch, of an order they share; or None.
+
+    The order of a ``DistributedSampler`` depends on seed and epoch only, not on the number of
+    ranks: rank ``r`` of ``n`` takes every ``n``-th sample from the ``r``-th on.
+    """
+    if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
+        return None
+    batches, sampler = loaders[0].batch_sampler, loaders[0].sampler
+    if type(batches) is not BatchSampler or type(sampler) is not DistributedSampler:
+        return None
+    return int(batches.batch_size * sampler.num_replicas)
 
 
 def before_first_iteration(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:

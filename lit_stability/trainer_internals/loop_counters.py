@@ -121,6 +121,17 @@ def _advance(trainer: Trainer, batches: int) -> None:
         setattr(current, name, getattr(current, name) + batches)
 
 
+def set_batches(trainer: Trainer, batches: int) -> None:
+    """Sets the number of batches that were trained on in this epoch.
+
+    Args:
+        trainer: at the start of a resumed fit.
+        batches: as many that the epoch is not over.
+    """
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    _advance(trainer, batches - current.ready)
+
+
 def end_epoch_schedulers(trainer: Trainer) -> None:
     """Steps the schedulers of interval "epoch": the last batch of the epoch was skipped."""
     loop = trainer.fit_loop.epoch_loop

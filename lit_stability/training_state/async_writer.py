@@ -15,7 +15,7 @@ import torch
 
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.training_state.atomic_write import write_atomically
-from lit_stability.training_state.good_checkpoints import free_path, good_files, step_of
+from lit_stability.training_state.good_checkpoints import free_path, prune
 from lit_stability.training_state.host_copy import first_nonfinite
 
 log = suite_logger()
@@ -34,11 +34,13 @@ class AsyncCheckpointWriter:
         folder: where to write; created with the first file.
         keep: number of files to keep, the newest by step. Files of later steps, which a run that
             got further has left there, are unchanged.
+        logs: whether to log what cannot be written.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, *, logs: bool = True) -> None:
         self.folder = folder
         self.keep = keep
+        self._logs = logs
         self.newest: Path | None = None
         """The last file written."""
         self._thread: threading.Thread | None = None
@@ -79,20 +81,15 @@ class AsyncCheckpointWriter:
     def _run(self, state: Mapping[str, Any], step: int, constants: Collection[str]) -> None:
         started = time.perf_counter()
         try:
-            bad = first_nonfinite(state, constants)
-            if bad is not None:
-                log.warning("no good checkpoint written at step %d: %s is non-finite", step, bad)
-                return
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = free_path(self.folder, step)
-            write_whole(state, path)
-            self.newest = path
-            self._prune(step)
+            self._write_good(state, step, constants)
             seconds = time.perf_counter() - started
-            log.debug("%s written in %.2f s", path, seconds)
+            log.debug("the good checkpoint of step %d took %.2f s", step, seconds)
+        except NonFiniteStateError as error:
+            if self._logs:
+                log.warning("no good checkpoint written at step %d: %s", step, error)
         except Exception as error:
             # A full disk or an object that cannot be pickled must not end the run.
-            if not self._failure_reported:
+            if self._logs and not self._failure_reported:
                 log.warning(
                     "the good checkpoint of step %d was not written to %s (%s); training "
                     "continues, later failures are not reported",
@@ -100,10 +97,34 @@ class AsyncCheckpointWriter:
                 )
             self._failure_reported = True
 
-    def _prune(self, step: int) -> None:
-        older = [f for f in good_files(self.folder) if step_of(f) <= step]
-        for file in older[: -self.keep]:
-            file.unlink(missing_ok=True)
+    def _write_good(self, state: Mapping[str, Any], step: int, constants: Collection[str]) -> None:
+        """Writes the checkpoint if it is finite.
+
+        Raises:
+            NonFiniteStateError: if it is not.
+            OSError: if it cannot be written.
+        """
+        require_finite(state, constants)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = free_path(self.folder, step)
+        write_whole(state, path)
+        self.newest = path
+        prune(self.folder, step, self.keep)
+
+
+class NonFiniteStateError(Exception):
+    """Raised if a checkpoint has a NaN or Inf in it, and so is not good."""
+
+
+def require_finite(state: Mapping[str, Any], constants: Collection[str]) -> None:
+    """Checks weights, buffers and optimizer state.
+
+    Raises:
+        NonFiniteStateError: if one is not finite; the message has its name.
+    """
+    bad = first_nonfinite(state, constants)
+    if bad is not None:
+        raise NonFiniteStateError(f"{bad} is non-finite")
 
 
 def write_whole(state: Mapping[str, Any], path: Path) -> None:

@@ -51,13 +51,21 @@ def write_atomically(
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    if not fsync:
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
+    if fsync:
+        flush(path.parent)
+
+
+def flush(folder: Path) -> None:
+    """Flushes the names in a folder to disk.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -22,7 +23,13 @@ log = suite_logger()
 FOLDER = "good"
 """Name of the folder inside the run's folder that holds the good checkpoints."""
 
-_NAME = re.compile(r"step=(\d+)(?:-v(\d+))?\.ckpt")
+MAIN = "checkpoint.ckpt"
+"""Name of the file with the weights, in the folder of a good checkpoint that replicas wrote."""
+
+PART = ".part"
+"""Ending of a folder that several ranks write to, until it is complete."""
+
+_NAME = re.compile(r"step=(\d+)(?:-v(\d+))?(\.ckpt)?")
 
 State = Literal["running", "finished", "interrupted", "failed"]
 _STATES = get_args(State)
@@ -34,7 +41,8 @@ def find_last_good(directory: str | Path) -> Path | None:
     A damaged file is logged and ignored; the one before it is returned.
 
     Pass it to ``Trainer.fit(ckpt_path=...)`` of a trainer with a `LastKnownGood`, which continues
-    exactly where the checkpoint was captured.
+    exactly where the checkpoint was captured. Several ranks write a folder: what is returned then
+    is the file of the weights inside it, or, if the weights are sharded, the folder.
 
     Args:
         directory: the folder of a run, a folder that contains several runs, or a folder of good
@@ -45,34 +53,74 @@ def find_last_good(directory: str | Path) -> Path | None:
     if directory.name == FOLDER:
         folders.append(directory)
     found = [file for folder in folders for file in good_files(folder)]
-    return first_whole(sorted(found, key=_age, reverse=True))
+    newest = first_whole(sorted(found, key=_age, reverse=True))
+    return None if newest is None else _to_load(newest)
 
 
 def good_files(folder: Path) -> list[Path]:
-    """Returns the good checkpoints in a folder, oldest first."""
+    """Returns the good checkpoints in a folder, oldest first: files, and folders of ranks."""
     if not folder.is_dir():
         return []
-    return sorted((f for f in folder.iterdir() if _NAME.fullmatch(f.name)), key=_age)
+    return sorted(filter(_is_good, folder.iterdir()), key=_age)
 
 
-def step_of(file: Path) -> int:
+def good_checkpoint_of(path: Path | None) -> Path | None:
+    """Returns the good checkpoint that a ``ckpt_path`` is, or is a file of; None if it is none.
+
+    >>> good_checkpoint_of(Path("good/step=00000120/checkpoint.ckpt"))
+    PosixPath('good/step=00000120')
+    >>> good_checkpoint_of(Path("checkpoints/last.ckpt"))
+    """
+    if path is not None and path.name == MAIN:
+        path = path.parent
+    return path if path is not None and path.parent.name == FOLDER else None
+
+
+def step_of(path: Path) -> int:
     """Returns the step at which a good checkpoint was captured.
 
     >>> step_of(Path("good/step=00000120-v1.ckpt"))
     120
+    >>> step_of(Path("good/step=00000120/checkpoint.ckpt"))
+    120
     """
-    match = _NAME.fullmatch(file.name)
-    assert match is not None, file
+    match = _NAME.fullmatch(path.parent.name if path.name == MAIN else path.name)
+    assert match is not None, path
     return int(match[1])
 
 
-def free_path(folder: Path, step: int) -> Path:
-    """Returns a path for a checkpoint of this step that does not exist yet."""
-    path, version = folder / f"step={step:08d}.ckpt", 0
+def free_path(folder: Path, step: int, ending: str = ".ckpt") -> Path:
+    """Returns a path for a checkpoint of this step that does not exist yet.
+
+    Args:
+        folder: of the good checkpoints.
+        step: at which it was captured.
+        ending: of the name; empty for the folder of several ranks.
+    """
+    path, version = folder / f"step={step:08d}{ending}", 0
     while path.exists():
         version += 1
-        path = folder / f"step={step:08d}-v{version}.ckpt"
+        path = folder / f"step={step:08d}-v{version}{ending}"
     return path
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Deletes good checkpoints, the oldest first; those of later steps are unchanged.
+
+    Args:
+        folder: of the good checkpoints.
+        step: of the newest of this run: a run that got further may have left later ones.
+        keep: number of checkpoints that stay.
+
+    Raises:
+        OSError: if one cannot be deleted.
+    """
+    older = [path for path in good_files(folder) if step_of(path) <= step]
+    for path in older[:-keep]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def put_aside(folder: Path) -> Path | None:
@@ -92,10 +140,20 @@ def put_aside(folder: Path) -> Path | None:
     return folder.rename(other)
 
 
-def _age(file: Path) -> tuple[int, int, int]:
-    match = _NAME.fullmatch(file.name)
-    assert match is not None, file
-    return int(match[1]), file.stat().st_mtime_ns, int(match[2] or 0)
+def _age(path: Path) -> tuple[int, int, int]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1]), path.stat().st_mtime_ns, int(match[2] or 0)
+
+
+def _is_good(path: Path) -> bool:
+    match = _NAME.fullmatch(path.name)
+    return match is not None and path.is_file() == bool(match[3])
+
+
+def _to_load(path: Path) -> Path:
+    """Returns what Lightning loads of a good checkpoint: replicas have written one file for all."""
+    return path / MAIN if (path / MAIN).exists() else path
 
 
 @dataclass(frozen=True, kw_only=True)

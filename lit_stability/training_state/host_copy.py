@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_stability.distributed.dtensor import local, shard_on_host
 from lit_stability.measurement.number_formats import is_measurable
 from lit_stability.training_state.copies import Copies, HostCopies, Pairs, version_of
 
@@ -22,8 +23,8 @@ _Groups = dict[Any, tuple[list[Tensor], list[Tensor]]]
 class HostCopy:
     """Copies nested dicts and lists of tensors into buffers that are reused by each capture.
 
-    Tensors that share memory in the original share it in the copy. Everything that is not a tensor
-    is deep-copied.
+    Tensors that share memory in the original share it in the copy. Of a sharded tensor this rank's
+    shard is copied. Everything that is not a tensor is deep-copied.
 
     Args:
         copies: how tensors are copied, and which memory the buffers are in.
@@ -51,20 +52,21 @@ class HostCopy:
                 are copied before the device does anything else.
         """
         before, self._buffers = self._buffers, {}
-        later = {_memory(t) for t in steady if _is_plain(t)}
+        later = {_memory(t) for t in map(local, steady) if _is_plain(t)}
         shared: dict[Any, Tensor] = {}
         memo: dict[int, Any] = {}
         at_once: _Groups = {}
         beside: _Groups = {}
-        for path, tensor in _tensors(checkpoint):
+        for path, whole in _tensors(checkpoint):
+            tensor = local(whole)
             if not _is_plain(tensor):
-                memo[id(tensor)] = tensor.detach().cpu().clone()
+                memo[id(whole)] = whole.detach().cpu().clone()
                 continue
             key = _memory(tensor)
             if key not in shared:
                 shared[key] = self._buffers[path] = self._buffer(before.get(path), tensor)
                 _add(beside if key in later else at_once, shared[key], tensor.detach())
-            memo[id(tensor)] = shared[key]
+            memo[id(whole)] = shard_on_host(shared[key], whole)
         self.state = copy.deepcopy(dict(checkpoint), memo)
         self._copies.start([*at_once.values()])
         self._copies.wait()
@@ -117,6 +119,7 @@ def first_nonfinite(state: Mapping[str, Any], exempt: Collection[str] = ()) -> s
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether all elements are finite, in one pass and without a temporary tensor."""
+    tensor = local(tensor)
     if not is_measurable(tensor) or tensor.numel() == 0:
         return True
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor

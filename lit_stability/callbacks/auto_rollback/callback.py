@@ -339,6 +339,8 @@ class AutoRollback(StabilityCallback):
     def lower_learning_rate(self, factor: float) -> bool:
         """Multiplies learning rate and clip by a factor; healthy steps raise both again."""
         self.backoff.cut(factor, factor)
+        if self._executor is not None:
+            self._executor.apply_learning_rates()
         return True
 
     def consensus_state(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lit_stability.trainer_internals import (
     why_fixed,
 )
 from lit_stability.training_state.async_writer import write_whole
-from lit_stability.training_state.good_checkpoints import free_path, good_files, step_of
+from lit_stability.training_state.good_checkpoints import free_path, prune
 from lit_stability.training_state.host_copy import first_nonfinite, is_finite
 
 FOLDER = "risk"
@@ -74,9 +74,7 @@ class PreventiveActions:
         folder.mkdir(parents=True, exist_ok=True)
         path = free_path(folder, self._trainer.global_step)
         write_whole(state, path)
-        older = [f for f in good_files(folder) if step_of(f) <= self._trainer.global_step]
-        for file in older[: -self._keep]:
-            file.unlink(missing_ok=True)
+        prune(folder, self._trainer.global_step, self._keep)
         return path
 
     def widen(self, pl_module: LightningModule) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -159,6 +160,7 @@ class GradientMonitor(StabilityCallback):
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
         self._pending: PendingVerdict | None = None
+        self._checks_saves = True
         self._cancel_exit: Callable[[], None] = _nothing
         self._nan_before: tuple[str, ...] = ()
         """Buffers that held a NaN before a checkpoint was loaded."""
@@ -194,6 +196,18 @@ class GradientMonitor(StabilityCallback):
             value: of this rank, picklable.
         """
         return self._consensus.gather(value)
+
+    @contextlib.contextmanager
+    def unchecked_save(self) -> Iterator[None]:
+        """Reports no non-finite weights that are saved meanwhile: the caller checks them itself.
+
+        To report those that are sharded, the ranks wait for each other.
+        """
+        self._checks_saves = False
+        try:
+            yield
+        finally:
+            self._checks_saves = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a Trainer of another package; reports hooks whose name is misspelt."""
@@ -475,7 +489,7 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Reports non-finite weights that are saved outside of an incident, during a fit."""
-        if self._measurer is not None and self.current is None:
+        if self._measurer is not None and self.current is None and self._checks_saves:
             self._reporter.saved_with(self._consensus.bad_state(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

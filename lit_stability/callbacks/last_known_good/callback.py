@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.last_known_good.checkpoint_manager import CheckpointManager
+from lit_stability.callbacks.last_known_good.own_part import (
+    log_other_ranks,
+    of_rank,
+    replace_by_own,
+    restore_buffers,
+)
 from lit_stability.callbacks.last_known_good.resume_check import PreviousRun, ResumeVerification
-from lit_stability.callbacks.requirements import require_monitor
+from lit_stability.callbacks.requirements import gather_of, monitor_of, require_monitor
+from lit_stability.distributed.collectives import Ranks
 from lit_stability.incidents import Incident
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
@@ -19,10 +29,13 @@ from lit_stability.trainer_internals import (
     EpochMetrics,
     full_checkpoint,
     run_directory,
+    sharing,
     why_no_directory,
+    why_unsupported,
 )
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.good_checkpoints import FOLDER, State
+from lit_stability.training_state.rank_checkpoint_writer import RankCheckpointWriter
 
 log = suite_logger()
 
@@ -30,7 +43,8 @@ log = suite_logger()
 class LastKnownGood(StabilityCallback):
     """Keeps checkpoints on disk that are known to be good, and resumes from them exactly.
 
-    Works on one device. On several devices it keeps nothing and logs that.
+    Works on one device, and on several ranks with DDP or FSDP2. With another strategy on several
+    ranks it keeps nothing and logs that.
 
     Between two batches the callback copies the complete state to the memory of the host. From an
     accelerator, weights and moments are copied while the program goes on, to pinned memory that the
@@ -48,6 +62,20 @@ class LastKnownGood(StabilityCallback):
     the loss of one kept batch and compares it with the saved loss. If the previous run ended in an
     exception, learning rate and clip are lowered for a while, if the trainer has an `AutoRollback`.
     After an interruption (a kill, SIGTERM, Ctrl-C) the run continues bit for bit.
+
+    Several ranks write a folder together, ``good/step=<step>``: of replicas rank 0 writes the
+    weights, of sharded weights each rank its shards, and each rank its own RNG states, position in
+    the data and metrics. It is called ``good/step=<step>.part`` until all ranks have written their
+    part. If one of them cannot, or has a NaN or Inf, none keeps this copy. With sharded weights the
+    first copy is taken after the first step.
+
+    As many ranks as wrote it continue exactly. With another number of ranks, weights and optimizer
+    states are restored, and RNG states and epoch metrics are not. The position in the data is
+    converted if the only training loader has PyTorch's ``DistributedSampler``: its samples are in
+    the same order for any number of ranks, and as many of them are left out as were trained on.
+    If these do not fill whole batches of the new ranks, or for another sampler, the resume is
+    refused in the middle of an epoch. A checkpoint that another callback saved has the state of
+    rank 0 only: the other ranks continue with their own random numbers.
 
     Not restored: data that `DataPosition` cannot position, and what a module, a data module or a
     data set counts in its own attributes without saving it. A resume reads the earlier batches of
@@ -102,6 +130,7 @@ class LastKnownGood(StabilityCallback):
         self.after_crash = after_crash
         self._fit: _Fit | None = None
         self._restored: Mapping[str, Any] = {}
+        self._buffers: Mapping[str, Tensor] = {}
         self._capturing = False
         self._lowers_after_crash = True
 
@@ -118,11 +147,12 @@ class LastKnownGood(StabilityCallback):
             return
         require_monitor(trainer, self)
         self._release()
-        self._restored = {}
-        if trainer.world_size > 1:
-            # Each rank has its own position in the data, but only rank 0 writes the file.
-            if trainer.is_global_zero:
-                log.info("LastKnownGood keeps nothing on several devices: use ModelCheckpoint")
+        self._restored, self._buffers = {}, {}
+        if trainer.world_size > 1 and sharing(trainer) == "untried":
+            log.info(
+                "LastKnownGood keeps nothing with %s on several ranks (%s): use ModelCheckpoint",
+                *(type(trainer.strategy).__name__, why_unsupported(trainer)),
+            )
             return
         self._fit = _Fit(self, trainer, pl_module)
 
@@ -130,26 +160,33 @@ class LastKnownGood(StabilityCallback):
         """Turns off `after_crash`: the remedy chosen for the crash replaces it."""
         self._lowers_after_crash = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lowers learning rate and clip if the previous run failed."""
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Replaces what rank 0 has saved for itself by what this rank has saved."""
+        if self._fit is not None:
+            self._buffers = replace_by_own(trainer, checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepares a resumed fit to continue where its checkpoint was taken.
+
+        Lowers learning rate and clip if the previous run failed. With sharded weights the other
+        callbacks have restored their state by now, but not in ``on_fit_start``.
+        """
         if self._fit is not None:
             self._fit.previous = PreviousRun(trainer)
             self._fit.previous.lower_after_crash(
                 self.after_crash if self._lowers_after_crash else 1.0
             )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepares a resumed fit to continue where its checkpoint was taken."""
-        if self._fit is not None:
-            self._fit.start(self._restored)
-        self._restored = {}
+            self._fit.start(self._restored, self._buffers)
+        self._restored, self._buffers = {}, {}
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
         """Counts a healthy step, which may confirm the copy."""
         if self._fit is not None and self._fit.manager is not None:
-            self._fit.manager.healthy(self.state_key)
+            self._fit.manager.healthy()
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Discards a copy that is not confirmed."""
@@ -179,7 +216,7 @@ class LastKnownGood(StabilityCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits until the last file is written."""
         if self._fit is not None:
-            self._fit.end("finished")
+            self._fit.end("finished", together=True)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -190,7 +227,9 @@ class LastKnownGood(StabilityCallback):
         # Lightning ends a fit at SIGTERM with a subclass of SystemExit.
         interrupted = isinstance(exception, (KeyboardInterrupt, SystemExit))
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0][:500]
-        self._fit.end("interrupted" if interrupted else "failed", reason)
+        # Other ranks may be anywhere.
+        together = trainer.world_size == 1
+        self._fit.end("interrupted" if interrupted else "failed", reason, together=together)
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -208,6 +247,8 @@ class LastKnownGood(StabilityCallback):
             "position": position,
             "epoch": epoch,
             "between_batches": self._capturing,
+            "rank": self._fit.trainer.global_rank,
+            "world_size": self._fit.trainer.world_size,
             "time": time.time(),
         }
 
@@ -231,10 +272,14 @@ class LastKnownGood(StabilityCallback):
         state.pop("kept", None)
 
     def checkpoint(self, trainer: Trainer) -> dict[str, Any]:
-        """Returns Lightning's checkpoint between two batches; it aliases the live tensors."""
+        """Returns Lightning's checkpoint between two batches; it aliases the live tensors.
+
+        All ranks must call it, or none; each gets its part.
+        """
         self._capturing = True
         try:
-            return full_checkpoint(trainer)
+            with monitor_of(trainer).unchecked_save():
+                return full_checkpoint(trainer) if trainer.world_size == 1 else of_rank(trainer)
         finally:
             self._capturing = False
 
@@ -242,6 +287,8 @@ class LastKnownGood(StabilityCallback):
         if self._fit is not None:
             self._fit.verification.close()
             self._fit.position.detach()
+            if self._fit.ranks is not None:
+                self._fit.ranks.close()
         self._fit = None
 
 
@@ -253,19 +300,23 @@ class _Fit:
         self.position = DataPosition(self._between_batches, owner)
         self.position.attach(trainer)
         self.epoch = EpochMetrics()
-        self.verification = ResumeVerification(None, owner.on_mismatch)
+        self.verification = ResumeVerification(None, owner.on_mismatch, gather_of(trainer))
+        self.ranks: Ranks | None = None
+        """The communicator of the threads that write, on several ranks."""
         self.previous: PreviousRun | None = None
         self.manager: CheckpointManager | None = None
         self._begun = False
 
-    def start(self, restored: Mapping[str, Any]) -> None:
+    def start(self, restored: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> None:
         """Prepares the writer, and a resume if there is a restored state."""
         directory, owner = run_directory(self.trainer), self.owner
         if directory is not None:
             self.manager = CheckpointManager(
                 self.trainer,
                 self.module,
-                AsyncCheckpointWriter(directory / FOLDER, owner.keep),
+                self._writer(directory / FOLDER),
+                gather_of(self.trainer),
+                owner.state_key,
                 every_n_steps=owner.every_n_steps,
                 confirm_after=owner.confirm_after,
                 max_batch_bytes=owner.max_batch_bytes,
@@ -285,9 +336,30 @@ class _Fit:
         if self.position.obstacle is not None:
             log.warning("a resume cannot position the data: %s", self.position.obstacle)
         if restored:
-            self.position.resume(restored["position"], between_batches=restored["between_batches"])
-            self.verification = ResumeVerification(restored.get("kept"), owner.on_mismatch)
-            self.epoch.resume(self.trainer, restored["epoch"])
+            self._resume(restored, buffers)
+
+    def _writer(self, folder: Path) -> AsyncCheckpointWriter:
+        if self.trainer.world_size == 1:
+            return AsyncCheckpointWriter(folder, self.owner.keep)
+        self.ranks = Ranks(replicas=sharing(self.trainer) == "replicas", overlapped=False)
+        return RankCheckpointWriter(folder, self.owner.keep, self.ranks)
+
+    def _resume(self, restored: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> None:
+        trainer = self.trainer
+        written_by = (restored.get("rank", 0), restored.get("world_size", 1))
+        own = written_by == (trainer.global_rank, trainer.world_size)
+        if not own:
+            log_other_ranks(trainer, written_by[1])
+        self.position.resume(
+            restored["position"],
+            between_batches=restored["between_batches"],
+            ranks_then=None if own else written_by[1],
+        )
+        if own:
+            restore_buffers(self.module, buffers)
+            kept, mismatch = restored.get("kept"), self.owner.on_mismatch
+            self.verification = ResumeVerification(kept, mismatch, gather_of(trainer))
+            self.epoch.resume(trainer, restored["epoch"])
 
     def _between_batches(self) -> None:
         if not self._begun:
@@ -299,10 +371,10 @@ class _Fit:
         if self.manager is not None:
             self.manager.between_batches(lambda: self.owner.checkpoint(self.trainer))
 
-    def end(self, state: State, reason: str = "") -> None:
+    def end(self, state: State, reason: str = "", *, together: bool) -> None:
         """Waits for the writer; records how the fit ended, if it had begun."""
         if self.manager is not None:
-            self.manager.close()
+            self.manager.close(together=together)
         if self._begun:
             self._record_state(state, reason)
 

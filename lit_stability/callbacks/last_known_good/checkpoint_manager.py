@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
-from lit_stability.trainer_internals import ReferenceStep, ends_window
+from lit_stability.trainer_internals import ReferenceStep, ends_window, sharing
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.copies import copies_to_host
 from lit_stability.training_state.host_copy import HostCopy, is_finite
@@ -27,10 +27,15 @@ class CheckpointManager:
     forward pass does not run beside a copy: that gains little, as copies are rare, and a write by
     way of ``data``, which no version counter shows, would be in a file that is called good.
 
+    On several ranks all take a copy at the same time, and all hand it over or none does: they agree
+    before each, between two batches. On the other steps they exchange nothing.
+
     Args:
         trainer: of the fit.
         pl_module: the module in training.
         writer: writes confirmed copies.
+        gather: returns a value of every rank; all ranks call it, or none.
+        state_key: state key of the callback whose state the kept step is added to.
         every_n_steps: optimizer steps between copies.
         confirm_after: healthy steps after which a copy is good.
         max_batch_bytes: largest size of the batch that is kept with a copy.
@@ -41,6 +46,8 @@ class CheckpointManager:
         trainer: Trainer,
         pl_module: LightningModule,
         writer: AsyncCheckpointWriter,
+        gather: Callable[[Any], list[Any]],
+        state_key: str,
         *,
         every_n_steps: int,
         confirm_after: int,
@@ -50,12 +57,16 @@ class CheckpointManager:
         self.last: int | None = None
         """Step of the newest confirmed copy, or of the checkpoint that the fit resumed from."""
         self._trainer, self._module = trainer, pl_module
+        self._gather, self._state_key = gather, state_key
+        self._sharing = sharing(trainer)
         self._every_n_steps, self._confirm_after = every_n_steps, confirm_after
         self._nonfinite_buffers = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
         copies = copies_to_host(trainer.strategy.root_device)
         self._copy, self._barrier = HostCopy(copies), StepBarrier(copies)
         self._has_torn = False
-        """Whether the program wrote weights or moments while they were copied."""
+        """Whether the program wrote weights or moments while they were copied, once or more."""
+        self._torn = False
+        """Whether it did while the present copy was made."""
         self._reference = ReferenceStep(max_batch_bytes)
         self._healthy = True
         self._healthy_steps: int | None = None
@@ -63,54 +74,71 @@ class CheckpointManager:
         self._warned: set[str] = set()
 
     def between_batches(self, checkpoint: Callable[[], dict[str, Any]]) -> None:
-        """Takes a copy if one is due.
+        """Hands over a copy that is confirmed; takes one if one is due.
 
         Args:
             checkpoint: returns the checkpoint to copy.
         """
+        if self._confirmed:
+            self._hand_over()
         if not self._due():
             return
+        error: Exception | None = None
         try:
             self._copy.capture(checkpoint(), steady=_stepped(self._trainer, self._module))
-        except Exception as error:
+        except Exception as problem:
             # A user's hook that raises, or an object that cannot be copied.
-            self._warn_once("no good checkpoint can be taken", repr(error))
+            error = problem
+        failed = [text for text in self._gather(error and repr(error)) if text]
+        if failed:
+            self._warn_once("no good checkpoint can be taken", failed[0])
             self.last = self._trainer.global_step
             return
         if self.last is None:
             mib = self._copy.nbytes / 2**20
             log.info("LastKnownGood holds one copy of the checkpoint in memory, %.1f MiB now", mib)
-        self._healthy_steps, self._step = 0, self._trainer.global_step
+        self._healthy_steps, self._step, self._torn = 0, self._trainer.global_step, False
         self._barrier.follow(self._trainer.optimizers)
-        self._barrier.begin(written=lambda: self._copy.written, torn=self._discard_torn)
+        self._barrier.begin(written=lambda: self._copy.written, torn=self._note_torn)
         if self._has_torn:
             self._barrier.wait()
         self._reference.begin(self._trainer, self._module)
 
     def _due(self) -> bool:
-        waited = self.last is None or self._trainer.global_step - self.last >= self._every_n_steps
+        step = self._trainer.global_step
+        waited = self.last is None or step - self.last >= self._every_n_steps
+        # To name the shards of optimizer states, torch would make a step where there is no state.
+        exists = step > 0 or self._sharing != "shards"
         return (
             waited
+            and exists
             and self._healthy_steps is None
             and self._healthy
-            and not self.writer.busy
             and ends_window(self._trainer)
+            and not any(self._gather(self.writer.busy))
         )
 
-    def healthy(self, state_key: str) -> None:
-        """Counts a healthy step; hands the copy to the writer once it is confirmed.
-
-        Args:
-            state_key: state key of the callback whose state the kept step is added to.
-        """
+    def healthy(self) -> None:
+        """Counts a healthy step."""
         self._healthy = True
-        if self._healthy_steps is None:
-            return
-        self._healthy_steps += 1
-        if self._healthy_steps < self._confirm_after:
-            return
+        if self._healthy_steps is not None:
+            self._healthy_steps += 1
+
+    @property
+    def _confirmed(self) -> bool:
+        return self._healthy_steps is not None and self._healthy_steps >= self._confirm_after
+
+    def _hand_over(self) -> None:
+        """Hands the copy to the writer, unless it is torn or a rank without one is damaged."""
         self._barrier.finish()
-        if self._healthy_steps is None:  # discarded just now
+        found = self._gather((self._torn, self._damage()))
+        if any(torn for torn, _ in found):
+            self.discard(healthy=True)
+            return
+        bad = next((f"rank {r}: {name}" for r, (_, name) in enumerate(found) if name), None)
+        if bad is not None:
+            self._warn_once(f"no good checkpoint written at step {self._step}", bad)
+            self.discard()
             return
         self._healthy_steps, self.last = None, self._step
         self._reference.cancel()
@@ -119,19 +147,31 @@ class CheckpointManager:
             self._note_once(self._reference.obstacle or "no step followed")
         else:
             kept |= {"loss": kept["loss"].cpu(), "step": self._step}
-            self._copy.state["callbacks"][state_key]["kept"] = kept
+            self._copy.state["callbacks"][self._state_key]["kept"] = kept
         self.writer.write(self._copy.state, self._step, constants=self._nonfinite_buffers)
 
-    def discard(self) -> None:
-        """Discards a copy that is not confirmed, and takes none before the next healthy step."""
-        self._healthy, self._healthy_steps = False, None
+    def _damage(self) -> str | None:
+        """Returns what is non-finite in the weights of a replica that has no copy of them."""
+        if self._sharing != "replicas" or self._trainer.is_global_zero:
+            return None
+        module, constants = self._module, self._nonfinite_buffers
+        named = [*module.named_parameters(), *module.named_buffers()]
+        bad = (name for name, t in named if name not in constants and not is_finite(t))
+        moments = _moments(self._trainer)
+        return next(bad, None if all(map(is_finite, moments)) else "optimizer state")
+
+    def discard(self, *, healthy: bool = False) -> None:
+        """Discards a copy that is not confirmed.
+
+        Args:
+            healthy: whether the next copy may be taken at once; else after the next healthy step.
+        """
+        self._healthy, self._healthy_steps = healthy, None
         self._reference.cancel()
 
-    def _discard_torn(self) -> None:
+    def _note_torn(self) -> None:
         # A program that has written weights may do so again: no copy might ever be whole.
-        self._has_torn = True
-        if self._healthy_steps is not None:
-            self.discard()
+        self._has_torn = self._torn = True
 
     def rolled_back(self) -> None:
         """Discards the copy, and counts from the step rolled back to."""
@@ -139,8 +179,14 @@ class CheckpointManager:
         if self.last is not None:
             self.last = min(self.last, self._trainer.global_step)
 
-    def close(self) -> None:
-        """Waits for the writer, and leaves the module as it was before the fit."""
+    def close(self, *, together: bool) -> None:
+        """Waits for the writer, and leaves the module as it was before the fit.
+
+        Args:
+            together: whether all ranks are here, so that they can hand over a confirmed copy.
+        """
+        if together and self._confirmed:
+            self._hand_over()
         self._reference.cancel()
         self._barrier.close()
         self.writer.join()
@@ -159,7 +205,9 @@ class CheckpointManager:
 
 def _stepped(trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
     """Returns weights and moments: they change in the steps of optimizers, and only there."""
+    return [*(p for p in pl_module.parameters() if p.requires_grad), *_moments(trainer)]
+
+
+def _moments(trainer: Trainer) -> list[Tensor]:
     states = (state for o in trainer.optimizers for state in o.state.values())
-    moments = (value for state in states for value in state.values())
-    found = [*(p for p in pl_module.parameters() if p.requires_grad), *moments]
-    return [t for t in found if isinstance(t, Tensor)]
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]

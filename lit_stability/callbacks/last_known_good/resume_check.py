@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,13 @@ from lit_stability.trainer_internals import (
     same_batch,
     same_loss,
 )
-from lit_stability.training_state.good_checkpoints import FOLDER, RunEnd, State, put_aside
+from lit_stability.training_state.good_checkpoints import (
+    PART,
+    RunEnd,
+    State,
+    good_checkpoint_of,
+    put_aside,
+)
 
 log = suite_logger()
 
@@ -38,11 +46,12 @@ class PreviousRun:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        path = local_path(trainer.ckpt_path)
-        self.source = path if path is not None and path.parent.name == FOLDER else None
+        self.source = good_checkpoint_of(local_path(trainer.ckpt_path))
         """The good checkpoint that the fit resumes from, or None."""
         end = None if self.source is None else RunEnd.read(self.source.parent)
-        self._failures = 0 if end is None or path is None else end.failures_behind(path)
+        failures = 0 if end is None or self.source is None else end.failures_behind(self.source)
+        # The ranks may see another state of a file that rank 0 rewrites.
+        self._failures: int = trainer.strategy.broadcast(failures)
         self._warned = False
 
     def lower_after_crash(self, after_crash: float) -> None:
@@ -61,7 +70,11 @@ class PreviousRun:
 
     def clear(self, folder: Path) -> None:
         """Removes partial files of a killed run; moves the files of another run away."""
+        if not self._trainer.is_global_zero:
+            return
         try:
+            for unfinished in folder.glob(f"step=*{PART}"):
+                shutil.rmtree(unfinished)
             for part in folder.glob(".part-*"):
                 part.unlink(missing_ok=True)
             moved_to = put_aside(folder) if self._trainer.ckpt_path is None else None
@@ -81,6 +94,8 @@ class PreviousRun:
             state: running, or how the fit ended.
             reason: the exception, if there was one.
         """
+        if not self._trainer.is_global_zero:
+            return
         previous = newest or self.source
         end = RunEnd(
             state=state,
@@ -109,15 +124,21 @@ class PreviousRun:
 class ResumeVerification:
     """Verifies that a resumed fit continues the saved one: first its state, then its data.
 
+    On several ranks all run their kept step, or none does.
+
     Args:
         kept: the step that followed the copy, or None if none was kept.
         on_mismatch: what to do if the restored state gives another loss.
+        gather: returns a value of every rank; all ranks call it, or none.
     """
 
     def __init__(
-        self, kept: Mapping[str, Any] | None, on_mismatch: Literal["raise", "warn"]
+        self,
+        kept: Mapping[str, Any] | None,
+        on_mismatch: Literal["raise", "warn"],
+        gather: Callable[[Any], list[Any]],
     ) -> None:
-        self._kept = kept
+        self._kept, self._gather = kept, gather
         self._on_mismatch = on_mismatch
         self._first = ReferenceStep(max_bytes=2**63)
         self._checked: float | None = None
@@ -128,33 +149,40 @@ class ResumeVerification:
         Raises:
             RestoredStateDiffers: if they differ.
         """
-        if self._kept is None:
+        if not all(self._gather(self._kept is not None)):
             return
-        reason = incomparable(trainer, self._kept)
+        assert self._kept is not None
+        loss, reason = math.nan, self._first_of_ranks(incomparable(trainer, self._kept))
         if reason is None:
             try:
                 loss = replay_loss(trainer, pl_module, self._kept)
             except Exception as error:
                 reason = f"training_step raised {error!r}"
+            reason = self._first_of_ranks(reason)
         if reason is not None:
             log.warning("the restored state was not verified: %s", reason)
-        elif same_loss(self._kept, loss):
+            return
+        differs = None if same_loss(self._kept, loss) else self._difference(loss)
+        differs = self._first_of_ranks(differs)
+        if differs is None:
             self._checked = loss
             self._first.begin(trainer, pl_module)
+        elif self._on_mismatch == "raise":
+            raise RestoredStateDiffers(differs)
         else:
-            self._reject(loss)
+            log.warning("%s", differs)
 
-    def _reject(self, loss: float) -> None:
+    def _first_of_ranks(self, text: str | None) -> str | None:
+        return next((each for each in self._gather(text) if each is not None), None)
+
+    def _difference(self, loss: float) -> str:
         assert self._kept is not None
-        message = (
+        return (
             "the restored state differs from the saved state: the loss of the kept batch is "
             f"{loss:.9g}, it was {float(self._kept['loss']):.9g} at step {self._kept['step']}. "
             "The model or its options have changed, or the file is damaged; if the change is "
             "intended, resume with LastKnownGood(on_mismatch='warn')"
         )
-        if self._on_mismatch == "raise":
-            raise RestoredStateDiffers(message)
-        log.warning("%s", message)
 
     def after_batch(self) -> None:
         """Logs once that the fit continues exactly, or warns that the data have changed."""

@@ -49,7 +49,7 @@ def find_file(given: Path) -> Path:
             f"{given}: contains no known good checkpoint; give the path of a checkpoint file, or "
             "train with the callback `lit_stability.LastKnownGood`, which writes one"
         )
-    return good
+    return find_file(good)
 
 
 def load(file: Path) -> Mapping[str, Any]:
