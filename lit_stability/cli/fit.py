@@ -35,6 +35,7 @@ from lit_stability.lightning_package import (
 )
 from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
+from lit_stability.restart.torchrun import from_rank_0, use_new_store
 from lit_stability.trainer_internals import callbacks_of, hide_environment
 from lit_stability.training_state.atomic_write import write_and_keep
 
@@ -112,7 +113,8 @@ def fit(
     keep_out(secrets)
     options = check_options(resolve(config), allow)
     run_dir: Path = options["run_dir"]
-    checkpoint = find_checkpoint(resume or options.get("ckpt_path"), run_dir)
+    wanted = resume or options.get("ckpt_path")
+    checkpoint = from_rank_0("checkpoint", lambda: find_checkpoint(wanted, run_dir) or "") or None
     recover = make(options.get("recover"))
     model, data = make_model_and_data(options)
     hide_environment(model, data)
@@ -223,6 +225,7 @@ def _fit(
 ) -> Trainer:
     """Fits, with recovery if configured; returns the trainer of the fit that finished."""
     if recover is None:
+        use_new_store()
         trainer = trainers()
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
         return trainer

@@ -280,8 +280,12 @@ def _resume(args: argparse.Namespace) -> int:
             "add --trust"
         )
     config = compose([run / "config.yaml"], [f"run_dir={run}", *args.overrides])
-    checkpoint = find_last_good(run)
-    if checkpoint is None:
+    from lit_stability.restart.torchrun import from_rank_0
+
+    # Each rank would read the whole checkpoint, to verify it.
+    found = from_rank_0("good checkpoint", lambda: str(find_last_good(run) or ""))
+    checkpoint = Path(found)
+    if not found:
         raise ConfigError(
             f"{run}: has no good checkpoint; add `lit_stability.LastKnownGood` to the callbacks, "
             "which writes one after some healthy steps. To resume from any other checkpoint: "
@@ -290,7 +294,8 @@ def _resume(args: argparse.Namespace) -> int:
     good = good_checkpoint_of(checkpoint)
     end = None if good is None else RunEnd.read(good.parent)
     ending = "" if end is None else f"; the run {end.in_words()}"
-    print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
     from lit_stability.cli.fit import fit
 
     fit(config, resume=checkpoint, allow=args.allow)

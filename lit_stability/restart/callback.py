@@ -5,10 +5,18 @@ May import Lightning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lit_stability.callbacks.hooks import StabilityCallback, lower_learning_rate
-from lit_stability.lightning_package import Callback, LightningModule, Trainer
+from lit_stability.callbacks.last_known_good.own_part import replace_by_own
+from lit_stability.lightning_package import (
+    Callback,
+    LightningModule,
+    Trainer,
+    lightning_getattr,
+    lightning_setattr,
+)
 from lit_stability.restart.checkpoint_edits import clear_optimizer_state, rescale_batch_progress
 from lit_stability.restart.initial_state import InitialState
 from lit_stability.restart.memory import batch_sizes
@@ -45,11 +53,24 @@ class RestartCallback(Callback):
     Args:
         plan: what this fit does differently.
         first: whether this is the first fit, which runs as the user configured it.
-        initial_state: records layers and parameters that the fit creates.
+        initial_state: records layers and parameters that the fit creates; None if no fit starts
+            from them.
+        batch_size: the halved ``batch_size`` of module or data module, in a new process.
+        on_setup: called in ``setup``, when the ranks are connected.
     """
 
-    def __init__(self, plan: Plan, *, first: bool, initial_state: InitialState) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        first: bool,
+        initial_state: InitialState | None,
+        batch_size: int | None = None,
+        on_setup: Callable[[Trainer], None] | None = None,
+    ) -> None:
         self._plan, self._first, self._initial_state = plan, first, initial_state
+        self._batch_size, self._on_setup = batch_size, on_setup
+        self._module: LightningModule | None = None
         self._data: TrainingData | None = None
         self.error: BaseException | None = None
         """The exception that ended the fit, before any other callback could raise another."""
@@ -65,7 +86,11 @@ class RestartCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Installs the filter for skipped batches, and calls ``on_restart`` in a restarted fit."""
-        self._data = TrainingData(trainer, self._plan.unwanted)
+        self._data, self._module = TrainingData(trainer, self._plan.unwanted), pl_module
+        if self._on_setup is not None:
+            self._on_setup(trainer)
+        if self._batch_size is not None:
+            lightning_setattr(pl_module, "batch_size", self._batch_size)
         if not self._first:
             for callback in callbacks_of(trainer):
                 if isinstance(callback, StabilityCallback):
@@ -80,6 +105,7 @@ class RestartCallback(Callback):
             SmallerMicroBatchesError: if the checkpoint counts smaller micro-batches than this fit.
             RemedyFailedError: if the position in the epoch cannot be converted.
         """
+        replace_by_own(trainer, checkpoint)
         if self._plan.clears_optimizer_state:
             clear_optimizer_state(checkpoint)
         states = checkpoint.get("callbacks", {})
@@ -103,7 +129,7 @@ class RestartCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records layers that were created since ``setup``."""
-        if trainer.ckpt_path is None:
+        if self._initial_state is not None and trainer.ckpt_path is None:
             self._initial_state.add(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,6 +192,14 @@ class RestartCallback(Callback):
             batches_begun(trainer),
         )
         self.not_fetched = None if self._data is None else self._data.not_fetched()
+
+    def halved_batch_size(self) -> int | None:
+        """Returns the ``batch_size`` of module or data module, if it was halved."""
+        if self._plan.parts == 1 or self._module is None:
+            return None
+        size = lightning_getattr(self._module, "batch_size")
+        assert isinstance(size, int)
+        return size
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the filter for skipped batches from the trainer."""

@@ -11,7 +11,9 @@ from typing import Any
 
 from lit_stability.lightning_package import LightningDataModule, LightningModule, Trainer
 from lit_stability.restart.loop import Recover, Recovery, RecoveryResult
+from lit_stability.restart.ranks import RankRecovery
 from lit_stability.restart.resume_source import Find, ResumeSource
+from lit_stability.restart.torchrun import is_under_torchrun
 
 
 def fit_with_recovery(
@@ -28,8 +30,8 @@ def fit_with_recovery(
 ) -> RecoveryResult:
     """Runs ``Trainer.fit``; after an exception, restarts it from the last good checkpoint.
 
-    Restarts happen in this process. Before a restart, the memory of the failed fit is freed, and a
-    remedy is chosen by the kind of crash:
+    On one device restarts happen in this process, and before a restart the memory of the failed fit
+    is freed. A remedy is chosen by the kind of crash:
 
     * Out of memory: halves the ``batch_size`` attribute of the module or data module (the attribute
       that Lightning's batch size finder uses) and doubles ``accumulate_grad_batches``, so that each
@@ -52,6 +54,15 @@ def fit_with_recovery(
     ``log_dir``.
 
     A fit that resumes a checkpoint written with a halved batch size uses the halved batch size.
+
+    On several ranks the program is started by ``torchrun --max-restarts=3``. A rank that crashes
+    writes its crash, and what to change, to ``recovery-RUN/attempt=K/rank=R.json`` in the trainer's
+    ``default_root_dir``, which all ranks must share, and raises the exception. Its process ends
+    within 30 seconds, torchrun ends the others and starts all again, and in these this function
+    resumes from the last good checkpoint, with what the rank that crashed first has chosen. A
+    process that was killed has written nothing: the run is then resumed as it was. Restarts are
+    limited by torchrun too. ``make_trainer()`` is called once more before a restart that changes
+    options of the Trainer.
 
     Args:
         make_trainer: called as ``make_trainer(**overrides)`` for each fit, with Trainer options
@@ -76,7 +87,8 @@ def fit_with_recovery(
 
     Raises:
         ValueError: if an option is out of range, or ``make_trainer`` does not work as described.
-        RuntimeError: if the trainer has several devices.
+        RuntimeError: if the trainer has several devices, and torchrun has not started them; after
+            a restart, if the run before has found no remedy.
     """
     limits = Recover(max_crashes=max_crashes, progress_steps=progress_steps)
     data = {
@@ -85,4 +97,5 @@ def fit_with_recovery(
         "val_dataloaders": val_dataloaders,
     }
     sources = ResumeSource(find, ckpt_path)
-    return Recovery(make_trainer, model, data, limits, sources).run()
+    recovery = RankRecovery if is_under_torchrun() else Recovery
+    return recovery(make_trainer, model, data, limits, sources).run()

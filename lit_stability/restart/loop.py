@@ -74,7 +74,7 @@ class RecoveryResult:
 
 
 class Recovery:
-    """One call of `fit_with_recovery`.
+    """One call of `fit_with_recovery` in one process, which starts all fits.
 
     Args:
         make_trainer: builds the trainer of each fit.
@@ -83,6 +83,11 @@ class Recovery:
         limits: how many crashes are recovered from.
         sources: finds the checkpoint that a fit resumes from.
     """
+
+    _keeps_initial_state = True
+    """Whether a fit may be started from the initial state of the module."""
+    _new_process = False
+    """Whether the next fit is in another process."""
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class Recovery:
         self._model, self._data = model, data
         self._limits, self._sources = limits, sources
         self._plan = Plan(loaders_given=data["train_dataloaders"] is not None)
-        self._initial_state = InitialState(model)
+        self._initial_state = InitialState(model) if self._keeps_initial_state else None
         self._record: RecoveryRecord | None = None
         self._crashes: list[Crash] = []
         self._remedies: list[str] = []
@@ -106,6 +111,7 @@ class Recovery:
 
     def run(self) -> RecoveryResult:
         """Fits until a fit finishes; raises the exception of the last fit if none does."""
+        assert self._initial_state is not None
         previous: Exception | None = None
         source = self._sources.given
         while True:
@@ -163,7 +169,8 @@ class Recovery:
         if crash.in_a_row > limit:
             return f"{crash.in_a_row} crashes in a row, max_crashes={limit}"
         try:
-            self._remedies.append(self._plan.choose(crash, trainer, self._model))
+            choice = self._plan.choose(crash, trainer, self._model, new_process=self._new_process)
+            self._remedies.append(choice)
         except GiveUp as end:
             return str(end)
         return None

@@ -38,7 +38,7 @@ class RecoveryRecord:
         line = f"{crash.in_words()} -> {remedy}; " + (
             f"resuming from {checkpoint}" if checkpoint else "no good checkpoint: from the start"
         )
-        self._write(crash, remedy, checkpoint, "restart")
+        self.write(crash, remedy, checkpoint, "restart")
         log.warning("%s", line)
         return line
 
@@ -49,11 +49,12 @@ class RecoveryRecord:
             The line printed on the console.
         """
         line = f"{crash.in_words()} -> gave up: {reason}"
-        self._write(crash, reason, None, "give up")
+        self.write(crash, reason, None, "give up")
         log.warning("%s", line)
         return line
 
-    def _write(self, crash: Crash, remedy: str, checkpoint: object, event: str) -> None:
+    def write(self, crash: Crash, remedy: str, checkpoint: object, event: str) -> None:
+        """Adds a line to the file, and prints nothing."""
         if self.path is None:
             return
         row = asdict(crash) | {

@@ -11,7 +11,8 @@ May import Lightning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lit_stability.callbacks.hooks import can_lower_learning_rate
@@ -25,6 +26,7 @@ from lit_stability.lightning_package import (
 )
 from lit_stability.restart.crashes import Crash
 from lit_stability.restart.memory import batch_sizes, checkpoint_activations, drops_last
+from lit_stability.restart.rank_records import hashable
 from lit_stability.trainer_internals import callbacks_of
 
 CUT = 0.5
@@ -72,18 +74,35 @@ class Plan:
         """Returns whether the optimizer state is reset."""
         return self.instabilities > 1
 
+    def to_plain(self) -> dict[str, Any]:
+        """Returns the plan as types that JSON has."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found["unwanted"] = [sorted(samples, key=repr) for samples in self.unwanted]
+        found["seen"] = sorted(map(list, self.seen))
+        return found
+
+    @classmethod
+    def from_plain(cls, found: Mapping[str, Any]) -> Plan:
+        """Returns a plan from what `to_plain` returned."""
+        unwanted = [frozenset(map(hashable, samples)) for samples in found["unwanted"]]
+        seen = {(error, place, step) for error, place, step in found["seen"]}
+        return cls(**{**found, "unwanted": unwanted, "seen": seen})
+
     def made_progress(self) -> None:
         """Resets the changes for instability after training got past the crash."""
         self.instabilities = 0
         self.overrides.pop("gradient_clip_val", None)
 
-    def choose(self, crash: Crash, trainer: Trainer, module: LightningModule) -> str:
+    def choose(
+        self, crash: Crash, trainer: Trainer, module: LightningModule, *, new_process: bool = False
+    ) -> str:
         """Chooses what the next fit does differently.
 
         Args:
             crash: the crash.
             trainer: the trainer that crashed, still attached to the module.
             module: the module in training.
+            new_process: whether the next fit is in another process.
 
         Returns:
             A description of the change.
@@ -102,7 +121,7 @@ class Plan:
                     f"batch {crash.batch_idx} of epoch {crash.epoch} is skipped, samples "
                     f"{_shortened(crash.samples)}"
                 )
-            case "device":
+            case "device" if not new_process:
                 raise GiveUp(
                     "this process cannot use the device any more: start a new process and resume "
                     "from the last good checkpoint"

@@ -37,17 +37,22 @@ class ResumeSource:
     def add(self, folder: Path | None) -> None:
         """Adds the folder of a fit that is about to start."""
         if folder is not None and folder not in self._before:
-            self._before[folder] = self._found(folder)
+            self._before[folder] = self.found_in(folder)
+
+    def restore(self, before: dict[Path, tuple[Path, int] | None]) -> None:
+        """Continues with the folders of fits in earlier processes, and what was in them."""
+        self._before = dict(before)
 
     def newest(self) -> Path | str | None:
         """Returns the last good checkpoint of the latest fit that wrote one, or ``given``."""
         for folder in reversed(self._before):
-            found = self._found(folder)
+            found = self.found_in(folder)
             if found is not None and found != self._before[folder]:
                 return found[0]
         return self.given
 
-    def _found(self, folder: Path) -> tuple[Path, int] | None:
+    def found_in(self, folder: Path) -> tuple[Path, int] | None:
+        """Returns the last good checkpoint in a folder, and the time in ns when it was written."""
         try:
             path = self._find(folder) if folder.is_dir() else None
             return None if path is None else (Path(path), Path(path).stat().st_mtime_ns)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lit_stability.lightning_choice import mixed_packages
 from lit_stability.lightning_package import Trainer
+from lit_stability.restart.torchrun import is_under_torchrun
 from lit_stability.trainer_internals import callbacks_of
 
 _OPTIONS = (
@@ -41,7 +42,7 @@ class Trainers:
 
         Raises:
             ValueError: if the trainer is not new, or ignores an option.
-            RuntimeError: if the trainer has several devices.
+            RuntimeError: if the trainer has several devices, and torchrun has not started them.
         """
         trainer = self._make(**overrides)
         if not isinstance(trainer, Trainer):
@@ -81,11 +82,11 @@ def _check_options(trainer: Trainer, overrides: Mapping[str, Any]) -> None:
 
 
 def _check_devices(trainer: Trainer) -> None:
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not is_under_torchrun():
         raise RuntimeError(
-            f"fit_with_recovery supports one device, this trainer has {trainer.world_size}: a "
-            "single crashed rank cannot be restarted in its process. Restart all ranks "
-            "together, as torchrun --max-restarts does, with ckpt_path"
+            f"fit_with_recovery needs torchrun to restart the {trainer.world_size} ranks of this "
+            "trainer, because a crashed rank cannot be restarted in its process: start the program "
+            f"with torchrun --nproc-per-node={trainer.world_size} --max-restarts=3 PROGRAM"
         )
 
 

@@ -58,8 +58,10 @@ def assert_equal(straight, after):
 @SHARDED
 @pytest.mark.parametrize(
     "options",
-    [{}, {"options": {"accumulate_grad_batches": 2}, "steps": 30}],
-    ids=["every batch", "accumulated"],
+    [
+        pytest.param({}, marks=pytest.mark.long, id="every batch"),
+        pytest.param({"options": {"accumulate_grad_batches": 2}, "steps": 30}, id="accumulated"),
+    ],
 )
 def test_resume_after_an_exception_ends_like_the_uninterrupted_run(tmp_path, sharded, options):
     straight = fitted(tmp_path / "straight", sharded, **options)

@@ -628,7 +628,7 @@ def test_error_that_nothing_can_be_done_about_is_raised_at_once(error, limit, re
 
 
 def test_several_devices_are_rejected_before_the_first_fit(tmp_path):
-    with pytest.raises(RuntimeError, match="supports one device, this trainer has 2"):
+    with pytest.raises(RuntimeError, match="start the program with torchrun --nproc-per-node=2"):
         recovered(tmp_path, devices=2)
 
 

@@ -267,6 +267,8 @@ class LastKnownGood(StabilityCallback):
         if position is None:
             return
         position["batches"] *= micro_batches
+        if position.get("samples_per_batch"):
+            position["samples_per_batch"] //= micro_batches
         position["states"] = {i * micro_batches: s for i, s in position["states"].items()}
         # The former batch may not fit into memory, and its loss is not that of a micro-batch.
         state.pop("kept", None)

@@ -17,6 +17,9 @@ from lit_stability.training_state.rank_checkpoint_writer import OF_RANK, load_ow
 
 log = suite_logger()
 
+_REPLACED = "lit_stability: buffers of this rank"
+"""Key of a loaded checkpoint of which a rank's own part was replaced."""
+
 
 def of_rank(trainer: Trainer) -> dict[str, Any]:
     """Returns the checkpoint of this rank; its tensors are not copies. All ranks must call it.
@@ -36,7 +39,7 @@ def of_rank(trainer: Trainer) -> dict[str, Any]:
 
 
 def replace_by_own(trainer: Trainer, checkpoint: dict[str, Any]) -> Mapping[str, Tensor]:
-    """Replaces in a loaded checkpoint what rank 0 has saved for itself.
+    """Replaces in a loaded checkpoint what rank 0 has saved for itself; a second time, nothing.
 
     Args:
         trainer: that has loaded it.
@@ -48,6 +51,9 @@ def replace_by_own(trainer: Trainer, checkpoint: dict[str, Any]) -> Mapping[str,
     Raises:
         FileNotFoundError: if the file of this rank is not there.
     """
+    if _REPLACED in checkpoint:
+        replaced: Mapping[str, Tensor] = checkpoint[_REPLACED]
+        return replaced
     saved = good_checkpoint_of(local_path(trainer.ckpt_path))
     if saved is None or not saved.is_dir() or ranks_in(saved) != trainer.world_size:
         return {}
@@ -55,6 +61,7 @@ def replace_by_own(trainer: Trainer, checkpoint: dict[str, Any]) -> Mapping[str,
     checkpoint["callbacks"] |= own["callbacks"]
     checkpoint["loops"] = own["loops"]
     buffers: Mapping[str, Tensor] = own["buffers"]
+    checkpoint[_REPLACED] = buffers
     return buffers
 
 
