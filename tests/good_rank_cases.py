@@ -3,6 +3,9 @@
 import errno
 import os
 import signal
+import threading
+import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -73,7 +76,7 @@ class Ends(Callback):
 def strategy_of(sharded, ranks, broadcast_buffers):
     if sharded:
         return ModelParallelStrategy(ranks, 1)
-    return DDPStrategy(broadcast_buffers=broadcast_buffers)
+    return DDPStrategy() if broadcast_buffers else DDPStrategy(broadcast_buffers=False)
 
 
 def fit_good(
@@ -219,3 +222,38 @@ def faulty(root, sharded, fault, options):
         rank_checkpoint_writer.list_files = full
     extra = {"weight of rank 1": [DamagesCopy()], "hook of rank 1": [RaisesOnce()]}.get(fault, [])
     return fit_good(root, sharded, *extra, **options)
+
+
+KILLS_AT = ("any time", "any time", "mkdir", "write_whole", "list_files", "flush", "prune")
+"""Moments at which a rank is killed: any, or when its writer comes to this function."""
+
+
+class Killed(Callback):
+    """Ends this process without warning, and slows the steps so that there is something to kill."""
+
+    def __init__(self, plan, progress):
+        self.plan, self.progress = plan, Path(progress)
+
+    def on_train_start(self, trainer, pl_module):
+        if self.plan["at"] is None or trainer.global_rank != self.plan["rank"]:
+            return
+        if self.plan["at"] == "any time":
+            threading.Thread(target=self._later, daemon=True).start()
+            return
+        owner = Path if self.plan["at"] == "mkdir" else rank_checkpoint_writer
+        setattr(owner, self.plan["at"], lambda *args, **kwargs: os.kill(os.getpid(), 9))
+
+    def _later(self):
+        time.sleep(self.plan["seconds"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        time.sleep(0.02)
+        if trainer.global_rank == 0:
+            part = self.progress.with_suffix(".part")
+            part.write_text(str(trainer.global_step))
+            part.replace(self.progress)
+
+
+def killed(root, sharded, plan, progress, options):
+    return fit_good(root, sharded, Killed(plan, progress), ckpt=find_last_good(root), **options)
