@@ -30,7 +30,9 @@ from lit_stability.errors import ConfigError
 from lit_stability.incidents import TrainingStopped
 from lit_stability.printing import printable
 from lit_stability.redaction import redacted
-from lit_stability.training_state.good_checkpoints import RunEnd, find_last_good, step_of
+from lit_stability.training_state.good_checkpoints import RunEnd, step_of
+from lit_stability.training_state.preemption_checkpoints import FOLDER as PREEMPTED
+from lit_stability.training_state.preemption_checkpoints import find_resume_checkpoint
 
 _EXIT_CODES = """\
 exit codes:
@@ -275,7 +277,7 @@ def _resume(args: argparse.Namespace) -> int:
             "add --trust"
         )
     config = compose([run / "config.yaml"], [f"run_dir={run}", *args.overrides])
-    checkpoint = find_last_good(run)
+    checkpoint = find_resume_checkpoint(run)
     if checkpoint is None:
         raise ConfigError(
             f"{run}: has no good checkpoint; add `lit_stability.LastKnownGood` to the callbacks, "
@@ -284,7 +286,9 @@ def _resume(args: argparse.Namespace) -> int:
         )
     end = RunEnd.read(checkpoint.parent)
     ending = "" if end is None else f"; the run {end.in_words()}"
-    print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
+    kind = "preemption" if checkpoint.parent.name == PREEMPTED else "good"
+    line = f"resuming from the {kind} checkpoint of step {step_of(checkpoint)}{ending}"
+    print(printable(line))
     from lit_stability.cli.fit import fit
 
     fit(config, resume=checkpoint, allow=args.allow)
