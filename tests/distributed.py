@@ -1,5 +1,6 @@
 """Processes on this machine, as ranks over gloo or alone, for tests that must not hang."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -95,7 +96,8 @@ def exit_codes(function, *args, ranks=1, timeout=60, folder, signals=()):
             while not begun.exists() and processes[rank].is_alive():
                 time.sleep(0.005)
             time.sleep(seconds)
-            os.kill(processes[rank].pid, signum)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(processes[rank].pid, signum)
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in processes]

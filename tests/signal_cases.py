@@ -25,9 +25,7 @@ from lit_stability import (
 )
 from lit_stability.callbacks.preemption_checkpoint import signal_flag
 from tests.conftest import Regression, by_hand, make_trainer, regression_data
-from tests.rank_cases import Manual, fit_rank, whole
-
-__all__ = ["Manual"]
+from tests.rank_cases import fit_rank, whole
 
 STEPS = 45
 SUITE = (GradientMonitor, LastKnownGood, AutoRollback)
@@ -220,7 +218,7 @@ class WithoutSomeSteps(Disturbed):
         return None if batch_idx >= 15 else loss
 
 
-def train_slowly(folder, seconds=0.02, **options):
+def train_slowly(folder, seconds=0.04, **options):
     """A fit that takes a second, for signals at any moment."""
 
     class Slow(Callback):

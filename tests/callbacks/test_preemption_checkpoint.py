@@ -19,6 +19,7 @@ from lit_stability.training_state.good_checkpoints import RunEnd
 from tests import signal_cases
 from tests.conftest import fit
 from tests.distributed import exit_codes
+from tests.rank_cases import Manual
 from tests.test_kill import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,15 +125,15 @@ def test_signal_early_in_an_accumulation_window_is_acted_upon_at_its_end(tmp_pat
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_run_ended_at_random_moments_resumes_bit_identical(kills, undisturbed, tmp_path):
     """Two signals each time: the second does not interrupt what is done about the first."""
-    draw = random.Random(kills)
+    draw, options = random.Random(kills), {"max_steps": 40 + 8 * kills}
     for _ in range(kills):
         second = (draw.uniform(0, 0.02), 0, signal.SIGTERM)
         signals = [(draw.uniform(0.2, 0.5), 0, signal.SIGTERM), second]
-        code, output = run(tmp_path, signal_cases.train_slowly, signals=signals)
+        code, output = run(tmp_path, signal_cases.train_slowly, signals=signals, **options)
         assert code in (TERM, -signal.SIGTERM), output
         assert not list(tmp_path.rglob(".part-*"))
     assert saved(tmp_path)
-    assert_same(finish(tmp_path), undisturbed())
+    assert_same(finish(tmp_path, **options), undisturbed(**options))
 
 
 def test_second_signal_while_saving_does_not_interrupt_the_save(undisturbed, tmp_path):
@@ -337,7 +338,7 @@ def test_ranks_save_together_and_end_with_the_same_code(hits, tmp_path):
     [
         ("fsdp2", {}),
         ("ddp", {"accumulate_grad_batches": 3}),
-        ("ddp", {"module": signal_cases.Manual}),
+        ("ddp", {"module": Manual}),
     ],
     ids=["FSDP2", "accumulation", "manual optimization"],
 )
