@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.callbacks import LastKnownGood as LastKnownGood
     from lit_stability.callbacks import NonFiniteLocator as NonFiniteLocator
     from lit_stability.callbacks import PrecisionFallback as PrecisionFallback
+    from lit_stability.callbacks import PreemptionCheckpoint as PreemptionCheckpoint
     from lit_stability.callbacks import Preflight as Preflight
     from lit_stability.callbacks import StabilityCallback as StabilityCallback
     from lit_stability.callbacks import stability_callbacks as stability_callbacks
@@ -34,6 +35,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.restart import fit_with_recovery as fit_with_recovery
     from lit_stability.training_state.good_checkpoints import find_last_good as find_last_good
     from lit_stability.training_state.memory_estimate import estimate_memory as estimate_memory
+    from lit_stability.training_state.preemption_checkpoints import (
+        find_resume_checkpoint as find_resume_checkpoint,
+    )
 
 _HOME = {
     "AdaptiveGradientClipping": "callbacks",
@@ -51,12 +55,14 @@ _HOME = {
     "NonFiniteLocator": "callbacks",
     "NonFiniteOrigin": "diagnosis.nonfinite",
     "PrecisionFallback": "callbacks",
+    "PreemptionCheckpoint": "callbacks",
     "Preflight": "callbacks",
     "StabilityCallback": "callbacks",
     "StepStats": "measurement.step_stats",
     "TrainingStopped": "incidents",
     "estimate_memory": "training_state.memory_estimate",
     "find_last_good": "training_state.good_checkpoints",
+    "find_resume_checkpoint": "training_state.preemption_checkpoints",
     "fit_with_recovery": "restart",
     "locate_nonfinite": "diagnosis.nonfinite",
     "measure_attention": "measurement.attention_monitor",

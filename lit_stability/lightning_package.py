@@ -17,6 +17,7 @@ require_versions(distribution(PACKAGE))
 
 if TYPE_CHECKING or PACKAGE == "lightning":
     from lightning import __version__ as LIGHTNING_VERSION
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.utilities import types as fabric_types
     from lightning.fabric.utilities.data import sized_len
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -49,6 +50,7 @@ if TYPE_CHECKING or PACKAGE == "lightning":
         move_data_to_device,
         rank_zero_info,
     )
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.parsing import (
         lightning_getattr,
@@ -56,6 +58,7 @@ if TYPE_CHECKING or PACKAGE == "lightning":
         lightning_setattr,
     )
 else:
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning_fabric.utilities import types as fabric_types
     from lightning_fabric.utilities.data import sized_len
     from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -89,6 +92,7 @@ else:
         move_data_to_device,
         rank_zero_info,
     )
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.parsing import (
         lightning_getattr,
@@ -116,6 +120,8 @@ __all__ = [
     "ModelCheckpoint",
     "ModelParallelStrategy",
     "Precision",
+    "SIGTERMException",
+    "SLURMEnvironment",
     "SingleDeviceStrategy",
     "Trainer",
     "WeightAveraging",

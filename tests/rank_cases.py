@@ -140,7 +140,17 @@ def whole(tensors):
 
 
 def fit_rank(
-    root, name, callbacks, *, module=Net, dropout=0.1, skipped=(), nan=(), val=False, **options
+    root,
+    name,
+    callbacks,
+    *,
+    module=Net,
+    dropout=0.1,
+    skipped=(),
+    nan=(),
+    val=False,
+    resume=None,
+    **options,
 ):
     """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
@@ -164,7 +174,8 @@ def fit_rank(
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
     data = batches(trainer.global_rank, ranks, skipped=skipped, nan=nan)
     torch.manual_seed(trainer.global_rank)
-    trainer.fit(net, data, batches(trainer.global_rank, ranks, count=2) if val else None)
+    checked = batches(trainer.global_rank, ranks, count=2) if val else None
+    trainer.fit(net, data, checked, ckpt_path=resume)
     return net, trainer
 
 

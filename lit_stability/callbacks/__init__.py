@@ -22,6 +22,7 @@ One optimizer step, with the hooks in place::
                                 AutoRollback undoes a skipped step, or rolls back to a snapshot
     validation, if it is due
     before the next fetch       AutoRollback takes a snapshot, LastKnownGood a copy for the disk
+                                PreemptionCheckpoint saves and ends the run after a signal
 
 The hooks of this package are the methods of `StabilityCallback`. To write your own responder,
 override `on_incident`. Setting gradients to None skips the update bit for bit. The first callback
@@ -69,6 +70,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
+from lit_stability.callbacks.preemption_checkpoint import PreemptionCheckpoint
 from lit_stability.callbacks.preflight import Preflight
 from lit_stability.lightning_package import Callback
 
@@ -85,6 +87,7 @@ __all__ = [
     "LastKnownGood",
     "NonFiniteLocator",
     "PrecisionFallback",
+    "PreemptionCheckpoint",
     "Preflight",
     "StabilityCallback",
     "stability_callbacks",
@@ -106,6 +109,7 @@ def stability_callbacks() -> list[Callback]:
     NonFiniteLocator
     Diagnosis
     LastKnownGood
+    PreemptionCheckpoint
     PrecisionFallback
     AutoRollback
     """
@@ -116,6 +120,7 @@ def stability_callbacks() -> list[Callback]:
         NonFiniteLocator(),
         Diagnosis(),
         LastKnownGood(),
+        PreemptionCheckpoint(),
         PrecisionFallback(),
         AutoRollback(),
     ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +193,27 @@ class StabilityCallback(Callback):
         Args:
             state: what ``state_dict`` returned before each batch was split.
             micro_batches: how many there are for each former batch.
+        """
+
+    def rank_flag(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Returns a whole number that all ranks learn in `on_rank_flags` of the same step.
+
+        It travels with the statistics of the step, so it costs no collective. Under DDP these are
+        sent before the backward pass of the step's last batch: a flag that is set later is read for
+        the next step. Called on every rank, for each step that is measured; it must be quick.
+        """
+        return 0.0
+
+    def on_rank_flags(
+        self, trainer: Trainer, pl_module: LightningModule, flags: Sequence[float]
+    ) -> None:
+        """Called for each measured step, before `on_step_measured`, if `rank_flag` is overridden.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module in training.
+            flags: what `rank_flag` of each rank returned, in their order, the same on all of them.
+                Under a strategy that is not supported, only that of this rank.
         """
 
     def rewindable_state(self) -> Mapping[str, Any]:

@@ -50,6 +50,21 @@ def monitor_of(trainer: Trainer) -> GradientMonitor:
     return next(c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
 
 
+def shares_numbers(trainer: Trainer) -> bool:
+    """Returns whether `GradientMonitor` exchanges its numbers between all ranks, or there is one.
+
+    Args:
+        trainer: in its fit.
+    """
+    return trainer.world_size == 1 or _is_allowed(trainer) or sharing(trainer) != "untried"
+
+
+def _is_allowed(trainer: Trainer) -> bool:
+    strategy = type(trainer.strategy).__name__
+    monitors = [c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor)]
+    return any(strategy in monitor.allow_strategies for monitor in monitors)
+
+
 def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
     """Checks that a callback supports the strategy, or that the user has allowed the strategy.
 
@@ -57,9 +72,7 @@ def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
         RuntimeError: if not; the message has the reason and the alternatives.
     """
     strategy = type(trainer.strategy).__name__
-    monitors = [c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor)]
-    allowed = any(strategy in monitor.allow_strategies for monitor in monitors)
-    if sharing(trainer) == "untried" and not allowed:
+    if sharing(trainer) == "untried" and not _is_allowed(trainer):
         raise RuntimeError(
             f"{type(callback).__name__} does not support {strategy}: {why_unsupported(trainer)}. "
             "Train on one device, with DDP or with FSDP2; or use only GradientMonitor, which does "

@@ -30,12 +30,9 @@ from lit_stability.errors import ConfigError
 from lit_stability.incidents import TrainingStopped
 from lit_stability.printing import printable
 from lit_stability.redaction import redacted
-from lit_stability.training_state.good_checkpoints import (
-    RunEnd,
-    find_last_good,
-    good_checkpoint_of,
-    step_of,
-)
+from lit_stability.training_state.good_checkpoints import RunEnd, good_checkpoint_of, step_of
+from lit_stability.training_state.preemption_checkpoints import FOLDER as PREEMPTED
+from lit_stability.training_state.preemption_checkpoints import find_resume_checkpoint
 
 _EXIT_CODES = """\
 exit codes:
@@ -283,7 +280,7 @@ def _resume(args: argparse.Namespace) -> int:
     from lit_stability.restart.torchrun import from_rank_0
 
     # Each rank would read the whole checkpoint, to verify it.
-    found = from_rank_0("good checkpoint", lambda: str(find_last_good(run) or ""))
+    found = from_rank_0("good checkpoint", lambda: str(find_resume_checkpoint(run) or ""))
     checkpoint = Path(found)
     if not found:
         raise ConfigError(
@@ -294,8 +291,10 @@ def _resume(args: argparse.Namespace) -> int:
     good = good_checkpoint_of(checkpoint)
     end = None if good is None else RunEnd.read(good.parent)
     ending = "" if end is None else f"; the run {end.in_words()}"
+    kind = "preemption" if PREEMPTED in checkpoint.parts[-3:] else "good"
+    line = f"resuming from the {kind} checkpoint of step {step_of(checkpoint)}{ending}"
     if os.environ.get("RANK", "0") == "0":
-        print(printable(f"resuming from the good checkpoint of step {step_of(checkpoint)}{ending}"))
+        print(printable(line))
     from lit_stability.cli.fit import fit
 
     fit(config, resume=checkpoint, allow=args.allow)

@@ -66,6 +66,7 @@ class Reading:
     """Counts of stuck 16-bit weights, and of those with a steady gradient sign; or empty."""
     rank_weights: tuple[float, ...] = ()
     rank_rates: tuple[float, ...] = ()
+    rank_flags: tuple[tuple[float, ...], ...] = ()
 
 
 class StepMeter:
@@ -111,6 +112,8 @@ class StepMeter:
         """Number of measured steps."""
         self.also: Sequence[float] = ()
         """Numbers of ``also`` that were copied to the host with the last step."""
+        self.flags: Sequence[float] = ()
+        """Numbers of this rank that all ranks learn with the next step; as many on each."""
         self._samples = WeightSampler(self.parameters)
         self._batched = BatchedNorms(self.parameters)
         self._moments = OptimizerMoments(self.names, self.parameters, optimizer)
@@ -237,6 +240,7 @@ class StepMeter:
             details=details_of(grads.names, grad_norms, read.distributions),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
+            rank_flags=read.rank_flags,
         )
         self.count += 1
         if scan_weights:
@@ -345,6 +349,7 @@ class StepMeter:
             distributions=host["rows"],
             also=host["also"],
             stuck=host["stuck"],
+            rank_flags=(tuple(self.flags),),
         )
 
     def _gradient_norms(self, grads: Gradients) -> list[Tensor]:

@@ -132,6 +132,8 @@ class StepStats:
     """Checksum of each rank's sampled weights; only if all ranks hold the same weights."""
     rank_rates: tuple[float, ...] = field(default=(), repr=False)
     """Sum of each rank's effective learning rates; only with several ranks."""
+    rank_flags: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    """Flags of each rank, one for each callback that has any, see `StabilityCallback.rank_flag`."""
     details: tuple[GradientDetail, ...] = field(default=(), repr=False)
     """Distribution per parameter; only on steps that request it."""
     readings: tuple[ProbeReading, ...] = ()

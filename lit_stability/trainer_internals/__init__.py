@@ -5,8 +5,17 @@ source, and fail when a release of Lightning moves or renames one of them.
 """
 
 from lit_stability.trainer_internals.batch_replay import BatchRecorder, RecordedBatch, ReplayRing
+from lit_stability.trainer_internals.between_batches import BetweenBatches
 from lit_stability.trainer_internals.callback_state import Stateful, keeps_state
 from lit_stability.trainer_internals.checkpoint_ledger import CheckpointLedger
+from lit_stability.trainer_internals.cluster import (
+    Handler,
+    handles_signals,
+    program_handler,
+    requeue_checkpoint,
+    requeue_signal,
+    signal_processes,
+)
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
 from lit_stability.trainer_internals.hyperparameters import hide_environment
@@ -80,9 +89,11 @@ from lit_stability.trainer_internals.worker_exit import at_worker_exit
 __all__ = [
     "AroundNextStep",
     "BatchRecorder",
+    "BetweenBatches",
     "CheckpointLedger",
     "DataPosition",
     "EpochMetrics",
+    "Handler",
     "LoggedMetrics",
     "LoopState",
     "MeasuredClipping",
@@ -111,6 +122,7 @@ __all__ = [
     "end_epoch_schedulers",
     "ends_window",
     "full_checkpoint",
+    "handles_signals",
     "has_room_to_move",
     "hide_environment",
     "incident_bytes",
@@ -129,16 +141,20 @@ __all__ = [
     "own_buffers",
     "owners_in",
     "parameters_of",
+    "program_handler",
     "rank_checkpoint",
     "ranks_of",
     "remove_gradients",
     "replay_loss",
+    "requeue_checkpoint",
+    "requeue_signal",
     "reshard",
     "run_directory",
     "same_batch",
     "same_loss",
     "save_incident_checkpoint",
     "sharing",
+    "signal_processes",
     "snapshot_bytes",
     "step_failure",
     "tear_down",

@@ -34,6 +34,11 @@ _KEEP_LOGGED = "Trainer.callback_metrics, and without it metrics of a skipped ba
 
 LIGHTNING = (
     Private(
+        "_accelerator_connector",
+        "SLURMEnvironment.detect, which does not know what the user passed to the Trainer",
+        paths=("_accelerator_connector.cluster_environment",),
+    ),
+    Private(
         "_average_model",
         "WeightAveraging.state_dict, at the price of a copy",
     ),
@@ -51,7 +56,7 @@ LIGHTNING = (
     Private(
         "_checkpoint_connector",
         "Trainer.save_checkpoint to memory",
-        paths=("_checkpoint_connector.dump_checkpoint",),
+        paths=("_checkpoint_connector.dump_checkpoint", "_checkpoint_connector.hpc_save_path"),
     ),
     Private(
         "_combined_loader",
@@ -99,6 +104,11 @@ LIGHTNING = (
         paths=("fit_loop.epoch_loop._num_ready_batches_reached",),
     ),
     Private(
+        "_original_handlers",
+        "signal.getsignal at setup, which misses handlers that are installed after it",
+        paths=("_signal_connector._original_handlers",),
+    ),
+    Private(
         "_progress_bar_metrics", _KEEP_LOGGED, paths=("_logger_connector._progress_bar_metrics",)
     ),
     Private("_register_ddp_hooks", "a restart of the fit in the other precision"),
@@ -122,6 +132,7 @@ LIGHTNING = (
         "one validation too many after a resume",
         paths=("fit_loop.epoch_loop._should_check_val_fx",),
     ),
+    Private("_signal_connector", "signal.getsignal at setup"),
     Private(
         "_skip_next_val",
         _OWN_LOOP,

@@ -54,7 +54,7 @@ def find_last_good(directory: str | Path) -> Path | None:
         folders.append(directory)
     found = [file for folder in folders for file in good_files(folder)]
     newest = first_whole(sorted(found, key=_age, reverse=True))
-    return None if newest is None else _to_load(newest)
+    return None if newest is None else to_load(newest)
 
 
 def good_files(folder: Path) -> list[Path]:
@@ -71,9 +71,19 @@ def good_checkpoint_of(path: Path | None) -> Path | None:
     PosixPath('good/step=00000120')
     >>> good_checkpoint_of(Path("checkpoints/last.ckpt"))
     """
-    if path is not None and path.name == MAIN:
-        path = path.parent
+    path = None if path is None else folder_of(path) or path
     return path if path is not None and path.parent.name == FOLDER else None
+
+
+def folder_of(path: Path) -> Path | None:
+    """Returns the folder of several ranks that a ``ckpt_path`` is, or is the main file of, or None.
+
+    >>> folder_of(Path("good/step=00000120/checkpoint.ckpt"))
+    PosixPath('good/step=00000120')
+    """
+    if path.name == MAIN:
+        return path.parent
+    return path if path.is_dir() else None
 
 
 def step_of(path: Path) -> int:
@@ -87,6 +97,11 @@ def step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.parent.name if path.name == MAIN else path.name)
     assert match is not None, path
     return int(match[1])
+
+
+def to_load(path: Path) -> Path:
+    """Returns what Lightning loads of a checkpoint: replicas have written one file for all."""
+    return path / MAIN if (path / MAIN).exists() else path
 
 
 def free_path(folder: Path, step: int, ending: str = ".ckpt") -> Path:
@@ -149,11 +164,6 @@ def _age(path: Path) -> tuple[int, int, int]:
 def _is_good(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
     return match is not None and path.is_file() == bool(match[3])
-
-
-def _to_load(path: Path) -> Path:
-    """Returns what Lightning loads of a good checkpoint: replicas have written one file for all."""
-    return path / MAIN if (path / MAIN).exists() else path
 
 
 @dataclass(frozen=True, kw_only=True)

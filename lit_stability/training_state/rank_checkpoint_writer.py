@@ -64,16 +64,34 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
         """
         self._together(lambda: require_finite(state, constants))
         path = self._ranks.from_first(free_path(self.folder, step, ending=""))
+        self._write_folder(state, path)
+        self.newest = path
+        if self._ranks.rank == 0:
+            prune(self.folder, step, self.keep)
+
+    def write_now(self, state: Mapping[str, Any], path: Path) -> None:
+        """Writes a checkpoint that is not called good, while all ranks wait for each other.
+
+        Args:
+            state: the checkpoint; not copied.
+            path: of the folder, the same on all ranks.
+
+        Raises:
+            OSError: on all ranks, if one cannot write.
+        """
+        self.join()
+        self._write_folder(state, path)
+
+    def _write_folder(self, state: Mapping[str, Any], path: Path) -> None:
         part = path.with_name(path.name + PART)
         try:
             self._together(lambda: part.mkdir(parents=True, exist_ok=True))
             written = self._write_weights(state, part)
             self._together(lambda: self._write_own(state[OF_RANK], part, written))
-            self._together(lambda: self._publish(part, path, step))
+            self._together(lambda: self._publish(part, path))
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        self.newest = path
 
     def _write_weights(self, state: Mapping[str, Any], part: Path) -> list[str]:
         """Writes weights and optimizers; returns patterns of the files that this rank wrote."""
@@ -96,7 +114,7 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
         files = [found for pattern in written for found in part.glob(pattern)]
         list_files(part, ranks.rank, ranks.world, [*files, file])
 
-    def _publish(self, part: Path, path: Path, step: int) -> None:
+    def _publish(self, part: Path, path: Path) -> None:
         """Gives the folder its name, on rank 0.
 
         Raises:
@@ -113,7 +131,6 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
         flush(part)
         part.rename(path)
         flush(path.parent)
-        prune(self.folder, step, self.keep)
 
     def _together(self, action: Callable[[], T]) -> T | None:
         """Runs an action on each rank; raises on all of them if it fails on one."""

@@ -171,7 +171,7 @@ def test_suite_with_two_optimizers_skips_the_bad_one_only(tmp_path):
     [
         *("AdaptiveGradientClipping", "AnomalyCheckpoint", "AutoRollback"),
         *("CrashPrediction", "GradientFlow", "LastKnownGood", "NonFiniteLocator"),
-        "PrecisionFallback",
+        *("PrecisionFallback", "PreemptionCheckpoint"),
         *("AttentionProbe", "CurvatureProbe"),
     ],
 )

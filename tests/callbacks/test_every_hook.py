@@ -68,6 +68,7 @@ def arguments(callback, trainer, module):
         "anomaly": anomaly,
         "incident": incident,
         "micro_batches": 2,
+        "flags": [0.0, 0.0],
     }
 
 

@@ -86,6 +86,16 @@ def good_run(cwd):
     return cwd / "runs/good"
 
 
+def test_resume_uses_a_preemption_checkpoint_of_a_later_step(good_run, capsys):
+    later = good_run / "preempted" / "step=00000099.ckpt"
+    later.parent.mkdir()
+    find_last_good("runs/good").rename(later)
+    assert main(["resume", "runs/good", "trainer.max_steps=40"]) == 0
+    printed = capsys.readouterr().out
+    assert "resuming from the preemption checkpoint of step 99\n" in printed
+    assert "resumed from runs/good/preempted" in printed
+
+
 def test_resume_uses_the_last_good_checkpoint_and_the_config_of_the_run(good_run, capsys):
     """S12."""
     good = find_last_good("runs/good")

@@ -43,6 +43,7 @@ OPTIONS = {
         "on_mismatch": "warn",
         "after_crash": 1.0,
     },
+    "PreemptionCheckpoint": {"grace": 60.0},
     "PrecisionFallback": {
         "precisions": ["bf16-mixed", "32-true"],
         "fp32_modules": ["net.0"],

@@ -296,6 +296,7 @@ class GradientMonitor(StabilityCallback):
         )
         if stats is None:
             return
+        self._measurer.report_flags(trainer, stats)
         gate = skip_gate(optimizer)
         gate.before_verdict()
         if failure is not None:

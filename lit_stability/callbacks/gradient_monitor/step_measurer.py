@@ -60,6 +60,7 @@ class StepMeasurer:
         self._scan_every, self._details_every = scan_weights_every, details_every
         self._buffers = WatchedBuffers(pl_module)
         self._clipping = MeasuredClipping(trainer, pl_module)
+        self._flagged = [c for c in callbacks_of(trainer) if implements(c, "rank_flag")]
         self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}
         for optimizer in trainer.optimizers:
             learning_rate_multiplier(optimizer)
@@ -121,6 +122,7 @@ class StepMeasurer:
             return
         meter = self._meter(0, trainer.optimizers[0])
         assert isinstance(meter, DistributedStepMeter)
+        meter.flags = self._flags(trainer)
         scaler = loss_scaler(trainer)
         meter.begin(
             self._loss,
@@ -132,7 +134,7 @@ class StepMeasurer:
     def measure(
         self, trainer: Trainer, optimizer: Optimizer, *, scan: bool, failed: bool = False
     ) -> StepStats | None:
-        """Measures a step before its update; returns None if it was measured already.
+        """Measures a step before its update; returns None for one that was measured already.
 
         Args:
             trainer: in the optimizer's step.
@@ -141,7 +143,9 @@ class StepMeasurer:
             failed: whether a ``training_step`` of this step raised: its loss and gradients mean
                 nothing, and the weights are scanned.
         """
-        index = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+        index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), None)
+        if index is None:  # of another fit: one that failed has had no teardown
+            return None
         if isinstance(optimizer, LBFGS) and index in self._measured:
             # Its closure runs many times per step; only the first run has the weights of the step.
             self._loss = None
@@ -153,6 +157,7 @@ class StepMeasurer:
             unscale(scaler, optimizer)
         scale = learning_rate_multiplier(optimizer)
         meter = self._meter(index, optimizer)
+        meter.flags = self._flags(trainer)
         loss, self._loss = self._loss, None
         probes = [c for c in callbacks_of(trainer) if implements(c, "probe_readings")]
         probes = [] if failed else probes
@@ -178,6 +183,21 @@ class StepMeasurer:
             return without_gradients(stats)
         readings = self._readings(answers, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
+
+    def _flags(self, trainer: Trainer) -> list[float]:
+        return [each.rank_flag(trainer, self._module) for each in self._flagged]
+
+    def report_flags(self, trainer: Trainer, stats: StepStats) -> None:
+        """Calls ``on_rank_flags`` of the callbacks that have flags.
+
+        Args:
+            trainer: in the optimizer's step.
+            stats: what `measure` returned for it.
+        """
+        for index, each in enumerate(self._flagged):
+            if implements(each, "on_rank_flags"):
+                flags = [rank[index] for rank in stats.rank_flags]
+                each.on_rank_flags(trainer, self._module, flags)
 
     def _starts_epoch(self, index: int, epoch: int) -> bool:
         last, self._epochs[index] = self._epochs.get(index, epoch), epoch
@@ -238,6 +258,8 @@ class StepMeasurer:
         else:
             meter = DistributedStepMeter(named, optimizer, index, self._ranks, buffers)
         meter.keeps_gradients = self._clipping.active
+        # Each rank has as many in its row, also where a step is measured after it was cut short.
+        meter.flags = [0.0] * len(self._flagged)
         return meter
 
     @staticmethod

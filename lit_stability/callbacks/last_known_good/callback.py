@@ -285,6 +285,27 @@ class LastKnownGood(StabilityCallback):
         finally:
             self._capturing = False
 
+    def save_of_ranks(self, trainer: Trainer, path: Path) -> bool:
+        """Saves a checkpoint of all ranks between two batches, from which each resumes exactly.
+
+        All ranks must call it, or none.
+
+        Args:
+            trainer: in its fit.
+            path: of the folder, the same on all ranks.
+
+        Returns:
+            Whether it was saved: not on one device, nor where this callback keeps nothing.
+
+        Raises:
+            OSError: on all ranks, if one cannot write.
+        """
+        manager = None if self._fit is None else self._fit.manager
+        if manager is None or not isinstance(manager.writer, RankCheckpointWriter):
+            return False
+        manager.writer.write_now(self.checkpoint(trainer), path)
+        return True
+
     def _release(self) -> None:
         if self._fit is not None:
             self._fit.verification.close()

@@ -12,7 +12,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import callbacks_of, local_path, own_buffers, rank_checkpoint
 from lit_stability.training_state.checkpoint_file import ranks_in
-from lit_stability.training_state.good_checkpoints import good_checkpoint_of
+from lit_stability.training_state.good_checkpoints import folder_of
 from lit_stability.training_state.rank_checkpoint_writer import OF_RANK, load_own
 
 log = suite_logger()
@@ -54,8 +54,10 @@ def replace_by_own(trainer: Trainer, checkpoint: dict[str, Any]) -> Mapping[str,
     if _REPLACED in checkpoint:
         replaced: Mapping[str, Tensor] = checkpoint[_REPLACED]
         return replaced
-    saved = good_checkpoint_of(local_path(trainer.ckpt_path))
-    if saved is None or not saved.is_dir() or ranks_in(saved) != trainer.world_size:
+    saved = local_path(trainer.ckpt_path)
+    # Lightning finds the checkpoint of a job that is requeued by a name of its own: it is a link.
+    saved = None if saved is None else folder_of(saved.resolve())
+    if saved is None or ranks_in(saved) != trainer.world_size:
         return {}
     own = load_own(saved, trainer.global_rank)
     checkpoint["callbacks"] |= own["callbacks"]
