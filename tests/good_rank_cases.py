@@ -15,7 +15,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-from lit_stability import AutoRollback, GradientMonitor, LastKnownGood, find_last_good
+from lit_stability import (
+    AutoRollback,
+    GradientMonitor,
+    LastKnownGood,
+    PreemptionCheckpoint,
+    find_last_good,
+    find_resume_checkpoint,
+)
 from lit_stability.distributed.dtensor import local
 from lit_stability.training_state import rank_checkpoint_writer
 from tests.rank_cases import Lines, Net, whole
@@ -89,19 +96,21 @@ def fit_good(
     options=None,
     good=None,
     broadcast_buffers=True,
+    preemption=False,
 ):
     """Returns what a rank has at the end of a fit with `LastKnownGood`."""
     seed_everything(7, workers=True, verbose=False)
     torch.manual_seed(7 + int(os.environ["LOCAL_RANK"]))
     module, lines, ranks = LoggingNet(sharded), Lines(), int(os.environ["WORLD_SIZE"])
     good = {"every_n_steps": 8, "confirm_after": 3, "after_crash": 1.0} | (good or {})
+    ends = [PreemptionCheckpoint()] if preemption else []
     trainer = Trainer(
         default_root_dir=root,
         strategy=strategy_of(sharded, ranks, broadcast_buffers),
         devices=ranks,
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[*extra, GradientMonitor(), LastKnownGood(**good), AutoRollback()],
+        callbacks=[*extra, GradientMonitor(), LastKnownGood(**good), *ends, AutoRollback()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -114,6 +123,8 @@ def fit_good(
         trainer.fit(module, data, ckpt_path=ckpt)
     except (RuntimeError, ValueError) as problem:
         error = str(problem)
+    except SystemExit as problem:
+        error = f"exit {problem.code}"
     return {
         "error": error,
         "weights": None if error else whole(module.parameters()),
@@ -140,6 +151,23 @@ def resumed(root, sharded, options):
 
 def resumed_from(root, sharded, name, options):
     return fit_good(root, sharded, ckpt=root / name, **options)
+
+
+class Signals(Callback):
+    """Sends SIGTERM to the process of rank 1 in the middle of a step."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == 20 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def preempted(root, sharded, options):
+    return fit_good(root, sharded, Signals(), preemption=True, **options)
+
+
+def after_preemption(root, sharded, options):
+    source = find_resume_checkpoint(root)
+    return fit_good(root, sharded, ckpt=source, preemption=True, **options)
 
 
 class SavesOnce(Callback):
@@ -248,7 +276,7 @@ class Killed(Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        time.sleep(0.02)
+        time.sleep(0.03)
         if trainer.global_rank == 0:
             part = self.progress.with_suffix(".part")
             part.write_text(str(trainer.global_step))

@@ -38,7 +38,7 @@ def test_run_with_twenty_kills_ends_like_the_uninterrupted_one(
             lost.append(reached - (0 if source is None else step_of(source)))
         # The last attempts may finish.
         kill = cases.KILLS_AT[draw.randrange(len(cases.KILLS_AT))] if kills < KILLS else None
-        plan = {"at": kill, "rank": draw.randrange(2), "seconds": draw.uniform(0.1, 1.0)}
+        plan = {"at": kill, "rank": draw.randrange(2), "seconds": draw.uniform(0.2, 0.7)}
         arguments = (cases.killed, root, sharded, plan, str(progress), {"steps": STEPS})
         try:
             after = run(tmp_path / f"results {attempt}", *arguments)

@@ -81,6 +81,18 @@ def test_resume_after_one_rank_was_killed_ends_like_the_uninterrupted_run(tmp_pa
     assert_equal(straight, resumed(tmp_path / "run", sharded))
 
 
+@SHARDED
+def test_resume_after_a_signal_to_one_rank_ends_like_the_uninterrupted_run(tmp_path, sharded):
+    straight = fitted(tmp_path / "straight", sharded)
+    first = run(tmp_path / "run", cases.preempted, sharded, {"good": {"every_n_steps": 30}})
+
+    assert [result["error"] for result in first] == ["exit 143"] * 2
+    assert [path.name for path in (tmp_path / "run" / "preempted").iterdir()] == ["step=00000021"]
+    after = run(tmp_path / "run", cases.after_preemption, sharded, {})
+    assert len(after[0]["order"]) == 19
+    assert_equal(straight, after)
+
+
 def test_buffers_that_the_ranks_do_not_share_are_restored_on_each(tmp_path):
     options = {"broadcast_buffers": False}
     straight = fitted(tmp_path / "straight", False, **options)

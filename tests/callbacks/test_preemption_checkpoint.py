@@ -365,5 +365,6 @@ def test_ranks_of_a_slurm_job_requeue_it_once_if_any_was_asked_to(tmp_path, monk
     codes, output = ranks(folder, "ddp", (0, 1), signum=signums, environment=variables)
     assert codes == [USR1, USR1], output
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    assert (folder / "hpc_ckpt_1.ckpt").exists()
-    assert saved(folder) == []
+    (name,) = saved(folder)
+    link = folder / "hpc_ckpt_1.ckpt"
+    assert link.resolve() == (folder / "preempted" / name / "checkpoint.ckpt").resolve()
