@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test test-long compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test test-long test-ranks compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -20,6 +20,13 @@ test-long:
 	{ printf '`make test-long`, %s:\n\n' "$$(date +%F)"; tail -n 1 runs/long_tests.log; } \
 		> benchmarks/results/long_tests.md
 
+# Ranks that are killed, crash and are preempted, and restarts by torchrun; ten minutes on two cores.
+test-ranks:
+	mkdir -p runs && pytest -q -s -m "long or not long" tests/test_kill_ranks.py tests/restart/test_ranks.py \
+		tests/callbacks/test_last_known_good_ranks.py > runs/rank_tests.log; tail -n 20 runs/rank_tests.log
+	{ printf '`make test-ranks`, %s:\n\n' "$$(date +%F)"; grep "steps lost" runs/rank_tests.log; \
+		tail -n 1 runs/rank_tests.log; } > benchmarks/results/rank_tests.md
+
 # All reference experiments: ten minutes of the processor. The tests run the short ones.
 experiments:
 	lit-stability experiments --all --out runs/experiments
@@ -33,6 +40,7 @@ BENCH = $$(test -x .bench-venv/bin/python && echo .bench-venv/bin/python || echo
 bench:
 	$(BENCH) -m benchmarks.overhead
 	$(BENCH) -m benchmarks.snapshot
+	$(BENCH) -m benchmarks.rank_saves
 	$(BENCH) -m benchmarks.memory
 	$(BENCH) -m benchmarks.soak & soak=$$!; \
 	$(BENCH) -m benchmarks.scale && $(BENCH) -m benchmarks.locate && \
@@ -58,6 +66,7 @@ bench-quick:
 	$(BENCH) -m benchmarks.overhead --quick
 	$(BENCH) -m benchmarks.scale --quick
 	$(BENCH) -m benchmarks.snapshot --quick
+	$(BENCH) -m benchmarks.rank_saves --quick
 	$(BENCH) -m benchmarks.memory --quick
 	$(BENCH) -m benchmarks.locate --quick
 	$(BENCH) -m benchmarks.prediction --quick

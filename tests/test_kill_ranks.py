@@ -38,7 +38,9 @@ def test_run_with_twenty_kills_ends_like_the_uninterrupted_one(
             lost.append(reached - (0 if source is None else step_of(source)))
         # The last attempts may finish.
         kill = cases.KILLS_AT[draw.randrange(len(cases.KILLS_AT))] if kills < KILLS else None
-        plan = {"at": kill, "rank": draw.randrange(2), "seconds": draw.uniform(0.2, 0.7)}
+        # Rank 0 alone gives a folder its name.
+        rank = 0 if kill in ("flush", "prune") else draw.randrange(2)
+        plan = {"at": kill, "rank": rank, "seconds": draw.uniform(0.2, 0.7)}
         arguments = (cases.killed, root, sharded, plan, str(progress), {"steps": STEPS})
         try:
             after = run(tmp_path / f"results {attempt}", *arguments)
@@ -50,6 +52,6 @@ def test_run_with_twenty_kills_ends_like_the_uninterrupted_one(
         assert b["error"] is None
         assert torch.equal(a["weights"], b["weights"])
         assert torch.equal(a["rng"], b["rng"])
-    assert kills >= KILLS // 2
+    assert kills == KILLS
     with capsys.disabled():
         print(f"\n{kills} kills, steps lost: {sorted(lost)}")
