@@ -1,7 +1,7 @@
 """The code that the ranks run for tests/callbacks/test_last_known_good_ranks.py."""
 
-import errno
 import os
+import resource
 import signal
 import threading
 import time
@@ -187,7 +187,7 @@ def saved_by_lightning(root, sharded, step):
 
 
 FAULTS = {
-    "disk of rank 1": "No space left on device",
+    "disk of rank 1": "File too large",
     "weight of rank 1": "net.0.bias",
     "hook of rank 1": "a hook of the user's",
 }
@@ -227,6 +227,19 @@ class DamagesCopy(Callback):
         manager._damage = damaged
 
 
+class FullDisk(Callback):
+    """Lets rank 1 write no file of more than 300 bytes until the 15th step."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_rank == 1 and trainer.global_step == 15:
+            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
 class RaisesOnce(Callback):
     """A callback that cannot be saved on rank 1, the first time."""
 
@@ -240,16 +253,12 @@ class RaisesOnce(Callback):
 
 def faulty(root, sharded, fault, options):
     """Returns a fit in which rank 1 cannot do its part of the first copy."""
-    if fault == "disk of rank 1" and os.environ["LOCAL_RANK"] == "1":
-        original = rank_checkpoint_writer.list_files
-
-        def full(*args):
-            rank_checkpoint_writer.list_files = original
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        rank_checkpoint_writer.list_files = full
-    extra = {"weight of rank 1": [DamagesCopy()], "hook of rank 1": [RaisesOnce()]}.get(fault, [])
-    return fit_good(root, sharded, *extra, **options)
+    extra = {
+        "disk of rank 1": [FullDisk()],
+        "weight of rank 1": [DamagesCopy()],
+        "hook of rank 1": [RaisesOnce()],
+    }
+    return fit_good(root, sharded, *extra[fault], **options)
 
 
 KILLS_AT = ("any time", "any time", "mkdir", "write_whole", "list_files", "flush", "prune")

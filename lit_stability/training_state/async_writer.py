@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lit_stability.lightning_choice import suite_logger
-from lit_stability.training_state.atomic_write import write_atomically
+from lit_stability.training_state.atomic_write import why_not_written, write_atomically
 from lit_stability.training_state.good_checkpoints import free_path, prune
 from lit_stability.training_state.host_copy import first_nonfinite
 
@@ -93,7 +93,7 @@ class AsyncCheckpointWriter:
                 log.warning(
                     "the good checkpoint of step %d was not written to %s (%s); training "
                     "continues, later failures are not reported",
-                    *(step, self.folder, error),
+                    *(step, self.folder, why_not_written(error)),
                 )
             self._failure_reported = True
 

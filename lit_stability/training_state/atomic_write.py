@@ -68,6 +68,19 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
+def why_not_written(error: BaseException) -> BaseException:
+    """Returns the error of the file system behind an exception, or the exception itself.
+
+    ``torch.save`` reports its own state where the disk is full.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found
+        found = found.__cause__ or found.__context__
+    return error
+
+
 def _private(path: str, flags: int) -> int:
     """Opens a file that only the user may read; its mode is set before anything is in it."""
     descriptor = os.open(path, flags, 0o600)

@@ -19,7 +19,7 @@ from lit_stability.training_state.async_writer import (
     require_finite,
     write_whole,
 )
-from lit_stability.training_state.atomic_write import flush
+from lit_stability.training_state.atomic_write import flush, why_not_written
 from lit_stability.training_state.checkpoint_file import list_files
 from lit_stability.training_state.good_checkpoints import MAIN, PART, free_path, prune
 
@@ -139,12 +139,13 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
             result = action()
         except Exception as problem:
             error = problem
-        found = self._ranks.gather(None if error is None else (type(error).__name__, str(error)))
+        text = None if error is None else (type(error).__name__, str(why_not_written(error)))
+        found = self._ranks.gather(text)
         failed = [(rank, *each) for rank, each in enumerate(found) if each is not None]
         if failed:
-            text = "; ".join(f"rank {rank}: {message}" for rank, _, message in failed)
+            reason = "; ".join(f"rank {rank}: {message}" for rank, _, message in failed)
             nonfinite = all(kind == NonFiniteStateError.__name__ for _, kind, _ in failed)
-            raise (NonFiniteStateError(text) if nonfinite else OSError(text)) from error
+            raise (NonFiniteStateError(reason) if nonfinite else OSError(reason)) from error
         return result
 
 
@@ -166,7 +167,8 @@ def save_shards(state: dict[str, Any], folder: Path, ranks: Ranks) -> None:
     try:
         save(state, storage_writer=FileSystemWriter(folder), process_group=ranks.host_group)
     except CheckpointException as error:
-        text = "; ".join(f"rank {rank}: {each[0]}" for rank, each in error.failures.items())
+        failures = {rank: why_not_written(each[0]) for rank, each in error.failures.items()}
+        text = "; ".join(f"rank {rank}: {each}" for rank, each in failures.items())
         raise OSError(text) from error
 
 

@@ -15,21 +15,30 @@ from lit_stability.restart.remedies import Plan
 PROGRAM = "tests.restart.rank_program"
 
 
-def torchrun(folder, fault, strategy="ddp", restarts=3):
-    """What rank 0 has at the end, the exit code, and what was printed."""
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(module, *arguments, cwd=ROOT):
+    """The exit code of a module on two ranks, and what was printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, f"--max-restarts={restarts}", "--module", PROGRAM, str(folder), fault, strategy],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=Path(__file__).parents[2],
+        [*command, "--max-restarts=3", "--module", module, *arguments],
+        env=os.environ | own,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+    return done.returncode, done.stdout + done.stderr
+
+
+def recovered(folder, fault, strategy="ddp"):
+    """What rank 0 has at the end, the exit code, and what was printed."""
+    code, text = torchrun(PROGRAM, str(folder), fault, strategy)
     file = folder / "result.pt"
-    result = torch.load(file, weights_only=True) if file.exists() else None
-    return result, done.returncode, done.stdout + done.stderr
+    return (torch.load(file, weights_only=True) if file.exists() else None), code, text
 
 
 def records(folder):
@@ -40,10 +49,10 @@ def records(folder):
     "strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)], ids=["ddp", "fsdp2"]
 )
 def test_killed_rank_is_restarted_and_the_run_ends_like_the_uninterrupted_one(tmp_path, strategy):
-    straight, code, text = torchrun(tmp_path / "straight", "none", strategy)
+    straight, code, text = recovered(tmp_path / "straight", "none", strategy)
     assert code == 0, text
 
-    after, code, text = torchrun(tmp_path / "run", "kill", strategy)
+    after, code, text = recovered(tmp_path / "run", "kill", strategy)
 
     assert code == 0, text
     assert after["attempt"] == 1
@@ -54,7 +63,7 @@ def test_killed_rank_is_restarted_and_the_run_ends_like_the_uninterrupted_one(tm
 
 @pytest.mark.long
 def test_memory_of_one_rank_halves_the_batch_of_all(tmp_path):
-    after, code, text = torchrun(tmp_path, "memory")
+    after, code, text = recovered(tmp_path, "memory")
 
     assert code == 0, text
     assert (after["batch_size"], after["accumulation"]) == (2, 2)
@@ -66,7 +75,7 @@ def test_memory_of_one_rank_halves_the_batch_of_all(tmp_path):
 
 @pytest.mark.long
 def test_nan_on_one_rank_lowers_the_learning_rate_of_all(tmp_path):
-    after, code, text = torchrun(tmp_path, "nan")
+    after, code, text = recovered(tmp_path, "nan")
 
     assert code == 0, text
     assert after["remedies"] == ["learning rate x0.5, clip x0.5"]
@@ -74,11 +83,47 @@ def test_nan_on_one_rank_lowers_the_learning_rate_of_all(tmp_path):
 
 @pytest.mark.long
 def test_error_that_recurs_ends_all_attempts_with_its_reason(tmp_path):
-    after, code, text = torchrun(tmp_path, "error always")
+    after, code, text = recovered(tmp_path, "error always")
 
     assert (after, code) == (None, 1)
     assert "fit_with_recovery gave up" in text
     assert "deterministic" in text
+
+
+CONFIG = """
+seed: 0
+run_dir: runs/a
+model: {_target_: lightning.pytorch.demos.boring_classes.BoringModel}
+trainer:
+  accelerator: cpu
+  devices: 2
+  strategy: ddp
+  max_steps: 12
+  limit_train_batches: 20
+  limit_val_batches: 0
+  enable_progress_bar: false
+  enable_model_summary: false
+callbacks:
+  monitor: {_target_: lit_stability.GradientMonitor}
+  good: {_target_: lit_stability.LastKnownGood, every_n_steps: 4, confirm_after: 2}
+logger: null
+"""
+
+
+@pytest.mark.long
+def test_command_line_resumes_a_run_of_several_ranks(tmp_path):
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    program = "lit_stability.cli.main"
+    code, text = torchrun(program, "fit", "-c", "small.yaml", cwd=tmp_path)
+    assert code == 0, text
+
+    change = "trainer.max_steps=20"
+    code, text = torchrun(program, "resume", "runs/a", change, cwd=tmp_path)
+
+    assert code == 0, text
+    assert text.count("resuming from the good checkpoint of step") == 1
+    assert "the data continue with the next batch" in text
+    assert "max_steps=20` reached" in text
 
 
 def crash(error="KeyError", kind="other", message="x", step=7):
