@@ -22,7 +22,7 @@ def save_at_boundary(trainer: Trainer, path: Path, link: Path | None = None) -> 
         path: of the checkpoint, the same on all ranks. Several ranks make a folder, without the
             ``.ckpt``, in which each writes what it needs to resume exactly, if there is a
             `LastKnownGood`.
-        link: another name under which it is to be found, or None.
+        link: another name for it, or None.
 
     Returns:
         What Lightning loads.
