@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.callbacks import NonFiniteLocator as NonFiniteLocator
     from lit_stability.callbacks import PrecisionFallback as PrecisionFallback
     from lit_stability.callbacks import Preflight as Preflight
+    from lit_stability.callbacks import RankWatchdog as RankWatchdog
     from lit_stability.callbacks import StabilityCallback as StabilityCallback
     from lit_stability.callbacks import stability_callbacks as stability_callbacks
     from lit_stability.detectors import Anomaly as Anomaly
@@ -52,6 +53,7 @@ _HOME = {
     "NonFiniteOrigin": "diagnosis.nonfinite",
     "PrecisionFallback": "callbacks",
     "Preflight": "callbacks",
+    "RankWatchdog": "callbacks",
     "StabilityCallback": "callbacks",
     "StepStats": "measurement.step_stats",
     "TrainingStopped": "incidents",

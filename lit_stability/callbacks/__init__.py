@@ -70,6 +70,7 @@ from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.callbacks.preflight import Preflight
+from lit_stability.callbacks.rank_watchdog import RankWatchdog
 from lit_stability.lightning_package import Callback
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "NonFiniteLocator",
     "PrecisionFallback",
     "Preflight",
+    "RankWatchdog",
     "StabilityCallback",
     "stability_callbacks",
 ]
@@ -105,6 +107,7 @@ def stability_callbacks() -> list[Callback]:
     AnomalyCheckpoint
     NonFiniteLocator
     Diagnosis
+    RankWatchdog
     LastKnownGood
     PrecisionFallback
     AutoRollback
@@ -115,6 +118,7 @@ def stability_callbacks() -> list[Callback]:
         AnomalyCheckpoint(),
         NonFiniteLocator(),
         Diagnosis(),
+        RankWatchdog(),
         LastKnownGood(),
         PrecisionFallback(),
         AutoRollback(),

@@ -24,7 +24,9 @@ FILES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf8") for p in R
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 LISTS_THEM = "trainer_internals/private.py"
 
-STANDARD_LIBRARY = {"_SubParsersAction", "_getframe", "_fields", "_is_protocol"}
+STANDARD_LIBRARY = {
+    *("_SubParsersAction", "_getframe", "_fields", "_is_protocol", "_current_frames", "_exit"),
+}
 OURS = {
     *("_target_", "_replace_"),  # keys of a config
     "_original_forward",  # an attribute of a module that is kept in float32
