@@ -27,7 +27,9 @@ def run_mortal_ranks(function, *args, ranks=2, timeout=60, folder):
     folder.mkdir(parents=True, exist_ok=True)
     port, began = _free_port(), time.monotonic()
     processes = [
-        CONTEXT.Process(target=_rank, args=(function, args, rank, ranks, port, folder), daemon=False)
+        CONTEXT.Process(
+            target=_rank, args=(function, args, rank, ranks, port, folder), daemon=False
+        )
         for rank in range(ranks)
     ]
     for process in processes:

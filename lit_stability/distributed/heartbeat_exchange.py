@@ -179,8 +179,7 @@ class BeatExchange:
         self.rounds += 1
 
     def _may_close(self) -> bool:
-        """Whether rank 0 has ended its fit, and waits only for this rank to need its store no more.
-        """
+        """Whether rank 0 has ended its fit, and may be waiting for this rank to close."""
         own = self._own(self.rounds)
         at_end = own.over or own.phase == "end"
         return self.meeting.rank != HOST and self.beats[HOST].state == "ended" and at_end

@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, told apart from a later one with the same number.
+    """A process, and not a later one with the same number.
 
     >>> me = ProcessIdentity.current()
     >>> me.has_ended(me)

@@ -58,7 +58,7 @@ class StragglerWatch:
         self._reported: set[int] = set()
 
     def update(self, beats: Mapping[int, Beat]) -> Straggler | None:
-        """Takes in what the ranks have published; returns a rank that is to be reported now.
+        """Takes in what the ranks have published; returns a rank to report now.
 
         Args:
             beats: the latest of each rank.

@@ -145,7 +145,7 @@ def _silent(
     found = {
         rank: seen
         for rank, seen in others.items()
-        if not seen.beat.over and seen.silent >= limit(seen.beat) <= own.idle
+        if not (seen.beat.over or seen.gone) and seen.silent >= limit(seen.beat) <= own.idle
     }
     if not found:
         return None
@@ -162,10 +162,11 @@ def _left(own: Beat, others: Mapping[int, Seen]) -> Verdict | None:
     """A rank that has left the training loop, while this one waits in it."""
     if own.phase == "end" or own.idle < own.allowed:
         return None
+    # A rank that has done as many batches may wait for this one, which is then the one behind.
     found = {
         rank: seen.beat
         for rank, seen in others.items()
-        if seen.beat.state == "ended" or seen.beat.phase == "end"
+        if _has_left(seen.beat) and (own.waits or seen.beat.batches < own.batches)
     }
     if not found:
         return None
@@ -179,9 +180,11 @@ def _left(own: Beat, others: Mapping[int, Seen]) -> Verdict | None:
 
 def _stalled(own: Beat, ranks: Mapping[int, Seen]) -> Verdict | None:
     """The ranks that have come least far, if they too stand still for too long."""
-    running = {rank: seen.beat for rank, seen in ranks.items() if not seen.beat.over}
     if own.phase == "end" or own.idle < own.allowed:
         return None
+    if any(seen.gone or seen.beat.state == "raised" for seen in ranks.values()):
+        return None
+    running = {r: seen.beat for r, seen in ranks.items() if not _has_left(seen.beat)}
     least = min(beat.progress for beat in running.values())
     last = {rank: beat for rank, beat in running.items() if beat.progress == least}
     # Among those in one place, one that is at work keeps those waiting that wait in a collective.
@@ -189,7 +192,7 @@ def _stalled(own: Beat, ranks: Mapping[int, Seen]) -> Verdict | None:
     last = working if any(beat.waits for beat in last.values()) and working else last
     if any(beat.idle < beat.allowed for beat in last.values()):
         return None
-    if len(last) == len(running):
+    if len(last) == len(ranks):
         return _deadlock(list(last.values()))
     idle = max(beat.idle for beat in last.values())
     text = "; ".join(
@@ -197,6 +200,10 @@ def _stalled(own: Beat, ranks: Mapping[int, Seen]) -> Verdict | None:
         for rank, beat in last.items()
     )
     return Verdict("stalled", tuple(last), text, idle)
+
+
+def _has_left(beat: Beat) -> bool:
+    return beat.state == "ended" or beat.phase == "end"
 
 
 def _deadlock(beats: Sequence[Beat]) -> Verdict:
