@@ -18,13 +18,17 @@ PHASES = (
     "optimizer",
     "validation",
     "checkpoint",
+    "end of epoch",
     "end",
 )
 """Where a rank can be. ``data`` is all between two batches, ``backward`` lasts until the optimizer
 steps, and ``forward`` is a ``training_step`` until its first backward pass."""
-START, DATA, FORWARD, BACKWARD, OPTIMIZER, VALIDATION, CHECKPOINT, END = range(len(PHASES))
+START, DATA, FORWARD, BACKWARD, OPTIMIZER, VALIDATION, CHECKPOINT, EPOCH_END, END = range(9)
 
-SLOW_PHASES = ("start", "validation", "checkpoint", "end", "compiling", "search")
+SLOW_PHASES = (
+    *("start", "validation", "checkpoint", "end of epoch", "end"),
+    *("compiling", "search"),
+)
 """Phases in which a rank may stay for longer."""
 
 FIRST_BATCHES = 2

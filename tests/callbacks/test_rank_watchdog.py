@@ -116,7 +116,7 @@ def test_exception_of_one_rank_is_in_the_log_of_the_other(tmp_path):
 
 
 def test_exception_that_its_program_survives_ends_the_other_ranks(tmp_path):
-    ended, text, _ = hangs(tmp_path, {1: ("forward", "raise")}, goes_on=4.0)
+    ended, text, _ = hangs(tmp_path, {1: ("forward", "raise")}, goes_on=9.0)
     assert ended[0].code == CODE
     assert ended[0].seconds < ended[1].seconds
     assert "the fit hangs: rank 1 has raised ValueError: no such token: 17" in line(ended)
@@ -256,11 +256,11 @@ SPAWNED = """
             return super().training_step(batch, batch_idx)
 
     if __name__ == "__main__":
-        trainer = start(sys.argv[1], [RankWatchdog(**LIMITS)], strategy=sys.argv[2])
+        watchdog = RankWatchdog(**LIMITS)
         for _ in range(2):
+            trainer = start(sys.argv[1], [watchdog], strategy=sys.argv[2])
             trainer.fit(Fails(), loader(Batches(0)))
-            trainer.fit_loop.max_epochs += 1
-        print("DONE", trainer.global_step)
+            print("DONE")
 """
 
 
@@ -280,8 +280,8 @@ def test_workers_that_a_launcher_starts_are_watched(strategy, how, tmp_path):
     )
     if how == "healthy":
         assert run.returncode == 0, run.stderr
-        assert "DONE 60" in run.stdout
+        assert run.stdout.count("DONE") == 2
+        assert not list(tmp_path.glob("hang*"))
     else:
         assert run.returncode == 1
         assert "no such token: 17" in run.stderr
-    assert not list(tmp_path.glob("hang*"))

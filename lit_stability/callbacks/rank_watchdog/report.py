@@ -53,6 +53,7 @@ class HangReport:
             _within(AT_MOST, lambda: self._record(verdict, own.step))
         watch.exchange.wrote()
         _wait_for_others(watch, verdict)
+        _let_the_reason_end_first(watch, verdict)
         if verdict.kind == "silent":
             for rank in verdict.ranks:
                 # It cannot end itself, and would keep its device.
@@ -113,6 +114,15 @@ def _wait_for_others(watch: RankWatch, verdict: Verdict) -> None:
             # Rank 0 has the store, from which the others are about to read the same.
             time.sleep(0.3)
             return
+        time.sleep(0.02)
+
+
+def _let_the_reason_end_first(watch: RankWatch, verdict: Verdict) -> None:
+    """Waits for a rank that raised: a launcher reports the process that ends first."""
+    me = watch.meeting.identities[watch.meeting.rank]
+    deadline = time.monotonic() + AT_MOST * (verdict.kind == "raised")
+    raised = [watch.meeting.identities[rank] for rank in verdict.ranks]
+    while time.monotonic() < deadline and not all(each.has_ended(me) for each in raised):
         time.sleep(0.02)
 
 
