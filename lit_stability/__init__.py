@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.callbacks import PrecisionFallback as PrecisionFallback
     from lit_stability.callbacks import PreemptionCheckpoint as PreemptionCheckpoint
     from lit_stability.callbacks import Preflight as Preflight
+    from lit_stability.callbacks import RankWatchdog as RankWatchdog
     from lit_stability.callbacks import StabilityCallback as StabilityCallback
     from lit_stability.callbacks import stability_callbacks as stability_callbacks
     from lit_stability.detectors import Anomaly as Anomaly
@@ -57,6 +58,7 @@ _HOME = {
     "PrecisionFallback": "callbacks",
     "PreemptionCheckpoint": "callbacks",
     "Preflight": "callbacks",
+    "RankWatchdog": "callbacks",
     "StabilityCallback": "callbacks",
     "StepStats": "measurement.step_stats",
     "TrainingStopped": "incidents",

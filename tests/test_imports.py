@@ -41,8 +41,8 @@ ROOMS = {
     "tensorboard": {"incidents", "lightning_choice", "measurement"},
     "callbacks": {
         *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
-        *("lightning_choice", "lightning_package", "measurement", "policies", "tensorboard"),
-        *("trainer_internals", "training_state"),
+        *("lightning_choice", "lightning_package", "measurement", "policies", "redaction"),
+        *("tensorboard", "trainer_internals", "training_state"),
     },
     "restart": {
         *("callbacks", "checks", "compat", "incidents", "lightning_choice", "lightning_package"),
@@ -215,6 +215,7 @@ def test_public_names_are_frozen():
         "PrecisionFallback",
         "PreemptionCheckpoint",
         "Preflight",
+        "RankWatchdog",
         "StabilityCallback",
         "StepStats",
         "TrainingStopped",

@@ -72,6 +72,7 @@ from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.callbacks.preemption_checkpoint import PreemptionCheckpoint
 from lit_stability.callbacks.preflight import Preflight
+from lit_stability.callbacks.rank_watchdog import RankWatchdog
 from lit_stability.lightning_package import Callback
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "PrecisionFallback",
     "PreemptionCheckpoint",
     "Preflight",
+    "RankWatchdog",
     "StabilityCallback",
     "stability_callbacks",
 ]
@@ -108,6 +110,7 @@ def stability_callbacks() -> list[Callback]:
     AnomalyCheckpoint
     NonFiniteLocator
     Diagnosis
+    RankWatchdog
     LastKnownGood
     PreemptionCheckpoint
     PrecisionFallback
@@ -119,6 +122,7 @@ def stability_callbacks() -> list[Callback]:
         AnomalyCheckpoint(),
         NonFiniteLocator(),
         Diagnosis(),
+        RankWatchdog(),
         LastKnownGood(),
         PreemptionCheckpoint(),
         PrecisionFallback(),

@@ -263,8 +263,19 @@ def hide_empty_hooks(trainer: Trainer) -> None:
 def show_empty_hooks(trainer: Trainer) -> None:
     """Gives the callbacks all their hooks back, at the end of a fit."""
     for each in callbacks_of(trainer):
-        for name in _hidden_in(each) if isinstance(each, StabilityCallback) else ():
-            del vars(each)[name]
+        if isinstance(each, StabilityCallback):
+            show_hooks(each)
+
+
+def hide_hooks(callback: StabilityCallback) -> None:
+    """Spares Lightning the calls of all hooks of one callback that has nothing to do in a fit."""
+    vars(callback).update(dict.fromkeys(_PER_BATCH))
+
+
+def show_hooks(callback: StabilityCallback) -> None:
+    """Gives a callback the hooks back that it has nothing in the place of."""
+    for name in _hidden_in(callback):
+        del vars(callback)[name]
 
 
 def _hidden_in(callback: Any) -> list[str]:

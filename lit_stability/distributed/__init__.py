@@ -1,4 +1,4 @@
-"""Support for several ranks: overlapped collectives, and tensors sharded over ranks.
+"""Support for several ranks: overlapped collectives, tensors sharded over ranks, and heartbeats.
 
 May import torch, and no other part of the package.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lit_stability.lightning_package import (
     Trainer,
     is_overridden,
 )
+from lit_stability.trainer_internals.patch import Patch
 
 
 def logger_step(trainer: Trainer) -> int:
@@ -78,6 +80,28 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
 def is_called(trainer: Trainer, callback: Callback) -> bool:
     """Returns whether a trainer calls a callback now; a tuner replaces all for its search."""
     return any(each is callback for each in callbacks_of(trainer))
+
+
+def patch_save_checkpoint(
+    trainer: Trainer, around: Callable[[Callable[[], Any]], Any]
+) -> Callable[[], None]:
+    """Has a function called for every checkpoint that the Trainer is asked to save.
+
+    Args:
+        trainer: in its fit.
+        around: gets the function that saves, which it calls once.
+
+    Returns:
+        A function that removes the patch.
+    """
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        return around(lambda: save(*args, **kwargs))
+
+    patch = Patch(trainer, "save_checkpoint", save_checkpoint)
+    patch.apply()
+    return patch.remove
 
 
 def run_directory(trainer: Trainer) -> Path | None:
