@@ -193,31 +193,36 @@ def test_last_scan_measures_the_norm_of_the_whole_weights(both):
 
 
 GATHER = "all_gather_object"
-SNAPSHOTS = {0: (GATHER,) * 2, 20: (GATHER,) * 2, 40: (GATHER,)}
-"""What the ranks exchange before the batches at which a snapshot is taken: the memory of each until
-it is decided where snapshots are kept, and whether all have captured it."""
+COPIES = {
+    "ddp": {0: 2 + 1 + 2, 10: 1, 20: 2, 40: 1},
+    "fsdp2": {0: 2 + 1, 1: 2, 11: 1, 20: 2, 40: 1},
+}
+"""How often the ranks gather before a batch. Snapshots at 0, 20 and 40: the memory of each, until it
+is decided where snapshots are kept, and whether all have captured it. A copy of `LastKnownGood` at
+the first step: whether all can write, whether all have captured it, and, ten steps later, whether
+all have it still. A resume, before the first batch: whether all have a step to verify."""
 
 
-def calls_of_steps(rank):
-    """The collectives of the first batch and of the others, without those of the snapshots."""
+def calls_of_steps(rank, strategy):
+    """The collectives of the first batch and of the others, without those of the copies."""
     calls = list(rank["clean"]["calls"])
-    for step, exchanged in SNAPSHOTS.items():
-        assert calls[step][: len(exchanged)] == exchanged
-        calls[step] = calls[step][len(exchanged) :]
+    for step, count in COPIES[strategy].items():
+        assert calls[step][:count] == (GATHER,) * count
+        calls[step] = calls[step][count:]
     return calls[0], set(calls[1:])
 
 
 def test_healthy_step_under_ddp_asks_for_two_collectives_and_waits_for_neither_at_once(ddp):
     """The first step is also the attention probe's turn, what ranks have read is gathered."""
     for rank in ddp[1]:
-        first, others = calls_of_steps(rank)
+        first, others = calls_of_steps(rank, "ddp")
         assert first == ("all_reduce async", GATHER, "all_reduce async")
         assert others == {("all_reduce async",) * 2}
 
 
 def test_healthy_step_under_fsdp2_asks_for_one_collective(fsdp2):
     for rank in fsdp2[1]:
-        first, others = calls_of_steps(rank)
+        first, others = calls_of_steps(rank, "fsdp2")
         assert first == ("all_reduce async", GATHER)
         assert others == {("all_reduce async",)}
 

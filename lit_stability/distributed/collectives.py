@@ -34,9 +34,10 @@ checksums are therefore compared exactly; a sum of whole numbers in fp64 is exac
 Gradient norms are compared to a thousandth, because some devices add in no fixed order; smaller
 differences show in the checksum.
 
-Two collectives block a healthy step. On a step with probes, by default one in fifty, the readings
+Three collectives block a healthy step. On a step with probes, by default one in fifty, the readings
 of all ranks are gathered after the measurement. Where a snapshot is taken, each rank reports
 whether it had the memory for it, and until it is decided where snapshots are kept, how much it has.
+Where a good checkpoint is due, by default once in 500 steps, the ranks agree on the copy.
 
 Votes and the data of an incident are on the host and use a separate gloo group, so they copy
 nothing from the device. May import torch but not Lightning.
