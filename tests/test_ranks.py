@@ -197,10 +197,10 @@ COPIES = {
     "ddp": {0: 2 + 1 + 2, 10: 1, 20: 2, 40: 1},
     "fsdp2": {0: 2 + 1, 1: 2, 11: 1, 20: 2, 40: 1},
 }
-"""How often the ranks gather before a batch. Snapshots at 0, 20 and 40: the memory of each, until it
-is decided where snapshots are kept, and whether all have captured it. A copy of `LastKnownGood` at
-the first step: whether all can write, whether all have captured it, and, ten steps later, whether
-all have it still. A resume, before the first batch: whether all have a step to verify."""
+"""How often the ranks gather before a batch. Snapshots at 0, 20 and 40: the memory of each, until
+it is decided where snapshots are kept, and whether all have captured it. A copy of `LastKnownGood`
+at the first step: whether all can write, whether all have captured it, and, ten steps later,
+whether all have it still. Before the first batch: whether all have a step to verify."""
 
 
 def calls_of_steps(rank, strategy):
