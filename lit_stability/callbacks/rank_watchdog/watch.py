@@ -245,7 +245,9 @@ class RankWatch:
         self.exchange.hurries = False
 
     def _all_have_left(self) -> bool:
-        return self.exchange.lost or all(map(self._has_left, self._others().items()))
+        # What a rank that has closed knows of the others does not change any more.
+        closed = self.exchange.lost or self.exchange.closing
+        return closed or all(map(self._has_left, self._others().items()))
 
     def _has_left(self, other: tuple[int, Beat]) -> bool:
         rank, beat = other
