@@ -210,10 +210,13 @@ class FailsEverywhere(Callback):
 
 
 class SlowEnd(Callback):
-    """Rank 0 has something to do after the training."""
+    """One rank has something to do after the training."""
+
+    def __init__(self, rank=0, seconds=2.0):
+        self.rank, self.seconds = rank, seconds
 
     def on_train_end(self, trainer, pl_module):
-        time.sleep(2.0 * trainer.is_global_zero)
+        time.sleep(self.seconds * (trainer.global_rank == self.rank))
 
 
 class SlowSave(Callback):
@@ -236,6 +239,7 @@ HEALTHY = {
     "exception on all ranks": (Net, [FailsEverywhere()], {}),
     "learning rate finder": (Logging, [LearningRateFinder(num_training_steps=20)], {}),
     "slow validation": (SlowValidation, [], {}),
+    "late rank": (Net, [SlowEnd(rank=1, seconds=0.6)], {}),
     "slow first step": (SlowStart, [], {}),
     "slow exception": (Net, [FailsEverywhere(slow=2.0)], {}),
     "slow end": (Net, [SlowEnd()], {}),
@@ -244,18 +248,21 @@ HEALTHY = {
 """Fits that nothing is wrong with, under limits that are shorter than what some of them do."""
 
 
-def healthy(root, names):
+def healthy(root, names, ranks=2):
     """Fits after each other in one process; name -> threads left behind, and weights as bare."""
-    return {name: fit_twice(root, name) for name in names}
+    results = {}
+    for name in names:
+        results[name] = fit_twice(root, name, ranks)
+    return results
 
 
-def fit_twice(root, name):
+def fit_twice(root, name, ranks=2):
     """Whether the watchdog changes a bit, and the threads that are there in and after the fit."""
     weights, seen = [], Names()
     for watchdog in ([], [RankWatchdog(**STRICT), seen]):
         module, others, options = HEALTHY[name]
         # Before the watchdog: it sees the exception only after these have done with it.
-        trainer = start(root, [*copy.deepcopy(others), *watchdog], **options)
+        trainer = start(root, [*copy.deepcopy(others), *watchdog], ranks, **options)
         net = module()
         net.train_dataloader = lambda trainer=trainer: loader(Batches(trainer.global_rank))
         val = loader(Batches(9, 3)) if isinstance(net, SlowValidation) else None

@@ -179,10 +179,12 @@ class BeatExchange:
         self.rounds += 1
 
     def _may_close(self) -> bool:
-        """Whether rank 0 has ended its fit, and may be waiting for this rank to close."""
+        """Whether rank 0 has ended its fit, while this rank is still at work at the end of its own.
+
+        Rank 0 then waits for nothing else; a rank that has ended too closes by itself.
+        """
         own = self._own(self.rounds)
-        at_end = own.over or own.phase == "end"
-        return self.meeting.rank != HOST and self.beats[HOST].state == "ended" and at_end
+        return self.beats[HOST].state == "ended" and own.phase == "end" and own.state == "running"
 
     def _looks_now(self) -> bool:
         """Beats of many ranks are read less often: together that is a square of their number."""

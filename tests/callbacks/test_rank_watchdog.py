@@ -160,6 +160,11 @@ def test_healthy_fits_are_unharmed_and_leave_no_thread(tmp_path):
     assert_unharmed(tmp_path, QUICK)
 
 
+def test_ranks_that_end_before_another_do_not_wait_for_ever(tmp_path):
+    results = run_ranks(healthy, tmp_path, ["late rank"], 3, folder=tmp_path, ranks=3, timeout=30)
+    assert [each["late rank"][2] for each in results] == [[]] * 3
+
+
 @pytest.mark.long
 def test_slow_healthy_fits_are_unharmed_and_leave_no_thread(tmp_path):
     assert_unharmed(tmp_path, [name for name in HEALTHY if name not in QUICK])

@@ -245,9 +245,9 @@ class RankWatch:
         self.exchange.hurries = False
 
     def _all_have_left(self) -> bool:
-        # After it has closed, a rank learns no more of the others; rank 0 waits for those.
-        heard_of_all = self.exchange.lost or self.exchange.closing
-        return heard_of_all or all(map(self._has_left, self._others().items()))
+        # What a rank that has closed knows of the others does not change any more.
+        closed = self.exchange.lost or self.exchange.closing
+        return closed or all(map(self._has_left, self._others().items()))
 
     def _has_left(self, other: tuple[int, Beat]) -> bool:
         rank, beat = other
