@@ -119,12 +119,13 @@ class DistributedStepMeter(StepMeter):
                 parts["extents"] = extents.double() * self._shares.repeat(3)
         if grads is not None:
             parts["grads"] = self._squares(self._norms_by_parameter(grads))
-        row = torch.empty(7 + len(self.flags), dtype=torch.float64, device=device)
+        row = torch.empty(8 + len(self.flags), dtype=torch.float64, device=device)
         row[:5] = self._moments.row(device)
         row[5] = checksum(self._last_weights) if self._ranks.replicas else 0.0
         row[6] = rate
+        row[7] = float(self.raised)
         for index, flag in enumerate(self.flags):
-            row[7 + index] = flag
+            row[8 + index] = flag
         shared = torch.cat([part.double() for part in parts.values()])
         lengths = {name: len(part) for name, part in parts.items()}
         return _Vector(self._ranks.sum(shared, row), lengths)
@@ -180,7 +181,8 @@ class DistributedStepMeter(StepMeter):
             stuck=host["stuck"],
             rank_weights=tuple(row[5] for row in ranks) if self._ranks.replicas else (),
             rank_rates=tuple(row[6] for row in ranks),
-            rank_flags=tuple(tuple(row[7:]) for row in ranks),
+            raised_on=tuple(rank for rank, row in enumerate(ranks) if row[7]),
+            rank_flags=tuple(tuple(row[8:]) for row in ranks),
         )
 
 

@@ -67,6 +67,7 @@ class Reading:
     rank_weights: tuple[float, ...] = ()
     rank_rates: tuple[float, ...] = ()
     rank_flags: tuple[tuple[float, ...], ...] = ()
+    raised_on: tuple[int, ...] = ()
 
 
 class StepMeter:
@@ -114,6 +115,8 @@ class StepMeter:
         """Numbers of ``also`` that were copied to the host with the last step."""
         self.flags: Sequence[float] = ()
         """Numbers of this rank that all ranks learn with the next step; as many on each."""
+        self.raised = False
+        """Whether ``training_step`` raised on this rank, which all ranks learn with the step."""
         self._samples = WeightSampler(self.parameters)
         self._batched = BatchedNorms(self.parameters)
         self._moments = OptimizerMoments(self.names, self.parameters, optimizer)
@@ -241,6 +244,7 @@ class StepMeter:
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
             rank_flags=read.rank_flags,
+            raised_on=read.raised_on,
         )
         self.count += 1
         if scan_weights:

@@ -134,6 +134,9 @@ class StepStats:
     """Sum of each rank's effective learning rates; only with several ranks."""
     rank_flags: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     """Flags of each rank, one for each callback that has any, see `StabilityCallback.rank_flag`."""
+    raised_on: tuple[int, ...] = ()
+    """Ranks whose ``training_step`` raised in this step, so that loss and gradients are not those
+    of all batches; only with several ranks."""
     details: tuple[GradientDetail, ...] = field(default=(), repr=False)
     """Distribution per parameter; only on steps that request it."""
     readings: tuple[ProbeReading, ...] = ()

@@ -119,22 +119,6 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
     return (frame for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def forget_locals(error: BaseException) -> None:
-    """Clears the local variables in the frames of an exception and of its causes.
-
-    The traceback keeps its files and lines, so the exception can still be raised and read.
-    """
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        traceback.clear_frames(current.__traceback__)
-        pending += [current.__cause__, current.__context__]
-
-
 def free_memory() -> None:
     """Collects garbage and returns cached blocks of memory to the device."""
     gc.collect()

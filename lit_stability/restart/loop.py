@@ -21,7 +21,6 @@ from lit_stability.restart.callback import (
 )
 from lit_stability.restart.crashes import (
     Crash,
-    forget_locals,
     free_memory,
     headline,
     kind_of,
@@ -33,6 +32,7 @@ from lit_stability.restart.remedies import GiveUp, Plan
 from lit_stability.restart.resume_source import ResumeSource
 from lit_stability.restart.trainers import Trainers, own_callbacks
 from lit_stability.trainer_internals import callbacks_of, run_directory, tear_down
+from lit_stability.training_state.out_of_memory import forget_locals
 
 log = suite_logger()
 

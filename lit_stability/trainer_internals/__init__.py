@@ -38,6 +38,11 @@ from lit_stability.trainer_internals.precision import (
     why_fixed,
 )
 from lit_stability.trainer_internals.rank_checkpoint import own_buffers, rank_checkpoint
+from lit_stability.trainer_internals.rank_step_guard import (
+    RankStepGuard,
+    agreed_failure,
+    can_guard_ranks,
+)
 from lit_stability.trainer_internals.reference_step import (
     ReferenceStep,
     incomparable,
@@ -102,6 +107,7 @@ __all__ = [
     "Outcome",
     "PlainAttributes",
     "PrecisionSwitch",
+    "RankStepGuard",
     "RecordedBatch",
     "RecordedStep",
     "ReferenceStep",
@@ -113,11 +119,13 @@ __all__ = [
     "StepSkipper",
     "StepStart",
     "TrainingSnapshot",
+    "agreed_failure",
     "apply_fp32_modules",
     "at_worker_exit",
     "batch_index",
     "batches_begun",
     "callbacks_of",
+    "can_guard_ranks",
     "clip_norm",
     "count_skipped_batches",
     "describe_scheduler",

@@ -186,6 +186,10 @@ TORCH = (
     Private("_foreach_norm", _FOREACH, ("measurement", "training_state")),
     Private("_foreach_zero_", _FOREACH, ("training_state",)),
     Private("_get_file_writer", "a second event file", ("tensorboard",)),
+    Private(
+        "_get_sequence_number_for_group",
+        "a wrapper around each collective of torch.distributed, or catching nothing on ranks",
+    ),
     Private("_inductor", "a longer timeout for every step of a watchdog", ("distributed",)),
     Private("_num_yielded", "a count in the sampler"),
     Private("_opt_called", "a flag that schedulers set, restored with the user's own"),

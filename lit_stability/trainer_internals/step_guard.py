@@ -32,6 +32,10 @@ class StepFailure:
     place: str
     """File, line and function of the user's code; or ""."""
     batch: Any
+    batches: tuple[tuple[int, int], ...] = ()
+    """Epoch and index of each batch that raised in the step."""
+    ranks: tuple[int, ...] = ()
+    """Ranks on which it was raised; empty on one rank."""
     late: bool = False
     """Whether weights may have changed before it in the same batch."""
     findings: tuple[str, ...] = ()
@@ -113,21 +117,27 @@ class StepGuard:
             return self._substitute(trainer)
         self._calls += 1
         self._flags.capture()
+        return self._attempt(trainer, self._run, *args, **kwargs)
+
+    def _attempt(
+        self, trainer: Trainer, run: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what `run` returns, or a substitute where it fails and the fit goes on."""
         failure = StepFailure("", "", next(iter(args), None))
         try:
-            output = self._run(*args, **kwargs)
+            output = run(*args, **kwargs)
         except Exception as error:
-            if not may_come_from_numbers(error):
+            if not self._may_be_handled(error):
                 raise
             failure.error, failure.place = quoted(error), raised_at(error)
-            if not self._contains(trainer, failure):
+            if not self._contains(trainer, failure, error):
                 raise
         else:
             if self._is_usable(trainer, output):
                 self._passed()
                 return output
             failure.error = "training_step returned a loss without a graph"
-            if not self._contains(trainer, failure):
+            if not self._contains(trainer, failure, None):
                 return output
         self._flags.restore()
         return self._substitute(trainer)
@@ -141,14 +151,18 @@ class StepGuard:
         self._had_graph = self._had_graph or loss.requires_grad
         return loss.requires_grad or not self._had_graph or is_overridden("backward", module)
 
-    def _contains(self, trainer: Trainer, failure: StepFailure) -> bool:
+    def _may_be_handled(self, error: Exception) -> bool:
+        return may_come_from_numbers(error)
+
+    def _contains(self, trainer: Trainer, failure: StepFailure, error: Exception | None) -> bool:
+        """Returns whether the fit goes on after a failure, with its exception if it has one."""
         module = trainer.lightning_module
         if not module.automatic_optimization:
             failure.late = True
             possible = not _is_inside_a_step(trainer)
         else:
             failure.late = self._calls > 1 and isinstance(trainer.optimizers[0], LBFGS)
-            possible = _can_substitute(module)
+            possible = can_substitute(module)
         if not possible or not self._contain(failure):
             return False
         self._failed = True
@@ -206,7 +220,7 @@ def step_failure(trainer: Trainer) -> StepFailure | None:
     return None if failure is None or failure.reported else failure
 
 
-def _can_substitute(module: LightningModule) -> bool:
+def can_substitute(module: LightningModule) -> bool:
     """Returns whether a loss of 0 changes no weight.
 
     It would where an optimizer steps inside the backward pass.
@@ -219,6 +233,11 @@ def _is_inside_a_step(trainer: Trainer) -> bool:
     """Returns whether ``optimizer.step(closure)`` of manual optimization is running."""
     steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     return bool(steps.ready != steps.completed)
+
+
+def guard_of(trainer: Trainer) -> StepGuard:
+    """Returns the guard of a trainer that has one."""
+    return _GUARDS[trainer]
 
 
 _GUARDS: WeakKeyDictionary[Trainer, StepGuard] = WeakKeyDictionary()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributions import Categorical, Normal
@@ -26,7 +25,6 @@ from lit_stability import (
 )
 from lit_stability.faults import CorruptWeight, FaultInjector
 from tests.conftest import Regression, fit
-from tests.distributed import run_ranks
 from tests.exact import Batches, differences, loader, run
 from tests.test_exact_recovery import Net, TwoOptimizers, in_dict, onecycle, plateau, sequence
 from tests.test_invariants import fp16_on_cpu
@@ -655,26 +653,3 @@ def test_memory_of_the_failed_step_is_released(tmp_path):
     fit(tmp_path, suite, Watched, loader(Batches(nan=(BAD,))), max_steps=20)
     assert len(kept) == 2
     assert look.alive == 0
-
-
-def one_rank(root):
-    patched = []
-
-    class Look(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx:  # the probe of attention records the first step
-                patched.append("training_step" in vars(trainer.strategy))
-
-    module = Raise(lambda: ValueError("nan"))
-    strategy = DDPStrategy(process_group_backend="gloo")
-    try:
-        fit(root, [*stability_callbacks(), Look()], lambda: module, loader(Batches()),
-            strategy=strategy, devices=2)  # fmt: skip
-    except ValueError:
-        return len(module.raised), any(patched)
-    return "finished"
-
-
-def test_exception_on_several_ranks_is_raised_as_by_the_bare_trainer(tmp_path):
-    """The other ranks would wait for gradients that never come."""
-    assert run_ranks(one_rank, tmp_path, folder=tmp_path) == [(1, False), (1, False)]

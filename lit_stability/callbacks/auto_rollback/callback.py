@@ -25,7 +25,7 @@ from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.policies.snapshot_cadence import SnapshotCadence
-from lit_stability.trainer_internals import Stateful, sharing
+from lit_stability.trainer_internals import Stateful, can_guard_ranks, sharing
 from lit_stability.training_state.byte_sizes import parse_bytes
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.snapshot_memory import Where
@@ -57,8 +57,16 @@ class AutoRollback(StabilityCallback):
     back; otherwise the step is retried, and its batch is skipped if it raises again. Callbacks see
     a loss of 0 for such a batch. The exception is raised to the user, untouched, before the first
     good step of a fit; with the third such batch in a row (later if many have raised before), if
-    batches, weights and buffers are finite; on several ranks; and in manual optimization if the
-    batch cannot be replayed, or if it comes from inside ``optimizer.step(closure)``.
+    batches, weights and buffers are finite; and in manual optimization if the batch cannot be
+    replayed, or if it comes from inside ``optimizer.step(closure)``.
+
+    Under DDP an exception in the forward pass of one rank, a lack of memory included, is handled in
+    the same way by all ranks together: the batch of that index is retried, and skipped, on each. If
+    the fit ends, it does so on all of them; the others name the rank. It is raised as it is, on its
+    rank alone, in the backward pass, in the first ``training_step`` of a fit, in one that calls
+    collectives itself, as with ``self.log(..., sync_dist=True)`` or SyncBatchNorm, with a static
+    graph or sparse gradients, in manual optimization and under FSDP2: then `fit_with_recovery`
+    restarts all ranks.
 
     If a `Diagnosis` before it finds that the learning rate is likely too high, the first rollback
     lowers it; if the architecture is certain to be the cause, the fit stops.
@@ -223,8 +231,9 @@ class AutoRollback(StabilityCallback):
             owner=self,
         )
         self._executor = ResponseExecutor(trainer, pl_module, engine, self.escalation, self.backoff)
-        # Ranks would wait for one that raises; exceptions of a loader are not those of a step.
-        if sharing(trainer) == "alone" and engine.records_batches:
+        # Other ranks would wait for one that raises; exceptions of a loader are not of a step.
+        possible = sharing(trainer) == "alone" or can_guard_ranks(trainer)
+        if possible and engine.records_batches:
             self._raising = RaisingSteps(trainer, pl_module, engine, self)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

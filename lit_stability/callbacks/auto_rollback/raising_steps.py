@@ -18,7 +18,13 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.tensor_tree import named_tensors
-from lit_stability.trainer_internals import StepFailure, StepGuard, callbacks_of
+from lit_stability.trainer_internals import (
+    RankStepGuard,
+    StepFailure,
+    StepGuard,
+    callbacks_of,
+    sharing,
+)
 
 log = suite_logger()
 
@@ -38,10 +44,11 @@ class RaisingSteps:
     The step is rejected like one with a NaN loss. An exception is raised to the user, untouched, if
     no step of this fit has succeeded yet; if it comes with the third batch in a row (later if
     many batches have raised before) although batch, weights and buffers are finite, as the program
-    is at fault then; and if the batch cannot be undone.
+    is at fault then; and if the batch cannot be undone. Several ranks decide together, once for
+    each step, and all of them raise.
 
     Args:
-        trainer: in its fit, on one rank.
+        trainer: in its fit, on one rank or where `can_guard_ranks`.
         pl_module: the module in training.
         engine: undoes steps; it must record the batches.
         owner: the callback; nothing is caught while a tuner has replaced it.
@@ -56,7 +63,16 @@ class RaisingSteps:
     ) -> None:
         self._trainer, self._module, self._engine = trainer, pl_module, engine
         self._owner = owner
-        self._guard = StepGuard(trainer, pl_module, self._contain, self._passed)
+        self._guard: StepGuard
+        self._alone = sharing(trainer) == "alone"
+        if self._alone:
+            self._guard = StepGuard(trainer, pl_module, self._contain_alone, self._passed)
+        else:
+            self._guard = RankStepGuard(
+                trainer, pl_module, self._contain_together, self._passed, self._prepare
+            )
+        self._passes = 0
+        """Batches that passed on this rank since the last step that was accepted or failed."""
         self._unexplained: list[tuple[int, int]] = []
         """Epoch and index of the batches in a row that raised without an explanation."""
         self._good = self._bad = 0
@@ -82,7 +98,10 @@ class RaisingSteps:
     def batch_ended(self) -> None:
         """Forgets a failure that was responded to; called after the response."""
         self._guard.batch_ended()
-        self._has_stepped = self._has_stepped or self._accepted
+        if self._accepted:
+            self._has_stepped, self._accepted = True, False
+            if not self._alone:  # on the other ranks they have passed too
+                self._count_passes()
         failure = self._guard.failure
         if failure is not None and failure.reported:
             self._guard.failure = None
@@ -98,44 +117,72 @@ class RaisingSteps:
         elif failure.bad_batch:
             incident.note("bad batch", f"in the batch, {'; '.join(failure.findings)}")
         elif incident.verdict == "deterministic" and not incident.anomaly.state_corrupted:
+            index = failure.batches[0][1]
             incident.note(
                 "the model raises on this batch",
-                f"batch {self._engine.current_batch.index} raises each time that it is trained on",
+                f"batch {index} raises each time that it is trained on",
             )
 
     def _passed(self) -> None:
+        self._engine.current_batch.raised = False
+        self._passes += 1
+        if self._alone:
+            self._count_passes()
+
+    def _count_passes(self) -> None:
         batch = self._engine.current_batch
-        batch.raised = False
-        self._good += 1
+        self._good += self._passes
+        self._passes = 0
         # Batches before those that raised are replayed; they tell nothing new.
         if self._unexplained and (batch.epoch, batch.index) > max(self._unexplained):
             self._bad += len(self._unexplained)
             self._unexplained = []
 
-    def _contain(self, failure: StepFailure) -> bool:
+    def _contain_alone(self, failure: StepFailure) -> bool:
         """Returns whether the fit goes on, and prepares for it."""
-        if not self._has_stepped or self._owner not in callbacks_of(self._trainer):
+        if not self._has_stepped or not self._prepare(failure) or not self._contain(failure):
+            return False
+        self._engine.current_batch.raised = True
+        return True
+
+    def _contain_together(self, failure: StepFailure) -> bool:
+        """Does the same for a step in which batches of any rank have raised."""
+        self._passes = 0
+        if not self._has_stepped or not self._contain(failure):
+            return False
+        for batch in self._engine.window:
+            batch.raised = (batch.epoch, batch.index) in failure.batches
+        return True
+
+    def _prepare(self, failure: StepFailure) -> bool:
+        """Adds what can be found out on this rank; returns False if no step is judged here."""
+        if self._owner not in callbacks_of(self._trainer):
             return False
         self._examine(failure)
         batch = self._engine.current_batch
-        place = (batch.epoch, batch.index)
-        new = not failure.explained and place not in self._unexplained
-        self._count[place] += 1
-        row = len(self._unexplained) + new
+        failure.batches = ((batch.epoch, batch.index),)
+        return True
+
+    def _contain(self, failure: StepFailure) -> bool:
+        new = (
+            [] if failure.explained else [b for b in failure.batches if b not in self._unexplained]
+        )
+        self._count.update(failure.batches)
+        row = len(self._unexplained) + len(new)
         if new and row >= suspicious_row(self._bad, self._good):
             self._log_surrender(f"{row} batches in a row; batch, weights and buffers are finite")
             return False
-        if self._count[place] > _OF_ONE_BATCH:
+        if max(self._count[batch] for batch in failure.batches) > _OF_ONE_BATCH:
             self._log_surrender(f"the same batch {_OF_ONE_BATCH} times")
             return False
         if failure.late and not self._engine.cut_short():
             return False
-        if new:
-            self._unexplained.append(place)
-        batch.raised = True
+        self._unexplained += new
         return True
 
     def _log_surrender(self, what: str) -> None:
+        if not self._trainer.is_global_zero:
+            return
         log.warning(
             "training_step raises on %s: leaving batches out does not help, look at the program "
             "and the learning rate; the exception follows",

@@ -55,6 +55,7 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime, ClipStep
 from lit_stability.trainer_internals import (
     StepFailure,
+    agreed_failure,
     at_worker_exit,
     callbacks_of,
     log_every,
@@ -299,6 +300,8 @@ class GradientMonitor(StabilityCallback):
         self._measurer.report_flags(trainer, stats)
         gate = skip_gate(optimizer)
         gate.before_verdict()
+        if stats.raised_on:
+            failure = agreed_failure(trainer, self._consensus.gather)
         if failure is not None:
             self._judge_failure(trainer, pl_module, stats, failure)
             gate.after_verdict()

@@ -36,6 +36,9 @@ def failure_anomaly(stats: StepStats, failure: StepFailure, damage: Anomaly | No
         damage: what the detectors found in the weights.
     """
     message = failure.error + (f" at {failure.place}" if failure.place else "")
+    if failure.ranks:
+        word = "rank" if len(failure.ranks) == 1 else "ranks"
+        message = f"{word} {', '.join(map(str, failure.ranks))}: {message}"
     message = "; ".join([message, *failure.findings])
     if damage is not None:
         return replace(damage, message=f"{message}; {damage.message}")

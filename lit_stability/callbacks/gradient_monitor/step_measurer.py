@@ -26,6 +26,7 @@ from lit_stability.trainer_internals import (
     ends_window,
     loss_scale_on_device,
     loss_scaler,
+    step_failure,
     unscale,
 )
 from lit_stability.training_state.gradient_clipping import gradients_are_new
@@ -122,7 +123,7 @@ class StepMeasurer:
             return
         meter = self._meter(0, trainer.optimizers[0])
         assert isinstance(meter, DistributedStepMeter)
-        meter.flags = self._flags(trainer)
+        self._tell_ranks(trainer, meter)
         scaler = loss_scaler(trainer)
         meter.begin(
             self._loss,
@@ -141,7 +142,8 @@ class StepMeasurer:
             optimizer: whose gradients to measure.
             scan: as in `take_loss`.
             failed: whether a ``training_step`` of this step raised: its loss and gradients mean
-                nothing, and the weights are scanned.
+                nothing, and on one rank the weights are scanned. Several ranks have started to
+                measure before they know it.
         """
         index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), None)
         if index is None:  # of another fit: one that failed has had no teardown
@@ -157,12 +159,12 @@ class StepMeasurer:
             unscale(scaler, optimizer)
         scale = learning_rate_multiplier(optimizer)
         meter = self._meter(index, optimizer)
-        meter.flags = self._flags(trainer)
+        self._tell_ranks(trainer, meter)
         loss, self._loss = self._loss, None
         probes = [c for c in callbacks_of(trainer) if implements(c, "probe_readings")]
         probes = [] if failed else probes
         # A step without gradients, as where training_step returns None, may hide damaged weights.
-        scan = scan or failed or is_skipped(optimizer)
+        scan = scan or (failed and self._ranks is None) or is_skipped(optimizer)
         answers = [probe.probe_readings(trainer, self._module) for probe in probes]
         stats = meter.measure(
             trainer.global_step,
@@ -179,13 +181,15 @@ class StepMeasurer:
         )
         self._clipping.measured(meter.measured)
         meter.measured = None
-        if failed:
+        if failed or stats.raised_on:
             return without_gradients(stats)
         readings = self._readings(answers, meter.also)
         return replace(stats, readings=tuple(readings)) if readings else stats
 
-    def _flags(self, trainer: Trainer) -> list[float]:
-        return [each.rank_flag(trainer, self._module) for each in self._flagged]
+    def _tell_ranks(self, trainer: Trainer, meter: StepMeter) -> None:
+        """Sets what all ranks learn of this one with the step."""
+        meter.raised = step_failure(trainer) is not None
+        meter.flags = [each.rank_flag(trainer, self._module) for each in self._flagged]
 
     def report_flags(self, trainer: Trainer, stats: StepStats) -> None:
         """Calls ``on_rank_flags`` of the callbacks that have flags.
