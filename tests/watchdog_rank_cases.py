@@ -248,18 +248,15 @@ HEALTHY = {
 """Fits that nothing is wrong with, under limits that are shorter than what some of them do."""
 
 
-def healthy(root, names, ranks=2):
+def healthy(root, names, ranks=2, **limits):
     """Fits after each other in one process; name -> threads left behind, and weights as bare."""
-    results = {}
-    for name in names:
-        results[name] = fit_twice(root, name, ranks)
-    return results
+    return {name: fit_twice(root, name, ranks, STRICT | limits) for name in names}
 
 
-def fit_twice(root, name, ranks=2):
+def fit_twice(root, name, ranks, limits):
     """Whether the watchdog changes a bit, and the threads that are there in and after the fit."""
     weights, seen = [], Names()
-    for watchdog in ([], [RankWatchdog(**STRICT), seen]):
+    for watchdog in ([], [RankWatchdog(**limits), seen]):
         module, others, options = HEALTHY[name]
         # Before the watchdog: it sees the exception only after these have done with it.
         trainer = start(root, [*copy.deepcopy(others), *watchdog], ranks, **options)
