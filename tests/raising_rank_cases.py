@@ -206,14 +206,6 @@ def ending(folder, name):
         (folder / f"seconds{rank}").write_text(str(time.monotonic() - begun))
 
 
-class Synced(Net):
-    """Has a layer whose forward pass asks the other ranks."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.other = nn.SyncBatchNorm(3, affine=False)
-
-
 class Sparse(Net):
     """Has an embedding with sparse gradients."""
 
@@ -252,7 +244,6 @@ def guarded(folder):
         "unused parameters": (DDPStrategy(find_unused_parameters=True), Unused, {}),
         "two batches per step": ("ddp", Net, {"accumulate_grad_batches": 2}),
         "static graph": (static, Net, {}),
-        "SyncBatchNorm": ("ddp", Synced, {}),
         "sparse gradients": ("ddp", Sparse, {}),
         "manual": ("ddp", Manual, {}),
         "LBFGS": ("ddp", LineSearch, {}),

@@ -110,6 +110,6 @@ def test_ranks_are_guarded_where_forward_and_backward_are_the_same_in_each_step(
     assert first == second
     assert first == {
         **{"plain": True, "unused parameters": True, "two batches per step": True},
-        **{"static graph": False, "SyncBatchNorm": False, "sparse gradients": False},
+        **{"static graph": False, "sparse gradients": False},
         **{"manual": False, "LBFGS": False, "FSDP2": False},
     }
