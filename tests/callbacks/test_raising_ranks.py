@@ -27,6 +27,7 @@ def check(first, second, name):
         for key in ("weights", "optimizer", "buffers"):
             assert torch.equal(run[key], twin[key])
         assert all(run["freed"])
+        assert not run["patched"]
     (incident,) = left["incidents"]
     assert incident[1] == "exception"
     # A batch is retried first, and left out if it fails again.
