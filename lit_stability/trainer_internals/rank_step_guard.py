@@ -90,12 +90,15 @@ class RankStepGuard(StepGuard):
     def _attempt(
         self, trainer: Trainer, run: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        step = trainer.lightning_module.training_step
+        module = trainer.lightning_module
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            return super(RankStepGuard, self)._attempt(trainer, self._heard(step), *args, **kwargs)
+            # Before the call: the patch below may remove itself in it, and must find itself on top.
+            within.remove()
+            step = self._heard(module.training_step)
+            return super(RankStepGuard, self)._attempt(trainer, step, *args, **kwargs)
 
-        within = Patch(trainer.lightning_module, "training_step", guarded)
+        within = Patch(module, "training_step", guarded)
         within.apply()
         try:
             return run(*args, **kwargs)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_stability.lightning_package import Trainer, sized_len
@@ -30,6 +31,9 @@ class SkippingLoader:
         unwanted: sets of indices; a batch that is a subset of one is skipped, thus halves too.
         recent: number of recent batches to keep.
         changed: called when a batch is skipped.
+        gather: returns the values of all ranks, each of which has a sampler with the same number
+            of batches; None on one rank. Batches of the same number belong to the same step, so a
+            batch that one rank skips is skipped by all: else their epochs would end apart.
 
     >>> sampler = SkippingLoader([[0, 1], [2, 3], [4, 5]], [frozenset([2, 3])])
     >>> list(sampler), sampler.skipped
@@ -42,13 +46,14 @@ class SkippingLoader:
         unwanted: Sequence[Samples] = (),
         recent: int = 2,
         changed: Callable[[], None] = lambda: None,
+        gather: Callable[[list[int]], list[list[int]]] | None = None,
     ) -> None:
         self.inner = inner
         self.skipped = 0
         """Number of batches skipped since the iteration began."""
         self.counted = False
         """Whether ``len`` excludes the skipped batches."""
-        self._unwanted, self._changed = unwanted, changed
+        self._unwanted, self._changed, self._gather = unwanted, changed, gather
         self._recent: deque[tuple[int, Any]] = deque(maxlen=recent)
 
     def __getattr__(self, name: str) -> Any:
@@ -72,14 +77,24 @@ class SkippingLoader:
 
     def _wanted(self, batches: Iterator[Any]) -> Iterator[Any]:
         held: list[Any] = []
-        for batch in batches:
-            if self._is_unwanted(batch):
+        for batch, unwanted in self._judged(batches):
+            if unwanted:
                 self.skipped += 1
                 self._changed()
                 continue
             yield from held
             held = [batch]
         yield from held
+
+    def _judged(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        """Yields each batch and whether it is skipped; with other ranks it reads all at once."""
+        if self._gather is None:
+            yield from ((batch, self._is_unwanted(batch)) for batch in batches)
+            return
+        known = list(batches)
+        own = [number for number, batch in enumerate(known) if self._is_unwanted(batch)]
+        skipped = {number for of_rank in self._gather(own) for number in of_rank}
+        yield from ((batch, number in skipped) for number, batch in enumerate(known))
 
     def _is_unwanted(self, batch: Any) -> bool:
         samples = samples_of(batch)
@@ -104,10 +119,17 @@ def samples_of(batch: Any) -> tuple[Any, ...]:
     return samples
 
 
+def _gather(numbers: list[int]) -> list[list[int]]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, numbers)
+    return found
+
+
 class TrainingData:
     """The training loader of one fit, with unwanted batches skipped.
 
-    Batches can be skipped if the fit has exactly one loader, a map-style ``DataLoader``.
+    Batches can be skipped if the fit has exactly one loader, a map-style ``DataLoader``. Several
+    ranks agree on them at the start of each epoch, if there are any.
 
     Args:
         trainer: before its fit sets up the data.
@@ -128,7 +150,10 @@ class TrainingData:
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         inner: Any = getattr(loader, name)
         ahead = loader.num_workers * (loader.prefetch_factor or 1)
-        self._sampler = SkippingLoader(inner, self._unwanted, ahead + 3, self._update_length)
+        gather = _gather if dist.is_initialized() and self._trainer.world_size > 1 else None
+        self._sampler = SkippingLoader(
+            inner, self._unwanted, ahead + 3, self._update_length, gather
+        )
         # DataLoader.__setattr__ forbids this assignment after the construction.
         vars(loader)[name] = self._sampler
 

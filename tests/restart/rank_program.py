@@ -1,7 +1,7 @@
 """A program for torchrun: `fit_with_recovery` on every rank, and something that goes wrong.
 
 ``python -m tests.restart.rank_program FOLDER FAULT STRATEGY``; rank 0 writes
-``FOLDER/result.pt`` at the end.
+``FOLDER/result.pt`` at the end, rank 1 ``FOLDER/result1.pt``.
 """
 
 import os
@@ -47,19 +47,31 @@ class Fault(Callback):
 class Halved(LoggingNet):
     """Has the batch size that the remedy for memory changes."""
 
-    def __init__(self, sharded):
+    def __init__(self, sharded, data):
         super().__init__(sharded)
-        self.batch_size = 4
+        self.batch_size, self.samples = 4, data
 
     def train_dataloader(self):
-        return DataLoader(Noisy(), self.batch_size, shuffle=True)
+        return DataLoader(self.samples, self.batch_size, shuffle=True)
+
+
+class Unreadable(Noisy):
+    """Has a sample that cannot be read, in batch 9 of the second epoch of rank 1."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if ATTEMPT == 0 and RANK == 1 and self.reads == 4 * 21 + 2:
+            raise OSError("sample cannot be read")
+        return super().__getitem__(index)
 
 
 def main(folder, kind, strategy):
     seed_everything(7, workers=True, verbose=False)
     torch.manual_seed(7 + RANK)
     sharded = strategy == "fsdp2"
-    module = Halved(sharded)
+    module = Halved(sharded, Unreadable() if kind == "sample" else Noisy())
     options = {
         "default_root_dir": folder,
         "strategy": ModelParallelStrategy(2, 1) if sharded else "ddp",
@@ -87,8 +99,8 @@ def main(folder, kind, strategy):
         "steps": len(module.order),
         "rate": result.trainer.optimizers[0].param_groups[0]["lr"],
     }
-    if RANK == 0:
-        torch.save(found, folder / "result.pt")
+    found["order"] = module.order
+    torch.save(found, folder / f"result{RANK or ''}.pt")
 
 
 if __name__ == "__main__":

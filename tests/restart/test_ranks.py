@@ -74,6 +74,18 @@ def test_memory_of_one_rank_halves_the_batch_of_all(tmp_path):
 
 
 @pytest.mark.long
+def test_sample_that_one_rank_cannot_read_leaves_its_batch_out_on_all_ranks(tmp_path):
+    after, code, text = torchrun(tmp_path, "sample")
+
+    assert code == 0, text
+    other = torch.load(tmp_path / "result1.pt", weights_only=True)
+    (remedy,) = after["remedies"]
+    assert remedy.startswith("batch 9 of epoch 1 is skipped, samples ")
+    assert after["steps"] == other["steps"] == 24  # from step 16 on
+    assert torch.equal(after["weights"], other["weights"])
+
+
+@pytest.mark.long
 def test_nan_on_one_rank_lowers_the_learning_rate_of_all(tmp_path):
     after, code, text = recovered(tmp_path, "nan")
 
