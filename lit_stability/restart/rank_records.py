@@ -131,9 +131,13 @@ def is_secondary(crash: dict[str, Any]) -> bool:
 
     >>> is_secondary({"kind": "other", "message": "Connection closed by peer [127.0.0.1]:29500"})
     True
+    >>> is_secondary({"kind": "out of memory", "message": "raised on rank 1: OutOfMemoryError: x"})
+    True
     >>> is_secondary({"kind": "instability", "message": "the loss diverged"})
     False
     """
+    if crash["message"].startswith("raised on rank "):
+        return True
     return crash["kind"] == "other" and bool(_SECONDARY.search(crash["message"]))
 
 
