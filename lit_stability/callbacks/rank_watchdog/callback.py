@@ -84,9 +84,9 @@ class RankWatchdog(StabilityCallback):
     Not seen either: what happens before ``on_fit_start`` and outside of ``Trainer.fit``; a
     collective in which a GPU waits, before the host waits for it.
 
-    The training thread writes a few Python attributes in four hooks per step: 1500 ns on one core
-    of a server, and about as much for Lightning's calls of them; two other threads do the rest. On
-    one device there are no hooks, no threads and no store.
+    The training thread writes a few Python attributes in four hooks per step, 1500 ns on one core
+    of a server, and Lightning calls them; two other threads do the rest. On one device there are no
+    hooks, no threads and no store.
 
     Args:
         timeout: seconds for which a rank may stay in one place.
