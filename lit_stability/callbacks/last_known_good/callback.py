@@ -149,10 +149,12 @@ class LastKnownGood(StabilityCallback):
         self._release()
         self._restored, self._buffers = {}, {}
         if trainer.world_size > 1 and sharing(trainer) == "untried":
-            log.info(
-                "LastKnownGood keeps nothing with %s on several ranks (%s): use ModelCheckpoint",
-                *(type(trainer.strategy).__name__, why_unsupported(trainer)),
-            )
+            if trainer.is_global_zero:
+                log.info(
+                    "LastKnownGood keeps nothing with %s on several ranks (%s): use "
+                    "ModelCheckpoint",
+                    *(type(trainer.strategy).__name__, why_unsupported(trainer)),
+                )
             return
         self._fit = _Fit(self, trainer, pl_module)
 

@@ -76,11 +76,14 @@ def restore_buffers(pl_module: LightningModule, buffers: Mapping[str, Tensor]) -
 
 
 def log_other_ranks(trainer: Trainer, ranks_then: int) -> None:
-    """Logs what a checkpoint of other ranks does not restore."""
-    if ranks_then != trainer.world_size:
-        lost, saved = "random states and epoch metrics are", f"by {ranks_then} ranks"
-    else:
+    """Logs, on one rank, what a checkpoint of other ranks does not restore."""
+    alone = ranks_then == trainer.world_size
+    if trainer.global_rank != int(alone):  # rank 0 has restored what it has saved alone
+        return
+    if alone:
         lost, saved = "random states and epoch metrics of the other ranks are", "by rank 0 alone"
+    else:
+        lost, saved = "random states and epoch metrics are", f"by {ranks_then} ranks"
     log.warning(
         "the checkpoint was saved %s: %s not restored, so this run is not the one that an "
         "uninterrupted one would have been",
