@@ -95,7 +95,7 @@ def stop():
 
 
 def fail():
-    raise ValueError("no such token: 17")
+    raise LookupError("no such token: 17")
 
 
 ACTS = {

@@ -111,7 +111,7 @@ def test_ranks_in_the_same_place_are_not_named(tmp_path):
 def test_exception_of_one_rank_is_in_the_log_of_the_other(tmp_path):
     ended, text, _ = hangs(tmp_path, {1: ("forward", "raise")}, suite=True)
     assert [each.code for each in ended] == [1, 1]
-    assert "rank 1 has raised ValueError: no such token: 17 in forward, of batch 6" in line(ended)
+    assert "rank 1 has raised LookupError: no such token: 17 in forward, of batch 6" in line(ended)
     assert text == "", "no hang"
 
 
@@ -119,7 +119,7 @@ def test_exception_that_its_program_survives_ends_the_other_ranks(tmp_path):
     ended, text, _ = hangs(tmp_path, {1: ("forward", "raise")}, goes_on=9.0)
     assert ended[0].code == CODE
     assert ended[0].seconds < ended[1].seconds
-    assert "the fit hangs: rank 1 has raised ValueError: no such token: 17" in line(ended)
+    assert "the fit hangs: rank 1 has raised LookupError: no such token: 17" in line(ended)
     assert "in backward, of batch 6" in stacks(text)[0]
 
 

@@ -44,6 +44,14 @@ OPTIONS = {
         "after_crash": 1.0,
     },
     "PreemptionCheckpoint": {"grace": 60.0},
+    "RankWatchdog": {
+        "timeout": 900.0,
+        "silent_after": 200.0,
+        "slow_factor": 2.0,
+        "straggler_factor": 2.0,
+        "straggler_steps": 100,
+        "interval": 2.0,
+    },
     "PrecisionFallback": {
         "precisions": ["bf16-mixed", "32-true"],
         "fp32_modules": ["net.0"],

@@ -19,7 +19,7 @@ from lit_stability import AutoRollback, GradientMonitor, LastKnownGood, fit_with
 from tests.good_rank_cases import LoggingNet, Noisy
 from tests.rank_cases import whole
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
