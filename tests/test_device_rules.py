@@ -25,7 +25,7 @@ TO_HOST = ("measurement/norms.py", "to_host", "tolist")
 """The numbers of a step, which the detectors read before the update."""
 RARE = {
     ("training_state/weight_writes.py", "_equal", "equal"): "after snapshots 1, 2, 4, 8, ...",
-    ("callbacks/last_known_good/checkpoint_manager.py", "healthy", "cpu"): "with a good checkpoint",
+    ("callbacks/last_known_good/checkpoint_manager.py", "_hand_over", "cpu"): "a good checkpoint",
     ("training_state/host_copy.py", "capture", "_foreach_copy_"): "with a good checkpoint",
 }
 FIRST_STEPS = 3

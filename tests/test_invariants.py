@@ -274,9 +274,9 @@ def test_normal_step_copies_to_the_host_once_and_hooks_no_module(tmp_path, monke
         fit(tmp_path, [*callbacks, Probe()], max_steps=25)
         seen.append({name: len(numbers) for name, numbers in crossings.items()})
     # The monitor looks at the buffers when they begin to be watched and before a checkpoint is
-    # loaded, at all state before the first step, at the weights that are kept for the disk, and at
-    # those that the fit ends with; at its start others look at weights and at buffers.
-    copies = 2 + 1 + 1 + 1 + 2
+    # loaded, at all state before the first step, and at the weights that the fit ends with; at its
+    # start others look at weights and at buffers.
+    copies = 2 + 1 + 1 + 2
     assert seen[1]["tolist"] - seen[0]["tolist"] == 25 + copies
     assert seen[1]["item"] == seen[0]["item"]
 

@@ -31,7 +31,8 @@ class WatchedBuffers:
         found = {n: b for n, b in measurable.items() if b.is_floating_point()}
         finite = _are_finite([*found.values()])
         self.names = tuple(n for n, good in zip(found, finite, strict=True) if good)
-        self._running = torch.tensor([n.rpartition(".")[2] in RUNNING for n in self.names])
+        running = torch.tensor([n.rpartition(".")[2] in RUNNING for n in self.names])
+        self._running = running.to(found[self.names[0]].device) if self.names else running
 
     @torch.no_grad()
     def flags(self) -> list[Tensor]:

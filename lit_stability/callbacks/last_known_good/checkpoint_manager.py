@@ -119,10 +119,15 @@ class CheckpointManager:
         )
 
     def healthy(self) -> None:
-        """Counts a healthy step."""
+        """Counts a healthy step; on one device hands over a copy that is confirmed by it.
+
+        Several ranks hand it over between two batches, when all of them have accepted the step.
+        """
         self._healthy = True
         if self._healthy_steps is not None:
             self._healthy_steps += 1
+        if self._sharing == "alone" and self._confirmed:
+            self._hand_over()
 
     @property
     def _confirmed(self) -> bool:
