@@ -298,6 +298,11 @@ class AutoRollback(StabilityCallback):
         if self._raising is not None:
             self._raising.explain(incident)
 
+    def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets that the present step was accepted: another rank may have rejected it."""
+        if self._raising is not None:
+            self._raising.rolled_back()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -95,6 +95,10 @@ class RaisingSteps:
         """Records that the step of an optimizer was accepted."""
         self._accepted = True
 
+    def rolled_back(self) -> None:
+        """Forgets a step that this rank had accepted, and the ranks together have undone."""
+        self._accepted, self._passes = False, 0
+
     def batch_ended(self) -> None:
         """Forgets a failure that was responded to; called after the response."""
         self._guard.batch_ended()
