@@ -12,6 +12,9 @@ from tests import good_rank_cases as cases
 from tests.distributed import run_ranks
 
 SHARDED = pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+SHARDED_LONG = pytest.mark.parametrize(
+    "sharded", [False, pytest.param(True, marks=pytest.mark.long)], ids=["ddp", "fsdp2"]
+)
 
 
 def run(root, function, *args, ranks=2):
@@ -55,7 +58,7 @@ def assert_equal(straight, after):
             assert torch.equal(buffer, b["buffers"][name]), f"{name} of rank {rank}"
 
 
-@SHARDED
+@SHARDED_LONG
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,7 +106,7 @@ def test_buffers_that_the_ranks_do_not_share_are_restored_on_each(tmp_path):
     assert_equal(straight, resumed(tmp_path / "run", False, **options))
 
 
-@SHARDED
+@SHARDED_LONG
 def test_more_or_fewer_ranks_go_on_after_the_samples_that_were_trained_on(tmp_path, sharded):
     first = ended(tmp_path / "run", sharded, 26)
     shutil.copytree(tmp_path / "run", tmp_path / "more")
@@ -131,7 +134,7 @@ def test_other_ranks_are_refused_where_samples_fill_no_whole_batch(tmp_path):
     assert "resume with 2, or" in result["error"]
 
 
-@SHARDED
+@SHARDED_LONG
 @pytest.mark.parametrize("fault", ["disk of rank 1", "weight of rank 1", "hook of rank 1"])
 def test_all_ranks_give_up_a_copy_that_one_of_them_cannot_write(tmp_path, sharded, fault):
     results = run(tmp_path / "run", cases.faulty, sharded, fault, {})
