@@ -20,7 +20,7 @@ test-long:
 	{ printf '`make test-long`, %s:\n\n' "$$(date +%F)"; tail -n 1 runs/long_tests.log; } \
 		> benchmarks/results/long_tests.md
 
-# Ranks that are killed, crash and are preempted, and restarts by torchrun; ten minutes on two cores.
+# Ranks that are killed, crash and are preempted, and restarts by torchrun.
 test-ranks:
 	mkdir -p runs && pytest -q -s -m "long or not long" tests/test_kill_ranks.py tests/restart/test_ranks.py \
 		tests/callbacks/test_last_known_good_ranks.py > runs/rank_tests.log; tail -n 20 runs/rank_tests.log

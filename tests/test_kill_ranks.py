@@ -23,9 +23,7 @@ def run(results, *args):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_run_with_twenty_kills_ends_like_the_uninterrupted_one(
-    tmp_path, sharded, record_property, capsys
-):
+def test_run_with_twenty_kills_ends_like_the_uninterrupted_one(tmp_path, sharded, capsys):
     straight = run(tmp_path / "r", cases.fitted, tmp_path / "straight", sharded, {"steps": STEPS})
     draw, lost, kills = random.Random(5), [], 0
     root, progress = tmp_path / "run", tmp_path / "progress.json"

@@ -114,7 +114,7 @@ def fit(
     options = check_options(resolve(config), allow)
     run_dir: Path = options["run_dir"]
     wanted = resume or options.get("ckpt_path")
-    checkpoint = from_rank_0("checkpoint", lambda: find_checkpoint(wanted, run_dir) or "") or None
+    checkpoint = from_rank_0(lambda: find_checkpoint(wanted, run_dir) or "") or None
     recover = make(options.get("recover"))
     model, data = make_model_and_data(options)
     hide_environment(model, data)

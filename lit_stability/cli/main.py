@@ -280,7 +280,7 @@ def _resume(args: argparse.Namespace) -> int:
     from lit_stability.restart.torchrun import from_rank_0
 
     # Each rank would read the whole checkpoint, to verify it.
-    found = from_rank_0("good checkpoint", lambda: str(find_resume_checkpoint(run) or ""))
+    found = from_rank_0(lambda: str(find_resume_checkpoint(run) or ""))
     checkpoint = Path(found)
     if not found:
         raise ConfigError(

@@ -84,10 +84,8 @@ class Recovery:
         sources: finds the checkpoint that a fit resumes from.
     """
 
-    _keeps_initial_state = True
-    """Whether a fit may be started from the initial state of the module."""
     _new_process = False
-    """Whether the next fit is in another process."""
+    """Whether the next fit is in another process, which builds its own module."""
 
     def __init__(
         self,
@@ -101,7 +99,7 @@ class Recovery:
         self._model, self._data = model, data
         self._limits, self._sources = limits, sources
         self._plan = Plan(loaders_given=data["train_dataloaders"] is not None)
-        self._initial_state = InitialState(model) if self._keeps_initial_state else None
+        self._initial_state = None if self._new_process else InitialState(model)
         self._record: RecoveryRecord | None = None
         self._crashes: list[Crash] = []
         self._remedies: list[str] = []

@@ -39,7 +39,6 @@ class RankRecovery(Recovery):
     processes again. These read the record of the rank that crashed first.
     """
 
-    _keeps_initial_state = False
     _new_process = True
 
     def run(self) -> RecoveryResult:
@@ -52,7 +51,7 @@ class RankRecovery(Recovery):
                 "where the ranks keep the records of their crashes"
             )
         records = RankRecords(root / f"recovery-{run_id()}", attempt())
-        self._load(json.loads(from_rank_0("recovery", lambda: self._agreed(records))))
+        self._load(json.loads(from_rank_0(lambda: self._agreed(records))))
         use_new_store()
         if self._plan.overrides:
             trainer = self._trainers.make(self._plan.overrides)

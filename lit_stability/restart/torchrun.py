@@ -5,6 +5,7 @@ Imports torch, but not Lightning.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import torch.distributed
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 RUN_ID = "TORCHELASTIC_RUN_ID"
 _HAS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_calls = itertools.count()
+"""Numbers the values of this process, which are in the store for good."""
 _WAIT = timedelta(minutes=30)
 """How long the ranks wait for rank 0, which reads the last good checkpoint to check it."""
 
@@ -45,7 +48,7 @@ def use_new_store() -> None:
     """
     if attempt() == 0 or os.environ.get(_HAS_STORE) != "True":
         return
-    os.environ["MASTER_PORT"] = from_rank_0("port", _free_port)
+    os.environ["MASTER_PORT"] = from_rank_0(_free_port)
     os.environ[_HAS_STORE] = "False"
 
 
@@ -55,14 +58,13 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def from_rank_0(name: str, compute: Callable[[], str]) -> str:
+def from_rank_0(compute: Callable[[], str]) -> str:
     """Returns what rank 0 computes, on every rank, before there is a process group.
 
     The ranks exchange it through the store of torchrun. Where torchrun offers none, each computes
-    it.
+    it. All ranks must call it, or none.
 
     Args:
-        name: of the value, the same on all ranks and not used before in this attempt.
         compute: runs on rank 0.
 
     Raises:
@@ -73,7 +75,7 @@ def from_rank_0(name: str, compute: Callable[[], str]) -> str:
     stores: Any = torch.distributed
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     base = stores.TCPStore(host, port, is_master=False, timeout=_WAIT)
-    store = stores.PrefixStore(f"lit_stability/{attempt()}", base)
+    store, name = stores.PrefixStore(f"lit_stability/{attempt()}", base), str(next(_calls))
     if os.environ["RANK"] != "0":
         kind, _, value = store.get(name).decode().partition(":")
         if kind == "error":

@@ -60,6 +60,7 @@ from lit_stability.trainer_internals.skip_step import (
 from lit_stability.trainer_internals.step_guard import StepFailure, StepGuard, step_failure
 from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
 from lit_stability.trainer_internals.strategies import (
+    longest_wait,
     ranks_of,
     reshard,
     sharing,
@@ -146,6 +147,7 @@ __all__ = [
     "local_path",
     "log_every",
     "logger_step",
+    "longest_wait",
     "loss_scale_on_device",
     "loss_scaler",
     "move_batch_index",

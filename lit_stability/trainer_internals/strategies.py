@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import timedelta
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from lit_stability.lightning_package import (
     SingleDeviceStrategy,
     Trainer,
 )
+
+_USUAL_WAIT = timedelta(minutes=30)
+"""The default ``timeout`` of Lightning's strategies."""
 
 Sharing: TypeAlias = Literal["alone", "replicas", "shards", "untried"]
 
@@ -71,6 +75,15 @@ def ranks_of(trainer: Trainer, allowed: Collection[str]) -> Ranks | None:
     )
     replicas = kind == "replicas"
     return Ranks(replicas=replicas, overlapped=replicas and once_per_step)
+
+
+def longest_wait(trainer: Trainer) -> float:
+    """Returns for how many seconds ranks may wait for each other, if the user allows it; else 0.
+
+    That is a ``timeout`` of the strategy above its default of 30 minutes.
+    """
+    given = getattr(trainer.strategy, "_timeout", None)
+    return given.total_seconds() if given is not None and given > _USUAL_WAIT else 0.0
 
 
 def reshard(pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from lit_stability import AutoRollback, GradientMonitor, LastKnownGood, fit_with_recovery
+from lit_stability import LastKnownGood, fit_with_recovery, stability_callbacks
 from tests.good_rank_cases import LoggingNet, Noisy
 from tests.rank_cases import whole
 
@@ -85,8 +85,9 @@ def main(folder, kind, strategy):
     }
 
     def make_trainer(**overrides):
-        good = LastKnownGood(every_n_steps=8, confirm_after=3)
-        callbacks = [Fault(kind), GradientMonitor(), good, AutoRollback()]
+        callbacks = [Fault(kind), *stability_callbacks()]
+        place = next(i for i, c in enumerate(callbacks) if isinstance(c, LastKnownGood))
+        callbacks[place] = LastKnownGood(every_n_steps=8, confirm_after=3)
         return Trainer(**{**options, **overrides}, callbacks=callbacks)
 
     result = fit_with_recovery(make_trainer, module)

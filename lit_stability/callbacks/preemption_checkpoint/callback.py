@@ -54,9 +54,8 @@ class PreemptionCheckpoint(StabilityCallback):
     Under SLURM with ``SLURMEnvironment(auto_requeue=True)``, the default, its requeue signal
     (SIGUSR1; ``#SBATCH --signal=SIGUSR1@90``) adds the link ``hpc_ckpt_<n>.ckpt`` to
     ``default_root_dir``, by which Lightning resumes from the checkpoint by itself, and runs
-    ``scontrol requeue JOB``. If that fails it is
-    logged, and the run ends all the same. SIGTERM never requeues: it may be ``scancel``, and where
-    SLURM preempts by requeueing it does so itself.
+    ``scontrol requeue JOB``. If that fails it is logged, and the run ends all the same. SIGTERM
+    never requeues: it may be ``scancel``, and where SLURM preempts by requeueing it does so itself.
 
     A step ends with the optimizer's step: a signal in the first batch of an accumulation window is
     acted upon at the end of the window, one in a validation after it. If no step ends within
@@ -263,7 +262,7 @@ class _Fit:
     def _save(self, signum: int, path: Path, link: Path | None) -> None:
         step, name = self._trainer.global_step, _name(signum)
         try:
-            path = save_at_boundary(self._trainer, path, link)
+            path = save_at_boundary(self._trainer, path)
         except Exception as error:
             log.warning(
                 "%s: the checkpoint of step %d cannot be saved (%r); resume from the last known "
@@ -272,9 +271,10 @@ class _Fit:
                 step,
                 error,
             )
-        else:
-            if self._trainer.is_global_zero:
-                log.warning("%s: saved step %d to %s; the run ends now", name, step, path)
+            return
+        if self._trainer.is_global_zero:
+            log.warning("%s: saved step %d to %s; the run ends now", name, step, path)
+            _link(link, path)
 
     def _too_late(self, signum: int) -> None:
         log.warning(
@@ -290,6 +290,16 @@ class _Fit:
         self.boundary.detach()
         if self._signals is not None:
             self._signals.close()
+
+
+def _link(link: Path | None, path: Path) -> None:
+    """Creates the name by which Lightning finds a checkpoint, if there is one."""
+    if link is None:
+        return
+    try:
+        link.symlink_to(path.resolve())
+    except OSError as error:
+        log.warning("%s cannot be created (%s): resume with ckpt_path=%s", link, error, path)
 
 
 def ending(signum: int) -> SIGTERMException:

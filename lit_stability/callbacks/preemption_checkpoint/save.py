@@ -14,7 +14,7 @@ PART = ".part-preempted.ckpt"
 """Name of a file, or folder, that is not complete; the next one replaces it."""
 
 
-def save_at_boundary(trainer: Trainer, path: Path, link: Path | None = None) -> Path:
+def save_at_boundary(trainer: Trainer, path: Path) -> Path:
     """Saves a checkpoint that appears whole or not at all; all ranks call it, between two batches.
 
     Args:
@@ -22,7 +22,6 @@ def save_at_boundary(trainer: Trainer, path: Path, link: Path | None = None) -> 
         path: of the checkpoint, the same on all ranks. Several ranks make a folder, without the
             ``.ckpt``, in which each writes what it needs to resume exactly, if there is a
             `LastKnownGood`.
-        link: another name for it, or None.
 
     Returns:
         What Lightning loads.
@@ -36,11 +35,7 @@ def save_at_boundary(trainer: Trainer, path: Path, link: Path | None = None) -> 
         path = folder
     else:
         _save_whole(trainer, keeper, path)
-    path = to_load(path)
-    if link is not None and trainer.is_global_zero:
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path.resolve())
-    return path
+    return to_load(path)
 
 
 def _save_whole(trainer: Trainer, keeper: LastKnownGood | None, path: Path) -> None:

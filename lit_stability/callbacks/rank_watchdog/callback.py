@@ -34,6 +34,7 @@ from lit_stability.redaction import redacted
 from lit_stability.trainer_internals import (
     at_worker_exit,
     is_called,
+    longest_wait,
     patch_save_checkpoint,
     run_directory,
     sharing,
@@ -73,7 +74,8 @@ class RankWatchdog(StabilityCallback):
     batch and in the first two, while ``torch.compile`` compiles, in each batch of a validation,
     while a checkpoint is saved, and at the end of an epoch. A phase may also last ``slow_factor``
     times longer than it ever did. Time in which a job was suspended as a whole does not count. Make
-    ``timeout`` longer for steps of more than ten minutes, or to stop one rank with a debugger.
+    ``timeout`` longer for steps of more than ten minutes, or to stop one rank with a debugger. A
+    ``timeout`` of the strategy that is above its default of 30 minutes counts as well.
 
     A slow rank is reported once, by rank 0: one that spends so much more time than the median of
     the others, between batches or in its forward pass, that each batch takes ``straggler_factor``
@@ -156,7 +158,12 @@ class RankWatchdog(StabilityCallback):
         )
         self._watch = RankWatch(
             meeting,
-            Limits(self.timeout, self.silent_after, self.slow_factor, self.interval),
+            Limits(
+                max(self.timeout, longest_wait(trainer)),
+                self.silent_after,
+                self.slow_factor,
+                self.interval,
+            ),
             self._view(trainer),
             stragglers if trainer.is_global_zero else None,
             _report_straggler,
