@@ -22,7 +22,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LIGHTNING_VERSION, LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.trainer_internals import run_directory, save_incident_checkpoint, sharing
+from lit_stability.trainer_internals import adapter_of, run_directory
 from lit_stability.training_state.rng import capture_rng
 
 log = suite_logger()
@@ -154,8 +154,9 @@ class AnomalyCheckpoint(StabilityCallback):
     ) -> None:
         part = self._create_folder(trainer, folder)
         try:
-            if trainer.is_global_zero or sharing(trainer) != "replicas":
-                save_incident_checkpoint(trainer, part / "checkpoint.ckpt")
+            adapter = adapter_of(trainer)
+            if trainer.is_global_zero or adapter.saves_incidents_together:
+                adapter.save_incident(part / "checkpoint.ckpt")
             context = {
                 "batch": self._batch,
                 "gradients": gradient_details(pl_module.named_parameters()) or self._suspected,
@@ -189,7 +190,7 @@ class AnomalyCheckpoint(StabilityCallback):
             part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
         except OSError as caught:
             error = caught
-        collective = trainer.world_size > 1 and sharing(trainer) != "replicas"
+        collective = trainer.world_size > 1 and adapter_of(trainer).saves_incidents_together
         if collective and not trainer.strategy.reduce_boolean_decision(error is None):
             error = error or OSError("another rank cannot write its folder")
         if error is not None:

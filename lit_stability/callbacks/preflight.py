@@ -29,7 +29,7 @@ from lit_stability.checks.preflight import (
 from lit_stability.checks.preflight.inputs import empty_epoch
 from lit_stability.detectors.anomaly import require_instance
 from lit_stability.lightning_package import LightningModule, Trainer, is_overridden
-from lit_stability.trainer_internals import loss_scaler, sharing, why_unsupported
+from lit_stability.trainer_internals import adapter_of, loss_scaler
 
 OnError = Literal["warn", "stop"]
 _LARGEST_SCALE = 1024.0
@@ -159,10 +159,11 @@ class Preflight(StabilityCallback):
         Raises:
             ValueError: If a pattern or a probe does not fit the model.
         """
-        if sharing(trainer) not in ("alone", "replicas"):
+        adapter = adapter_of(trainer)
+        if adapter.sharing not in ("alone", "replicas"):
             reason = f"{type(trainer.strategy).__name__}: no rank has all weights"
-            if sharing(trainer) == "untried":
-                reason = f"{type(trainer.strategy).__name__}: {why_unsupported(trainer)}"
+            if adapter.sharing == "untried":
+                reason = f"{type(trainer.strategy).__name__}: {adapter.why_unsupported}"
             return Report(skipped={"all": reason})
         probes = getattr(pl_module, "preflight_probes", None)
         expect = Expectations(**self._options, probes=tuple(probes(batch)) if probes else ())

@@ -9,7 +9,7 @@ from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.gradient_monitor.validation import require_package
 from lit_stability.callbacks.hooks import implements
 from lit_stability.lightning_package import Callback, Trainer
-from lit_stability.trainer_internals import callbacks_of, sharing, why_unsupported
+from lit_stability.trainer_internals import adapter_of, callbacks_of, sharing
 
 
 def require_monitor(trainer: Trainer, callback: Callback) -> None:
@@ -71,10 +71,10 @@ def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
     Raises:
         RuntimeError: if not; the message has the reason and the alternatives.
     """
-    strategy = type(trainer.strategy).__name__
-    if sharing(trainer) == "untried" and not _is_allowed(trainer):
+    strategy, adapter = type(trainer.strategy).__name__, adapter_of(trainer)
+    if adapter.sharing == "untried" and not _is_allowed(trainer):
         raise RuntimeError(
-            f"{type(callback).__name__} does not support {strategy}: {why_unsupported(trainer)}. "
+            f"{type(callback).__name__} does not support {strategy}: {adapter.why_unsupported}. "
             "Train on one device, with DDP or with FSDP2; or use only GradientMonitor, which does "
             f"not act; or try it with GradientMonitor(allow_strategies=({strategy!r},))"
         )

@@ -19,7 +19,6 @@ from lit_stability.trainer_internals.cluster import (
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
 from lit_stability.trainer_internals.hyperparameters import hide_environment
-from lit_stability.trainer_internals.incident_checkpoint import save_incident_checkpoint
 from lit_stability.trainer_internals.loop_counters import (
     LoopState,
     count_skipped_batches,
@@ -37,7 +36,6 @@ from lit_stability.trainer_internals.precision import (
     is_supported,
     why_fixed,
 )
-from lit_stability.trainer_internals.rank_checkpoint import own_buffers, rank_checkpoint
 from lit_stability.trainer_internals.rank_step_guard import (
     RankStepGuard,
     agreed_failure,
@@ -59,13 +57,7 @@ from lit_stability.trainer_internals.skip_step import (
 )
 from lit_stability.trainer_internals.step_guard import StepFailure, StepGuard, step_failure
 from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
-from lit_stability.trainer_internals.strategies import (
-    longest_wait,
-    ranks_of,
-    reshard,
-    sharing,
-    why_unsupported,
-)
+from lit_stability.trainer_internals.strategies import adapter_of, sharing
 from lit_stability.trainer_internals.trainer_view import (
     batch_index,
     batches_begun,
@@ -120,6 +112,7 @@ __all__ = [
     "StepSkipper",
     "StepStart",
     "TrainingSnapshot",
+    "adapter_of",
     "agreed_failure",
     "apply_fp32_modules",
     "at_worker_exit",
@@ -147,26 +140,20 @@ __all__ = [
     "local_path",
     "log_every",
     "logger_step",
-    "longest_wait",
     "loss_scale_on_device",
     "loss_scaler",
     "move_batch_index",
-    "own_buffers",
     "owners_in",
     "parameters_of",
     "patch_save_checkpoint",
     "program_handler",
-    "rank_checkpoint",
-    "ranks_of",
     "remove_gradients",
     "replay_loss",
     "requeue_checkpoint",
     "requeue_signal",
-    "reshard",
     "run_directory",
     "same_batch",
     "same_loss",
-    "save_incident_checkpoint",
     "sharing",
     "signal_processes",
     "snapshot_bytes",
@@ -175,5 +162,4 @@ __all__ = [
     "unscale",
     "why_fixed",
     "why_no_directory",
-    "why_unsupported",
 ]

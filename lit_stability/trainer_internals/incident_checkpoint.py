@@ -1,31 +1,21 @@
-"""Saves the complete state of a Trainer when an incident opens."""
+"""The checkpoint that one rank saves of its own when an incident opens."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lit_stability.lightning_choice import LIGHTNING_ROOTS
 from lit_stability.lightning_package import LIGHTNING_VERSION, Trainer
 from lit_stability.redaction import redacted_tree
-from lit_stability.trainer_internals.strategies import sharing
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 
 
-def save_incident_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Saves a Lightning checkpoint of the state at an incident, for later analysis.
+def own_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Returns a Lightning checkpoint of this rank's state, without synchronising the ranks.
 
-    Under DDP, call it on rank 0 only. It does not synchronise, because the other ranks may have
-    seen no anomaly. Therefore it calls no user hook, which might synchronise, and includes only
-    the states of callbacks from Lightning and this package. Under FSDP2, call it on all ranks.
+    The other ranks may have seen no anomaly. Therefore no hook of the user is called, which might
+    synchronise, and of callbacks it has the states of those from Lightning and this package.
     """
-    if sharing(trainer) != "replicas":
-        trainer.save_checkpoint(path, weights_only=False)
-        return
-    trainer.strategy.save_checkpoint(_dump(trainer), path)
-
-
-def _dump(trainer: Trainer) -> dict[str, Any]:
     module, precision = trainer.lightning_module, trainer.precision_plugin
     checkpoint = {
         "epoch": trainer.current_epoch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from lit_stability.lightning_package import (
     HalfPrecision,
-    LightningModule,
     MixedPrecision,
     Precision,
     Trainer,
@@ -19,7 +17,7 @@ from lit_stability.lightning_package import (
 )
 from lit_stability.measurement.half_precision import HALF, widen
 from lit_stability.measurement.tensor_tree import tensors_in
-from lit_stability.trainer_internals.strategies import sharing
+from lit_stability.trainer_internals.strategies import adapter_of
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.fp32_modules import fp32_modules_of, keep_in_fp32
 
@@ -87,13 +85,12 @@ def is_half(trainer: Trainer) -> bool:
 
 def why_fixed(trainer: Trainer) -> str | None:
     """Returns why the precision of a fit cannot be changed, or None."""
-    if type(trainer.strategy).__name__ == "FSDPStrategy":
-        return "FSDP1 fixes the dtype of its shards when it creates them (FSDP2 does not)"
+    adapter = adapter_of(trainer)
+    if (reason := adapter.why_precision_fixed) is not None:
+        return reason
     if type(trainer.precision_plugin) not in (Precision, MixedPrecision, HalfPrecision):
         return f"{type(trainer.precision_plugin).__name__} converts the module itself"
-    if is_half(trainer) and sharing(trainer) == "shards":
-        return "FSDP2 created its shards from half-precision weights"
-    return None
+    return adapter.why_half_fixed if is_half(trainer) else None
 
 
 def is_supported(trainer: Trainer, precision: str) -> bool:
@@ -133,18 +130,7 @@ def _widen(trainer: Trainer, tensors: Iterable[Tensor]) -> None:
         for parameter, state in optimizer.state.items():
             if parameter.dtype not in HALF:
                 widen(tensors_in(state))
-    if sharing(trainer) == "replicas":
-        _rewrap(trainer, module)
-
-
-def _rewrap(trainer: Trainer, module: LightningModule) -> None:
-    """Wraps the module in DDP again: the old buckets have the old dtype, ranks would diverge."""
-    strategy = cast(Any, trainer.strategy)
-    strategy.model = module
-    # The old wrapper removes its hooks when it is deleted; it is part of a reference cycle.
-    gc.collect()
-    strategy.model = strategy._setup_model(module)
-    strategy._register_ddp_hooks()
+    adapter_of(trainer).module_converted()
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:

@@ -22,7 +22,7 @@ from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.tensor_tree import size_of
 from lit_stability.trainer_internals.isolation import isolated_step
 from lit_stability.trainer_internals.precision import is_half
-from lit_stability.trainer_internals.strategies import reshard, sharing
+from lit_stability.trainer_internals.strategies import adapter_of, sharing
 from lit_stability.trainer_internals.trainer_view import loss_scaler
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
@@ -148,7 +148,7 @@ class RecordedStep:
 
                 origins.append(locate_nonfinite(pl_module, step))
         if forward_only:
-            reshard(pl_module)
+            adapter_of(trainer).reshard(pl_module)
         return next((origin for origin in origins if origin is not None), None)
 
 

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lit_stability.trainer_internals import longest_wait
+from lit_stability.trainer_internals import adapter_of
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,4 @@ def test_longest_wait_is_what_the_user_allows_beyond_the_default(strategy, secon
         default_root_dir=tmp_path, accelerator="cpu", devices=1, strategy=strategy, logger=False
     )
 
-    assert longest_wait(trainer) == seconds
+    assert adapter_of(trainer).longest_wait == seconds

@@ -55,13 +55,11 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime, ClipStep
 from lit_stability.trainer_internals import (
     StepFailure,
+    adapter_of,
     agreed_failure,
     at_worker_exit,
     callbacks_of,
     log_every,
-    ranks_of,
-    reshard,
-    sharing,
     step_failure,
 )
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -222,9 +220,9 @@ class GradientMonitor(StabilityCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Creates one meter and one set of detectors per optimizer; checks the state once."""
         require_watchable(trainer, pl_module, self.detectors)
-        if sharing(trainer) == "shards":
-            reshard(pl_module)
-        ranks = ranks_of(trainer, self.allow_strategies)
+        adapter = adapter_of(trainer)
+        adapter.reshard(pl_module)
+        ranks = adapter.ranks(self.allow_strategies)
         self._consensus = RankConsensus(ranks)
         self._reporter = Reporter(trainer, self._history)
         self._schedules = ScheduleWatch(trainer)

@@ -27,11 +27,11 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import (
     DataPosition,
     EpochMetrics,
+    adapter_of,
     full_checkpoint,
     run_directory,
     sharing,
     why_no_directory,
-    why_unsupported,
 )
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.good_checkpoints import FOLDER, State
@@ -153,7 +153,7 @@ class LastKnownGood(StabilityCallback):
                 log.info(
                     "LastKnownGood keeps nothing with %s on several ranks (%s): use "
                     "ModelCheckpoint",
-                    *(type(trainer.strategy).__name__, why_unsupported(trainer)),
+                    *(type(trainer.strategy).__name__, adapter_of(trainer).why_unsupported),
                 )
             return
         self._fit = _Fit(self, trainer, pl_module)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
-from lit_stability.trainer_internals import callbacks_of, local_path, own_buffers, rank_checkpoint
+from lit_stability.trainer_internals import adapter_of, callbacks_of, local_path
 from lit_stability.training_state.checkpoint_file import ranks_in
 from lit_stability.training_state.good_checkpoints import folder_of
 from lit_stability.training_state.rank_checkpoint_writer import OF_RANK, load_own
@@ -27,13 +27,13 @@ def of_rank(trainer: Trainer) -> dict[str, Any]:
     The states of callbacks of this package are saved by each rank; of others, as by Lightning, that
     of rank 0 is.
     """
-    checkpoint = rank_checkpoint(trainer)
+    checkpoint = adapter_of(trainer).checkpoint()
     ours = (c for c in callbacks_of(trainer) if type(c).__module__.startswith("lit_stability."))
     states = checkpoint["callbacks"]
     checkpoint[OF_RANK] = {
         "callbacks": {c.state_key: states[c.state_key] for c in ours if c.state_key in states},
         "loops": checkpoint["loops"],
-        "buffers": own_buffers(trainer, trainer.lightning_module),
+        "buffers": adapter_of(trainer).own_buffers(trainer.lightning_module),
     }
     return checkpoint
 

@@ -32,9 +32,9 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.redaction import redacted
 from lit_stability.trainer_internals import (
+    adapter_of,
     at_worker_exit,
     is_called,
-    longest_wait,
     patch_save_checkpoint,
     run_directory,
     sharing,
@@ -159,7 +159,7 @@ class RankWatchdog(StabilityCallback):
         self._watch = RankWatch(
             meeting,
             Limits(
-                max(self.timeout, longest_wait(trainer)),
+                max(self.timeout, adapter_of(trainer).longest_wait),
                 self.silent_after,
                 self.slow_factor,
                 self.interval,

@@ -1,0 +1,112 @@
+"""What the suite asks a way of training, answered for a single rank."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch.distributed as dist
+from torch.optim import LBFGS
+
+from lit_stability.distributed.collectives import Ranks
+from lit_stability.lightning_package import LightningModule, Trainer
+from lit_stability.trainer_internals.trainer_view import full_checkpoint
+
+_USUAL_WAIT = timedelta(minutes=30)
+"""The default ``timeout`` of Lightning's strategies."""
+
+Sharing: TypeAlias = Literal["alone", "replicas", "shards", "untried"]
+"""Whether each rank holds all weights, or a shard of them; "untried" if the suite must not act."""
+
+
+class StrategyAdapter:
+    """Answers for one strategy; this class does for a single device, others for several ranks.
+
+    Args:
+        trainer: in its fit, or at its ``setup``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._strategy: Any = trainer.strategy
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether each rank holds all weights, or a shard of them."""
+        return "alone"
+
+    @property
+    def why_unsupported(self) -> str:
+        """The reason why `sharing` is "untried", as text."""
+        return ""
+
+    @property
+    def why_precision_fixed(self) -> str | None:
+        """Why the precision cannot change during a fit, whatever it is; None if it can."""
+        return None
+
+    @property
+    def why_half_fixed(self) -> str | None:
+        """Why half-precision weights cannot be converted during a fit; None if they can."""
+        return None
+
+    @property
+    def saves_incidents_together(self) -> bool:
+        """Whether `save_incident` must be called on all ranks; else on rank 0 only."""
+        return True
+
+    @property
+    def longest_wait(self) -> float:
+        """For how many seconds ranks may wait for each other, if the user allows it; else 0.
+
+        That is a ``timeout`` of the strategy above its default of 30 minutes.
+        """
+        given = getattr(self._strategy, "_timeout", None)
+        return given.total_seconds() if given is not None and given > _USUAL_WAIT else 0.0
+
+    def ranks(self, allowed: Collection[str] = ()) -> Ranks | None:
+        """Returns the ranks that decide together; None for one rank or an unsupported strategy.
+
+        Args:
+            allowed: names of strategy classes that the user has allowed.
+        """
+        untried = self.sharing == "untried" and type(self._strategy).__name__ not in allowed
+        one = self.sharing == "alone" or self._trainer.world_size == 1
+        if one or untried or not dist.is_initialized():
+            return None
+        replicas = self.sharing == "replicas"
+        return Ranks(replicas=replicas, overlapped=replicas and _steps_once(self._trainer))
+
+    def reshard(self, pl_module: LightningModule) -> None:
+        """Frees what a forward pass without a backward pass has gathered from other ranks."""
+
+    def module_converted(self) -> None:
+        """Follows a change of the dtype of weights."""
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Returns the checkpoint of this rank; its tensors are not copies. All ranks must call it.
+
+        Of sharded weights and optimizer states each rank has its shards. Of replicas rank 0 has
+        them, and the others have neither.
+        """
+        return full_checkpoint(self._trainer)
+
+    def own_buffers(self, pl_module: LightningModule) -> dict[str, Any]:
+        """Returns the buffers that this rank does not share with rank 0, by name.
+
+        What a checkpoint has of them are those of rank 0.
+        """
+        saved = pl_module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in pl_module.named_buffers() if name in saved}
+
+    def save_incident(self, path: Path) -> None:
+        """Saves a Lightning checkpoint of the state at an incident, for later analysis."""
+        self._trainer.save_checkpoint(path, weights_only=False)
+
+
+def _steps_once(trainer: Trainer) -> bool:
+    """Whether a backward pass is known to be the last before a step of the optimizer."""
+    searches = any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers)
+    return trainer.lightning_module.automatic_optimization and not searches

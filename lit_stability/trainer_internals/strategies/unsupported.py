@@ -1,0 +1,41 @@
+"""Strategies under which the suite must not act, each with the reason."""
+
+from __future__ import annotations
+
+from lit_stability.trainer_internals.strategies.adapter import Sharing, StrategyAdapter
+
+
+class UnsupportedAdapter(StrategyAdapter):
+    """Answers for a strategy that no other adapter stands for."""
+
+    @property
+    def sharing(self) -> Sharing:
+        """Untried."""
+        return "untried"
+
+    @property
+    def why_unsupported(self) -> str:
+        """The reason, by the name of the strategy."""
+        match type(self._strategy).__name__:
+            case "FSDPStrategy":
+                return (
+                    "FSDP1 keeps weights in flat shards, in which parameters cannot be "
+                    "distinguished, and fixes the dtype of its shards when it creates them; "
+                    "use FSDP2, as ModelParallelStrategy(data_parallel_size=N, "
+                    "tensor_parallel_size=1)"
+                )
+            case "DeepSpeedStrategy":
+                return "DeepSpeed steps in its own engine, which removed gradients do not stop"
+            case name if "XLA" in name:
+                return (
+                    "XLA records operations lazily, and reading values on every step prevents that"
+                )
+            case _:
+                return "this strategy was never tested with the suite"
+
+    @property
+    def why_precision_fixed(self) -> str | None:
+        """FSDP1 fixes it."""
+        if type(self._strategy).__name__ == "FSDPStrategy":
+            return "FSDP1 fixes the dtype of its shards when it creates them (FSDP2 does not)"
+        return None
