@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.measurement.attention_monitor import measure_attention as measure_attention
     from lit_stability.measurement.step_stats import StepStats as StepStats
     from lit_stability.restart import fit_with_recovery as fit_with_recovery
+    from lit_stability.trainer_internals import register_strategy as register_strategy
     from lit_stability.training_state.good_checkpoints import find_last_good as find_last_good
     from lit_stability.training_state.memory_estimate import estimate_memory as estimate_memory
     from lit_stability.training_state.preemption_checkpoints import (
@@ -69,6 +70,7 @@ _HOME = {
     "locate_nonfinite": "diagnosis.nonfinite",
     "measure_attention": "measurement.attention_monitor",
     "read_incidents": "incidents.log",
+    "register_strategy": "trainer_internals",
     "stability_callbacks": "callbacks",
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_stability.distributed.dtensor import local
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
 from lit_stability.measurement.tensor_tree import tensors_in
+from lit_stability.trainer_internals import adapter_of
 
 
 @dataclass(kw_only=True)
@@ -260,9 +261,16 @@ def _first(tensor: Tensor) -> Tensor:
     return tensor.as_strided((min(1, tensor.numel()),), (1,))
 
 
-def _matching(module: nn.Module, pattern: str) -> Sequence[tuple[str, nn.Parameter]]:
-    found = [(n, p) for n, p in module.named_parameters() if fnmatchcase(n, pattern)]
+def _matching(module: nn.Module, pattern: str) -> Sequence[tuple[str, Tensor]]:
+    named = list(_named(module))
+    found = [(n, p) for n, p in named if fnmatchcase(n, pattern)]
     if not found:
-        names = [n for n, _ in module.named_parameters()]
+        names = [n for n, _ in named]
         raise ValueError(f"no parameter matches {pattern!r}; there are {names[:10]}")
     return found
+
+
+def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(module, LightningModule):
+        return adapter_of(module.trainer).named_parameters(module)
+    return module.named_parameters()

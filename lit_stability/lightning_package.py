@@ -42,8 +42,11 @@ if TYPE_CHECKING or PACKAGE == "lightning":
     from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
     from lightning.pytorch.strategies import (
         DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
         ModelParallelStrategy,
         SingleDeviceStrategy,
+        Strategy,
     )
     from lightning.pytorch.utilities import (
         GradClipAlgorithmType,
@@ -84,8 +87,11 @@ else:
     from pytorch_lightning.plugins import HalfPrecision, MixedPrecision, Precision
     from pytorch_lightning.strategies import (
         DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
         ModelParallelStrategy,
         SingleDeviceStrategy,
+        Strategy,
     )
     from pytorch_lightning.utilities import (
         GradClipAlgorithmType,
@@ -107,8 +113,10 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "DummyLogger",
     "EarlyStopping",
+    "FSDPStrategy",
     "GradClipAlgorithmType",
     "GradientAccumulationScheduler",
     "HalfPrecision",
@@ -123,6 +131,7 @@ __all__ = [
     "SIGTERMException",
     "SLURMEnvironment",
     "SingleDeviceStrategy",
+    "Strategy",
     "Trainer",
     "WeightAveraging",
     "fabric_types",

@@ -3,6 +3,7 @@
 import logging
 import threading
 import warnings
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import TrainingStopped, stability_callbacks
 from lit_stability.faults import FaultInjector
+from tests.strategies import FSDP1OnCPU
 
 logging.getLogger("lightning").setLevel(logging.ERROR)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -24,16 +26,16 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 class Net(LightningModule):
     """A net with an uneven width, and a bias too small to be sharded: rank 1 has no part of it."""
 
-    def __init__(self, sharded, dropout=0.1):
+    def __init__(self, strategy, dropout=0.1):
         super().__init__()
-        norm = nn.LayerNorm(31) if sharded else nn.BatchNorm1d(31)
+        norm = nn.BatchNorm1d(31) if strategy == "ddp" else nn.LayerNorm(31)
         self.net = nn.Sequential(
             nn.Linear(9, 31), norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(31, 1)
         )
-        self.sharded, self.losses = sharded, []
+        self.strategy, self.losses = strategy, []
 
     def configure_model(self):
-        if self.sharded:
+        if self.strategy == "fsdp2":
             mesh = self.device_mesh["data_parallel"]
             fully_shard(self.net[0], mesh=mesh)
             fully_shard(self.net, mesh=mesh)
@@ -51,7 +53,8 @@ class Net(LightningModule):
         self.loss(batch)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        # FSDP1 has parameters of its own, in the module that Lightning has wrapped.
+        optimizer = torch.optim.AdamW(self.trainer.model.parameters(), 1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=400)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -59,8 +62,8 @@ class Net(LightningModule):
 class Manual(Net):
     """Two optimizers that take turns in every batch."""
 
-    def __init__(self, sharded, dropout=0.1):
-        super().__init__(sharded, dropout)
+    def __init__(self, strategy, dropout=0.1):
+        super().__init__(strategy, dropout)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -97,7 +100,14 @@ class Truth(Callback):
         self.norms = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.norms.append([float(whole([p.grad]).norm()) for p in pl_module.parameters()])
+        grads = [p.grad for p in pl_module.parameters()]
+        if not isinstance(trainer.strategy, FSDP1OnCPU):
+            self.norms.append([float(whole([grad]).norm()) for grad in grads])
+            return
+        own = torch.stack([torch.zeros(()) if g is None else g.norm() for g in grads])
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, own)
+        self.norms.append(torch.stack(ranks).norm(dim=0).tolist())
 
 
 class Recorder(Callback):
@@ -142,6 +152,16 @@ def whole(tensors):
     return torch.cat([t.detach().double().flatten() for t in full])
 
 
+def weights_of(net, trainer):
+    """Returns all weights in one tensor; with FSDP1 first those of rank 0."""
+    own = whole(net.parameters())
+    if not isinstance(trainer.strategy, FSDP1OnCPU):
+        return own
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return torch.cat(ranks)
+
+
 def fit_rank(
     root,
     name,
@@ -158,8 +178,8 @@ def fit_rank(
     """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
     ranks = options.get("devices", 2)
-    net = module(name == "fsdp2", dropout)
-    strategy = ModelParallelStrategy(2, 1) if name == "fsdp2" else name
+    net = module(name, dropout)
+    strategy = STRATEGIES.get(name, lambda: name)(**options.pop("strategy", {}))
     if options.pop("fp16", False):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=20)
         options["plugins"] = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
@@ -181,6 +201,12 @@ def fit_rank(
     trainer.fit(net, data, checked, ckpt_path=resume)
     return net, trainer
 
+
+STRATEGIES = {
+    "fsdp2": partial(ModelParallelStrategy, 2, 1),
+    "fsdp1": FSDP1OnCPU,
+    "fsdp1 flat": partial(FSDP1OnCPU, use_orig_params=False),
+}
 
 SUITES = {"whole": stability_callbacks, "monitor": lambda: stability_callbacks()[:1], "none": list}
 
@@ -205,7 +231,7 @@ def outcome(root, name, faults=(), *, suite="whole", checkpoint=False, recorded=
         "evidence": [i.evidence for i in suite[0].incidents] if suite else [],
         "log": lines.stop(),
         "state": suite[-1].state_dict() if len(suite) > 1 else {},
-        "weights": whole(net.parameters()),
+        "weights": weights_of(net, trainer),
         "buffers": whole([torch.zeros(1), *net.buffers()]),
         "step": trainer.global_step,
         "steps": recorder.steps,

@@ -25,7 +25,6 @@ ROOMS = {
     "distributed": set(),
     "measurement": {"compat", "distributed"},
     "training_state": {"distributed", "lightning_choice", "measurement", "redaction"},
-    "faults": {"distributed", "lightning_package", "measurement"},
     "detectors": {"measurement"},
     "diagnosis": {"detectors", "distributed", "lightning_choice", "measurement", "training_state"},
     "policies": {"detectors", "diagnosis", "measurement"},
@@ -34,6 +33,7 @@ ROOMS = {
         *("diagnosis", "distributed", "lightning_choice", "lightning_package", "measurement"),
         *("redaction", "training_state"),
     },
+    "faults": {"distributed", "lightning_package", "measurement", "trainer_internals"},
     "checks": {
         *("diagnosis", "errors", "figures", "lightning_choice", "measurement", "printing"),
         "training_state",
@@ -226,6 +226,7 @@ def test_public_names_are_frozen():
         "locate_nonfinite",
         "measure_attention",
         "read_incidents",
+        "register_strategy",
         "stability_callbacks",
     ]
 

@@ -344,7 +344,7 @@ class Own(DDPStrategy):
 
 
 UNTRIED = {
-    "FSDP1": (FSDPStrategy, "FSDPStrategy: FSDP1 keeps weights in flat shards.* use FSDP2"),
+    "FSDP1 on the host": (lambda: FSDPStrategy(cpu_offload=True), "FSDPStrategy: with cpu_offload"),
     "tensor parallel": (lambda: ModelParallelStrategy(1, 2), "ModelParallelStrategy: with tensor"),
     "model averaging": (lambda: DDPStrategy(model_averaging_period=4), "with model averaging"),
     "the user's": (Own, "Own: this strategy was never tested with the suite"),

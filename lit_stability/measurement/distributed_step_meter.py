@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,8 @@ class DistributedStepMeter(StepMeter):
         index: position of the optimizer in ``trainer.optimizers``.
         ranks: the communicator of the ranks that measure together.
         buffers: the buffers to scan together with the weights, or None.
+        shares: where the parameters are parts of those of all ranks, the weight of this rank's
+            elements in a sum over the ranks, by id; None for whole tensors and ``DTensor``.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class DistributedStepMeter(StepMeter):
         index: int,
         ranks: Ranks,
         buffers: WatchedBuffers | None = None,
+        shares: Mapping[int, float] | None = None,
     ) -> None:
-        super().__init__(named_parameters, optimizer, index, buffers)
+        super().__init__(named_parameters, optimizer, index, buffers, parts=shares is not None)
         self._ranks = ranks
         self._started: _Vector | None = None
-        shares = [share(p, ranks.world) for p in self.parameters]
-        self._shares = torch.tensor(shares, dtype=torch.float64, device=self._samples.device)
+        self._parts = shares is not None
+        weights = [shares[id(p)] if shares else share(p, ranks.world) for p in self.parameters]
+        self._shares = torch.tensor(weights, dtype=torch.float64, device=self._samples.device)
 
     def forget(self) -> None:
         """Clears the state of the last step; first waits for a started sum, as all ranks must."""
@@ -119,6 +123,8 @@ class DistributedStepMeter(StepMeter):
                 parts["extents"] = extents.double() * self._shares.repeat(3)
         if grads is not None:
             parts["grads"] = self._squares(self._norms_by_parameter(grads))
+            if self._parts:
+                parts["present"] = self._presence(grads)
         row = torch.empty(8 + len(self.flags), dtype=torch.float64, device=device)
         row[:5] = self._moments.row(device)
         row[5] = checksum(self._last_weights) if self._ranks.replicas else 0.0
@@ -129,6 +135,13 @@ class DistributedStepMeter(StepMeter):
         shared = torch.cat([part.double() for part in parts.values()])
         lengths = {name: len(part) for name, part in parts.items()}
         return _Vector(self._ranks.sum(shared, row), lengths)
+
+    def _presence(self, grads: Gradients) -> Tensor:
+        """Returns 1 for each parameter that has a gradient, else 0."""
+        if grads.complete:
+            return torch.ones_like(self._shares)
+        names = set(grads.names)
+        return self._shares.new_tensor([name in names for name in self.names])
 
     def _norms_by_parameter(self, grads: Gradients) -> Tensor:
         """Returns the gradient norm of every parameter, 0 for one without a gradient."""
@@ -154,6 +167,7 @@ class DistributedStepMeter(StepMeter):
         also: Sequence[Tensor],
     ) -> Reading:
         started, self._started = self._started, None
+        names = grads.names
         vector = started or self._start(loss, loss_scale, scan_weights, rate, grads)
         own = self._gradient_norms(grads) if started else []
         self._moments.gradients_on_device(own[0] if own and grads.complete else None)
@@ -164,10 +178,15 @@ class DistributedStepMeter(StepMeter):
         parts, ranks = vector.split(host["vector"])
         if not started:
             norms = dict(zip(self.names, _roots(parts["grads"]), strict=True))
-            host["grads"] = [norms[n] for n in grads.names]
+            if self._parts:
+                # Of a parameter of which this rank has no part, others have a gradient.
+                pairs = zip(self.names, parts["present"], strict=True)
+                names = tuple(name for name, ranks in pairs if ranks)
+            host["grads"] = [norms[n] for n in names]
         return Reading(
             loss=_mean(parts["loss"]),
             scale=_mean(parts["scale"]),
+            grad_names=names,
             grad_norms=host["grads"],
             weight_norms=_roots(parts.get("weights", ())),
             updates=parts["updates"],

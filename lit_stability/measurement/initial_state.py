@@ -88,13 +88,13 @@ def damaged_state(
         nan_before: names of buffers that held a NaN before, by `buffers_with_nan`.
     """
     meters = list(meters)
-    trained = _once(n for m in meters for n, p in _pairs(m) if p.requires_grad)
-    parameters = dict(module.named_parameters())
+    trained = {n: p for m in meters for n, p in _pairs(m) if p.requires_grad}
+    ids = {id(p) for p in trained.values()}
     squares = [each for meter in meters for each in _moments(meter, _SQUARES)]
     bad, negative = _read(
         {
-            "trained": [(name, parameters[name]) for name in trained],
-            "frozen": [(n, p) for n, p in parameters.items() if n not in trained],
+            "trained": list(trained.items()),
+            "frozen": [(n, p) for n, p in module.named_parameters() if id(p) not in ids],
             "moments": [each for meter in meters for each in _moments(meter)],
             "buffers": list(module.named_buffers()),
         },

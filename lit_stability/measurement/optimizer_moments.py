@@ -69,6 +69,9 @@ class OptimizerMoments:
         self._last: _Numbers | None = None
         self._last_sums: Tensor | None = None
         self._decays_on_device: Tensor | None = None
+        self._first_names: Tensor | None = None
+        self._second_names: Tensor | None = None
+        """Place among the names of each parameter with a moment; None if all have one."""
         self._gradients: Mapping[str, float] = {}
         """Norm of the last gradients, by parameter."""
         self._gradients_on_device: Tensor | None = None
@@ -118,7 +121,7 @@ class OptimizerMoments:
         decay = self._decays()
         self.decays = {name: decay[name] for name in second}
         self._decay = np.array([*self.decays.values()])
-        self._decays_on_device = None
+        self._decays_on_device = self._first_names = None
         self._last = self._last_sums = None
 
     def judge(self, sums: Sequence[float]) -> MomentStats:
@@ -162,19 +165,26 @@ class OptimizerMoments:
         assert self._samples is not None
         sums = found[0][self._samples.positions_on_device]
         momentum, second = sums[: len(self._first)], sums[len(self._first) :]
+        if self._first_names is None and len(momentum) != len(self._names):
+            self._first_names = self._indices(self._first, device)
         if len(momentum):
             bad = ~torch.isfinite(momentum)
-            row[0] = torch.where(bad.any(), bad.int().argmax(), -1)
+            place = bad.int().argmax()
+            if self._first_names is not None:
+                place = self._first_names[place]
+            row[0] = torch.where(bad.any(), place, -1)
         last, self._last_sums = self._last_sums, second
         if last is not None and len(second):
             if self._decays_on_device is None:
                 self._decays_on_device = last.new_tensor(self._decay.tolist())
+                self._second_names = self._indices(self._second, device)
             floor = last * self._decays_on_device
             ratio = torch.where(torch.isfinite(second), second / floor, math.nan)
             # A parameter without gradients so far, or an empty shard, cannot fall.
-            row[1], row[2] = torch.where(floor > 0, ratio, math.inf).min(dim=0)
+            row[1], least = torch.where(floor > 0, ratio, math.inf).min(dim=0)
+            row[2] = least if self._second_names is None else self._second_names[least]
             gradients = self._gradients_on_device
-            if gradients is not None and self._second == list(self._names):
+            if gradients is not None and self._second_names is None:
                 added = (1 - self._decays_on_device) * gradients.to(floor).square()
                 growth = torch.where(floor + added > 0, second / (floor + added), 0.0)
                 row[3], row[4] = growth.nan_to_num(0.0).max(dim=0)
@@ -186,16 +196,22 @@ class OptimizerMoments:
         Args:
             rows: for each rank the index of the first parameter with a non-finite momentum, or -1;
                 the smallest ratio, or Inf, and the index of its parameter; the largest growth, or
-                0, and the index of its parameter.
+                0, and the index of its parameter. Indices into the names of all parameters.
         """
         bad = {int(row[0]) for row in rows if row[0] >= 0}
-        names = tuple(self._first[i] for i in sorted(bad))
+        names = tuple(self._names[i] for i in sorted(bad))
         worst = min(rows, key=lambda row: -1.0 if math.isnan(row[1]) else row[1])
         if worst[1] == math.inf:
             return MomentStats(names)
         most = max(rows, key=lambda row: row[3])
-        growth = (most[3], self._second[int(most[4])]) if most[3] > 0 else (None, "")
-        return MomentStats(names, worst[1], self._second[int(worst[2])], *growth)
+        growth = (most[3], self._names[int(most[4])]) if most[3] > 0 else (None, "")
+        return MomentStats(names, worst[1], self._names[int(worst[2])], *growth)
+
+    def _indices(self, names: list[str], device: torch.device) -> Tensor | None:
+        if names == list(self._names):
+            return None
+        places = {name: i for i, name in enumerate(self._names)}
+        return torch.tensor([places[name] for name in names], device=device)
 
     def _decays(self) -> dict[str, float]:
         by_id = {

@@ -43,6 +43,8 @@ class Reading:
     loss: float | None
     """Loss times ``scale``; None if no backward pass was observed."""
     scale: float | None
+    grad_names: tuple[str, ...]
+    """Parameters that have a gradient, on any rank."""
     grad_norms: Sequence[float]
     weight_norms: Sequence[float]
     """Norm of each weight; empty if the weights were not scanned."""
@@ -80,6 +82,8 @@ class StepMeter:
         optimizer: the optimizer whose updates are measured.
         index: position of the optimizer in ``trainer.optimizers``.
         buffers: the buffers to scan together with the weights, or None.
+        parts: whether the parameters are parts of those of several ranks: then none is skipped
+            for its value or size.
 
     Raises:
         ValueError: if the optimizer holds none of the parameters.
@@ -91,12 +95,15 @@ class StepMeter:
         optimizer: Optimizer,
         index: int = 0,
         buffers: WatchedBuffers | None = None,
+        *,
+        parts: bool = False,
     ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own = [(n, p) for n, p in named_parameters if id(p) in held and is_measurable(p)]
         # Without elements nothing is dead; a sharded parameter counts those of all ranks.
-        found = [(n, p) for n, p in own if p.numel()]
-        constants = _constants(p for _, p in found if not p.requires_grad)
+        found = [(n, p) for n, p in own if parts or p.numel()]
+        # All ranks must measure the same parameters.
+        constants = frozenset() if parts else _constants(p for _, p in found if not p.requires_grad)
         pairs = [(n, p) for n, p in found if id(p) not in constants]
         if not pairs:
             raise ValueError(
@@ -205,10 +212,9 @@ class StepMeter:
         grad_norms = tuple(read.grad_norms)
         if self.keeps_gradients:
             self.measured = self._measured(grads, total(grad_norms))
-        self._moments.gradients(grads.names, grad_norms)
-        rms, rms_name = self._second_moment_ratio(
-            dict(zip(grads.names, grad_norms, strict=True)), read.updates
-        )
+        self._moments.gradients(read.grad_names, grad_norms)
+        norms = dict(zip(read.grad_names, grad_norms, strict=True))
+        rms, rms_name = self._second_moment_ratio(norms, read.updates)
         stats = StepStats(
             step=step,
             loss=_unscaled(read.loss, read.scale),
@@ -216,7 +222,7 @@ class StepMeter:
             loss_scale=read.scale,
             grad_norm=total(grad_norms),
             optimizer=self.index,
-            names=grads.names,
+            names=read.grad_names,
             grad_norms=grad_norms,
             learning_rates=tuple(learning_rates),
             nominal_learning_rates=tuple(nominal_learning_rates),
@@ -240,7 +246,7 @@ class StepMeter:
             bad_weights=non_finite(self.names, read.weight_norms),
             bad_buffers=() if self._buffers is None else self._buffers.names_of(read.buffers),
             last_scan=self.scanned_at if scan_weights else None,
-            details=details_of(grads.names, grad_norms, read.distributions),
+            details=details_of(grads.names, [norms[n] for n in grads.names], read.distributions),
             rank_weights=read.rank_weights,
             rank_rates=read.rank_rates,
             rank_flags=read.rank_flags,
@@ -342,6 +348,7 @@ class StepMeter:
         return Reading(
             loss=host["loss"][0] if host["loss"] else None,
             scale=host["scale"][0] if host["scale"] else None,
+            grad_names=grads.names,
             grad_norms=host["grads"],
             weight_norms=host["weights"],
             updates=host["updates"],

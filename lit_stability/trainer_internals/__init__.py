@@ -57,7 +57,11 @@ from lit_stability.trainer_internals.skip_step import (
 )
 from lit_stability.trainer_internals.step_guard import StepFailure, StepGuard, step_failure
 from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
-from lit_stability.trainer_internals.strategies import adapter_of, sharing
+from lit_stability.trainer_internals.strategies import (
+    adapter_of,
+    register_strategy,
+    sharing,
+)
 from lit_stability.trainer_internals.trainer_view import (
     batch_index,
     batches_begun,
@@ -147,6 +151,7 @@ __all__ = [
     "parameters_of",
     "patch_save_checkpoint",
     "program_handler",
+    "register_strategy",
     "remove_gradients",
     "replay_loss",
     "requeue_checkpoint",

@@ -72,6 +72,11 @@ LIGHTNING = (
     ),
     Private("_DataLoaderIterDataFetcher", "the signature of training_step"),
     Private("_defer_save_until_validation", _STATE_DICT),
+    Private(
+        "_forward_redirection",
+        "no rerun of a step under FSDP1",
+        paths=("strategy._forward_redirection",),
+    ),
     Private("_first_loop_iter", _KEEP_LOGGED, paths=("_logger_connector._first_loop_iter",)),
     Private(
         "_get_loops_state_dict",
@@ -170,6 +175,7 @@ TORCHMETRICS = (
 _MODULE = "Module.named_parameters and named_buffers, and setattr on their owners"
 _FOREACH = "a loop over the tensors, several times slower"
 _STORAGE = "UntypedStorage.data_ptr, which is reused when memory is freed"
+_FSDP1 = "FSDP2, whose shards are DTensors"
 _SCHEMA = "the operator's signature, passed as text"
 
 TORCH = (
@@ -191,12 +197,15 @@ TORCH = (
         "_get_sequence_number_for_group",
         "a wrapper around each collective of torch.distributed, or catching nothing on ranks",
     ),
+    Private("_handle", _FSDP1),
     Private("_inductor", "a longer timeout for every step of a watchdog", ("distributed",)),
+    Private("_is_root", _FSDP1),
     Private("_num_yielded", "a count in the sampler"),
     Private("_opt_called", "a flag that schedulers set, restored with the user's own"),
     Private("_opname", _SCHEMA, ("diagnosis",)),
     Private("_orig_mod", "asking the user", ("measurement",)),
     Private("_parameters", _MODULE),
+    Private("_params", _FSDP1),
     Private(
         "_post_accumulate_grad_hooks",
         "refusing models with such hooks",
@@ -211,6 +220,7 @@ TORCH = (
     Private("_values", "Tensor.coalesce().values()", ("diagnosis",)),
     Private("_version", "comparing copies", ("measurement", "trainer_internals", "training_state")),
     Private("torch.autograd.graph:_engine_run_backward", "torch.autograd.backward", ("diagnosis",)),
+    Private("torch.distributed.fsdp._runtime_utils:_reshard", _FSDP1),
     Private("torch.nn.modules.batchnorm:_NormBase", "a tuple of its subclasses", ("checks",)),
     Private("torch.nn.modules.conv:_ConvNd", "a tuple of its subclasses", ("checks",)),
     Private("torch.nn.modules.dropout:_DropoutNd", "a tuple of its subclasses", ("checks",)),

@@ -176,17 +176,12 @@ def _loss(
     device = trainer.strategy.root_device.type
     context = torch.autocast(device, enabled=False)
     with context if float32 else trainer.precision_plugin.train_step_context():
-        output = _eager_step(pl_module)(*arguments)
+        output = adapter_of(trainer).eager_step(pl_module)(*arguments)
     loss = output.get("loss") if isinstance(output, dict) else output
     assert isinstance(loss, Tensor), "a step without a loss is not measured, so it is not run again"
     scaler = None if float32 else loss_scaler(trainer)
     share = loss / trainer.accumulate_grad_batches
     return share if scaler is None else scaler.scale(share)
-
-
-def _eager_step(pl_module: LightningModule) -> Callable[..., Any]:
-    compiled = getattr(pl_module, "_compiler_ctx", None)
-    return compiled["original_training_step"] if compiled else pl_module.training_step
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from lit_stability.trainer_internals.plain_attributes import (
     owners_in,
 )
 from lit_stability.trainer_internals.schedulers import SchedulerState
+from lit_stability.trainer_internals.strategies import adapter_of
 from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.copies import Copies
 from lit_stability.training_state.frozen_weights import FrozenWeights
@@ -85,6 +86,8 @@ class TrainingSnapshot:
             written: parameters that the program writes outside of an optimizer's step.
         """
         self.step, self.position, self.mark = trainer.global_step, position, mark
+        # A validation leaves weights gathered, which belong to no snapshot.
+        adapter_of(trainer).reshard(pl_module)
         self.module.capture(pl_module, written)
         if len(self._optimizers) != len(trainer.optimizers):
             self._optimizers = [OptimizerSnapshot(self._copies) for _ in trainer.optimizers]
@@ -130,6 +133,7 @@ class TrainingSnapshot:
             self._of_callbacks.restore()
             for parameter, trained in self._trained:
                 parameter.requires_grad_(trained)
+        adapter_of(trainer).reshard(trainer.lightning_module)
         self.module.restore()
         for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
             saved.restore(optimizer, drop_new_groups=replay)

@@ -21,6 +21,7 @@ from lit_stability.measurement.watched_buffers import WatchedBuffers
 from lit_stability.trainer_internals import (
     MeasuredClipping,
     RecordedStep,
+    adapter_of,
     callbacks_of,
     clip_norm,
     ends_window,
@@ -57,7 +58,7 @@ class StepMeasurer:
         scan_weights_every: int,
         details_every: int,
     ) -> None:
-        self._module, self._ranks = pl_module, ranks
+        self._module, self._ranks, self._adapter = pl_module, ranks, adapter_of(trainer)
         self._scan_every, self._details_every = scan_weights_every, details_every
         self._buffers = WatchedBuffers(pl_module)
         self._clipping = MeasuredClipping(trainer, pl_module)
@@ -255,12 +256,13 @@ class StepMeasurer:
         return new
 
     def _make(self, index: int, optimizer: Optimizer) -> StepMeter:
-        named = self._module.named_parameters()
+        named = self._adapter.named_parameters(self._module)
         buffers = self._buffers if index == 0 else None
         if self._ranks is None:
             meter = StepMeter(named, optimizer, index, buffers)
         else:
-            meter = DistributedStepMeter(named, optimizer, index, self._ranks, buffers)
+            shares = self._adapter.part_shares(self._module)
+            meter = DistributedStepMeter(named, optimizer, index, self._ranks, buffers, shares)
         meter.keeps_gradients = self._clipping.active
         # Each rank has as many in its row, also where a step is measured after it was cut short.
         meter.flags = [0.0] * len(self._flagged)

@@ -148,12 +148,13 @@ class LastKnownGood(StabilityCallback):
         require_monitor(trainer, self)
         self._release()
         self._restored, self._buffers = {}, {}
-        if trainer.world_size > 1 and sharing(trainer) == "untried":
+        obstacle = adapter_of(trainer).why_no_good_checkpoint
+        if trainer.world_size > 1 and obstacle is not None:
             if trainer.is_global_zero:
                 log.info(
                     "LastKnownGood keeps nothing with %s on several ranks (%s): use "
                     "ModelCheckpoint",
-                    *(type(trainer.strategy).__name__, adapter_of(trainer).why_unsupported),
+                    *(type(trainer.strategy).__name__, obstacle),
                 )
             return
         self._fit = _Fit(self, trainer, pl_module)

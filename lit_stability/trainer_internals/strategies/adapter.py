@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import LBFGS
 
 from lit_stability.distributed.collectives import Ranks
@@ -53,6 +54,11 @@ class StrategyAdapter:
         return None
 
     @property
+    def why_no_good_checkpoint(self) -> str | None:
+        """Why `LastKnownGood` cannot save on several ranks; None if it can."""
+        return self.why_unsupported if self.sharing == "untried" else None
+
+    @property
     def saves_incidents_together(self) -> bool:
         """Whether `save_incident` must be called on all ranks; else on rank 0 only."""
         return True
@@ -78,6 +84,28 @@ class StrategyAdapter:
             return None
         replicas = self.sharing == "replicas"
         return Ranks(replicas=replicas, overlapped=replicas and _steps_once(self._trainer))
+
+    def named_parameters(self, pl_module: LightningModule) -> Iterable[tuple[str, Tensor]]:
+        """Returns name and tensor of what this rank has of each parameter, the same on all ranks.
+
+        Their gradients are there in ``on_before_optimizer_step``.
+        """
+        return pl_module.named_parameters()
+
+    def part_shares(self, pl_module: LightningModule) -> Mapping[int, float] | None:
+        """Returns the weight of this rank's elements in a sum over all ranks, by id of the tensor.
+
+        None unless a plain tensor is only a part of a parameter, which may be empty on a rank.
+        """
+        return None
+
+    def eager_step(self, pl_module: LightningModule) -> Callable[..., Any]:
+        """Returns the module's ``training_step``, uncompiled, for a run beside training."""
+        compiled = getattr(pl_module, "_compiler_ctx", None)
+        step: Callable[..., Any] = (
+            compiled["original_training_step"] if compiled else pl_module.training_step
+        )
+        return step
 
     def reshard(self, pl_module: LightningModule) -> None:
         """Frees what a forward pass without a backward pass has gathered from other ranks."""

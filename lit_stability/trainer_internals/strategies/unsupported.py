@@ -17,13 +17,6 @@ class UnsupportedAdapter(StrategyAdapter):
     def why_unsupported(self) -> str:
         """The reason, by the name of the strategy."""
         match type(self._strategy).__name__:
-            case "FSDPStrategy":
-                return (
-                    "FSDP1 keeps weights in flat shards, in which parameters cannot be "
-                    "distinguished, and fixes the dtype of its shards when it creates them; "
-                    "use FSDP2, as ModelParallelStrategy(data_parallel_size=N, "
-                    "tensor_parallel_size=1)"
-                )
             case "DeepSpeedStrategy":
                 return "DeepSpeed steps in its own engine, which removed gradients do not stop"
             case name if "XLA" in name:
@@ -32,10 +25,3 @@ class UnsupportedAdapter(StrategyAdapter):
                 )
             case _:
                 return "this strategy was never tested with the suite"
-
-    @property
-    def why_precision_fixed(self) -> str | None:
-        """FSDP1 fixes it."""
-        if type(self._strategy).__name__ == "FSDPStrategy":
-            return "FSDP1 fixes the dtype of its shards when it creates them (FSDP2 does not)"
-        return None
