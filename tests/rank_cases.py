@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import TrainingStopped, stability_callbacks
 from lit_stability.faults import FaultInjector
-from tests.strategies import FSDP1OnCPU
+from lit_stability.trainer_internals import adapter_of
+from tests.strategies import DeepSpeedOnCPU, FSDP1OnCPU
 
 logging.getLogger("lightning").setLevel(logging.ERROR)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -54,7 +55,8 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         # FSDP1 has parameters of its own, in the module that Lightning has wrapped.
-        optimizer = torch.optim.AdamW(self.trainer.model.parameters(), 1e-2)
+        owner = self.trainer.model if self.strategy.startswith("fsdp1") else self
+        optimizer = torch.optim.AdamW(owner.parameters(), 1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=400)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -100,8 +102,9 @@ class Truth(Callback):
         self.norms = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        grads = [p.grad for p in pl_module.parameters()]
-        if not isinstance(trainer.strategy, FSDP1OnCPU):
+        adapter = adapter_of(trainer)
+        grads = [p.grad for _, p in adapter.named_parameters(pl_module)]
+        if not isinstance(trainer.strategy, FSDP1OnCPU | DeepSpeedOnCPU):
             self.norms.append([float(whole([grad]).norm()) for grad in grads])
             return
         own = torch.stack([torch.zeros(()) if g is None else g.norm() for g in grads])
@@ -154,8 +157,8 @@ def whole(tensors):
 
 def weights_of(net, trainer):
     """Returns all weights in one tensor; with FSDP1 first those of rank 0."""
-    own = whole(net.parameters())
-    if not isinstance(trainer.strategy, FSDP1OnCPU):
+    own = whole(p for _, p in adapter_of(trainer).named_parameters(net))
+    if not isinstance(trainer.strategy, FSDP1OnCPU | DeepSpeedOnCPU):
         return own
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
@@ -204,6 +207,9 @@ def fit_rank(
 
 STRATEGIES = {
     "fsdp2": partial(ModelParallelStrategy, 2, 1),
+    "deepspeed 1": partial(DeepSpeedOnCPU, stage=1),
+    "deepspeed 2": partial(DeepSpeedOnCPU, stage=2),
+    "deepspeed 3": partial(DeepSpeedOnCPU, stage=3),
     "fsdp1": FSDP1OnCPU,
     "fsdp1 flat": partial(FSDP1OnCPU, use_orig_params=False),
 }

@@ -1,7 +1,10 @@
 """Strategies that Lightning runs on a GPU only, made to run on a CPU."""
 
+import os
+from argparse import Namespace
+
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -33,3 +36,40 @@ class FSDP1OnCPU(FSDPStrategy):
 
 
 register_strategy(FSDP1OnCPU, like="fsdp1")
+
+
+class DeepSpeedOnCPU(DeepSpeedStrategy):
+    """DeepSpeed over gloo, which Lightning allows on a GPU only."""
+
+    def __init__(self, *, stage, **options):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        super().__init__(stage=stage, zero_allow_untested_optimizer=True, **options)
+
+    def setup_environment(self):
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self):
+        import deepspeed
+
+        # Shared memory between ranks, which is compiled for a minute and a half.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        engine, optimizer, *_ = deepspeed.initialize(
+            args=Namespace(device_rank=self.local_rank),
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, optimizer
+
+
+register_strategy(DeepSpeedOnCPU, like="deepspeed")

@@ -1,4 +1,4 @@
-"""Every private name of Lightning, torchmetrics and torch that this package uses.
+"""Every private name of Lightning, torchmetrics, torch and DeepSpeed that this package uses.
 
 None of them is public API: each may be renamed by a release. A test compares this list with the
 source, name by name and room by room; another looks each path up on a real Trainer. Lightning's
@@ -236,4 +236,14 @@ TORCH = (
     ),
 )
 
-PRIVATE = (*LIGHTNING, *TORCHMETRICS, *TORCH)
+_ZERO = "refusing DeepSpeed: its public functions return copies, of all ranks together"
+DEEPSPEED = (
+    Private("_get_fp32_grad_state_partition", _ZERO),
+    Private("_hp_mapping", _ZERO),
+    Private("_hp_optimizer_states_linked", _ZERO),
+    Private("_index_in_param_group", _ZERO),
+    Private("_overflow_check_and_loss_scale_update", _ZERO),
+    Private("_update_scale", _ZERO),
+)
+
+PRIVATE = (*LIGHTNING, *TORCHMETRICS, *TORCH, *DEEPSPEED)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lit_stability.lightning_package import Trainer
 from lit_stability.trainer_internals.loop_counters import step_counters
+from lit_stability.trainer_internals.strategies import adapter_of
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 
 _PAUSED = "rejected"
@@ -30,6 +31,7 @@ class StepSkipper:
         self._trainer, self._pause = trainer, pause
         self._counts: list[tuple[Optimizer, dict[Tensor, dict[str, Any]]]] = []
         self._scaler_state: dict[str, Any] | None = None
+        self._strategy_counts: Any = None
 
     @property
     def active(self) -> bool:
@@ -54,6 +56,7 @@ class StepSkipper:
         if not self.active:
             # The loss scaler will count the skipped step; restore() resets it.
             self._scaler_state = copy.deepcopy(self._trainer.precision_plugin.state_dict())
+            self._strategy_counts = adapter_of(self._trainer).counts()
             self._pause.begin(self._trainer, epoch=epoch)
         self._counts.append((optimizer, _counts(optimizer)))
         if counted:
@@ -61,6 +64,8 @@ class StepSkipper:
 
     def restore(self) -> None:
         """Restores the loss scaler, and optimizer counters that change even without gradients."""
+        if self.active:
+            adapter_of(self._trainer).load_counts(self._strategy_counts)
         if self._scaler_state:
             self._trainer.precision_plugin.load_state_dict(self._scaler_state)
         for optimizer, counts in self._counts:

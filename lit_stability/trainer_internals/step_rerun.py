@@ -22,7 +22,7 @@ from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.tensor_tree import size_of
 from lit_stability.trainer_internals.isolation import isolated_step
 from lit_stability.trainer_internals.precision import is_half
-from lit_stability.trainer_internals.strategies import adapter_of, sharing
+from lit_stability.trainer_internals.strategies import adapter_of
 from lit_stability.trainer_internals.trainer_view import loss_scaler
 from lit_stability.training_state.rng import capture_rng, restore_rng
 
@@ -75,7 +75,9 @@ class RecordedStep:
         """Returns why the step cannot be run again, or None."""
         if not trainer.lightning_module.automatic_optimization:
             return "in manual optimization a training_step cannot be run without its update"
-        return None if self._batches else "its batch was not recorded"
+        if not self._batches:
+            return "its batch was not recorded"
+        return adapter_of(trainer).why_no_rerun
 
     def rerun(self, trainer: Trainer, pl_module: LightningModule, *, float32: bool) -> Outcome:
         """Runs forward and backward pass again, in the current precision or in float32.
@@ -135,7 +137,7 @@ class RecordedStep:
             The origin, or None if the rerun produces no NaN or Inf.
         """
         forward_only = False
-        if sharing(trainer) == "shards":
+        if adapter_of(trainer).gathers_weights:
             own = self.rerun(trainer, pl_module, float32=False)
             forward_only = not all(gather(math.isfinite(own.loss)))
         origins = []
@@ -159,7 +161,7 @@ def _isolated(trainer: Trainer, pl_module: LightningModule, float32: bool) -> It
         stack.enter_context(isolated_step(trainer, pl_module))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Sharded parameters cannot be replaced; isolated_step removes their gradients instead.
-        if sharing(trainer) != "shards":
+        if not adapter_of(trainer).gathers_weights:
             stack.enter_context(_copies(pl_module, float32))
         stack.enter_context(torch.enable_grad())
         yield

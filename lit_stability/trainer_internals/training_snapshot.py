@@ -28,7 +28,12 @@ from lit_stability.trainer_internals.trainer_view import callbacks_of
 from lit_stability.training_state.copies import Copies
 from lit_stability.training_state.frozen_weights import FrozenWeights
 from lit_stability.training_state.rng import capture_rng, restore_rng
-from lit_stability.training_state.snapshot import BufferGuard, ModuleSnapshot, OptimizerSnapshot
+from lit_stability.training_state.snapshot import (
+    BufferGuard,
+    ModuleSnapshot,
+    OptimizerSnapshot,
+    TensorBank,
+)
 from lit_stability.training_state.tensor_parts import memory_of
 
 
@@ -54,6 +59,9 @@ class TrainingSnapshot:
         self.loops: LoopState
         self.steps = Steps(0, 0, 0)
         self._optimizers: list[OptimizerSnapshot] = []
+        self._beside = TensorBank()
+        """Of weights that are in neither, as the strategy keeps them."""
+        self._counts: Any = None
         self._copies = Copies()
         self._metrics = LoggedMetrics(pl_module)
         self._schedulers: list[SchedulerState] = []
@@ -88,10 +96,14 @@ class TrainingSnapshot:
         self.step, self.position, self.mark = trainer.global_step, position, mark
         # A validation leaves weights gathered, which belong to no snapshot.
         adapter_of(trainer).reshard(pl_module)
-        self.module.capture(pl_module, written)
-        if len(self._optimizers) != len(trainer.optimizers):
-            self._optimizers = [OptimizerSnapshot(self._copies) for _ in trainer.optimizers]
-        for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
+        adapter = adapter_of(trainer)
+        self.module.capture(pl_module, written, leave=adapter.parameters_to_leave())
+        self._beside.capture(adapter.tensors_to_copy())
+        self._counts = adapter.counts()
+        optimizers = adapter.optimizers_to_copy()
+        if len(self._optimizers) != len(optimizers):
+            self._optimizers = [OptimizerSnapshot(self._copies) for _ in optimizers]
+        for saved, optimizer in zip(self._optimizers, optimizers, strict=True):
             saved.capture(optimizer)
         self._metrics.capture(trainer)
         self._schedulers = [
@@ -112,13 +124,17 @@ class TrainingSnapshot:
     def place(self, copies: Copies) -> None:
         """Has the next capture copy weights and moments in another way, or to another memory."""
         self._copies = copies
-        for bank in (self.module.bank, *(saved.bank for saved in self._optimizers)):
+        for bank in self._banks:
             bank.place(copies)
+
+    @property
+    def _banks(self) -> tuple[TensorBank, ...]:
+        return self.module.bank, self._beside, *(saved.bank for saved in self._optimizers)
 
     @property
     def written(self) -> bool:
         """Whether weights or moments were written since the capture began."""
-        return any(b.written for b in (self.module.bank, *(o.bank for o in self._optimizers)))
+        return any(bank.written for bank in self._banks)
 
     def restore(self, trainer: Trainer, *, replay: bool) -> None:
         """Restores all state except loops and data, and clears the gradients.
@@ -133,10 +149,14 @@ class TrainingSnapshot:
             self._of_callbacks.restore()
             for parameter, trained in self._trained:
                 parameter.requires_grad_(trained)
-        adapter_of(trainer).reshard(trainer.lightning_module)
+        adapter = adapter_of(trainer)
+        adapter.reshard(trainer.lightning_module)
         self.module.restore()
-        for saved, optimizer in zip(self._optimizers, trainer.optimizers, strict=True):
+        self._beside.restore()
+        for saved, optimizer in zip(self._optimizers, adapter.optimizers_to_copy(), strict=True):
             saved.restore(optimizer, drop_new_groups=replay)
+        adapter.load_counts(self._counts)
+        adapter.weights_restored()
         clear_gradients(trainer)
         self._metrics.restore(trainer)
         for state in self._schedulers:
@@ -164,7 +184,7 @@ class TrainingSnapshot:
 
     def crosses_change_of_groups(self, trainer: Trainer) -> bool:
         """Returns whether other parameters are trained now, or are in other groups."""
-        pairs = zip(self._optimizers, trainer.optimizers, strict=True)
+        pairs = zip(self._optimizers, adapter_of(trainer).optimizers_to_copy(), strict=True)
         same = all(saved.has_same_groups(optimizer) for saved, optimizer in pairs)
         return not same or any(p.requires_grad != trained for p, trained in self._trained)
 
@@ -179,15 +199,18 @@ class TrainingSnapshot:
     def nbytes(self) -> int:
         """Size of the tensors in bytes, without the shared frozen weights."""
         modules = sum(each.nbytes for each in (self.module, *self._averages.values()))
-        return modules + sum(saved.nbytes for saved in self._optimizers)
+        return modules + self._beside.nbytes + sum(saved.nbytes for saved in self._optimizers)
 
 
 def snapshot_bytes(trainer: Trainer, pl_module: LightningModule) -> int:
     """Returns the size of a snapshot: trained weights, buffers, state of the optimizers."""
     weights = (p for p in pl_module.parameters() if p.requires_grad)
-    states = (s for o in trainer.optimizers for s in o.state.values())
+    adapter = adapter_of(trainer)
+    left = adapter.parameters_to_leave()
+    states = (s for o in adapter.optimizers_to_copy() for s in o.state.values())
     moments = (value for state in states for value in state.values())
-    tensors = (*weights, *pl_module.buffers(), *moments)
+    copied = (p for p in weights if id(p) not in left)
+    tensors = (*copied, *pl_module.buffers(), *moments, *adapter.tensors_to_copy())
     return sum(memory_of(t) for t in tensors if isinstance(t, Tensor))
 
 

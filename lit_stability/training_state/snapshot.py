@@ -126,17 +126,24 @@ class ModuleSnapshot:
         self._written: list[Tensor] = []
         self._homes: _Homes = []
 
-    def capture(self, module: nn.Module, written: Collection[Tensor] = ()) -> None:
+    def capture(
+        self,
+        module: nn.Module,
+        written: Collection[Tensor] = (),
+        leave: Collection[int] = (),
+    ) -> None:
         """Copies the module's parameters and buffers.
 
         Args:
             module: to copy. Frozen weights in the format of a library are not copied.
             written: parameters that the program writes at any time: they are copied at once.
+            leave: ids of parameters that are not copied.
         """
         self._module = module
         modules = list(module.modules())
         own = (p for m in modules for p in m._parameters.values() if p is not None)
-        found, wrapped = apart(p for p in dict.fromkeys(own) if not _is_frozen_wrapper(p))
+        held = (p for p in dict.fromkeys(own) if id(p) not in leave)
+        found, wrapped = apart(p for p in held if not _is_frozen_wrapper(p))
         changing, self._kept = self._frozen.split(found)
         at_once = {id(p) for p in written}
         self._parameters = [p for p in changing if id(p) not in at_once]

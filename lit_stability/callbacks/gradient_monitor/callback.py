@@ -219,8 +219,9 @@ class GradientMonitor(StabilityCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Creates one meter and one set of detectors per optimizer; checks the state once."""
-        require_watchable(trainer, pl_module, self.detectors)
         adapter = adapter_of(trainer)
+        adapter.attach()
+        require_watchable(trainer, pl_module, self.detectors)
         adapter.reshard(pl_module)
         ranks = adapter.ranks(self.allow_strategies)
         self._consensus = RankConsensus(ranks)
@@ -287,7 +288,7 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measures the step, asks the detectors, and calls the hooks for the verdict."""
-        if self._measurer is None:
+        if self._measurer is None or not adapter_of(trainer).steps_now:
             return
         failure = step_failure(trainer)
         stats = self._measurer.measure(
@@ -380,7 +381,7 @@ class GradientMonitor(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the votes on the step, if there are any, before other callbacks act on it."""
-        if self._measurer is None:
+        if self._measurer is None or not adapter_of(trainer).steps_now:
             return
         failure = step_failure(trainer)
         if failure is not None and failure.late:
@@ -504,6 +505,7 @@ class GradientMonitor(StabilityCallback):
             self._measurer = None
             for optimizer in trainer.optimizers:
                 skip_gate(optimizer).detach()
+            adapter_of(trainer).detach()
             self._consensus.close()
 
     def rewindable_state(self) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from lit_stability.trainer_internals import (
     callbacks_of,
     clip_norm,
     ends_window,
-    loss_scale_on_device,
     loss_scaler,
     step_failure,
     unscale,
@@ -118,17 +117,16 @@ class StepMeasurer:
             scan: whether to scan the weights even if no scan is due: while an incident is open,
                 damage that recurs is found in the step in which it happens.
         """
-        detached = loss.detach()
+        detached = self._adapter.scaled_loss(loss.detach())
         self._loss = detached if self._loss is None else self._loss + detached
         if self._ranks is None or not self._ranks.overlapped or not ends_window(trainer):
             return
         meter = self._meter(0, trainer.optimizers[0])
         assert isinstance(meter, DistributedStepMeter)
         self._tell_ranks(trainer, meter)
-        scaler = loss_scaler(trainer)
         meter.begin(
             self._loss,
-            loss_scale=loss_scale_on_device(scaler),
+            loss_scale=self._adapter.loss_scale(),
             learning_rates=learning_rate_multiplier(trainer.optimizers[0]).effective(),
             scan_weights=scan or self._is_due(meter, self._scan_every),
         )
@@ -155,6 +153,7 @@ class StepMeasurer:
             return None
         self._measured.add(index)
         gradients_are_new(optimizer)
+        self._adapter.read_gradients()
         scaler = loss_scaler(trainer)
         if scaler is not None:
             unscale(scaler, optimizer)
@@ -170,7 +169,7 @@ class StepMeasurer:
         stats = meter.measure(
             trainer.global_step,
             loss,
-            loss_scale=loss_scale_on_device(scaler),
+            loss_scale=self._adapter.loss_scale(),
             learning_rates=scale.effective(),
             nominal_learning_rates=scale.nominal(),
             scan_weights=scan or self._is_due(meter, self._scan_every),

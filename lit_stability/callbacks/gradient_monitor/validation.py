@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lit_stability.detectors import Detector, LayerBounds, default_detectors
 from lit_stability.lightning_choice import mixed_packages
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
+from lit_stability.trainer_internals import adapter_of
 
 
 def asked_detectors(
@@ -77,7 +78,8 @@ def require_watchable(
             f"{unshaped[0]} has no shape yet, so it cannot be monitored; run a batch through the "
             "lazy modules before the fit, or let the sanity check of the validation do it"
         )
-    own = {id(parameter) for parameter in pl_module.parameters()}
+    named = list(adapter_of(trainer).named_parameters(pl_module))
+    own = {id(parameter) for _, parameter in named}
     for index, optimizer in enumerate(trainer.optimizers):
         if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
@@ -85,7 +87,7 @@ def require_watchable(
                 f"{type(pl_module).__name__}; pass it `module.parameters()`, or fit without the "
                 "suite"
             )
-    names = [name for name, _ in pl_module.named_parameters()]
+    names = [name for name, _ in named]
     for each in detectors:
         if isinstance(each, LayerBounds):
             each.require_fit(names)

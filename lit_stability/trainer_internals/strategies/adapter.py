@@ -13,7 +13,11 @@ from torch.optim import LBFGS
 
 from lit_stability.distributed.collectives import Ranks
 from lit_stability.lightning_package import LightningModule, Trainer
-from lit_stability.trainer_internals.trainer_view import full_checkpoint
+from lit_stability.trainer_internals.trainer_view import (
+    full_checkpoint,
+    loss_scale_on_device,
+    loss_scaler,
+)
 
 _USUAL_WAIT = timedelta(minutes=30)
 """The default ``timeout`` of Lightning's strategies."""
@@ -42,6 +46,21 @@ class StrategyAdapter:
     def why_unsupported(self) -> str:
         """The reason why `sharing` is "untried", as text."""
         return ""
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether a forward pass gathers weights of other ranks, so that all must run it."""
+        return self.sharing == "shards"
+
+    @property
+    def why_no_rerun(self) -> str | None:
+        """Why a step cannot be run again beside training; None if it can."""
+        return None
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether the optimizer will take a step, in ``on_before_optimizer_step``."""
+        return True
 
     @property
     def why_precision_fixed(self) -> str | None:
@@ -84,6 +103,45 @@ class StrategyAdapter:
             return None
         replicas = self.sharing == "replicas"
         return Ranks(replicas=replicas, overlapped=replicas and _steps_once(self._trainer))
+
+    def attach(self) -> None:
+        """Prepares the optimizers for the suite, before its first measurement."""
+
+    def detach(self) -> None:
+        """Undoes what `attach` did, at the end of the fit."""
+
+    def read_gradients(self) -> None:
+        """Gives the parameters of `named_parameters` their gradients, before a step."""
+
+    def loss_scale(self) -> Tensor | None:
+        """Returns the factor of the losses that `scaled_loss` returns; None without one."""
+        return loss_scale_on_device(loss_scaler(self._trainer))
+
+    def scaled_loss(self, loss: Tensor) -> Tensor:
+        """Returns the loss of ``on_before_backward`` times the loss scale."""
+        return loss
+
+    def optimizers_to_copy(self) -> list[Any]:
+        """Returns the optimizers whose state belongs to a snapshot."""
+        return list(self._trainer.optimizers)
+
+    def tensors_to_copy(self) -> list[Tensor]:
+        """Returns what a snapshot must copy beside the module and the optimizers."""
+        return []
+
+    def parameters_to_leave(self) -> set[int]:
+        """Returns ids of the module's parameters that a snapshot need not copy."""
+        return set()
+
+    def counts(self) -> Any:
+        """Returns counters beside Lightning's that a rejected step must not change."""
+        return None
+
+    def load_counts(self, counts: Any) -> None:
+        """Restores what `counts` returned."""
+
+    def weights_restored(self) -> None:
+        """Follows a restore of what `tensors_to_copy` returned."""
 
     def named_parameters(self, pl_module: LightningModule) -> Iterable[tuple[str, Tensor]]:
         """Returns name and tensor of what this rank has of each parameter, the same on all ranks.

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -16,6 +17,7 @@ from lit_stability.lightning_package import (
 )
 from lit_stability.trainer_internals.strategies.adapter import Sharing, StrategyAdapter
 from lit_stability.trainer_internals.strategies.ddp import DDPAdapter
+from lit_stability.trainer_internals.strategies.deepspeed import DeepSpeedAdapter
 from lit_stability.trainer_internals.strategies.fsdp1 import FSDP1Adapter
 from lit_stability.trainer_internals.strategies.fsdp2 import FSDP2Adapter
 from lit_stability.trainer_internals.strategies.unsupported import UnsupportedAdapter
@@ -28,6 +30,7 @@ ENTRY_POINTS = "lit_stability.strategies"
 _ADAPTERS: dict[str, type[StrategyAdapter]] = {
     "single_device": StrategyAdapter,
     "ddp": DDPAdapter,
+    "deepspeed": DeepSpeedAdapter,
     "fsdp1": FSDP1Adapter,
     "fsdp2": FSDP2Adapter,
 }
@@ -35,12 +38,14 @@ _ADAPTERS: dict[str, type[StrategyAdapter]] = {
 _LIKE: dict[type, str] = {
     SingleDeviceStrategy: "single_device",
     DDPStrategy: "ddp",
+    DeepSpeedStrategy: "deepspeed",
     FSDPStrategy: "fsdp1",
     ModelParallelStrategy: "fsdp2",
 }
 
 _LIKE_BY_NAME = {
     ("ray", "RayDDPStrategy"): "ddp",
+    ("ray", "RayDeepSpeedStrategy"): "deepspeed",
     ("ray", "RayFSDPStrategy"): "fsdp1",
 }
 """By package and name, so that the package need not be installed."""
@@ -54,7 +59,7 @@ def register_strategy(cls: type[Strategy], *, like: str) -> None:
 
     Args:
         cls: the class of the strategy.
-        like: "ddp", "fsdp1" (`FSDPStrategy`), "fsdp2" (`ModelParallelStrategy`) or
+        like: "ddp", "deepspeed", "fsdp1" (`FSDPStrategy`), "fsdp2" (`ModelParallelStrategy`) or
             "single_device".
 
     Raises:

@@ -17,8 +17,6 @@ class UnsupportedAdapter(StrategyAdapter):
     def why_unsupported(self) -> str:
         """The reason, by the name of the strategy."""
         match type(self._strategy).__name__:
-            case "DeepSpeedStrategy":
-                return "DeepSpeed steps in its own engine, which removed gradients do not stop"
             case name if "XLA" in name:
                 return (
                     "XLA records operations lazily, and reading values on every step prevents that"

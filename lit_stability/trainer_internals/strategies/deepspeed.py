@@ -1,0 +1,172 @@
+"""DeepSpeed's ZeRO: every rank holds a part of optimizer, gradients and, in stage 3, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lit_stability.lightning_package import LightningModule
+from lit_stability.trainer_internals.patch import Patch
+from lit_stability.trainer_internals.strategies.adapter import Sharing, StrategyAdapter
+from lit_stability.trainer_internals.strategies.zero_optimizer import ZeroOptimizer
+
+_STAND_INS: WeakKeyDictionary[Any, ZeroOptimizer] = WeakKeyDictionary()
+"""The optimizer that stands in for DeepSpeed's, by DeepSpeed's."""
+
+_COUNTS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+"""Counters of DeepSpeed's engine, which it saves in its checkpoints."""
+
+
+class DeepSpeedAdapter(StrategyAdapter):
+    """Answers for `DeepSpeedStrategy` with ZeRO stage 1, 2 or 3."""
+
+    @property
+    def sharing(self) -> Sharing:
+        """Shards; untried with what `why_unsupported` names."""
+        return "untried" if self.why_unsupported else "shards"
+
+    @property
+    def why_unsupported(self) -> str:
+        """What the configuration of DeepSpeed asks for that was never tried."""
+        config = self._strategy.config or {}
+        zero = config.get("zero_optimization") or {}
+        optimizer = str((config.get("optimizer") or {}).get("type", "")).lower()
+        devices = (f"offload_{kind}" for kind in ("optimizer", "param"))
+        offloaded = [(key, (zero.get(key) or {}).get("device", "none")) for key in devices]
+        if zero.get("stage", 0) not in (1, 2, 3):
+            return "of DeepSpeed ZeRO stages 1, 2 and 3 are supported; pass stage=2"
+        for key, device in offloaded:
+            if device not in (None, "none"):
+                return f"with {key} to {device} DeepSpeed moves its tensors between steps"
+        if optimizer.startswith(("onebit", "zerooneadam")):
+            return f"{optimizer} sends compressed gradients, whose norm no rank knows"
+        if "pipeline" in config:
+            return "a pipeline of DeepSpeed steps outside of Lightning"
+        return ""
+
+    @property
+    def stage(self) -> int:
+        """The stage of ZeRO."""
+        return int(self._strategy.config["zero_optimization"]["stage"])
+
+    @property
+    def gathers_weights(self) -> bool:
+        """In stage 3."""
+        return self.stage == 3
+
+    @property
+    def why_no_rerun(self) -> str | None:
+        """In stage 3 the weights are gathered by hooks that belong to the step."""
+        return "under ZeRO stage 3 no rank has the weights that a step needs" * (self.stage == 3)
+
+    @property
+    def why_precision_fixed(self) -> str | None:
+        """The engine has the precision that it was created with."""
+        return "DeepSpeed's engine fixes the precision when it is created"
+
+    @property
+    def why_no_good_checkpoint(self) -> str | None:
+        """DeepSpeed saves on all ranks at once."""
+        return self.why_unsupported or "DeepSpeed saves the present state only"
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether DeepSpeed will take a step; its hooks are called for every batch."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    @property
+    def _engine(self) -> Any:
+        return self._strategy.model
+
+    @property
+    def _zero(self) -> ZeroOptimizer:
+        zero = self._engine.optimizer
+        if zero not in _STAND_INS:
+            named = list(self._trainer.lightning_module.named_parameters())
+            _STAND_INS[zero] = ZeroOptimizer(zero, named)
+        return _STAND_INS[zero]
+
+    def attach(self) -> None:
+        """Replaces the optimizer that Lightning passes to hooks by one with gradients."""
+        stand_in, strategy = self._zero, self._strategy
+        teardown = strategy.teardown
+
+        def with_own_optimizer() -> None:
+            strategy.optimizers = [stand_in.zero]
+            teardown()
+            strategy.optimizers = [stand_in]
+
+        stand_in.attach(Patch(strategy, "teardown", with_own_optimizer))
+        strategy.optimizers = [stand_in]
+
+    def detach(self) -> None:
+        """Leaves the step to DeepSpeed's optimizer."""
+        stand_in = _STAND_INS.pop(getattr(self._engine, "optimizer", None), None)
+        if stand_in is not None:
+            stand_in.detach()
+
+    def read_gradients(self) -> None:
+        """Gives the parameters of `named_parameters` their gradients."""
+        self._zero.read_gradients()
+
+    def named_parameters(self, pl_module: LightningModule) -> Iterable[tuple[str, Tensor]]:
+        """Returns this rank's parts of the weights in fp32, then what is not trained."""
+        self.read_gradients()
+        parts = {part.name: part.tensor for part in self._zero.parts}
+        rest = {n: p for n, p in pl_module.named_parameters() if n not in parts}
+        return [*parts.items(), *rest.items()]
+
+    def part_shares(self, pl_module: LightningModule) -> Mapping[int, float]:
+        """Returns 1 for each part: no two ranks hold the same."""
+        return {id(part.tensor): 1.0 for part in self._zero.parts}
+
+    def loss_scale(self) -> Tensor | None:
+        """Returns the scale of DeepSpeed in fp16, else None."""
+        if not self._engine.fp16_enabled():
+            return None
+        return torch.tensor(float(self._zero.zero.loss_scale))
+
+    def scaled_loss(self, loss: Tensor) -> Tensor:
+        """Returns the loss times the scale, which DeepSpeed applies after the hooks."""
+        scale = self.loss_scale()
+        return loss if scale is None else loss * scale.to(loss.device)
+
+    def optimizers_to_copy(self) -> list[Any]:
+        """Returns the optimizer whose state DeepSpeed keeps, of the flat weights."""
+        return [self._zero.zero.optimizer]
+
+    def tensors_to_copy(self) -> list[Tensor]:
+        """Returns the flat tensors that hold the weights."""
+        return self._zero.flats
+
+    def parameters_to_leave(self) -> set[int]:
+        """Returns the ids of the module's parameters that stage 3 gathers and frees."""
+        module = self._trainer.lightning_module
+        return {id(p) for p in module.parameters() if hasattr(p, "ds_tensor") and p.requires_grad}
+
+    def counts(self) -> dict[str, Any]:
+        """Returns the counters of the engine, and the state of the loss scale."""
+        scaler = self._zero.zero.loss_scaler
+        return {
+            "engine": {name: getattr(self._engine, name) for name in _COUNTS},
+            "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)},
+        }
+
+    def load_counts(self, counts: Mapping[str, Any]) -> None:
+        """Restores what `counts` returned."""
+        vars(self._engine).update(counts["engine"])
+        vars(self._zero.zero.loss_scaler).update(counts["scaler"])
+
+    @torch.no_grad()
+    def weights_restored(self) -> None:
+        """Gathers again the weights that stage 3 keeps on all ranks, and finds new state."""
+        zero = self._zero.zero
+        zero._hp_optimizer_states_linked = False
+        persistent = getattr(zero, "persistent_parameters", ())
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
