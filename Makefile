@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test test-long test-ranks compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test test-long test-ranks test-deepspeed compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -26,6 +26,13 @@ test-ranks:
 		tests/callbacks/test_last_known_good_ranks.py > runs/rank_tests.log; tail -n 20 runs/rank_tests.log
 	{ printf '`make test-ranks`, %s:\n\n' "$$(date +%F)"; grep "steps lost" runs/rank_tests.log; \
 		tail -n 1 runs/rank_tests.log; } > benchmarks/results/rank_tests.md
+
+# FSDP1 and, if its extra is installed, DeepSpeed: five minutes.
+test-deepspeed:
+	mkdir -p runs && pytest -q -m "long or not long" tests/test_sharded.py > runs/sharded_tests.log; \
+		tail -n 20 runs/sharded_tests.log
+	{ printf '`make test-deepspeed`, %s:\n\n' "$$(date +%F)"; tail -n 1 runs/sharded_tests.log; } \
+		> benchmarks/results/sharded_tests.md
 
 # All reference experiments: ten minutes of the processor. The tests run the short ones.
 experiments:

@@ -13,6 +13,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import TrainingStopped, stability_callbacks
@@ -30,13 +35,19 @@ class Net(LightningModule):
     def __init__(self, strategy, dropout=0.1):
         super().__init__()
         norm = nn.BatchNorm1d(31) if strategy == "ddp" else nn.LayerNorm(31)
+        # Each rank of tensor parallelism has half of the activations.
+        norm = nn.Identity() if strategy.startswith("tensor") else norm
+        width = 32 if strategy.startswith("tensor") else 31
         self.net = nn.Sequential(
-            nn.Linear(9, 31), norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(31, 1)
+            nn.Linear(9, width), norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)
         )
         self.strategy, self.losses = strategy, []
 
     def configure_model(self):
-        if self.strategy == "fsdp2":
+        if self.strategy.startswith("tensor"):
+            plan = {"0": ColwiseParallel(), "4": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        if self.strategy in ("fsdp2", "tensor and data"):
             mesh = self.device_mesh["data_parallel"]
             fully_shard(self.net[0], mesh=mesh)
             fully_shard(self.net, mesh=mesh)
@@ -198,9 +209,12 @@ def fit_rank(
         "default_root_dir": root,
     }
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
-    data = batches(trainer.global_rank, ranks, skipped=skipped, nan=nan)
-    torch.manual_seed(trainer.global_rank)
-    checked = batches(trainer.global_rank, ranks, count=2) if val else None
+    # The ranks of tensor parallelism train on the same batches.
+    shared = 2 if name.startswith("tensor") else 1
+    place = trainer.global_rank // shared, ranks // shared
+    data = batches(*place, skipped=skipped, nan=nan)
+    torch.manual_seed(place[0])
+    checked = batches(*place, count=2) if val else None
     trainer.fit(net, data, checked, ckpt_path=resume)
     return net, trainer
 
@@ -210,6 +224,8 @@ STRATEGIES = {
     "deepspeed 1": partial(DeepSpeedOnCPU, stage=1),
     "deepspeed 2": partial(DeepSpeedOnCPU, stage=2),
     "deepspeed 3": partial(DeepSpeedOnCPU, stage=3),
+    "tensor": partial(ModelParallelStrategy, 1, 2),
+    "tensor and data": partial(ModelParallelStrategy, 2, 2),
     "fsdp1": FSDP1OnCPU,
     "fsdp1 flat": partial(FSDP1OnCPU, use_orig_params=False),
 }

@@ -1,21 +1,54 @@
-"""FSDP1 on two ranks: the faults of tests/test_ranks.py, and what is its own."""
+"""FSDP1 and DeepSpeed on two ranks: the faults of tests/test_ranks.py, and what is their own."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
+from lit_stability import stability_callbacks
 from lit_stability.faults import CorruptGradient, CorruptWeight, NanLoss
-from tests.distributed import run_ranks_once
-from tests.rank_cases import outcomes
+from tests.distributed import run_ranks, run_ranks_once
+from tests.rank_cases import Net, fit_rank, incidents_of, outcomes, weights_of
 from tests.test_ranks import AGAIN, BACK, BOTH, CLIP, SKIP, same_on_both_ranks
 
 SHORT = {"max_steps": 25}
 OF_16_BITS = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
-OPTIONS = {
-    "accumulated": {"accumulate_grad_batches": 2, "max_steps": 25},
-    "validated": {"val": True, "val_check_interval": 5, **SHORT},
+ACCUMULATED = {"accumulate_grad_batches": 2, "max_steps": 25}
+VALIDATED = {"val": True, "val_check_interval": 5, **SHORT}
+
+
+class TwoGroups(Net):
+    """Two groups with learning rates of their own, and frozen parameters."""
+
+    def configure_optimizers(self):
+        self.net[1].requires_grad_(False)
+        head = {"params": self.net[4].parameters(), "weight_decay": 0.3}
+        return torch.optim.AdamW([{"params": self.net[0].parameters(), "lr": 1e-3}, head], 1e-2)
+
+
+class ByHand(Net):
+    """Manual optimization."""
+
+    def __init__(self, strategy, dropout=0.1):
+        super().__init__(strategy, dropout)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer, loss = self.optimizers(), self.loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.losses.append(float(loss.detach()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2, momentum=0.9)
+
+
+OF_FSDP1 = {
+    "accumulated": ACCUMULATED,
+    "validated": VALIDATED,
     "clipped": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value", **SHORT},
     "bf16 policy": {"strategy": {"mixed_precision": OF_16_BITS}, **SHORT},
     "sharded gradients": {
@@ -24,24 +57,41 @@ OPTIONS = {
     },
     "not sharded": {"strategy": {"sharding_strategy": ShardingStrategy.NO_SHARD}, **SHORT},
 }
+OF_DEEPSPEED = {
+    "accumulated": ACCUMULATED,
+    "validated": VALIDATED,
+    "clipped": {"gradient_clip_val": 0.05, **SHORT},
+    "bf16": {"precision": "bf16-mixed", **SHORT},
+    "bf16, true": {"precision": "bf16-true", **SHORT},
+    "fp16": {"precision": "16-mixed", **SHORT},
+    "two groups": {"module": TwoGroups, **SHORT},
+    "by hand": {"module": ByHand, **SHORT},
+}
 """Of fits that meet one fault, and end like the bare one with the same options."""
 
 
-def cases(weight):
+def cases(weight, own):
     """All fits, with the faults of weights in this parameter."""
     found = {}
     for label, (faults, options) in BOTH.items():
         corrupt = (isinstance(fault, CorruptWeight | CorruptGradient) for fault in faults)
         pairs = zip(faults, corrupt, strict=True)
         found[label] = tuple(replace(f, parameter=weight) if c else f for f, c in pairs), options
-    for label, options in OPTIONS.items():
+    for label, options in own.items():
         fault = CorruptWeight(step=12, rank=1, parameter=weight)
-        found[label] = ((NanLoss(step=12, rank=1) if "acc" in label else fault,), options)
+        found[label] = ((NanLoss(step=12, rank=1) if label in RETRIED else fault,), options)
         found[f"{label}, bare"] = ((), {"suite": "none", **options})
     return found
 
 
-ALL = {"fsdp1": cases("net.0.weight"), "fsdp1 flat": cases("net.0._flat_param")}
+RETRIED = ("accumulated", "fp16")
+WEIGHT = "net.0.weight"
+STAGES = [f"deepspeed {stage}" for stage in (1, 2, 3)]
+ALL = {
+    "fsdp1": cases(WEIGHT, OF_FSDP1),
+    "fsdp1 flat": cases("net.0._flat_param", OF_FSDP1),
+    **dict.fromkeys(STAGES, cases(WEIGHT, OF_DEEPSPEED)),
+}
 FEW = {k: ALL["fsdp1"][k] for k in ("bare", "clean", "NaN loss", "NaN weight")}
 
 
@@ -51,6 +101,8 @@ FEW = {k: ALL["fsdp1"][k] for k in ("bare", "clean", "NaN loss", "NaN weight")}
 )
 def ranks(request, tmp_path_factory):
     name = "fsdp1" if request.param == "few" else request.param
+    if name in STAGES:
+        pytest.importorskip("deepspeed")
     chosen = ALL.get(request.param, FEW)
     _, found = run_ranks_once(
         tmp_path_factory, outcomes, name, chosen, label=request.param, timeout=400
@@ -114,7 +166,7 @@ def test_batch_skipped_on_all_ranks_leaves_no_trace(ranks):
 
 @pytest.mark.long
 def test_fault_leaves_no_trace_whatever_the_options(ranks):
-    for label in OPTIONS if "clipped" in ranks[0] else ():
+    for label in (k for k in ranks[0] if f"{k}, bare" in ranks[0]):
         one, other = (rank[label] for rank in ranks)
         assert len(one["incidents"]) == 1, label
         same_on_both_ranks(one, other)
@@ -130,3 +182,34 @@ def test_measured_norms_and_loss_are_those_of_all_ranks_together(ranks):
     assert [s.grad_norms for s in one["stats"]] == [s.grad_norms for s in other["stats"]]
     measured = [s.weight_norm for s in one["stats"] if s.weight_norm][-1]
     assert measured == pytest.approx(float(one["weights"].norm()), rel=0.02)
+
+
+class DamageUsedWeights(Callback):
+    """Writes a NaN into the weights of the module; the optimizer has others."""
+
+    done = False
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if trainer.global_step == 12 and trainer.global_rank == 1 and not self.done:
+            self.done = True
+            parameter = next(pl_module.parameters())
+            for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                if held.numel():
+                    held.data.view(-1)[0] = torch.nan
+
+
+def damaged_use(root, name):
+    """Incidents and weights of a fit whose weights in use are damaged, and of a bare one."""
+    suite = stability_callbacks()
+    net, trainer = fit_rank(root / "suite", name, [DamageUsedWeights(), *suite], **SHORT)
+    bare, bare_trainer = fit_rank(root / "bare", name, [], **SHORT)
+    return incidents_of(suite), weights_of(net, trainer), weights_of(bare, bare_trainer)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", STAGES)
+def test_damaged_weights_in_use_are_restored_with_those_of_the_optimizer(name, tmp_path):
+    pytest.importorskip("deepspeed")
+    for incidents, weights, bare in run_ranks(damaged_use, tmp_path, name, folder=tmp_path):
+        assert [i[-2:] for i in incidents] == [(AGAIN + BACK, "recovered")]
+        assert torch.equal(weights, bare)

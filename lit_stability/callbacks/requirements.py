@@ -62,7 +62,8 @@ def shares_numbers(trainer: Trainer) -> bool:
 def _is_allowed(trainer: Trainer) -> bool:
     strategy = type(trainer.strategy).__name__
     monitors = [c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor)]
-    return any(strategy in monitor.allow_strategies for monitor in monitors)
+    allowed = any(strategy in monitor.allow_strategies for monitor in monitors)
+    return allowed and adapter_of(trainer).may_be_tried
 
 
 def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
@@ -75,9 +76,20 @@ def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
     if adapter.sharing == "untried" and not _is_allowed(trainer):
         raise RuntimeError(
             f"{type(callback).__name__} does not support {strategy}: {adapter.why_unsupported}. "
-            "Train on one device, with DDP or with FSDP2; or use only GradientMonitor, which does "
-            f"not act; or try it with GradientMonitor(allow_strategies=({strategy!r},))"
+            f"Train on one device, with DDP, FSDP or DeepSpeed's ZeRO; or use only GradientMonitor, "
+            f"which does not act{_way_to_try(trainer)}"
         )
+
+
+def _way_to_try(trainer: Trainer) -> str:
+    name = type(trainer.strategy).__name__
+    if not adapter_of(trainer).may_be_tried:
+        return ""
+    return (
+        f"; or, if {name} differs from a supported one only in how its processes start, "
+        f"register_strategy({name}, like='ddp'); or try it with "
+        f"GradientMonitor(allow_strategies=({name!r},))"
+    )
 
 
 def require_whole_optimizers(trainer: Trainer, callback: Callback) -> None:

@@ -215,6 +215,8 @@ class StepMeter:
         self._moments.gradients(read.grad_names, grad_norms)
         norms = dict(zip(read.grad_names, grad_norms, strict=True))
         rms, rms_name = self._second_moment_ratio(norms, read.updates)
+        bad_weights = non_finite(self.names, read.weight_norms)
+        bad_in_use, bad_buffers = self._names_of(read.buffers)
         stats = StepStats(
             step=step,
             loss=_unscaled(read.loss, read.scale),
@@ -243,8 +245,8 @@ class StepMeter:
             weight_norm=total(read.weight_norms) if scan_weights else None,
             weight_norms=tuple(zip(self.names, read.weight_norms, strict=False)),
             weight_moves=self._moves(read),
-            bad_weights=non_finite(self.names, read.weight_norms),
-            bad_buffers=() if self._buffers is None else self._buffers.names_of(read.buffers),
+            bad_weights=tuple(dict.fromkeys((*bad_weights, *bad_in_use))),
+            bad_buffers=bad_buffers,
             last_scan=self.scanned_at if scan_weights else None,
             details=details_of(grads.names, [norms[n] for n in grads.names], read.distributions),
             rank_weights=read.rank_weights,
@@ -298,8 +300,8 @@ class StepMeter:
         """Returns the names of the rank's non-finite weights, and buffers that were finite."""
         norms, flags = norms_of(self._local_weights()), self._bad_buffers()
         host = to_host({"norms": norms, "flags": flags})
-        bad = () if self._buffers is None else self._buffers.names_of(host["flags"])
-        return (*non_finite(self.names, host["norms"]), *bad)
+        weights, buffers = self._names_of(host["flags"])
+        return (*non_finite(self.names, host["norms"]), *weights, *buffers)
 
     @torch.no_grad()
     def audit(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -382,6 +384,9 @@ class StepMeter:
 
     def _bad_buffers(self) -> list[Tensor]:
         return [] if self._buffers is None else self._buffers.flags()
+
+    def _names_of(self, flags: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ((), ()) if self._buffers is None else self._buffers.names_of(flags)
 
     def _second_moment_ratio(
         self, norms: dict[str, float], updates: Sequence[float]

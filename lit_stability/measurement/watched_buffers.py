@@ -1,8 +1,8 @@
-"""Scans a module's buffers for values that have become NaN. May import torch."""
+"""Scans a module's buffers, and weights in use, for NaN. May import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ class WatchedBuffers:
 
     Args:
         module: with its buffers; one that is replaced by another tensor is found by its name.
+        weights: returns weights to watch too, by name: those that the module computes with, where
+            an optimizer has others.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        measurable = {n: b for n, b in module.named_buffers() if is_measurable(b)}
+    def __init__(
+        self, module: nn.Module, weights: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> None:
+        self._module, self._weights = module, weights or dict
+        measurable = {n: b for n, b in self._present().items() if is_measurable(b)}
         found = {n: b for n, b in measurable.items() if b.is_floating_point()}
         finite = _are_finite([*found.values()])
         self.names = tuple(n for n, good in zip(found, finite, strict=True) if good)
@@ -39,16 +43,21 @@ class WatchedBuffers:
         """Returns one tensor with 1 for each watched buffer that is damaged; [] without any."""
         if not self.names:
             return []
-        present = dict(self._module.named_buffers())
+        present = self._present()
         buffers = [present.get(name) for name in self.names]
         empty = torch.zeros(())
         (norms,) = norms_of([empty if b is None else local(b) for b in buffers])
         self._running = self._running.to(norms.device)
         return [torch.where(self._running, ~norms.isfinite(), norms.isnan()).float()]
 
-    def names_of(self, flags: Sequence[float]) -> tuple[str, ...]:
-        """Returns the names of the buffers whose flag is set."""
-        return tuple(n for n, flag in zip(self.names, flags, strict=False) if flag)
+    def _present(self) -> dict[str, Tensor]:
+        return {**self._weights(), **dict(self._module.named_buffers())}
+
+    def names_of(self, flags: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Returns the names whose flag is set, of the weights and of the buffers."""
+        bad = [n for n, flag in zip(self.names, flags, strict=False) if flag]
+        weights = self._weights() if bad else {}
+        return tuple(n for n in bad if n in weights), tuple(n for n in bad if n not in weights)
 
 
 @torch.no_grad()

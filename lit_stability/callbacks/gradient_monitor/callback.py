@@ -220,6 +220,13 @@ class GradientMonitor(StabilityCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Creates one meter and one set of detectors per optimizer; checks the state once."""
         adapter = adapter_of(trainer)
+        if not adapter.can_measure():
+            if trainer.is_global_zero:
+                name = type(trainer.strategy).__name__
+                log.warning(
+                    "GradientMonitor measures nothing with %s: %s", name, adapter.why_unsupported
+                )
+            return
         adapter.attach()
         require_watchable(trainer, pl_module, self.detectors)
         adapter.reshard(pl_module)

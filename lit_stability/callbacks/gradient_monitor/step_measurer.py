@@ -59,7 +59,7 @@ class StepMeasurer:
     ) -> None:
         self._module, self._ranks, self._adapter = pl_module, ranks, adapter_of(trainer)
         self._scan_every, self._details_every = scan_weights_every, details_every
-        self._buffers = WatchedBuffers(pl_module)
+        self._buffers = WatchedBuffers(pl_module, self._adapter.weights_in_use)
         self._clipping = MeasuredClipping(trainer, pl_module)
         self._flagged = [c for c in callbacks_of(trainer) if implements(c, "rank_flag")]
         self.meters = {i: self._make(i, o) for i, o in enumerate(trainer.optimizers)}

@@ -48,6 +48,11 @@ class StrategyAdapter:
         return ""
 
     @property
+    def may_be_tried(self) -> bool:
+        """Whether the suite may act if the user asks for it, where `sharing` is "untried"."""
+        return True
+
+    @property
     def gathers_weights(self) -> bool:
         """Whether a forward pass gathers weights of other ranks, so that all must run it."""
         return self.sharing == "shards"
@@ -97,12 +102,17 @@ class StrategyAdapter:
         Args:
             allowed: names of strategy classes that the user has allowed.
         """
-        untried = self.sharing == "untried" and type(self._strategy).__name__ not in allowed
+        tried = self.may_be_tried and type(self._strategy).__name__ in allowed
+        untried = self.sharing == "untried" and not tried
         one = self.sharing == "alone" or self._trainer.world_size == 1
         if one or untried or not dist.is_initialized():
             return None
         replicas = self.sharing == "replicas"
         return Ranks(replicas=replicas, overlapped=replicas and _steps_once(self._trainer))
+
+    def can_measure(self) -> bool:
+        """Returns whether the optimizers hold parameters that have gradients."""
+        return True
 
     def attach(self) -> None:
         """Prepares the optimizers for the suite, before its first measurement."""
@@ -149,6 +159,10 @@ class StrategyAdapter:
         Their gradients are there in ``on_before_optimizer_step``.
         """
         return pl_module.named_parameters()
+
+    def weights_in_use(self) -> Mapping[str, Tensor]:
+        """Returns the weights that the module computes with, where the optimizer has others."""
+        return {}
 
     def part_shares(self, pl_module: LightningModule) -> Mapping[int, float] | None:
         """Returns the weight of this rank's elements in a sum over all ranks, by id of the tensor.

@@ -17,7 +17,7 @@ from lit_stability.trainer_internals.strategies.zero_optimizer import ZeroOptimi
 _STAND_INS: WeakKeyDictionary[Any, ZeroOptimizer] = WeakKeyDictionary()
 """The optimizer that stands in for DeepSpeed's, by DeepSpeed's."""
 
-_COUNTS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_COUNTS = ("global_steps", "global_samples", "skipped_steps")
 """Counters of DeepSpeed's engine, which it saves in its checkpoints."""
 
 
@@ -47,6 +47,15 @@ class DeepSpeedAdapter(StrategyAdapter):
         if "pipeline" in config:
             return "a pipeline of DeepSpeed steps outside of Lightning"
         return ""
+
+    @property
+    def may_be_tried(self) -> bool:
+        """Not at all: a step that is skipped in another way than DeepSpeed's hangs or is taken."""
+        return False
+
+    def can_measure(self) -> bool:
+        """Returns whether DeepSpeed keeps gradients where they were found when it was tried."""
+        return self.sharing != "untried"
 
     @property
     def stage(self) -> int:
@@ -120,6 +129,12 @@ class DeepSpeedAdapter(StrategyAdapter):
         rest = {n: p for n, p in pl_module.named_parameters() if n not in parts}
         return [*parts.items(), *rest.items()]
 
+    def weights_in_use(self) -> Mapping[str, Tensor]:
+        """Returns the weights in the precision of the module; in stage 3 this rank's part."""
+        trained = {part.name for part in self._zero.parts}
+        named = self._trainer.lightning_module.named_parameters()
+        return {name: getattr(p, "ds_tensor", p).detach() for name, p in named if name in trained}
+
     def part_shares(self, pl_module: LightningModule) -> Mapping[int, float]:
         """Returns 1 for each part: no two ranks hold the same."""
         return {id(part.tensor): 1.0 for part in self._zero.parts}
@@ -144,9 +159,12 @@ class DeepSpeedAdapter(StrategyAdapter):
         return self._zero.flats
 
     def parameters_to_leave(self) -> set[int]:
-        """Returns the ids of the module's parameters that stage 3 gathers and frees."""
+        """Returns the ids of the module's parameters that stage 3 gathers and frees.
+
+        Frozen ones too: nothing that training does can change them.
+        """
         module = self._trainer.lightning_module
-        return {id(p) for p in module.parameters() if hasattr(p, "ds_tensor") and p.requires_grad}
+        return {id(p) for p in module.parameters() if hasattr(p, "ds_tensor")}
 
     def counts(self) -> dict[str, Any]:
         """Returns the counters of the engine, and the state of the loss scale."""

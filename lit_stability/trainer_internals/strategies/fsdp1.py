@@ -32,6 +32,11 @@ class FSDP1Adapter(StrategyAdapter):
         return "with cpu_offload the shards were never tried; leave it out, or use FSDP2"
 
     @property
+    def may_be_tried(self) -> bool:
+        """Not with shards on the host: they are copied there by hooks that the suite bypasses."""
+        return False
+
+    @property
     def why_precision_fixed(self) -> str | None:
         """The shards have the dtype that they were created with."""
         return "FSDP1 fixes the dtype of its shards when it creates them (FSDP2 does not)"

@@ -19,15 +19,8 @@ class FSDP2Adapter(StrategyAdapter):
 
     @property
     def sharing(self) -> Sharing:
-        """Shards; alone with one rank; untried with tensor parallelism."""
-        if self._strategy._tensor_parallel_size != 1:
-            return "untried"
+        """Shards; alone with one rank."""
         return "alone" if self._trainer.world_size == 1 else "shards"
-
-    @property
-    def why_unsupported(self) -> str:
-        """Tensor parallelism."""
-        return "with tensor parallelism the loss and gradients of a rank are not a share of a sum"
 
     @property
     def why_half_fixed(self) -> str | None:

@@ -106,11 +106,11 @@ class ZeroOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes DeepSpeed's step; a step whose gradients were removed is skipped by DeepSpeed.
+        """Takes DeepSpeed's step; one whose gradients were removed since they were read is skipped.
 
         Then the loss scale stays as it is.
         """
-        if all(part.tensor.grad is None for part in self.parts):
+        if self._read and all(part.tensor.grad is None for part in self.parts):
             self._forget_gradients()
             with self._overflowing():
                 return self._step_of_zero()
