@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,12 @@ from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import to_json
 from lit_stability.incidents.report import markdown
-from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LIGHTNING_VERSION, LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import run_directory, save_incident_checkpoint, sharing
 from lit_stability.training_state.rng import capture_rng
-
-log = suite_logger()
 
 
 class AnomalyCheckpoint(StabilityCallback):
@@ -130,16 +129,12 @@ class AnomalyCheckpoint(StabilityCallback):
         if incident.occurrences > 1 or self._root is None:
             return
         folder = self._root / f"{incident.first.step:08d}-{incident.id}{_suffix(trainer)}"
-        try:
-            self._save(trainer, pl_module, incident, folder)
-        except Exception as error:
-            # A full disk, a batch that cannot be pickled, a user's save hook that raises: a failed
-            # save must never end the run.
-            log.warning(
-                "the folder of incident %d was not saved (%s); training continues",
-                incident.id,
-                error,
-            )
+        # A full disk, a batch that cannot be pickled, a user's save hook that raises: a failed
+        # save must never end the run.
+        guarded(
+            *(self, f"the folder of an incident was not saved in {self._root}"),
+            lambda: self._save(trainer, pl_module, incident, folder),
+        )
 
     def on_incident_closed(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
@@ -147,7 +142,7 @@ class AnomalyCheckpoint(StabilityCallback):
         """Rewrites the report with the outcome, and those of the incidents that it repeats."""
         if trainer.is_global_zero:
             for each in (*incident.repeats, incident):
-                _rewrite_report(each)
+                guarded(self, "a report was not updated", partial(_rewrite_report, each))
 
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path
@@ -255,7 +250,4 @@ def _rewrite_report(incident: Incident) -> None:
     # The folder of an older incident may have been deleted to make room.
     if incident.path is None or not Path(incident.path).is_dir():
         return
-    try:
-        (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
-    except OSError as error:
-        log.warning("the report of incident %d was not updated (%s)", incident.id, error)
+    (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")

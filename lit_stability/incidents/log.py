@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -40,22 +40,37 @@ class IncidentRecord:
         Raises:
             OSError: if the file cannot be written.
         """
-        append_line(self.path, {"schema": SCHEMA, "event": event, **incident.as_dict()})
+        self.append_lines([self.line(event, incident)])
+
+    @staticmethod
+    def line(event: Literal["open", "close"], incident: Incident) -> dict[str, Any]:
+        """Returns the line of an incident, as it is now."""
+        return {"schema": SCHEMA, "event": event, **incident.as_dict()}
+
+    def append_lines(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Writes lines and flushes them to disk; returns True.
+
+        Raises:
+            OSError: if the file cannot be written; it may have some of the lines then.
+        """
+        append_lines(self.path, lines)
+        return True
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a row to a file as a line of JSON and flushes it to disk.
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to a file as lines of JSON and flushes them to disk.
 
     Args:
         path: the file; created with its folder if missing.
-        row: names and values.
+        rows: names and values of each.
 
     Raises:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that is not valid UTF-8 contains lone surrogates: they become JSON escapes.
-    data = (to_json(redacted_tree(dict(row))) + "\n").encode("utf8", errors="backslashreplace")
+    text = "".join(to_json(redacted_tree(dict(row))) + "\n" for row in rows)
+    data = text.encode("utf8", errors="backslashreplace")
     with path.open("a+b") as file:
         if _is_cut(file):
             data = b"\n" + data

@@ -15,6 +15,7 @@ from typing import Any
 
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Trainer
+from lit_stability.outside import guarded
 from lit_stability.restart.callback import RestartCallback, SmallerMicroBatchesError
 from lit_stability.restart.loop import Recovery, RecoveryResult
 from lit_stability.restart.memory import checkpoint_activations
@@ -109,10 +110,10 @@ class RankRecovery(Recovery):
         if folder is None or not trainer.is_global_zero:
             return
         self._report(folder)
-        try:
-            records.started(folder, self._sources.found_in(folder))
-        except OSError as error:
-            log.warning("the folder of this fit cannot be recorded: %s", error)
+        guarded(
+            *(self, "the folder of this fit cannot be recorded"),
+            lambda: records.started(folder, self._sources.found_in(folder)),
+        )
 
     def _report(self, folder: Path) -> None:
         """Adds the crash before to the records of crashes, as rank 0 alone can: it may be any's."""

@@ -9,8 +9,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lit_stability.incidents.log import append_line
+from lit_stability.incidents.log import append_lines
 from lit_stability.lightning_choice import suite_logger
+from lit_stability.outside import guarded
 from lit_stability.restart.crashes import Crash
 
 log = suite_logger()
@@ -63,10 +64,8 @@ class RecoveryRecord:
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "time": time.time(),
         }
-        try:
-            append_line(self.path, {"schema": SCHEMA, "event": event, **row})
-        except OSError as error:
-            log.warning("cannot write %s (%s); training continues", self.path, error)
+        path, line = self.path, {"schema": SCHEMA, "event": event, **row}
+        guarded(self, f"cannot write {path}", lambda: append_lines(path, [line]))
 
 
 def _plain(sample: object) -> object:

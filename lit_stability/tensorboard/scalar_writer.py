@@ -10,7 +10,7 @@ from lit_stability.incidents import Incident
 from lit_stability.incidents.report import markdown
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.tensorboard.guarded_loggers import to_each
+from lit_stability.outside import to_each
 from lit_stability.tensorboard.size_limits import MIB, TEXTS, SizeLimit, bytes_of
 
 log = suite_logger()

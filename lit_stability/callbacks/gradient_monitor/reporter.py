@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.incidents import Incident
@@ -14,10 +14,15 @@ from lit_stability.incidents.step_history import StepHistory
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Trainer
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.outside import guarded
 from lit_stability.tensorboard.scalar_writer import StabilityWriter
 from lit_stability.trainer_internals import logger_step, run_directory
 
 log = suite_logger()
+
+_MOST_LINES = 1000
+"""Lines of the record that are kept while it cannot be written."""
+_ADVICE = "give the Trainer a default_root_dir, or its logger a save_dir, that is writable"
 
 
 def only_warnings(record: logging.LogRecord) -> bool:
@@ -42,7 +47,8 @@ class Reporter:
         self._overflows = 0
         self._searching = True
         """Whether the loss scaler has not had a finite step yet."""
-        self._writable = True
+        self._unwritten: list[dict[str, Any]] = []
+        """Lines of the record that could not be written yet."""
         directory = run_directory(trainer)
         self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
 
@@ -114,6 +120,7 @@ class Reporter:
     def end(self, incidents: Sequence[Incident]) -> None:
         """Prints the summary of a fit that had incidents; nothing is reported after it."""
         self.history.end()
+        self._write_lines()
         if incidents:
             self.log_line("\n".join(["stability summary", *summary_table(incidents)]))
 
@@ -126,17 +133,15 @@ class Reporter:
         if not self._trainer.is_global_zero:
             return
         self._writer.write_incident(incident, logger_step(self._trainer))
-        if self._record is None:
+        if self._record is not None:
+            self._unwritten.append(self._record.line(event, incident))
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        """Writes the lines of the record that are left, also those that failed before."""
+        if self._record is None or not self._unwritten:
             return
-        try:
-            self._record.append(event, incident)
-        except OSError as error:
-            if self._writable:
-                log.warning(
-                    "cannot record an incident in %s (%s); training goes on, and this is logged "
-                    "once; give the Trainer a default_root_dir, or its logger a save_dir, that is "
-                    "writable",
-                    self._record.path,
-                    error,
-                )
-            self._writable = False
+        record, lines = self._record, self._unwritten[-_MOST_LINES:]
+        what = f"incidents cannot be recorded in {record.path}"
+        if guarded(self, what, lambda: record.append_lines(lines), _ADVICE):
+            self._unwritten = []

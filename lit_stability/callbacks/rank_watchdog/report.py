@@ -19,6 +19,7 @@ from lit_stability.distributed.heartbeat_verdict import Verdict
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.lightning_choice import suite_logger
+from lit_stability.outside import guarded
 
 log = suite_logger()
 
@@ -95,7 +96,9 @@ class HangReport:
         )
         incident = Incident(0, anomaly, path=str(self.file))
         incident.close("stopped", step)
-        IncidentRecord(self.file.with_name("incidents.jsonl")).append("close", incident)
+        record = IncidentRecord(self.file.with_name("incidents.jsonl"))
+        what = f"the hang cannot be recorded in {record.path}"
+        guarded(self, what, lambda: record.append("close", incident))
 
 
 def _stacks() -> str:

@@ -1,4 +1,4 @@
-"""A logger that fails on a value of the suite ends no fit."""
+"""A logger or a disk that fails ends no fit, is reported once, and has only a gap."""
 
 import pytest
 import torch
@@ -9,10 +9,12 @@ from lit_stability import (
     AdaptiveGradientClipping,
     CrashPrediction,
     GradientFlow,
+    StabilityCallback,
+    read_incidents,
     stability_callbacks,
 )
 from lit_stability.faults import FaultInjector, NanLoss
-from lit_stability.tensorboard.guarded_loggers import to_each
+from lit_stability.outside import to_each
 from tests.conftest import fit, flat
 
 
@@ -78,6 +80,62 @@ def test_fit_goes_on_to_the_same_weights_when_a_logger_fails(failing, tmp_path, 
     found = [r.getMessage() for r in caplog.records if "the server is gone" in r.getMessage()]
     assert 1 <= len(found) <= 3, "once for each place that writes"
     assert torch.equal(flat(module), flat(train("bare")[0]))
+
+
+OBSTACLES = {
+    "incidents.jsonl": "incidents cannot be recorded",
+    "incidents": "the folder of an incident was not saved",
+    "good": "was not written to",
+    "gradient_flow": "a picture of the gradient flow was not written",
+}
+"""What is in the way of each part that writes files, and what it logs."""
+
+
+def test_fit_goes_on_to_the_same_weights_when_no_file_can_be_written(tmp_path, caplog):
+    def train(name):
+        callbacks = [FaultInjector([NanLoss(step=20), NanLoss(step=40)]), *stability_callbacks()]
+        return fit(tmp_path / name, [*callbacks, GradientFlow(every_n_steps=10)])
+
+    for name in OBSTACLES:
+        path = tmp_path / "failing" / name
+        path.mkdir(parents=True) if path.suffix else path.write_text("in the way")
+    module, trainer = train("failing")
+    assert trainer.global_step == 60
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    for logged in OBSTACLES.values():
+        assert sum(logged in line for line in warnings) == 1, logged
+    assert torch.equal(flat(module), flat(train("bare")[0]))
+
+
+def test_record_that_could_not_be_written_for_a_while_is_complete_at_the_end(tmp_path):
+    class Repair(StabilityCallback):
+        """Makes room on the disk after the first incident."""
+
+        def on_incident_closed(self, trainer, pl_module, incident):
+            if record.is_dir():
+                record.rmdir()
+
+    record = tmp_path / "incidents.jsonl"
+    record.mkdir()
+    faults = FaultInjector([NanLoss(step=20), NanLoss(step=40)])
+    fit(tmp_path, [faults, *stability_callbacks(), Repair()])
+    assert [i["outcome"] for i in read_incidents(tmp_path)] == ["recovered", "recovered"]
+
+
+class NoHash(Failing):
+    """A logger that is compared by its values, and so cannot be in a set."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return isinstance(other, NoHash)
+
+
+def test_logger_that_cannot_be_hashed_is_reported_once(caplog):
+    logger = NoHash("experiment")
+    for _ in range(3):
+        assert not to_each([logger], lambda each: 1 / 0)
+    assert caplog.text.count("NoHash does not take values of the suite") == 1
 
 
 def test_logger_that_recovers_has_only_a_gap():
