@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import TrainingStopped, stability_callbacks
 from lit_stability.faults import FaultInjector
+from lit_stability.trainer_internals import keep_records_in
 
 logging.getLogger("lightning").setLevel(logging.ERROR)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -175,6 +176,7 @@ def fit_rank(
         "default_root_dir": root,
     }
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
+    keep_records_in(trainer, root)
     data = batches(trainer.global_rank, ranks, skipped=skipped, nan=nan)
     torch.manual_seed(trainer.global_rank)
     checked = batches(trainer.global_rank, ranks, count=2) if val else None

@@ -30,10 +30,10 @@ ROOMS = {
     "detectors": {"measurement"},
     "diagnosis": {"detectors", "distributed", "lightning_choice", "measurement", "training_state"},
     "policies": {"detectors", "diagnosis", "measurement"},
-    "incidents": {"detectors", "diagnosis", "measurement", "policies", "redaction"},
+    "incidents": {"detectors", "diagnosis", "measurement", "outside", "policies", "redaction"},
     "trainer_internals": {
         *("diagnosis", "distributed", "lightning_choice", "lightning_package", "measurement"),
-        *("redaction", "training_state"),
+        *("outside", "redaction", "training_state"),
     },
     "checks": {
         *("diagnosis", "errors", "figures", "lightning_choice", "measurement", "printing"),

@@ -50,6 +50,12 @@ def monitor_of(trainer: Trainer) -> GradientMonitor:
     return next(c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
 
 
+def run_of(trainer: Trainer) -> str:
+    """Returns the id of the run, see `GradientMonitor.run_id`; empty if there is none."""
+    monitors = (c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
+    return next((m.run_id for m in monitors if m.run_id is not None), "")
+
+
 def shares_numbers(trainer: Trainer) -> bool:
     """Returns whether `GradientMonitor` exchanges its numbers between all ranks, or there is one.
 

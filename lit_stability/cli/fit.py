@@ -36,7 +36,7 @@ from lit_stability.lightning_package import (
 from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
 from lit_stability.restart.torchrun import from_rank_0, use_new_store
-from lit_stability.trainer_internals import callbacks_of, hide_environment
+from lit_stability.trainer_internals import callbacks_of, hide_environment, keep_records_in
 from lit_stability.training_state.atomic_write import write_and_keep
 
 __all__ = ["FitResult", "Run", "compose", "fit"]
@@ -262,6 +262,7 @@ def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
     # A config defines all callbacks: the suite that an environment variable adds is removed.
     named_here = [c for c in callbacks_of(trainer) if not isinstance(c, AutomaticSuite)]
     trainer.callbacks = named_here  # type: ignore[attr-defined]
+    keep_records_in(trainer, options["run_dir"])
     return trainer
 
 

@@ -20,6 +20,10 @@ SCHEMA = 1
 """Version of the line format; `read_incidents` rejects newer ones."""
 
 
+NAME = "incidents.jsonl"
+"""Name of the file in the folder of a run."""
+
+
 class IncidentRecord:
     """Appends incidents to ``incidents.jsonl``, which is created at the first one.
 
@@ -80,10 +84,11 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_incidents(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a record: the last line of each incident; a line cut by a crash is skipped.
+    """Reads records: the last line of each incident; a line cut by a crash is skipped.
 
     Args:
-        path: an ``incidents.jsonl``, or the folder that contains it.
+        path: an ``incidents.jsonl``, the folder that contains it, or one with the folders of
+            several runs, whose incidents are then returned run by run; ``run`` tells them apart.
 
     Raises:
         FileNotFoundError: if there is no record.
@@ -92,10 +97,13 @@ def read_incidents(path: str | Path) -> list[dict[str, Any]]:
     """
     file = Path(path)
     if file.is_dir():
-        file = file / "incidents.jsonl"
+        file = file / NAME
+        below = [] if file.exists() else sorted(Path(path).rglob(NAME))
+        if below:
+            return [incident for each in below for incident in read_incidents(each)]
     incidents: dict[Any, dict[str, Any]] = {}
     for line in _lines(file):
-        incidents[line["id"], line["time"]] = line
+        incidents[line.get("run"), line["id"], line["time"]] = line
     return list(incidents.values())
 
 

@@ -24,10 +24,12 @@ class RecoveryRecord:
     """Reports each crash once, on the console and in a file.
 
     Args:
-        folder: log folder of the first fit; None if it has none, then nothing is written.
+        folder: folder of the first fit; None if it has none, then nothing is written.
+        run: id of its run; empty if it is not known.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, run: str = "") -> None:
+        self._run = run
         self.path = None if folder is None else folder / "recoveries.jsonl"
 
     def add(self, crash: Crash, remedy: str, checkpoint: Path | str | None) -> str:
@@ -64,7 +66,7 @@ class RecoveryRecord:
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "time": time.time(),
         }
-        path, line = self.path, {"schema": SCHEMA, "event": event, **row}
+        path, line = self.path, {"schema": SCHEMA, "event": event, "run": self._run, **row}
         guarded(self, f"cannot write {path}", lambda: append_lines(path, [line]))
 
 

@@ -40,7 +40,7 @@ class GradientFlow(StabilityCallback):
     * ``stability/gradient_flow``: to each logger that accepts images, such as TensorBoard's.
     * ``stability/gradient_flow_incident``: the same, of a bad step.
     * ``gradient_flow/step=00000500.png`` and ``step=00000731-incident-1.png`` in
-      ``trainer.log_dir``, if no logger accepts images.
+      the folder of the run, if no logger accepts images.
 
     The title shows the range of gradient norms in the current phase of the run so far. The end of
     the fit logs the range of each phase: warm-up, descent, plateau; see `PhaseRanges`, which

@@ -61,6 +61,7 @@ from lit_stability.trainer_internals import (
     log_every,
     ranks_of,
     reshard,
+    run_id,
     sharing,
     step_failure,
 )
@@ -105,7 +106,10 @@ class GradientMonitor(StabilityCallback):
     reached its floor.
 
     With several optimizers, the metrics of the second end in ``_1``, and so on. Incidents go to
-    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text. Step
+    ``incidents.jsonl`` in the folder of the run and, as markdown, to the loggers that take text.
+    That folder has ModelCheckpoint's ``checkpoints`` too: ``save_dir/name/version`` of the first
+    logger; without a logger it is ``stability/<time>-<number>`` in ``default_root_dir``, where a
+    fit that resumes from one of its checkpoints goes on. Each record has the id of its run. Step
     attempts and layers go to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
     Incidents add at most 24 MiB per fit to an event file, see
     `lit_stability.tensorboard.size_limits`.
@@ -160,6 +164,7 @@ class GradientMonitor(StabilityCallback):
         self._consensus = RankConsensus(None)
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
+        self._run: str | None = None
         self._pending: PendingVerdict | None = None
         self._checks_saves = True
         self._cancel_exit: Callable[[], None] = _nothing
@@ -175,6 +180,19 @@ class GradientMonitor(StabilityCallback):
     def current(self) -> Incident | None:
         """The incident that is open, if one is."""
         return self._tracker.current
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run, which is in the record of each incident; None before the first fit.
+
+        A fit that resumes from a checkpoint in its own folder goes on with that run.
+        """
+        return self._run
+
+    def amended(self, incident: Incident) -> None:
+        """Records again what has changed of an incident that was closed, such as its folder."""
+        if self._measurer is not None:
+            self._reporter.amended(incident)
 
     def _outside_a_fit(self) -> dict[str, Any]:
         tracker = IncidentTracker(None, self.close_after, self._tracker.count)
@@ -226,7 +244,8 @@ class GradientMonitor(StabilityCallback):
             reshard(pl_module)
         ranks = ranks_of(trainer, self.allow_strategies)
         self._consensus = RankConsensus(ranks)
-        self._reporter = Reporter(trainer, self._history)
+        self._run = run_id(trainer, self._run)
+        self._reporter = Reporter(trainer, self._history, self._run)
         self._schedules = ScheduleWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
@@ -519,12 +538,13 @@ class GradientMonitor(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts of incidents and step attempts, and the windows of the detectors."""
         counts = {"incidents": self._tracker.count, "attempts": self._history.count}
-        return {**counts, "detectors": self.rewindable_state()}
+        return {**counts, "run": self._run, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts; the windows are restored when the detectors exist."""
         self._tracker.count = int(state_dict["incidents"])
         self._history.count = int(state_dict.get("attempts", 0))
+        self._run = state_dict.get("run")
         self._restored = state_dict["detectors"]
 
 

@@ -36,10 +36,11 @@ class Reporter:
     Args:
         trainer: whose loggers and folder to use; a ``fast_dev_run`` leaves no record.
         history: counts the step attempts of the run.
+        run: id of the run, for the record of each incident.
     """
 
-    def __init__(self, trainer: Trainer, history: StepHistory) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, history: StepHistory, run: str) -> None:
+        self._trainer, self.run = trainer, run
         self.history = StepHistoryWriter(trainer, history)
         if not trainer.is_global_zero:
             log.addFilter(only_warnings)

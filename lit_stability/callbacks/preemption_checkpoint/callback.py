@@ -46,7 +46,7 @@ class PreemptionCheckpoint(StabilityCallback):
     that code. Lightning's own handlers, which save and broadcast wherever the signal interrupts the
     program, are replaced for the fit; when it ends Lightning restores those of the program.
 
-    The checkpoint is ``preempted/step=<step>.ckpt`` in ``trainer.log_dir``. It appears under this
+    The checkpoint is ``preempted/step=<step>.ckpt`` in the folder of the run. It appears under this
     name when it is complete. ``Trainer.fit(ckpt_path=find_resume_checkpoint(folder))`` goes on from
     it; with a `LastKnownGood` bit for bit, and otherwise as from a checkpoint of Lightning in the
     middle of an epoch. With a `LastKnownGood` several ranks write a folder, as it does.

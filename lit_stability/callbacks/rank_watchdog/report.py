@@ -35,10 +35,11 @@ class HangReport:
 
     Args:
         file: to which every rank appends its stacks; None for the console.
+        run: returns the id of the run, for the record.
     """
 
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
+    def __init__(self, file: Path | None, run: Callable[[], str] = str) -> None:
+        self.file, self._run = file, run
 
     def __call__(self, watch: RankWatch, verdict: Verdict) -> NoReturn:
         """Ends this process with `EXIT_CODE`, together with the others."""
@@ -94,7 +95,7 @@ class HangReport:
             signal="seconds without progress",
             message=verdict.text,
         )
-        incident = Incident(0, anomaly, path=str(self.file))
+        incident = Incident(0, anomaly, run=self._run(), path=str(self.file))
         incident.close("stopped", step)
         record = IncidentRecord(self.file.with_name("incidents.jsonl"))
         what = f"the hang cannot be recorded in {record.path}"
