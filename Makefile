@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test test-long test-ranks compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test test-long test-ranks test-loggers compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -26,6 +26,11 @@ test-ranks:
 		tests/callbacks/test_last_known_good_ranks.py > runs/rank_tests.log; tail -n 20 runs/rank_tests.log
 	{ printf '`make test-ranks`, %s:\n\n' "$$(date +%F)"; grep "steps lost" runs/rank_tests.log; \
 		tail -n 1 runs/rank_tests.log; } > benchmarks/results/rank_tests.md
+
+# The adapters with W&B, MLflow and Comet themselves, where `pip install -e ".[loggers]"` was done; in CI
+# stubs stand in. After an update of these: `python -m tests.loggers.record`.
+test-loggers:
+	pytest -q tests/loggers/test_real_loggers.py
 
 # All reference experiments: ten minutes of the processor. The tests run the short ones.
 experiments:

@@ -22,6 +22,7 @@ ROOMS = {
     "printing": set(),
     "redaction": set(),
     "outside": {"lightning_choice"},
+    "background": {"outside"},
     "figures": {"printing"},
     "distributed": set(),
     "measurement": {"compat", "distributed"},
@@ -39,10 +40,14 @@ ROOMS = {
         *("diagnosis", "errors", "figures", "lightning_choice", "measurement", "printing"),
         "training_state",
     },
-    "tensorboard": {"incidents", "lightning_choice", "measurement", "outside"},
+    "loggers": {
+        *("background", "incidents", "lightning_choice", "measurement", "outside"),
+        "training_state",
+    },
+    "tensorboard": {"incidents", "lightning_choice", "loggers", "measurement", "outside"},
     "callbacks": {
         *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
-        *("lightning_choice", "lightning_package", "measurement", "outside", "policies"),
+        *("lightning_choice", "lightning_package", "loggers", "measurement", "outside", "policies"),
         *("redaction", "tensorboard", "trainer_internals", "training_state"),
     },
     "restart": {
@@ -75,6 +80,8 @@ WITHOUT_TORCH = {
         "printing",
         "redaction",
         "outside",
+        "background",
+        "loggers",
         "figures",
         "detectors",
         "policies",

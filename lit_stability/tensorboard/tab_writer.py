@@ -13,10 +13,7 @@ from typing import Any
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, Row
 from lit_stability.lightning_choice import suite_logger
-from lit_stability.measurement.step_stats import StepStats, WeightMoves
-from lit_stability.outside import guarded, tried
-from lit_stability.tensorboard.layout import write_layout
-from lit_stability.tensorboard.size_limits import (
+from lit_stability.loggers.size_limits import (
     EXTRA_STEPS,
     MIB,
     WITH_STEPS,
@@ -24,6 +21,9 @@ from lit_stability.tensorboard.size_limits import (
     SizeLimit,
     bytes_of,
 )
+from lit_stability.measurement.step_stats import StepStats, WeightMoves
+from lit_stability.outside import guarded, tried
+from lit_stability.tensorboard.layout import write_layout
 from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
 
 log = suite_logger()
@@ -46,7 +46,7 @@ class StabilityTab:
     """Writes step attempts and incidents to every logger with a ``SummaryWriter`` as experiment.
 
     Never raises: a logger that fails is reported once, and has a gap. What incidents add is
-    limited, see `lit_stability.tensorboard.size_limits`.
+    limited, see `lit_stability.loggers.size_limits`.
 
     Args:
         loggers: Lightning's loggers, any number of them.

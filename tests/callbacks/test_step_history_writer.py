@@ -245,7 +245,7 @@ def test_event_file_of_a_run_of_incidents_is_bounded_and_the_record_has_all(tmp_
     monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITH_STEPS", 150_000)
     monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITHOUT_STEPS", 50_000)
     monkeypatch.setattr("lit_stability.tensorboard.tab_writer.EXTRA_STEPS", 20_000)
-    monkeypatch.setattr("lit_stability.tensorboard.scalar_writer.TEXTS", 20_000)
+    monkeypatch.setattr("lit_stability.loggers.writer.TEXTS", 20_000)
     monitor = GradientMonitor(detectors=[EveryThird()], close_after=1)
     data = regression_data(300)
     run(tmp_path, [monitor], max_steps=300, log_every_n_steps=50, data=data)

@@ -30,6 +30,7 @@ OPTIONS = {
         "details_every": 9,
         "history": 3,
         "allow_strategies": ["FSDPStrategy"],
+        "upload_incidents": True,
     },
     "AdaptiveGradientClipping": {"rule": {"class_path": f"{C}.TieredClip"}},
     "AnomalyCheckpoint": {"history": 50, "max_incidents": 3, "max_bytes": 1_000_000},

@@ -13,8 +13,8 @@ from tensorboard.util import tensor_util
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, row_of
+from lit_stability.loggers.size_limits import WITH_STEPS, WITHOUT_STEPS
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
-from lit_stability.tensorboard.size_limits import WITH_STEPS, WITHOUT_STEPS
 from lit_stability.tensorboard.tab_writer import StabilityTab, update_ratios
 from lit_stability.tensorboard.tags import layers_tag, steps_tag
 

@@ -106,13 +106,15 @@ class GradientMonitor(StabilityCallback):
     reached its floor.
 
     With several optimizers, the metrics of the second end in ``_1``, and so on. Incidents go to
-    ``incidents.jsonl`` in the folder of the run and, as markdown, to the loggers that take text.
-    That folder has ModelCheckpoint's ``checkpoints`` too: ``save_dir/name/version`` of the first
-    logger; without a logger it is ``stability/<time>-<number>`` in ``default_root_dir``, where a
-    fit that resumes from one of its checkpoints goes on. Each record has the id of its run. Step
+    ``incidents.jsonl`` in the folder of the run, and to the loggers: TensorBoard gets reports;
+    W&B a table, alerts, a summary and tags; MLflow reports, a table and tags; Comet reports and a
+    table; `CSVLogger` ``incidents.csv``. For another logger see `lit_stability.loggers`. Step
     attempts and layers go to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
+    The folder of the run has ModelCheckpoint's ``checkpoints`` too: ``save_dir/name/version`` of
+    the first logger. Without a logger it is ``stability/<time>-<number>`` in ``default_root_dir``,
+    where a fit that resumes from one of its checkpoints goes on. Each record has its run's id.
     Incidents add at most 24 MiB per fit to an event file, see
-    `lit_stability.tensorboard.size_limits`.
+    `lit_stability.loggers.size_limits`.
 
     Args:
         detectors: those to ask, in order; the first anomaly counts. None for the default set.
@@ -125,6 +127,8 @@ class GradientMonitor(StabilityCallback):
         history: measurements kept in `details`.
         allow_strategies: names of strategy classes that are not supported and are tried all the
             same; numbers are then summed over the ranks at every step.
+        upload_incidents: whether W&B and MLflow get the folder of each incident as an artifact;
+            it holds a checkpoint, so that may be gigabytes.
 
     Raises:
         ValueError: if an argument is out of its range; before the first step, if the Trainer is of
@@ -143,6 +147,7 @@ class GradientMonitor(StabilityCallback):
         details_every: int = 50,
         history: int = 20,
         allow_strategies: Sequence[str] = (),
+        upload_incidents: bool = False,
     ) -> None:
         require(close_after >= 1, "close_after", close_after, "at least 1")
         require(scan_weights_every >= 1, "scan_weights_every", scan_weights_every, "at least 1")
@@ -158,6 +163,7 @@ class GradientMonitor(StabilityCallback):
         self.details: deque[StepStats] = deque(maxlen=history)
         """The last measurements that carry details."""
         self.allow_strategies = tuple(allow_strategies)
+        self.upload_incidents = upload_incidents
         self._restored: Mapping[str, Any] = {}
         self._detectors = DetectorSet([], [], log.info)
         self._measurer: StepMeasurer | None = None
@@ -245,7 +251,7 @@ class GradientMonitor(StabilityCallback):
         ranks = ranks_of(trainer, self.allow_strategies)
         self._consensus = RankConsensus(ranks)
         self._run = run_id(trainer, self._run)
-        self._reporter = Reporter(trainer, self._history, self._run)
+        self._reporter = Reporter(trainer, self._history, self._run, uploads=self.upload_incidents)
         self._schedules = ScheduleWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)

@@ -48,7 +48,7 @@ class StepHistoryWriter:
     those at which an incident was opened. A row is complete only at the end of its batch, when all
     callbacks have clipped. An incident is written when it opens, when it closes, and once more with
     the attempts after it. What incidents add to an event file is limited, see
-    `lit_stability.tensorboard.size_limits`.
+    `lit_stability.loggers.size_limits`.
 
     Args:
         trainer: in its fit.
