@@ -27,10 +27,10 @@ test-ranks:
 	{ printf '`make test-ranks`, %s:\n\n' "$$(date +%F)"; grep "steps lost" runs/rank_tests.log; \
 		tail -n 1 runs/rank_tests.log; } > benchmarks/results/rank_tests.md
 
-# The adapters with W&B, MLflow and Comet themselves, where `pip install -e ".[loggers]"` was done; in CI
+# The adapters with W&B, MLflow, Comet and apprise themselves, after `pip install -e ".[loggers,alerts]"`; in CI
 # stubs stand in. After an update of these: `python -m tests.loggers.record`.
 test-loggers:
-	pytest -q tests/loggers/test_real_loggers.py
+	pytest -q tests/loggers/test_real_loggers.py tests/callbacks/test_alerts.py
 
 # All reference experiments: ten minutes of the processor. The tests run the short ones.
 experiments:

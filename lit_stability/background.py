@@ -50,7 +50,7 @@ class Background:
             self._changed.notify_all()
 
     def close(self, seconds: float) -> bool:
-        """Waits for what is left, for some seconds at most; calls that fail are not made again.
+        """Waits for what is left, for some seconds at most; calls that fail are repeated at once.
 
         Returns:
             Whether all calls were made.
@@ -84,6 +84,4 @@ class Background:
                 return
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, _FIRST_WAIT * 2**number)
-                if self._closed:
-                    break
         guarded(self, what, call)

@@ -46,7 +46,7 @@ ROOMS = {
     },
     "tensorboard": {"incidents", "lightning_choice", "loggers", "measurement", "outside"},
     "callbacks": {
-        *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
+        *("background", "checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
         *("lightning_choice", "lightning_package", "loggers", "measurement", "outside", "policies"),
         *("redaction", "tensorboard", "trainer_internals", "training_state"),
     },
@@ -208,6 +208,7 @@ def test_public_names_are_frozen():
     """K3."""
     assert lit_stability.__all__ == [
         "AdaptiveGradientClipping",
+        "Alerts",
         "Anomaly",
         "AnomalyCheckpoint",
         "AttentionProbe",
