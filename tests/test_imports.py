@@ -98,6 +98,7 @@ LIGHT = {
     "training_state/atomic_write.py",
     "training_state/good_checkpoints.py",
     "training_state/preemption_checkpoints.py",
+    "training_state/run_names.py",
     "training_state/snapshot_rotation.py",
     "diagnosis/nonfinite/advice.py",
     "diagnosis/nonfinite/origin.py",

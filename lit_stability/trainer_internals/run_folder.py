@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import time
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from lit_stability.lightning_package import CSVLogger, Logger, TensorBoardLogger, Trainer
 from lit_stability.outside import tried
-
-FOLDER = "stability"
-"""Name of the folder, in ``default_root_dir``, with one folder for each run without a logger."""
+from lit_stability.training_state.run_names import RUNS, new_run_name
 
 _SET: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
 """Folders that were set by `keep_records_in`."""
@@ -70,17 +66,12 @@ def run_id(trainer: Trainer, saved: str | None) -> str:
     continued = folder and checkpoint and checkpoint.resolve().is_relative_to(folder.resolve())
     if saved and continued:
         own = saved
-    elif folder is not None and folder.parent.name == FOLDER:
+    elif folder is not None and folder.parent.name == RUNS:
         own = folder.name
     else:
-        own = new_run_id()
+        own = new_run_name()
     agreed: str = trainer.strategy.broadcast(own)
     return agreed
-
-
-def new_run_id() -> str:
-    """Returns an id that sorts by time, such as ``20260301-023000-9f3a``."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def local_path(path: str | os.PathLike[str] | None) -> Path | None:
@@ -137,10 +128,10 @@ def _of_logger(logger: Logger, root: str) -> tuple[str, str, bool]:
 
 def _new_folder(root: str, checkpoint: Path | None) -> str:
     """Returns a new folder; or that of the run below ``root`` whose checkpoint is resumed."""
-    base = os.path.join(root, FOLDER)
+    base = os.path.join(root, RUNS)
     local = local_path(base)
     if checkpoint is not None and local is not None:
         known, _ = tried(lambda: checkpoint.resolve().relative_to(local.resolve()))
         if known is not None and len(known.parts) > 1:
             return os.path.join(base, known.parts[0])
-    return os.path.join(base, new_run_id())
+    return os.path.join(base, new_run_name())

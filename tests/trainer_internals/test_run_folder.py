@@ -87,8 +87,9 @@ def run(root, *, ckpt_path=None, steps=40, **options):
 
 
 def test_runs_without_a_logger_share_nothing_and_a_resumed_one_goes_on_in_its_folder(tmp_path):
-    first, second = run(tmp_path), run(tmp_path)
+    second, first = run(tmp_path, steps=55), run(tmp_path)
     assert first != second
+    assert find_last_good(tmp_path).is_relative_to(first), "the newest, though it is shorter"
     assert len({i["run"] for i in read_incidents(tmp_path)}) == 2
 
     good = find_last_good(first)
