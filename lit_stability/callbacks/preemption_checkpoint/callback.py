@@ -19,6 +19,7 @@ from lit_stability.callbacks.preemption_checkpoint.signal_flag import (
 from lit_stability.callbacks.requirements import require_monitor, shares_numbers
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, SIGTERMException, Trainer
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import (
     BetweenBatches,
     ends_window,
@@ -254,7 +255,10 @@ class _Fit:
 
     def _paths(self, requeues: bool) -> tuple[Path, Path | None]:
         assert self._directory is not None
-        link = requeue_checkpoint(self._trainer) if requeues else None
+        link = None
+        if requeues:
+            what = "the name from which Lightning resumes cannot be created"
+            link = guarded(self, what, lambda: requeue_checkpoint(self._trainer))
         path = free_path(self._directory / FOLDER, self._trainer.global_step)
         # Each rank looks for free names, and another may already see the file of rank 0.
         return self._trainer.strategy.broadcast((path, link))

@@ -141,7 +141,10 @@ export function incidentFolder({ path, pruned }) {
     );
   }
   if (pruned) {
-    return part("Incident folder", el("p", {}, asCode(path), ": pruned to make room, only its report is left."));
+    return part(
+      "Incident folder",
+      el("p", {}, asCode(path), ": pruned to make room, only its report is left."),
+    );
   }
   const code = loadingCode(path);
   return part(
