@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ log = suite_logger()
 
 _MOST_ROWS = 1000
 """Rows of a table; the newest."""
+_FEW, _EVERY = 100, 60.0
+"""With more incidents than a few, seconds between tables, of which each has all rows."""
 _SECONDS_AT_END = 10.0
 """How long the end of a fit waits for loggers that ask a network."""
 
@@ -34,6 +38,8 @@ class StabilityWriter:
         self._loggers = list(loggers)
         self._adapters: dict[int, LoggerAdapter] = {}
         """The adapter of each logger, by its id."""
+        self._table_written = -math.inf
+        """When a table was written last, in seconds of the monotonic clock."""
         self._background = Background("incidents for loggers")
         self._texts = SizeLimit(TEXTS)
         self._full = False
@@ -122,6 +128,11 @@ class StabilityWriter:
             self._background.close(_SECONDS_AT_END)
 
     def _write_table(self, incidents: Sequence[Incident], step: int, *, last: bool = False) -> None:
+        now = time.monotonic()
+        rare = len(incidents) > _FEW and now - self._table_written < _EVERY
+        if rare and not last:
+            return
+        self._table_written = now
         rows = [row_of(each) for each in incidents[-_MOST_ROWS:]]
         values = status_of(incidents)
         self._each(lambda adapter: adapter.table(rows, step, last=last))
