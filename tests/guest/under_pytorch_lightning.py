@@ -242,7 +242,8 @@ def command(folder):
             json.dumps({"model": model, "trainer": {"max_steps": 2, "accelerator": "cpu"}})
         )
         with contextlib.redirect_stderr(printed):
-            codes.append(lit_stability_command(["fit", "-c", str(config), f"run_dir={folder}/run"]))
+            place = [f"run_dir={folder}/run", "--overwrite"]
+            codes.append(lit_stability_command(["fit", "-c", str(config), *place]))
     return {
         "fit": codes[0],
         "events": len(list(folder.glob("run/events.*"))),
