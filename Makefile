@@ -1,5 +1,5 @@
 # One command each, the same here and in CI.
-.PHONY: check test test-long test-ranks test-deepspeed compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check test test-long test-ranks test-deepspeed test-loggers compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
@@ -33,6 +33,11 @@ test-deepspeed:
 		tail -n 20 runs/sharded_tests.log
 	{ printf '`make test-deepspeed`, %s:\n\n' "$$(date +%F)"; tail -n 1 runs/sharded_tests.log; } \
 		> benchmarks/results/sharded_tests.md
+
+# The adapters with W&B, MLflow, Comet and apprise themselves, after `pip install -e ".[loggers,alerts]"`; in CI
+# stubs stand in. After an update of these: `python -m tests.loggers.record`.
+test-loggers:
+	pytest -q tests/loggers/test_real_loggers.py tests/callbacks/test_alerts.py
 
 # All reference experiments: ten minutes of the processor. The tests run the short ones.
 experiments:

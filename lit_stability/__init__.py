@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
     from lit_stability.callbacks import AdaptiveGradientClipping as AdaptiveGradientClipping
+    from lit_stability.callbacks import Alerts as Alerts
     from lit_stability.callbacks import AnomalyCheckpoint as AnomalyCheckpoint
     from lit_stability.callbacks import AttentionProbe as AttentionProbe
     from lit_stability.callbacks import AutoRollback as AutoRollback
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
 
 _HOME = {
     "AdaptiveGradientClipping": "callbacks",
+    "Alerts": "callbacks",
     "Anomaly": "detectors",
     "AnomalyCheckpoint": "callbacks",
     "AttentionProbe": "callbacks",

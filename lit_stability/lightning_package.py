@@ -36,7 +36,7 @@ if TYPE_CHECKING or PACKAGE == "lightning":
         ModelCheckpoint,
         WeightAveraging,
     )
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.loops import fetchers
     from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
@@ -81,7 +81,7 @@ else:
         ModelCheckpoint,
         WeightAveraging,
     )
-    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
     from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.loops import fetchers
     from pytorch_lightning.plugins import HalfPrecision, MixedPrecision, Precision
@@ -110,6 +110,7 @@ __all__ = [
     "LIGHTNING_VERSION",
     "PACKAGE",
     "BaseFinetuning",
+    "CSVLogger",
     "Callback",
     "Checkpoint",
     "DDPStrategy",
@@ -132,6 +133,7 @@ __all__ = [
     "SLURMEnvironment",
     "SingleDeviceStrategy",
     "Strategy",
+    "TensorBoardLogger",
     "Trainer",
     "WeightAveraging",
     "fabric_types",

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import AutoRollback, stability_callbacks
 from lit_stability.callbacks.auto_rollback import snapshot_timer
+from lit_stability.trainer_internals import keep_records_in
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
@@ -113,7 +114,10 @@ def make_trainer(root, callbacks=(), **options):
         "enable_model_summary": False,
         "default_root_dir": root,
     }
-    return Trainer(callbacks=list(callbacks), **(defaults | options))
+    trainer = Trainer(callbacks=list(callbacks), **(defaults | options))
+    if root is not None and "://" not in str(root):
+        keep_records_in(trainer, root)  # so that a test knows the folder without looking for it
+    return trainer
 
 
 def fit(root, callbacks=(), module=None, data=None, val=None, seed=0, **options):

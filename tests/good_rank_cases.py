@@ -24,6 +24,7 @@ from lit_stability import (
     find_resume_checkpoint,
 )
 from lit_stability.distributed.dtensor import local
+from lit_stability.trainer_internals import keep_records_in
 from lit_stability.training_state import rank_checkpoint_writer
 from tests.rank_cases import Lines, Net, whole
 
@@ -117,6 +118,7 @@ def fit_good(
         enable_model_summary=False,
         **(options or {}),
     )
+    keep_records_in(trainer, root)
     data = DataLoader(Noisy(), batch_size, shuffle=True)
     error = None
     try:

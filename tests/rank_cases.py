@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import TrainingStopped, stability_callbacks
 from lit_stability.faults import FaultInjector
-from lit_stability.trainer_internals import adapter_of
+from lit_stability.trainer_internals import adapter_of, keep_records_in
 from tests.strategies import DeepSpeedOnCPU, FSDP1OnCPU
 
 logging.getLogger("lightning").setLevel(logging.ERROR)
@@ -209,6 +209,7 @@ def fit_rank(
         "default_root_dir": root,
     }
     trainer = Trainer(callbacks=callbacks, strategy=strategy, **(defaults | options))
+    keep_records_in(trainer, root)
     # The ranks of tensor parallelism train on the same batches.
     shared = 2 if name.startswith("tensor") else 1
     place = trainer.global_rank // shared, ranks // shared

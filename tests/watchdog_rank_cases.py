@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_stability import RankWatchdog, stability_callbacks
+from lit_stability.trainer_internals import keep_records_in
 
 LIMITS = {"timeout": 2.0, "silent_after": 1.0, "slow_factor": 2.0, "interval": 0.2}
 AT = 6
@@ -120,7 +121,9 @@ def make(root, callbacks, ranks=2, **options):
         "use_distributed_sampler": False,
         "default_root_dir": root,
     }
-    return Trainer(callbacks=callbacks, **(defaults | options))
+    trainer = Trainer(callbacks=callbacks, **(defaults | options))
+    keep_records_in(trainer, root)
+    return trainer
 
 
 def loader(data):

@@ -55,9 +55,12 @@ that resolves the incident decides the response; callbacks after it see ``incide
 [('non-finite loss', ['step skipped'], 'recovered')]
 """
 
+from collections.abc import Sequence
+
 # First, because it checks the versions: with an old torch the imports below fail without a reason.
 import lit_stability.lightning_package  # noqa: F401
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
+from lit_stability.callbacks.alerts import Alerts
 from lit_stability.callbacks.anomaly_checkpoint import AnomalyCheckpoint
 from lit_stability.callbacks.attention_probe import AttentionProbe
 from lit_stability.callbacks.auto_rollback import AutoRollback
@@ -77,6 +80,7 @@ from lit_stability.lightning_package import Callback
 
 __all__ = [
     "AdaptiveGradientClipping",
+    "Alerts",
     "AnomalyCheckpoint",
     "AttentionProbe",
     "AutoRollback",
@@ -96,7 +100,7 @@ __all__ = [
 ]
 
 
-def stability_callbacks() -> list[Callback]:
+def stability_callbacks(*, alerts: Alerts | str | Sequence[str] | None = None) -> list[Callback]:
     """Returns the default suite, in the order in which the callbacks respond to an incident.
 
     Each call returns a new list, for one Trainer. Unpack it to add callbacks of your own:
@@ -115,8 +119,14 @@ def stability_callbacks() -> list[Callback]:
     PreemptionCheckpoint
     PrecisionFallback
     AutoRollback
+
+    Args:
+        alerts: an `Alerts`, or the targets of one, which is added at the end; None for none.
+
+    Raises:
+        ValueError: if a target cannot be used.
     """
-    return [
+    suite: list[Callback] = [
         GradientMonitor(),
         AttentionProbe(quiet=True),
         AnomalyCheckpoint(),
@@ -128,3 +138,6 @@ def stability_callbacks() -> list[Callback]:
         PrecisionFallback(),
         AutoRollback(),
     ]
+    if alerts is None:
+        return suite
+    return [*suite, alerts if isinstance(alerts, Alerts) else Alerts(alerts)]

@@ -7,21 +7,28 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.callbacks.requirements import require_monitor, require_supported_strategy
+from lit_stability.callbacks.requirements import (
+    monitor_of,
+    require_monitor,
+    require_supported_strategy,
+)
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident
+from lit_stability.incidents.folders import HISTORY, REPORT, delete_parts, part_prefix, prune
 from lit_stability.incidents.log import to_json
-from lit_stability.incidents.report import markdown
+from lit_stability.incidents.report import PRUNED, markdown
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LIGHTNING_VERSION, LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import adapter_of, run_directory
 from lit_stability.training_state.rng import capture_rng
 
@@ -31,7 +38,8 @@ log = suite_logger()
 class AnomalyCheckpoint(StabilityCallback):
     """Saves one folder per incident, before any callback responds to it.
 
-    The folder ``incidents/<step>-<id>`` in ``trainer.log_dir`` is written completely or not at all:
+    The folder ``incidents/<step>-<id>`` in the folder of the run
+    (`lit_stability.trainer_internals.run_directory`) is written completely or not at all:
 
     * ``checkpoint.ckpt``: the complete state as Lightning saves it (model, optimizers, schedulers,
       scaler, loops, callbacks), including the damaged values: for analysis, not for a resume.
@@ -50,9 +58,10 @@ class AnomalyCheckpoint(StabilityCallback):
 
     Args:
         history: number of losses and gradient norms kept.
-        max_incidents: number of folders kept. The first and the newest are never deleted; of the
-            others, the oldest is deleted first.
-        max_bytes: total size of the folders kept, in bytes, by the same rule.
+        max_incidents: number of folders kept whole. The first and the newest are never pruned; of
+            the others, the oldest is pruned first: all but its ``report.md`` is deleted. Folders of
+            another run are not counted, and not touched.
+        max_bytes: total size of the folders kept whole, in bytes, by the same rule.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -94,9 +103,10 @@ class AnomalyCheckpoint(StabilityCallback):
         """Finds the incident folder, and deletes partial folders left by a killed run."""
         directory = run_directory(trainer)
         self._root = None if directory is None else directory / "incidents"
-        if self._root is not None and self._root.is_dir():
-            for partial in self._root.glob(".part-*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        if self._root is not None and trainer.is_global_zero:
+            run = str(monitor_of(trainer).run_id)
+            what = f"partial folders in {self._root} cannot be deleted"
+            guarded(self, what, partial(delete_parts, self._root, run))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -130,16 +140,12 @@ class AnomalyCheckpoint(StabilityCallback):
         if incident.occurrences > 1 or self._root is None:
             return
         folder = self._root / f"{incident.first.step:08d}-{incident.id}{_suffix(trainer)}"
-        try:
-            self._save(trainer, pl_module, incident, folder)
-        except Exception as error:
-            # A full disk, a batch that cannot be pickled, a user's save hook that raises: a failed
-            # save must never end the run.
-            log.warning(
-                "the folder of incident %d was not saved (%s); training continues",
-                incident.id,
-                error,
-            )
+        # A full disk, a batch that cannot be pickled, a user's save hook that raises: a failed
+        # save must never end the run.
+        guarded(
+            *(self, f"the folder of an incident was not saved in {self._root}"),
+            lambda: self._save(trainer, pl_module, incident, folder),
+        )
 
     def on_incident_closed(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
@@ -147,12 +153,12 @@ class AnomalyCheckpoint(StabilityCallback):
         """Rewrites the report with the outcome, and those of the incidents that it repeats."""
         if trainer.is_global_zero:
             for each in (*incident.repeats, incident):
-                _rewrite_report(each)
+                guarded(self, "a report was not updated", partial(_rewrite_report, each))
 
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path
     ) -> None:
-        part = self._create_folder(trainer, folder)
+        part = self._create_folder(trainer, folder, incident.run)
         try:
             adapter = adapter_of(trainer)
             if trainer.is_global_zero or adapter.saves_incidents_together:
@@ -166,12 +172,12 @@ class AnomalyCheckpoint(StabilityCallback):
                 "epoch": incident.epoch,
             }
             torch.save(context, part / "scene.pt")
-            record = self._history_record(trainer)
-            (part / "history.json").write_text(to_json(record), encoding="utf8")
+            record = self._history_record(trainer) | {"run": incident.run}
+            (part / HISTORY).write_text(to_json(record), encoding="utf8")
             config = folder.parent.parent / "config.yaml"
             if config.is_file():
                 shutil.copy(config, part)  # with its mode, so that only the user can read it
-            (part / "report.md").write_text(markdown(incident), encoding="utf8")
+            (part / REPORT).write_text(markdown(incident), encoding="utf8")
             if folder.exists():
                 folder = folder.with_name(f"{folder.name}-{part.name.removeprefix('.part-')}")
             part.rename(folder)
@@ -179,15 +185,17 @@ class AnomalyCheckpoint(StabilityCallback):
             shutil.rmtree(part, ignore_errors=True)
             raise
         incident.path = str(folder)
-        self._prune(folder, trainer.global_rank)
+        limits = self.max_incidents, self.max_bytes
+        for pruned in prune(folder, incident.run, trainer.global_rank, *limits):
+            _report_pruned(trainer, pruned)
 
     @staticmethod
-    def _create_folder(trainer: Trainer, folder: Path) -> Path:
+    def _create_folder(trainer: Trainer, folder: Path, run: str) -> Path:
         """Returns a partial folder to write into; ranks that save together all need one."""
         error: OSError | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+            part = Path(tempfile.mkdtemp(prefix=part_prefix(run), dir=folder.parent))
         except OSError as caught:
             error = caught
         collective = trainer.world_size > 1 and adapter_of(trainer).saves_incidents_together
@@ -217,22 +225,6 @@ class AnomalyCheckpoint(StabilityCallback):
             },
         }
 
-    def _prune(self, newest: Path, rank: int) -> None:
-        own = (
-            f
-            for f in newest.parent.glob(f"*-rank{rank}*" if rank else "*")
-            if f.is_dir() and not f.name.startswith(".") and (rank or "-rank" not in f.name)
-        )
-        folders = sorted(own, key=lambda f: f.stat().st_mtime_ns)
-        removable = [f for f in folders[1:] if f != newest]
-        sizes = {f: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
-        while removable and (
-            len(sizes) > self.max_incidents or sum(sizes.values()) > self.max_bytes
-        ):
-            oldest = removable.pop(0)
-            shutil.rmtree(oldest)
-            del sizes[oldest]
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the history as lists of floats."""
         return {"history": [list(row) for row in self._history]}
@@ -252,11 +244,25 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, plain) else str(v) for k, v in group.items() if k != "params"}
 
 
+def _report_pruned(trainer: Trainer, folder: Path) -> None:
+    """Says in the log, the report, the record and the loggers that a folder was pruned."""
+    if not trainer.is_global_zero:
+        return
+    log.info("%s was pruned to make room; its %s stays", folder, REPORT)
+    monitor = monitor_of(trainer)
+    for incident in monitor.incidents:
+        if incident.path == str(folder):
+            incident.pruned = True
+            _rewrite_report(incident)
+            monitor.amended(incident)
+            return
+    # An incident from before a restart, of which only the report is known.
+    with (folder / REPORT).open("a", encoding="utf8") as report:
+        report.write(f"\n* **saved to**: {PRUNED}\n")
+
+
 def _rewrite_report(incident: Incident) -> None:
-    # The folder of an older incident may have been deleted to make room.
+    # The folder may have been deleted by somebody.
     if incident.path is None or not Path(incident.path).is_dir():
         return
-    try:
-        (Path(incident.path) / "report.md").write_text(markdown(incident), encoding="utf8")
-    except OSError as error:
-        log.warning("the report of incident %d was not updated (%s)", incident.id, error)
+    (Path(incident.path) / REPORT).write_text(markdown(incident), encoding="utf8")

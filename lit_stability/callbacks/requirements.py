@@ -50,6 +50,12 @@ def monitor_of(trainer: Trainer) -> GradientMonitor:
     return next(c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
 
 
+def run_of(trainer: Trainer) -> str:
+    """Returns the id of the run, see `GradientMonitor.run_id`; empty if there is none."""
+    monitors = (c for c in callbacks_of(trainer) if isinstance(c, GradientMonitor))
+    return next((m.run_id for m in monitors if m.run_id is not None), "")
+
+
 def shares_numbers(trainer: Trainer) -> bool:
     """Returns whether `GradientMonitor` exchanges its numbers between all ranks, or there is one.
 
@@ -76,8 +82,8 @@ def require_supported_strategy(trainer: Trainer, callback: Callback) -> None:
     if adapter.sharing == "untried" and not _is_allowed(trainer):
         raise RuntimeError(
             f"{type(callback).__name__} does not support {strategy}: {adapter.why_unsupported}. "
-            f"Train on one device, with DDP, FSDP or DeepSpeed's ZeRO; or use only GradientMonitor, "
-            f"which does not act{_way_to_try(trainer)}"
+            "Train on one device, with DDP, FSDP or DeepSpeed's ZeRO; or use only "
+            f"GradientMonitor, which does not act{_way_to_try(trainer)}"
         )
 
 

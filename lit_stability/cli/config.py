@@ -30,6 +30,8 @@ from lit_stability.cli.instantiate import suggest
 from lit_stability.errors import ConfigError
 from lit_stability.lightning_choice import choose_lightning, trainer_module
 
+RUN_DIR = "runs/${experiment}"
+"""Default of `run_dir`; the command `fit` adds a folder for each run."""
 _OWN = ("about", "expect")
 _TOO_DEEP = "nested too deeply; lists and mappings may be nested about 100 times"
 _KEY = re.compile(r"[^\s=.\[\]]+(\.[^\s=.\[\]]+)*")
@@ -62,7 +64,7 @@ def compose(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictC
 def _defaults() -> dict[str, Any]:
     logger = f"{trainer_module(choose_lightning())}.loggers.TensorBoardLogger"
     return {
-        "run_dir": "runs/${experiment}",
+        "run_dir": RUN_DIR,
         "logger": {"_target_": logger, "save_dir": "${run_dir}", "name": "", "version": ""},
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_stability.cli.run_folders import newest_run
 from lit_stability.errors import ConfigError
 from lit_stability.incidents.log import to_json
 from lit_stability.printing import printable
@@ -114,7 +115,7 @@ def _examine(given: Path, limit: int | None) -> _Examined:
     )
     from lit_stability.checks.checkpoint.table import format_report
 
-    file = find_file(given)
+    file = find_file(newest_run(given))
     checkpoint = load(file)
     try:
         gradients = load_gradients(file)

@@ -19,6 +19,7 @@ from lit_stability.cli.experiments import Expectation
 from lit_stability.cli.experiments.closing import Closing
 from lit_stability.cli.instantiate import Build, bind
 from lit_stability.cli.resume import ConfiguredOptions, find_checkpoint
+from lit_stability.cli.run_folders import delete_run
 from lit_stability.cli.signature import sign
 from lit_stability.cli.targets import Rules, refusals
 from lit_stability.errors import ConfigError
@@ -35,8 +36,8 @@ from lit_stability.lightning_package import (
 )
 from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
-from lit_stability.restart.torchrun import from_rank_0, use_new_store
-from lit_stability.trainer_internals import callbacks_of, hide_environment
+from lit_stability.restart.torchrun import attempt, from_rank_0, use_new_store
+from lit_stability.trainer_internals import callbacks_of, hide_environment, keep_records_in
 from lit_stability.training_state.atomic_write import write_and_keep
 
 __all__ = ["FitResult", "Run", "compose", "fit"]
@@ -54,7 +55,8 @@ class Run:
     """Expected result, compared with the outcome at the end. It is not inherited by a config that
     composes this one."""
     run_dir: Path
-    """Folder for everything the run writes; by default `runs/<experiment>`."""
+    """Folder for everything the run writes; by default `runs/<experiment>`, and with the command
+    `fit` a folder of its own in there."""
     model: LightningModule
     data: LightningDataModule | None = None
     """Null if the model has its own data loaders."""
@@ -90,6 +92,7 @@ def fit(
     *,
     resume: str | Path | None = None,
     allow: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> FitResult:
     """Runs the experiment that a config describes.
 
@@ -105,6 +108,7 @@ def fit(
         config: The composed config.
         resume: Overrides `ckpt_path`.
         allow: Patterns of targets that are allowed in addition, see `lit_stability.cli.targets`.
+        overwrite: Whether an earlier run in `run_dir` is deleted, once all options were checked.
 
     Raises:
         ConfigError: The config cannot be run; nothing was written.
@@ -123,6 +127,8 @@ def fit(
     trainers = _Trainers(options)
     closing = Closing(run_dir, make(options.get("expect")), lambda: trainers.latest())
     if trainers.is_global_zero:
+        if overwrite and attempt() == 0:
+            delete_run(run_dir)
         _write_config(run_dir, written)
         print(_header(options["experiment"], run_dir, trainers, model, checkpoint))
     try:
@@ -262,6 +268,7 @@ def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
     # A config defines all callbacks: the suite that an environment variable adds is removed.
     named_here = [c for c in callbacks_of(trainer) if not isinstance(c, AutomaticSuite)]
     trainer.callbacks = named_here  # type: ignore[attr-defined]
+    keep_records_in(trainer, options["run_dir"])
     return trainer
 
 

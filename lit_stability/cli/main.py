@@ -24,6 +24,7 @@ from lit_stability.cli.doctor import add_doctor
 from lit_stability.cli.experiments.command import add_experiments
 from lit_stability.cli.incidents import add_incidents
 from lit_stability.cli.ranges import add_ranges
+from lit_stability.cli.run_folders import choose_run_dir, is_run, newest_run
 from lit_stability.cli.signature import is_signed
 from lit_stability.cli.targets import add_allow
 from lit_stability.errors import ConfigError
@@ -185,7 +186,18 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit.add_argument(
         "--resume",
         metavar="CKPT|last|good",
-        help="resume from a checkpoint, or from the newest or the last good one in run_dir",
+        help="resume from a checkpoint; or continue the newest run, or that of --name or run_dir, "
+        "from its newest or its last good one",
+    )
+    fit.add_argument(
+        "--name",
+        metavar="NAME",
+        help="write to runs/EXPERIMENT/NAME; by default to runs/EXPERIMENT/<time>",
+    )
+    fit.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete an earlier run in the folder of --name or run_dir",
     )
     add_allow(fit)
     fit.set_defaults(command=_fit)
@@ -196,9 +208,10 @@ def _fit(args: argparse.Namespace) -> int:
     if args.print_config:
         print(OmegaConf.to_yaml(as_written(config)[0]), end="")
         return 0
+    choose_run_dir(config, name=args.name, resume=args.resume, overwrite=args.overwrite)
     from lit_stability.cli.fit import fit
 
-    fit(config, resume=args.resume, allow=args.allow)
+    fit(config, resume=args.resume, allow=args.allow, overwrite=args.overwrite)
     return 0
 
 
@@ -247,7 +260,9 @@ def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    resume.add_argument("run", metavar="RUN", help="folder of the run, with its config.yaml")
+    resume.add_argument(
+        "run", metavar="RUN", help="folder of the run, or of several: the newest is resumed"
+    )
     resume.add_argument(
         "overrides",
         metavar="KEY=VALUE",
@@ -265,10 +280,10 @@ def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _resume(args: argparse.Namespace) -> int:
-    run = Path(args.run)
-    if not (run / "config.yaml").is_file():
+    run = newest_run(Path(args.run))
+    if not is_run(run):
         raise ConfigError(
-            f"{run}: has no config.yaml; give the run_dir of a run, such as runs/NAME"
+            f"{run}: has no config.yaml; give the folder of a run, or of several, such as runs/NAME"
         )
     if not (args.trust or is_signed(run / "config.yaml")):
         raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lit_stability.cli.run_folders import newest_run
 from lit_stability.errors import ConfigError
 from lit_stability.lightning_package import Callback, LightningModule, Trainer, rank_zero_info
 from lit_stability.training_state.checkpoint_file import damage_of, first_whole
@@ -40,7 +41,7 @@ def find_checkpoint(wanted: str | Path | None, run_dir: Path, option: str = "res
     if wanted is None:
         return None
     if str(wanted) == "good":
-        good = find_last_good(run_dir)
+        good = find_last_good(newest_run(run_dir))
         if good is None:
             raise ConfigError(
                 f"{option}=good: no good checkpoint under {run_dir}; add "

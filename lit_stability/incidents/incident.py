@@ -77,8 +77,12 @@ class Incident:
     """Description of every response so far."""
     adjusted: bool = False
     """Whether a setting was changed for the latest anomaly that may remove its cause."""
+    run: str = ""
+    """Id of the run: ids of incidents start again in another run in the same folder."""
     path: str | None = None
     """Folder of the incident checkpoint."""
+    pruned: bool = False
+    """Whether that folder was emptied to make room, except for its ``report.md``."""
     record: str | None = None
     """File in which the incident is recorded."""
     stats: StepStats | None = field(default=None, repr=False)
@@ -277,7 +281,7 @@ class Incident:
     @property
     def advice(self) -> str:
         """What to try, and the files with more of it, for the message of an exception."""
-        files = {"Record": self.record, "Details": self.path}
+        files = {"Record": self.record, "Details": None if self.pruned else self.path}
         named = [f"{what}: {path}" for what, path in files.items() if path]
         return ". ".join([f"What to try: {self.remedy}", *named])
 
@@ -285,6 +289,7 @@ class Incident:
         """Returns the incident as JSON types."""
         return {
             "id": self.id,
+            "run": self.run,
             "kind": self.first.kind,
             "step": self.first.step,
             "epoch": self.epoch,
@@ -309,6 +314,7 @@ class Incident:
             "memory": dict(self.memory),
             "cadence": dict(self.cadence),
             "path": self.path,
+            "pruned": self.pruned,
             "verdict": self.verdict,
             "outcome": self.outcome,
             "repeats": [each.id for each in self.repeats],

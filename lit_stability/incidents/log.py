@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -18,6 +18,10 @@ from lit_stability.redaction import redacted_tree
 
 SCHEMA = 1
 """Version of the line format; `read_incidents` rejects newer ones."""
+
+
+NAME = "incidents.jsonl"
+"""Name of the file in the folder of a run."""
 
 
 class IncidentRecord:
@@ -40,22 +44,37 @@ class IncidentRecord:
         Raises:
             OSError: if the file cannot be written.
         """
-        append_line(self.path, {"schema": SCHEMA, "event": event, **incident.as_dict()})
+        self.append_lines([self.line(event, incident)])
+
+    @staticmethod
+    def line(event: Literal["open", "close"], incident: Incident) -> dict[str, Any]:
+        """Returns the line of an incident, as it is now."""
+        return {"schema": SCHEMA, "event": event, **incident.as_dict()}
+
+    def append_lines(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Writes lines and flushes them to disk; returns True.
+
+        Raises:
+            OSError: if the file cannot be written; it may have some of the lines then.
+        """
+        append_lines(self.path, lines)
+        return True
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a row to a file as a line of JSON and flushes it to disk.
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to a file as lines of JSON and flushes them to disk.
 
     Args:
         path: the file; created with its folder if missing.
-        row: names and values.
+        rows: names and values of each.
 
     Raises:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that is not valid UTF-8 contains lone surrogates: they become JSON escapes.
-    data = (to_json(redacted_tree(dict(row))) + "\n").encode("utf8", errors="backslashreplace")
+    text = "".join(to_json(redacted_tree(dict(row))) + "\n" for row in rows)
+    data = text.encode("utf8", errors="backslashreplace")
     with path.open("a+b") as file:
         if _is_cut(file):
             data = b"\n" + data
@@ -65,10 +84,11 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_incidents(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a record: the last line of each incident; a line cut by a crash is skipped.
+    """Reads records: the last line of each incident; a line cut by a crash is skipped.
 
     Args:
-        path: an ``incidents.jsonl``, or the folder that contains it.
+        path: an ``incidents.jsonl``, the folder that contains it, or one with the folders of
+            several runs, whose incidents are then returned run by run; ``run`` tells them apart.
 
     Raises:
         FileNotFoundError: if there is no record.
@@ -77,10 +97,13 @@ def read_incidents(path: str | Path) -> list[dict[str, Any]]:
     """
     file = Path(path)
     if file.is_dir():
-        file = file / "incidents.jsonl"
+        file = file / NAME
+        below = [] if file.exists() else sorted(Path(path).rglob(NAME))
+        if below:
+            return [incident for each in below for incident in read_incidents(each)]
     incidents: dict[Any, dict[str, Any]] = {}
     for line in _lines(file):
-        incidents[line["id"], line["time"]] = line
+        incidents[line.get("run"), line["id"], line["time"]] = line
     return list(incidents.values())
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from lit_stability.diagnosis import DiagnosisContext
 from lit_stability.incidents.incident import Incident
 
+PRUNED = "pruned to make room, only this report is left"
+"""Text for a folder that `AnomalyCheckpoint` has emptied."""
 _WIDEST = 80
 """Longest response in the table, in characters."""
 
@@ -131,11 +133,17 @@ def markdown(incident: Incident) -> str:
             + ("" if incident.closed_step is None else f" at step {incident.closed_step}"),
         ),
         ("to try", incident.remedy),
-        ("saved to", f"`{incident.path}`" if incident.path else "not saved"),
+        ("saved to", _place(incident)),
     ]
     # A list and not a table: TensorBoard breaks words in the narrow first column.
     body = "\n".join(f"* **{key}**: {_line(value)}" for key, value in rows)
     return f"## Incident {incident.id}\n\n{body}\n{_causes(incident)}"
+
+
+def _place(incident: Incident) -> str:
+    if incident.path is None:
+        return "not saved"
+    return f"`{incident.path}`" + (f": {PRUNED}" if incident.pruned else "")
 
 
 def _phase(context: DiagnosisContext) -> str:

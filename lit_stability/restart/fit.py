@@ -50,8 +50,8 @@ def fit_with_recovery(
     of the module and the random generators. After ``max_crashes`` consecutive crashes, or if no
     remedy is left, the original exception is raised with a note that lists what was tried.
     KeyboardInterrupt and SystemExit (and therefore SIGTERM) are never recovered from. Every crash
-    is reported in one line on the console and one in ``recoveries.jsonl`` in the first trainer's
-    ``log_dir``.
+    is reported in one line on the console and one in ``recoveries.jsonl`` in the folder of the
+    first fit. Without a logger all fits share that folder.
 
     A fit that resumes a checkpoint written with a halved batch size uses the halved batch size.
 
@@ -79,7 +79,7 @@ def fit_with_recovery(
         max_crashes: number of consecutive crashes that are recovered from.
         progress_steps: optimizer steps past the furthest crash after which the count of
             consecutive crashes starts again at zero.
-        find: finds the last good checkpoint in a fit's ``log_dir``; by default `find_last_good`,
+        find: finds the last good checkpoint in the folder of a fit; by default `find_last_good`,
             which finds those of `LastKnownGood`.
 
     Returns:

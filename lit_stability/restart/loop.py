@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_stability.callbacks.requirements import run_of
 from lit_stability.compat import add_note
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
@@ -31,7 +32,7 @@ from lit_stability.restart.record import RecoveryRecord
 from lit_stability.restart.remedies import GiveUp, Plan
 from lit_stability.restart.resume_source import ResumeSource
 from lit_stability.restart.trainers import Trainers, own_callbacks
-from lit_stability.trainer_internals import callbacks_of, run_directory, tear_down
+from lit_stability.trainer_internals import callbacks_of, keep_records_in, run_directory, tear_down
 from lit_stability.training_state.out_of_memory import forget_locals
 
 log = suite_logger()
@@ -101,6 +102,8 @@ class Recovery:
         self._plan = Plan(loaders_given=data["train_dataloaders"] is not None)
         self._initial_state = None if self._new_process else InitialState(model)
         self._record: RecoveryRecord | None = None
+        self._folder: Path | None = None
+        """The folder of the first fit without a logger, in which the others go on."""
         self._crashes: list[Crash] = []
         self._remedies: list[str] = []
         self._lines: list[str] = []
@@ -115,7 +118,10 @@ class Recovery:
         while True:
             trainer = self._trainer(previous)
             attempt = RestartCallback(
-                self._plan, first=self._is_first, initial_state=self._initial_state
+                self._plan,
+                first=self._is_first,
+                initial_state=self._initial_state,
+                on_setup=self._add_folder,
             )
             own_callbacks(trainer).insert(0, attempt)
             error = self._fit(trainer, attempt, source)
@@ -183,13 +189,21 @@ class Recovery:
         else:
             if self._is_first:
                 self._plan.accumulation = trainer.accumulate_grad_batches
-            self._sources.add(run_directory(trainer))
+            if self._folder is not None and not trainer.loggers:
+                keep_records_in(trainer, self._folder)
             return trainer
         raise self._with_note(previous, reason)
 
+    def _add_folder(self, trainer: Trainer) -> None:
+        """Adds the folder of a fit whose loggers have their version by now."""
+        folder = run_directory(trainer)
+        self._sources.add(folder)
+        if not trainer.loggers:
+            self._folder = folder
+
     def _record_of(self, trainer: Trainer) -> RecoveryRecord:
         if self._record is None:
-            self._record = RecoveryRecord(run_directory(trainer))
+            self._record = RecoveryRecord(run_directory(trainer), run_of(trainer))
         return self._record
 
     def _fit(self, trainer: Trainer, attempt: RestartCallback, source: Path | str | None) -> Any:

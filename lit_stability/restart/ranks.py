@@ -15,6 +15,7 @@ from typing import Any
 
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Trainer
+from lit_stability.outside import guarded
 from lit_stability.restart.callback import RestartCallback, SmallerMicroBatchesError
 from lit_stability.restart.loop import Recovery, RecoveryResult
 from lit_stability.restart.memory import checkpoint_activations
@@ -23,7 +24,7 @@ from lit_stability.restart.record import RecoveryRecord
 from lit_stability.restart.remedies import GiveUp, Plan
 from lit_stability.restart.torchrun import attempt, from_rank_0, run_id, use_new_store
 from lit_stability.restart.trainers import own_callbacks
-from lit_stability.trainer_internals import local_path, run_directory
+from lit_stability.trainer_internals import keep_records_in, local_path, run_directory
 
 log = suite_logger()
 
@@ -59,6 +60,8 @@ class RankRecovery(Recovery):
             self._plan.accumulation = trainer.accumulate_grad_batches
         if self._plan.checkpoints_activations:
             checkpoint_activations(self._model)
+        if self._folder is not None and not trainer.loggers:
+            keep_records_in(trainer, self._folder)
         callback = RestartCallback(
             self._plan,
             first=attempt() == 0,
@@ -77,16 +80,20 @@ class RankRecovery(Recovery):
         """Returns, on rank 0, what all ranks do in this attempt."""
         records.begin()
         state, ended = records.state()
-        self._sources.restore(records.folders())
+        folders = records.folders()
+        self._sources.restore(folders)
         source = self._sources.newest()
         if ended:
             log.warning(
                 "restart %d: %s; %s",
                 *(attempt(), ended, f"resuming from {source}" if source else "from the start"),
             )
-        return json.dumps(
-            {"state": state.to_json(), "source": None if source is None else str(source)}
-        )
+        agreed = {
+            "state": state.to_json(),
+            "source": None if source is None else str(source),
+            "folder": str(next(reversed(folders))) if folders else None,
+        }
+        return json.dumps(agreed)
 
     def _load(self, agreed: dict[str, Any]) -> None:
         """Continues the recovery of the processes before.
@@ -97,6 +104,7 @@ class RankRecovery(Recovery):
         state, self._source = RecoveryState.from_json(agreed["state"]), agreed["source"]
         if state.gave_up is not None:
             raise RuntimeError(f"fit_with_recovery gave up before: {state.gave_up}")
+        self._folder = None if agreed["folder"] is None else Path(agreed["folder"])
         if state.plan:
             self._plan = Plan.from_plain(state.plan)
         self._batch_size = state.batch_size
@@ -109,10 +117,10 @@ class RankRecovery(Recovery):
         if folder is None or not trainer.is_global_zero:
             return
         self._report(folder)
-        try:
-            records.started(folder, self._sources.found_in(folder))
-        except OSError as error:
-            log.warning("the folder of this fit cannot be recorded: %s", error)
+        guarded(
+            *(self, "the folder of this fit cannot be recorded"),
+            lambda: records.started(folder, self._sources.found_in(folder)),
+        )
 
     def _report(self, folder: Path) -> None:
         """Adds the crash before to the records of crashes, as rank 0 alone can: it may be any's."""

@@ -9,8 +9,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lit_stability.incidents.log import append_line
+from lit_stability.incidents.log import append_lines
 from lit_stability.lightning_choice import suite_logger
+from lit_stability.outside import guarded
 from lit_stability.restart.crashes import Crash
 
 log = suite_logger()
@@ -23,10 +24,12 @@ class RecoveryRecord:
     """Reports each crash once, on the console and in a file.
 
     Args:
-        folder: log folder of the first fit; None if it has none, then nothing is written.
+        folder: folder of the first fit; None if it has none, then nothing is written.
+        run: id of its run; empty if it is not known.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, run: str = "") -> None:
+        self._run = run
         self.path = None if folder is None else folder / "recoveries.jsonl"
 
     def add(self, crash: Crash, remedy: str, checkpoint: Path | str | None) -> str:
@@ -63,10 +66,8 @@ class RecoveryRecord:
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "time": time.time(),
         }
-        try:
-            append_line(self.path, {"schema": SCHEMA, "event": event, **row})
-        except OSError as error:
-            log.warning("cannot write %s (%s); training continues", self.path, error)
+        path, line = self.path, {"schema": SCHEMA, "event": event, "run": self._run, **row}
+        guarded(self, f"cannot write {path}", lambda: append_lines(path, [line]))
 
 
 def _plain(sample: object) -> object:

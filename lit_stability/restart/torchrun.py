@@ -39,6 +39,23 @@ def run_id() -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
+def same_for_all_attempts(name: str, value: str) -> str:
+    """Returns the value of the process that was the first to ask, on all ranks, in all attempts.
+
+    Args:
+        name: of the value.
+        value: of this process. If torchrun shares no store, the name that torchrun has for the job
+            is returned instead.
+    """
+    if os.environ.get(_HAS_STORE) != "True":
+        return f"torchrun-{run_id()}"
+    stores: Any = torch.distributed
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = stores.TCPStore(host, port, is_master=False, timeout=_WAIT)
+    agreed: bytes = store.compare_set(f"lit_stability/{name}", "", value)
+    return agreed.decode()
+
+
 def use_new_store() -> None:
     """Has the ranks of a restarted attempt connect through a store that only they use.
 

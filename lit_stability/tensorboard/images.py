@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lit_stability.tensorboard.guarded_loggers import to_each
+from lit_stability.outside import to_each
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

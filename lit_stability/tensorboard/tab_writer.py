@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS, Row
 from lit_stability.lightning_choice import suite_logger
-from lit_stability.measurement.step_stats import StepStats, WeightMoves
-from lit_stability.tensorboard.layout import write_layout
-from lit_stability.tensorboard.size_limits import (
+from lit_stability.loggers.size_limits import (
     EXTRA_STEPS,
     MIB,
     WITH_STEPS,
@@ -22,6 +21,9 @@ from lit_stability.tensorboard.size_limits import (
     SizeLimit,
     bytes_of,
 )
+from lit_stability.measurement.step_stats import StepStats, WeightMoves
+from lit_stability.outside import guarded, tried
+from lit_stability.tensorboard.layout import write_layout
 from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
 
 log = suite_logger()
@@ -43,8 +45,8 @@ _NO_EXTRA = (
 class StabilityTab:
     """Writes step attempts and incidents to every logger with a ``SummaryWriter`` as experiment.
 
-    Never raises: a logger that fails is reported once and then ignored. What incidents add is
-    limited, see `lit_stability.tensorboard.size_limits`.
+    Never raises: a logger that fails is reported once, and has a gap. What incidents add is
+    limited, see `lit_stability.loggers.size_limits`.
 
     Args:
         loggers: Lightning's loggers, any number of them.
@@ -211,14 +213,15 @@ class StabilityTab:
         self._for_each(add)
 
     def _for_each(self, do: Callable[[Any], object]) -> None:
-        failed = {key: _failure(do, item) for key, item in self._experiments.items()}
-        for key, error in failed.items():
-            if error is not None:
-                log.warning(
-                    "writing Stability tab data to %s failed (%s: %s); it gets no more, training "
-                    "continues",
-                    *(type(self._experiments.pop(key)).__name__, type(error).__name__, error),
-                )
+        def done(experiment: Any) -> bool:
+            do(experiment)
+            return True
+
+        for experiment in self._experiments.values():
+            what = f"{type(experiment).__name__} does not take data of the Stability tab"
+            if not guarded(experiment, what, partial(done, experiment)):
+                # The first value of a tag has its metadata, and may be what was lost.
+                self._described.clear()
 
 
 def update_ratios(moves: WeightMoves, step: int) -> list[float]:
@@ -250,30 +253,14 @@ def _in_order(
     return [by_name.get(name, math.nan) for name in known]
 
 
-def _failure(do: Callable[[Any], object], experiment: Any) -> Exception | None:
-    try:
-        do(experiment)
-    except Exception as error:
-        return error
-    return None
-
-
 def _experiment(logger: Any) -> Any:
-    try:
-        return getattr(logger, "experiment", None)
-    except Exception as error:
-        log.warning(
-            "%s has no experiment (%s); it gets no Stability tab data, training continues",
-            *(type(logger).__name__, error),
-        )
-        return None
+    what = f"{type(logger).__name__} has no experiment for the Stability tab"
+    return guarded(logger, what, lambda: getattr(logger, "experiment", None))
 
 
 def _takes_events(experiment: Any) -> bool:
-    try:
-        return callable(getattr(_file_writer(experiment), "add_event", None))
-    except Exception:
-        return False
+    takes, _ = tried(lambda: callable(getattr(_file_writer(experiment), "add_event", None)))
+    return bool(takes)
 
 
 def _file_writer(experiment: Any) -> Any:

@@ -48,6 +48,13 @@ from lit_stability.trainer_internals.reference_step import (
     same_batch,
     same_loss,
 )
+from lit_stability.trainer_internals.run_folder import (
+    keep_records_in,
+    local_path,
+    run_directory,
+    run_id,
+    why_no_directory,
+)
 from lit_stability.trainer_internals.schedulers import describe_scheduler
 from lit_stability.trainer_internals.skip_step import (
     SchedulerPause,
@@ -71,16 +78,13 @@ from lit_stability.trainer_internals.trainer_view import (
     full_checkpoint,
     is_called,
     is_compiled,
-    local_path,
     log_every,
     logger_step,
     loss_scale_on_device,
     loss_scaler,
     patch_save_checkpoint,
-    run_directory,
     tear_down,
     unscale,
-    why_no_directory,
 )
 from lit_stability.trainer_internals.training_snapshot import (
     StepStart,
@@ -138,6 +142,7 @@ __all__ = [
     "is_called",
     "is_compiled",
     "is_supported",
+    "keep_records_in",
     "keeps_state",
     "known_metrics",
     "loaders",
@@ -157,6 +162,7 @@ __all__ = [
     "requeue_checkpoint",
     "requeue_signal",
     "run_directory",
+    "run_id",
     "same_batch",
     "same_loss",
     "sharing",

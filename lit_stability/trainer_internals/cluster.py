@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from lit_stability.lightning_package import SLURMEnvironment, Trainer
-from lit_stability.trainer_internals.trainer_view import local_path
+from lit_stability.trainer_internals.run_folder import local_path
 
 Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 """What `signal.getsignal` returns; None for a handler that was not installed from Python."""

@@ -147,7 +147,6 @@ LIGHTNING = (
     Private(
         "_teardown", "leaving the failed trainer to the garbage collector", paths=("_teardown",)
     ),
-    Private("_tensor_parallel_size", "ModelParallelStrategy.device_mesh"),
     Private("_timeout", "RankWatchdog(timeout=...), which the user then has to set as well"),
 )
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -102,41 +99,6 @@ def patch_save_checkpoint(
     patch = Patch(trainer, "save_checkpoint", save_checkpoint)
     patch.apply()
     return patch.remove
-
-
-def run_directory(trainer: Trainer) -> Path | None:
-    """Returns the folder for records, ``trainer.log_dir``; None if there is none."""
-    return None if why_no_directory(trainer) is not None else local_path(trainer.log_dir)
-
-
-def why_no_directory(trainer: Trainer) -> str | None:
-    """Returns why a fit writes no record and no checkpoint of its own, or None.
-
-    Nobody expects files in the working directory from a Trainer that has neither a logger nor a
-    checkpoint callback, and was given no folder. To be called on all ranks or none.
-    """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return "it is a fast_dev_run"
-    directory = trainer.log_dir
-    if directory is None:
-        return "the logger has no save_dir"
-    if local_path(directory) is None:
-        return f"{directory} is not on a local file system"
-    writes = trainer.loggers or trainer.checkpoint_callbacks
-    if not writes and trainer.default_root_dir == os.getcwd():
-        return "the Trainer has no logger, no checkpoint callback and no default_root_dir"
-    return None
-
-
-def local_path(path: str | os.PathLike[str] | None) -> Path | None:
-    """Returns the path of a local file or folder; None for one on ``s3://`` or ``memory://``.
-
-    >>> local_path("file:///runs/a"), local_path("s3://bucket/a"), local_path("runs/a")
-    (PosixPath('/runs/a'), None, PosixPath('runs/a'))
-    """
-    # Lightning normalizes file:///runs to file:/runs.
-    text = "" if path is None else re.sub("^file:/+", "/", os.fspath(path))
-    return Path(text) if text and "://" not in text else None
 
 
 def full_checkpoint(trainer: Trainer) -> dict[str, Any]:

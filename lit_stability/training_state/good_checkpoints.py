@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -17,6 +18,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.redaction import redacted_tree
 from lit_stability.training_state.atomic_write import write_atomically
 from lit_stability.training_state.checkpoint_file import first_whole
+from lit_stability.training_state.run_names import RUNS
 
 log = suite_logger()
 
@@ -46,15 +48,30 @@ def find_last_good(directory: str | Path) -> Path | None:
 
     Args:
         directory: the folder of a run, a folder that contains several runs, or a folder of good
-            checkpoints.
+            checkpoints. Of runs without a logger only the newest counts, which may have made
+            fewer steps than the one before.
     """
     directory = Path(directory)
     folders = [f for f in directory.rglob(FOLDER) if f.is_dir()]
     if directory.name == FOLDER:
         folders.append(directory)
-    found = [file for folder in folders for file in good_files(folder)]
+    found = of_newest_runs(file for folder in folders for file in good_files(folder))
     newest = first_whole(sorted(found, key=_age, reverse=True))
     return None if newest is None else to_load(newest)
+
+
+def of_newest_runs(files: Iterable[Path]) -> list[Path]:
+    """Leaves out the checkpoints of all but the newest of the runs without a logger.
+
+    >>> of_newest_runs(map(Path, ["stability/1/good/a", "stability/2/good/b", "tb/0/good/c"]))
+    [PosixPath('stability/2/good/b'), PosixPath('tb/0/good/c')]
+    """
+    listed = list(files)
+    newest: dict[Path, Path] = {}
+    for file in listed:
+        run = file.parents[1]
+        newest[run.parent] = max(run, newest.get(run.parent, run))
+    return [f for f in listed if f.parents[2].name != RUNS or newest[f.parents[2]] == f.parents[1]]
 
 
 def good_files(folder: Path) -> list[Path]:

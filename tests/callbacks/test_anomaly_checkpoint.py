@@ -1,5 +1,7 @@
 import json
+import os
 import resource
+import time
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 
 def incident_folders(root):
     return sorted((root / "incidents").iterdir())
+
+
+def whole_folders(root):
+    return [f.name for f in incident_folders(root) if (f / "scene.pt").exists()]
 
 
 def test_folder_holds_state_batch_history_statistics_and_versions(tmp_path):
@@ -67,7 +73,7 @@ def test_history_keeps_the_last_hundred(tmp_path):
     assert history["grad_norms"][-1] > 100 * max(history["grad_norms"][:-1])
 
 
-def test_folders_are_bounded_and_first_and_newest_stay(tmp_path):
+def test_folders_are_bounded_first_and_newest_stay_and_the_others_keep_reports(tmp_path, caplog):
     faults = [NanLoss(step=s) for s in (20, 40, 60, 80, 100)]
     callbacks = [
         FaultInjector(faults),
@@ -76,12 +82,25 @@ def test_folders_are_bounded_and_first_and_newest_stay(tmp_path):
         stability_callbacks()[-1],
     ]
     fit(tmp_path, callbacks, max_steps=120)
-    assert len(read_incidents(tmp_path)) == 5
-    assert [f.name for f in incident_folders(tmp_path)] == [
-        "00000020-1",
-        "00000080-4",
-        "00000100-5",
-    ]
+    found = read_incidents(tmp_path)
+    assert [i["pruned"] for i in found] == [False, True, True, False, False]
+    assert whole_folders(tmp_path) == ["00000020-1", "00000080-4", "00000100-5"]
+    second = incident_folders(tmp_path)[1]
+    assert [f.name for f in second.iterdir()] == ["report.md"]
+    assert "pruned to make room" in (second / "report.md").read_text()
+    assert f"{second} was pruned" in caplog.text
+
+
+def test_incident_folders_of_another_run_in_the_same_folder_are_not_touched(tmp_path):
+    """Two runs of a logger with a fixed version; the second numbers its incidents anew."""
+    for _ in range(2):
+        faults = FaultInjector([NanLoss(step=s) for s in (20, 40, 60)])
+        suite = [GradientMonitor(), AnomalyCheckpoint(max_incidents=2), stability_callbacks()[-1]]
+        fit(tmp_path, [faults, *suite], max_steps=80)
+    found = read_incidents(tmp_path)
+    assert [(i["id"], i["pruned"]) for i in found] == [(1, False), (2, True), (3, False)] * 2
+    assert len({i["run"] for i in found}) == 2
+    assert len(whole_folders(tmp_path)) == 4
 
 
 def test_deleted_folder_of_a_repeated_incident_is_not_missed(tmp_path, caplog):
@@ -96,7 +115,7 @@ def test_deleted_folder_of_a_repeated_incident_is_not_missed(tmp_path, caplog):
     fit(tmp_path, suite, NanInLog, data, max_steps=150)
     assert len(suite[0].incidents) == 7
     assert len(suite[0].incidents[-1].repeats) == 6
-    assert len(incident_folders(tmp_path)) == 5
+    assert len(whole_folders(tmp_path)) == 5
     assert "was not updated" not in caplog.text
 
 
@@ -104,7 +123,7 @@ def test_folders_are_bounded_in_bytes(tmp_path):
     faults = [NanLoss(step=s) for s in (20, 40, 60)]
     suite = [GradientMonitor(), AnomalyCheckpoint(max_bytes=1), stability_callbacks()[-1]]
     fit(tmp_path, [FaultInjector(faults), *suite], max_steps=80)
-    assert [f.name for f in incident_folders(tmp_path)] == ["00000020-1", "00000060-3"]
+    assert whole_folders(tmp_path) == ["00000020-1", "00000060-3"]
 
 
 def test_unwritable_folder_is_logged_and_training_goes_on(tmp_path, caplog):
@@ -166,10 +185,13 @@ def test_kill_while_saving_leaves_no_folder_that_looks_whole(tmp_path):
     assert incident_folders(tmp_path) == []
 
 
-def test_part_left_by_a_kill_is_removed_at_the_next_start(tmp_path):
-    (tmp_path / "incidents" / ".part-abc").mkdir(parents=True)
+def test_part_left_by_a_kill_is_removed_at_a_later_start(tmp_path):
+    old, new = (tmp_path / "incidents" / f".part-another-{name}" for name in ("old", "new"))
+    for part in (old, new):
+        part.mkdir(parents=True)
+    os.utime(old, (0, time.time() - 100_000))
     fit(tmp_path, stability_callbacks(), max_steps=2)
-    assert incident_folders(tmp_path) == []
+    assert incident_folders(tmp_path) == [new], "another run may be writing it"
 
 
 @pytest.mark.parametrize(

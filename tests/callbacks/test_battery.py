@@ -59,7 +59,7 @@ def cls(request):
 
 def test_battery_finds_the_callbacks():
     beside_the_suite = {"AdaptiveGradientClipping", "CrashPrediction", "GradientFlow", "Preflight"}
-    beside_the_suite |= {"CurvatureProbe", "StabilityCallback"}
+    beside_the_suite |= {"Alerts", "CurvatureProbe", "StabilityCallback"}
     suite = {type(c).__name__ for c in stability_callbacks()}
     assert {c.__name__ for c in PUBLIC} == suite | beside_the_suite, (
         "a public callback that the default suite lacks needs its own line here"

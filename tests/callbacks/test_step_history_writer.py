@@ -16,6 +16,7 @@ from tensorboard.util import tensor_util
 from lit_stability import (
     AdaptiveGradientClipping,
     Anomaly,
+    AnomalyCheckpoint,
     GradientMonitor,
     StabilityCallback,
     TrainingStopped,
@@ -244,7 +245,7 @@ def test_event_file_of_a_run_of_incidents_is_bounded_and_the_record_has_all(tmp_
     monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITH_STEPS", 150_000)
     monkeypatch.setattr("lit_stability.tensorboard.tab_writer.WITHOUT_STEPS", 50_000)
     monkeypatch.setattr("lit_stability.tensorboard.tab_writer.EXTRA_STEPS", 20_000)
-    monkeypatch.setattr("lit_stability.tensorboard.scalar_writer.TEXTS", 20_000)
+    monkeypatch.setattr("lit_stability.loggers.writer.TEXTS", 20_000)
     monitor = GradientMonitor(detectors=[EveryThird()], close_after=1)
     data = regression_data(300)
     run(tmp_path, [monitor], max_steps=300, log_every_n_steps=50, data=data)
@@ -278,3 +279,16 @@ def test_long_list_of_responses_is_shortened_in_the_tab_and_whole_in_the_record(
     shown = incidents(tmp_path)[-1]["responses"]
     assert len(shown) == 201
     assert shown[100] == f"{len(whole['responses']) - 200} more"
+
+
+def test_incident_that_is_amended_later_keeps_the_steps_around_it(tmp_path):
+    """Its folder is pruned, or it turns out to recur, long after its last record was written."""
+    faults = FaultInjector([NanLoss(step=s) for s in (20, 60, 100)])
+    suite = [GradientMonitor(), AnomalyCheckpoint(max_incidents=2), stability_callbacks()[-1]]
+    run(tmp_path, [faults, *suite], max_steps=120)
+    records = [each for each in incidents(tmp_path) if each["id"] == 2]
+    assert [each["pruned"] for each in records] == [False, False, False, True]
+    before, after = records[-2:]
+    changed = {key for key in after if after[key] != before[key]}
+    assert changed == {"pruned"}
+    assert len(after["window"]["rows"]) > 40

@@ -11,7 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 import lit_stability
+from lit_stability.cli.config import compose
 from lit_stability.cli.main import main
+from lit_stability.cli.run_folders import choose_run_dir
 from lit_stability.training_state.good_checkpoints import find_last_good, step_of
 
 ROOT = Path(lit_stability.__file__).parents[1]
@@ -58,15 +60,88 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_fit_runs_a_target_of_the_current_folder(cwd, capsys):
     assert main(["fit", "-c", "small", "-c", "longer", "model.size=3"]) == 0
-    assert "small -> runs/small" in capsys.readouterr().out
-    saved = OmegaConf.load(cwd / "runs/small/config.yaml")
+    (run,) = (cwd / "runs/small").iterdir()
+    assert f"small -> runs/small/{run.name}\n" in capsys.readouterr().out
+    saved = OmegaConf.load(run / "config.yaml")
     assert (saved.trainer.max_steps, saved.model.size) == (2, 3)
 
 
 def test_resume_goes_on_from_the_last_checkpoint(cwd, capsys):
     assert main(["fit", "-c", "small"]) == 0
+    (run,) = Path("runs/small").iterdir()
     assert main(["fit", "-c", "small", "--resume", "last", "trainer.max_steps=2"]) == 0
-    assert "resumed from runs/small/checkpoints/" in capsys.readouterr().out
+    assert f"resumed from {run}/checkpoints/" in capsys.readouterr().out
+    assert [*Path("runs/small").iterdir()] == [run], "it goes on in its folder"
+
+
+def test_fit_twice_writes_two_runs_and_commands_read_the_newest(cwd, capsys):
+    (cwd / "configs/good.yaml").write_text(GOOD)
+    for steps in (40, 30):
+        assert main(["fit", "-c", "good", f"trainer.max_steps={steps}"]) == 0
+    runs = sorted(
+        Path("runs/good").iterdir(), key=lambda run: (run / "config.yaml").stat().st_mtime
+    )
+    assert len(runs) == 2
+    assert {f.name for f in runs[0].iterdir()} == {f.name for f in runs[1].iterdir()}
+    capsys.readouterr()
+    assert main(["doctor", "runs/good"]) == 0
+    assert f"{runs[1]}/good/" in capsys.readouterr().out
+    assert main(["resume", "runs/good", "trainer.max_steps=35"]) == 0
+    assert f"resumed from {runs[1]}/good/" in capsys.readouterr().out
+
+
+def test_named_run_is_refused_a_second_time_and_overwritten_when_asked(cwd, capsys):
+    named = ["fit", "-c", "small", "--name", "a"]
+    assert main(named) == 0
+    run = cwd / "runs/small/a"
+    (run / "mine.txt").write_text("of the first run")
+    assert main(named) == 2
+    error = capsys.readouterr().err
+    assert "runs/small/a: has an earlier run" in error
+    assert "--overwrite" in error
+    assert main([*named, "--resume", "last", "trainer.max_steps=2"]) == 0
+    assert (run / "mine.txt").exists()
+    assert main([*named, "--overwrite", "model.size=x"]) == 2
+    assert (run / "mine.txt").exists(), "nothing is deleted for a config that is wrong"
+    assert main([*named, "--overwrite"]) == 0
+    assert not (run / "mine.txt").exists()
+    assert len([*(run / "checkpoints").iterdir()]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--overwrite"], "--overwrite: which run? add --name or run_dir=FOLDER"),
+        (["--overwrite", "run_dir=."], ".: has no config.yaml, so it is no run and is not overw"),
+        (["--name", "../a"], "--name ../a: use letters, digits and any of"),
+        (["--name", ".."], "--name ..: use letters, digits and any of"),
+    ],
+)
+def test_folder_that_is_no_run_is_never_overwritten(arguments, message, cwd, capsys):
+    assert main(["fit", "-c", "small", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert (cwd / "configs/small.yaml").exists()
+
+
+def names(cwd, monkeypatch, **environment):
+    """The folder that `fit` chooses in an environment."""
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    config = compose(["small"])
+    choose_run_dir(config, name=None, resume=None, overwrite=False)
+    return Path(config.run_dir.replace("${experiment}", "small")).name
+
+
+def test_processes_of_one_run_and_restarts_of_a_job_have_one_folder(cwd, monkeypatch):
+    monkeypatch.delenv("LIT_STABILITY_RUN", raising=False)
+    first, second = names(cwd, monkeypatch), names(cwd, monkeypatch)
+    assert first != second
+    assert names(cwd, monkeypatch, LOCAL_RANK="1") == second, "Lightning starts it with the same"
+    job = {"LOCAL_RANK": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+    assert names(cwd, monkeypatch, **job) == "slurm-7-0"
+    (cwd / "runs/small/slurm-7-0").mkdir(parents=True)
+    (cwd / "runs/small/slurm-7-0/config.yaml").write_text("")
+    assert names(cwd, monkeypatch, SLURM_RESTART_COUNT="1") == "slurm-7-0"
 
 
 GOOD = """
@@ -82,7 +157,7 @@ callbacks:
 def good_run(cwd):
     """A finished run with good checkpoints in `runs/good`."""
     (cwd / "configs/good.yaml").write_text(GOOD)
-    assert main(["fit", "-c", "good"]) == 0
+    assert main(["fit", "-c", "good", "run_dir=runs/good"]) == 0
     return cwd / "runs/good"
 
 
@@ -210,7 +285,7 @@ def test_resume_with_a_damaged_checkpoint_takes_the_one_before_it(good_run, capl
 def test_resume_from_a_file_that_is_no_whole_checkpoint_is_refused_by_name(
     spoil, says, cwd, capsys
 ):
-    assert main(["fit", "-c", "small"]) == 0
+    assert main(["fit", "-c", "small", "run_dir=runs/small"]) == 0
     (file,) = (cwd / "runs/small/checkpoints").glob("*.ckpt")
     file = file.rename(cwd / "mine.ckpt")
     spoil(file)
@@ -221,7 +296,7 @@ def test_resume_from_a_file_that_is_no_whole_checkpoint_is_refused_by_name(
 
 
 def test_resume_without_a_good_checkpoint_says_what_can_be_done(cwd, capsys):
-    assert main(["fit", "-c", "small"]) == 0
+    assert main(["fit", "-c", "small", "run_dir=runs/small"]) == 0
     assert main(["resume", "runs/small"]) == 2
     error = capsys.readouterr().err
     assert "runs/small: has no good checkpoint" in error

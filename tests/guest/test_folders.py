@@ -8,6 +8,7 @@ from lit_stability import (
     GradientFlow,
     Preflight,
     find_last_good,
+    read_incidents,
     stability_callbacks,
 )
 from lit_stability.callbacks import GradientMonitor
@@ -55,14 +56,15 @@ def test_trainer_that_writes_nothing_has_no_file_in_the_working_directory(tmp_pa
 def test_local_root_that_was_given_holds_the_record(root, tmp_path):
     rescued(root.format(tmp_path))
     assert files(tmp_path / "here") == []
-    assert (tmp_path / "there" / "incidents.jsonl").is_file()
+    assert len(read_incidents(tmp_path / "there")) == 2
     assert find_last_good(tmp_path / "there") is not None
 
 
 def test_trainer_with_a_checkpoint_callback_records_in_the_working_directory(tmp_path):
     """As the checkpoints do."""
     rescued(None, enable_checkpointing=True)
-    assert (tmp_path / "here" / "incidents.jsonl").is_file()
+    (record,) = (tmp_path / "here" / "stability").glob("*/incidents.jsonl")
+    assert {i["run"] for i in read_incidents(tmp_path)} == {record.parent.name}
 
 
 def test_resume_from_a_remote_checkpoint_writes_nothing_local(tmp_path):

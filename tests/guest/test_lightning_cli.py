@@ -30,9 +30,11 @@ OPTIONS = {
         "details_every": 9,
         "history": 3,
         "allow_strategies": ["FSDPStrategy"],
+        "upload_incidents": True,
     },
     "AdaptiveGradientClipping": {"rule": {"class_path": f"{C}.TieredClip"}},
     "AnomalyCheckpoint": {"history": 50, "max_incidents": 3, "max_bytes": 1_000_000},
+    "Alerts": {"targets": [], "events": ["stop"], "min_interval": 5.0, "timeout": 1.0},
     "NonFiniteLocator": {},
     "Diagnosis": {"history": 50, "stop": False},
     "LastKnownGood": {

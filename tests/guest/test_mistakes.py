@@ -88,7 +88,7 @@ def test_record_that_cannot_be_written_is_reported_once_and_training_continues(t
     faults = FaultInjector([NanLoss(step=10), NanLoss(step=35)])
     _, trainer = fit(tmp_path, [faults, *stability_callbacks()], max_steps=55)
     assert trainer.global_step == 55
-    lines = [r.getMessage() for r in caplog.records if "cannot record" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "cannot be recorded" in r.getMessage()]
     assert len(lines) == 1
     assert "give the Trainer a default_root_dir" in lines[0]
 

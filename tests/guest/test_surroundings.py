@@ -106,9 +106,10 @@ def test_logger_with_tables_is_given_scalars_and_the_incident(tmp_path):
     }
     steps = [step for step, _ in logger.metrics]
     assert steps == sorted(steps), "wandb drops what is logged at a step that has passed"
-    (key, columns, ((text,),), step), *_ = logger.tables
-    assert (key, columns, step) == ("stability/incident_1", ["incident"], 20)
-    assert "non-finite loss" in text
+    key, columns, (row,), _ = logger.tables[-1]
+    assert key == "stability/incident_table"
+    found = dict(zip(columns, row, strict=True))
+    assert (found["step"], found["kind"], found["outcome"]) == (20, "non-finite loss", "recovered")
 
 
 def test_several_loggers_are_all_given_the_same_scalars(tmp_path):

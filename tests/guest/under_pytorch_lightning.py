@@ -35,7 +35,7 @@ from lit_stability.cli.main import main as lit_stability_command
 from lit_stability.cli.targets import COMPONENTS
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.incidents.report import responses_text
-from lit_stability.trainer_internals import sharing
+from lit_stability.trainer_internals import keep_records_in, sharing
 from lit_stability.trainer_internals.callback_state import keeps_state
 
 
@@ -84,7 +84,9 @@ class Task(Dataset):
 def trainer_of(folder, callbacks=(), **options):
     quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
     quiet |= {"accelerator": "cpu", "default_root_dir": folder, "enable_checkpointing": False}
-    return pl.Trainer(callbacks=list(callbacks), **(quiet | {"max_steps": 60} | options))
+    trainer = pl.Trainer(callbacks=list(callbacks), **(quiet | {"max_steps": 60} | options))
+    keep_records_in(trainer, folder)
+    return trainer
 
 
 def fit(folder, callbacks=(), task=None, **options):
@@ -240,7 +242,8 @@ def command(folder):
             json.dumps({"model": model, "trainer": {"max_steps": 2, "accelerator": "cpu"}})
         )
         with contextlib.redirect_stderr(printed):
-            codes.append(lit_stability_command(["fit", "-c", str(config), f"run_dir={folder}/run"]))
+            place = [f"run_dir={folder}/run", "--overwrite"]
+            codes.append(lit_stability_command(["fit", "-c", str(config), *place]))
     return {
         "fit": codes[0],
         "events": len(list(folder.glob("run/events.*"))),

@@ -80,6 +80,7 @@ def damaged_weight(rows):
         verdict="transient",
         spans=[[WEIGHT_AT - 20, WEIGHT_AT]],
         path="runs/translation/incidents/00000250-2",
+        pruned=True,
     )
 
 

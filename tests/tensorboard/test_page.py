@@ -131,6 +131,12 @@ def test_detail_tells_origin_causes_what_was_tried_and_how_to_load_the_folder(ta
     assert 'torch.load(folder / "scene.pt"' in tab.text(".code pre")
 
 
+def test_detail_of_a_pruned_incident_says_so_and_offers_no_code(tab):
+    tab.open(link="&p.stability.incident=2")
+    assert "00000250-2: pruned to make room, only its report is left" in tab.text(".detail")
+    assert not tab.all(".detail .code").count()
+
+
 def test_detail_reads_every_step_around_the_incident(tab):
     tab.open(link="&p.stability.incident=2")
     box = tab.all(WINDOW).bounding_box()

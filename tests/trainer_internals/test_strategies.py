@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_stability import register_strategy
@@ -54,6 +55,8 @@ def adapter_for(strategy, tmp_path):
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", devices=2, strategy="ddp", logger=False
     )
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.cluster_environment.set_world_size(2)
     trainer._accelerator_connector.strategy = strategy
     return adapter_of(trainer)
 

@@ -22,9 +22,9 @@ from lit_stability.incidents import Incident
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.outside import to_each
 from lit_stability.policies.backoff import Baseline
 from lit_stability.policies.crash_risk import CrashRisk, Prevention, RiskLevels
-from lit_stability.tensorboard.guarded_loggers import to_each
 from lit_stability.trainer_internals import log_every, logger_step
 from lit_stability.training_state.gradient_clipping import clip_step
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -44,8 +44,8 @@ class CrashPrediction(StabilityCallback):
     action is taken and logged once per episode, with the reason:
 
     * ``save``, 0.3: saves a checkpoint, completely or not at all, in ``risk/`` in
-      ``trainer.log_dir``. It is from a run in danger, not known to be good. Non-finite weights are
-      not saved; under FSDP2 ModelCheckpoint saves instead.
+      the folder of the run. It is from a run in danger, not known to be good. Non-finite weights
+      are not saved; under FSDP2 ModelCheckpoint saves instead.
     * ``slow``, 0.5: learning rate x0.5, which then caps what the scheduler sets; clip x0.5, to the
       median gradient norm. Both are halved again if the risk is still as high 20 steps later, and
       restored step by step once it is gone, see `Prevention`.

@@ -13,6 +13,7 @@ from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly
 from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.lightning_package import LightningModule, Trainer
+from lit_stability.outside import tried
 from lit_stability.policies.crash_risk import CrashRisk
 from lit_stability.trainer_internals import (
     PrecisionSwitch,
@@ -60,15 +61,12 @@ class PreventiveActions:
         state, directory = full_checkpoint(self._trainer), run_directory(self._trainer)
         if directory is None or not self._trainer.is_global_zero:
             return "no checkpoint saved"
-        try:
-            bad = first_nonfinite(state, self._nonfinite_buffers)
-            if bad is not None:
-                return f"no checkpoint saved ({bad} is non-finite)"
-            path = self._write(state, directory / FOLDER)
-        except Exception as error:
-            # A full disk or an object that cannot be pickled must never end the run.
-            return f"no checkpoint saved ({error})"
-        return f"saved {path}"
+        bad = first_nonfinite(state, self._nonfinite_buffers)
+        if bad is not None:
+            return f"no checkpoint saved ({bad} is non-finite)"
+        # A full disk or an object that cannot be pickled must never end the run.
+        path, error = tried(lambda: self._write(state, directory / FOLDER))
+        return f"saved {path}" if error is None else f"no checkpoint saved ({error})"
 
     def _write(self, state: dict[str, Any], folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail, StepStats
+from lit_stability.outside import guarded
 from lit_stability.tensorboard.images import write_figure
 from lit_stability.trainer_internals import callbacks_of, logger_step, run_directory
 from lit_stability.training_state.atomic_write import write_and_keep
@@ -39,7 +40,7 @@ class GradientFlow(StabilityCallback):
     * ``stability/gradient_flow``: to each logger that accepts images, such as TensorBoard's.
     * ``stability/gradient_flow_incident``: the same, of a bad step.
     * ``gradient_flow/step=00000500.png`` and ``step=00000731-incident-1.png`` in
-      ``trainer.log_dir``, if no logger accepts images.
+      the folder of the run, if no logger accepts images.
 
     The title shows the range of gradient norms in the current phase of the run so far. The end of
     the fit logs the range of each phase: warm-up, descent, plateau; see `PhaseRanges`, which
@@ -189,15 +190,15 @@ class GradientFlow(StabilityCallback):
             return
         figure = draw_gradient_flow(details, title=title, history=history, layers=self.layers)
         figure.set_dpi(110)
-        try:
+
+        def write() -> None:
             if write_figure(trainer.loggers, tag, figure, logger_step(trainer)):
                 return
             directory = run_directory(trainer)
             if directory is not None:
                 write_and_keep(directory / "gradient_flow" / f"{name}.png", to_png(figure, dpi=110))
-        except Exception as error:
-            # A full disk or a logger that raises: a picture must never end the run.
-            log.warning("the gradient flow of %s was not written (%s)", title, error)
+
+        guarded(self, "a picture of the gradient flow was not written", write)
 
 
 def _measured(pl_module: LightningModule) -> tuple[GradientDetail, ...]:

@@ -60,6 +60,7 @@ from lit_stability.trainer_internals import (
     at_worker_exit,
     callbacks_of,
     log_every,
+    run_id,
     step_failure,
 )
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -103,10 +104,15 @@ class GradientMonitor(StabilityCallback):
     reached its floor.
 
     With several optimizers, the metrics of the second end in ``_1``, and so on. Incidents go to
-    ``incidents.jsonl`` in ``trainer.log_dir`` and, as markdown, to the loggers that take text. Step
+    ``incidents.jsonl`` in the folder of the run, and to the loggers: TensorBoard gets reports;
+    W&B a table, alerts, a summary and tags; MLflow reports, a table and tags; Comet reports and a
+    table; `CSVLogger` ``incidents.csv``. For another logger see `lit_stability.loggers`. Step
     attempts and layers go to the Stability tab, see `lit_stability.incidents.step_history.FIELDS`.
+    The folder of the run has ModelCheckpoint's ``checkpoints`` too: ``save_dir/name/version`` of
+    the first logger. Without a logger it is ``stability/<time>-<number>`` in ``default_root_dir``,
+    where a fit that resumes from one of its checkpoints goes on. Each record has its run's id.
     Incidents add at most 24 MiB per fit to an event file, see
-    `lit_stability.tensorboard.size_limits`.
+    `lit_stability.loggers.size_limits`.
 
     Args:
         detectors: those to ask, in order; the first anomaly counts. None for the default set.
@@ -119,6 +125,8 @@ class GradientMonitor(StabilityCallback):
         history: measurements kept in `details`.
         allow_strategies: names of strategy classes that are not supported and are tried all the
             same; numbers are then summed over the ranks at every step.
+        upload_incidents: whether W&B and MLflow get the folder of each incident as an artifact;
+            it holds a checkpoint, so that may be gigabytes.
 
     Raises:
         ValueError: if an argument is out of its range; before the first step, if the Trainer is of
@@ -137,6 +145,7 @@ class GradientMonitor(StabilityCallback):
         details_every: int = 50,
         history: int = 20,
         allow_strategies: Sequence[str] = (),
+        upload_incidents: bool = False,
     ) -> None:
         require(close_after >= 1, "close_after", close_after, "at least 1")
         require(scan_weights_every >= 1, "scan_weights_every", scan_weights_every, "at least 1")
@@ -152,12 +161,14 @@ class GradientMonitor(StabilityCallback):
         self.details: deque[StepStats] = deque(maxlen=history)
         """The last measurements that carry details."""
         self.allow_strategies = tuple(allow_strategies)
+        self.upload_incidents = upload_incidents
         self._restored: Mapping[str, Any] = {}
         self._detectors = DetectorSet([], [], log.info)
         self._measurer: StepMeasurer | None = None
         self._consensus = RankConsensus(None)
         self._tracker = IncidentTracker(None, close_after, 0)
         self._history = StepHistory()
+        self._run: str | None = None
         self._pending: PendingVerdict | None = None
         self._checks_saves = True
         self._cancel_exit: Callable[[], None] = _nothing
@@ -173,6 +184,19 @@ class GradientMonitor(StabilityCallback):
     def current(self) -> Incident | None:
         """The incident that is open, if one is."""
         return self._tracker.current
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run, which is in the record of each incident; None before the first fit.
+
+        A fit that resumes from a checkpoint in its own folder goes on with that run.
+        """
+        return self._run
+
+    def amended(self, incident: Incident) -> None:
+        """Records again what has changed of an incident that was closed, such as its folder."""
+        if self._measurer is not None:
+            self._reporter.amended(incident)
 
     def _outside_a_fit(self) -> dict[str, Any]:
         tracker = IncidentTracker(None, self.close_after, self._tracker.count)
@@ -232,7 +256,8 @@ class GradientMonitor(StabilityCallback):
         adapter.reshard(pl_module)
         ranks = adapter.ranks(self.allow_strategies)
         self._consensus = RankConsensus(ranks)
-        self._reporter = Reporter(trainer, self._history)
+        self._run = run_id(trainer, self._run)
+        self._reporter = Reporter(trainer, self._history, self._run, uploads=self.upload_incidents)
         self._schedules = ScheduleWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
@@ -526,12 +551,13 @@ class GradientMonitor(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts of incidents and step attempts, and the windows of the detectors."""
         counts = {"incidents": self._tracker.count, "attempts": self._history.count}
-        return {**counts, "detectors": self.rewindable_state()}
+        return {**counts, "run": self._run, "detectors": self.rewindable_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts; the windows are restored when the detectors exist."""
         self._tracker.count = int(state_dict["incidents"])
         self._history.count = int(state_dict.get("attempts", 0))
+        self._run = state_dict.get("run")
         self._restored = state_dict["detectors"]
 
 

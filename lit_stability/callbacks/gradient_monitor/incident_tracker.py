@@ -45,6 +45,7 @@ class IncidentTracker:
             anomaly,
             epoch=trainer.current_epoch,
             batch_idx=batch_index(trainer),
+            run="" if self.reporter is None else self.reporter.run,
             record=None if self.reporter is None else self.reporter.record_path,
         )
         self.incidents.append(self.current)

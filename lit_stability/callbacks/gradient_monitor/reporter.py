@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.incidents import Incident
@@ -13,11 +13,16 @@ from lit_stability.incidents.report import closing_line, opening_line, summary_t
 from lit_stability.incidents.step_history import StepHistory
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import Trainer
+from lit_stability.loggers.writer import StabilityWriter
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.tensorboard.scalar_writer import StabilityWriter
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import logger_step, run_directory
 
 log = suite_logger()
+
+_MOST_LINES = 1000
+"""Lines of the record that are kept while it cannot be written."""
+_ADVICE = "give the Trainer a default_root_dir, or its logger a save_dir, that is writable"
 
 
 def only_warnings(record: logging.LogRecord) -> bool:
@@ -31,10 +36,18 @@ class Reporter:
     Args:
         trainer: whose loggers and folder to use; a ``fast_dev_run`` leaves no record.
         history: counts the step attempts of the run.
+        run: id of the run, for the record of each incident.
+        uploads: whether loggers that take files get the folders of incidents.
     """
 
-    def __init__(self, trainer: Trainer, history: StepHistory) -> None:
-        self._trainer = trainer
+    def __init__(
+        self, trainer: Trainer, history: StepHistory, run: str, *, uploads: bool = False
+    ) -> None:
+        self._trainer, self.run, self._uploads = trainer, run, uploads
+        self._incidents: list[Incident] = []
+        """Incidents of this fit."""
+        self._closed: list[Incident] = []
+        """Incidents whose folder is uploaded later: other callbacks may still write to it."""
         self.history = StepHistoryWriter(trainer, history)
         if not trainer.is_global_zero:
             log.addFilter(only_warnings)
@@ -42,7 +55,8 @@ class Reporter:
         self._overflows = 0
         self._searching = True
         """Whether the loss scaler has not had a finite step yet."""
-        self._writable = True
+        self._unwritten: list[dict[str, Any]] = []
+        """Lines of the record that could not be written yet."""
         directory = run_directory(trainer)
         self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
 
@@ -59,6 +73,8 @@ class Reporter:
 
     def accepted(self, stats: StepStats) -> None:
         """Writes what probes measured in an accepted step, and counts the scaler's overflows."""
+        if self._closed:
+            self._upload()
         if stats.readings:
             self._writer.write_readings(stats, logger_step(self._trainer))
         self._follow_scaler(stats)
@@ -83,8 +99,9 @@ class Reporter:
 
     def opened(self, incident: Incident) -> None:
         """Reports an incident that was opened, and the response to it."""
+        self._incidents.append(incident)
         self.log_line(opening_line(incident))
-        self._write("open", incident)
+        self._write("open", incident, opened=True)
         self.history.incident_changed(incident)
 
     def closed(self, incident: Incident) -> None:
@@ -92,6 +109,8 @@ class Reporter:
         self.log_line(closing_line(incident))
         self._write("close", incident)
         self.history.incident_changed(incident)
+        if self._uploads:
+            self._closed.append(incident)
 
     def amended(self, incident: Incident) -> None:
         """Records another outcome of an incident that is closed."""
@@ -114,6 +133,10 @@ class Reporter:
     def end(self, incidents: Sequence[Incident]) -> None:
         """Prints the summary of a fit that had incidents; nothing is reported after it."""
         self.history.end()
+        self._write_lines()
+        if self._trainer.is_global_zero:
+            self._upload()
+            self._writer.end(self._incidents, logger_step(self._trainer))
         if incidents:
             self.log_line("\n".join(["stability summary", *summary_table(incidents)]))
 
@@ -122,21 +145,28 @@ class Reporter:
         if self._trainer.is_global_zero:
             log.info(line)
 
-    def _write(self, event: Literal["open", "close"], incident: Incident) -> None:
+    def _upload(self) -> None:
+        """Uploads the folders of incidents that were closed before the last step."""
+        for incident in self._closed:
+            self._writer.upload(incident)
+        self._closed = []
+
+    def _write(
+        self, event: Literal["open", "close"], incident: Incident, *, opened: bool = False
+    ) -> None:
         if not self._trainer.is_global_zero:
             return
-        self._writer.write_incident(incident, logger_step(self._trainer))
-        if self._record is None:
+        step = logger_step(self._trainer)
+        self._writer.write_incident(incident, self._incidents, step, opened=opened)
+        if self._record is not None:
+            self._unwritten.append(self._record.line(event, incident))
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        """Writes the lines of the record that are left, also those that failed before."""
+        if self._record is None or not self._unwritten:
             return
-        try:
-            self._record.append(event, incident)
-        except OSError as error:
-            if self._writable:
-                log.warning(
-                    "cannot record an incident in %s (%s); training goes on, and this is logged "
-                    "once; give the Trainer a default_root_dir, or its logger a save_dir, that is "
-                    "writable",
-                    self._record.path,
-                    error,
-                )
-            self._writable = False
+        record, lines = self._record, self._unwritten[-_MOST_LINES:]
+        what = f"incidents cannot be recorded in {record.path}"
+        if guarded(self, what, lambda: record.append_lines(lines), _ADVICE):
+            self._unwritten = []

@@ -6,6 +6,7 @@ May import Lightning.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from lit_stability.tensorboard.tab_writer import StabilityTab
 from lit_stability.training_state.gradient_clipping import clip_threshold
 from lit_stability.training_state.skipped_step import is_skipped
 
+_FINISHED = 50
+"""Incidents whose steps are kept after their last record, for when the incident is amended."""
 _ENDS = 100
 """Responses at either end of a long list that go to the tab."""
 
@@ -45,7 +48,7 @@ class StepHistoryWriter:
     those at which an incident was opened. A row is complete only at the end of its batch, when all
     callbacks have clipped. An incident is written when it opens, when it closes, and once more with
     the attempts after it. What incidents add to an event file is limited, see
-    `lit_stability.tensorboard.size_limits`.
+    `lit_stability.loggers.size_limits`.
 
     Args:
         trainer: in its fit.
@@ -62,6 +65,10 @@ class StepHistoryWriter:
         """Incidents that were opened or closed in the current batch."""
         self._incidents: dict[int, Incident] = {}
         """Incidents whose window is not complete, by id."""
+        self._finished: dict[int, dict[str, Any]] = {}
+        """Windows of incidents of which the last record was written, by id; old ones without steps.
+
+        An incident that is amended is written again, with the steps that were around it."""
         self._scans: dict[int, StepStats] = {}
         """For each optimizer, its last scan of the weights that was not written yet."""
 
@@ -91,8 +98,10 @@ class StepHistoryWriter:
         self._pending.append(attempt)
 
     def incident_changed(self, incident: Incident) -> None:
-        """Records an incident that was opened or closed."""
-        if self._tab:
+        """Records an incident that was opened, closed, or amended after that."""
+        if self._tab and incident.id in self._finished:
+            self._write_with(incident, self._finished[incident.id], last=False)
+        elif self._tab:
             self._changed.append(incident)
             self._incidents[incident.id] = incident
 
@@ -150,14 +159,20 @@ class StepHistoryWriter:
                 window.closed_attempt = attempt
 
     def _write(self, incident: Incident, *, last: bool = False) -> None:
-        window, attempt = self._history.windows[incident.id], self._history.count
+        around = self._history.windows[incident.id].as_dict()
+        self._write_with(incident, around, last=last)
+        if last:
+            self._finished[incident.id] = around
+            for old in list(self._finished)[:-_FINISHED]:
+                self._finished[old].pop("window", None)
+
+    def _write_with(self, incident: Incident, around: Mapping[str, Any], *, last: bool) -> None:
         record = _shortened(incident.as_dict())
-        around = window.as_dict()
         without_steps = {key: around[key] for key in around if key != "window"}
         self._tab.write_incident(
             incident.id,
             incident.started,
-            attempt,
+            self._history.count,
             lambda: to_json({**record, **around}),
             lambda: to_json({**record, **without_steps}),
             last=last,

@@ -50,12 +50,12 @@ class LastKnownGood(StabilityCallback):
     accelerator, weights and moments are copied while the program goes on, to pinned memory that the
     next copy uses again; the device makes its next step after that. After ``confirm_after`` healthy
     steps without an incident the callback writes the copy in the background, to
-    ``good/step=<step>.ckpt`` in ``trainer.log_dir``. An incident or a rollback discards a copy that
-    is not confirmed yet, and so does a program that writes weights or moments itself while they are
-    copied: training then waits for later copies. A copy with a NaN or Inf in weights, buffers or
-    optimizer state is rejected; buffers that were non-finite when the fit began, such as a mask of
-    -inf, count as constants. The first copy is taken before the first step. If a write fails, the
-    callback warns once and training continues.
+    ``good/step=<step>.ckpt`` in the folder of the run. An incident or a rollback discards a copy
+    that is not confirmed yet, and so does a program that writes weights or moments itself while
+    they are copied: training then waits for later copies. A copy with a NaN or Inf in weights,
+    buffers or optimizer state is rejected; buffers that were non-finite when the fit began, such as
+    a mask of -inf, count as constants. The first copy is taken before the first step. If a write
+    fails, the callback warns once and training continues.
 
     ``Trainer.fit(ckpt_path=find_last_good(folder))`` resumes where the copy was taken: with the RNG
     states, the next batch and the epoch's aggregated metrics. Before the first step it recomputes

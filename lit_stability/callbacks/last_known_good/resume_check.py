@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lit_stability.callbacks.hooks import lower_learning_rate
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import (
     ReferenceStep,
     incomparable,
@@ -52,7 +53,6 @@ class PreviousRun:
         failures = 0 if end is None or self.source is None else end.failures_behind(self.source)
         # The ranks may see another state of a file that rank 0 rewrites.
         self._failures: int = trainer.strategy.broadcast(failures)
-        self._warned = False
 
     def lower_after_crash(self, after_crash: float) -> None:
         """Lowers learning rate and clip if the previous run failed, and logs it."""
@@ -70,20 +70,17 @@ class PreviousRun:
 
     def clear(self, folder: Path) -> None:
         """Removes partial files of a killed run; moves the files of another run away."""
-        if not self._trainer.is_global_zero:
-            return
-        try:
-            for unfinished in folder.glob(f"step=*{PART}"):
-                shutil.rmtree(unfinished)
-            for part in folder.glob(".part-*"):
-                part.unlink(missing_ok=True)
-            moved_to = put_aside(folder) if self._trainer.ckpt_path is None else None
-            if moved_to is not None:
-                log.info(
-                    "good checkpoints of another run in this folder were moved to %s", moved_to
-                )
-        except OSError as error:
-            self._warn_once(folder, error)
+        if self._trainer.is_global_zero:
+            guarded(self, f"{folder} cannot be written", lambda: self._clear(folder))
+
+    def _clear(self, folder: Path) -> None:
+        for unfinished in folder.glob(f"step=*{PART}"):
+            shutil.rmtree(unfinished)
+        for part in folder.glob(".part-*"):
+            part.unlink(missing_ok=True)
+        moved_to = put_aside(folder) if self._trainer.ckpt_path is None else None
+        if moved_to is not None:
+            log.info("good checkpoints of another run in this folder were moved to %s", moved_to)
 
     def note(self, folder: Path, newest: Path | None, state: State, reason: str = "") -> None:
         """Writes the state of the fit to disk, for `lower_after_crash` of the next resume.
@@ -110,15 +107,7 @@ class PreviousRun:
             self._write(end, previous.parent)
 
     def _write(self, end: RunEnd, folder: Path) -> None:
-        try:
-            end.write(folder)
-        except OSError as error:
-            self._warn_once(folder, error)
-
-    def _warn_once(self, folder: Path, error: OSError) -> None:
-        if not self._warned:
-            log.warning("%s cannot be written (%s); training continues", folder, error)
-        self._warned = True
+        guarded(self, f"{folder} cannot be written", lambda: end.write(folder))
 
 
 class ResumeVerification:

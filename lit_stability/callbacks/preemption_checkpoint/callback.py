@@ -19,6 +19,7 @@ from lit_stability.callbacks.preemption_checkpoint.signal_flag import (
 from lit_stability.callbacks.requirements import require_monitor, shares_numbers
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, SIGTERMException, Trainer
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import (
     BetweenBatches,
     ends_window,
@@ -46,7 +47,7 @@ class PreemptionCheckpoint(StabilityCallback):
     that code. Lightning's own handlers, which save and broadcast wherever the signal interrupts the
     program, are replaced for the fit; when it ends Lightning restores those of the program.
 
-    The checkpoint is ``preempted/step=<step>.ckpt`` in ``trainer.log_dir``. It appears under this
+    The checkpoint is ``preempted/step=<step>.ckpt`` in the folder of the run. It appears under this
     name when it is complete. ``Trainer.fit(ckpt_path=find_resume_checkpoint(folder))`` goes on from
     it; with a `LastKnownGood` bit for bit, and otherwise as from a checkpoint of Lightning in the
     middle of an epoch. With a `LastKnownGood` several ranks write a folder, as it does.
@@ -254,7 +255,10 @@ class _Fit:
 
     def _paths(self, requeues: bool) -> tuple[Path, Path | None]:
         assert self._directory is not None
-        link = requeue_checkpoint(self._trainer) if requeues else None
+        link = None
+        if requeues:
+            what = "the name from which Lightning resumes cannot be created"
+            link = guarded(self, what, lambda: requeue_checkpoint(self._trainer))
         path = free_path(self._directory / FOLDER, self._trainer.global_step)
         # Each rank looks for free names, and another may already see the file of rank 0.
         return self._trainer.strategy.broadcast((path, link))

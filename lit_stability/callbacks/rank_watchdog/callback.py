@@ -14,6 +14,7 @@ from lit_stability.callbacks.gradient_monitor.validation import require_package
 from lit_stability.callbacks.hooks import StabilityCallback, hide_hooks, show_hooks
 from lit_stability.callbacks.rank_watchdog.report import EXIT_CODE, HangReport
 from lit_stability.callbacks.rank_watchdog.watch import Limits, RankWatch, TrainerView
+from lit_stability.callbacks.requirements import run_of
 from lit_stability.detectors.anomaly import require
 from lit_stability.distributed.heartbeat import (
     BACKWARD,
@@ -64,7 +65,7 @@ class RankWatchdog(StabilityCallback):
     broken, and the log then has the rank that was the first.
 
     Then every rank appends the Python stacks of all its threads to ``hang-<time>.txt`` in
-    ``trainer.log_dir``, with a header; the lowest living rank logs one line and adds a row to
+    the folder of the run, with a header; the lowest living rank logs one line and adds a row to
     ``incidents.jsonl``; all ranks end with exit code 75, without any clean-up, so that torchrun or
     the scheduler can start them again. A rank that sends nothing and is on the same machine is
     killed.
@@ -151,7 +152,8 @@ class RankWatchdog(StabilityCallback):
             return
         directory, name = run_directory(trainer), time.strftime("hang-%Y%m%d-%H%M%S.txt")
         meeting = meet(name)
-        report = HangReport(None if directory is None else directory / meeting.shared)
+        file = None if directory is None else directory / meeting.shared
+        report = HangReport(file, lambda: run_of(trainer))
         forward_waits = sharing(trainer) != "replicas"
         stragglers = StragglerWatch(
             self.straggler_factor, self.straggler_steps, forward_waits=forward_waits

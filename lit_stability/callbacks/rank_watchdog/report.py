@@ -19,6 +19,7 @@ from lit_stability.distributed.heartbeat_verdict import Verdict
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.lightning_choice import suite_logger
+from lit_stability.outside import guarded
 
 log = suite_logger()
 
@@ -34,10 +35,11 @@ class HangReport:
 
     Args:
         file: to which every rank appends its stacks; None for the console.
+        run: returns the id of the run, for the record.
     """
 
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
+    def __init__(self, file: Path | None, run: Callable[[], str] = str) -> None:
+        self.file, self._run = file, run
 
     def __call__(self, watch: RankWatch, verdict: Verdict) -> NoReturn:
         """Ends this process with `EXIT_CODE`, together with the others."""
@@ -93,9 +95,11 @@ class HangReport:
             signal="seconds without progress",
             message=verdict.text,
         )
-        incident = Incident(0, anomaly, path=str(self.file))
+        incident = Incident(0, anomaly, run=self._run(), path=str(self.file))
         incident.close("stopped", step)
-        IncidentRecord(self.file.with_name("incidents.jsonl")).append("close", incident)
+        record = IncidentRecord(self.file.with_name("incidents.jsonl"))
+        what = f"the hang cannot be recorded in {record.path}"
+        guarded(self, what, lambda: record.append("close", incident))
 
 
 def _stacks() -> str:

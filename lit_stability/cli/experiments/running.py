@@ -19,6 +19,7 @@ from lit_stability.cli.experiments.expectation import Expectation
 from lit_stability.cli.experiments.judgement import Verdict, judge
 from lit_stability.cli.experiments.outcome import Outcome
 from lit_stability.cli.instantiate import bind
+from lit_stability.cli.run_folders import put_aside
 from lit_stability.errors import ConfigError
 
 OUTPUT = "output.txt"
@@ -92,11 +93,12 @@ def plan(name: str, folder: Path, overrides: Sequence[str]) -> Experiment:
 def run(experiment: Experiment) -> Result:
     """Runs an experiment in its own process and judges it; a failure is a verdict, not an error.
 
-    Its output is appended to ``output.txt`` in its folder.
+    Its output is written to ``output.txt`` in its folder. The folder of an earlier run is renamed.
 
     Raises:
         KeyboardInterrupt: after the process, which is interrupted as well, has ended.
     """
+    put_aside(experiment.run_dir)
     experiment.run_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
     with (experiment.run_dir / OUTPUT).open("ab") as output:

@@ -129,7 +129,7 @@ export function checks({ checks: asked = [] }) {
 }
 
 /** The path of the incident folder, and code to load it. */
-export function incidentFolder({ path }) {
+export function incidentFolder({ path, pruned }) {
   if (!path) {
     return part(
       "Incident folder",
@@ -138,6 +138,12 @@ export function incidentFolder({ path }) {
         {},
         "Not saved. Add AnomalyCheckpoint() after GradientMonitor() to save batch and state.",
       ),
+    );
+  }
+  if (pruned) {
+    return part(
+      "Incident folder",
+      el("p", {}, asCode(path), ": pruned to make room, only its report is left."),
     );
   }
   const code = loadingCode(path);

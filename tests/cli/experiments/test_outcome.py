@@ -7,7 +7,7 @@ import pytest
 
 from lit_stability.cli.experiments import Ending, Expectation, Outcome, judge
 from lit_stability.cli.experiments.outcome import incidents_since, write_outcome
-from lit_stability.incidents.log import append_line
+from lit_stability.incidents.log import append_lines
 
 REPORT = {"findings": [{"check": "masks", "severity": "error", "what": "inverted"}]}
 
@@ -15,8 +15,8 @@ REPORT = {"findings": [{"check": "masks", "severity": "error", "what": "inverted
 def test_outcome_read_from_a_folder_is_judged_like_the_one_written(tmp_path):
     ending = Ending(ends="finished", started=100.0, seconds=2.0, why="no")
     row = {"id": 1, "time": 101.0, "kind": "loss spike", "cause": "x", "origin": None}
-    append_line(tmp_path / "version_0" / "incidents.jsonl", row)
-    append_line(tmp_path / "version_0" / "incidents.jsonl", {**row, "id": 2, "time": 99.0})
+    append_lines(tmp_path / "version_0" / "incidents.jsonl", [row])
+    append_lines(tmp_path / "version_0" / "incidents.jsonl", [{**row, "id": 2, "time": 99.0}])
     written = Outcome(
         ending=ending,
         metrics={"a": 1.5, "b": math.inf},

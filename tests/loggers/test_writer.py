@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_stability import stability_callbacks
 from lit_stability.faults import FaultInjector, NanLoss
-from lit_stability.tensorboard.scalar_writer import StabilityWriter
+from lit_stability.loggers.writer import StabilityWriter
 from tests.conftest import Regression, fit
 from tests.incidents.test_incident import incident
 
@@ -65,14 +65,14 @@ def test_other_loggers_get_the_scalars_too(run):
 def test_text_of_incidents_ends_at_its_limit_and_the_last_one_is_written(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr("lit_stability.tensorboard.scalar_writer.TEXTS", 5000)
+    monkeypatch.setattr("lit_stability.loggers.writer.TEXTS", 5000)
     logger = TensorBoardLogger(tmp_path, "", "")
     writer = StabilityWriter([logger])
     for number in range(1, 51):
-        writer.write_incident(incident(number, message="m" * 500), step=number)
+        writer.write_incident(incident(number, message="m" * 500), [], number)
     last = incident(99)
     last.close("stopped", 99)
-    writer.write_incident(last, step=99)
+    writer.write_incident(last, [], 99)
     logger.experiment.close()
     tags = events_in(tmp_path).Tags()["tensors"]
     assert 1 < len(tags) < 12
