@@ -15,7 +15,8 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
-    "lightning_choice": {"versions"},
+    "console": set(),
+    "lightning_choice": {"console", "versions"},
     "compat": {"lightning_choice"},
     "lightning_package": {"lightning_choice", "versions"},
     "errors": set(),
@@ -40,7 +41,7 @@ ROOMS = {
     },
     "tensorboard": {"incidents", "lightning_choice", "measurement"},
     "callbacks": {
-        *("checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
+        *("checks", "console", "detectors", "diagnosis", "distributed", "figures", "incidents"),
         *("lightning_choice", "lightning_package", "measurement", "policies", "redaction"),
         *("tensorboard", "trainer_internals", "training_state"),
     },
@@ -69,6 +70,7 @@ WITH_LIGHTNING = {"callbacks", "trainer_internals", "restart", "cli", "faults"}
 WITHOUT_TORCH = {
     *(
         "versions",
+        "console",
         "lightning_choice",
         "errors",
         "printing",

@@ -20,7 +20,7 @@ from lit_stability.faults import (
     ScaleLoss,
 )
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
-from tests.conftest import Regression, fit, flat, regression_data, skipping_suite
+from tests.conftest import Regression, fit, flat, lines_of, regression_data, skipping_suite
 
 
 def fp16_on_cpu():
@@ -285,7 +285,7 @@ def test_incident_is_logged_once_when_it_opens_and_once_when_it_closes(tmp_path,
     """Invariant 8: a burst of five bad steps is one incident and two lines."""
     callbacks = [FaultInjector([NanLoss(step=30, steps=5)]), *skipping_suite()]
     fit(tmp_path, callbacks)
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("incident ")]
+    lines = [line for line in lines_of(caplog) if line.startswith("incident ")]
     assert len(lines) == 2
     assert "non-finite loss" in lines[0]
     assert "step skipped" in lines[0]

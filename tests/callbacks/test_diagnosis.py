@@ -22,7 +22,7 @@ from lit_stability.detectors import Anomaly, default_detectors
 from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
 from lit_stability.incidents.report import responses_text
 from lit_stability.measurement.step_stats import ProbeReading
-from tests.conftest import Regression, fit, flat, regression_data
+from tests.conftest import Regression, fit, flat, lines_of, regression_data
 
 
 def suite(*before, **options):
@@ -66,7 +66,7 @@ def test_fault_that_does_not_return_is_a_glitch_and_data_are_not_blamed(tmp_path
 
 def test_likely_cause_is_in_the_line_on_the_console(tmp_path, caplog):
     fit(tmp_path, suite(), data=poisoned(30), max_steps=50)
-    opened = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("incident"))
+    opened = next(line for line in lines_of(caplog) if line.startswith("incident"))
     assert "; certain cause: bad batch -> step retried" in opened
 
 

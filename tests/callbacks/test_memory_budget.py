@@ -9,7 +9,7 @@ import torch
 from lit_stability import AutoRollback, GradientMonitor, read_incidents, stability_callbacks
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from lit_stability.trainer_internals import TrainingSnapshot
-from tests.conftest import Regression, fit, regression_data
+from tests.conftest import Regression, fit, lines_of, regression_data
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import Net
 
@@ -118,7 +118,7 @@ def test_decision_is_one_line_with_bytes_bound_and_what_is_lost(tmp_path, caplog
         module=Wide,
         data=wide_data(),
     )
-    lines = [m for m in caplog.messages if m.startswith("AutoRollback keeps")]
+    lines = [m for m in lines_of(caplog) if m.startswith("AutoRollback keeps")]
     assert len(lines) == 2, "before the first step, and with the second snapshot"
     assert lines[0] == "AutoRollback keeps two snapshots, 1.3 MiB each"
     assert lines[1] == (

@@ -467,13 +467,13 @@ class GradientMonitor(StabilityCallback):
             self._schedules.metrics_known()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the open incident, reports non-finite weights, and prints the summary."""
+        """Closes the open incident, and reports non-finite weights."""
         if self._measurer is None:
             return
         self._schedules.metrics_known()
         self._reporter.ends_with(self._consensus.bad_state(self._meters.values()))
         self._tracker.close(trainer, pl_module, "unresolved")
-        self._reporter.end(self.incidents)
+        self._reporter.end()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -484,7 +484,8 @@ class GradientMonitor(StabilityCallback):
             return
         stopped = isinstance(exception, TrainingStopped)
         self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
-        self._reporter.end(self.incidents)
+        self._reporter.end()
+        self._reporter.print_summary(self.incidents)
         # A fit that fails has no teardown.
         show_empty_hooks(trainer)
         self._measurer.close()
@@ -497,11 +498,13 @@ class GradientMonitor(StabilityCallback):
             self._reporter.saved_with(self._consensus.bad_state(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Releases the parameters and the process group."""
+        """Prints the summary, and releases the parameters and the process group."""
         if stage == "fit":
             self._cancel_exit()
             show_empty_hooks(trainer)
             if self._measurer is not None:
+                # Not earlier: the progress bar is closed only now, and would be drawn over it.
+                self._reporter.print_summary(self.incidents)
                 self._measurer.close()
             self._measurer = None
             for optimizer in trainer.optimizers:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
+from lit_stability.console import rich_draws
 from lit_stability.incidents import Incident
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.incidents.report import closing_line, opening_line, summary_table
@@ -23,6 +24,16 @@ log = suite_logger()
 def only_warnings(record: logging.LogRecord) -> bool:
     """Filters the log of ranks other than the first."""
     return record.levelno >= logging.WARNING
+
+
+def stop_bar_of_rich(trainer: Trainer) -> None:
+    """Stops a RichProgressBar that is drawn; Lightning does so itself at the end of the same hook.
+
+    That of tqdm is closed earlier.
+    """
+    progress = getattr(trainer.progress_bar_callback, "progress", None)
+    if progress is not None and rich_draws():
+        progress.stop()
 
 
 class Reporter:
@@ -111,10 +122,14 @@ class Reporter:
                 f"first {bad[0]}: do not resume from it"
             )
 
-    def end(self, incidents: Sequence[Incident]) -> None:
-        """Prints the summary of a fit that had incidents; nothing is reported after it."""
+    def end(self) -> None:
+        """Writes the rest of the history of step attempts."""
         self.history.end()
+
+    def print_summary(self, incidents: Sequence[Incident]) -> None:
+        """Prints the summary of a fit that had incidents, below its progress bar."""
         if incidents:
+            stop_bar_of_rich(self._trainer)
             self.log_line("\n".join(["stability summary", *summary_table(incidents)]))
 
     def log_line(self, line: str) -> None:
