@@ -7,7 +7,9 @@ or glued to it. Imports the standard library only; rich and tqdm are used where 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -88,12 +90,48 @@ def _show(handler: logging.StreamHandler[TextIO], record: logging.LogRecord) -> 
     if not handler.filter(record):
         return
     try:
-        text = handler.format(record) + handler.terminator
+        text = _wrapped(handler.format(record), _columns(handler.stream))
         with _without_tqdm():
-            (_stream_of_rich() or handler.stream).write(text)
+            (_stream_of_rich() or handler.stream).write(text + handler.terminator)
             handler.flush()
     except Exception:
         handler.handleError(record)
+
+
+def _columns(stream: TextIO) -> int:
+    """Returns the width of a terminal; 0 if it has none, as in a notebook."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def _wrapped(text: str, columns: int) -> str:
+    r"""Returns the text with its lines broken between words; what continues a line is indented.
+
+    Args:
+        text: of one or more lines.
+        columns: that a line may have; 0 for any number.
+
+    >>> print(_wrapped("one two three\n  four five six", 10))
+    one two
+      three
+      four
+        five
+        six
+    """
+    return "\n".join(
+        textwrap.fill(
+            line,
+            columns,
+            subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        if 0 < columns < len(line)
+        else line
+        for line in text.split("\n")
+    )
 
 
 def _stream_of_rich() -> TextIO | None:

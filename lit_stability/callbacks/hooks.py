@@ -84,6 +84,14 @@ class StabilityCallback(Callback):
         """Returns whether there is a good state to go back to; None if none is ever kept."""
         return None
 
+    def startup_text(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Returns in a few words what this callback does in the fit; empty for nothing to say.
+
+        Called on rank 0 only, before the first batch; the texts of all callbacks are logged in one
+        line. It must not use collectives.
+        """
+        return ""
+
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:

@@ -22,7 +22,13 @@ from lit_stability.diagnosis import (
     assess,
 )
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.policies.actions import ClipStep, Response, RollBack, describe
+from lit_stability.policies.actions import (
+    ClipStep,
+    HoldLearningRate,
+    Response,
+    RollBack,
+    describe,
+)
 
 Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
 """``recurring``: the run was healthy again, and an incident at the same place came before or
@@ -75,6 +81,8 @@ class Incident:
     """Response to the latest anomaly; None while no callback has chosen one."""
     responses: list[str] = field(default_factory=list)
     """Description of every response so far."""
+    rates: list[tuple[float, float]] = field(default_factory=list)
+    """Learning rate before and after each response that lowered it."""
     adjusted: bool = False
     """Whether a setting was changed for the latest anomaly that may remove its cause."""
     path: str | None = None
@@ -91,6 +99,8 @@ class Incident:
     callback has ``needs_recorded_step = True``."""
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
+    same_sample_as: int | None = None
+    """The first incident of the fit that one of the bad samples has made too."""
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
     """Snapshots that were kept when it happened: number, places, bytes, and what is lost by it."""
     cadence: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -134,9 +144,21 @@ class Incident:
             )
         self.response = response
         self.responses.append(describe(response))
+        self._note_rates(response)
         self._rerun_lowered |= isinstance(response, RollBack) and (
             response.lr_factor < 1 or response.clip_factor < 1
         )
+
+    def _note_rates(self, response: Response) -> None:
+        """Record the largest learning rate before and after a response that lowers it."""
+        rates = () if self.stats is None else self.stats.learning_rates
+        factors: tuple[float, ...] = ()
+        if isinstance(response, RollBack) and response.lr_factor < 1:
+            factors = (response.lr_factor,) * len(rates)
+        elif isinstance(response, HoldLearningRate):
+            factors = response.factors
+        if rates and factors:
+            self.rates.append(max((r, r * f) for r, f in zip(rates, factors, strict=False)))
 
     def adjust(self, response: Response) -> None:
         """Records a change that may remove the cause; another callback still resolves the step."""
@@ -267,6 +289,16 @@ class Incident:
         )
 
     @property
+    def samples(self) -> list[int]:
+        """Positions in the batch of the samples that made a NaN or Inf; empty if not known."""
+        return [] if self.origin is None else list(getattr(self.origin, "samples", ()))
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in the batch; 0 if not known."""
+        return 0 if self.origin is None else int(getattr(self.origin, "batch_size", 0))
+
+    @property
     def remedy(self) -> str:
         """What to try, in one sentence."""
         causes = self.likely_causes
@@ -296,6 +328,9 @@ class Incident:
             "message": self.first.message,
             "layers": [list(pair) for pair in self.first.layers],
             "strikes": self.occurrences,
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "same_sample_as": self.same_sample_as,
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
             "hypotheses": [cause.as_dict() for cause in self.likely_causes],

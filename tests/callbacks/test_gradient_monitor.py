@@ -135,7 +135,7 @@ def test_incident_open_at_the_end_is_closed_in_the_record(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=58)]), *stability_callbacks()]
     fit(tmp_path, callbacks, max_steps=60)
     assert [i["outcome"] for i in read_incidents(tmp_path)] == ["unresolved"]
-    assert "stability summary" in caplog.text
+    assert "summary: 1 incident, one cause: " in caplog.text
 
 
 def test_exception_in_the_fit_closes_the_record(tmp_path):

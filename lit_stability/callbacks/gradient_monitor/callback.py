@@ -269,13 +269,14 @@ class GradientMonitor(StabilityCallback):
         )
         incident = self._tracker.recur(trainer, anomaly)
         call_hook("on_incident", trainer, pl_module, incident)
-        self._reporter.opened(incident)
+        self._tracker.report()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records the batch that the next measurement belongs to."""
         if self._measurer is not None:
+            self._reporter.started(pl_module)
             self._measurer.batch_started(batch, batch_idx)
 
     def on_before_backward(
@@ -425,7 +426,6 @@ class GradientMonitor(StabilityCallback):
         assert self._measurer is not None
         meter = self._meters[stats.optimizer]
         anomaly = with_damage(anomaly, *self._consensus.audit(*meter.audit()))
-        opening = self.current is None
         if anomaly.state_corrupted:
             self._detectors.rolled_back_for(anomaly)
             self._measurer.watch_writes()
@@ -435,8 +435,7 @@ class GradientMonitor(StabilityCallback):
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_multiplier(trainer.optimizers[stats.optimizer])
         meter.expect(scale.effective())
-        if opening:
-            self._reporter.opened(incident)
+        self._tracker.report()
         return anomaly
 
     @property

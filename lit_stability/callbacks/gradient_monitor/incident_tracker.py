@@ -12,7 +12,8 @@ from lit_stability.callbacks.gradient_monitor.reporter import Reporter
 from lit_stability.callbacks.hooks import call_hook
 from lit_stability.detectors import Anomaly, Vote
 from lit_stability.incidents import Incident, Outcome
-from lit_stability.incidents.recurrence import same_place
+from lit_stability.incidents.console_lines import place_of
+from lit_stability.incidents.recurrence import same_place, same_sample
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import batch_index
@@ -49,6 +50,20 @@ class IncidentTracker:
         )
         self.incidents.append(self.current)
         return self.current
+
+    def report(self) -> None:
+        """Reports the response to the latest anomaly of the open incident."""
+        incident, earlier = self.current, self.incidents[:-1]
+        if incident is None or self.reporter is None:
+            return
+        if incident.occurrences > 1:
+            self.reporter.continued(incident)
+            return
+        incident.same_sample_as = same_sample(incident, earlier)
+        known = incident.cause or incident.origin is not None
+        place = place_of(incident)
+        alike = (each for each in earlier if known and place_of(each) == place)
+        self.reporter.opened(incident, next(alike, None))
 
     def healthy(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Counts a healthy step; ``close_after`` of them in a row close the open incident."""
