@@ -144,10 +144,16 @@ class AnomalyCheckpoint(StabilityCallback):
     def on_incident_closed(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> None:
-        """Rewrites the report with the outcome, and those of the incidents that it repeats."""
+        """Rewrites the report with the outcome."""
         if trainer.is_global_zero:
-            for each in (*incident.repeats, incident):
-                _rewrite_report(each)
+            _rewrite_report(incident)
+
+    def on_outcome_changed(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> None:
+        """Rewrites the report with the other outcome."""
+        if trainer.is_global_zero:
+            _rewrite_report(incident)
 
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path

@@ -154,6 +154,14 @@ class StabilityCallback(Callback):
     ) -> None:
         """Called when an incident is over and ``incident.outcome`` is known; on every rank."""
 
+    def on_outcome_changed(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> None:
+        """Called when the outcome of a closed incident turns out to be another; on every rank.
+
+        An incident that has recovered may recur; after one that was contained the run may learn.
+        """
+
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called right after a snapshot was restored, between two batches; on every rank."""
 

@@ -24,6 +24,11 @@ _VERBS = {
 }
 """Beginning of a description of `lit_stability.policies.actions` -> word under which it counts."""
 _STOP = "stopped: "
+_OUTCOMES = {
+    "contained": "contained, not learning",
+    "handled": "handled, the run ended before it was confirmed",
+}
+"""Outcomes that need more than their word."""
 _HEAD = ("incident", "step", "cause", "done", "outcome")
 
 
@@ -75,8 +80,16 @@ def closing_line(incident: Incident) -> str:
         incident: to describe.
     """
     done = ", ".join(filter(None, [counted(incident.responses), _rates(incident).lstrip(", ")]))
-    parts = [done or "nothing changed", cause_text(incident)]
+    parts = [done or "nothing changed", *_losses(incident), cause_text(incident)]
     return f"incident {incident.id} {_ending(incident)}: {'; '.join(parts)}"
+
+
+def _losses(incident: Incident) -> list[str]:
+    """Returns the loss after and before the incident, if that is why it is only contained."""
+    if incident.outcome != "contained" or incident.after is None:
+        return []
+    before = "" if incident.before is None else f", {incident.before.middle:.3g} before"
+    return [f"loss {incident.after.middle:.3g}{before}"]
 
 
 def _ending(incident: Incident) -> str:
@@ -91,9 +104,9 @@ def _ending(incident: Incident) -> str:
 
 
 def outcome_text(incident: Incident) -> str:
-    """Returns the outcome, and for a recurring incident the one that it repeats."""
+    """Returns the outcome in words, and for a recurring incident the one that it repeats."""
     if not incident.repeats:
-        return incident.outcome
+        return _OUTCOMES.get(incident.outcome, incident.outcome)
     count, first = len(incident.repeats) + 1, incident.repeats[0].id
     return f"{incident.outcome} ({count} times since incident {first})"
 

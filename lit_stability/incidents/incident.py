@@ -21,6 +21,7 @@ from lit_stability.diagnosis import (
     RuledOut,
     assess,
 )
+from lit_stability.incidents.learning import Level
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import (
     ClipStep,
@@ -30,9 +31,13 @@ from lit_stability.policies.actions import (
     describe,
 )
 
-Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
-"""``recurring``: the run was healthy again, and an incident at the same place came before or
-after; see `recurrence`."""
+Outcome = Literal[
+    "open", "recovered", "contained", "recurring", "observed", "handled", "stopped", "unresolved"
+]
+"""``recovered``: the run learns again. ``contained``: its steps are healthy again, but it does not
+learn; see `learning`. ``recurring``: an incident at the same place came before or after; see
+`recurrence`. ``observed``: nothing was done. ``handled``: healthy steps followed, but the run ended
+before they were enough. ``unresolved``: it ended without any."""
 
 
 class TrainingStopped(RuntimeError):
@@ -109,6 +114,10 @@ class Incident:
     repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
     """Earlier incidents at the same place."""
     closed_step: int | None = None
+    before: Level | None = None
+    """Level of the loss before the incident; None if it is not known."""
+    after: Level | None = None
+    """Level of the loss when the outcome was found."""
     started: float = field(default_factory=time.time)
     _rerun_lowered: bool = field(default=False, init=False, repr=False, compare=False)
     _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
@@ -125,6 +134,11 @@ class Incident:
     def at_start(self) -> bool:
         """Whether the state was damaged before the first step."""
         return self.first.kind == AT_START
+
+    @property
+    def lowered(self) -> bool:
+        """Whether a response lowered learning rate or clip."""
+        return bool(self.rates) or any(", clip x" in response for response in self.responses)
 
     @property
     def resolved(self) -> bool:
@@ -346,6 +360,8 @@ class Incident:
             "path": self.path,
             "verdict": self.verdict,
             "outcome": self.outcome,
+            "loss_before": None if self.before is None else self.before.middle,
+            "loss_after": None if self.after is None else self.after.middle,
             "repeats": [each.id for each in self.repeats],
             "closed_step": self.closed_step,
             "time": self.started,

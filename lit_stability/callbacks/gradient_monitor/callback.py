@@ -43,6 +43,7 @@ from lit_stability.detectors import (
 )
 from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.incidents.learning import LossLevels
 from lit_stability.incidents.step_history import StepHistory
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.initial_state import (
@@ -238,6 +239,7 @@ class GradientMonitor(StabilityCallback):
         if self._detectors.knows_writes:
             self._measurer.watch_writes()
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
+        self._tracker.losses = LossLevels(from_start=trainer.global_step == 0)
         self._pending = None
         self._cancel_exit = at_worker_exit(lambda: self._worker_ended(trainer, pl_module))
         self._check_initial_state(trainer, pl_module)
@@ -417,7 +419,8 @@ class GradientMonitor(StabilityCallback):
         """Teach the detectors a step that all ranks accepted."""
         self._detectors.learn(stats)
         self._schedules.stepped(stats)
-        self._tracker.healthy(trainer, pl_module, stats.step)
+        self._tracker.losses.rate_is_cut = self._schedules.rate_is_cut
+        self._tracker.healthy(trainer, pl_module, stats)
 
     def _raise(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
@@ -471,7 +474,7 @@ class GradientMonitor(StabilityCallback):
             return
         self._schedules.metrics_known()
         self._reporter.ends_with(self._consensus.bad_state(self._meters.values()))
-        self._tracker.close(trainer, pl_module, "unresolved")
+        self._tracker.end(trainer, pl_module)
         self._reporter.end()
 
     def on_exception(
@@ -482,7 +485,7 @@ class GradientMonitor(StabilityCallback):
         if self._measurer is None:
             return
         stopped = isinstance(exception, TrainingStopped)
-        self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
+        self._tracker.end(trainer, pl_module, stopped=stopped)
         self._reporter.end()
         self._reporter.print_summary(self.incidents)
         # A fit that fails has no teardown.

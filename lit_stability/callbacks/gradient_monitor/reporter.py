@@ -169,7 +169,9 @@ class Reporter:
         self.history.incident_changed(incident)
 
     def amended(self, incident: Incident) -> None:
-        """Records another outcome of an incident that is closed."""
+        """Records another outcome of an incident that is closed, and reports a better one."""
+        if incident.outcome == "recovered":
+            self.log_line(closing_line(incident))
         self._write("close", incident)
         self.history.incident_changed(incident)
 
