@@ -1,7 +1,8 @@
 """Writes the log of this package to a screen on which progress bars are drawn as well.
 
 A bar of rich or tqdm moves the cursor, so that what a log handler writes beside it is overwritten,
-or glued to it. Imports the standard library only; rich and tqdm are used where they are loaded.
+or glued to it. In a notebook a record may be shown as a card instead. Imports the standard library
+only; rich, tqdm and IPython are used where they are loaded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import sys
 import textwrap
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -40,6 +42,32 @@ def attach(logger: logging.Logger) -> logging.Logger:
     return logger
 
 
+def show_card(card: object) -> dict[str, object]:
+    """Returns the ``extra`` of a record that a notebook shows as a card, in place of its lines.
+
+    Args:
+        card: with ``_repr_html_``. The same object is shown once, and drawn again in its place when
+            a later record has it too.
+    """
+    return {"stability_card": card}
+
+
+def _has_shown(record: logging.LogRecord) -> bool:
+    """Shows the card of a record, if there is one and this is a notebook."""
+    card: Any = getattr(record, "stability_card", None)
+    ipython: Any = sys.modules.get("IPython") if card is not None else None
+    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
+        return False
+    known = hasattr(card, "display_id")
+    if not known:
+        card.display_id = uuid.uuid4().hex
+    try:
+        ipython.display.display(card, display_id=card.display_id, update=known)
+    except Exception:  # of a frontend or a publisher of its own; the lines are shown instead
+        return False
+    return True
+
+
 def rich_draws() -> bool:
     """Returns whether rich draws something on the terminal now, such as a progress bar."""
     return _stream_of_rich() is not None
@@ -57,7 +85,9 @@ def _call_handlers(
 ) -> None:
     """Does what `logging.Logger.callHandlers` does; a screen is written to through its bar."""
     handlers = [*_handlers_of(logger)]
-    if not any(map(_is_screen, handlers)):
+    if _has_shown(record):
+        handlers = [handler for handler in handlers if not _writes_below_a_cell(handler)]
+    elif not any(map(_is_screen, handlers)):
         usual(record)
         return
     for handler in handlers:
@@ -83,6 +113,11 @@ def _is_screen(handler: logging.Handler) -> bool:
     plain = type(handler).emit is logging.StreamHandler.emit
     stream = handler.stream
     return plain and hasattr(stream, "isatty") and not stream.closed and bool(stream.isatty())
+
+
+def _writes_below_a_cell(handler: logging.Handler) -> bool:
+    stream = getattr(handler, "stream", None)
+    return type(stream).__module__.startswith("ipykernel")
 
 
 def _show(handler: logging.StreamHandler[TextIO], record: logging.LogRecord) -> None:

@@ -1,6 +1,7 @@
 """Lines of the suite reach the screen whole, beside progress bars and without a terminal."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -112,3 +113,32 @@ def test_handlers_of_all_loggers_above_get_each_record_once_by_their_level():
     first, second = f"{PREFIX} 3 steps", f"{PREFIX} over"
     assert handlers["all"].lines == handlers["own"].lines == [first, second]
     assert handlers["errors"].lines == [second]
+
+
+NOTEBOOK = """
+import logging
+from pathlib import Path
+from lit_stability import stability_callbacks
+from lit_stability.faults import FaultInjector, NanLoss
+from tests.conftest import fit
+logging.getLogger("lightning.pytorch").addHandler(logging.FileHandler("log.txt"))
+faults = FaultInjector([NanLoss(step=12), NanLoss(step=40, steps=2)])
+fit(Path("."), [faults, *stability_callbacks()], max_steps=60);
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+def test_incident_is_one_card_in_a_notebook_and_lines_in_the_users_file(tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbclient.NotebookClient(book, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = book.cells[0].outputs
+    cards = [each.data["text/html"] for each in outputs if each.output_type == "display_data"]
+    assert [card.count("Incident 1 at step 12") for card in cards] == [1, 0]
+    assert all("recovered at step " in card for card in cards), "each is drawn again when it closes"
+    printed = "".join(each.text for each in outputs if each.output_type == "stream")
+    assert "[stability] watching" in printed
+    assert "[stability] incident" not in printed
+    assert (tmp_path / "log.txt").read_text().count("[stability] incident 1 ") == 2

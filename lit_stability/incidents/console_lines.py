@@ -43,8 +43,8 @@ def opening_lines(incident: Incident, alike: Incident | None = None) -> str:
     details = incident.path or incident.record
     cause = cause_text(incident) if alike is None else f"the same as incident {alike.id}"
     lines = [
-        f"incident {incident.id} at step {incident.first.step}: {_what(incident)}; {cause}",
-        f"where: {_where(incident)}",
+        f"incident {incident.id} at step {incident.first.step}: {what_text(incident)}; {cause}",
+        f"where: {where_text(incident)}",
         f"done: {response}" + (f". To do: {incident.remedy}" if alike is None else ""),
         f"details: {short_path(details)}" if details else "",
     ]
@@ -156,7 +156,7 @@ def _rates(incident: Incident) -> str:
     return f", learning rate {incident.rates[0][0]:.3g} -> {incident.rates[-1][1]:.3g}"
 
 
-def _what(incident: Incident) -> str:
+def what_text(incident: Incident) -> str:
     """Returns kind and observation in a few words."""
     first, origin = incident.first, incident.origin
     message = " ".join(first.message.split())
@@ -169,7 +169,7 @@ def _what(incident: Incident) -> str:
     return f"{first.kind}: {textwrap.shorten(message, _SHORT, placeholder=' ...')}"
 
 
-def _where(incident: Incident) -> str:
+def where_text(incident: Incident) -> str:
     """Returns operation or layer, and epoch, batch and sample."""
     if incident.at_start:
         return "before the first step"

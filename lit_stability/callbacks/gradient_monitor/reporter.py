@@ -9,8 +9,9 @@ from typing import Literal
 
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.callbacks.hooks import StabilityCallback
-from lit_stability.console import rich_draws
+from lit_stability.console import rich_draws, show_card
 from lit_stability.incidents import Incident
+from lit_stability.incidents.card import IncidentCard
 from lit_stability.incidents.console_lines import (
     cause_line,
     cause_text,
@@ -76,6 +77,7 @@ class Reporter:
         """Whether the loss scaler has not had a finite step yet."""
         self._writable = True
         self._started = False
+        self._cards: dict[int, IncidentCard] = {}
         self._shown = _Shown("", set())
         directory = run_directory(trainer)
         self._record = None if directory is None else IncidentRecord(directory / "incidents.jsonl")
@@ -140,7 +142,7 @@ class Reporter:
             alike: the first incident of the fit with the same cause, if there is one.
         """
         self._shown = _Shown(cause_text(incident), {verb_of(r) for r in incident.responses})
-        self.log_line(opening_lines(incident, alike))
+        self.log_line(opening_lines(incident, alike), incident)
         self._write("open", incident)
         self.history.incident_changed(incident)
 
@@ -153,25 +155,25 @@ class Reporter:
         new = [each for verb, each in verbs.items() if verb not in self._shown.verbs]
         self._shown.verbs.update(verbs)
         if new and not isinstance(incident.response, Stop):
-            self.log_line(continued_line(incident, new))
+            self.log_line(continued_line(incident, new), incident)
         self._report_cause(incident)
 
     def _report_cause(self, incident: Incident) -> None:
         cause, before = cause_text(incident), self._shown.cause
         if cause != before:
             self._shown.cause = cause
-            self.log_line(cause_line(incident, before))
+            self.log_line(cause_line(incident, before), incident)
 
     def closed(self, incident: Incident) -> None:
         """Reports an incident that was closed, and its outcome."""
-        self.log_line(closing_line(incident))
+        self.log_line(closing_line(incident), incident)
         self._write("close", incident)
         self.history.incident_changed(incident)
 
     def amended(self, incident: Incident) -> None:
         """Records another outcome of an incident that is closed, and reports a better one."""
         if incident.outcome == "recovered":
-            self.log_line(closing_line(incident))
+            self.log_line(closing_line(incident), incident)
         self._write("close", incident)
         self.history.incident_changed(incident)
 
@@ -198,10 +200,18 @@ class Reporter:
             stop_bar_of_rich(self._trainer)
             self.log_line(summary(incidents))
 
-    def log_line(self, line: str) -> None:
-        """Logs a line on rank 0."""
+    def log_line(self, line: str, incident: Incident | None = None) -> None:
+        """Logs a line on rank 0.
+
+        Args:
+            line: to log.
+            incident: whose card shows the same in a notebook; None for what is no incident.
+        """
         if self._trainer.is_global_zero:
-            log.info(line)
+            log.info(line, extra=None if incident is None else show_card(self._card_of(incident)))
+
+    def _card_of(self, incident: Incident) -> IncidentCard:
+        return self._cards.setdefault(incident.id, IncidentCard(incident))
 
     def _write(self, event: Literal["open", "close"], incident: Incident) -> None:
         if not self._trainer.is_global_zero:
