@@ -16,10 +16,20 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lit_stability import stability_callbacks
 from lit_stability.faults import FaultInjector, NanLoss
-from tests.conftest import fit, regression_data
+from tests.conftest import Regression, fit, regression_data
 
 BARS = {"rich": RichProgressBar, "tqdm": TQDMProgressBar}
 SEPARATOR = "\x1e"
+
+
+class WithMetrics(Regression):
+    """Shows metrics, for which the bar of rich takes several rows: it moves the cursor up them."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        for name in ("first", "second", "third"):
+            self.log(f"a_metric_with_a_long_name/{name}", loss, prog_bar=True)
+        return loss
 
 
 def set_columns(columns):
@@ -36,7 +46,7 @@ def run(folder, bar, columns):
     bars = [BARS[bar]()] if bar in BARS else []
     callbacks = [FaultInjector([NanLoss(step=12)]), *stability_callbacks(), *bars]
     options = {"max_steps": 30, "enable_progress_bar": bool(bars)}
-    fit(folder / f"{bar}{columns}", callbacks, data=regression_data(15), **options)
+    fit(folder / f"{bar}{columns}", callbacks, WithMetrics, regression_data(15), **options)
 
 
 if __name__ == "__main__":

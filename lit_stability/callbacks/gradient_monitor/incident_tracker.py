@@ -19,7 +19,7 @@ from lit_stability.measurement.step_stats import StepStats
 from lit_stability.policies.actions import AcceptNewRegime, describe
 from lit_stability.trainer_internals import batch_index
 
-_OVER = ("recovered", "contained")
+_OVER = ("recovered", "contained", "handled")
 """Outcomes of an incident that is over, unless it recurs at the same place."""
 
 
