@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from lit_stability.console import attach
 from lit_stability.versions import installed
 
 VARIABLE = "LIT_STABILITY_LIGHTNING"
@@ -84,7 +85,7 @@ def mixed_packages(kind: type) -> str | None:
 
 def suite_logger() -> logging.Logger:
     """Returns the logger of this package, below the one of Lightning that has handler and level."""
-    return logging.getLogger(f"{trainer_module(choose_lightning())}.lit_stability")
+    return attach(logging.getLogger(f"{trainer_module(choose_lightning())}.lit_stability"))
 
 
 def _named() -> str | None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import AutoRollback, stability_callbacks
 from lit_stability.callbacks.auto_rollback import snapshot_timer
+from lit_stability.console import PREFIX
 from lit_stability.trainer_internals import keep_records_in
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -133,6 +134,13 @@ def skipping_suite():
     """The default suite, but for data that are not replayed."""
     suite = stability_callbacks()
     return [*suite[:-1], AutoRollback(data="skip")]
+
+
+def lines_of(caplog):
+    """What the suite has logged; Lightning talks more where its other package is imported too."""
+    ours = [r.getMessage() for r in caplog.records if r.name.endswith("lit_stability")]
+    assert all(line.startswith(PREFIX) for line in ours)
+    return [line.removeprefix(PREFIX).lstrip() for line in ours]
 
 
 def flat(module):

@@ -166,6 +166,6 @@ def test_rescued_run_tells_what_happened(rescue):
     for number, kind in enumerate(kinds, 1):
         assert f"incident {number} at step" in output
         assert f"incident {number} ({kind}) recovered" in output
-    assert "stability summary" in output
+    assert "[stability] summary: " in output
     assert f"tensorboard --logdir {folder}" in output
     assert len(list((folder / "incidents").iterdir())) == 3

@@ -15,7 +15,8 @@ ROOT = Path(lit_stability.__file__).parent
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
-    "lightning_choice": {"versions"},
+    "console": set(),
+    "lightning_choice": {"console", "versions"},
     "compat": {"lightning_choice"},
     "lightning_package": {"lightning_choice", "versions"},
     "errors": set(),
@@ -46,9 +47,10 @@ ROOMS = {
     },
     "tensorboard": {"incidents", "lightning_choice", "loggers", "measurement", "outside"},
     "callbacks": {
-        *("background", "checks", "detectors", "diagnosis", "distributed", "figures", "incidents"),
-        *("lightning_choice", "lightning_package", "loggers", "measurement", "outside", "policies"),
-        *("redaction", "tensorboard", "trainer_internals", "training_state"),
+        *("background", "checks", "console", "detectors", "diagnosis", "distributed", "figures"),
+        *("incidents", "lightning_choice", "lightning_package", "loggers", "measurement"),
+        *("outside", "policies", "redaction", "tensorboard", "trainer_internals"),
+        "training_state",
     },
     "restart": {
         *("callbacks", "checks", "compat", "incidents", "lightning_choice", "lightning_package"),
@@ -75,6 +77,7 @@ WITH_LIGHTNING = {"callbacks", "trainer_internals", "restart", "cli", "faults"}
 WITHOUT_TORCH = {
     *(
         "versions",
+        "console",
         "lightning_choice",
         "errors",
         "printing",

@@ -23,9 +23,9 @@ def cells(book):
 
 
 def printed(book):
-    """All text that the cells of a notebook put out."""
+    """All text that the cells of a notebook put out, that of cards too."""
     outputs = [o for c in book.cells if c.cell_type == "code" for o in c.outputs]
-    return "".join(o.get("text", "") for o in outputs)
+    return "".join(o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs)
 
 
 def figures(book):
@@ -67,7 +67,7 @@ def test_five_lines_save_the_accuracy(monkeypatch):
     dead, alive = re.findall(r"accuracy (\d\.\d+), (\d+) weights are NaN", five)
     assert (float(dead[0]), int(alive[1])) == (0.5, 0)
     assert float(alive[0]) > 0.95
-    assert "incident 1 at step 40 (epoch 0, batch 40)" in five
+    assert "incident 1 at step 40: " in five
 
 
 @pytest.mark.slow

@@ -150,10 +150,16 @@ class AnomalyCheckpoint(StabilityCallback):
     def on_incident_closed(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> None:
-        """Rewrites the report with the outcome, and those of the incidents that it repeats."""
+        """Rewrites the report with the outcome."""
         if trainer.is_global_zero:
-            for each in (*incident.repeats, incident):
-                guarded(self, "a report was not updated", partial(_rewrite_report, each))
+            guarded(self, "a report was not updated", partial(_rewrite_report, incident))
+
+    def on_outcome_changed(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> None:
+        """Rewrites the report with the other outcome."""
+        if trainer.is_global_zero:
+            guarded(self, "a report was not updated", partial(_rewrite_report, incident))
 
     def _save(
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident, folder: Path

@@ -84,6 +84,14 @@ class StabilityCallback(Callback):
         """Returns whether there is a good state to go back to; None if none is ever kept."""
         return None
 
+    def startup_text(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Returns in a few words what this callback does in the fit; empty for nothing to say.
+
+        Called on rank 0 only, before the first batch; the texts of all callbacks are logged in one
+        line. It must not use collectives.
+        """
+        return ""
+
     def on_step_measured(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
     ) -> None:
@@ -145,6 +153,14 @@ class StabilityCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, incident: Incident
     ) -> None:
         """Called when an incident is over and ``incident.outcome`` is known; on every rank."""
+
+    def on_outcome_changed(
+        self, trainer: Trainer, pl_module: LightningModule, incident: Incident
+    ) -> None:
+        """Called when the outcome of a closed incident turns out to be another; on every rank.
+
+        An incident that has recovered may recur; after one that was contained the run may learn.
+        """
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called right after a snapshot was restored, between two batches; on every rank."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, variance
 
-_DEAD = 1e-5
+DEAD_SHARE = 1e-5
 """Share of its largest value at which a learning rate changes nothing: a weight that moved by 1 %
 would now move by less than float32 can represent."""
 _WORKING = 0.1
@@ -113,7 +113,7 @@ class DeadLearningRate:
 
     def _count(self, step: int, share: float, loss: float) -> None:
         self._steps += 1
-        if share > _DEAD * (1 + 1e-6):
+        if share > DEAD_SHARE * (1 + 1e-6):
             self._since, self._dead_steps = None, 0
         else:
             self._since = step if self._since is None else self._since

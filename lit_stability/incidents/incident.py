@@ -21,12 +21,23 @@ from lit_stability.diagnosis import (
     RuledOut,
     assess,
 )
+from lit_stability.incidents.learning import Level
 from lit_stability.measurement.step_stats import StepStats
-from lit_stability.policies.actions import ClipStep, Response, RollBack, describe
+from lit_stability.policies.actions import (
+    ClipStep,
+    HoldLearningRate,
+    Response,
+    RollBack,
+    describe,
+)
 
-Outcome = Literal["open", "recovered", "recurring", "observed", "stopped", "unresolved"]
-"""``recurring``: the run was healthy again, and an incident at the same place came before or
-after; see `recurrence`."""
+Outcome = Literal[
+    "open", "recovered", "contained", "recurring", "observed", "handled", "stopped", "unresolved"
+]
+"""``recovered``: the run learns again. ``contained``: its steps are healthy again, but it does not
+learn; see `learning`. ``recurring``: an incident at the same place came before or after; see
+`recurrence`. ``observed``: nothing was done. ``handled``: healthy steps followed, but the run ended
+before they were enough. ``unresolved``: it ended without any."""
 
 
 class TrainingStopped(RuntimeError):
@@ -75,6 +86,8 @@ class Incident:
     """Response to the latest anomaly; None while no callback has chosen one."""
     responses: list[str] = field(default_factory=list)
     """Description of every response so far."""
+    rates: list[tuple[float, float]] = field(default_factory=list)
+    """Learning rate before and after each response that lowered it."""
     adjusted: bool = False
     """Whether a setting was changed for the latest anomaly that may remove its cause."""
     run: str = ""
@@ -95,6 +108,8 @@ class Incident:
     callback has ``needs_recorded_step = True``."""
     origin: Any = None
     """Operation that made the first NaN or Inf, a `NonFiniteOrigin`; None if not known."""
+    same_sample_as: int | None = None
+    """The first incident of the fit that one of the bad samples has made too."""
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
     """Snapshots that were kept when it happened: number, places, bytes, and what is lost by it."""
     cadence: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -103,6 +118,10 @@ class Incident:
     repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
     """Earlier incidents at the same place."""
     closed_step: int | None = None
+    before: Level | None = None
+    """Level of the loss before the incident; None if it is not known."""
+    after: Level | None = None
+    """Level of the loss when the outcome was found."""
     started: float = field(default_factory=time.time)
     _rerun_lowered: bool = field(default=False, init=False, repr=False, compare=False)
     _assessment: Assessment | None = field(default=None, init=False, repr=False, compare=False)
@@ -119,6 +138,11 @@ class Incident:
     def at_start(self) -> bool:
         """Whether the state was damaged before the first step."""
         return self.first.kind == AT_START
+
+    @property
+    def lowered(self) -> bool:
+        """Whether a response lowered learning rate or clip."""
+        return bool(self.rates) or any(", clip x" in response for response in self.responses)
 
     @property
     def resolved(self) -> bool:
@@ -138,9 +162,21 @@ class Incident:
             )
         self.response = response
         self.responses.append(describe(response))
+        self._note_rates(response)
         self._rerun_lowered |= isinstance(response, RollBack) and (
             response.lr_factor < 1 or response.clip_factor < 1
         )
+
+    def _note_rates(self, response: Response) -> None:
+        """Record the largest learning rate before and after a response that lowers it."""
+        rates = () if self.stats is None else self.stats.learning_rates
+        factors: tuple[float, ...] = ()
+        if isinstance(response, RollBack) and response.lr_factor < 1:
+            factors = (response.lr_factor,) * len(rates)
+        elif isinstance(response, HoldLearningRate):
+            factors = response.factors
+        if rates and factors:
+            self.rates.append(max((r, r * f) for r, f in zip(rates, factors, strict=False)))
 
     def adjust(self, response: Response) -> None:
         """Records a change that may remove the cause; another callback still resolves the step."""
@@ -271,6 +307,16 @@ class Incident:
         )
 
     @property
+    def samples(self) -> list[int]:
+        """Positions in the batch of the samples that made a NaN or Inf; empty if not known."""
+        return [] if self.origin is None else list(getattr(self.origin, "samples", ()))
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in the batch; 0 if not known."""
+        return 0 if self.origin is None else int(getattr(self.origin, "batch_size", 0))
+
+    @property
     def remedy(self) -> str:
         """What to try, in one sentence."""
         causes = self.likely_causes
@@ -301,6 +347,9 @@ class Incident:
             "message": self.first.message,
             "layers": [list(pair) for pair in self.first.layers],
             "strikes": self.occurrences,
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "same_sample_as": self.same_sample_as,
             "origin": None if self.origin is None else self.origin.as_dict(),
             "cause": self.cause,
             "hypotheses": [cause.as_dict() for cause in self.likely_causes],
@@ -317,6 +366,8 @@ class Incident:
             "pruned": self.pruned,
             "verdict": self.verdict,
             "outcome": self.outcome,
+            "loss_before": None if self.before is None else self.before.middle,
+            "loss_after": None if self.after is None else self.after.middle,
             "repeats": [each.id for each in self.repeats],
             "closed_step": self.closed_step,
             "time": self.started,

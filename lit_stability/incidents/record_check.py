@@ -76,6 +76,8 @@ FIELDS: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(("remedy", "path", "run", "verdict", "outcome"), _TEXT),
     "pruned": (lambda value: isinstance(value, bool), "true or false"),
     **dict.fromkeys(("checks", "evidence", "responses"), _TEXTS),
+    "samples": (_list_of(_is_number), "a list of numbers"),
+    **dict.fromkeys(("batch_size", "same_sample_as", "loss_before", "loss_after"), _NUMBER),
     "layers": (_list_of(_pair_of(_is_text, _is_number)), "a list of [name, number]"),
     "spans": (_list_of(_pair_of(_is_number, _is_number)), "a list of [first, last]"),
     "origin": (

@@ -1,66 +1,18 @@
-"""Text for people: console lines of an incident, its Markdown report, the table of all incidents.
+"""The Markdown report of an incident, and its responses in words.
 
 Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 
 from lit_stability.diagnosis import DiagnosisContext
+from lit_stability.incidents.console_lines import outcome_text
 from lit_stability.incidents.incident import Incident
 
 PRUNED = "pruned to make room, only this report is left"
 """Text for a folder that `AnomalyCheckpoint` has emptied."""
-_WIDEST = 80
-"""Longest response in the table, in characters."""
-
-
-def opening_line(incident: Incident) -> str:
-    """Returns the console line for an incident that opens.
-
-    Args:
-        incident: to describe.
-    """
-    response = responses_text(incident) or "observed, nothing changed"
-    cause = f"; {incident.origin.describe().splitlines()[0]}" if incident.origin else ""
-    where = f" | saved to {incident.path}" if incident.path else ""
-    if incident.cause and not cause:
-        cause = f"; {_cause(incident)}"
-    first = incident.first
-    return (
-        f"incident {incident.id} at step {first.step} (epoch {incident.epoch}, batch "
-        f"{incident.batch_idx}): {first.kind}: {first.message}{cause} -> {response}{where}"
-    )
-
-
-def closing_line(incident: Incident) -> str:
-    """Returns the console line for an incident that closes.
-
-    Args:
-        incident: to describe.
-    """
-    occurrences = "" if incident.occurrences == 1 else f" after {incident.occurrences} occurrences"
-    return (
-        f"incident {incident.id} ({incident.first.kind}) {_outcome(incident)}{occurrences}: "
-        f"{responses_text(incident) or 'nothing changed'}; {_cause(incident)}; "
-        f"step {incident.closed_step} now"
-    )
-
-
-def _outcome(incident: Incident) -> str:
-    """Returns the outcome, and for a recurring incident the one that it repeats."""
-    if not incident.repeats:
-        return incident.outcome
-    count, first = len(incident.repeats) + 1, incident.repeats[0].id
-    return f"{incident.outcome} ({count} times since incident {first})"
-
-
-def _cause(incident: Incident) -> str:
-    """Returns the cause with its certainty, as the console prints it and the report repeats it."""
-    certainty = next((c.certainty for c in incident.likely_causes if c.cause == incident.cause), "")
-    return f"{certainty} cause: {incident.cause}".lstrip() if incident.cause else "cause unknown"
 
 
 def responses_text(incident: Incident) -> str:
@@ -129,7 +81,7 @@ def markdown(incident: Incident) -> str:
         ("retried", incident.verdict or "no"),
         (
             "outcome",
-            _outcome(incident)
+            outcome_text(incident)
             + ("" if incident.closed_step is None else f" at step {incident.closed_step}"),
         ),
         ("to try", incident.remedy),
@@ -165,31 +117,6 @@ def _causes(incident: Incident) -> str:
     excluded = f"\n### Ruled out\n\n{cleared}" if cleared else ""
     known = causes if incident.cause else f"The cause is unknown.\n\n{causes}"
     return f"\n### Causes\n\n{known}{excluded}\n### Decision tree\n\n{checks}"
-
-
-def summary_table(incidents: Sequence[Incident]) -> list[str]:
-    """Returns one aligned line per incident, after a header; long responses are cut.
-
-    Args:
-        incidents: in the order of the lines.
-    """
-    head = ("id", "step", "kind", "occurrences", "response", "outcome")
-    rows = [
-        (
-            *(str(i.id), str(i.first.step), i.first.kind, str(i.occurrences)),
-            *(_cut(responses_text(i)), i.outcome),
-        )
-        for i in incidents
-    ]
-    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
-
-
-def _cut(text: str) -> str:
-    return textwrap.shorten(text, _WIDEST, placeholder=" ...") or "-"
 
 
 def _line(text: str) -> str:

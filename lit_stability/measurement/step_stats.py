@@ -147,6 +147,17 @@ class StepStats:
         """Whether every gradient is finite."""
         return math.isfinite(self.grad_norm)
 
+    @property
+    def share_of_schedule(self) -> float:
+        """The learning rate in force as a share of the scheduled one; the largest of any group.
+
+        >>> rates = {"learning_rates": (1e-3, 0.0), "nominal_learning_rates": (1e-2, 0.0)}
+        >>> StepStats(step=0, loss=1.0, grad_norm=1.0, **rates).share_of_schedule
+        0.1
+        """
+        pairs = zip(self.learning_rates, self.nominal_learning_rates, strict=False)
+        return max((rate / nominal for rate, nominal in pairs if nominal > 0), default=1.0)
+
     def readings_of(self, quantity: str) -> list[ProbeReading]:
         """Returns the readings of one quantity, largest first, with NaN before all others."""
         matching = [r for r in self.readings if r.quantity == quantity]

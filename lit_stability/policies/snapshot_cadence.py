@@ -112,13 +112,14 @@ class SnapshotCadence:
         """Duration of a capture, the median of the last three measured; 0 if none is known."""
         return statistics.median(self._captures or [0.0])
 
-    def plan(self) -> str:
-        """Returns the log line for the start, of a cadence that depends on the cost."""
-        assert self.cost is not None
-        return (
-            f"AutoRollback takes a snapshot every {self.every} steps, or every {self.longest} at "
-            f"most if they cost more than {100 * self.cost:.3g} % of the time"
-        )
+    def in_words(self) -> str:
+        """Returns the shortest distance, and the largest that there may be.
+
+        >>> SnapshotCadence(every=20, cost=0.01).in_words(), SnapshotCadence(5, None).in_words()
+        ('20 to 320 steps', '5 steps')
+        """
+        to = "" if self.cost is None else f" to {self.longest}"
+        return f"{self.every}{to} steps"
 
     def change(self) -> str:
         """Returns the log line for a distance that has changed."""

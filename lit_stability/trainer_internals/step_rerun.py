@@ -20,6 +20,7 @@ from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.half_precision import HALF, cast
 from lit_stability.measurement.norms import dense, norms_of, to_host, total
 from lit_stability.measurement.tensor_tree import size_of
+from lit_stability.trainer_internals.bad_samples import of_batch
 from lit_stability.trainer_internals.isolation import isolated_step
 from lit_stability.trainer_internals.precision import is_half
 from lit_stability.trainer_internals.strategies import adapter_of
@@ -148,7 +149,7 @@ class RecordedStep:
                     loss = _loss(trainer, pl_module, micro_batch, False)
                     return loss.detach() if forward_only else loss
 
-                origins.append(locate_nonfinite(pl_module, step))
+                origins.append(of_batch(locate_nonfinite(pl_module, step), micro_batch.batch))
         if forward_only:
             adapter_of(trainer).reshard(pl_module)
         return next((origin for origin in origins if origin is not None), None)

@@ -31,7 +31,7 @@ from lit_stability.policies.clip_rules import (
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.clip_cases import BUSY, Norms, expected, suite
-from tests.conftest import Regression, fit, flat, make_trainer, regression_data
+from tests.conftest import Regression, fit, flat, lines_of, make_trainer, regression_data
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import Net
 from tests.test_invariants import fp16_on_cpu
@@ -111,7 +111,7 @@ def test_learning_rate_is_cut_for_a_while_after_a_large_norm_and_comes_back(tmp_
     assert norms.clipped[20] == pytest.approx(5.0)
     fit(tmp_path, [nominal[1]], module, max_steps=40)
     assert nominal[0].rates == nominal[1].rates, "the schedule is unchanged"
-    lines = [r.getMessage() for r in caplog.records if "learning rate" in r.getMessage()]
+    lines = [line for line in lines_of(caplog) if "learning rate" in line]
     assert [line.split(":")[0] for line in lines] == ["step 20", "step 28"]
     assert "clipped 1 of 40 steps" in caplog.text
 

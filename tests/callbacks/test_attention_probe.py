@@ -16,7 +16,7 @@ from lit_stability.faults import FaultInjector, NanLoss
 from models.translation.config import TransformerConfig
 from models.translation.datamodule import TranslationDataModule
 from models.translation.module import TranslationModule
-from tests.conftest import by_hand, fit
+from tests.conftest import by_hand, fit, lines_of
 from tests.distributed import run_ranks
 from tests.exact import Batches, differences, loader, run
 from tests.probe_models import Attending
@@ -120,7 +120,7 @@ def test_compiled_model_is_reported_once_and_not_measured(tmp_path, caplog):
             tmp_path, Compiled, max_steps=12, probe=AttentionProbe(every=5)
         )
     assert recorded_step.readings == {}
-    assert [r for r in caplog.messages if "compiled parts" in r] == [
+    assert [r for r in lines_of(caplog) if "compiled parts" in r] == [
         "AttentionProbe measures nothing: it cannot see into compiled parts of the model"
     ]
     torch.compiler.reset()
@@ -129,7 +129,7 @@ def test_compiled_model_is_reported_once_and_not_measured(tmp_path, caplog):
 def test_model_without_attention_is_reported_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
         fit(tmp_path, [GradientMonitor(), AttentionProbe(every=5)], max_steps=12)
-    assert [r for r in caplog.messages if "AttentionProbe" in r] == [
+    assert [r for r in lines_of(caplog) if "AttentionProbe" in r] == [
         "AttentionProbe measures nothing: no attention ran in modules='*'"
     ]
 

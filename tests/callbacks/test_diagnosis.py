@@ -22,7 +22,7 @@ from lit_stability.detectors import Anomaly, default_detectors
 from lit_stability.faults import FaultInjector, NanLoss, ScaleGradients
 from lit_stability.incidents.report import responses_text
 from lit_stability.measurement.step_stats import ProbeReading
-from tests.conftest import Regression, fit, flat, regression_data
+from tests.conftest import Regression, fit, flat, lines_of, regression_data
 
 
 def suite(*before, **options):
@@ -66,8 +66,9 @@ def test_fault_that_does_not_return_is_a_glitch_and_data_are_not_blamed(tmp_path
 
 def test_likely_cause_is_in_the_line_on_the_console(tmp_path, caplog):
     fit(tmp_path, suite(), data=poisoned(30), max_steps=50)
-    opened = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("incident"))
-    assert "; certain cause: bad batch -> step retried" in opened
+    opened = next(line for line in lines_of(caplog) if line.startswith("incident"))
+    assert "; certain cause: bad batch\n" in opened
+    assert "done: step retried. To do: look at the batch" in opened
 
 
 class TooFast(Regression):
@@ -280,12 +281,12 @@ def test_burst_of_large_gradients_under_an_ordinary_loss_blames_no_rate(tmp_path
 def test_console_and_report_end_with_the_same_cause(tmp_path, caplog):
     callbacks = stability_callbacks()
     fit(tmp_path, callbacks, TooFast, endless(), max_steps=150, max_epochs=-1)
-    closed = [r.getMessage() for r in caplog.records if "; step" in r.getMessage()]
+    closed = [line for line in lines_of(caplog) if " at step " in line.split(":")[0]]
     reports = [(i.id, i.cause or "unknown") for i in callbacks[0].incidents if i.closed_step]
     assert reports
     for number, cause in reports:
-        (line,) = [each for each in closed if each.startswith(f"incident {number} (")]
-        assert f"cause: {cause};" in line or f"cause {cause};" in line
+        *_, line = [each for each in closed if each.startswith(f"incident {number} ")]
+        assert line.endswith((f"cause: {cause}", f"cause {cause}"))
         (path,) = (tmp_path / "incidents").glob(f"*-{number}/report.md")
         assert f"* **cause**: {cause}\n" in path.read_text(encoding="utf8")
 

@@ -134,8 +134,8 @@ def test_record_has_a_line_per_opening_and_closing(tmp_path):
 def test_incident_open_at_the_end_is_closed_in_the_record(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=58)]), *stability_callbacks()]
     fit(tmp_path, callbacks, max_steps=60)
-    assert [i["outcome"] for i in read_incidents(tmp_path)] == ["unresolved"]
-    assert "stability summary" in caplog.text
+    assert [i["outcome"] for i in read_incidents(tmp_path)] == ["handled"]
+    assert "summary: 1 incident, one cause: " in caplog.text
 
 
 def test_exception_in_the_fit_closes_the_record(tmp_path):
@@ -147,7 +147,7 @@ def test_exception_in_the_fit_closes_the_record(tmp_path):
     callbacks = [FaultInjector([NanLoss(step=30)]), *stability_callbacks(), Dies()]
     with pytest.raises(KeyError):
         fit(tmp_path, callbacks)
-    assert [i["outcome"] for i in read_incidents(tmp_path)] == ["unresolved"]
+    assert [i["outcome"] for i in read_incidents(tmp_path)] == ["handled"]
 
 
 def test_lightning_module_is_offered_the_incident_last(tmp_path):

@@ -173,7 +173,7 @@ def test_misspelt_hook_is_reported_once_when_the_fit_starts(tmp_path, caplog):
         fit(tmp_path, [GradientMonitor(), pager], max_steps=5)
     lines = [r.getMessage() for r in caplog.records if "never called" in r.getMessage()]
     assert len(lines) == 1
-    assert lines[0].startswith("Pager.on_incidents is never called")
+    assert lines[0].startswith("[stability] Pager.on_incidents is never called")
     assert "on_incident was probably meant" in lines[0]
 
 

@@ -13,7 +13,7 @@ from lit_stability import (
     GradientMonitor,
     TrainingStopped,
 )
-from tests.conftest import by_hand, flat
+from tests.conftest import by_hand, flat, lines_of
 from tests.precision import Net, data, fp16, suite, train
 
 
@@ -80,7 +80,7 @@ def test_search_of_the_scaler_is_told_of_once_and_counted(tmp_path, caplog):
     logger = CSVLogger(tmp_path)
     options = {"logger": logger, "log_every_n_steps": 10, **fp16(2.0**24)}
     train(tmp_path, [GradientMonitor()], data(), 60, **options)
-    lines = [r.getMessage() for r in caplog.records if "loss scaler" in r.getMessage()]
+    lines = [line for line in lines_of(caplog) if "loss scaler" in line]
     with open(Path(logger.log_dir) / "metrics.csv", encoding="utf8") as file:
         last = list(csv.DictReader(file))[-1]
     left_out = int(last["stability/overflows"])

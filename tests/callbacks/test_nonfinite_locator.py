@@ -16,7 +16,7 @@ from lit_stability import (
     read_incidents,
 )
 from lit_stability.faults import CorruptGradient, FaultInjector
-from tests.conftest import Regression, by_hand, fit, flat
+from tests.conftest import Regression, by_hand, fit, flat, lines_of
 
 
 def is_bad(module, batch, batch_idx):
@@ -63,8 +63,9 @@ def test_origin_is_named_on_the_console_in_the_record_and_in_the_report(tmp_path
     origin = incident.origin
     assert (origin.op, origin.module, origin.phase) == ("log", "", "forward")
     assert (origin.file, origin.line) == (__file__, LINE)
-    opened = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("incident"))
-    assert f"log made -inf in Logarithm, test_nonfinite_locator.py:{LINE}" in opened
+    opened = next(line for line in lines_of(caplog) if line.startswith("incident"))
+    assert "non-finite loss: log made -inf; certain cause: operation outside its domain" in opened
+    assert f"where: log in Logarithm, test_nonfinite_locator.py:{LINE}, forward pass; " in opened
     (record,) = read_incidents(tmp_path)
     assert record["origin"]["line"] == LINE
     assert json.loads(json.dumps(record["origin"])) == origin.as_dict()

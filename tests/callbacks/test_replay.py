@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, read_incidents
 from lit_stability.detectors import Divergence, NonFinite
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
-from tests.conftest import fit, flat, make_trainer, regression_data
+from tests.conftest import fit, flat, lines_of, make_trainer, regression_data
 from tests.exact import Batches, differences, loader, run
 from tests.exact_net import Net
 
@@ -218,16 +218,11 @@ class DrawsItself(Net):
         return super().training_step(batch, batch_idx)
 
 
-def ours(caplog):
-    """What the suite has said; Lightning talks more where its other package is imported too."""
-    return [r.getMessage() for r in caplog.records if r.name.endswith("lit_stability")]
-
-
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter.*")
 def test_module_that_draws_its_batches_itself_is_reported_at_fit_start(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=20)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, DrawsItself, marked(), callbacks, max_epochs=1)
-    assert ours(caplog)[0] == (
+    assert lines_of(caplog)[0] == (
         "training_step draws from dataloader_iter: batches are skipped, not replayed"
     )
     (incident,) = read_incidents(tmp_path)
@@ -254,7 +249,7 @@ def test_batch_written_into_is_replayed_from_a_copy_and_that_is_said_once(tmp_pa
     faults = [NanLoss(step=20), CorruptWeight(step=33, parameter="first.0.weight")]
     callbacks = [FaultInjector(faults), GradientMonitor(), AutoRollback()]
     run(tmp_path, WritesIntoItsBatch, marked(), callbacks, max_epochs=2)
-    told = ours(caplog)
+    told = lines_of(caplog)
     copies = "training_step changes its batch: a copy of each batch is kept from now on"
     assert told.count(copies) == 1
     first = next(i for i, line in enumerate(told) if line.startswith("incident"))
@@ -266,7 +261,7 @@ def test_batch_written_into_is_replayed_from_a_copy_and_that_is_said_once(tmp_pa
 def test_batch_written_into_without_a_copy_is_skipped_and_the_remedy_is_said(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=25)]), GradientMonitor(), AutoRollback()]
     run(tmp_path, WritesLater, marked(), callbacks, max_epochs=1)
-    assert sum("pass AutoRollback(clone_batches=True)" in line for line in ours(caplog)) == 1
+    assert sum("pass AutoRollback(clone_batches=True)" in line for line in lines_of(caplog)) == 1
     (incident,) = read_incidents(tmp_path)
     assert incident["responses"] == ["step skipped"]
 

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lit_stability import stability_callbacks
+from lit_stability.console import PREFIX
 from tests.conftest import Regression, fit, flat, regression_data
 
 
@@ -39,7 +40,8 @@ def plateau(optimizer, **options):
 
 
 def warnings_of(caplog):
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return [line.removeprefix(f"{PREFIX} ") for line in warned]
 
 
 def run(root, caplog, make, *callbacks, epochs=10, **options):

@@ -173,7 +173,7 @@ def test_callback_that_cannot_load_its_state_does_not_end_the_fit(tmp_path, capl
     assert trainer.global_step == 48
     warned = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert [r.getMessage().split(": ")[0] for r in warned] == [
-        "the state of CannotLoad is not rolled back"
+        "[stability] the state of CannotLoad is not rolled back"
     ]
 
 

@@ -55,4 +55,4 @@ def test_exception_in_a_worker_leaves_no_hidden_file_and_closes_the_record(
     )
     assert "ZeroDivisionError: of the user" in done.stderr
     assert not list((tmp_path / "run").rglob(".*"))
-    assert [i["outcome"] for i in read_incidents(tmp_path / "run")] == ["unresolved"]
+    assert [i["outcome"] for i in read_incidents(tmp_path / "run")] == ["handled"]

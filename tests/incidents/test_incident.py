@@ -8,13 +8,7 @@ from lit_stability import detectors
 from lit_stability.detectors import Anomaly
 from lit_stability.diagnosis import CAUSES, Cause, DiagnosisContext, register_cause
 from lit_stability.incidents import Incident, TrainingStopped
-from lit_stability.incidents.report import (
-    closing_line,
-    markdown,
-    opening_line,
-    responses_text,
-    summary_table,
-)
+from lit_stability.incidents.report import markdown, responses_text
 from lit_stability.policies.actions import HoldLearningRate, RollBack, SkipStep, Stop
 
 
@@ -135,35 +129,6 @@ def test_diagnosis_is_final_once_sealed(weighed):
     assert len(weighed) == 1
 
 
-def test_lines_for_the_console_say_where_what_and_what_was_done():
-    """S15, V5."""
-    trouble = incident()
-    assert opening_line(trouble) == (
-        "incident 1 at step 12431 (epoch 3, batch 17): gradient spike: gradient norm 900 is 90 "
-        "times its median 10 -> observed, nothing changed"
-    )
-    trouble.resolve(SkipStep())
-    trouble.path = "logs/incidents/00012431-1"
-    assert opening_line(trouble).endswith("-> step skipped | saved to logs/incidents/00012431-1")
-    trouble.recur(anomaly())
-    trouble.resolve(SkipStep())
-    trouble.close("recovered", 12450)
-    closing = closing_line(trouble)
-    for part in ("incident 1", "recovered", "after 2 occurrences", "step skipped (2x)", "12450"):
-        assert part in closing
-
-
-def test_summary_of_a_stop_keeps_its_columns_narrow():
-    short, long = incident(1), incident(2)
-    short.resolve(SkipStep())
-    long.resolve(Stop("no budget is left: " + 30 * "tried this and that; "))
-    head, first, second = summary_table([short, long])
-    assert "step skipped" in first
-    assert "stopped: no budget is left" in second
-    assert second[head.index("outcome") :] == "open"
-    assert len(second) < 140
-
-
 def test_markdown_of_text_with_line_ends_keeps_one_item_per_fact():
     trouble = incident(message="a | b\n  * c", layers=(("x|y", 1.0),))
     known = markdown(trouble).partition("### Causes")[0].splitlines()
@@ -210,7 +175,6 @@ def test_report_of_an_unknown_cause_says_so_and_what_was_ruled_out():
     )
     trouble.close("recovered", 12450)
     assert trouble.cause == ""
-    assert "; cause unknown; step 12450 now" in closing_line(trouble)
     text = markdown(trouble)
     assert "* **cause**: unknown" in text
     assert "The cause is unknown." in text

@@ -236,6 +236,10 @@ class AutoRollback(StabilityCallback):
         if possible and engine.records_batches:
             self._raising = RaisingSteps(trainer, pl_module, engine, self)
 
+    def startup_text(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Returns how many snapshots are kept, how large they are and how often they are taken."""
+        return "" if self._executor is None else self._executor.startup_text()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the data of a new epoch, which may have another loader."""
         if self._executor is not None:

@@ -126,6 +126,10 @@ class ResponseExecutor:
         """Batches that are kept to be replayed."""
         return self._engine.kept_batches
 
+    def startup_text(self) -> str:
+        """Returns what is kept in memory and how often, in a few words."""
+        return self._engine.startup_text()
+
     def epoch_started(self) -> None:
         """Records the batches of a new epoch, which may have another loader."""
         self._engine.attach_to_data()
@@ -426,9 +430,11 @@ class ResponseExecutor:
             snapshot = self._engine.snapshot_for(incident.anomaly.suspect, older=False)
             self._engine.to_snapshot_only(snapshot)
             call_hook("on_rollback", self._trainer, self._module)
-        step = self._trainer.global_step
+        now, at = self._trainer.global_step, incident.anomaly.step
+        restored = f", weights restored to step {now}" if now < at else ""
         raise TrainingStopped(
-            f"training stopped at step {step}: {response.reason}. {incident.advice}", incident
+            f"training stopped at step {at}{restored}: {response.reason}. {incident.advice}",
+            incident,
         )
 
     def consensus_state(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ May import Lightning.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lit_stability.callbacks.auto_rollback.snapshot_store import SnapshotStore
@@ -105,16 +106,23 @@ class MemoryUse:
             return f"the {self._ring.max_bytes} bytes that memory_budget={self._budget} leaves"
         return f"max_ring_bytes={self._max_ring_bytes}"
 
+    def startup_text(self) -> str:
+        """Returns the snapshots, where they are and their size, before the first step."""
+        # The optimizers get their state in the first step.
+        stepped = any(optimizer.state for optimizer in self._trainer.optimizers)
+        more = "" if stepped else " and the optimizer state"
+        return f"{replace(self._store.homes, reason='')}{self._sizes()}{more}"
+
     def news(self) -> str | None:
-        """Returns a line about the memory, if no line has stated it yet.
+        """Returns a line about snapshots that are fewer, or elsewhere, than there is memory for.
 
         It is stated before the first step, and again when the state of the optimizers and the
-        batches are known, or when fewer snapshots are kept than before.
+        batches are known.
         """
         homes, known = self._store.homes, self._batches is not None
         if not self._newest_bytes and homes.of:
             return None  # the first snapshot is still to come
-        if self._stated == (homes, known):
+        if self._stated == (homes, known) or not (homes.reason or self._lost()):
             return None
         self._stated = (homes, known)
         parts = [f"AutoRollback keeps {homes}{self._sizes()}"]

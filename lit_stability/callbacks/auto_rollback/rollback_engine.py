@@ -361,7 +361,8 @@ class RollbackEngine:
         capture = functools.partial(
             self._store.capture, self.memory.needs, take, confirm=confirm, stepped=self._stepped
         )
-        self._state_cadence(self._timer.take(capture, self._room_for_batches))
+        if self._timer.take(capture, self._room_for_batches):
+            self._log(self.cadence.change())
         self.memory.bound_batches()
         self._since = 0
         oldest = self._store.rotation.oldest
@@ -383,11 +384,11 @@ class RollbackEngine:
         bytes_per_step = batches_per_step * ring.nbytes / len(ring.entries)
         return (ring.max_bytes / max(1.0, bytes_per_step) - self._confirm_after) / 2
 
-    def _state_cadence(self, changed: bool) -> None:
-        if self.cadence.cost is not None:
-            self._log_once(self.cadence.plan())
-        if changed:
-            self._log(self.cadence.change())
+    def startup_text(self) -> str:
+        """Returns what is kept in memory and how often it is taken, in a few words."""
+        if self._store.keeps_none:
+            return "no snapshot"
+        return f"{self.memory.startup_text()}, one every {self.cadence.in_words()}"
 
     def batch_started(self) -> None:
         """Records to which optimizer step the batch belongs."""

@@ -43,6 +43,7 @@ from lit_stability.detectors import (
 )
 from lit_stability.detectors.anomaly import AT_START, require
 from lit_stability.incidents import Incident, TrainingStopped
+from lit_stability.incidents.learning import LossLevels
 from lit_stability.incidents.step_history import StepHistory
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.initial_state import (
@@ -269,6 +270,7 @@ class GradientMonitor(StabilityCallback):
         if self._detectors.knows_writes:
             self._measurer.watch_writes()
         self._tracker = IncidentTracker(self._reporter, self.close_after, self._tracker.count)
+        self._tracker.losses = LossLevels(from_start=trainer.global_step == 0)
         self._pending = None
         self._cancel_exit = at_worker_exit(lambda: self._worker_ended(trainer, pl_module))
         self._check_initial_state(trainer, pl_module)
@@ -300,13 +302,14 @@ class GradientMonitor(StabilityCallback):
         )
         incident = self._tracker.recur(trainer, anomaly)
         call_hook("on_incident", trainer, pl_module, incident)
-        self._reporter.opened(incident)
+        self._tracker.report()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Records the batch that the next measurement belongs to."""
         if self._measurer is not None:
+            self._reporter.started(pl_module)
             self._measurer.batch_started(batch, batch_idx)
 
     def on_before_backward(
@@ -447,7 +450,8 @@ class GradientMonitor(StabilityCallback):
         """Teach the detectors a step that all ranks accepted."""
         self._detectors.learn(stats)
         self._schedules.stepped(stats)
-        self._tracker.healthy(trainer, pl_module, stats.step)
+        self._tracker.losses.rate_is_cut = self._schedules.rate_is_cut
+        self._tracker.healthy(trainer, pl_module, stats)
 
     def _raise(
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly, stats: StepStats
@@ -456,7 +460,6 @@ class GradientMonitor(StabilityCallback):
         assert self._measurer is not None
         meter = self._meters[stats.optimizer]
         anomaly = with_damage(anomaly, *self._consensus.audit(*meter.audit()))
-        opening = self.current is None
         if anomaly.state_corrupted:
             self._detectors.rolled_back_for(anomaly)
             self._measurer.watch_writes()
@@ -466,8 +469,7 @@ class GradientMonitor(StabilityCallback):
         call_hook("on_incident", trainer, pl_module, incident)
         scale = learning_rate_multiplier(trainer.optimizers[stats.optimizer])
         meter.expect(scale.effective())
-        if opening:
-            self._reporter.opened(incident)
+        self._tracker.report()
         return anomaly
 
     @property
@@ -498,13 +500,13 @@ class GradientMonitor(StabilityCallback):
             self._schedules.metrics_known()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the open incident, reports non-finite weights, and prints the summary."""
+        """Closes the open incident, and reports non-finite weights."""
         if self._measurer is None:
             return
         self._schedules.metrics_known()
         self._reporter.ends_with(self._consensus.bad_state(self._meters.values()))
-        self._tracker.close(trainer, pl_module, "unresolved")
-        self._reporter.end(self.incidents)
+        self._tracker.end(trainer, pl_module)
+        self._reporter.end()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -514,8 +516,9 @@ class GradientMonitor(StabilityCallback):
         if self._measurer is None:
             return
         stopped = isinstance(exception, TrainingStopped)
-        self._tracker.close(trainer, pl_module, "stopped" if stopped else "unresolved")
-        self._reporter.end(self.incidents)
+        self._tracker.end(trainer, pl_module, stopped=stopped)
+        self._reporter.end()
+        self._reporter.print_summary(self.incidents)
         # A fit that fails has no teardown.
         show_empty_hooks(trainer)
         self._measurer.close()
@@ -528,11 +531,13 @@ class GradientMonitor(StabilityCallback):
             self._reporter.saved_with(self._consensus.bad_state(self._meters.values()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Releases the parameters and the process group."""
+        """Prints the summary, and releases the parameters and the process group."""
         if stage == "fit":
             self._cancel_exit()
             show_empty_hooks(trainer)
             if self._measurer is not None:
+                # Not earlier: the progress bar is closed only now, and would be drawn over it.
+                self._reporter.print_summary(self.incidents)
                 self._measurer.close()
             self._measurer = None
             for optimizer in trainer.optimizers:

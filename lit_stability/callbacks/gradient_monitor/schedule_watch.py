@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from lit_stability.callbacks.gradient_monitor.reporter import log
-from lit_stability.detectors.dead_learning_rate import DeadLearningRate, DeadRate
+from lit_stability.detectors.dead_learning_rate import DEAD_SHARE, DeadLearningRate, DeadRate
 from lit_stability.lightning_package import EarlyStopping, ModelCheckpoint, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of, describe_scheduler, known_metrics
@@ -14,6 +14,8 @@ from lit_stability.trainer_internals import callbacks_of, describe_scheduler, kn
 
 class ScheduleWatch:
     """Reports a monitored metric that is NaN, and a learning rate that is almost 0; each once.
+
+    A learning rate is almost 0 because its schedule ends, or because responses have cut it.
 
     `ReduceLROnPlateau` takes a NaN for no improvement and lowers the learning rate, `EarlyStopping`
     stops and `ModelCheckpoint` cannot rank. Lightning says that of `EarlyStopping` only.
@@ -27,6 +29,10 @@ class ScheduleWatch:
         self._rate = DeadLearningRate()
         self._reported: set[str] = set()
         """Metrics that were NaN."""
+        self._largest = 0.0
+        """The largest learning rate that was in force."""
+        self.rate_is_cut = self._reported_cut = False
+        """Whether responses have cut the learning rate so far that nothing is learnt."""
 
     def stepped(self, stats: StepStats) -> None:
         """Adds an accepted step."""
@@ -40,6 +46,25 @@ class ScheduleWatch:
         )
         if dead is not None:
             self._warn(f"step {stats.step}: {self._text(dead)}")
+        self._look_at_cuts(stats)
+
+    def _look_at_cuts(self, stats: StepStats) -> None:
+        """Reports once a learning rate of which the responses to incidents have left nothing.
+
+        One that is held against a schedule that jumped is as large as before, and no fault.
+        """
+        rate = max(stats.learning_rates, default=0.0)
+        self._largest = max(self._largest, rate)
+        cut = stats.share_of_schedule < DEAD_SHARE and rate < DEAD_SHARE * self._largest
+        self.rate_is_cut = cut
+        if cut and not self._reported_cut:
+            self._reported_cut = True
+            nominal = max(stats.nominal_learning_rates)
+            self._warn(
+                f"step {stats.step}: the learning rate is cut to {rate / nominal:.0e} of its "
+                f"schedule ({nominal:.3g} -> {rate:.3g}): nothing is learnt any more; stop the "
+                "run, and mend what the incidents name as their cause"
+            )
 
     def _text(self, dead: DeadRate) -> str:
         names = [describe_scheduler(c.scheduler) for c in self._trainer.lr_scheduler_configs]

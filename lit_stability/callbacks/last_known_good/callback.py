@@ -159,6 +159,11 @@ class LastKnownGood(StabilityCallback):
             return
         self._fit = _Fit(self, trainer, pl_module)
 
+    def startup_text(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Returns how often a checkpoint is kept, and what its copy in memory takes."""
+        manager = None if self._fit is None else self._fit.manager
+        return "" if manager is None else manager.startup_text()
+
     def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turns off `after_crash`: the remedy chosen for the crash replaces it."""
         self._lowers_after_crash = False

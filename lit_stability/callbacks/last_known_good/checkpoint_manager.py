@@ -11,6 +11,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.trainer_internals import ReferenceStep, ends_window, sharing
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
+from lit_stability.training_state.byte_sizes import as_text
 from lit_stability.training_state.copies import copies_to_host
 from lit_stability.training_state.host_copy import HostCopy, is_finite
 from lit_stability.training_state.step_barrier import StepBarrier
@@ -94,15 +95,16 @@ class CheckpointManager:
             self._warn_once("no good checkpoint can be taken", failed[0])
             self.last = self._trainer.global_step
             return
-        if self.last is None:
-            mib = self._copy.nbytes / 2**20
-            log.info("LastKnownGood holds one copy of the checkpoint in memory, %.1f MiB now", mib)
         self._healthy_steps, self._step, self._torn = 0, self._trainer.global_step, False
         self._barrier.follow(self._trainer.optimizers)
         self._barrier.begin(written=lambda: self._copy.written, torn=self._note_torn)
         if self._has_torn:
             self._barrier.wait()
         self._reference.begin(self._trainer, self._module)
+
+    def startup_text(self) -> str:
+        """Returns how often a checkpoint is kept, and what its copy in memory takes."""
+        return f"a good checkpoint every {self._every_n_steps} steps, {as_text(self._copy.nbytes)}"
 
     def _due(self) -> bool:
         step = self._trainer.global_step

@@ -74,6 +74,13 @@ class NonFiniteOrigin:
     """Parameter, buffer, constant or input that was non-finite before the step; "" for an
     operation."""
     inputs: tuple[TensorRange, ...] = ()
+    samples: tuple[int, ...] = ()
+    """Indices along the first dimension of the result that are non-finite, if these are few. For a
+    step of a Trainer they are kept only where that is the dimension of the batch."""
+    batch_size: int = 0
+    """Length of that dimension; 0 if it is not known."""
+    digests: tuple[int, ...] = ()
+    """Checksum of each of the samples, by which it is recognised in another batch."""
     note: str = ""
     """Remark: compiled parts were run eagerly, or the loss is finite."""
 
@@ -107,7 +114,9 @@ class NonFiniteOrigin:
         return f"{self.kind} {self.tensor}".rstrip()
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields and the advice as JSON types."""
+        """Returns the fields and the advice as JSON types, without the samples."""
         plain = asdict(self) | {"advice": self.advice}
+        for name in ("samples", "batch_size", "digests"):
+            del plain[name]
         plain["inputs"] = [r | {"shape": list(r["shape"])} for r in plain["inputs"]]
         return plain

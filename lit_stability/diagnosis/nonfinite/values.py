@@ -16,6 +16,7 @@ from lit_stability.distributed.dtensor import local
 from lit_stability.measurement.half_precision import HALF
 from lit_stability.measurement.weight_sampling import real
 
+_MOST_ROWS = 8
 _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -95,6 +96,25 @@ def value_of(tensor: Tensor) -> str:
     if bool(torch.isnan(numbers).any()):
         return "nan"
     return "inf" if bool(torch.isposinf(numbers).any()) else "-inf"
+
+
+def bad_rows(tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    """Returns the few indices along the first dimension that are non-finite, and its length.
+
+    None are returned if there are many, or no others: then single rows are not to blame.
+
+    >>> bad_rows(torch.tensor([[1.0, 2.0], [3.0, torch.nan], [5.0, 6.0]]))
+    ((1,), 3)
+    >>> bad_rows(torch.tensor(torch.inf))
+    ((), 0)
+    """
+    numbers = elements(tensor)
+    if numbers.ndim == 0 or numbers.shape != tensor.shape:  # the values of a sparse tensor
+        return (), 0
+    bad = ~torch.isfinite(numbers).flatten(1).all(1) if numbers.ndim > 1 else ~numbers.isfinite()
+    count = int(bad.sum())
+    few = count <= _MOST_ROWS and count < len(numbers)
+    return tuple(bad.nonzero()[:, 0].tolist()) if few else (), len(numbers)
 
 
 def is_mask(tensor: Tensor) -> bool:

@@ -27,6 +27,7 @@ from lit_stability.diagnosis.nonfinite.kernel_call import KernelCall, Operand, t
 from lit_stability.diagnosis.nonfinite.kinds import Facts, Kind, kind_of, kind_of_constant
 from lit_stability.diagnosis.nonfinite.origin import Cause, NonFiniteOrigin, TensorRange
 from lit_stability.diagnosis.nonfinite.values import (
+    bad_rows,
     has_nan,
     has_small_divisor,
     has_zero,
@@ -259,6 +260,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         site = self._calls.here()
         if call is not None and call.is_collective:
             site = Site(op=call.kernel.strip("_"), phase=site.phase)
+        samples, batch_size = bad_rows(made)
         return NonFiniteOrigin(
             op=site.op or (kernel_name(call.kernel) if call else ""),
             kernel=str(call.func) if call else "",
@@ -274,6 +276,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             line=site.line,
             tensor=tensor,
             inputs=inputs,
+            samples=samples,
+            batch_size=batch_size,
         )
 
     def source_of(self, tensor: Tensor) -> Source | None:

@@ -3,7 +3,8 @@
 const NAMES = [
   ...["ink", "muted", "line", "surface", "page", "accent", "shade", "hatch"],
   ...["loss", "norm", "clip", "rate", "update", "other", "band"],
-  ...["recovered", "recurring", "observed", "stopped", "unresolved", "open"],
+  ...["recovered", "contained", "recurring", "observed", "handled", "stopped", "unresolved"],
+  "open",
   ...["bad", "below", "middle", "above"],
 ];
 
@@ -18,8 +19,10 @@ export function colours() {
 /** The mark of each outcome; outcomes also differ in shape, not only in colour. */
 const MARKS = {
   recovered: { shape: "circle", sign: "●", word: "recovered" },
+  contained: { shape: "triangle", sign: "△", word: "contained, not learning" },
   recurring: { shape: "ring", sign: "↻", word: "recurring" },
   observed: { shape: "ring", sign: "○", word: "observed" },
+  handled: { shape: "circle", sign: "◐", word: "handled" },
   stopped: { shape: "square", sign: "■", word: "stopped" },
   unresolved: { shape: "triangle", sign: "▲", word: "unresolved" },
   open: { shape: "diamond", sign: "◆", word: "open" },

@@ -4,11 +4,13 @@ import { markOf } from "./theme.js";
 import { plural } from "./scales.js";
 
 const OUTCOMES = {
-  recovered: "The run was healthy again afterwards.",
+  recovered: "The run learns again.",
+  contained: "The steps are healthy again, but the run does not learn: its loss is higher than before, or that of its start.",
   recurring: "The run was healthy again, but an incident at the same place came before or after.",
   observed: "Nothing was changed: no callback responded, or no response was needed.",
+  handled: "Healthy steps followed, and the run ended before they were enough to confirm it.",
   stopped: "The run was stopped: no response was left in the budget, or none could help.",
-  unresolved: "The run ended before it was known whether this helped.",
+  unresolved: "The run ended without a healthy step after it.",
   open: "Not known yet: the incident is still open.",
 };
 
