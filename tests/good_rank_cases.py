@@ -26,7 +26,7 @@ from lit_stability import (
 from lit_stability.distributed.dtensor import local
 from lit_stability.trainer_internals import keep_records_in
 from lit_stability.training_state import rank_checkpoint_writer
-from tests.rank_cases import Lines, Net, whole
+from tests.rank_cases import STRATEGIES, Lines, Net, weights_of
 
 
 class Noisy(Dataset):
@@ -48,7 +48,8 @@ class LoggingNet(Net):
     """Has dropout, BatchNorm or a buffer of each rank, and two kinds of epoch metrics."""
 
     def __init__(self, sharded, dropout=0.3):
-        super().__init__(sharded, dropout)
+        name = "fsdp2" if sharded is True else sharded or "ddp"
+        super().__init__(name, dropout)
         self.register_buffer("seen", torch.zeros(()))
         self.mean, self.epochs, self.order = MeanMetric(), [], []
 
@@ -82,6 +83,8 @@ class Ends(Callback):
 
 
 def strategy_of(sharded, ranks, broadcast_buffers):
+    if isinstance(sharded, str):
+        return STRATEGIES[sharded]()
     if sharded:
         return ModelParallelStrategy(ranks, 1)
     return DDPStrategy() if broadcast_buffers else DDPStrategy(broadcast_buffers=False)
@@ -129,7 +132,7 @@ def fit_good(
         error = f"exit {problem.code}"
     return {
         "error": error,
-        "weights": None if error else whole(module.parameters()),
+        "weights": None if error else weights_of(module, trainer),
         "buffers": {n: b.clone() for n, b in module.named_buffers()},
         "rng": torch.get_rng_state(),
         "epochs": module.epochs,

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
-from lit_stability import stability_callbacks
+from lit_stability import find_last_good, stability_callbacks
 from lit_stability.faults import CorruptGradient, CorruptWeight, NanLoss
+from tests import good_rank_cases as good
 from tests.distributed import run_ranks, run_ranks_once
 from tests.rank_cases import Net, fit_rank, incidents_of, outcomes, weights_of
 from tests.test_ranks import AGAIN, BACK, BOTH, CLIP, SKIP, same_on_both_ranks
@@ -213,3 +214,53 @@ def test_damaged_weights_in_use_are_restored_with_those_of_the_optimizer(name, t
     for incidents, weights, bare in run_ranks(damaged_use, tmp_path, name, folder=tmp_path):
         assert [i[-2:] for i in incidents] == [(AGAIN + BACK, "recovered")]
         assert torch.equal(weights, bare)
+
+
+def good_rank(root, name, kind):
+    """A rank of a fit with `LastKnownGood`: whole, ended or preempted, or resumed after that."""
+    fits = {
+        "whole": lambda: good.fitted(root / kind, name, {}),
+        "raises": lambda: good.ended(root / "raises", name, 21, "raise", (0, 1), {}),
+        "after raises": lambda: good.resumed(root / "raises", name, {}),
+        "preempted": lambda: good.preempted(root / "preempted", name, {}),
+        "after preempted": lambda: good.after_preemption(root / "preempted", name, {}),
+    }
+    return fits[kind]()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ends", ["raises", "preempted"])
+@pytest.mark.parametrize("name", STAGES)
+def test_fit_resumes_from_a_checkpoint_of_deepspeed_bit_for_bit(name, ends, tmp_path):
+    pytest.importorskip("deepspeed")
+    whole, _, resumed = (
+        run_ranks(good_rank, tmp_path, name, kind, folder=tmp_path)
+        for kind in ("whole", ends, f"after {ends}")
+    )
+    for one, other in zip(whole, resumed, strict=True):
+        assert other["error"] is None
+        assert other["step"] == one["step"]
+        assert torch.equal(other["weights"], one["weights"])
+        assert torch.equal(other["rng"], one["rng"])
+        assert other["epochs"] == one["epochs"][-len(other["epochs"]) :]
+
+
+@pytest.mark.long
+def test_good_checkpoint_of_deepspeed_is_loaded_by_lightning_alone(tmp_path):
+    """Whatever else is in the folder, it is a checkpoint of DeepSpeed's own format."""
+    pytest.importorskip("deepspeed")
+    run_ranks(good_rank, tmp_path, "deepspeed 2", "raises", folder=tmp_path)
+    folder = find_last_good(tmp_path / "raises")
+    assert {p.name for p in folder.iterdir()} >= {"checkpoint", "latest", "rank=0.json"}
+    for step, weights in run_ranks(loaded_alone, tmp_path, folder, folder=tmp_path):
+        assert step > 10
+        assert torch.isfinite(weights).all()
+
+
+def loaded_alone(root, folder):
+    """The step and the weights of a fit without the suite that resumes and ends at once."""
+    lightning = torch.load(folder / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=False)
+    step = lightning["global_step"]
+    options = {"resume": folder, "max_steps": step, "module": good.LoggingNet}
+    net, trainer = fit_rank(root / "alone", "deepspeed 2", [], **options)
+    return trainer.global_step, weights_of(net, trainer)

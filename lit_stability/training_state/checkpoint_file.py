@@ -72,7 +72,10 @@ def list_files(folder: Path, rank: int, world_size: int, files: Iterable[Path]) 
     Raises:
         OSError: if the list cannot be written or a file not be read.
     """
-    sizes = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files}
+    sizes = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+        for file in files
+    }
     content = {"schema": 1, "rank": rank, "world_size": world_size, "files": sizes}
     (folder / f"rank={rank}.json").write_text(json.dumps(content, indent=2) + "\n")
 

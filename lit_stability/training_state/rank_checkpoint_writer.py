@@ -28,6 +28,12 @@ T = TypeVar("T")
 OF_RANK = "of this rank"
 """Key of a captured checkpoint: what each rank writes for itself."""
 
+FILES = "files of this rank"
+"""Key of a captured checkpoint, where each rank writes the files of a library: name -> content."""
+
+_LATEST = "latest"
+"""File in which DeepSpeed finds the name of its folder."""
+
 _DCP_INDEX = ".metadata"
 """Name that ``torch.distributed.checkpoint`` gives to its index of all shards."""
 
@@ -41,7 +47,8 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
     The folder is called ``step=N.part`` until every rank has written its files; rank 0 then renames
     it. Replicas write one file of the weights, `MAIN`, by rank 0. Sharded weights are written by
     all ranks, with ``torch.distributed.checkpoint``, in the format of Lightning's
-    ``save_distributed_checkpoint=True``. Each rank adds what only it has, ``rank=N.pt``, and a list
+    ``save_distributed_checkpoint=True``; or, where a checkpoint has `FILES`, in the files of
+    DeepSpeed. Each rank adds what only it has, ``rank=N.pt``, and a list
     of its files, ``rank=N.json``. If one rank cannot write, or holds a NaN or Inf, all give up this
     checkpoint, and rank 0 logs it.
 
@@ -96,6 +103,8 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
     def _write_weights(self, state: Mapping[str, Any], part: Path) -> list[str]:
         """Writes weights and optimizers; returns patterns of the files that this rank wrote."""
         first = self._ranks.rank == 0
+        if FILES in state:
+            return self._together(lambda: self._write_files(state[FILES], part)) or []
         common = {key: value for key, value in state.items() if key != OF_RANK}
         if self._ranks.replicas:
             self._together(lambda: write_whole(common, part / MAIN) if first else None)
@@ -107,6 +116,15 @@ class RankCheckpointWriter(AsyncCheckpointWriter):
         self._together(lambda: write_whole(common, part / _META) if first else None)
         own = f"__{self._ranks.rank}_*.distcp"
         return [own, _DCP_INDEX, _META] if first else [own]
+
+    def _write_files(self, files: Mapping[str, Any], part: Path) -> list[str]:
+        for name, content in files.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            write_whole(content, part / name)
+        if self._ranks.rank:
+            return list(files)
+        (part / _LATEST).write_text(Path(next(iter(files))).parent.name)
+        return [*files, _LATEST]
 
     def _write_own(self, own: Mapping[str, Any], part: Path, written: list[str]) -> None:
         ranks, file = self._ranks, part / f"rank={self._ranks.rank}.pt"

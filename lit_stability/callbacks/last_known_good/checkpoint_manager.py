@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
-from lit_stability.trainer_internals import ReferenceStep, ends_window, sharing
+from lit_stability.trainer_internals import ReferenceStep, adapter_of, ends_window, sharing
 from lit_stability.training_state.async_writer import AsyncCheckpointWriter
 from lit_stability.training_state.byte_sizes import as_text
 from lit_stability.training_state.copies import copies_to_host
@@ -158,7 +158,12 @@ class CheckpointManager:
         self.writer.write(self._copy.state, self._step, constants=self._nonfinite_buffers)
 
     def _damage(self) -> str | None:
-        """Returns what is non-finite in the weights of a replica that has no copy of them."""
+        """Returns what is non-finite in weights of which the copy is not checked itself.
+
+        That is where a replica has none, or has files of a library. A NaN does not go away.
+        """
+        if (damaged := adapter_of(self._trainer).damaged()) is not None:
+            return damaged
         if self._sharing != "replicas" or self._trainer.is_global_zero:
             return None
         module, constants = self._module, self._nonfinite_buffers

@@ -193,6 +193,10 @@ class StrategyAdapter:
         """
         return full_checkpoint(self._trainer)
 
+    def damaged(self) -> str | None:
+        """Returns what is non-finite in weights that `checkpoint` has in a form of a library."""
+        return None
+
     def own_buffers(self, pl_module: LightningModule) -> dict[str, Any]:
         """Returns the buffers that this rank does not share with rank 0, by name.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,12 +14,48 @@ from lit_stability.lightning_package import LightningModule
 from lit_stability.trainer_internals.patch import Patch
 from lit_stability.trainer_internals.strategies.adapter import Sharing, StrategyAdapter
 from lit_stability.trainer_internals.strategies.zero_optimizer import ZeroOptimizer
+from lit_stability.training_state.host_copy import is_finite
+from lit_stability.training_state.rank_checkpoint_writer import FILES
 
 _STAND_INS: WeakKeyDictionary[Any, ZeroOptimizer] = WeakKeyDictionary()
 """The optimizer that stands in for DeepSpeed's, by DeepSpeed's."""
 
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
 """Counters of DeepSpeed's engine, which it saves in its checkpoints."""
+
+
+_OF_WEIGHTS = ("state_dict", "optimizer_states")
+_TAG = "checkpoint"
+"""Folder in which Lightning has DeepSpeed save."""
+_ROOT = PurePath("good")
+
+
+class _FilesInMemory:
+    """Stands in for what writes the files of DeepSpeed, and keeps their content.
+
+    Args:
+        writer: answers what else DeepSpeed asks.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.content: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Keeps the content of a file."""
+        self.content[PurePath(path).relative_to(_ROOT).as_posix()] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Makes no folder."""
+
+    def create(self, info: Any) -> None:
+        """Begins nothing."""
+
+    def commit(self, info: Any) -> None:
+        """Ends nothing."""
 
 
 class DeepSpeedAdapter(StrategyAdapter):
@@ -76,11 +113,6 @@ class DeepSpeedAdapter(StrategyAdapter):
     def why_precision_fixed(self) -> str | None:
         """The engine has the precision that it was created with."""
         return "DeepSpeed's engine fixes the precision when it is created"
-
-    @property
-    def why_no_good_checkpoint(self) -> str | None:
-        """DeepSpeed saves on all ranks at once."""
-        return self.why_unsupported or "DeepSpeed saves the present state only"
 
     @property
     def steps_now(self) -> bool:
@@ -178,6 +210,49 @@ class DeepSpeedAdapter(StrategyAdapter):
         """Restores what `counts` returned."""
         vars(self._engine).update(counts["engine"])
         vars(self._zero.zero.loss_scaler).update(counts["scaler"])
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Returns Lightning's without weights, and the content of DeepSpeed's files of this rank.
+
+        Raises:
+            RuntimeError: on all ranks, if a hook has raised on one: DeepSpeed makes them wait.
+        """
+        checkpoint, error = {}, None
+        try:
+            checkpoint = super().checkpoint()
+        except Exception as problem:
+            error = problem
+        if not self._strategy.reduce_boolean_decision(error is None):
+            raise error or RuntimeError("another rank could not make its checkpoint")
+        client = {k: v for k, v in checkpoint.items() if k not in _OF_WEIGHTS}
+        return {**client, FILES: self._files(client)}
+
+    def _files(self, client: dict[str, Any]) -> dict[str, Any]:
+        """Returns what DeepSpeed would write, by the file's name in the folder."""
+        engine, files = self._engine, _FilesInMemory(self._engine.checkpoint_engine)
+        patch = Patch(engine, "_copy_recovery_script", lambda *args: None)
+        patch.apply()
+        written_by, engine.checkpoint_engine = engine.checkpoint_engine, files
+        try:
+            engine.save_checkpoint(
+                str(_ROOT),
+                client_state=client,
+                tag=_TAG,
+                save_latest=False,
+                exclude_frozen_parameters=self._strategy.exclude_frozen_parameters,
+            )
+        finally:
+            engine.checkpoint_engine = written_by
+            patch.remove()
+        return files.content
+
+    def damaged(self) -> str | None:
+        """Returns the first part of a weight, or of its moments, that is not finite."""
+        for part in self._zero.parts:
+            held = [part.tensor, *self._zero.state.get(part.tensor, {}).values()]
+            if not all(is_finite(t) for t in held if isinstance(t, Tensor)):
+                return part.name
+        return None
 
     @torch.no_grad()
     def weights_restored(self) -> None:
