@@ -246,6 +246,8 @@ class FaultInjector(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Injects the faults that act on gradients."""
+        if self._active:
+            adapter_of(trainer).read_gradients()
         for fault in self._active:
             fault.on_gradients(pl_module)
 

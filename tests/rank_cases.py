@@ -114,6 +114,7 @@ class Truth(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         adapter = adapter_of(trainer)
+        adapter.read_gradients()
         grads = [p.grad for _, p in adapter.named_parameters(pl_module)]
         if not isinstance(trainer.strategy, FSDP1OnCPU | DeepSpeedOnCPU):
             self.norms.append([float(whole([grad]).norm()) for grad in grads])
@@ -192,8 +193,10 @@ def fit_rank(
     """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
     ranks = options.get("devices", 2)
+    make = name if callable(name) else STRATEGIES.get(name, lambda: name)
+    name = name if isinstance(name, str) else "ddp"
     net = module(name, dropout)
-    strategy = STRATEGIES.get(name, lambda: name)(**options.pop("strategy", {}))
+    strategy = make(**options.pop("strategy", {}))
     if options.pop("fp16", False):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=20)
         options["plugins"] = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
@@ -222,6 +225,7 @@ def fit_rank(
 
 STRATEGIES = {
     "fsdp2": partial(ModelParallelStrategy, 2, 1),
+    "deepspeed": DeepSpeedOnCPU,
     "deepspeed 1": partial(DeepSpeedOnCPU, stage=1),
     "deepspeed 2": partial(DeepSpeedOnCPU, stage=2),
     "deepspeed 3": partial(DeepSpeedOnCPU, stage=3),

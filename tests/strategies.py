@@ -28,6 +28,7 @@ class FSDP1OnCPU(FSDPStrategy):
     def _setup_model(self, model):
         return FullyShardedDataParallel(
             model,
+            cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
             device_id=torch.device("cpu"),
@@ -44,6 +45,8 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
     def __init__(self, *, stage, **options):
         os.environ["DS_ACCELERATOR"] = "cpu"
         super().__init__(stage=stage, zero_allow_untested_optimizer=True, **options)
+        # Else DeepSpeed compiles an optimizer of its own.
+        self.config["zero_force_ds_cpu_optimizer"] = False
 
     def setup_environment(self):
         DDPStrategy.setup_environment(self)

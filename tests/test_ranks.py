@@ -1,6 +1,7 @@
 """A fault on one of two ranks: both detect it, respond in the same way, and stay in sync."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,12 +12,19 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from lit_stability import AnomalyCheckpoint, AutoRollback, GradientMonitor, PrecisionFallback
+from lit_stability import (
+    AnomalyCheckpoint,
+    AutoRollback,
+    GradientMonitor,
+    PrecisionFallback,
+    stability_callbacks,
+)
 from lit_stability.faults import (
     BadBatch,
     CorruptGradient,
     CorruptMoment,
     CorruptWeight,
+    FaultInjector,
     JumpLearningRate,
     NanLoss,
     ScaleGradients,
@@ -24,8 +32,8 @@ from lit_stability.faults import (
 )
 from lit_stability.trainer_internals import sharing
 from tests.conftest import Regression, make_trainer
-from tests.distributed import run_ranks_once
-from tests.rank_cases import Manual, outcomes
+from tests.distributed import run_ranks, run_ranks_once
+from tests.rank_cases import Manual, Recorder, fit_rank, incidents_of, outcomes, whole
 
 AGAIN, SKIP, CLIP = ["step retried"], ["step skipped"], ["gradients clipped"]
 BACK = ["rolled back and replayed"]
@@ -343,9 +351,28 @@ class Own(DDPStrategy):
     """A strategy of the user's."""
 
 
+def observed(root, make, allowed):
+    """What the suite sees in a fit under a strategy that was never tried, with what is advised."""
+    warnings.simplefilter("ignore")
+    allow = (make().__class__.__name__,) if allowed else ()
+    monitor = GradientMonitor(allow_strategies=allow)
+    suite = [monitor, *stability_callbacks()[1:]] if allowed else [monitor]
+    recorder = Recorder()
+    fault = FaultInjector([NanLoss(step=30, rank=1)])
+    net, trainer = fit_rank(root, make, [fault, *suite, recorder])
+    return {
+        "incidents": incidents_of([monitor]),
+        "weights": whole(net.parameters()),
+        "norms": [s.grad_norm for s in recorder.stats],
+        "step": trainer.global_step,
+    }
+
+
 UNTRIED = {
-    "FSDP1 on the host": (lambda: FSDPStrategy(cpu_offload=True), "FSDPStrategy: with cpu_offload"),
-    "tensor parallel": (lambda: ModelParallelStrategy(1, 2), "ModelParallelStrategy: with tensor"),
+    "FSDP1 on the host": (
+        lambda: FSDPStrategy(cpu_offload=True),
+        "FSDPStrategy: FSDP1 with cpu_off",
+    ),
     "model averaging": (lambda: DDPStrategy(model_averaging_period=4), "with model averaging"),
     "the user's": (Own, "Own: this strategy was never tested with the suite"),
 }
@@ -364,6 +391,18 @@ def test_strategy_never_run_is_refused_unless_it_is_allowed_by_name(name, callba
     kind = type(trainer.strategy).__name__
     trainer.callbacks[0].allow_strategies = (kind,)
     trainer.callbacks[1].setup(trainer, Regression(), "fit")
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["monitor", "allowed"])
+def test_advice_of_a_refusal_works(allowed, tmp_path):
+    """Only GradientMonitor, which changes nothing; or the strategy, allowed by its name."""
+    one, other = run_ranks(observed, tmp_path, Own, allowed, folder=tmp_path)
+    assert one["step"] == other["step"] == 50
+    assert one["norms"] if allowed else other["norms"]
+    finite = [bool(torch.isfinite(rank["weights"]).all()) for rank in (one, other)]
+    assert finite == ([True, True] if allowed else [False, False])
+    outcome = "recovered" if allowed else "unresolved"
+    assert {i[-1] for rank in (one, other) for i in rank["incidents"]} == {outcome}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", lambda: ModelParallelStrategy(2, 1)])

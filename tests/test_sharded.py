@@ -1,4 +1,4 @@
-"""FSDP1 and DeepSpeed on two ranks: the faults of tests/test_ranks.py, and what is their own."""
+"""FSDP1, DeepSpeed and tensor parallelism: the faults of tests/test_ranks.py, and their own."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
-from lit_stability import find_last_good, stability_callbacks
+from lit_stability import GradientMonitor, find_last_good, stability_callbacks
 from lit_stability.faults import CorruptGradient, CorruptWeight, NanLoss
 from tests import good_rank_cases as good
 from tests.distributed import run_ranks, run_ranks_once
@@ -67,6 +67,7 @@ OF_DEEPSPEED = {
     "fp16": {"precision": "16-mixed", **SHORT},
     "two groups": {"module": TwoGroups, **SHORT},
     "by hand": {"module": ByHand, **SHORT},
+    "offloaded": {"strategy": {"offload_optimizer": True}, **ACCUMULATED},
 }
 """Of fits that meet one fault, and end like the bare one with the same options."""
 
@@ -92,6 +93,7 @@ ALL = {
     "fsdp1": cases(WEIGHT, OF_FSDP1),
     "fsdp1 flat": cases("net.0._flat_param", OF_FSDP1),
     **dict.fromkeys(STAGES, cases(WEIGHT, OF_DEEPSPEED)),
+    "tensor": cases(WEIGHT, {"accumulated": ACCUMULATED, "validated": VALIDATED}),
 }
 FEW = {k: ALL["fsdp1"][k] for k in ("bare", "clean", "NaN loss", "NaN weight")}
 
@@ -155,6 +157,29 @@ def test_transient_fault_leaves_no_trace(ranks):
     transient = [k for k, (_, responses) in RESPONSES.items() if responses in (AGAIN, BACK)]
     for label in present(ranks, transient):
         assert torch.equal(ranks[0][label]["weights"], ranks[0]["clean"]["weights"]), label
+
+
+FOUR = {
+    label: (ALL["tensor"][label][0], {**ALL["tensor"][label][1], "devices": 4})
+    for label in ("bare", "clean", "NaN loss", "NaN batch", "without batch 30", "NaN weight")
+}
+
+
+@pytest.mark.long
+def test_tensor_and_data_parallel_ranks_recover_exactly_together(tmp_path):
+    """Two by two: weights are sharded over both dimensions of the mesh."""
+    ranks = run_ranks(
+        outcomes, tmp_path, "tensor and data", FOUR, folder=tmp_path, ranks=4, timeout=300
+    )
+    for rank in ranks:
+        assert torch.equal(rank["clean"]["weights"], rank["bare"]["weights"])
+        for label, equal in (("NaN loss", "clean"), ("NaN weight", "clean")):
+            assert torch.equal(rank[label]["weights"], rank[equal]["weights"])
+            assert rank[label]["incidents"] == ranks[0][label]["incidents"] != []
+        assert torch.equal(rank["NaN batch"]["weights"], rank["without batch 30"]["weights"])
+    one = ranks[0]["clean"]
+    for stats, norms in zip(one["stats"], one["norms"], strict=True):
+        assert stats.grad_norms == pytest.approx(norms, rel=1e-5)
 
 
 @pytest.mark.long
@@ -264,3 +289,27 @@ def loaded_alone(root, folder):
     options = {"resume": folder, "max_steps": step, "module": good.LoggingNet}
     net, trainer = fit_rank(root / "alone", "deepspeed 2", [], **options)
     return trainer.global_step, weights_of(net, trainer)
+
+
+def refused(root, suite):
+    """The error of a fit under DeepSpeed without ZeRO, and what was logged."""
+    lines = good.Lines()
+    callbacks = stability_callbacks() if suite else [GradientMonitor()]
+    try:
+        fit_rank(root, "deepspeed", callbacks, strategy={"stage": 0}, max_steps=5)
+    except RuntimeError as error:
+        return str(error), lines.stop()
+    return None, lines.stop()
+
+
+@pytest.mark.long
+def test_deepspeed_without_zero_is_refused_with_advice_that_works(tmp_path):
+    pytest.importorskip("deepspeed")
+    for error, _ in run_ranks(refused, tmp_path / "suite", True, folder=tmp_path):
+        assert "AnomalyCheckpoint does not support DeepSpeedOnCPU" in error
+        assert "stages 1, 2 and 3 are supported" in error
+        assert "use only GradientMonitor" in error
+        assert "allow_strategies" not in error
+    first, _ = run_ranks(refused, tmp_path / "monitor", False, folder=tmp_path)
+    assert first[0] is None
+    assert any("GradientMonitor measures nothing with DeepSpeedOnCPU" in x for x in first[1])

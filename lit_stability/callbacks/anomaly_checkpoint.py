@@ -130,7 +130,7 @@ class AnomalyCheckpoint(StabilityCallback):
         self, trainer: Trainer, pl_module: LightningModule, anomaly: Anomaly
     ) -> None:
         """Records gradient statistics before the gradients are dropped."""
-        self._suspected = gradient_details(pl_module.named_parameters())
+        self._suspected = gradient_details(adapter_of(trainer).named_parameters(pl_module))
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Saves the incident folder at the first occurrence."""
@@ -171,7 +171,8 @@ class AnomalyCheckpoint(StabilityCallback):
                 adapter.save_incident(part / "checkpoint.ckpt")
             context = {
                 "batch": self._batch,
-                "gradients": gradient_details(pl_module.named_parameters()) or self._suspected,
+                "gradients": gradient_details(adapter.named_parameters(pl_module))
+                or self._suspected,
                 "rng": capture_rng(),
                 "step": incident.first.step,
                 "batch_idx": incident.batch_idx,

@@ -70,8 +70,12 @@ class Ranks:
         self._host = dist.new_group(backend="gloo")
 
     def sum(self, shared: Tensor, row: Tensor) -> Summed:
-        """Starts the sum of a vector and of each rank's row, on the device."""
-        return _start_sum(shared, row, self, None)
+        """Starts the sum of a vector and of each rank's row, where they are.
+
+        Weights that are kept on the host have no NCCL.
+        """
+        on_host = shared.device.type == "cpu" and dist.get_backend() == "nccl"
+        return _start_sum(shared, row, self, self._host if on_host else None)
 
     def vote(self, row: Sequence[float]) -> Summed:
         """Starts to collect each rank's row, on the host."""

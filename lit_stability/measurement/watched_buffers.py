@@ -34,7 +34,9 @@ class WatchedBuffers:
         measurable = {n: b for n, b in self._present().items() if is_measurable(b)}
         found = {n: b for n, b in measurable.items() if b.is_floating_point()}
         finite = _are_finite([*found.values()])
-        self.names = tuple(n for n, good in zip(found, finite, strict=True) if good)
+        watched = self._weights()
+        pairs = zip(found, finite, strict=True)
+        self.names = tuple(n for n, good in pairs if good or n in watched)
         running = torch.tensor([n.rpartition(".")[2] in RUNNING for n in self.names])
         self._running = running.to(found[self.names[0]].device) if self.names else running
 

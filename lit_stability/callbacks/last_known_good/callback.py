@@ -43,8 +43,8 @@ log = suite_logger()
 class LastKnownGood(StabilityCallback):
     """Keeps checkpoints on disk that are known to be good, and resumes from them exactly.
 
-    Works on one device, and on several ranks with DDP or FSDP2. With another strategy on several
-    ranks it keeps nothing and logs that.
+    Works on one device, and on several ranks with DDP, FSDP2 or DeepSpeed. With another strategy
+    on several ranks it keeps nothing and logs that.
 
     Between two batches the callback copies the complete state to the memory of the host. From an
     accelerator, weights and moments are copied while the program goes on, to pinned memory that the
@@ -64,8 +64,8 @@ class LastKnownGood(StabilityCallback):
     After an interruption (a kill, SIGTERM, Ctrl-C) the run continues bit for bit.
 
     Several ranks write a folder together, ``good/step=<step>``: of replicas rank 0 writes the
-    weights, of sharded weights each rank its shards, and each rank its own RNG states, position in
-    the data and metrics. It is called ``good/step=<step>.part`` until all ranks have written their
+    weights, of sharded weights each rank its shards, with DeepSpeed in its files, and each rank its
+    own RNG states, position in the data and metrics. It is called ``good/step=<step>.part`` until all ranks have written their
     part. If one of them cannot, or has a NaN or Inf, none keeps this copy. With sharded weights the
     first copy is taken after the first step.
 

@@ -77,8 +77,8 @@ class DeepSpeedAdapter(StrategyAdapter):
         if zero.get("stage", 0) not in (1, 2, 3):
             return "of DeepSpeed ZeRO stages 1, 2 and 3 are supported; pass stage=2"
         for key, device in offloaded:
-            if device not in (None, "none"):
-                return f"with {key} to {device} DeepSpeed moves its tensors between steps"
+            if device == "nvme":
+                return f"with {key} to NVMe DeepSpeed keeps its tensors on a disk between steps"
         if optimizer.startswith(("onebit", "zerooneadam")):
             return f"{optimizer} sends compressed gradients, whose norm no rank knows"
         if "pipeline" in config:
@@ -151,21 +151,24 @@ class DeepSpeedAdapter(StrategyAdapter):
             stand_in.detach()
 
     def read_gradients(self) -> None:
-        """Gives the parameters of `named_parameters` their gradients."""
-        self._zero.read_gradients()
+        """Gives the parameters of `named_parameters` their gradients, if there is a step now."""
+        if self.steps_now:
+            self._zero.read_gradients()
 
     def named_parameters(self, pl_module: LightningModule) -> Iterable[tuple[str, Tensor]]:
         """Returns this rank's parts of the weights in fp32, then what is not trained."""
-        self.read_gradients()
         parts = {part.name: part.tensor for part in self._zero.parts}
         rest = {n: p for n, p in pl_module.named_parameters() if n not in parts}
         return [*parts.items(), *rest.items()]
 
     def weights_in_use(self) -> Mapping[str, Tensor]:
         """Returns the weights in the precision of the module; in stage 3 this rank's part."""
-        trained = {part.name for part in self._zero.parts}
-        named = self._trainer.lightning_module.named_parameters()
-        return {name: getattr(p, "ds_tensor", p).detach() for name, p in named if name in trained}
+        named: dict[str, Any] = dict(self._trainer.lightning_module.named_parameters())
+        if self.stage < 3:
+            return {part.name: named[part.name].detach() for part in self._zero.parts}
+        # The last part is filled up with whatever was in memory.
+        pairs = ((named[part.name].ds_tensor, part) for part in self._zero.parts)
+        return {part.name: held.detach()[: part.tensor.numel()] for held, part in pairs}
 
     def part_shares(self, pl_module: LightningModule) -> Mapping[int, float]:
         """Returns 1 for each part: no two ranks hold the same."""

@@ -24,17 +24,13 @@ class FSDP1Adapter(StrategyAdapter):
     @property
     def sharing(self) -> Sharing:
         """Shards; untried where they are on the host."""
-        return "untried" if self._offloads() else "shards"
+        offload = self._strategy.cpu_offload
+        return "untried" if getattr(offload, "offload_params", offload) else "shards"
 
     @property
     def why_unsupported(self) -> str:
         """Shards on the host."""
-        return "with cpu_offload the shards were never tried; leave it out, or use FSDP2"
-
-    @property
-    def may_be_tried(self) -> bool:
-        """Not with shards on the host: they are copied there by hooks that the suite bypasses."""
-        return False
+        return "FSDP1 with cpu_offload was never tried, as it needs a GPU; leave it out"
 
     @property
     def why_precision_fixed(self) -> str | None:
@@ -75,10 +71,6 @@ class FSDP1Adapter(StrategyAdapter):
             # Before its first forward pass FSDP1 has gathered nothing.
             if handle is not None and module._is_root is not None:
                 _reshard(module, handle, handle.uses_sharded_strategy)
-
-    def _offloads(self) -> bool:
-        offload = self._strategy.cpu_offload
-        return offload is not None and bool(offload.offload_params)
 
 
 def _modules(model: Any) -> list[Any]:

@@ -63,7 +63,7 @@ class ZeroOptimizer(Optimizer):
         linked: list[Any] = [_Group(own["params"], theirs) for own, theirs in pairs]
         self.param_groups = linked
         self.state = _State(self)  # type: ignore[assignment]
-        self._read: list[Any] = []
+        self._has_read = False
         self._patches = [Patch(zero, "step", self.step)]
 
     def __getattr__(self, name: str) -> Any:
@@ -92,11 +92,10 @@ class ZeroOptimizer(Optimizer):
 
     @torch.no_grad()
     def read_gradients(self) -> None:
-        """Gives each part the gradient that DeepSpeed has averaged, once after a backward pass."""
-        fresh = list(self.zero.averaged_gradients.values())
-        if not fresh or any(group is None for group in fresh) or _same(fresh, self._read):
+        """Gives each part the gradient that DeepSpeed has averaged, once before each step."""
+        if self._has_read:
             return
-        self._read = fresh
+        self._has_read = True
         scale = float(self.zero.loss_scale)
         for part in self.parts:
             held = part.gradient().view(-1)
@@ -110,7 +109,7 @@ class ZeroOptimizer(Optimizer):
 
         Then the loss scale stays as it is.
         """
-        if self._read and all(part.tensor.grad is None for part in self.parts):
+        if self._has_read and all(part.tensor.grad is None for part in self.parts):
             self._forget_gradients()
             with self._overflowing():
                 return self._step_of_zero()
@@ -130,7 +129,7 @@ class ZeroOptimizer(Optimizer):
         self.zero.zero_grad(set_to_none=True)
 
     def _forget_gradients(self) -> None:
-        self._read = []
+        self._has_read = False
         for part in self.parts:
             part.tensor.grad = None
 
@@ -232,10 +231,6 @@ def _view(value: Any, part: _Part) -> Any:
     return value
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
 def _part(name: str, flat: Tensor, start: int, count: int, grad: Callable[[], Tensor]) -> _Part:
     view = flat.detach().narrow(0, start, count)
     return _Part(name, nn.Parameter(view), flat, start, grad)
@@ -244,10 +239,10 @@ def _part(name: str, flat: Tensor, start: int, count: int, grad: Callable[[], Te
 def _parts_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Iterator[_Part]]:
     flats = zero.single_partition_of_fp32_groups
     for flat, parameters in zip(flats, zero.bit16_groups, strict=True):
-        yield (_mapped_part(names[id(p)], p, flat) for p in parameters)
+        yield (_mapped_part(names[id(p)], p, flat, zero.cpu_offload) for p in parameters)
 
 
-def _mapped_part(name: str, parameter: Any, flat: Tensor) -> _Part:
+def _mapped_part(name: str, parameter: Any, flat: Tensor, offloaded: bool) -> _Part:
     mapping = parameter._hp_mapping
     if mapping is None:
         return _part(name, flat, 0, 0, lambda: flat.detach()[:0])
@@ -255,6 +250,9 @@ def _mapped_part(name: str, parameter: Any, flat: Tensor) -> _Part:
     index = parameter._index_in_param_group
 
     def gradient() -> Tensor:
+        if offloaded:
+            assert flat.grad is not None, "DeepSpeed keeps one buffer for it"
+            return flat.grad.narrow(0, address.start, address.numel)
         held: Tensor = mapping.get_lp_grad_fragment(index)
         return held
 
