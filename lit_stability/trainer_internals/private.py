@@ -237,6 +237,7 @@ TORCH = (
 
 _ZERO = "refusing DeepSpeed: its public functions return copies, of all ranks together"
 DEEPSPEED = (
+    Private("_copy_recovery_script", _ZERO),
     Private("_get_fp32_grad_state_partition", _ZERO),
     Private("_hp_mapping", _ZERO),
     Private("_hp_optimizer_states_linked", _ZERO),

@@ -65,9 +65,9 @@ class LastKnownGood(StabilityCallback):
 
     Several ranks write a folder together, ``good/step=<step>``: of replicas rank 0 writes the
     weights, of sharded weights each rank its shards, with DeepSpeed in its files, and each rank its
-    own RNG states, position in the data and metrics. It is called ``good/step=<step>.part`` until all ranks have written their
-    part. If one of them cannot, or has a NaN or Inf, none keeps this copy. With sharded weights the
-    first copy is taken after the first step.
+    own RNG states, position in the data and metrics. It is called ``good/step=<step>.part`` until
+    all ranks have written their part. If one of them cannot, or has a NaN or Inf, none keeps this
+    copy. With sharded weights the first copy is taken after the first step.
 
     As many ranks as wrote it continue exactly. With another number of ranks, weights and optimizer
     states are restored, and RNG states and epoch metrics are not. The position in the data is
