@@ -193,8 +193,8 @@ def fit_rank(
     """Trains this rank's share from a seed."""
     seed_everything(0, verbose=False)
     ranks = options.get("devices", 2)
-    make = name if callable(name) else STRATEGIES.get(name, lambda: name)
-    name = name if isinstance(name, str) else "ddp"
+    given, name = name, name if isinstance(name, str) else "ddp"
+    make = given if callable(given) else STRATEGIES.get(given, lambda: given)
     net = module(name, dropout)
     strategy = make(**options.pop("strategy", {}))
     if options.pop("fp16", False):

@@ -44,7 +44,7 @@ class LastKnownGood(StabilityCallback):
     """Keeps checkpoints on disk that are known to be good, and resumes from them exactly.
 
     Works on one device, and on several ranks with DDP, FSDP2 or DeepSpeed. With another strategy
-    on several ranks it keeps nothing and logs that.
+    it keeps nothing and logs that.
 
     Between two batches the callback copies the complete state to the memory of the host. From an
     accelerator, weights and moments are copied while the program goes on, to pinned memory that the
@@ -149,11 +149,10 @@ class LastKnownGood(StabilityCallback):
         self._release()
         self._restored, self._buffers = {}, {}
         obstacle = adapter_of(trainer).why_no_good_checkpoint
-        if trainer.world_size > 1 and obstacle is not None:
+        if obstacle is not None:
             if trainer.is_global_zero:
                 log.info(
-                    "LastKnownGood keeps nothing with %s on several ranks (%s): use "
-                    "ModelCheckpoint",
+                    "LastKnownGood keeps nothing with %s (%s): use ModelCheckpoint",
                     *(type(trainer.strategy).__name__, obstacle),
                 )
             return

@@ -79,8 +79,9 @@ class StrategyAdapter:
 
     @property
     def why_no_good_checkpoint(self) -> str | None:
-        """Why `LastKnownGood` cannot save on several ranks; None if it can."""
-        return self.why_unsupported if self.sharing == "untried" else None
+        """Why `LastKnownGood` cannot save what it could resume from; None if it can."""
+        untried = self.sharing == "untried" and self._trainer.world_size > 1
+        return self.why_unsupported if untried else None
 
     @property
     def saves_incidents_together(self) -> bool:

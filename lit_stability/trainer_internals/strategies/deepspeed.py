@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ from lit_stability.trainer_internals.strategies.zero_optimizer import ZeroOptimi
 from lit_stability.training_state.host_copy import is_finite
 from lit_stability.training_state.rank_checkpoint_writer import FILES
 
-_STAND_INS: WeakKeyDictionary[Any, ZeroOptimizer] = WeakKeyDictionary()
-"""The optimizer that stands in for DeepSpeed's, by DeepSpeed's."""
+_STAND_IN = "lit_stability"
+"""Attribute of DeepSpeed's optimizer: the one that stands in for it."""
 
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
 """Counters of DeepSpeed's engine, which it saves in its checkpoints."""
-
 
 _OF_WEIGHTS = ("state_dict", "optimizer_states")
 _TAG = "checkpoint"
@@ -110,6 +108,12 @@ class DeepSpeedAdapter(StrategyAdapter):
         return "under ZeRO stage 3 no rank has the weights that a step needs" * (self.stage == 3)
 
     @property
+    def why_no_good_checkpoint(self) -> str | None:
+        """With one rank: what is saved for that is not in DeepSpeed's files."""
+        alone = self._trainer.world_size == 1
+        return self.why_unsupported or ("DeepSpeed runs on one device" if alone else None)
+
+    @property
     def why_precision_fixed(self) -> str | None:
         """The engine has the precision that it was created with."""
         return "DeepSpeed's engine fixes the precision when it is created"
@@ -126,29 +130,20 @@ class DeepSpeedAdapter(StrategyAdapter):
     @property
     def _zero(self) -> ZeroOptimizer:
         zero = self._engine.optimizer
-        if zero not in _STAND_INS:
+        if _STAND_IN not in vars(zero):
             named = list(self._trainer.lightning_module.named_parameters())
-            _STAND_INS[zero] = ZeroOptimizer(zero, named)
-        return _STAND_INS[zero]
+            vars(zero)[_STAND_IN] = ZeroOptimizer(zero, named)
+        stand_in: ZeroOptimizer = vars(zero)[_STAND_IN]
+        return stand_in
 
     def attach(self) -> None:
         """Replaces the optimizer that Lightning passes to hooks by one with gradients."""
-        stand_in, strategy = self._zero, self._strategy
-        teardown = strategy.teardown
-
-        def with_own_optimizer() -> None:
-            strategy.optimizers = [stand_in.zero]
-            teardown()
-            strategy.optimizers = [stand_in]
-
-        stand_in.attach(Patch(strategy, "teardown", with_own_optimizer))
-        strategy.optimizers = [stand_in]
+        self._zero.attach()
+        self._strategy.optimizers = [self._zero]
 
     def detach(self) -> None:
         """Leaves the step to DeepSpeed's optimizer."""
-        stand_in = _STAND_INS.pop(getattr(self._engine, "optimizer", None), None)
-        if stand_in is not None:
-            stand_in.detach()
+        self._zero.detach()
 
     def read_gradients(self) -> None:
         """Gives the parameters of `named_parameters` their gradients, if there is a step now."""
@@ -190,16 +185,17 @@ class DeepSpeedAdapter(StrategyAdapter):
         return [self._zero.zero.optimizer]
 
     def tensors_to_copy(self) -> list[Tensor]:
-        """Returns the flat tensors that hold the weights."""
+        """Returns the flat weights in fp32, of which the others are made."""
         return self._zero.flats
 
     def parameters_to_leave(self) -> set[int]:
-        """Returns the ids of the module's parameters that stage 3 gathers and frees.
+        """Returns the ids of the module's parameters that are made of the flat weights.
 
-        Frozen ones too: nothing that training does can change them.
+        Stage 3 gathers and frees frozen ones too, which nothing that training does can change.
         """
-        module = self._trainer.lightning_module
-        return {id(p) for p in module.parameters() if hasattr(p, "ds_tensor")}
+        trained = {part.name for part in self._zero.parts}
+        named = self._trainer.lightning_module.named_parameters()
+        return {id(p) for n, p in named if n in trained or hasattr(p, "ds_tensor")}
 
     def counts(self) -> dict[str, Any]:
         """Returns the counters of the engine, and the state of the loss scale."""
@@ -259,10 +255,17 @@ class DeepSpeedAdapter(StrategyAdapter):
 
     @torch.no_grad()
     def weights_restored(self) -> None:
-        """Gathers again the weights that stage 3 keeps on all ranks, and finds new state."""
+        """Gives all ranks the weights in the precision of the module, made of those in fp32."""
         zero = self._zero.zero
-        zero._hp_optimizer_states_linked = False
-        persistent = getattr(zero, "persistent_parameters", ())
-        if persistent:
+        if self.stage < 3:
+            zero._hp_optimizer_states_linked = False
+            zero.update_lp_params()
+            return
+        pairs = zip(
+            zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
+        )
+        for used, flat in pairs:
+            used.copy_(flat)
+        if persistent := zero.persistent_parameters:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)

@@ -64,7 +64,7 @@ class ZeroOptimizer(Optimizer):
         self.param_groups = linked
         self.state = _State(self)  # type: ignore[assignment]
         self._has_read = False
-        self._patches = [Patch(zero, "step", self.step)]
+        self._patch = Patch(zero, "step", self.step)
 
     def __getattr__(self, name: str) -> Any:
         """What this class lacks, such as the loss scale, is DeepSpeed's."""
@@ -74,21 +74,16 @@ class ZeroOptimizer(Optimizer):
 
     @property
     def flats(self) -> list[Tensor]:
-        """The tensors that hold this rank's weights: in fp32, and in stage 3 as they are used."""
-        own = dict.fromkeys(part.flat for part in self.parts)
-        used = getattr(self.zero, "fp16_partitioned_groups_flat", ())
-        return [*own, *(flat for flat in used if flat is not None)]
+        """The tensors that hold this rank's weights in fp32."""
+        return list(dict.fromkeys(part.flat for part in self.parts))
 
-    def attach(self, *more: Patch) -> None:
-        """Has DeepSpeed's engine step this optimizer, and applies patches until `detach`."""
-        self._patches += more
-        for patch in self._patches:
-            patch.apply()
+    def attach(self) -> None:
+        """Has DeepSpeed's engine step this optimizer."""
+        self._patch.apply()
 
     def detach(self) -> None:
         """Leaves the step to DeepSpeed's optimizer."""
-        for patch in self._patches:
-            patch.remove()
+        self._patch.remove()
 
     @torch.no_grad()
     def read_gradients(self) -> None:
@@ -213,7 +208,14 @@ class _State(MutableMapping[Tensor, dict[str, Any]]):
         return part.state
 
     def __setitem__(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        raise TypeError("the state is DeepSpeed's")
+        """Moves the state of the flat weights along with that of a part.
+
+        Lightning moves the states of optimizers to the host at the end of a fit.
+        """
+        flat = self._parts[parameter].flat
+        for key, value in self._flat_state[flat].items():
+            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+                self._flat_state[flat][key] = value.to(state[key].device)
 
     def __delitem__(self, parameter: Tensor) -> None:
         raise TypeError("the state is DeepSpeed's")
