@@ -35,7 +35,7 @@ class CurvatureProbe(StabilityCallback):
 
     While the ratio is above 1, the next steps are measured too, at most `follow`, because only a
     ratio that stays above 1 predicts a spike. A measurement costs two forward and backward passes.
-    SGD, Adam and AdamW are supported. With other optimizers, in manual optimization, under FSDP2,
+    SGD, Adam and AdamW are supported. With other optimizers, in manual optimization, with shards,
     and if the step cannot be run again, nothing is measured, and the probe warns once.
 
     Args:
@@ -69,7 +69,7 @@ class CurvatureProbe(StabilityCallback):
         if not pl_module.automatic_optimization:
             self._disable("in manual optimization a training_step cannot be run without its update")
         elif sharing(trainer) == "shards":
-            self._disable("under FSDP2 a rank lacks the full weights needed to run a step again")
+            self._disable("with sharded weights a rank lacks those that a step needs to run again")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_stability.callbacks.gradient_flow.picture import draw_gradient_flow
@@ -20,7 +21,7 @@ from lit_stability.measurement.gradient_distribution import gradient_details
 from lit_stability.measurement.step_stats import GradientDetail, StepStats
 from lit_stability.outside import guarded
 from lit_stability.tensorboard.images import write_figure
-from lit_stability.trainer_internals import callbacks_of, logger_step, run_directory
+from lit_stability.trainer_internals import adapter_of, callbacks_of, logger_step, run_directory
 from lit_stability.training_state.atomic_write import write_and_keep
 
 log = suite_logger()
@@ -71,6 +72,7 @@ class GradientFlow(StabilityCallback):
         self._history: dict[int, deque[tuple[GradientDetail, ...]]] = {}
         self._drawn: dict[int, int] = {}
         self._suspected: tuple[GradientDetail, ...] = ()
+        self._directory: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit in which this callback cannot work.
@@ -93,6 +95,8 @@ class GradientFlow(StabilityCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clears the history of an earlier fit."""
         self._history, self._drawn, self._suspected = {}, {}, ()
+        # All ranks ask for it, so not where one of them draws alone.
+        self._directory = run_directory(trainer)
 
     def on_healthy_step(
         self, trainer: Trainer, pl_module: LightningModule, stats: StepStats
@@ -117,7 +121,7 @@ class GradientFlow(StabilityCallback):
     ) -> None:
         """Measures the gradients before they are dropped; they are drawn if an incident follows."""
         if trainer.is_global_zero:
-            self._suspected = _measured(pl_module)
+            self._suspected = _measured(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -129,7 +133,7 @@ class GradientFlow(StabilityCallback):
         """Draws the gradients of the step that opened the incident."""
         if incident.occurrences > 1 or not trainer.is_global_zero:
             return
-        details = _measured(pl_module) or self._suspected
+        details = _measured(trainer, pl_module) or self._suspected
         if not details:
             log.info(
                 "no gradient flow of incident %d: its gradients were dropped; place GradientFlow "
@@ -194,15 +198,16 @@ class GradientFlow(StabilityCallback):
         def write() -> None:
             if write_figure(trainer.loggers, tag, figure, logger_step(trainer)):
                 return
-            directory = run_directory(trainer)
-            if directory is not None:
-                write_and_keep(directory / "gradient_flow" / f"{name}.png", to_png(figure, dpi=110))
+            if self._directory is not None:
+                write_and_keep(
+                    self._directory / "gradient_flow" / f"{name}.png", to_png(figure, dpi=110)
+                )
 
         guarded(self, "a picture of the gradient flow was not written", write)
 
 
-def _measured(pl_module: LightningModule) -> tuple[GradientDetail, ...]:
-    details = gradient_details(pl_module.named_parameters())
+def _measured(trainer: Trainer, pl_module: LightningModule) -> tuple[GradientDetail, ...]:
+    details = gradient_details(adapter_of(trainer).named_parameters(pl_module))
     return tuple(GradientDetail(**detail) for detail in details)
 
 

@@ -91,8 +91,9 @@ def sharing(trainer: Trainer) -> Sharing:
 def _like(cls: type) -> str | None:
     if cls not in _LIKE:
         _load_entry_points()
-    package = cls.__module__.split(".")[0]
-    return _LIKE.get(cls) or _LIKE_BY_NAME.get((package, cls.__name__))
+    if cls in _LIKE:
+        return _LIKE[cls]
+    return _LIKE_BY_NAME.get((cls.__module__.split(".")[0], cls.__name__))
 
 
 @cache
