@@ -259,7 +259,7 @@ def test_slurm_job_is_requeued_and_resumes_by_itself(
     assert (tmp_path / "asked").read_text().strip() == f"requeue {job}"
     assert f"requeued the SLURM job {job}" in output
     assert [path.name for path in folder.glob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
-    assert output.index("saved step 21") < output.index("requeued")
+    assert output.index("saved step 21") < output.index("requeued the SLURM job")
     assert_same(finish(folder, **options), undisturbed())
 
 
