@@ -83,7 +83,7 @@ def test_rescue_ends_as_the_undisturbed_run(monkeypatch):
     assert len(figures(book)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @IN_KERNELS
 def test_suspects_of_the_classifier_are_tried_in_turn(monkeypatch):
     """S7, C5."""

@@ -86,7 +86,7 @@ def test_run_separates_what_counts_callbacks_from_what_breaks(checkout, tmp_path
     assert "| bare | 4 | 1 | 0 |  |  |\n| with the suite | 1 | 4 | 0 | 2 | 1 |" in table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_of_tests_that_all_pass_ends_without_an_error(checkout, tmp_path, monkeypatch, capsys):
     one = "tests/tests_pytorch/test_trainer.py::test_passes"
     run_main(monkeypatch, checkout, "--tests", one, "--out", tmp_path)

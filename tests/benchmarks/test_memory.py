@@ -36,7 +36,7 @@ def test_table_shows_both_numbers_and_their_ratio(case, name):
     assert table.rows[1][1] == "not run: why"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_measured_memory_is_what_was_predicted():
     found = measure(Case(20, checkpoint=False), "cpu", most=8)

@@ -185,7 +185,7 @@ def test_skipped_step_with_later_hooks_is_as_if_the_fault_had_never_been(
     assert torch.equal(flat(saved), flat(bare))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_skipped_step_of_a_compiled_optimizer_is_as_if_the_fault_had_never_been(tmp_path):
     suite, steps = [GradientMonitor(), AutoRollback()], {"max_steps": 6}

@@ -216,6 +216,7 @@ def fit_in_limited_memory(snapshots):
     )
 
 
+@pytest.mark.long
 def test_run_that_two_snapshots_would_kill_keeps_one_and_goes_on():
     killed = fit_in_limited_memory("two")
     assert "can't allocate memory" in killed.stderr

@@ -9,7 +9,7 @@ from tests.memory_rank_cases import CASES, memory_outcomes
 TWO, ONE, NONE = ("device", "device"), ("device",), ()
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def ranks(request, tmp_path_factory):
     return run_ranks_once(tmp_path_factory, memory_outcomes, request.param, timeout=300)[1]
 

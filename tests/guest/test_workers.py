@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 @pytest.mark.parametrize(
-    ("strategy", "devices"), [("ddp_fork", 2), pytest.param("ddp_spawn", 1, marks=pytest.mark.slow)]
+    ("strategy", "devices"), [("ddp_fork", 2), pytest.param("ddp_spawn", 1, marks=pytest.mark.long)]
 )
 def test_exception_in_a_worker_leaves_no_hidden_file_and_closes_the_record(
     strategy, devices, tmp_path
