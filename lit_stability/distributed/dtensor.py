@@ -80,6 +80,7 @@ def share(tensor: Any, ranks: int) -> float:
     placements = getattr(tensor, "placements", ())
     shards = 1
     for dimension, placement in enumerate(placements):
-        if placement.is_shard():
+        # A shard of a shard, as FSDP2 makes it of tensor parallel weights, is of another class.
+        if not (placement.is_replicate() or placement.is_partial()):
             shards *= tensor.device_mesh.size(dimension)
     return shards / ranks

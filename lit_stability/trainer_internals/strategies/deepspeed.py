@@ -143,7 +143,9 @@ class DeepSpeedAdapter(StrategyAdapter):
 
     def detach(self) -> None:
         """Leaves the step to DeepSpeed's optimizer."""
-        self._zero.detach()
+        stand_in = getattr(getattr(self._engine, "optimizer", None), _STAND_IN, None)
+        if stand_in is not None:
+            stand_in.detach()
 
     def read_gradients(self) -> None:
         """Gives the parameters of `named_parameters` their gradients, if there is a step now."""
