@@ -151,7 +151,7 @@ class MemoryUse:
         directory = run_directory(self._trainer)
         file = None if directory is None else find_last_good(directory)
         if file is None:
-            return "no good checkpoint is on disk either; LastKnownGood keeps one, on one device"
+            return "no good checkpoint is on disk either; LastKnownGood keeps one"
         return f"resume from the last good checkpoint, {file}, or use fit_with_recovery"
 
     def as_dict(self) -> dict[str, Any]:
