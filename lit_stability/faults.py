@@ -8,6 +8,7 @@ Each fault is injected once, when ``global_step`` reaches its step; a rollback t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -274,5 +275,6 @@ def _matching(module: nn.Module, pattern: str) -> Sequence[tuple[str, Tensor]]:
 
 def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     if isinstance(module, LightningModule):
-        return adapter_of(module.trainer).named_parameters(module)
+        with contextlib.suppress(RuntimeError):  # it has no trainer yet
+            return adapter_of(module.trainer).named_parameters(module)
     return module.named_parameters()

@@ -25,7 +25,7 @@ def cells(book):
 def printed(book):
     """All text that the cells of a notebook put out, that of cards too."""
     outputs = [o for c in book.cells if c.cell_type == "code" for o in c.outputs]
-    return "".join(o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs)
+    return "".join(o.get("text", o.get("data", {}).get("text/plain", "") + "\n") for o in outputs)
 
 
 def figures(book):

@@ -51,8 +51,8 @@ that resolves the incident decides the response; callbacks after it see ``incide
 ...     **{"accelerator": "cpu", "default_root_dir": tempfile.mkdtemp()},
 ... )
 >>> trainer.fit(BoringModel())
->>> [(i.first.kind, i.responses, i.outcome) for i in monitor.incidents]
-[('non-finite loss', ['step skipped'], 'recovered')]
+>>> [(i.first.kind, i.responses) for i in monitor.incidents]
+[('non-finite loss', ['step skipped'])]
 """
 
 from collections.abc import Sequence
