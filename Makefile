@@ -27,7 +27,7 @@ test-ranks:
 	{ printf '`make test-ranks`, %s:\n\n' "$$(date +%F)"; grep "steps lost" runs/rank_tests.log; \
 		tail -n 1 runs/rank_tests.log; } > benchmarks/results/rank_tests.md
 
-# FSDP1, tensor parallelism, and DeepSpeed if its extra is installed: ten minutes.
+# FSDP1, tensor parallelism, and DeepSpeed if its extra is installed: seven minutes.
 test-deepspeed:
 	mkdir -p runs && pytest -q -m "long or not long" tests/test_sharded.py > runs/sharded_tests.log; \
 		tail -n 20 runs/sharded_tests.log
