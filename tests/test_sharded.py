@@ -116,6 +116,12 @@ def ranks(request, tmp_path_factory):
     return found
 
 
+def skip_without(ranks, label):
+    """Skips a test of a fit that is not among the few."""
+    if label not in ranks[0]:
+        pytest.skip(f"without {label}")
+
+
 def present(ranks, labels):
     """Those of the fits that were run."""
     found = [label for label in labels if label in ranks[0]]
@@ -188,18 +194,29 @@ def test_tensor_and_data_parallel_ranks_recover_exactly_together(tmp_path):
 @pytest.mark.long
 def test_batch_skipped_on_all_ranks_leaves_no_trace(ranks):
     """Invariant 2."""
-    for label in ("NaN loss twice", "NaN batch") if "NaN batch" in ranks[0] else ():
+    skip_without(ranks, "NaN batch")
+    for label in ("NaN loss twice", "NaN batch"):
         expected = ranks[0]["without batch 30"]["weights"]
         assert torch.equal(ranks[0][label]["weights"], expected), label
 
 
 @pytest.mark.long
 def test_fault_leaves_no_trace_whatever_the_options(ranks):
+    skip_without(ranks, "accumulated")
     for label in (k for k in ranks[0] if f"{k}, bare" in ranks[0]):
         one, other = (rank[label] for rank in ranks)
         assert len(one["incidents"]) == 1, label
         same_on_both_ranks(one, other)
         assert torch.equal(one["weights"], ranks[0][f"{label}, bare"]["weights"]), label
+
+
+@pytest.mark.long
+def test_rank_with_another_learning_rate_stops_the_run_with_that_reason(ranks):
+    """Invariant 4: if no rollback helps, all ranks stop together."""
+    skip_without(ranks, "learning rate")
+    one, other = (rank["learning rate"] for rank in ranks)
+    assert one == other
+    assert "the ranks' learning rates differ" in one["stopped"]
 
 
 def test_measured_norms_and_loss_are_those_of_all_ranks_together(ranks):
@@ -211,6 +228,24 @@ def test_measured_norms_and_loss_are_those_of_all_ranks_together(ranks):
     assert [s.grad_norms for s in one["stats"]] == [s.grad_norms for s in other["stats"]]
     measured = [s.weight_norm for s in one["stats"] if s.weight_norm][-1]
     assert measured == pytest.approx(float(one["weights"].norm()), rel=0.02)
+
+
+ALONE = {
+    label: (tuple(replace(f, rank=0) for f in faults), {**options, "devices": 1})
+    for label, (faults, options) in FEW.items()
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fsdp1", *STAGES])
+def test_one_rank_alone_recovers_exactly(name, tmp_path):
+    if name in STAGES:
+        pytest.importorskip("deepspeed")
+    (found,) = run_ranks(outcomes, tmp_path, name, ALONE, folder=tmp_path, ranks=1)
+    assert found["NaN loss"]["incidents"] != []
+    assert found["NaN weight"]["incidents"] != []
+    for label in ALONE:
+        assert torch.equal(found[label]["weights"], found["bare"]["weights"]), label
 
 
 class DamageUsedWeights(Callback):

@@ -51,7 +51,7 @@ class AnomalyCheckpoint(StabilityCallback):
 
     Every rank other than 0 writes a folder ``<step>-<id>-rank<r>`` with its own batch. Under DDP no
     rank waits for another, and only rank 0 writes ``checkpoint.ckpt``, without what user hooks
-    would add; under FSDP2 it is Lightning's folder of shards.
+    would add; with sharded weights it is Lightning's folder of shards.
 
     If saving fails (a full disk, a read-only folder, a batch that cannot be pickled), the callback
     logs a warning and training continues.

@@ -65,8 +65,8 @@ class AutoRollback(StabilityCallback):
     the fit ends, it does so on all of them; the others name the rank. It is raised as it is, on its
     rank alone, in the backward pass, in the first ``training_step`` of a fit, in one that calls
     collectives itself, as with ``self.log(..., sync_dist=True)`` or SyncBatchNorm, with a static
-    graph or sparse gradients, in manual optimization and under FSDP2: then `fit_with_recovery`
-    restarts all ranks.
+    graph or sparse gradients, in manual optimization and with sharded weights: then
+    `fit_with_recovery` restarts all ranks.
 
     If a `Diagnosis` before it finds that the learning rate is likely too high, the first rollback
     lowers it; if the architecture is certain to be the cause, the fit stops.

@@ -45,7 +45,7 @@ class CrashPrediction(StabilityCallback):
 
     * ``save``, 0.3: saves a checkpoint, completely or not at all, in ``risk/`` in
       the folder of the run. It is from a run in danger, not known to be good. Non-finite weights
-      are not saved; under FSDP2 ModelCheckpoint saves instead.
+      are not saved; of sharded weights ModelCheckpoint saves instead.
     * ``slow``, 0.5: learning rate x0.5, which then caps what the scheduler sets; clip x0.5, to the
       median gradient norm. Both are halved again if the risk is still as high 20 steps later, and
       restored step by step once it is gone, see `Prevention`.

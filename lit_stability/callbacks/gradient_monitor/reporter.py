@@ -30,7 +30,13 @@ from lit_stability.loggers.writer import StabilityWriter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.outside import guarded
 from lit_stability.policies.actions import Stop
-from lit_stability.trainer_internals import callbacks_of, logger_step, parameters_of, run_directory
+from lit_stability.trainer_internals import (
+    adapter_of,
+    callbacks_of,
+    logger_step,
+    parameters_of,
+    run_directory,
+)
 
 log = suite_logger()
 
@@ -111,7 +117,9 @@ class Reporter:
 
     def _startup_texts(self, pl_module: LightningModule) -> Iterator[str]:
         numel = sum(p.numel() for o in self._trainer.optimizers for p in parameters_of(o))
-        yield f"watching {type(pl_module).__name__}, {numel:,} parameters"
+        parts = adapter_of(self._trainer).part_shares(pl_module) is not None
+        where = " on rank 0" if parts else ""
+        yield f"watching {type(pl_module).__name__}, {numel:,} parameters{where}"
         for each in callbacks_of(self._trainer):
             if isinstance(each, StabilityCallback):
                 yield each.startup_text(self._trainer, pl_module)
@@ -257,7 +265,8 @@ class Reporter:
         """Writes the lines of the record that are left, also those that failed before."""
         if self._record is None or not self._unwritten:
             return
-        record, lines = self._record, self._unwritten[-_MOST_LINES:]
+        del self._unwritten[:-_MOST_LINES]
+        record, lines = self._record, self._unwritten
         what = f"incidents cannot be recorded in {record.path}"
         if guarded(self, what, lambda: record.append_lines(lines), _ADVICE):
             self._unwritten = []

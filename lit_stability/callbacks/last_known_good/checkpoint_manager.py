@@ -103,8 +103,12 @@ class CheckpointManager:
         self._reference.begin(self._trainer, self._module)
 
     def startup_text(self) -> str:
-        """Returns how often a checkpoint is kept, and what its copy in memory takes."""
-        return f"a good checkpoint every {self._every_n_steps} steps, {as_text(self._copy.nbytes)}"
+        """Returns how often a checkpoint is kept, and what its copy in memory takes.
+
+        Of sharded weights the first copy is taken after the first step.
+        """
+        size = f", {as_text(self._copy.nbytes)}" if self._copy.nbytes else ""
+        return f"a good checkpoint every {self._every_n_steps} steps{size}"
 
     def _due(self) -> bool:
         step = self._trainer.global_step
