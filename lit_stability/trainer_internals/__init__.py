@@ -18,6 +18,7 @@ from lit_stability.trainer_internals.cluster import (
 )
 from lit_stability.trainer_internals.data_position import DataPosition
 from lit_stability.trainer_internals.dataloaders import loaders
+from lit_stability.trainer_internals.earlier_state import in_earlier_state
 from lit_stability.trainer_internals.hyperparameters import hide_environment
 from lit_stability.trainer_internals.loop_counters import (
     LoopState,
@@ -137,6 +138,7 @@ __all__ = [
     "handles_signals",
     "has_room_to_move",
     "hide_environment",
+    "in_earlier_state",
     "incident_bytes",
     "incomparable",
     "is_called",

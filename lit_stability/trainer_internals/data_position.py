@@ -8,7 +8,10 @@ is the one that the interrupted run would have trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +51,25 @@ log = suite_logger()
 
 MAX_STATES = 500
 """Generator states saved per epoch if reading the data draws random numbers; 10 kB each."""
+_EPOCHS = 64
+"""Epochs of which is known how the loaders were read: a snapshot may be of an earlier epoch."""
+
+
+@dataclass
+class _EpochRead:
+    """How the loaders were read in an epoch."""
+
+    start: dict[str, Any] = field(default_factory=dict)
+    """Generators before the loaders were iterated; empty before the first epoch."""
+    first: dict[str, Any] | None = None
+    """Random states before the first fetch."""
+    last: tuple[int, dict[str, Any]] | None = None
+    """Index of the last fetch, and the random states before it."""
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Random states before other fetches, by index."""
+    epoch: int = 0
+    reloaded: int | None = None
+    """Epoch in which the loaders were built, if they are built again."""
 
 
 class DataPosition(FetcherObserver):
@@ -74,10 +96,11 @@ class DataPosition(FetcherObserver):
         self._own = True
         """Whether the position to restore was saved by this rank."""
         self._fetches = 0
-        self._start: dict[str, Any] = {}
-        self._first: dict[str, Any] | None = None
-        self._last: tuple[int, dict[str, Any]] | None = None
-        self._states: dict[int, dict[str, Any]] = {}
+        self._read = _EpochRead()
+        self._reads: deque[_EpochRead] = deque(maxlen=_EPOCHS)
+        """Of the last epochs; the present one is the last."""
+        self._earlier: tuple[int, int] | None = None
+        """Epoch and index of the next batch, while the fit is in an earlier state."""
         self._limit_logged = False
         self._undo: Callable[[], None] = lambda: None
 
@@ -131,33 +154,65 @@ class DataPosition(FetcherObserver):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, loadable with ``weights_only=True``; {} outside a fit."""
-        if self._trainer is None or not self._start:
+        if self._trainer is None or not self._read.start:
             return {}
         loop = self._trainer.fit_loop
         fetcher = current_fetcher(self._trainer)
         ahead = len(getattr(fetcher, "batches", ()))
         replayed = [observer.replayed_index for observer in observers(fetcher)]
         index = next((i for i in replayed if i is not None), None)
-        if index == -1:
+        read = self._read
+        if self._earlier is not None:
+            epoch, index = self._earlier
+            read = self._read_of(epoch) or read
+        elif index == -1:
             # A rollback replays batches of an epoch that the loader has already left.
             return {}
-        states = dict(self._states)
-        if ahead and self._last is not None:
-            states[self._last[0]] = self._last[1]
-        if self._first is not None:
-            states[0] = self._first
+        states = dict(read.states)
+        if read.last is not None and (ahead or self._earlier is not None):
+            states[read.last[0]] = read.last[1]
+        if read.first is not None:
+            states[0] = read.first
         return {
             "batches": self._fetches - ahead if index is None else index,
             "samples_per_batch": samples_of_all_ranks(loaders(self._trainer)),
             "epoch_over": bool(loop.epoch_loop._num_ready_batches_reached()),
             "reloaded": self._reloaded,
-            "start": pack_rng(self._start["rng"]),
-            "generators": self._start["generators"],
-            "again": self._start["again"],
+            "start": pack_rng(read.start["rng"]),
+            "generators": read.start["generators"],
+            "again": read.start["again"],
             "generators_now": [g.get_state() for g in generators(self._trainer)],
             "states": {i: pack_rng(s) for i, s in states.items()},
             "now": pack_rng(capture_rng()),
         }
+
+    def can_return_to(self, epoch: int) -> bool:
+        """Returns whether it is known how to read the data up to a batch of an earlier state.
+
+        Args:
+            epoch: of the batch; the fit is in that state now.
+        """
+        assert self._trainer is not None
+        read = self._read_of(epoch)
+        return (
+            read is not None
+            and read.reloaded == self._reloaded
+            # The end of an epoch is not a batch of the next one.
+            and self._trainer.current_epoch == epoch
+            and not self._trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        )
+
+    def _read_of(self, epoch: int) -> _EpochRead | None:
+        return next((read for read in reversed(self._reads) if read.epoch == epoch), None)
+
+    @contextmanager
+    def before_batch(self, epoch: int, index: int) -> Iterator[None]:
+        """Has `state_dict` return the position before an earlier batch, while a block runs."""
+        self._earlier = epoch, index
+        try:
+            yield
+        finally:
+            self._earlier = None
 
     def resume(
         self, state: Mapping[str, Any], *, between_batches: bool, ranks_then: int | None = None
@@ -243,13 +298,17 @@ class DataPosition(FetcherObserver):
 
     def _before_iter(self) -> None:
         assert self._trainer is not None
-        self._start = {
+        start = {
             "rng": capture_rng(),
             "generators": [g.get_state() for g in generators(self._trainer)],
             # Persistent workers are seeded once: iterating their loader again draws fewer numbers.
             "again": [getattr(dl, "_iterator", None) is not None for dl in loaders(self._trainer)],
         }
-        self._fetches, self._first, self._last, self._states = 0, None, None, {}
+        self._read = _EpochRead(start, epoch=self._trainer.current_epoch)
+        self._reads.append(self._read)
+        while len(self._reads) > 1 and sum(len(r.states) for r in self._reads) > MAX_STATES:
+            self._reads.popleft()
+        self._fetches = 0
 
     def _fetch(self, fetcher: Any, fetch: Callable[[], Any]) -> Any:
         """Fetches a batch, and stores the generators' states if a resume needs them."""
@@ -263,16 +322,16 @@ class DataPosition(FetcherObserver):
         self._fetches += fetcher.fetched - count
         if before is None or self._fetches == index:
             return item
-        self._last = (index, before)
+        self._read.last = (index, before)
         if index == 0:
-            self._first = before
+            self._read.first, self._read.reloaded = before, self._reloaded
         elif started != iterators(fetcher) or not (plain or same_rng(before, capture_rng())):
             self._store_state(index, before)
         return item
 
     def _store_state(self, index: int, state: dict[str, Any]) -> None:
-        if len(self._states) < MAX_STATES:
-            self._states[index] = state
+        if len(self._read.states) < MAX_STATES:
+            self._read.states[index] = state
         elif not self._limit_logged:
             self._limit_logged = True
             log.info(
@@ -310,18 +369,19 @@ class DataPosition(FetcherObserver):
         self._before_iter()
         base.__iter__(fetcher)
         states = state["states"] if self._own else {}
-        self._states = {i: unpack_rng(s) for i, s in states.items()}
-        self._first = self._states.pop(0, None)
+        read = self._read
+        read.states = {i: unpack_rng(s) for i, s in states.items()}
+        read.first = read.states.pop(0, None)
         if state["batches"] >= 1000:
             log.info(
                 "resume: reading the first %d batches of the epoch again to restore the data order",
                 state["batches"],
             )
         for done in range(state["batches"]):
-            if (saved := self._states.get(fetcher.fetched, None)) is not None:
+            if (saved := read.states.get(fetcher.fetched, None)) is not None:
                 restore_rng(saved)
-            elif fetcher.fetched == 0 and self._first is not None:
-                restore_rng(self._first)
+            elif fetcher.fetched == 0 and read.first is not None:
+                restore_rng(read.first)
             try:
                 base.__next__(fetcher)
             except StopIteration:
@@ -330,8 +390,8 @@ class DataPosition(FetcherObserver):
                     f"after {state['batches']} batches of its epoch: resume with the same data"
                 ) from None
         self._fetches = fetcher.fetched
-        if (ahead := self._states.get(self._fetches - 1)) is not None:
-            self._last = (self._fetches - 1, ahead)
+        if (ahead := read.states.get(self._fetches - 1)) is not None:
+            read.last = (self._fetches - 1, ahead)
 
     def _set_generators(self, states: list[torch.Tensor]) -> None:
         assert self._trainer is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lit_stability.callbacks.auto_rollback.executor import ResponseExecutor
@@ -189,6 +190,27 @@ class AutoRollback(StabilityCallback):
     def can_roll_back(self) -> bool:
         """Returns whether there is a snapshot to go back to."""
         return self._executor is not None and self._executor.can_roll_back
+
+    @property
+    def confirmed_step(self) -> int | None:
+        """Returns the step of the newest confirmed snapshot; None if there is none."""
+        return None if self._executor is None else self._executor.confirmed_step
+
+    @contextmanager
+    def at_confirmed_step(self) -> Iterator[tuple[int, int] | None]:
+        """Has the fit in the state of `confirmed_step` while a ``with`` block runs.
+
+        To be used in ``on_train_end`` or ``on_exception``, so that the state can be saved.
+
+        Yields:
+            Epoch of the next batch in that state, and its index in the epoch; None if the fit stays
+            in its present state, as that state cannot be restored.
+        """
+        if self._executor is None:
+            yield None
+            return
+        with self._executor.at_confirmed_step() as following:
+            yield following
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a fit that this callback cannot protect.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -110,6 +111,15 @@ class ResponseExecutor:
     def can_roll_back(self) -> bool:
         """Whether there is a confirmed snapshot."""
         return self._engine.confirmed is not None
+
+    @property
+    def confirmed_step(self) -> int | None:
+        """The step of the newest confirmed snapshot; None if there is none."""
+        return None if self._engine.confirmed is None else self._engine.confirmed.step
+
+    def at_confirmed_step(self) -> AbstractContextManager[tuple[int, int] | None]:
+        """See `RollbackEngine.at_confirmed`."""
+        return self._engine.at_confirmed()
 
     @property
     def cadence_record(self) -> dict[str, Any]:
@@ -428,7 +438,7 @@ class ResponseExecutor:
     def _stop(self, response: Stop, incident: Incident) -> None:
         if self.can_roll_back:
             snapshot = self._engine.snapshot_for(incident.anomaly.suspect, older=False)
-            self._engine.to_snapshot_only(snapshot)
+            self._engine.to_last_snapshot(snapshot)
             call_hook("on_rollback", self._trainer, self._module)
         now, at = self._trainer.global_step, incident.anomaly.step
         restored = f", weights restored to step {now}" if now < at else ""

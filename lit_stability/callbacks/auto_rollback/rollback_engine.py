@@ -5,9 +5,10 @@ May import Lightning.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ from lit_stability.trainer_internals import (
     count_skipped_batches,
     end_epoch_schedulers,
     has_room_to_move,
+    in_earlier_state,
     keeps_state,
     move_batch_index,
     owners_in,
@@ -206,6 +208,36 @@ class RollbackEngine:
         """The newest confirmed snapshot."""
         return self._store.rotation.confirmed
 
+    @contextlib.contextmanager
+    def at_confirmed(self) -> Iterator[tuple[int, int] | None]:
+        """Has the fit in the state of the newest confirmed snapshot while a ``with`` block runs.
+
+        To be used when the fit has ended, or has failed.
+
+        Yields:
+            Epoch of the next batch in that state, and its index in the epoch; None if the fit stays
+            in its present state, as there is no memory to go back to it, or the batches since then
+            are not known.
+        """
+        confirmed = self.confirmed
+        if (
+            confirmed is None
+            or not self._ring.first <= confirmed.position < self._ring.position
+            or confirmed.crosses_change_of_groups(self._trainer)
+        ):
+            yield None
+            return
+        self._store.wait()
+        present = self._store.capture_present(
+            functools.partial(self._capture, position=self._ring.position)
+        )
+        if present is None:
+            yield None
+            return
+        following = self._ring.since(confirmed.position)[0]
+        with in_earlier_state(self._trainer, confirmed, present):
+            yield following.epoch, following.index
+
     @property
     def has_older_snapshot(self) -> bool:
         """Whether the snapshot before the newest confirmed one is still there."""
@@ -347,16 +379,7 @@ class RollbackEngine:
             for attributes in (self._start.attributes, self._before_undo, self._after_undo):
                 attributes.watch(changed)
 
-        def take(snapshot: TrainingSnapshot) -> None:
-            snapshot.capture(
-                self._trainer,
-                self._module,
-                position=position,
-                mark=self._ledger.mark,
-                registered=self._registered,
-                written=self._writes.written,
-            )
-
+        take = functools.partial(self._capture, position=position)
         self.memory.measure_batches()
         capture = functools.partial(
             self._store.capture, self.memory.needs, take, confirm=confirm, stepped=self._stepped
@@ -371,6 +394,16 @@ class RollbackEngine:
             self._ledger.commit(oldest.mark)
         if (line := self.memory.news()) is not None:
             self._log(line)
+
+    def _capture(self, snapshot: TrainingSnapshot, *, position: int) -> None:
+        snapshot.capture(
+            self._trainer,
+            self._module,
+            position=position,
+            mark=self._ledger.mark,
+            registered=self._registered,
+            written=self._writes.written,
+        )
 
     def _room_for_batches(self) -> float:
         """Returns the largest distance between snapshots at which all batches can be replayed.
@@ -582,11 +615,15 @@ class RollbackEngine:
 
     def to_snapshot_only(self, snapshot: TrainingSnapshot) -> None:
         """Restores a snapshot and goes on with new data; ``global_step`` goes back."""
-        self._restore(snapshot, replay=False)
-        snapshot.steps.restore(self._trainer)
+        self.to_last_snapshot(snapshot)
         self._pause.hide(self._trainer, same_step=False)
         # Data and loops have gone on since: the next snapshot is taken before the next batch.
         self._store.rotation.restart()
+
+    def to_last_snapshot(self, snapshot: TrainingSnapshot) -> None:
+        """Restores a snapshot as the fit ends; it stays confirmed."""
+        self._restore(snapshot, replay=False)
+        snapshot.steps.restore(self._trainer)
 
     def _restore(self, snapshot: TrainingSnapshot, *, replay: bool) -> None:
         self._find_writes()

@@ -139,6 +139,17 @@ class SnapshotStore:
         if confirm:
             self.rotation.confirm_now()
 
+    def capture_present(self, take: Callable[[TrainingSnapshot], None]) -> TrainingSnapshot | None:
+        """Captures the present state at the end of a fit, where the candidate would be.
+
+        Returns:
+            The complete snapshot; None where there is no memory for a second one.
+        """
+        if self.keeps_none or self.rotation.single or not self._fits(take):
+            return None
+        self._barrier.finish()
+        return self.rotation.candidate
+
     def _has_memory(self, needs: Callable[[], Needs], stepped: bool) -> bool:
         """Decides, together with all ranks, where snapshots are kept.
 

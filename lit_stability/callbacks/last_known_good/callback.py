@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.last_known_good.checkpoint_manager import CheckpointManager
 from lit_stability.callbacks.last_known_good.own_part import (
@@ -22,12 +23,14 @@ from lit_stability.callbacks.requirements import gather_of, monitor_of, require_
 from lit_stability.distributed.collectives import Ranks
 from lit_stability.incidents import Incident
 from lit_stability.lightning_choice import suite_logger
-from lit_stability.lightning_package import LightningModule, Trainer
+from lit_stability.lightning_package import LightningModule, SIGTERMException, Trainer
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.outside import guarded
 from lit_stability.trainer_internals import (
     DataPosition,
     EpochMetrics,
     adapter_of,
+    callbacks_of,
     full_checkpoint,
     run_directory,
     sharing,
@@ -56,6 +59,12 @@ class LastKnownGood(StabilityCallback):
     buffers or optimizer state is rejected; buffers that were non-finite when the fit began, such as
     a mask of -inf, count as constants. The first copy is taken before the first step. If a write
     fails, the callback warns once and training continues.
+
+    At the end of the fit the newest confirmed snapshot of an `AutoRollback` is written, if it is
+    newer than the last copy; on one device also where the fit ends in an exception or with Ctrl-C.
+    The weights are restored to that step for as long as the copy takes, and then to what they were.
+    Nothing is written then at SIGTERM, for which `PreemptionCheckpoint` saves, or where memory is
+    so short that one snapshot is kept.
 
     ``Trainer.fit(ckpt_path=find_last_good(folder))`` resumes where the copy was taken: with the RNG
     states, the next batch and the epoch's aggregated metrics. Before the first step it recomputes
@@ -89,6 +98,7 @@ class LastKnownGood(StabilityCallback):
     Args:
         every_n_steps: optimizer steps between copies. A run that is killed loses at most these,
             ``confirm_after`` and the steps that run during one write.
+        every_n_seconds: a copy is also due when the last one is older; None for no such bound.
         confirm_after: healthy steps after which a copy is good.
         keep: number of files kept.
         max_batch_bytes: a larger batch is not kept, and a resume is then not verified.
@@ -109,6 +119,7 @@ class LastKnownGood(StabilityCallback):
         max_batch_bytes: int = 32 * 2**20,
         on_mismatch: Literal["raise", "warn"] = "raise",
         after_crash: float = 0.5,
+        every_n_seconds: float | None = 300.0,
     ) -> None:
         for name, value, least in (
             ("every_n_steps", every_n_steps, 1),
@@ -118,11 +129,16 @@ class LastKnownGood(StabilityCallback):
         ):
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        if every_n_seconds is not None and not every_n_seconds > 0:
+            raise ValueError(
+                f"every_n_seconds must be a positive number or None, got {every_n_seconds!r}"
+            )
         if on_mismatch not in ("raise", "warn"):
             raise ValueError(f"on_mismatch must be 'raise' or 'warn', got {on_mismatch!r}")
         if not 0 < after_crash <= 1:
             raise ValueError(f"after_crash must be in (0, 1], got {after_crash!r}")
         self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
         self.confirm_after = confirm_after
         self.keep = keep
         self.max_batch_bytes = max_batch_bytes
@@ -195,6 +211,18 @@ class LastKnownGood(StabilityCallback):
         if self._fit is not None and self._fit.manager is not None:
             self._fit.manager.healthy()
 
+    def rank_flag(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Returns whether a copy is due on this rank because of the time."""
+        manager = None if self._fit is None else self._fit.manager
+        return float(manager is not None and manager.waited_long)
+
+    def on_rank_flags(
+        self, trainer: Trainer, pl_module: LightningModule, flags: Sequence[float]
+    ) -> None:
+        """Takes over that a copy is due on any rank."""
+        if any(flags) and self._fit is not None and self._fit.manager is not None:
+            self._fit.manager.time_is_up()
+
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Discards a copy that is not confirmed."""
         if incident.anomaly.warn_only:
@@ -221,14 +249,14 @@ class LastKnownGood(StabilityCallback):
             self._fit.epoch.forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits until the last file is written."""
+        """Writes the newest confirmed state, and waits until the last file is written."""
         if self._fit is not None:
             self._fit.end("finished", together=True)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Waits until the last file is written, and records how the run ended."""
+        """Writes the newest confirmed state, and records how the run ended."""
         if self._fit is None:
             return
         # Lightning ends a fit at SIGTERM with a subclass of SystemExit.
@@ -236,7 +264,12 @@ class LastKnownGood(StabilityCallback):
         reason = f"{type(exception).__name__}: {exception}".splitlines()[0][:500]
         # Other ranks may be anywhere.
         together = trainer.world_size == 1
-        self._fit.end("interrupted" if interrupted else "failed", reason, together=together)
+        self._fit.end(
+            "interrupted" if interrupted else "failed",
+            reason,
+            together=together,
+            in_a_hurry=isinstance(exception, SIGTERMException),
+        )
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -350,6 +383,7 @@ class _Fit:
                 every_n_steps=owner.every_n_steps,
                 confirm_after=owner.confirm_after,
                 max_batch_bytes=owner.max_batch_bytes,
+                every_n_seconds=owner.every_n_seconds,
             )
         elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info(
@@ -401,12 +435,43 @@ class _Fit:
         if self.manager is not None:
             self.manager.between_batches(lambda: self.owner.checkpoint(self.trainer))
 
-    def end(self, state: State, reason: str = "", *, together: bool) -> None:
-        """Waits for the writer; records how the fit ended, if it had begun."""
+    def end(
+        self, state: State, reason: str = "", *, together: bool, in_a_hurry: bool = False
+    ) -> None:
+        """Writes what is confirmed; records how the fit ended, if it had begun.
+
+        Args:
+            state: in which the fit ended.
+            reason: the exception, if there was one.
+            together: whether all ranks are here.
+            in_a_hurry: whether the process may be killed soon.
+        """
         if self.manager is not None:
             self.manager.close(together=together)
+            if together and self._begun and not in_a_hurry:
+                manager = self.manager
+                guarded(
+                    self,
+                    "the newest confirmed state cannot be written",
+                    lambda: self._write_confirmed(manager),
+                )
         if self._begun:
             self._record_state(state, reason)
+
+    def _write_confirmed(self, manager: CheckpointManager) -> None:
+        """Writes the newest confirmed snapshot, if it is newer than the last copy."""
+        callbacks = callbacks_of(self.trainer)
+        rollback = next((c for c in callbacks if isinstance(c, AutoRollback)), None)
+        step = None if rollback is None else rollback.confirmed_step
+        if rollback is None or step is None or step <= (manager.last or 0):
+            return
+        write = None
+        with rollback.at_confirmed_step() as following:
+            if following is not None and self.position.can_return_to(following[0]):
+                with self.position.before_batch(*following):
+                    write = manager.write_now(self.owner.checkpoint(self.trainer))
+        if write is not None:
+            write()
 
     def _record_state(self, state: State, reason: str = "") -> None:
         if self.manager is not None and self.previous is not None:

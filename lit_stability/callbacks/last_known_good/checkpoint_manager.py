@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class CheckpointManager:
         every_n_steps: optimizer steps between copies.
         confirm_after: healthy steps after which a copy is good.
         max_batch_bytes: largest size of the batch that is kept with a copy.
+        every_n_seconds: seconds after which a copy is due as well; None for no such bound.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CheckpointManager:
         every_n_steps: int,
         confirm_after: int,
         max_batch_bytes: int,
+        every_n_seconds: float | None = None,
     ) -> None:
         self.writer = writer
         self.last: int | None = None
@@ -61,6 +64,9 @@ class CheckpointManager:
         self._gather, self._state_key = gather, state_key
         self._sharing = sharing(trainer)
         self._every_n_steps, self._confirm_after = every_n_steps, confirm_after
+        self._every_n_seconds, self._taken_at = every_n_seconds, time.monotonic()
+        self._time_is_up = False
+        """Whether all ranks know that a copy is due because of the time."""
         self._nonfinite_buffers = [n for n, b in pl_module.named_buffers() if not is_finite(b)]
         copies = copies_to_host(trainer.strategy.root_device)
         self._copy, self._barrier = HostCopy(copies), StepBarrier(copies)
@@ -96,6 +102,7 @@ class CheckpointManager:
             self.last = self._trainer.global_step
             return
         self._healthy_steps, self._step, self._torn = 0, self._trainer.global_step, False
+        self._taken_at, self._time_is_up = time.monotonic(), False
         self._barrier.follow(self._trainer.optimizers)
         self._barrier.begin(written=lambda: self._copy.written, torn=self._note_torn)
         if self._has_torn:
@@ -108,11 +115,16 @@ class CheckpointManager:
         Of sharded weights the first copy is taken after the first step.
         """
         size = f", {as_text(self._copy.nbytes)}" if self._copy.nbytes else ""
-        return f"a good checkpoint every {self._every_n_steps} steps{size}"
+        seconds = self._every_n_seconds
+        time_too = "" if seconds is None else f" or {seconds / 60:g} min"
+        return f"a good checkpoint every {self._every_n_steps} steps{time_too}{size}"
 
     def _due(self) -> bool:
         step = self._trainer.global_step
         waited = self.last is None or step - self.last >= self._every_n_steps
+        if self._sharing == "alone":
+            self._time_is_up = self.waited_long
+        waited = waited or (self._time_is_up and step != self.last)
         # To name the shards of optimizer states, torch would make a step where there is no state.
         exists = step > 0 or self._sharing != "shards"
         return (
@@ -123,6 +135,16 @@ class CheckpointManager:
             and ends_window(self._trainer)
             and not any(self._gather(self.writer.busy))
         )
+
+    @property
+    def waited_long(self) -> bool:
+        """Whether the last copy was taken so long ago that one is due on this rank."""
+        limit = self._every_n_seconds
+        return limit is not None and time.monotonic() - self._taken_at >= limit
+
+    def time_is_up(self) -> None:
+        """Notes that `waited_long` is true on a rank; all ranks note it in the same step."""
+        self._time_is_up = True
 
     def healthy(self) -> None:
         """Counts a healthy step; on one device hands over a copy that is confirmed by it.
@@ -206,6 +228,26 @@ class CheckpointManager:
         self._reference.cancel()
         self._barrier.close()
         self.writer.join()
+
+    def write_now(self, checkpoint: Mapping[str, Any]) -> Callable[[], None]:
+        """Copies a checkpoint that needs no confirmation, after `close`.
+
+        Args:
+            checkpoint: of the state that the fit is in now.
+
+        Returns:
+            Writes the copy; the state may change before.
+        """
+        step = self._trainer.global_step
+        self._copy.capture(checkpoint)
+        self._copy.finish()
+
+        def write() -> None:
+            self.writer.write(self._copy.state, step, constants=self._nonfinite_buffers)
+            self.writer.join()
+            self.last = step
+
+        return write
 
     def _note_once(self, obstacle: str) -> None:
         """Logs why a resume will not be verified; nothing is wrong with the run."""

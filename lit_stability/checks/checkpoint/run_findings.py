@@ -35,7 +35,26 @@ def run_findings(run: RunHealth, moments: Sequence[MomentHealth]) -> list[Findin
         run: Of the checkpoint.
         moments: The measured state; gives the formats that the optimizer computes in.
     """
-    return [*_rates(run), *_epsilon(run, moments), *_scaler(run), *_past(run), *_budget(run)]
+    return [
+        *_untrained(run),
+        *_rates(run),
+        *_epsilon(run, moments),
+        *_scaler(run),
+        *_past(run),
+        *_budget(run),
+    ]
+
+
+def _untrained(run: RunHealth) -> Iterable[Finding]:
+    if run.global_step == 0:
+        yield Finding(
+            severity="warning",
+            what="untrained",
+            where=("run",),
+            why="the checkpoint is of step 0, before the first update: these are the weights that "
+            "the fit began with",
+            remedy="to judge what training made of them, give a later checkpoint",
+        )
 
 
 def _damaged(moments: Sequence[MomentHealth]) -> Iterable[Finding]:

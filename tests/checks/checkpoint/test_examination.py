@@ -158,6 +158,7 @@ FAULTS = {
         ("error", "impossible learning rate", "optimizer 0, group 0"),
     ),
     "zero rate": (set_rate(0.0), ("note", "learning rate of zero", "optimizer 0, group 0")),
+    "untrained": (lambda c: c.update(global_step=0), ("warning", "untrained", "run")),
     "collapsed scale": (add_scaler(2.0**-12), ("error", "loss-scale collapse", "loss scaler")),
     "spent budget": (spend, ("warning", "budget spent", "rollbacks")),
     "large gradient": (recur, ("warning", "large gradient", "step 39")),
