@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_stability.callbacks.automatic_suite import AutomaticSuite
 from lit_stability.cli.config import as_written, compose, resolve
 from lit_stability.cli.experiments import Expectation
-from lit_stability.cli.experiments.closing import Closing
+from lit_stability.cli.experiments.closing import Closing, is_interrupt
 from lit_stability.cli.instantiate import Build, bind
 from lit_stability.cli.resume import ConfiguredOptions, find_checkpoint
 from lit_stability.cli.run_folders import delete_run
@@ -37,7 +37,12 @@ from lit_stability.lightning_package import (
 from lit_stability.redaction import keep_out
 from lit_stability.restart import Recover, fit_with_recovery
 from lit_stability.restart.torchrun import attempt, from_rank_0, use_new_store
-from lit_stability.trainer_internals import callbacks_of, hide_environment, keep_records_in
+from lit_stability.trainer_internals import (
+    callbacks_of,
+    hide_environment,
+    keep_records_in,
+    leave_out_unlimited_epochs,
+)
 from lit_stability.training_state.atomic_write import write_and_keep
 
 __all__ = ["FitResult", "Run", "compose", "fit"]
@@ -136,6 +141,10 @@ def fit(
         metrics = _evaluate(trainer, model, data, evaluate)
     except Exception as error:
         closing.failed(error)
+        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_interrupt(error):
+            closing.failed(error)
         raise
     closing.finished(metrics)
     return FitResult(trainer, model, data, metrics)
@@ -269,6 +278,7 @@ def make_trainer(options: dict[str, Any], **overrides: Any) -> Trainer:
     named_here = [c for c in callbacks_of(trainer) if not isinstance(c, AutomaticSuite)]
     trainer.callbacks = named_here  # type: ignore[attr-defined]
     keep_records_in(trainer, options["run_dir"])
+    leave_out_unlimited_epochs(trainer)
     return trainer
 
 

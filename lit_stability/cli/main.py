@@ -21,11 +21,13 @@ from omegaconf import OmegaConf
 from lit_stability import __version__
 from lit_stability.cli.config import as_written, compose
 from lit_stability.cli.doctor import add_doctor
+from lit_stability.cli.ending import INTERRUPTED, run_to_end
 from lit_stability.cli.experiments.command import add_experiments
 from lit_stability.cli.incidents import add_incidents
 from lit_stability.cli.ranges import add_ranges
 from lit_stability.cli.run_folders import choose_run_dir, is_run, newest_run
 from lit_stability.cli.signature import is_signed
+from lit_stability.cli.sweep import is_sweep, run_sweep
 from lit_stability.cli.targets import add_allow
 from lit_stability.errors import ConfigError
 from lit_stability.incidents import TrainingStopped
@@ -42,6 +44,8 @@ exit codes:
   2  the command line or the config is wrong; nothing was started
   3  the suite stopped the run: before its first step, or with the weights restored to the last
      confirmed snapshot; the message shows the reason
+  4  with --strict: the run is not as the config expects; 0 if it is, also if it was stopped
+130  Ctrl-C; the last line has the command that goes on. 143: SIGTERM
 """
 _SMALLEST = """\
 example config, mine.yaml in the folder of my_module.py:
@@ -84,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _stops() as error:
         print(_line_of(error), file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("lit-stability: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _line_of(error: Exception) -> str:
@@ -175,7 +182,9 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="KEY=VALUE",
         nargs="*",
         default=[],
-        help="overrides an option of the files; the value is YAML",
+        help="overrides an option of the files; the value is YAML. With several values, as in "
+        "model.lr=1e-3,1e-2, every combination is run in a process of its own, and a table "
+        "compares them; quote a text that has a comma: 'about=\"a, b\"'",
     )
     fit.add_argument(
         "--print-config",
@@ -199,11 +208,22 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="delete an earlier run in the folder of --name or run_dir",
     )
+    _add_strict(fit)
     add_allow(fit)
     fit.set_defaults(command=_fit)
 
 
+def _add_strict(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="let the exit code say whether the run was as the `expect` of its config says",
+    )
+
+
 def _fit(args: argparse.Namespace) -> int:
+    if is_sweep(args.overrides):
+        return run_sweep(args)
     config = compose(args.config, args.overrides)
     if args.print_config:
         print(OmegaConf.to_yaml(as_written(config)[0]), end="")
@@ -211,8 +231,11 @@ def _fit(args: argparse.Namespace) -> int:
     choose_run_dir(config, name=args.name, resume=args.resume, overwrite=args.overwrite)
     from lit_stability.cli.fit import fit
 
-    fit(config, resume=args.resume, allow=args.allow, overwrite=args.overwrite)
-    return 0
+    return run_to_end(
+        config,
+        lambda: fit(config, resume=args.resume, allow=args.allow, overwrite=args.overwrite),
+        strict=args.strict,
+    )
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -275,6 +298,7 @@ def _add_resume(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         action="store_true",
         help="use the config of the run although no fit of this user has written it",
     )
+    _add_strict(resume)
     add_allow(resume)
     resume.set_defaults(command=_resume)
 
@@ -312,8 +336,11 @@ def _resume(args: argparse.Namespace) -> int:
         print(printable(line))
     from lit_stability.cli.fit import fit
 
-    fit(config, resume=checkpoint, allow=args.allow)
-    return 0
+    return run_to_end(
+        config,
+        lambda: fit(config, resume=checkpoint, allow=args.allow),
+        strict=args.strict,
+    )
 
 
 if __name__ == "__main__":

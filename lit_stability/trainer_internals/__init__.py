@@ -37,6 +37,7 @@ from lit_stability.trainer_internals.precision import (
     is_supported,
     why_fixed,
 )
+from lit_stability.trainer_internals.progress_bar import leave_out_unlimited_epochs
 from lit_stability.trainer_internals.rank_step_guard import (
     RankStepGuard,
     agreed_failure,
@@ -147,6 +148,7 @@ __all__ = [
     "keep_records_in",
     "keeps_state",
     "known_metrics",
+    "leave_out_unlimited_epochs",
     "loaders",
     "local_path",
     "log_every",

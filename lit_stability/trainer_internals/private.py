@@ -77,6 +77,7 @@ LIGHTNING = (
         "no rerun of a step under FSDP1",
         paths=("strategy._forward_redirection",),
     ),
+    Private("_get_train_description", "a subclass of RichProgressBar"),
     Private("_first_loop_iter", _KEEP_LOGGED, paths=("_logger_connector._first_loop_iter",)),
     Private(
         "_get_loops_state_dict",

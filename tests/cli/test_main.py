@@ -28,6 +28,13 @@ class Local(BoringModel):
             raise RuntimeError("crashed")
 
 
+class Logging(Local):
+    def training_step(self, batch, batch_idx):
+        found = super().training_step(batch, batch_idx)
+        self.log("loss", found["loss"])
+        return found
+
+
 class Broken(BoringModel):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx)["loss"] * float("nan")

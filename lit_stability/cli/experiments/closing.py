@@ -17,8 +17,17 @@ from lit_stability.cli.experiments.expectation import End, Expectation
 from lit_stability.cli.experiments.judgement import judge, summary
 from lit_stability.cli.experiments.outcome import Ending, Outcome, incidents_since, write_outcome
 from lit_stability.incidents import TrainingStopped
-from lit_stability.lightning_package import Trainer
+from lit_stability.lightning_package import SIGTERMException, Trainer
 from lit_stability.trainer_internals import callbacks_of
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Returns whether a run ended with Ctrl-C or SIGTERM.
+
+    For Ctrl-C Lightning raises SystemExit while it handles the KeyboardInterrupt.
+    """
+    causes = (error, error.__context__)
+    return any(isinstance(each, (KeyboardInterrupt, SIGTERMException)) for each in causes)
 
 
 class Closing:
@@ -48,7 +57,7 @@ class Closing:
         print("".join(f"{key} {value:.6g}\n" for key, value in sorted(metrics.items())), end="")
         self._close("finished", "", metrics, _report_of(trainer))
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Writes the outcome of a run that ended with an exception, and prints the verdict."""
         trainer = self._latest()
         if trainer is None:  # a recovery that gave up keeps no trainer
@@ -75,7 +84,9 @@ class Closing:
             print(summary(judge(self._expect, outcome)))
 
 
-def _end_by(error: Exception) -> End:
+def _end_by(error: BaseException) -> End:
+    if is_interrupt(error):
+        return "interrupted"
     return "stopped" if isinstance(error, (TrainingStopped, PreflightError)) else "failed"
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-End: TypeAlias = Literal["finished", "stopped", "failed"]
+End: TypeAlias = Literal["finished", "stopped", "failed", "interrupted"]
 """``finished``: the fit and its evaluation ended normally. ``stopped``: the suite ended the run.
-``failed``: another exception ended the run."""
+``interrupted``: Ctrl-C or SIGTERM did. ``failed``: another exception ended the run."""
 
 NOT_FINITE = "not finite"
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {

@@ -5,11 +5,7 @@ Imports neither torch nor Lightning: a run that crashes its interpreter does not
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +14,11 @@ from lit_stability.cli.config import compose, resolve
 from lit_stability.cli.experiments.expectation import Expectation
 from lit_stability.cli.experiments.judgement import Verdict, judge
 from lit_stability.cli.experiments.outcome import Outcome
+from lit_stability.cli.experiments.process import fit_in_process, last_line
 from lit_stability.cli.instantiate import bind
 from lit_stability.cli.run_folders import put_aside
 from lit_stability.errors import ConfigError
 
-OUTPUT = "output.txt"
-"""Name of the file in the run's folder that receives its console output."""
-_GRACE = 10.0
-"""Seconds that an interrupted run is given to end by itself."""
 _SHOWN_INCIDENT = ("step", "kind", "cause", "outcome", "responses")
 
 
@@ -76,18 +69,31 @@ def plan(name: str, folder: Path, overrides: Sequence[str]) -> Experiment:
     """
     run_dir = folder / name
     config = resolve(compose([name], [*overrides, f"run_dir={run_dir}"]))
+    expect = expectation_of(name, config)
+    about = str(config.get("about") or "")
+    return Experiment(
+        name=name, about=about, expect=expect, run_dir=run_dir, overrides=tuple(overrides)
+    )
+
+
+def expectation_of(name: str, config: Mapping[str, Any]) -> Expectation:
+    """Returns the expectation of a config.
+
+    Args:
+        name: of the experiment, for messages.
+        config: resolved.
+
+    Raises:
+        ConfigError: if it is invalid.
+    """
     problems: list[str] = []
     built = bind(Expectation, config.get("expect") or {}, "expect", problems)
     if problems:
         raise ConfigError(*(f"{name}: {each}" for each in problems))
     try:
-        expect = Expectation(**built.options)
+        return Expectation(**built.options)
     except ValueError as error:
         raise ConfigError(f"{name}: expect: {error}") from error
-    about = str(config.get("about") or "")
-    return Experiment(
-        name=name, about=about, expect=expect, run_dir=run_dir, overrides=tuple(overrides)
-    )
 
 
 def run(experiment: Experiment) -> Result:
@@ -99,48 +105,23 @@ def run(experiment: Experiment) -> Result:
         KeyboardInterrupt: after the process, which is interrupted as well, has ended.
     """
     put_aside(experiment.run_dir)
-    experiment.run_dir.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    with (experiment.run_dir / OUTPUT).open("ab") as output:
-        process = subprocess.Popen(_command(experiment), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            # Ctrl-C in a terminal also reaches the child; a signal to this process alone does not.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE)
-            process.terminate()
-            process.wait()
-            raise
-    seconds = time.time() - started
+    ended = fit_in_process(["-c", experiment.name, *experiment.overrides], experiment.run_dir)
     try:
         outcome = Outcome.read(experiment.run_dir)
     except ValueError as error:
-        return _without_outcome(experiment, str(error), seconds)
-    if outcome is None or outcome.ending.started < started:
-        return _broken(experiment, process.returncode, seconds)
+        return _without_outcome(experiment, str(error), ended.seconds)
+    if outcome is None or outcome.ending.started < ended.started:
+        observed = last_line(experiment.run_dir, ended.code)
+        return _without_outcome(experiment, observed, ended.seconds)
     incidents = [{key: each.get(key) for key in _SHOWN_INCIDENT} for each in outcome.incidents]
     return Result(
         name=experiment.name,
         about=experiment.about,
         verdicts=tuple(judge(experiment.expect, outcome)),
         incidents=tuple(incidents),
-        seconds=seconds,
+        seconds=ended.seconds,
         run_dir=str(experiment.run_dir),
     )
-
-
-def _command(experiment: Experiment) -> list[str]:
-    quiet = "trainer.enable_progress_bar=false"  # in a file, it adds one line per step
-    own = [quiet, *experiment.overrides, f"run_dir={experiment.run_dir}"]
-    return [sys.executable, "-m", "lit_stability.cli.main", "fit", "-c", experiment.name, *own]
-
-
-def _broken(experiment: Experiment, code: int, seconds: float) -> Result:
-    """Returns the result of a run that wrote no outcome, with the last line of its output."""
-    lines = (experiment.run_dir / OUTPUT).read_text(encoding="utf8", errors="replace").splitlines()
-    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
-    return _without_outcome(experiment, f"exit code {code}: {last_line[:300]}", seconds)
 
 
 def _without_outcome(experiment: Experiment, observed: str, seconds: float) -> Result:
