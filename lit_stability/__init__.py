@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.incidents.log import read_incidents as read_incidents
     from lit_stability.measurement.attention_monitor import measure_attention as measure_attention
     from lit_stability.measurement.step_stats import StepStats as StepStats
+    from lit_stability.policies.escalation import Budget as Budget
     from lit_stability.restart import fit_with_recovery as fit_with_recovery
     from lit_stability.trainer_internals import register_strategy as register_strategy
     from lit_stability.training_state.good_checkpoints import find_last_good as find_last_good
@@ -49,6 +50,7 @@ _HOME = {
     "AnomalyCheckpoint": "callbacks",
     "AttentionProbe": "callbacks",
     "AutoRollback": "callbacks",
+    "Budget": "policies.escalation",
     "CrashPrediction": "callbacks",
     "CurvatureProbe": "callbacks",
     "Diagnosis": "callbacks",

@@ -133,7 +133,7 @@ def fit(root, callbacks=(), module=None, data=None, val=None, seed=0, **options)
 def skipping_suite():
     """The default suite, but for data that are not replayed."""
     suite = stability_callbacks()
-    return [*suite[:-1], AutoRollback(data="skip")]
+    return [*suite[:-1], AutoRollback(after_rollback="skip")]
 
 
 def lines_of(caplog):

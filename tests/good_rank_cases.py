@@ -106,7 +106,7 @@ def fit_good(
     seed_everything(7, workers=True, verbose=False)
     torch.manual_seed(7 + int(os.environ["LOCAL_RANK"]))
     module, lines, ranks = LoggingNet(sharded), Lines(), int(os.environ["WORLD_SIZE"])
-    good = {"every_n_steps": 8, "confirm_after": 3, "after_crash": 1.0} | (good or {})
+    good = {"every_n_steps": 8, "confirm_after": 3, "lr_factor_after_crash": 1.0} | (good or {})
     ends = [PreemptionCheckpoint()] if preemption else []
     trainer = Trainer(
         default_root_dir=root,

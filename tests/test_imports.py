@@ -16,6 +16,7 @@ FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 ROOMS = {
     "versions": set(),
     "console": set(),
+    "renamed": set(),
     "lightning_choice": {"console", "versions"},
     "compat": {"lightning_choice"},
     "lightning_package": {"lightning_choice", "versions"},
@@ -28,7 +29,7 @@ ROOMS = {
     "distributed": set(),
     "measurement": {"compat", "distributed"},
     "training_state": {"distributed", "lightning_choice", "measurement", "redaction"},
-    "detectors": {"measurement"},
+    "detectors": {"measurement", "renamed"},
     "diagnosis": {"detectors", "distributed", "lightning_choice", "measurement", "training_state"},
     "policies": {"detectors", "diagnosis", "measurement"},
     "incidents": {"detectors", "diagnosis", "measurement", "outside", "policies", "redaction"},
@@ -49,7 +50,7 @@ ROOMS = {
     "callbacks": {
         *("background", "checks", "console", "detectors", "diagnosis", "distributed", "figures"),
         *("incidents", "lightning_choice", "lightning_package", "loggers", "measurement"),
-        *("outside", "policies", "redaction", "tensorboard", "trainer_internals"),
+        *("outside", "policies", "redaction", "renamed", "tensorboard", "trainer_internals"),
         "training_state",
     },
     "restart": {
@@ -217,6 +218,7 @@ def test_public_names_are_frozen():
         "AnomalyCheckpoint",
         "AttentionProbe",
         "AutoRollback",
+        "Budget",
         "CrashPrediction",
         "CurvatureProbe",
         "Diagnosis",

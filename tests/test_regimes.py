@@ -118,7 +118,8 @@ def attempts(detector, rates):
 
 
 @pytest.mark.parametrize(
-    ("detector", "first"), [(Spike(give_up=3), 40), (Divergence(persist=5, give_up=3), 44)]
+    ("detector", "first"),
+    [(Spike(accept_after=3), 40), (Divergence(persist=5, accept_after=3), 44)],
 )
 def test_replayed_steps_do_not_reset_a_rejection_streak(detector, first):
     """Steps replayed from step 30 on were accepted before; they are no evidence on step 40."""
@@ -128,14 +129,14 @@ def test_replayed_steps_do_not_reset_a_rejection_streak(detector, first):
 
 def test_loss_that_recurs_without_a_change_is_no_new_evidence():
     """Steps replayed unchanged, or without a batch: no lower learning rate was tried yet."""
-    detector = Divergence(persist=5, give_up=2)
+    detector = Divergence(persist=5, accept_after=2)
     assert attempts(detector, [1.0, 1.0, 1.0, 1.0, 0.5]) == [44] * 5
     assert detector.regimes == 0
     assert attempts(detector, [0.5, 0.25]) == [44]
     assert detector.regimes == 1
 
 
-@pytest.mark.parametrize("detector", [Spike(give_up=3), Divergence(persist=5, give_up=3)])
+@pytest.mark.parametrize("detector", [Spike(accept_after=3), Divergence(persist=5, accept_after=3)])
 def test_trouble_that_comes_at_another_step_each_time_is_never_accepted(detector):
     """As it does where a lower learning rate puts it off, or the snapshot is another."""
     for onset in (40, 43, 39, 47, 45, 44, 50):
@@ -150,7 +151,7 @@ def test_trouble_that_comes_at_another_step_each_time_is_never_accepted(detector
 
 def test_one_accepted_regime_resets_all_detectors_of_its_optimizer():
     messages = []
-    detectors = DetectorSet([Spike(give_up=3), Divergence()], [0, 1], messages.append)
+    detectors = DetectorSet([Spike(accept_after=3), Divergence()], [0, 1], messages.append)
     for i in range(40):
         for optimizer in (0, 1):
             stats = StepStats(step=i, loss=1.0, grad_norm=1.0, optimizer=optimizer)

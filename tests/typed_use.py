@@ -38,7 +38,7 @@ def accepted() -> list[Callback]:
 def refused() -> None:
     """Gets names and types wrong."""
     AutoRollback(snapshot_evry=3)  # type: ignore[call-arg]
-    AutoRollback(data="reply")  # type: ignore[arg-type]
+    AutoRollback(after_rollback="reply")  # type: ignore[arg-type]
     GradientMonitor(close_after="3")  # type: ignore[arg-type]
     read_incidents(7)  # type: ignore[arg-type]
     fit_with_recovery()  # type: ignore[call-arg]

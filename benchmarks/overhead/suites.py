@@ -101,7 +101,9 @@ OURS: dict[str, Suite] = {
     "GradientMonitor, LastKnownGood": with_monitor(LastKnownGood),
     "GradientMonitor, PrecisionFallback": with_monitor(PrecisionFallback),
     "GradientMonitor, AutoRollback": with_monitor(AutoRollback),
-    "GradientMonitor, AutoRollback(data='skip')": with_monitor(lambda: AutoRollback(data="skip")),
+    "GradientMonitor, AutoRollback(after_rollback='skip')": with_monitor(
+        lambda: AutoRollback(after_rollback="skip")
+    ),
     "GradientMonitor, AdaptiveGradientClipping": with_monitor(AdaptiveGradientClipping),
     "GradientMonitor, CrashPrediction": with_monitor(CrashPrediction),
     "GradientMonitor, AttentionProbe": with_monitor(AttentionProbe),

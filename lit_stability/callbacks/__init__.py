@@ -55,8 +55,6 @@ that resolves the incident decides the response; callbacks after it see ``incide
 [('non-finite loss', ['step skipped'])]
 """
 
-from collections.abc import Sequence
-
 # First, because it checks the versions: with an old torch the imports below fail without a reason.
 import lit_stability.lightning_package  # noqa: F401
 from lit_stability.callbacks.adaptive_clipping import AdaptiveGradientClipping
@@ -66,6 +64,7 @@ from lit_stability.callbacks.attention_probe import AttentionProbe
 from lit_stability.callbacks.auto_rollback import AutoRollback
 from lit_stability.callbacks.crash_prediction import CrashPrediction
 from lit_stability.callbacks.curvature_probe import CurvatureProbe
+from lit_stability.callbacks.default_suite import stability_callbacks
 from lit_stability.callbacks.diagnosis import Diagnosis
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
@@ -76,7 +75,6 @@ from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.callbacks.preemption_checkpoint import PreemptionCheckpoint
 from lit_stability.callbacks.preflight import Preflight
 from lit_stability.callbacks.rank_watchdog import RankWatchdog
-from lit_stability.lightning_package import Callback
 
 __all__ = [
     "AdaptiveGradientClipping",
@@ -98,46 +96,3 @@ __all__ = [
     "StabilityCallback",
     "stability_callbacks",
 ]
-
-
-def stability_callbacks(*, alerts: Alerts | str | Sequence[str] | None = None) -> list[Callback]:
-    """Returns the default suite, in the order in which the callbacks respond to an incident.
-
-    Each call returns a new list, for one Trainer. Unpack it to add callbacks of your own:
-    ``Trainer(callbacks=[*stability_callbacks(), ModelCheckpoint()])``. An `AttentionProbe` of your
-    own replaces the one in the list.
-
-    >>> for callback in stability_callbacks():
-    ...     print(type(callback).__name__)
-    GradientMonitor
-    AttentionProbe
-    AnomalyCheckpoint
-    NonFiniteLocator
-    Diagnosis
-    RankWatchdog
-    LastKnownGood
-    PreemptionCheckpoint
-    PrecisionFallback
-    AutoRollback
-
-    Args:
-        alerts: an `Alerts`, or the targets of one, which is added at the end; None for none.
-
-    Raises:
-        ValueError: if a target cannot be used.
-    """
-    suite: list[Callback] = [
-        GradientMonitor(),
-        AttentionProbe(quiet=True),
-        AnomalyCheckpoint(),
-        NonFiniteLocator(),
-        Diagnosis(),
-        RankWatchdog(),
-        LastKnownGood(),
-        PreemptionCheckpoint(),
-        PrecisionFallback(),
-        AutoRollback(),
-    ]
-    if alerts is None:
-        return suite
-    return [*suite, alerts if isinstance(alerts, Alerts) else Alerts(alerts)]

@@ -3,8 +3,6 @@
 May import Lightning.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +50,11 @@ class AdaptiveGradientClipping(StabilityCallback):
     Both are absent for a step whose norm is not finite. With several optimizers, the metrics of the
     second have the suffix ``_1``, and so on. The console reports when a rule lowers or restores the
     learning rate and, at the end of the fit, how many steps were clipped.
+
+    >>> from lit_stability import stability_callbacks
+    >>> from lit_stability.policies.clip_rules import PercentileClip
+    >>> clip = AdaptiveGradientClipping(rule=PercentileClip())
+    >>> callbacks = [*stability_callbacks(), clip]  # for a Trainer without gradient_clip_val
 
     Args:
         rule: from `lit_stability.policies.clip_rules`, or one of your own; None for

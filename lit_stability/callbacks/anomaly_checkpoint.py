@@ -1,7 +1,5 @@
 """`AnomalyCheckpoint`: saves a checkpoint, the batch and the history of an incident."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import tempfile
@@ -55,6 +53,9 @@ class AnomalyCheckpoint(StabilityCallback):
 
     If saving fails (a full disk, a read-only folder, a batch that cannot be pickled), the callback
     logs a warning and training continues.
+
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(incident_checkpoint=dict(max_incidents=10, max_bytes=2**30))
 
     Args:
         history: number of losses and gradient norms kept.

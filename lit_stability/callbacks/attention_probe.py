@@ -1,7 +1,5 @@
 """`AttentionProbe`: measures the size of attention logits and the entropy of attention."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +46,9 @@ class AttentionProbe(StabilityCallback):
     After two measurements in a row without attention on any rank, the probe measures only one in
     twenty of its steps until it finds one, because some models use attention only later. The probe
     in `stability_callbacks` is ``quiet``, so that models without attention cause no warning.
+
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(attention=dict(modules="encoder.*", every=20, quiet=False))
 
     Args:
         modules: glob of module names, or several; what is inside a matching module is included.

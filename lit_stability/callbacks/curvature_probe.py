@@ -1,7 +1,5 @@
 """`CurvatureProbe`: compares the learning rate with the limit that the loss curvature sets."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -37,6 +35,9 @@ class CurvatureProbe(StabilityCallback):
     ratio that stays above 1 predicts a spike. A measurement costs two forward and backward passes.
     SGD, Adam and AdamW are supported. With other optimizers, in manual optimization, with shards,
     and if the step cannot be run again, nothing is measured, and the probe warns once.
+
+    >>> from lit_stability import stability_callbacks
+    >>> callbacks = [*stability_callbacks(), CurvatureProbe(every=200)]
 
     Args:
         every: optimizer steps (Lightning's ``global_step``) between measurements.

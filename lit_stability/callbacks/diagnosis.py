@@ -1,7 +1,5 @@
 """`Diagnosis`: finds the likely causes of an incident, on which the response depends."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +20,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.renamed import renamed
 from lit_stability.trainer_internals import callbacks_of
 
 log = suite_logger()
@@ -44,9 +43,13 @@ class Diagnosis(StabilityCallback):
 
     Place it before the callbacks that respond. Healthy steps cost some microseconds.
 
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(diagnosis=dict(stop_on_certain_cause=False))
+
     Args:
         history: number of accepted steps kept for comparison.
-        stop: whether a certain architectural cause ends the fit; it is reported in any case.
+        stop_on_certain_cause: whether a certain architectural cause ends the fit; it is reported in
+            any case.
 
     Raises:
         ValueError: if ``history`` is less than 20.
@@ -54,10 +57,11 @@ class Diagnosis(StabilityCallback):
 
     ignores_skipped_steps = True
 
-    def __init__(self, *, history: int = 100, stop: bool = True) -> None:
+    @renamed(stop="stop_on_certain_cause")
+    def __init__(self, *, history: int = 100, stop_on_certain_cause: bool = True) -> None:
         if history < 20:
             raise ValueError(f"history must be at least 20 steps, got {history!r}")
-        self.stop = stop
+        self.stop_on_certain_cause = stop_on_certain_cause
         self._history: deque[StepStats] = deque(maxlen=history)
         self._phases = PhaseRanges()
         self._batch: Any = None
@@ -119,7 +123,7 @@ class Diagnosis(StabilityCallback):
 
     def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
         """Sets the diagnosis context; if the fault recurs, the one with the best score stays."""
-        incident.may_stop = self.stop
+        incident.may_stop = self.stop_on_certain_cause
         if not trainer.optimizers:
             return
         best = [cause.points for cause in incident.likely_causes[:1]] if incident.context else []

@@ -33,6 +33,9 @@ class NonFiniteLocator(StabilityCallback):
     A NaN that came from outside does not recur; that is evidence too. In manual optimization a step
     cannot be run again, and the incident gets no origin. Attributes of the module are restored, but
     what its ``training_step`` writes to other objects, or to files, is written twice.
+
+    >>> from lit_stability import AutoRollback, GradientMonitor
+    >>> callbacks = [GradientMonitor(), NonFiniteLocator(), AutoRollback()]
     """
 
     needs_recorded_step = True

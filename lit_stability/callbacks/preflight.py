@@ -3,8 +3,6 @@
 May import Lightning; the checks themselves, in `lit_stability.checks.preflight`, do not.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence, Sized
 from typing import Any, Literal, get_args
@@ -57,6 +55,9 @@ class Preflight(StabilityCallback):
     outputs may depend on a part of the input, and which must) and `PositionProbe`s (which token and
     position embeddings the model adds). Values that the module logs during the checks are
     discarded, except those that it writes directly to a logger's ``experiment``.
+
+    >>> from lit_stability import stability_callbacks
+    >>> callbacks = [Preflight(on_error="stop", classes=10), *stability_callbacks()]
 
     Args:
         on_error: ``warn`` logs errors and trains, ``stop`` raises them.

@@ -1,7 +1,5 @@
 """The `Anomaly` that a detector returns, and the `Detector` protocol."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +46,10 @@ class Anomaly:
 
     By default the step is skipped. ``state_corrupted`` asks for a rollback instead; with
     ``warn_only`` the anomaly is reported and the step is taken.
+
+    >>> print(Anomaly(kind="gradient spike", step=7, value=90.0, signal="grad_norm",
+    ...               message="gradient norm 90, usually 3").message)
+    gradient norm 90, usually 3
     """
 
     kind: Kind | str

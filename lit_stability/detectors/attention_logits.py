@@ -3,8 +3,6 @@
 Uses the readings of an `AttentionProbe`; without one it flags nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

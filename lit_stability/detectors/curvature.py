@@ -3,8 +3,6 @@
 Uses the readings of a `CurvatureProbe`; without one it flags nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Detects parameters whose gradient is exactly 0 while that of others is not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

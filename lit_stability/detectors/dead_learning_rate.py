@@ -3,8 +3,6 @@
 Imports neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

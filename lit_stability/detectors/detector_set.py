@@ -1,7 +1,5 @@
 """Runs the detectors of every optimizer on a step, and lets them learn the accepted ones."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

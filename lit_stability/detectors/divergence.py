@@ -1,7 +1,5 @@
 """Detects a loss that rises and stays high."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from lit_stability.detectors.rejection_streak import RejectionStreak
 from lit_stability.detectors.rolling_window import Window
 from lit_stability.detectors.trends import ROUNDING
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.renamed import renamed
 
 _JUMP = 3.0
 """Factor over the largest of the last five losses from which on a loss has risen at once."""
@@ -28,8 +27,8 @@ class Divergence:
     A loss is high when it exceeds the median by ``sigmas`` robust standard deviations, by ``rise``
     of the median's absolute value and by ``floor`` of the largest median so far, so that a loss
     which has reached 0 may leave it again. High losses are not learnt. Fewer than ``persist`` hard
-    batches are ignored. If the detector would flag more than ``give_up`` times without a lower loss
-    in between, it accepts the level as a change of regime: it clears the window, counts in
+    batches are ignored. If the detector would flag more than ``accept_after`` times without a lower
+    loss in between, it accepts the level as a change of regime: it clears the window, counts in
     ``regimes`` and learns again from scratch. After a rollback the count goes on only if the next
     flag comes at the same step although the learning rate was lowered: a loss that the weights had
     driven up would rise at another step.
@@ -45,7 +44,7 @@ class Divergence:
         persist: consecutive high steps before the detector flags.
         window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
-        give_up: flags before the level is accepted.
+        accept_after: flags before the level is accepted.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -60,6 +59,7 @@ class Divergence:
 
     shared_by_ranks = "yes"
 
+    @renamed(give_up="accept_after")
     def __init__(
         self,
         *,
@@ -69,16 +69,16 @@ class Divergence:
         persist: int = 10,
         window: int = 200,
         min_history: int = 20,
-        give_up: int = 2,
+        accept_after: int = 2,
     ) -> None:
         require(rise > 0, "rise", rise, "greater than 0")
         require(sigmas > 0, "sigmas", sigmas, "greater than 0")
         require(floor >= 0, "floor", floor, "at least 0")
         require(persist >= 1, "persist", persist, "at least 1")
         require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
-        require(give_up >= 1, "give_up", give_up, "at least 1")
+        require(accept_after >= 1, "accept_after", accept_after, "at least 1")
         self.rise, self.sigmas, self.floor, self.persist = rise, sigmas, floor, persist
-        self.min_history, self.give_up = min_history, give_up
+        self.min_history, self.accept_after = min_history, accept_after
         self.window = Window(window)
         self._highs: list[float] = []
         """The present row of high losses."""
@@ -132,7 +132,7 @@ class Divergence:
             return None
         rate, before = max(stats.learning_rates, default=0.0), self._rate
         self._rate = rate
-        if self._streak.rejected(stats.step, changed=rate < before) > self.give_up:
+        if self._streak.rejected(stats.step, changed=rate < before) > self.accept_after:
             self.reset_windows()
             self.regimes += 1
             return None

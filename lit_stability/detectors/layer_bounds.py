@@ -1,7 +1,5 @@
 """Checks the gradient norms of chosen layers against bounds that the user gives."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any

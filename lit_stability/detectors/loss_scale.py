@@ -1,7 +1,5 @@
 """Detects a loss scaler of fp16 training that no longer finds a usable scale."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

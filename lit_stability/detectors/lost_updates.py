@@ -1,7 +1,5 @@
 """Detects updates lost to rounding: 16-bit weights that do not move despite their gradients."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from statistics import median

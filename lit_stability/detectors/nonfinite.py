@@ -1,7 +1,5 @@
 """Detects NaN and Inf in weights, buffers, loss and gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

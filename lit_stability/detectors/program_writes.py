@@ -1,7 +1,5 @@
 """Tells weights that the program itself writes from weights that were damaged."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 All checks use numbers that are the same on every rank, so every rank gets the same result.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +32,7 @@ class Vote:
         return float(self.objected), self.grad_norm, float(self.warned)
 
     @classmethod
-    def from_row(cls, row: Sequence[float]) -> Vote:
+    def from_row(cls, row: Sequence[float]) -> "Vote":
         """Makes a vote from the numbers that `row` returned."""
         return cls(bool(row[0]), row[1], bool(row[2]))
 

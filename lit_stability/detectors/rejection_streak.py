@@ -1,7 +1,5 @@
 """Counts consecutive rejected steps; replayed steps do not reset the count."""
 
-from __future__ import annotations
-
 
 class RejectionStreak:
     """Counts rejections without a newly accepted step in between.

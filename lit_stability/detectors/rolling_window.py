@@ -1,7 +1,5 @@
 """A rolling window of accepted values with robust statistics."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, insort
 from collections import deque

@@ -1,7 +1,5 @@
 """Detects a gradient norm or loss far above its recent values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,6 +8,7 @@ from lit_stability.detectors.anomaly import Anomaly, require
 from lit_stability.detectors.rejection_streak import RejectionStreak
 from lit_stability.detectors.rolling_window import Window
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.renamed import renamed
 
 _LARGEST_EXPONENT = 700.0
 """exp of more overflows a float."""
@@ -37,10 +36,10 @@ class Spike:
 
     Large values may belong to the run: an auxiliary loss every 50 steps, rare data, returns with
     heavy tails. A spike that does not vanish when its step is retried is remembered; after two such
-    bursts, values up to three times as large are accepted. After ``give_up`` consecutive rejections
-    the detector accepts a change of regime: it clears the window, counts in ``regimes`` and learns
-    again from scratch. Replayed steps do not reset the count if the next rejection is at the same
-    step.
+    bursts, values up to three times as large are accepted. After ``accept_after`` consecutive
+    rejections the detector accepts a change of regime: it clears the window, counts in ``regimes``
+    and learns again from scratch. Replayed steps do not reset the count if the next rejection is at
+    the same step.
 
     Args:
         signal: the field of `StepStats` to check; values that are not positive are ignored.
@@ -49,7 +48,7 @@ class Spike:
         jump: smallest factor over the largest of the last five values that counts.
         window: number of accepted values in the window.
         min_history: accepted values before the first verdict.
-        give_up: consecutive rejections after which the window is cleared.
+        accept_after: consecutive rejections after which the window is cleared.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -62,6 +61,7 @@ class Spike:
     [4]
     """
 
+    @renamed(give_up="accept_after")
     def __init__(
         self,
         signal: Literal["grad_norm", "loss"] = "grad_norm",
@@ -71,17 +71,17 @@ class Spike:
         jump: float = 5.0,
         window: int = 100,
         min_history: int = 20,
-        give_up: int = 30,
+        accept_after: int = 30,
     ) -> None:
         require(signal in ("grad_norm", "loss"), "signal", signal, "'grad_norm' or 'loss'")
         require(ratio > 1, "ratio", ratio, "greater than 1")
         require(sigmas > 0, "sigmas", sigmas, "greater than 0")
         require(jump >= 1, "jump", jump, "at least 1")
         require(0 < min_history <= window, "min_history", min_history, f"in 1..window={window}")
-        require(give_up >= 1, "give_up", give_up, "at least 1")
+        require(accept_after >= 1, "accept_after", accept_after, "at least 1")
         self.signal: Literal["grad_norm", "loss"] = signal
         self.ratio, self.sigmas, self.jump = ratio, sigmas, jump
-        self.min_history, self.give_up = min_history, give_up
+        self.min_history, self.accept_after = min_history, accept_after
         self.shared_by_ranks = "yes" if signal == "loss" else "no"
         self.window = Window(window)
         self._streak = RejectionStreak()
@@ -109,7 +109,7 @@ class Spike:
         threshold = max(median * max(self.ratio, spread), self.jump * math.exp(recent))
         if applied <= threshold or self._is_known(stats.step, math.log(value)):
             return None
-        if self._streak.rejected(stats.step) > self.give_up:
+        if self._streak.rejected(stats.step) > self.accept_after:
             self.reset_windows()
             self.regimes += 1
             return None

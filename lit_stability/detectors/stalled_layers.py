@@ -1,7 +1,5 @@
 """Detects lower layers that the gradient no longer reaches while the loss does not fall."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain

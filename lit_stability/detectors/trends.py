@@ -4,8 +4,6 @@ Shared by the detectors that need a loss that has stopped falling. Imports neith
 Lightning.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Detects bad updates: update-to-weight ratio, learning-rate jumps, damaged optimizer state."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Detects a vanished gradient, as opposed to a warm-up, a decay or a converged run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Detects weights that changed by more than their updates explain."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias

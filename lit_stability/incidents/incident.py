@@ -3,8 +3,6 @@
 Imports neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -40,21 +38,6 @@ learn; see `learning`. ``recurring``: an incident at the same place came before 
 before they were enough. ``unresolved``: it ended without any."""
 
 
-class TrainingStopped(RuntimeError):
-    """Raised out of ``Trainer.fit`` when the escalation policy stops the training.
-
-    Weights and optimizer state are those of the last confirmed snapshot when it is raised.
-
-    Args:
-        message: the reason, what to try and the path of the record.
-        incident: the incident that led to the stop; kept as an attribute.
-    """
-
-    def __init__(self, message: str, incident: Incident) -> None:
-        super().__init__(message)
-        self.incident = incident
-
-
 @dataclass
 class Incident:
     """One or more anomalies of the same episode: what is known of them and what was done.
@@ -63,6 +46,12 @@ class Incident:
     Callbacks with ``on_incident(trainer, pl_module, incident)`` receive it before the update of
     each bad step, in the order of ``trainer.callbacks``; the first that calls `resolve` chooses
     the response.
+
+    >>> anomaly = Anomaly(kind="gradient spike", step=7, value=90.0, signal="grad_norm",
+    ...                   message="gradient norm 90, usually 3")
+    >>> incident = Incident(id=1, anomaly=anomaly)
+    >>> incident.resolved, incident.outcome
+    (False, 'open')
     """
 
     id: int
@@ -115,7 +104,7 @@ class Incident:
     cadence: dict[str, Any] = field(default_factory=dict, repr=False)
     """Steps between snapshots when it happened, and the seconds that a capture and a step take."""
     outcome: Outcome = "open"
-    repeats: list[Incident] = field(default_factory=list, repr=False, compare=False)
+    repeats: list["Incident"] = field(default_factory=list, repr=False, compare=False)
     """Earlier incidents at the same place."""
     closed_step: int | None = None
     before: Level | None = None
@@ -372,3 +361,24 @@ class Incident:
             "closed_step": self.closed_step,
             "time": self.started,
         }
+
+
+class TrainingStopped(RuntimeError):
+    """Raised out of ``Trainer.fit`` when the escalation policy stops the training.
+
+    Weights and optimizer state are those of the last confirmed snapshot when it is raised.
+
+    >>> def train(trainer, model):
+    ...     try:
+    ...         trainer.fit(model)
+    ...     except TrainingStopped as stop:
+    ...         print(stop.incident.anomaly.message)
+
+    Args:
+        message: the reason, what to try and the path of the record.
+        incident: the incident that led to the stop; kept as an attribute.
+    """
+
+    def __init__(self, message: str, incident: Incident) -> None:
+        super().__init__(message)
+        self.incident = incident

@@ -3,8 +3,6 @@
 Imports neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -85,6 +83,13 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_incidents(path: str | Path) -> list[dict[str, Any]]:
     """Reads records: the last line of each incident; a line cut by a crash is skipped.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "incidents.jsonl")
+    ...     _ = file.write_text("")
+    ...     read_incidents(file)
+    []
 
     Args:
         path: an ``incidents.jsonl``, the folder that contains it, or one with the folders of

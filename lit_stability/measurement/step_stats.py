@@ -3,8 +3,6 @@
 Imports neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,6 +59,10 @@ class StepStats:
 
     Gradients are measured accumulated, unscaled and unclipped. Norms are Euclidean. With several
     ranks the numbers are global; the loss is the mean over the ranks.
+
+    >>> stats = StepStats(step=3, loss=2.5, grad_norm=0.7)
+    >>> stats.step, stats.has_loss
+    (3, True)
     """
 
     step: int

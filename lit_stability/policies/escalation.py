@@ -19,8 +19,6 @@ Imports neither torch nor Lightning. A rollback does not restore its state; chec
 If data cannot be replayed, a bad batch is skipped at once and a rollback continues with new data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,6 +49,9 @@ _LARGEST_CUT = 1e3
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Limits on the number of responses in a run.
+
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(rollback=dict(budget=Budget(skips=20, rollbacks=3)))
 
     Raises:
         ValueError: if a number is out of its range.

@@ -3,8 +3,6 @@
 May import Lightning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,9 @@ def fit_with_recovery(
     process that was killed has written nothing: the run is then resumed as it was. Restarts are
     limited by torchrun too. ``make_trainer()`` is called once more before a restart that changes
     options of the Trainer.
+
+    >>> def train(make_trainer, model, datamodule):  # make_trainer(**options) returns a Trainer
+    ...     return fit_with_recovery(make_trainer, model, datamodule, max_crashes=5).trainer
 
     Args:
         make_trainer: called as ``make_trainer(**overrides)`` for each fit, with Trainer options

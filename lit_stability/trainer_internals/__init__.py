@@ -52,6 +52,7 @@ from lit_stability.trainer_internals.reference_step import (
 )
 from lit_stability.trainer_internals.run_folder import (
     keep_records_in,
+    keep_runs_below,
     local_path,
     run_directory,
     run_id,
@@ -146,6 +147,7 @@ __all__ = [
     "is_compiled",
     "is_supported",
     "keep_records_in",
+    "keep_runs_below",
     "keeps_state",
     "known_metrics",
     "leave_out_unlimited_epochs",

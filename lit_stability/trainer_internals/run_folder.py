@@ -13,6 +13,8 @@ from lit_stability.training_state.run_names import RUNS, new_run_name
 
 _SET: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
 """Folders that were set by `keep_records_in`."""
+_BELOW: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
+"""Folders below which each run has a new one, that were set by `keep_runs_below`."""
 _NEW: WeakKeyDictionary[Trainer, str] = WeakKeyDictionary()
 """Folders that were made up, for Trainers without a logger."""
 
@@ -49,6 +51,16 @@ def keep_records_in(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
         folder: need not exist yet.
     """
     _SET[trainer] = os.fspath(folder)
+
+
+def keep_runs_below(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
+    """Sets the folder below which each run has a new one, also where there is a logger.
+
+    Args:
+        trainer: before its fit; the same folder must be set on all ranks.
+        folder: need not exist yet.
+    """
+    _BELOW[trainer] = os.path.abspath(os.fspath(folder))
 
 
 def run_id(trainer: Trainer, saved: str | None) -> str:
@@ -103,6 +115,9 @@ def _resolve(trainer: Trainer) -> tuple[Path | None, str | None]:
 def _of_this_rank(trainer: Trainer) -> tuple[str, str, bool]:
     """Returns the folder of all runs, that of this run, and whether a logger or caller gave it."""
     root = str(trainer.default_root_dir)
+    if trainer in _BELOW:
+        root = _BELOW[trainer]
+        return root, _new_folder_of(trainer, root), True
     if not trainer.loggers and trainer in _SET:
         folder = _SET[trainer]
         return folder, folder, True
@@ -111,9 +126,7 @@ def _of_this_rank(trainer: Trainer) -> tuple[str, str, bool]:
         found, _ = tried(lambda: _of_logger(trainer.loggers[0], root))
         if found is not None:
             return found
-    if trainer not in _NEW:
-        _NEW[trainer] = _new_folder(root, local_path(trainer.ckpt_path))
-    return root, _NEW[trainer], False
+    return root, _new_folder_of(trainer, root), False
 
 
 def _of_logger(logger: Logger, root: str) -> tuple[str, str, bool]:
@@ -124,6 +137,12 @@ def _of_logger(logger: Logger, root: str) -> tuple[str, str, bool]:
     version = version if isinstance(version, str) else f"version_{version}"
     base = root if save_dir is None else str(save_dir)
     return base, os.path.join(base, str(logger.name), version), save_dir is not None
+
+
+def _new_folder_of(trainer: Trainer, root: str) -> str:
+    if trainer not in _NEW:
+        _NEW[trainer] = _new_folder(root, local_path(trainer.ckpt_path))
+    return _NEW[trainer]
 
 
 def _new_folder(root: str, checkpoint: Path | None) -> str:

@@ -3,8 +3,6 @@
 Imports neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -45,6 +43,9 @@ def find_last_good(directory: str | Path) -> Path | None:
     Pass it to ``Trainer.fit(ckpt_path=...)`` of a trainer with a `LastKnownGood`, which continues
     exactly where the checkpoint was captured. Several ranks write a folder: what is returned then
     is the file of the weights inside it, or, if the weights are sharded, the folder.
+
+    >>> find_last_good("no/such/run") is None
+    True
 
     Args:
         directory: the folder of a run, a folder that contains several runs, or a folder of good
@@ -212,7 +213,7 @@ class RunEnd:
         write_atomically(folder / "run.json", content, partial=".part-run.json", private=True)
 
     @classmethod
-    def read(cls, folder: Path) -> RunEnd | None:
+    def read(cls, folder: Path) -> "RunEnd | None":
         """Reads ``run.json``; returns None if it is missing, or not valid, which is logged."""
         file = folder / "run.json"
         try:

@@ -1,7 +1,5 @@
 """`estimate_memory`: what the suite takes beside a training. May import torch, not Lightning."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The checkpoints that `PreemptionCheckpoint` saves. Imports neither torch nor Lightning."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lit_stability.training_state.checkpoint_file import first_whole

@@ -76,7 +76,7 @@ def test_incident_is_drawn_once_before_its_gradients_are_dropped(tmp_path, monke
 
 def test_after_a_responder_it_says_that_there_is_nothing_to_draw(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.lit_stability")
-    callbacks = [GradientMonitor(), AutoRollback(data="skip"), GradientFlow()]
+    callbacks = [GradientMonitor(), AutoRollback(after_rollback="skip"), GradientFlow()]
     fit(tmp_path, [FaultInjector([NanLoss(step=15)]), *callbacks], max_steps=20)
     assert "no gradient flow of incident 1: its gradients were dropped" in caplog.text
     assert not (tmp_path / "gradient_flow").exists()

@@ -257,7 +257,9 @@ def test_run_that_failed_goes_on_with_care_and_one_that_was_interrupted_does_not
         assert f"{again} learning rate and clip x{factor}" in caplog.text
     rates = Rates()
     with pytest.raises(SystemExit):
-        resume(tmp_path, [*suite(after_crash=1), rates, Crash(45, KeyboardInterrupt), Join()])
+        resume(
+            tmp_path, [*suite(lr_factor_after_crash=1), rates, Crash(45, KeyboardInterrupt), Join()]
+        )
     assert set(rates.seen) == {1.0}
     assert steps(tmp_path)[-1] == 40
     rates = Rates()
@@ -455,7 +457,7 @@ def test_files_left_half_written_are_removed(tmp_path):
         ({"keep": 0}, "keep must be at least 1, got 0"),
         ({"max_batch_bytes": -1}, "max_batch_bytes must be at least 0, got -1"),
         ({"on_mismatch": "stop"}, "on_mismatch must be 'raise' or 'warn', got 'stop'"),
-        ({"after_crash": 0.0}, "after_crash must be in"),
+        ({"lr_factor_after_crash": 0.0}, "lr_factor_after_crash must be in"),
     ],
 )
 def test_option_out_of_its_range_is_refused(option, message):

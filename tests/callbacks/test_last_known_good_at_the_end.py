@@ -19,7 +19,7 @@ END = 47
 
 def suite(*extra, **options):
     """The order of the default suite, where a rollback has ended before this callback is called."""
-    options = {"after_crash": 1} | options
+    options = {"lr_factor_after_crash": 1} | options
     rollback = AutoRollback(snapshot_every=15, snapshot_cost=None)
     return [*extra, GradientMonitor(), rollback, LastKnownGood(**options)]
 

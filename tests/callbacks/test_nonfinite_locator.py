@@ -109,7 +109,7 @@ class Fragile(Logarithm):
 
 
 def test_step_that_cannot_be_run_twice_does_not_end_the_run(tmp_path, caplog):
-    callbacks = [GradientMonitor(), NonFiniteLocator(), AutoRollback(data="skip")]
+    callbacks = [GradientMonitor(), NonFiniteLocator(), AutoRollback(after_rollback="skip")]
     _, trainer = fit(tmp_path, callbacks, Fragile, max_steps=50)
     assert trainer.global_step == 50
     assert "not found (RuntimeError: seen already); training continues" in caplog.text

@@ -46,7 +46,7 @@ class Later(Slow):
 
 
 def run(tmp_path, *callbacks, **options):
-    suite = [GradientMonitor(), AutoRollback(data="skip")]
+    suite = [GradientMonitor(), AutoRollback(after_rollback="skip")]
     fit(tmp_path, [*suite, *callbacks], **options)
     return suite[0].incidents
 
@@ -99,7 +99,11 @@ def test_run_that_ends_soon_after_an_incident_says_so(step, outcome, words, tmp_
     suite = stability_callbacks()
     # Nothing follows the last step, which is not run again.
     fault = NanLoss(step=step, steps=10**6 if outcome == "unresolved" else 1)
-    fit(tmp_path, [FaultInjector([fault]), *suite[:-1], AutoRollback(data="skip")], max_epochs=1)
+    fit(
+        tmp_path,
+        [FaultInjector([fault]), *suite[:-1], AutoRollback(after_rollback="skip")],
+        max_epochs=1,
+    )
     (incident,) = suite[0].incidents
     assert incident.outcome == outcome
     assert words in caplog.text

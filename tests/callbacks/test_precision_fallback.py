@@ -196,7 +196,7 @@ class Fragile(Net):
 
 
 def test_step_that_cannot_be_run_twice_is_no_proof_and_does_not_end_the_run(tmp_path):
-    callbacks = [GradientMonitor(), PrecisionFallback(), AutoRollback(data="skip")]
+    callbacks = [GradientMonitor(), PrecisionFallback(), AutoRollback(after_rollback="skip")]
     loader = data(poison=(40, float("nan")))
     _, trainer = train(tmp_path, callbacks, loader, 90, module=Fragile, **fp16())
     (incident,) = callbacks[0].incidents

@@ -407,7 +407,7 @@ def test_rows_of_bad_batches_among_many_bad_ones_do_not_end_the_fit(tmp_path):
 
 def test_batches_that_raise_are_dropped_where_data_are_not_replayed(tmp_path):
     module = functools.partial(Raise, lambda: ValueError("bad label"), batches=labels(4, 9))
-    suite = [GradientMonitor(), AutoRollback(data="skip")]
+    suite = [GradientMonitor(), AutoRollback(after_rollback="skip")]
     fitted, trainer = fit(tmp_path, suite, module, loader(Batches()), max_epochs=1, max_steps=-1)
     assert trainer.global_step == 22
     (incident,) = read_incidents(tmp_path)
@@ -569,7 +569,10 @@ class WritesIntoItsBatch(TwoOptimizers):
     [
         (StepsWithAClosure, stability_callbacks),
         (WritesIntoItsBatch, stability_callbacks),
-        (raising(TwoOptimizers, normal), lambda: [GradientMonitor(), AutoRollback(data="skip")]),
+        (
+            raising(TwoOptimizers, normal),
+            lambda: [GradientMonitor(), AutoRollback(after_rollback="skip")],
+        ),
     ],
     ids=["inside a step", "batch written into", "data not replayed"],
 )

@@ -270,10 +270,10 @@ def test_ring_too_small_falls_back_to_new_data_and_says_so(tmp_path, caplog):
     callbacks = [
         FaultInjector([CorruptWeight(step=33, parameter="first.0.weight")]),
         GradientMonitor(),
-        AutoRollback(max_ring_bytes=1000),
+        AutoRollback(max_replay_bytes=1000),
     ]
     module, trainer = fit(tmp_path, callbacks, Net, marked(), max_steps=80, max_epochs=None)
-    assert "more than max_ring_bytes=1000: they are skipped, not replayed" in caplog.text
+    assert "more than max_replay_bytes=1000: they are skipped, not replayed" in caplog.text
     (incident,) = read_incidents(tmp_path)
     assert incident["responses"] == ["rolled back"]
     assert trainer.global_step == 80
@@ -349,7 +349,7 @@ def test_damage_that_always_returns_ends_in_a_stop(tmp_path):
     assert incident["verdict"] == "deterministic"
 
 
-@pytest.mark.parametrize("option", [{"data": "rewind"}, {"max_ring_bytes": 0}])
+@pytest.mark.parametrize("option", [{"after_rollback": "rewind"}, {"max_replay_bytes": 0}])
 def test_option_out_of_range_is_refused(option):
     (value,) = option.values()
     with pytest.raises(ValueError, match=f"got {value!r}"):
@@ -357,11 +357,11 @@ def test_option_out_of_range_is_refused(option):
 
 
 def test_skipping_leaves_the_data_alone(tmp_path):
-    """With ``data="skip"`` a rollback goes on with new batches, ``max_steps`` good ones in all."""
+    """A rollback goes on with new batches, ``max_steps`` good ones in all."""
     callbacks = [
         FaultInjector([CorruptWeight(step=33, parameter="first.0.weight")]),
         GradientMonitor(),
-        AutoRollback(data="skip"),
+        AutoRollback(after_rollback="skip"),
     ]
     _, trainer = fit(tmp_path, callbacks, Net, marked(), max_steps=70, max_epochs=None)
     assert trainer.global_step == 70

@@ -68,7 +68,7 @@ def test_snapshots_at_a_fixed_distance_may_cost_anything(tmp_path, monkeypatch):
 
 def test_distance_leaves_room_for_the_batches_to_replay(tmp_path, monkeypatch):
     """A batch takes 640 bytes; two distances of 20 steps and three more of them fit."""
-    found = captures_of(tmp_path, monkeypatch, 0.015, max_ring_bytes=640 * 50)
+    found = captures_of(tmp_path, monkeypatch, 0.015, max_replay_bytes=640 * 50)
     assert found == [0, 10, 20, 30, 40, 50, 70, 90]
 
 

@@ -419,20 +419,20 @@ def test_default_set_after_any_burst_passes_healthy_steps_and_catches_the_next(b
 
 
 def test_spike_that_stays_is_a_change_of_regime_after_give_up():
-    detector = Spike(give_up=5, min_history=10)
+    detector = Spike(accept_after=5, min_history=10)
     stream = [1.0] * 20 + [100.0] * 30 + [9000.0]
     assert alarms(detector, stream, "grad_norm") == [20, 21, 22, 23, 24, 50]
     assert detector.regimes == 1
 
 
 def test_rejections_not_in_a_row_are_no_change_of_regime():
-    detector = Spike(give_up=2)
+    detector = Spike(accept_after=2)
     stream = [1.0] * 20 + [100.0, 100.0, 1.0] * 10
     assert len(alarms(detector, stream, "grad_norm")) == 20
     assert detector.regimes == 0
 
 
-@pytest.mark.parametrize("detector", [Spike(give_up=3), Divergence(persist=2, give_up=2)])
+@pytest.mark.parametrize("detector", [Spike(accept_after=3), Divergence(persist=2, accept_after=2)])
 def test_restored_window_does_not_undo_the_count_towards_giving_up(detector):
     """A rollback after every alarm must not make it go on for ever."""
     for i in range(25):
@@ -492,12 +492,12 @@ def test_state_of_a_longer_window_keeps_its_newest_values():
         (Spike, {"sigmas": 0.0}, "sigmas must be greater than 0, got 0.0"),
         (Spike, {"window": 10}, r"min_history must be in 1..window=10, got 20"),
         (Spike, {"min_history": 0}, "min_history .* got 0"),
-        (Spike, {"give_up": 0}, "give_up must be at least 1, got 0"),
+        (Spike, {"accept_after": 0}, "accept_after must be at least 1, got 0"),
         (Divergence, {"rise": -0.5}, "rise must be greater than 0, got -0.5"),
         (Divergence, {"sigmas": NAN}, "sigmas must be greater than 0, got nan"),
         (Divergence, {"persist": 0}, "persist must be at least 1, got 0"),
         (Divergence, {"window": 5}, "min_history .* got 20"),
-        (Divergence, {"give_up": 0}, "give_up must be at least 1, got 0"),
+        (Divergence, {"accept_after": 0}, "accept_after must be at least 1, got 0"),
         (UpdateSpike, {"ratio": 0.5}, "ratio must be greater than 1, got 0.5"),
         (UpdateSpike, {"floor": 0.0}, "floor must be greater than 0, got 0.0"),
         (LearningRateJump, {"min_history": 101}, r"min_history must be in 1..window=100, got 101"),
@@ -539,8 +539,8 @@ def test_no_stream_of_numbers_breaks_a_detector(rows):
         OptimizerState(),
         UpdateSpike(min_history=2, window=5),
         LearningRateJump(min_history=2, window=5),
-        Spike(min_history=2, window=5, give_up=2),
-        Spike("loss", min_history=2, window=5, give_up=2),
+        Spike(min_history=2, window=5, accept_after=2),
+        Spike("loss", min_history=2, window=5, accept_after=2),
         Divergence(min_history=2, window=5, persist=2),
     ]
     for i, row in enumerate(rows):

@@ -3,8 +3,6 @@
 May import Lightning.
 """
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`AutoRollback`: undoes bad steps and rolls back damage."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -26,6 +24,7 @@ from lit_stability.policies.actions import Stop
 from lit_stability.policies.backoff import Backoff
 from lit_stability.policies.escalation import Budget, EscalationPolicy
 from lit_stability.policies.snapshot_cadence import SnapshotCadence
+from lit_stability.renamed import renamed
 from lit_stability.trainer_internals import Stateful, can_guard_ranks, sharing
 from lit_stability.training_state.byte_sizes import parse_bytes
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
@@ -37,15 +36,15 @@ log = suite_logger()
 class AutoRollback(StabilityCallback):
     """Undoes bad steps, holds a jumping learning rate, rolls back damage, and stops at its limits.
 
-    With ``data="replay"`` the fit goes on as if the bad batch had never existed, bit for bit:
-    weights, optimizers, schedulers, scaler, RNG, ``global_step``, logged metrics, validation
+    With ``after_rollback="replay"`` the fit goes on as if the bad batch had never existed, bit for
+    bit: weights, optimizers, schedulers, scaler, RNG, ``global_step``, logged metrics, validation
     points and the decisions of ModelCheckpoint and EarlyStopping. A rejected step is retried once,
     which shows whether the trouble is *transient* or *deterministic*; if it recurs, its batch is
     skipped. Damaged state is rolled back to the newest snapshot from before the suspected cause,
-    one confirmed by ``confirm_after`` healthy steps, and all batches since are trained on again.
-    If the damage recurs, they are replayed without the suspected batch, then from the snapshot
-    before, then with a lower learning rate and a tighter clip. Checkpoint files written since the
-    snapshot are renamed to ``NAME.quarantined``.
+    one confirmed by ``confirm_after`` healthy steps, and all batches since are trained on again. If
+    the damage recurs, they are replayed without the suspected batch, then from the snapshot before,
+    then with a lower learning rate and a tighter clip. Checkpoint files written since the snapshot
+    are renamed to ``NAME.quarantined``.
 
     What stays, batch after batch and after a rollback, is no fault but a change of regime: a loss
     with another term, data of another scale. The detectors accept it (`Spike` after 30
@@ -75,9 +74,9 @@ class AutoRollback(StabilityCallback):
     A fit whose state is damaged before the first step, such as a NaN in the checkpoint that it
     resumes from, is stopped at once with `TrainingStopped`, which names the tensor and the file.
 
-    With ``data="skip"``, and where batches cannot be replayed, a rejected step costs its batch, and
-    a rollback goes on with new data and ``global_step`` rewound. When no response is left, the fit
-    ends with `TrainingStopped` and the weights of the last confirmed snapshot.
+    With ``after_rollback="skip"``, and where batches cannot be replayed, a rejected step costs its
+    batch, and a rollback goes on with new data and ``global_step`` rewound. When no response is
+    left, the fit ends with `TrainingStopped` and the weights of the last confirmed snapshot.
 
     Two snapshots of weights, buffers and optimizer state are kept in memory, and the raw batches
     since the older one; their sizes are logged when they are first known, and are in the record of
@@ -86,8 +85,15 @@ class AutoRollback(StabilityCallback):
     was taken cannot be undone. Where none fits, bad steps are still undone, but damaged weights end
     the fit, with the good checkpoint in the message from which `fit_with_recovery` would go on.
 
+    >>> from lit_stability import Budget, stability_callbacks
+    >>> suite = stability_callbacks(
+    ...     rollback=dict(snapshot_every=50, memory_budget="4 GiB", budget=Budget(rollbacks=3))
+    ... )
+    >>> suite[-1].snapshot_every
+    50
+
     Args:
-        data: what happens to the batches since the snapshot.
+        after_rollback: what happens to the batches since the snapshot.
         snapshot_every: healthy optimizer steps between snapshots, if the last one is confirmed and
             they do not cost too much. Damage can be undone that is detected so many steps late.
         snapshot_cost: share of the training time that taking snapshots may cost. What they cost is
@@ -99,7 +105,7 @@ class AutoRollback(StabilityCallback):
             doubled, again and again until both are restored. A learning rate that is held against
             a jump of its schedule is released when the schedule comes back.
         budget: how many responses the run may spend.
-        max_ring_bytes: bound on the raw batches kept; beyond it they cannot be replayed.
+        max_replay_bytes: bound on the raw batches kept; beyond it they cannot be replayed.
         clone_batches: keep copies from the start, for a ``training_step`` that changes its batch.
             Otherwise they are kept from the first batch on that is seen to be changed.
         snapshot_device: memory for the snapshots: ``"device"``, that of the weights; ``"host"``; or
@@ -113,22 +119,23 @@ class AutoRollback(StabilityCallback):
         ValueError: if an argument is out of its range.
     """
 
+    @renamed(data="after_rollback", max_ring_bytes="max_replay_bytes")
     def __init__(
         self,
         *,
-        data: Literal["replay", "skip"] = "replay",
+        after_rollback: Literal["replay", "skip"] = "replay",
         snapshot_every: int = 20,
         confirm_after: int = 10,
         relax_after: int = 20,
         budget: Budget | None = None,
-        max_ring_bytes: int = 2**30,
+        max_replay_bytes: int = 2**30,
         clone_batches: bool = False,
         snapshot_device: Where = "auto",
         memory_budget: int | str | None = None,
         snapshot_cost: float | None = 0.002,
     ) -> None:
-        if data not in ("replay", "skip"):
-            raise ValueError(f"data must be 'replay' or 'skip', got {data!r}")
+        if after_rollback not in ("replay", "skip"):
+            raise ValueError(f"after_rollback must be 'replay' or 'skip', got {after_rollback!r}")
         if snapshot_device not in ("auto", "device", "host"):
             raise ValueError(
                 f"snapshot_device must be 'auto', 'device' or 'host', got {snapshot_device!r}"
@@ -136,7 +143,7 @@ class AutoRollback(StabilityCallback):
         for name, value in (
             ("snapshot_every", snapshot_every),
             ("confirm_after", confirm_after),
-            ("max_ring_bytes", max_ring_bytes),
+            ("max_replay_bytes", max_replay_bytes),
         ):
             if not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
@@ -148,11 +155,11 @@ class AutoRollback(StabilityCallback):
         require_instance("budget", budget, Budget)
         if memory_budget is not None:
             parse_bytes("memory_budget", memory_budget)
-        self.data = data
+        self.after_rollback = after_rollback
         self.snapshot_every = snapshot_every
         self.snapshot_cost = snapshot_cost
         self.confirm_after = confirm_after
-        self.max_ring_bytes = max_ring_bytes
+        self.max_replay_bytes = max_replay_bytes
         self.clone_batches = clone_batches
         self.snapshot_device: Where = snapshot_device
         self.memory_budget = memory_budget
@@ -243,8 +250,8 @@ class AutoRollback(StabilityCallback):
             pl_module,
             confirm_after=self.confirm_after,
             cadence=SnapshotCadence(self.snapshot_every, self.snapshot_cost),
-            replay=self.data == "replay",
-            max_ring_bytes=self.max_ring_bytes,
+            replay=self.after_rollback == "replay",
+            max_replay_bytes=self.max_replay_bytes,
             clone=self.clone_batches,
             registered=self._registered,
             snapshot_device=self.snapshot_device,

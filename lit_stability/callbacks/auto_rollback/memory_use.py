@@ -104,7 +104,7 @@ class MemoryUse:
         """The bound on the batches, with the argument that sets it."""
         if self._ring.max_bytes < self._max_ring_bytes:
             return f"the {self._ring.max_bytes} bytes that memory_budget={self._budget} leaves"
-        return f"max_ring_bytes={self._max_ring_bytes}"
+        return f"max_replay_bytes={self._max_ring_bytes}"
 
     def startup_text(self) -> str:
         """Returns the snapshots, where they are and their size, before the first step."""

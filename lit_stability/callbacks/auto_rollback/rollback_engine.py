@@ -86,7 +86,7 @@ class RollbackEngine:
         confirm_after: healthy steps after which a snapshot is confirmed.
         cadence: healthy steps between snapshots.
         replay: whether batches are replayed after a rollback, where that is possible.
-        max_ring_bytes: bound on the batches kept.
+        max_replay_bytes: bound on the batches kept.
         clone: keep copies of the batches.
         registered: further objects whose state belongs to the snapshot.
         snapshot_device: where snapshots are kept.
@@ -103,7 +103,7 @@ class RollbackEngine:
         confirm_after: int,
         cadence: SnapshotCadence,
         replay: bool,
-        max_ring_bytes: int,
+        max_replay_bytes: int,
         clone: bool,
         registered: Sequence[Stateful],
         snapshot_device: Where,
@@ -116,7 +116,7 @@ class RollbackEngine:
         self._since = self._draws = self._taken = 0
         self._stepped = False
         """Whether a step of this fit was accepted, so that it is known what one needs."""
-        self._ring = ReplayRing(max_ring_bytes, clone)
+        self._ring = ReplayRing(max_replay_bytes, clone)
         self._recorder = BatchRecorder(trainer, self._ring, self._before_fetch, owner)
         self._recorder.attach()
         self.replay = replay and self._recorder.can_replay

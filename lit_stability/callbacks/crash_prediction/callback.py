@@ -3,8 +3,6 @@
 May import Lightning. `lit_stability.policies.crash_risk` computes the risk and chooses the actions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +58,9 @@ class CrashPrediction(StabilityCallback):
     Metrics logged every ``trainer.log_every_n_steps`` accepted steps, to every logger:
 
     * ``stability/risk``: largest risk since it was last logged, in [0, 1].
+
+    >>> from lit_stability import stability_callbacks
+    >>> callbacks = [*stability_callbacks(), CrashPrediction()]
 
     Args:
         levels: the risk at which each action is taken; None for the defaults of `RiskLevels`.

@@ -1,7 +1,5 @@
 """`GradientFlow`: pictures of the gradients per layer, in TensorBoard or in the run's folder."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +50,9 @@ class GradientFlow(StabilityCallback):
     Under FSDP2 the picture shows the shards of rank 0. Other steps cost some microseconds. Training
     waits for a picture, 0.35 to 0.7 s (measured in `draw_gradient_flow`): at most 1.4 ms per step
     for one picture in 500 steps.
+
+    >>> from lit_stability import GradientMonitor
+    >>> callbacks = [GradientMonitor(), GradientFlow(every_n_steps=100)]
 
     Args:
         every_n_steps: optimizer steps between two pictures.

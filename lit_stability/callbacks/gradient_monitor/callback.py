@@ -1,12 +1,11 @@
 """`GradientMonitor`: measures once per optimizer step and opens an incident where one is due."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +59,7 @@ from lit_stability.trainer_internals import (
     agreed_failure,
     at_worker_exit,
     callbacks_of,
+    keep_runs_below,
     log_every,
     run_id,
     step_failure,
@@ -115,6 +115,11 @@ class GradientMonitor(StabilityCallback):
     Incidents add at most 24 MiB per fit to an event file, see
     `lit_stability.loggers.size_limits`.
 
+    >>> from lit_stability.detectors import Spike, default_detectors
+    >>> observer = GradientMonitor(detectors=[*default_detectors(), Spike("loss", ratio=50.0)])
+    >>> observer.incidents  # of the fit of Trainer(callbacks=[observer])
+    []
+
     Args:
         detectors: those to ask, in order; the first anomaly counts. None for the default set.
         layer_bounds: glob of parameter names -> largest gradient norm, or the smallest and the
@@ -126,6 +131,8 @@ class GradientMonitor(StabilityCallback):
         history: measurements kept in `details`.
         allow_strategies: names of strategy classes that are not supported and are tried all the
             same; numbers are then summed over the ranks at every step.
+        directory: folder below which each run has a folder ``stability/<time>-<number>`` for the
+            records and checkpoints of all callbacks; None for that of the logger.
         upload_incidents: whether W&B and MLflow get the folder of each incident as an artifact;
             it holds a checkpoint, so that may be gigabytes.
 
@@ -147,6 +154,7 @@ class GradientMonitor(StabilityCallback):
         history: int = 20,
         allow_strategies: Sequence[str] = (),
         upload_incidents: bool = False,
+        directory: str | Path | None = None,
     ) -> None:
         require(close_after >= 1, "close_after", close_after, "at least 1")
         require(scan_weights_every >= 1, "scan_weights_every", scan_weights_every, "at least 1")
@@ -163,6 +171,7 @@ class GradientMonitor(StabilityCallback):
         """The last measurements that carry details."""
         self.allow_strategies = tuple(allow_strategies)
         self.upload_incidents = upload_incidents
+        self.directory = directory
         self._restored: Mapping[str, Any] = {}
         self._detectors = DetectorSet([], [], log.info)
         self._measurer: StepMeasurer | None = None
@@ -238,6 +247,8 @@ class GradientMonitor(StabilityCallback):
         require_package(trainer, self)
         # A fit that ended in an exception has had no teardown.
         self._measurer = None
+        if self.directory is not None:
+            keep_runs_below(trainer, self.directory)
         if stage == "fit":
             report_misspelt_hooks(trainer, pl_module)
             self._nan_before = buffers_with_nan(pl_module)

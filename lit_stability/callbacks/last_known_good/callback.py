@@ -1,7 +1,5 @@
 """`LastKnownGood`: keeps checkpoints on disk that healthy steps confirmed, and resumes exactly."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, SIGTERMException, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.outside import guarded
+from lit_stability.renamed import renamed
 from lit_stability.trainer_internals import (
     DataPosition,
     EpochMetrics,
@@ -95,6 +94,11 @@ class LastKnownGood(StabilityCallback):
     that was saved at the end of a batch, before its validation, resumes in Lightning without that
     validation, and with the RNG states from before it.
 
+    >>> from lit_stability import find_last_good, stability_callbacks
+    >>> suite = stability_callbacks(good=dict(every_n_steps=1000, keep=3))
+    >>> def resume(trainer, model, run):
+    ...     trainer.fit(model, ckpt_path=find_last_good(run))
+
     Args:
         every_n_steps: optimizer steps between copies. A run that is killed loses at most these,
             ``confirm_after`` and the steps that run during one write.
@@ -103,13 +107,14 @@ class LastKnownGood(StabilityCallback):
         keep: number of files kept.
         max_batch_bytes: a larger batch is not kept, and a resume is then not verified.
         on_mismatch: what to do if the restored state gives another loss.
-        after_crash: factor on learning rate and clip if the previous run failed, applied once for
-            each failure in a row, at most three times; 1 to change nothing.
+        lr_factor_after_crash: factor on learning rate and clip if the previous run failed, applied
+            once for each failure in a row, at most three times; 1 to change nothing.
 
     Raises:
         ValueError: if an argument is out of its range.
     """
 
+    @renamed(after_crash="lr_factor_after_crash")
     def __init__(
         self,
         *,
@@ -118,7 +123,7 @@ class LastKnownGood(StabilityCallback):
         keep: int = 2,
         max_batch_bytes: int = 32 * 2**20,
         on_mismatch: Literal["raise", "warn"] = "raise",
-        after_crash: float = 0.5,
+        lr_factor_after_crash: float = 0.5,
         every_n_seconds: float | None = 300.0,
     ) -> None:
         for name, value, least in (
@@ -135,15 +140,17 @@ class LastKnownGood(StabilityCallback):
             )
         if on_mismatch not in ("raise", "warn"):
             raise ValueError(f"on_mismatch must be 'raise' or 'warn', got {on_mismatch!r}")
-        if not 0 < after_crash <= 1:
-            raise ValueError(f"after_crash must be in (0, 1], got {after_crash!r}")
+        if not 0 < lr_factor_after_crash <= 1:
+            raise ValueError(
+                f"lr_factor_after_crash must be in (0, 1], got {lr_factor_after_crash!r}"
+            )
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
         self.confirm_after = confirm_after
         self.keep = keep
         self.max_batch_bytes = max_batch_bytes
         self.on_mismatch: Literal["raise", "warn"] = on_mismatch
-        self.after_crash = after_crash
+        self.lr_factor_after_crash = lr_factor_after_crash
         self._fit: _Fit | None = None
         self._restored: Mapping[str, Any] = {}
         self._buffers: Mapping[str, Tensor] = {}
@@ -180,7 +187,7 @@ class LastKnownGood(StabilityCallback):
         return "" if manager is None else manager.startup_text()
 
     def on_restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Turns off `after_crash`: the remedy chosen for the crash replaces it."""
+        """Turns off `lr_factor_after_crash`: the remedy chosen for the crash replaces it."""
         self._lowers_after_crash = False
 
     def on_load_checkpoint(
@@ -199,7 +206,7 @@ class LastKnownGood(StabilityCallback):
         if self._fit is not None:
             self._fit.previous = PreviousRun(trainer)
             self._fit.previous.lower_after_crash(
-                self.after_crash if self._lowers_after_crash else 1.0
+                self.lr_factor_after_crash if self._lowers_after_crash else 1.0
             )
             self._fit.start(self._restored, self._buffers)
         self._restored, self._buffers = {}, {}

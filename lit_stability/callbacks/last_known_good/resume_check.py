@@ -54,11 +54,11 @@ class PreviousRun:
         # The ranks may see another state of a file that rank 0 rewrites.
         self._failures: int = trainer.strategy.broadcast(failures)
 
-    def lower_after_crash(self, after_crash: float) -> None:
+    def lower_after_crash(self, factor: float) -> None:
         """Lowers learning rate and clip if the previous run failed, and logs it."""
-        if not self._failures or after_crash == 1:
+        if not self._failures or factor == 1:
             return
-        factor = after_crash ** min(self._failures, _MOST_FAILURES)
+        factor = factor ** min(self._failures, _MOST_FAILURES)
         lowered = lower_learning_rate(self._trainer, factor)
         done = (
             f"learning rate and clip x{factor:.3g} for a while"

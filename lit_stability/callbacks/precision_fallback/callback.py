@@ -1,7 +1,5 @@
 """`PrecisionFallback`: changes the precision if it makes steps fail, and tries it again later."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +53,9 @@ class PrecisionFallback(StabilityCallback):
     optimizer state, in three cases: if the rerun shows that precision is the cause; if rounding
     cancels most updates; and before the first step if Adam's ``eps`` is 0 in their format, so that
     the first update is 0 / 0.
+
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(precision=dict(fp32_modules=["decoder.head"]))
 
     Args:
         precisions: precision levels to switch to, in order, by Lightning's names; None for

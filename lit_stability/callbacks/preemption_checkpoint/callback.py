@@ -1,7 +1,5 @@
 """`PreemptionCheckpoint`: saves a checkpoint when a scheduler asks the run to end."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Sequence
@@ -71,6 +69,9 @@ class PreemptionCheckpoint(StabilityCallback):
     that signal. Nothing is installed, and it is logged, where the fit is not in the main thread,
     has no local folder, or runs on several ranks under a strategy that is not supported;
     Lightning's own handlers stay then.
+
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(preemption=dict(grace=60.0))
 
     Args:
         grace: seconds from the signal to the end of a step. torchrun kills 30 s after SIGTERM,

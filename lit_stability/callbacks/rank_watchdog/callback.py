@@ -1,7 +1,5 @@
 """`RankWatchdog`: names the rank that keeps the others waiting, and ends the fit on all of them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +88,9 @@ class RankWatchdog(StabilityCallback):
     The training thread writes a few Python attributes in four hooks per step, 1500 ns on one core
     of a server, and Lightning calls them; two other threads do the rest. On one device there are no
     hooks, no threads and no store.
+
+    >>> from lit_stability import stability_callbacks
+    >>> suite = stability_callbacks(watchdog=dict(timeout=1800.0))
 
     Args:
         timeout: seconds for which a rank may stay in one place.

@@ -26,7 +26,7 @@ MODEL = (
         rules=((8, c.zero_gain),),
         remedy="initialise the gain with 1 and let it train; with a gain of 0, no layer before it "
         "receives a gradient",
-        ignore_when="if a schedule raises it later: use `Diagnosis(stop=False)`",
+        ignore_when="if a schedule raises it later: use `Diagnosis(stop_on_certain_cause=False)`",
         recommended_action="stop",
     ),
     Cause(

@@ -3,8 +3,6 @@
 Imports neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any, Literal
@@ -40,7 +38,15 @@ class TensorRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NonFiniteOrigin:
-    """The first operation that made a non-finite value which reached the loss or a gradient."""
+    """The first operation that made a non-finite value which reached the loss or a gradient.
+
+    >>> import torch
+    >>> from lit_stability import locate_nonfinite
+    >>> model = torch.nn.Linear(2, 1)
+    >>> origin = locate_nonfinite(model, lambda: model(torch.zeros(1, 2)).abs().sum().sub(9).log())
+    >>> origin.op, origin.phase
+    ('log', 'forward')
+    """
 
     op: str
     """Name in the program: ``log``, ``softmax``, ``linear``; in the backward pass, the operation of

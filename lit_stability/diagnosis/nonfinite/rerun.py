@@ -3,8 +3,6 @@
 May import torch, but not Lightning.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +38,11 @@ def locate_nonfinite(
     tensors are not restored. Compiled parts run eagerly, since a compiled part hides its
     operations. To compute the same values as the first time, generators and buffers must be in the
     state in which the bad step began. If parameters are sharded, all ranks must call this.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> origin = locate_nonfinite(model, lambda: model(torch.zeros(1, 2)).abs().sum().sub(9).log())
+    >>> origin.op
+    'log'
 
     Args:
         model: provides the names and types of modules, parameters and buffers; the gradients of

@@ -1,7 +1,5 @@
 """Clipping to a percentile of recent norms. Imports neither torch nor Lightning."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping

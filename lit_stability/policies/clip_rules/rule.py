@@ -1,7 +1,5 @@
 """The interface of clipping rules. Imports neither torch nor Lightning."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 

@@ -1,7 +1,5 @@
 """Which adapter stands for which class of strategy."""
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
