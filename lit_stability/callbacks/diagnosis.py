@@ -18,6 +18,7 @@ from lit_stability.distributed.dtensor import local
 from lit_stability.incidents import Incident
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
+from lit_stability.measurement.batch_statistics import unusual
 from lit_stability.measurement.number_formats import which_are_finite
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.renamed import renamed
@@ -169,12 +170,14 @@ class Diagnosis(StabilityCallback):
         for each in found or []:
             of_all = each.severity == "warning" and each.where[0] in first
             (usual if of_all else new).append(f"{each.what} ({', '.join(each.where)})")
-        answers = gather_of(trainer)((found is not None, new, usual))
+        differs = _differences(trainer)
+        answers = gather_of(trainer)((found is not None, new, usual, differs))
         return DiagnosisContext(
             anomaly=incident.anomaly,
-            batch=tuple(dict.fromkeys(line for _, lines, _ in answers for line in lines)),
-            unscaled=tuple(dict.fromkeys(line for _, _, lines in answers for line in lines)),
-            batch_examined=all(examined for examined, _, _ in answers),
+            batch=tuple(dict.fromkeys(line for answer in answers for line in answer[1])),
+            unscaled=tuple(dict.fromkeys(line for answer in answers for line in answer[2])),
+            unusual=tuple(dict.fromkeys(line for answer in answers for line in answer[3])),
+            batch_examined=all(answer[0] for answer in answers),
         )
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,6 +218,20 @@ def _findings(batch: Any) -> list[Finding] | None:
     except Exception as error:  # a batch may hold anything, and no check may end the run
         log.debug("the batch cannot be examined: %r", error)
         return None
+
+
+def _differences(trainer: Trainer) -> list[str]:
+    """Returns in what the present batch differs from those that `AutoRollback` keeps."""
+    found = (getattr(each, "recent_batches", None) for each in callbacks_of(trainer))
+    keeps = next((each for each in found if each is not None), None)
+    batches, first = ([], 0) if keeps is None else keeps()
+    if not batches:
+        return []
+    try:
+        return unusual(batches[-1], batches[:-1], first)
+    except Exception as error:  # as above
+        log.debug("the batch cannot be compared with others: %r", error)
+        return []
 
 
 def _restorable(trainer: Trainer) -> bool | None:

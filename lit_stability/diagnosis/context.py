@@ -58,6 +58,9 @@ class DiagnosisContext:
     values that are NaN or infinite, or of another scale."""
     unscaled: tuple[str, ...] = ()
     """Values of the batch that are not normalised, and were not in the first batch either."""
+    unusual: tuple[str, ...] = ()
+    """In what the batch differs from recent ones: repetition, labels, lengths, scale; one phrase
+    each, see `lit_stability.measurement.batch_statistics`."""
     batch_examined: bool = False
     """Whether the batch was examined; if so, and ``batch`` is empty, nothing is wrong with it."""
     bad_from_start: frozenset[str] = frozenset()

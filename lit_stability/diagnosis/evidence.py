@@ -183,9 +183,16 @@ def bad_input(context: DiagnosisContext) -> str | None:
     return str(origin.describe().splitlines()[0])
 
 
+def unusual_batch(context: DiagnosisContext) -> str | None:
+    """The batch differs from recent ones in what can be counted."""
+    if context.anomaly.warn_only or not context.unusual:
+        return None
+    return f"unlike the batches before, {'; '.join(context.unusual)}"
+
+
 def sound_batch(context: DiagnosisContext) -> str | None:
     """The batch was examined and is as the first one was."""
-    if not context.batch_examined or context.batch:
+    if not context.batch_examined or context.batch or context.unusual:
         return None
     return "the batch is finite, and of the scale of the first one"
 

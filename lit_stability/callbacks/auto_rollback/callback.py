@@ -198,6 +198,13 @@ class AutoRollback(StabilityCallback):
         """Returns whether there is a snapshot to go back to."""
         return self._executor is not None and self._executor.can_roll_back
 
+    def recent_batches(self) -> tuple[list[Any], int]:
+        """Returns the raw batches that are kept to be replayed, the present one last.
+
+        Also returned is the index of the first that is of the same epoch.
+        """
+        return ([], 0) if self._executor is None else self._executor.recent_batches()
+
     @property
     def confirmed_step(self) -> int | None:
         """Returns the step of the newest confirmed snapshot; None if there is none."""

@@ -112,6 +112,10 @@ class ResponseExecutor:
         """Whether there is a confirmed snapshot."""
         return self._engine.confirmed is not None
 
+    def recent_batches(self) -> tuple[list[Any], int]:
+        """See `RollbackEngine.recent_batches`."""
+        return self._engine.recent_batches()
+
     @property
     def confirmed_step(self) -> int | None:
         """The step of the newest confirmed snapshot; None if there is none."""

@@ -442,6 +442,17 @@ class RollbackEngine:
         """The batch that is being trained on."""
         return self._ring.entries[-1]
 
+    def recent_batches(self) -> tuple[list[Any], int]:
+        """Returns the raw batches that are kept, the present one last.
+
+        Also returned is the index of the first that is of the same epoch.
+        """
+        entries = [each for each in self._ring.entries if not each.modified]
+        if not entries or not isinstance(entries[-1].item, tuple):
+            return [], 0
+        first = next(i for i, e in enumerate(entries) if e.epoch == entries[-1].epoch)
+        return [each.item[0] for each in entries], first
+
     @property
     def records_batches(self) -> bool:
         """False if the module fetches its batches itself."""

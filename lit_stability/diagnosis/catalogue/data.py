@@ -20,6 +20,7 @@ DATA = (
         name="bad batch",
         rules=(
             (8, c.bad_input),
+            (6, c.unusual_batch),
             (2, c.kind("non-finite loss", "non-finite gradient")),
             (2, c.SPIKES),
             (2, c.JUMPS),
