@@ -160,14 +160,14 @@ def _length(row: list[int]) -> int:
     return end - 1 if padding > _NGRAM and padding < len(row) else len(row)
 
 
-def _tail(count: int, trials: int, rate: float) -> float:
+def _tail(count: int, samples: int, rate: float) -> float:
     """Returns the probability of at least so many successes.
 
     >>> round(_tail(2, 2, 0.5), 3), _tail(0, 5, 0.1)
     (0.25, 1.0)
     """
-    ways = ((k, math.comb(trials, k)) for k in range(count, trials + 1))
-    total = sum(n * rate**k * (1 - rate) ** (trials - k) for k, n in ways)
+    ways = ((k, math.comb(samples, k)) for k in range(count, samples + 1))
+    total = sum(n * rate**k * (1 - rate) ** (samples - k) for k, n in ways)
     return min(1.0, total) if count else 1.0
 
 
