@@ -16,8 +16,15 @@ from typing import Any
 import numpy as np
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS
-from lit_stability.tensorboard.run_tags import RunTags, read_incident, read_tags, whole_rows
-from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, layers_prefix, steps_tag
+from lit_stability.incidents.verdict import verdict_of
+from lit_stability.tensorboard.run_tags import (
+    RunTags,
+    read_incident,
+    read_status,
+    read_tags,
+    whole_rows,
+)
+from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, STATUS, layers_prefix, steps_tag
 
 log = logging.getLogger("tensorboard")
 
@@ -51,12 +58,14 @@ class StabilityData:
         """Returns all runs that have data of this plugin, sorted by name.
 
         Each entry has the number of steps and layers of the first optimizer, for every optimizer
-        its index and the part of the model that it trains, and as ``problem`` what is damaged, or
-        None.
+        its index and the part of the model that it trains, as ``problem`` what is damaged, or
+        None, as ``updated`` the time of its last step, and as ``status`` its ``state``, ``step``
+        and ``time`` (seconds since 1970), None for a run of an older version.
         """
         listed = self._list()
         rows = self._read_all(sorted(listed), steps_tag(0))
-        return [_summary(run, listed[run], rows[run]) for run in sorted(listed)]
+        states = self._read_all(sorted(listed), STATUS)
+        return [_summary(run, listed[run], rows[run], states[run]) for run in sorted(listed)]
 
     def steps(self, run: str, optimizer: int = 0) -> dict[str, Any]:
         """Returns the rows of a run, ordered by step attempt.
@@ -129,6 +138,14 @@ class StabilityData:
         data = self._read(runs=[run], tags=tags).get(run, {}) if tags else {}
         found = [_incident(run, tag, data[tag][-1]) for tag in tags if data.get(tag)]
         return sorted(filter(None, found), key=lambda i: (i["attempt"], i["time"]))
+
+    def verdict(self, run: str) -> dict[str, Any]:
+        """Returns what the incidents of a run mean; see `lit_stability.incidents.verdict`.
+
+        Raises:
+            NoDataError: if the run has no data of this plugin.
+        """
+        return verdict_of(self.incidents(run)).as_dict()
 
     def _steps_at(self, run: str, optimizer: int, tags: RunTags, attempts: Any) -> list[int]:
         """Returns ``global_step`` of attempts, extrapolated from the last row if one is missing."""
@@ -214,13 +231,16 @@ class StabilityData:
         return found
 
 
-def _summary(run: str, tags: RunTags, rows: list[Any] | str) -> dict[str, Any]:
+def _summary(
+    run: str, tags: RunTags, rows: list[Any] | str, states: list[Any] | str
+) -> dict[str, Any]:
     """Returns the entry of `StabilityData.runs` for a run.
 
     Args:
         run: its name.
         tags: its tags.
         rows: samples of its first optimizer; or why they cannot be read.
+        states: the same for its status.
     """
     tag, unreadable = steps_tag(0), rows if isinstance(rows, str) else None
     data = [] if isinstance(rows, str) or tag not in tags.about else rows
@@ -233,6 +253,8 @@ def _summary(run: str, tags: RunTags, rows: list[Any] | str) -> dict[str, Any]:
         "layers": len(_names(_series(tags.about, layers_prefix(0, "grad_norm")))),
         "incidents": sum(tag.startswith(INCIDENTS) for tag in tags.about),
         "last": int(steps[-1].numpy[1]) if steps else None,
+        "updated": steps[-1].wall_time if steps else None,
+        "status": None if isinstance(states, str) or not states else read_status(states[-1].numpy),
         "optimizers": _optimizers(tags.about),
         "problem": tags.problem or unreadable or (broken if len(whole) < len(data) else None),
     }
