@@ -145,7 +145,15 @@ class StabilityData:
         Raises:
             NoDataError: if the run has no data of this plugin.
         """
-        return verdict_of(self.incidents(run)).as_dict()
+        return verdict_of(self.incidents(run), self._length_of(run)).as_dict()
+
+    def _length_of(self, run: str) -> int:
+        """Returns the number of optimizer steps of a run so far; 0 if it is not known."""
+        tags = self._tags_of(run)
+        ended = self._read(runs=[run], tags=[STATUS]).get(run, {}).get(STATUS, [])
+        last = self._steps_of(run, 0, tags)[-1:]
+        status = read_status(ended[-1].numpy) if ended else None
+        return max(int(status["step"]) if status else 0, *(int(d.numpy[1]) + 1 for d in last), 0)
 
     def _steps_at(self, run: str, optimizer: int, tags: RunTags, attempts: Any) -> list[int]:
         """Returns ``global_step`` of attempts, extrapolated from the last row if one is missing."""

@@ -135,7 +135,7 @@ def test_incidents_come_with_their_windows(plugin):
         *(200, "watch"),
         [[3]],
     )
-    assert ask(plugin, "verdict?run=b/deep")[1]["text"] == "no incidents"
+    assert ask(plugin, "verdict?run=b/deep")[1]["text"] == "no incidents in 2 steps"
 
 
 def test_data_of_a_newer_version_and_damaged_ones_are_passed_over(tmp_path, monkeypatch, caplog):

@@ -6,7 +6,8 @@
  */
 
 import { button, el, path, prose, replace } from "./dom.js";
-import { causes, checks, incidentFolder, origin, tried, worstLayers } from "./findings.js";
+import { causes, checks, incidentFolder, origin, sourceLines, tried, worstLayers } from "./findings.js";
+import { groupIncidents, groupOf } from "./incident_groups.js";
 import { moveIncident } from "./incidents.js";
 import { count, plural } from "./scales.js";
 import { currentIncident, fullRange, optimizersOf } from "./store.js";
@@ -50,10 +51,12 @@ function onKey(event, store, element) {
 }
 
 function content(store, incident, chart) {
+  const { incidents, verdict } = store.get();
   return [
     head(store, incident),
     el("p", { class: "headline" }, prose(incident.message)),
-    story(incident),
+    story(incident, groupOf(groupIncidents(incidents, verdict?.groups ?? []), incident.id)),
+    sourceLines(incident),
     el(
       "h3",
       {},
@@ -109,28 +112,45 @@ function around({ window: columns, attempt }, state) {
   return [Math.max(full[0], first - margin), Math.min(full[1], last + margin)];
 }
 
-/** Creates four cells: origin, cause, responses, outcome. */
-function story(incident) {
-  const done = responses(incident);
-  const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";
+/** Creates four cells: what was done, what to do, and in smaller print cause and origin. */
+function story(incident, group) {
   const cells = [
-    ["first seen in", firstSeen(incident)],
+    ["what was done", done(incident)],
+    ["what you should do", toDo(incident, group)],
     ["cause", causeText(incident)],
-    ["response", done.join(", ") || "nothing changed"],
-    [
-      "outcome",
-      el(
-        "span",
-        { class: `outcome ${colourOf(incident.outcome)}` },
-        outcomeText(incident) + times,
-      ),
-    ],
+    ["first seen in", firstSeen(incident)],
   ];
   return el(
     "dl",
     { class: "story" },
     cells.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))),
   );
+}
+
+function done(incident) {
+  const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";
+  return [
+    responses(incident).join(", ") || "nothing changed",
+    el("br"),
+    el(
+      "span",
+      { class: `outcome ${colourOf(incident.outcome)}` },
+      outcomeText(incident) + times,
+    ),
+  ];
+}
+
+/** The advice on its group, which knows what the incidents have in common. */
+function toDo(incident, group) {
+  const { do: advice, ignore, incidents = [] } = group ?? {};
+  const notes = [
+    ignore && `Safe to ignore ${ignore}.${advice ? "" : ` Otherwise: ${incident.remedy}.`}`,
+    incidents.length > 1 && `One of ${incidents.length} of the same cause.`,
+  ];
+  return [
+    prose(advice || (ignore ? "nothing" : incident.remedy) || "nothing"),
+    notes.filter(Boolean).map((note) => el("span", { class: "aside" }, prose(note))),
+  ];
 }
 
 function firstSeen(incident) {

@@ -22,8 +22,9 @@ import { noRun } from "./messages.js";
 import { createStore, currentIncident } from "./store.js";
 import { createTimeline } from "./timeline.js";
 import { createToolbar } from "./toolbar.js";
+import { createVerdict } from "./verdict.js";
 
-const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css"];
+const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css", "narrow.css"];
 
 /** Creates the page in this document. */
 export async function render() {
@@ -37,6 +38,7 @@ export async function render() {
     scale: "log",
     steps: null,
     incidents: [],
+    verdict: null,
     dark: isDark(),
   });
   const heatmap = createHeatmap(store);
@@ -58,6 +60,7 @@ function shell(store, heatmap, comparison) {
   const main = el(
     "main",
     {},
+    createVerdict(store),
     createIncidents(store),
     createTimeline(store),
     comparison.element,

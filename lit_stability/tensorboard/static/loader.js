@@ -5,7 +5,7 @@
  * are large, and are fetched again only if there is a new step.
  */
 
-import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
+import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps, fetchVerdict } from "./api.js";
 import { mergeColumns, ofOptimizer } from "./columns.js";
 import { damaged, failure, loading, noLayers, noSteps } from "./messages.js";
 
@@ -44,14 +44,17 @@ export function createLoader(store, views) {
       views.heatmap.show(null, loading("layers"));
     }
     try {
-      const { steps, incidents } = await fetchRun(run, optimizer, signal);
+      const [{ steps, incidents }, verdict] = await Promise.all([
+        fetchRun(run, optimizer, signal),
+        fetchVerdict(run, signal),
+      ]);
       const { incident } = store.get();
       const known = incidents.some((each) => each.id === incident);
       const info = found(store.get().runs, run);
       const lost = Math.max(0, (info?.incidents ?? 0) - incidents.length);
       const notes = [damaged(info?.problem, lost), steps.length === 0 && noSteps()];
       views.say("ready", notes);
-      store.set({ steps, incidents, incident: known ? incident : null });
+      store.set({ steps, incidents, verdict, incident: known ? incident : null });
       const extent = [run, optimizer, steps.length, steps.attempt?.[steps.length - 1]].join();
       await Promise.all([extent !== drawn && loadLayers(), loadOther()]);
       drawn = extent;
@@ -95,7 +98,7 @@ export function createLoader(store, views) {
   store.on(["run", "optimizer"], ({ runs, run, optimizer }) => {
     const its = oneOf(found(runs, run), optimizer);
     if (its !== optimizer) return store.set({ optimizer: its });
-    store.set({ steps: null, incidents: [] });
+    store.set({ steps: null, incidents: [], verdict: null });
     return run && loadRun({ fresh: true });
   });
   store.on(["quantity"], loadLayers);

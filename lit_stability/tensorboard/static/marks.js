@@ -5,6 +5,7 @@ import { colourOf, markOf } from "./theme.js";
 
 const SIZE = 7;
 const REACH = 12;
+const CROWDED = 30; // pixels to the next pin below which a number does not fit
 
 /** Shades the attempts that rollbacks undid. */
 export function drawSpans(context, incidents, x, [left, right], top, bottom, colours) {
@@ -20,16 +21,18 @@ export function drawSpans(context, incidents, x, [left, right], top, bottom, col
 
 /** Draws a pin with its number, and a vertical line, at each visible incident. */
 export function drawPins(context, incidents, chosen, x, inside, y, bottom, colours) {
-  for (const { incident, at } of pins(incidents, x, inside)) {
+  const drawn = pins(incidents, x, inside);
+  drawn.forEach(({ incident, at }, i) => {
     const mine = incident.id === chosen;
     const colour = colours[colourOf(incident.outcome)];
     vertical(context, at, y, bottom, mine ? colours.accent : colour, mine ? [] : [3, 3]);
     mark(context, markOf(incident.outcome).shape, at, y, SIZE, colour);
     if (mine) ring(context, at, y, colours.accent);
+    if (!mine && drawn[i + 1]?.at - at < CROWDED) return;
     context.fillStyle = colours.ink;
     context.textAlign = "left";
     context.fillText(String(incident.id), at + SIZE + (mine ? 6 : 3), y);
-  }
+  });
 }
 
 function ring(context, x, y, colour) {

@@ -12,6 +12,7 @@
  * @property {string} scale       "log" or "linear", of the time line
  * @property {Columns|null} steps
  * @property {object[]} incidents
+ * @property {Verdict|null} verdict  of the run shown
  * @property {boolean} dark
  */
 

@@ -4,6 +4,7 @@ import { el, replace } from "./dom.js";
 import { summary } from "./incidents.js";
 import { count, plural } from "./scales.js";
 import { optimizersOf } from "./store.js";
+import { runStatus } from "./run_status.js";
 import { optimizerText } from "./words.js";
 
 /** @returns {HTMLElement} the header, which is updated when the store changes. */
@@ -54,9 +55,13 @@ export function createToolbar(store) {
   );
 }
 
-function option({ run, incidents, problem }, chosen) {
-  const notes = [incidents > 0 && plural(incidents, "incident"), problem && "damaged"]
-    .filter(Boolean);
+function option(info, chosen) {
+  const { run, incidents, problem } = info;
+  const notes = [
+    incidents > 0 && plural(incidents, "incident"),
+    runStatus(info).state,
+    problem && "damaged",
+  ].filter(Boolean);
   const text = notes.length > 0 ? `${run} (${notes.join(", ")})` : run;
   return el("option", { value: run, selected: run === chosen }, text);
 }
