@@ -102,8 +102,8 @@ def test_run_switched_and_compared_with_its_twin(tab):
     tab.open("&p.stability.run=main").all("#run").select_option("faulty")
     tab.see(f".summary:has-text('step {STEPS - 1}')")
     tab.all("#other").select_option("twin")
-    tab.see(".comparison .plot")
-    text = tab.hover(".comparison .plot", FAULT_AT + 50, shown=(0, STEPS - 1))
+    tab.see(".differences")
+    text = tab.hover(TIMELINE, FAULT_AT + 50, shown=(0, STEPS - 1))
     loss, other = re.search(r"loss\s+([\d.]+) \| ([\d.]+)", text).groups()
     assert loss == other
     assert "p.stability.run=faulty&p.stability.compare=twin" in tab.hash()

@@ -103,11 +103,11 @@ function head(store, incident) {
   );
 }
 
-/** Returns the range of attempts of an incident's window, extended by half its length each way. */
-function around({ window: columns, attempt }, state) {
+/** Returns the range of steps of an incident's window, extended by half its length each way. */
+function around({ window: columns, step }, state) {
   const full = fullRange(state);
-  const first = columns.length > 0 ? columns.attempt[0] : attempt - 50;
-  const last = columns.length > 0 ? columns.attempt[columns.length - 1] : attempt + 50;
+  const first = columns.length > 0 ? Math.min(...columns.step) : step - 50;
+  const last = columns.length > 0 ? Math.max(...columns.step) : step + 50;
   const margin = (last - first) / 2;
   return [Math.max(full[0], first - margin), Math.min(full[1], last + margin)];
 }

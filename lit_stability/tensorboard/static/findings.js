@@ -72,7 +72,7 @@ export function sourceLines({ origin: found }) {
       "span",
       { class: number === found.line ? "source-line origin" : "source-line" },
       el("span", { class: "line-number", "aria-hidden": "true" }, number),
-      `${text}\n`,
+      text || " ",
     );
   });
   return part(

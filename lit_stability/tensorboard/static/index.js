@@ -37,6 +37,8 @@ export async function render() {
     runs: [],
     scale: "log",
     steps: null,
+    course: null,
+    rival: null,
     incidents: [],
     verdict: null,
     dark: isDark(),
@@ -62,8 +64,8 @@ function shell(store, heatmap, comparison) {
     {},
     createVerdict(store),
     createIncidents(store),
-    createTimeline(store),
     comparison.element,
+    createTimeline(store),
     heatmap.element,
   );
   const columns = el("div", { class: "columns" }, main, createDetail(store));
@@ -74,7 +76,6 @@ function shell(store, heatmap, comparison) {
     message,
     columns,
   );
-  comparison.element.hidden = true;
   store.on(
     ["incident", "incidents"],
     (state) => element.classList.toggle("with-detail", Boolean(currentIncident(state))),

@@ -63,11 +63,10 @@ function drawAll(incident, incidents, layers, x, range) {
   const edges = [LEFT, layers.width() - RIGHT];
   const view = {
     context,
-    steps,
-    xs: steps.attempt,
+    line: { columns: steps, indices: slice(steps.attempt, range, steps.length) },
+    axis: "attempt",
     x,
     edges,
-    indices: slice(steps.attempt, range, steps.length),
     palette,
   };
   drawSpans(context, incidents, x, edges, TOP, bottom, palette);
@@ -77,7 +76,7 @@ function drawAll(incident, incidents, layers, x, range) {
     top += panel.height + GAP;
   }
   drawXAxis(view, bottom, "attempt");
-  drawPins(context, incidents, incident.id, x, range, 12, bottom, palette);
+  drawPins(context, incidents, incident.id, x, range, 12, bottom, palette, "attempt");
 }
 
 /** Creates a table of the same numbers. */
