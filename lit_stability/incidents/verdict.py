@@ -87,9 +87,9 @@ class IncidentGroup:
         return str(self.records[-1].get("remedy") or "")
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the group as JSON types, with the numbers of its incidents."""
+        """Returns the group as JSON types; its incidents by number and second, as in their tags."""
         return {
-            "ids": [each.get("id") for each in self.records],
+            "incidents": [f"{each.get('id')}/{int(each.get('time', 0))}" for each in self.records],
             "place": self.place,
             "sample": self.sample,
             "do": self.to_do,
@@ -122,7 +122,7 @@ class Verdict:
         return self.text + (f". To do: {self.to_do}" if self.to_do else "")
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the verdict as JSON types, with the numbers of the incidents of each group."""
+        """Returns the verdict as JSON types."""
         groups = [group.as_dict() for group in self.groups]
         return {"level": self.level, "text": self.text, "do": self.to_do, "groups": groups}
 
@@ -181,6 +181,9 @@ def groups_of(records: Sequence[Record]) -> tuple[IncidentGroup, ...]:
 def verdict_of(records: Sequence[Record], steps: int | None = None) -> Verdict:
     """Returns what the incidents of a run mean for its user.
 
+    The groups are those of all incidents; the verdict is on the latest fit that had any, if several
+    wrote into the same folder.
+
     Args:
         records: of the run, the oldest first.
         steps: optimizer steps of the run; None if the number is not known.
@@ -192,18 +195,20 @@ def verdict_of(records: Sequence[Record], steps: int | None = None) -> Verdict:
     """
     if not records:
         return Verdict("ok", "no incidents" + (f" in {steps:,} steps" if steps else ""), "", ())
-    groups = groups_of(records)
+    groups, latest = groups_of(records), records[-1]
+    fit = [each for each in records if each.get("run") == latest.get("run")]
     # A run that went on after a stop was started again by its user.
     urgent = sorted(
-        (g for g in groups if g.level != "ok" and _counts(g, records[-1])),
+        (g for g in groups_of(fit) if g.level != "ok" and _counts(g, latest)),
         key=lambda g: (g.outcome != "stopped", g.level != "act", -len(g.records)),
     )
-    count = "1 incident" if len(records) == 1 else f"{len(records)} incidents"
+    count = "1 incident" if len(fit) == 1 else f"{len(fit)} incidents"
     if not urgent:
-        handled = "handled" if len(records) == 1 else "all handled"
+        handled = "handled" if len(fit) == 1 else "all handled"
         return Verdict("ok", f"{count}, {handled}; nothing to do", "", groups)
-    text = "; ".join(group.text for group in urgent[:_NAMED])
-    more = len(urgent) - _NAMED
+    named = 1 if urgent[0].outcome == "stopped" else _NAMED
+    text = "; ".join(group.text for group in urgent[:named])
+    more = len(urgent) - named
     text += f"; and {more} more {'cause' if more == 1 else 'causes'}" if more > 0 else ""
     return Verdict(urgent[0].level, text, urgent[0].to_do, groups)
 

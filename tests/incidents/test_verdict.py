@@ -73,12 +73,17 @@ def test_verdict_says_what_the_incidents_mean_and_what_is_to_do(records, level, 
 def test_incidents_are_grouped_by_sample_and_else_by_cause():
     records = [bad_sample(1), record(2), record(3, origin=LOG), bad_sample(4), record(5)]
     groups = [group.as_dict() for group in groups_of(records)]
-    assert [group["ids"] for group in groups] == [[1, 4], [2, 5], [3]]
+    assert [group["incidents"] for group in groups] == [["1/0", "4/0"], ["2/0", "5/0"], ["3/0"]]
     assert [group["place"] for group in groups] == [
         "log at model.py:11",
         "bad batch",
         "log at model.py:11",
     ]
+
+
+def test_verdict_is_on_the_latest_fit_of_a_folder():
+    found = verdict_of([record(1, "contained", run="a"), record(1, run="b")])
+    assert (found.text, len(found.groups)) == ("1 incident, handled; nothing to do", 1)
 
 
 def test_records_of_the_first_version_have_a_verdict():

@@ -62,7 +62,8 @@ def test_incident_says_first_what_was_done_and_what_to_do_and_has_its_source_lin
     story = tab.text(".story")
     for part in (
         "step retried, step skipped",
-        "nothing\nSafe to ignore if it came with one batch and did not return. Otherwise: look at",
+        "nothing, it was handled\nSafe to ignore if it came with one batch and did not return. "
+        "Otherwise: look at the batch in",
     ):
         assert part in story
     assert tab.text(".source-line.origin") == "87    return safe.log()"

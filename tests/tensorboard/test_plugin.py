@@ -131,9 +131,9 @@ def test_incidents_come_with_their_windows(plugin):
     assert [row[0] for row in found["window"]["rows"]] == [1, 2, 3]
     assert ask(plugin, "incidents?run=b/deep") == (200, [])
     code, verdict = ask(plugin, "verdict?run=a")
-    assert (code, verdict["level"], [group["ids"] for group in verdict["groups"]]) == (
+    assert (code, verdict["level"], [each["incidents"] for each in verdict["groups"]]) == (
         *(200, "watch"),
-        [[3]],
+        [["3/3"]],
     )
     assert ask(plugin, "verdict?run=b/deep")[1]["text"] == "no incidents in 2 steps"
 

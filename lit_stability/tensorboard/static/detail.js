@@ -13,7 +13,7 @@ import { count, plural } from "./scales.js";
 import { currentIncident, fullRange, optimizersOf } from "./store.js";
 import { colourOf } from "./theme.js";
 import { createWindowChart, windowTable } from "./window_chart.js";
-import { causeText, moment, outcomeText, place, responses, worstLayer } from "./words.js";
+import { causeText, moment, outcomeText, place, responseKinds, worstLayer } from "./words.js";
 
 const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
@@ -55,7 +55,7 @@ function content(store, incident, chart) {
   return [
     head(store, incident),
     el("p", { class: "headline" }, prose(incident.message)),
-    story(incident, groupOf(groupIncidents(incidents, verdict?.groups ?? []), incident.id)),
+    story(incident, groupOf(groupIncidents(incidents, verdict?.groups ?? []), incident)),
     sourceLines(incident),
     el(
       "h3",
@@ -130,7 +130,7 @@ function story(incident, group) {
 function done(incident) {
   const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";
   return [
-    responses(incident).join(", ") || "nothing changed",
+    responseKinds(incident).join(", ") || "nothing changed",
     el("br"),
     el(
       "span",
@@ -148,7 +148,7 @@ function toDo(incident, group) {
     incidents.length > 1 && `One of ${incidents.length} of the same cause.`,
   ];
   return [
-    prose(advice || (ignore ? "nothing" : incident.remedy) || "nothing"),
+    prose(advice || (ignore ? "nothing, it was handled" : incident.remedy) || "nothing"),
     notes.filter(Boolean).map((note) => el("span", { class: "aside" }, prose(note))),
   ];
 }

@@ -3,9 +3,10 @@
 import { causeText, outcomeText, responses, worstLayer } from "./words.js";
 
 /**
- * @typedef {{ids: number[], place: string, sample: string, do: string, ignore: string}} Grouping
- *   as the plugin computes it
- * @typedef {Grouping & {incidents: object[]}} Group  at least one incident, the oldest first
+ * @typedef {{incidents: string[], place: string, sample: string, do: string, ignore: string}} Grouping
+ *   as the plugin computes it, with the tags of its incidents
+ * @typedef {Grouping & {key: string, incidents: object[]}} Group
+ *   at least one incident, the oldest first; `key` is the tag of the first
  */
 
 /** Orders of the list: name, text of the option, and what is compared of two groups. */
@@ -26,15 +27,19 @@ export const ORDERS = [
 export function groupIncidents(incidents, groupings) {
   const groups = groupings.map((each) => ({
     ...each,
-    incidents: incidents.filter(({ id }) => each.ids.includes(id)),
+    key: each.incidents[0],
+    incidents: incidents.filter((incident) => each.incidents.includes(tagOf(incident))),
   }));
-  const grouped = new Set(groupings.flatMap(({ ids }) => ids));
-  const others = incidents.filter(({ id }) => !grouped.has(id)).map(alone);
+  const grouped = new Set(groupings.flatMap((each) => each.incidents));
+  const others = incidents.filter((incident) => !grouped.has(tagOf(incident))).map(alone);
   return [...groups, ...others].filter((group) => group.incidents.length > 0);
 }
 
+/** Numbers of incidents start again in another fit in the same folder, so the time is needed too. */
+const tagOf = ({ id, time }) => `${id}/${Math.trunc(time)}`;
+
 const alone = (incident) => ({
-  ids: [incident.id],
+  key: tagOf(incident),
   place: causeText(incident),
   sample: "",
   do: incident.remedy ?? "",
@@ -43,7 +48,8 @@ const alone = (incident) => ({
 });
 
 /** Returns the group of an incident, or undefined. */
-export const groupOf = (groups, id) => groups.find(({ ids }) => ids.includes(id));
+export const groupOf = (groups, incident) =>
+  groups.find(({ incidents }) => incidents.includes(incident));
 
 /** Returns the groups that have incidents with all words of a query, with only those incidents. */
 export function matching(groups, query) {

@@ -3,14 +3,14 @@
 import { button, el, path } from "./dom.js";
 import { count } from "./scales.js";
 import { colourOf } from "./theme.js";
-import { causeText, moment, outcomeText, responses, worstLayer } from "./words.js";
+import { causeText, moment, outcomeText, responseKinds, worstLayer } from "./words.js";
 
 /** Columns by name: what an incident has in it, "" for nothing; a column without any is hidden. */
 const COLUMNS = [
   ["kind", ({ kind }) => kind],
   ["cause", (incident) => (causeText(incident) === "not known" ? "" : causeText(incident))],
   ["worst layer", worstLayer],
-  ["response", (incident) => responses(incident).join(", ")],
+  ["response", (incident) => responseKinds(incident).join(", ")],
 ];
 
 /** Returns the names of the columns that any of the groups has a value for. */
@@ -62,7 +62,7 @@ export function groupRow(group, columns, { dated, unfolded, toggle }) {
     ...columns.map((name) => name === "cause" ? causeOfGroup(group) : valueIn(name, last)),
     outcome(last),
   ];
-  return rowOf({ class: "group", "data-group": group.ids[0], onclick: toggle }, cells, columns);
+  return rowOf({ class: "group", "data-group": group.key, onclick: toggle }, cells, columns);
 }
 
 function causeOfGroup({ place, sample, incidents }) {

@@ -40,8 +40,9 @@ export function createIncidents(store) {
 function unfoldChosen({ incident, incidents, verdict }, list) {
   if (incident === list.chosen || (incident !== null && !verdict)) return false;
   list.chosen = incident;
-  const group = groupOf(groupIncidents(incidents, verdict?.groups ?? []), incident);
-  if (group?.incidents.length > 1) list.unfolded.add(group.ids[0]);
+  const groups = groupIncidents(incidents, verdict?.groups ?? []);
+  const group = groupOf(groups, incidents.find(({ id }) => id === incident));
+  if (group?.incidents.length > 1) list.unfolded.add(group.key);
   return true;
 }
 
@@ -109,7 +110,7 @@ function drawList(store, list, { head, body, frame, none }, tools) {
 
 function rowsOf(store, list, group, { columns, dated }) {
   const inner = group.incidents.length > 1;
-  const unfolded = list.unfolded.has(group.ids[0]);
+  const unfolded = list.unfolded.has(group.key);
   const rows = group.incidents.map((incident) => () =>
     incidentRow(incident, columns, {
       dated,
@@ -120,7 +121,7 @@ function rowsOf(store, list, group, { columns, dated }) {
   if (!inner) return rows[0]();
   const toggle = (event) => {
     event.stopPropagation();
-    if (!list.unfolded.delete(group.ids[0])) list.unfolded.add(group.ids[0]);
+    if (!list.unfolded.delete(group.key)) list.unfolded.add(group.key);
     list.redraw();
   };
   const head = groupRow(group, columns, { dated, unfolded, toggle });
@@ -129,10 +130,8 @@ function rowsOf(store, list, group, { columns, dated }) {
 
 function calm(steps) {
   if (steps.length === 0) return "No incident in this run yet.";
-  const attempts = steps.attempt[steps.length - 1] - steps.attempt[0] + 1;
-  return `No incident in this run: ${
-    plural(attempts, "attempt")
-  } monitored. To test one, add a lit_stability.faults.FaultInjector to the callbacks.`;
+  return "No incident in this run. To test one, add a lit_stability.faults.FaultInjector to the " +
+    "callbacks.";
 }
 
 function markChosen({ incident }, body, scroll = false) {

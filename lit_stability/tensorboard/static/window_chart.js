@@ -19,7 +19,12 @@ const PANELS = [
     lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]],
     switched: true,
   },
-  { title: "effective learning rate", height: 52, lines: [["learning_rate", "rate"]] },
+  {
+    title: "applied learning rate",
+    height: 52,
+    lines: [["learning_rate", "rate"]],
+    switched: true,
+  },
 ];
 
 /** @returns {{element: HTMLElement, draw: () => void}} */
