@@ -168,7 +168,7 @@ class Watched(Callback):
             self.tab.page.wait_for_timeout(400)
             if f"step {trainer.global_step - 1} " in self.tab.text(".summary"):
                 break
-            if self.tab.all('#run option:text-is("growing")').count():
+            if self.tab.all('#run option[value="growing"]').count():
                 self.tab.all("#run").select_option("growing")
         self.seen.append(self.tab.text(".summary").split(" · ")[0])
 

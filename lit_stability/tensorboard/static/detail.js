@@ -61,7 +61,7 @@ function content(store, incident, chart) {
       "h3",
       {},
       "Step by step ",
-      button("Show on the time line", () => store.set({ range: around(incident, store.get()) })),
+      button("Show on the time line", () => showAround(store, incident)),
     ),
     chart ? chart.element : el("p", { class: "message" }, "The steps around it were not recorded."),
     chart &&
@@ -101,6 +101,12 @@ function head(store, incident) {
       class: "close",
     }),
   );
+}
+
+/** Zooms the charts to an incident; in a narrow window they are below it. */
+function showAround(store, incident) {
+  store.set({ range: around(incident, store.get()) });
+  document.querySelector("section.timeline")?.scrollIntoView({ block: "nearest" });
 }
 
 /** Returns the range of steps of an incident's window, extended by half its length each way. */
