@@ -6,11 +6,19 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_stability import GradientMonitor
+from lit_stability import GradientMonitor, StabilityCallback, redaction
+from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.incidents import TrainingStopped
 from tests.conftest import fit, regression_data
 from tests.incidents.test_console_lines import spike
 from tests.tensorboard.test_plugin import ask, plugin_on
+
+
+class Speaks(StabilityCallback):
+    """Adds evidence with a password in it."""
+
+    def on_incident(self, trainer, pl_module, incident):
+        incident.note("a cause of the user", "401 for hunter2-secret")
 
 
 class EndsIn(Callback):
@@ -25,6 +33,17 @@ class EndsIn(Callback):
             self.seen = run["status"]["state"]
             if self.exception is not None:
                 raise self.exception
+
+
+def test_values_of_the_environment_are_replaced_in_incidents(tmp_path, monkeypatch):
+    """A user's own detector or exception may have put them there."""
+    monkeypatch.setattr(redaction, "_expressions", {})
+    redaction.keep_out({"hunter2-secret": "${oc.env:PASSWORD}"})
+    options = {"logger": TensorBoardLogger(tmp_path, "run", ""), "max_steps": 12}
+    callbacks = [FaultInjector([NanLoss(step=6)]), GradientMonitor(), Speaks()]
+    fit(tmp_path, callbacks, None, regression_data(12), **options)
+    (incident,) = ask(plugin_on(tmp_path), "incidents?run=run")[1]
+    assert incident["evidence"] == ["401 for ${oc.env:PASSWORD}"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ export const [MEDIAN, TOP_CODE, NON_FINITE, ZERO, NOTHING] = [100, 200, 255, 254
 const DECADES = 3;
 const PER_DECADE = MEDIAN / DECADES;
 /** Samples of a rolling median: at least this many, and at least this share of all. */
-const [FEWEST, SHARE] = [101, 1 / 8];
+const [FEWEST, SHARE] = [25, 1 / 6];
 
 /**
  * @typedef {object} Coded

@@ -43,7 +43,7 @@ export function withRival(rows, step, rival) {
   const theirs = new Map(stepRows(kept, i).map(([name, text, value]) => [name, [text, value]]));
   const both = rows.map(([name, text, value]) => {
     const [other, number] = theirs.get(name) ?? [];
-    if (other === undefined || other === text) return [name, text];
+    if (other === undefined || (value === undefined && other === text)) return [name, text];
     return [name, `${text} | ${other}${value > 0 && number > 0 ? ` (${ratio(number / value)})` : ""}`];
   });
   return { rows: both, notes: [`after the bar: ${rival.run}`] };

@@ -21,7 +21,7 @@ import { attachZoom } from "./zoom.js";
 
 const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 34, 12, 20, 26];
 /** Share of the visible steps that must be recorded for a line through all of them. */
-const COVERED = 0.4;
+const COVERED = 0.9;
 
 const KEY = [
   "↶ rolled back, the steps were run again",
