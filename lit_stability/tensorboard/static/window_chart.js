@@ -21,7 +21,7 @@ const PANELS = [
   },
   {
     title: "applied learning rate",
-    height: 52,
+    height: 68,
     lines: [["learning_rate", "rate"]],
     switched: true,
   },
