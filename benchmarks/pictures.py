@@ -2,7 +2,7 @@
 
     lit-stability fit -c translation_rescue && python -m benchmarks.pictures runs
 
-Needs ``chromium`` in the PATH and ``pip install playwright``. The argument is a folder of runs with
+Needs ``chromium`` in the PATH and ``pip install playwright pillow``. The argument is a folder with
 a run of `configs/translation_rescue.yaml`; the pictures are written to ``notebooks/pictures``.
 """
 
@@ -12,7 +12,9 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from tensorboard import default, program
 
@@ -22,10 +24,8 @@ FOLDER = Path(__file__).parents[1] / "notebooks" / "pictures"
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 RUN = "translation_rescue"
-SHOTS = {
-    "stability_light": (f"&p.stability.run={RUN}&p.stability.incident=2", False),
-    "stability_dark": (f"&p.stability.run={RUN}", True),
-}
+SHOTS = {"stability_light": ("&p.stability.incident=2", False), "stability_dark": ("", True)}
+"""Name of a picture -> what its link adds to that of the run, and whether it is dark."""
 
 
 def serve(folder: Path) -> str:
@@ -35,11 +35,17 @@ def serve(folder: Path) -> str:
     return board.launch()
 
 
-def shoot(page: Page, address: str, name: str) -> Path:
+def newest_run(folder: Path) -> str:
+    """Returns the name of the latest run of the job, as TensorBoard lists it."""
+    files = sorted((folder / RUN).rglob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime)
+    return files[-1].parent.relative_to(folder).as_posix()
+
+
+def shoot(page: Page, address: str, run: str, name: str) -> Path:
     """Takes one screenshot and returns its path."""
     link, dark = SHOTS[name]
     page.goto("about:blank")
-    page.goto(f"{address}#stability{link}")
+    page.goto(f"{address}#stability&p.stability.run={quote(run, safe='')}{link}")
     frame = page.frame_locator("iframe")
     frame.locator("[data-drawn]").first.wait_for()
     if dark:
@@ -48,6 +54,9 @@ def shoot(page: Page, address: str, name: str) -> Path:
     page.wait_for_timeout(1500)
     path = FOLDER / f"{name}.png"
     page.screenshot(path=path)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
     return path
 
 
@@ -58,7 +67,7 @@ def main() -> None:
     if not (folder / RUN).is_dir():
         parser.error(f"{folder} has no {RUN}; run: lit-stability fit -c {RUN}")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    address = serve(folder)
+    address, run = serve(folder), newest_run(folder)
     with sync_playwright() as p, tempfile.TemporaryDirectory() as profile:
         browser = p.chromium.launch_persistent_context(
             profile,
@@ -67,7 +76,7 @@ def main() -> None:
             viewport={"width": 1440, "height": 1240},
         )
         for name in SHOTS:
-            print(shoot(browser.pages[0], address, name))
+            print(shoot(browser.pages[0], address, run, name))
         browser.close()
 
 

@@ -135,7 +135,7 @@ def serving(layers: int, steps: int) -> dict[str, tuple[float, int]]:
         provider = MultiplexerDataProvider(multiplexer, folder)
         plugin = StabilityPlugin(TBContext(data_provider=provider))
         quantities = [f"layers?run=run&quantity={q}" for q in ("grad_norm", "update_ratio")]
-        routes = ("runs", "steps?run=run", "incidents?run=run", *quantities)
+        routes = ("runs", "steps?run=run", "incidents?run=run", "verdict?run=run", *quantities)
         return reading | {route: request(plugin, route) for route in routes}
 
 

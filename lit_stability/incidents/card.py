@@ -20,6 +20,7 @@ from lit_stability.incidents.console_lines import (
     where_text,
 )
 from lit_stability.incidents.incident import Incident
+from lit_stability.incidents.verdict import ignore_in
 
 _COLOURS: Mapping[str, str] = {
     "recovered": "#007a5a",
@@ -36,7 +37,7 @@ _CARD = (
     "{body}</div>"
 )
 _ROW = (
-    '<div style="display:flex"><span style="flex:0 0 5em;opacity:.7">{name}</span>'
+    '<div style="display:flex"><span style="flex:0 0 7em;opacity:.7">{name}</span>'
     '<span style="overflow-wrap:anywhere">{text}</span></div>'
 )
 
@@ -64,6 +65,7 @@ class IncidentCard:
             "cause": cause_text(incident),
             "done": _done(incident),
             "to do": incident.remedy,
+            "safe to ignore": ignore_in(incident.as_dict()),
             "details": short_path(incident.path or incident.record or ""),
         }
         title = f"Incident {incident.id} at step {incident.first.step}: {what_text(incident)}"

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 from lit_stability.incidents.incident import Incident
+from lit_stability.incidents.verdict import place_in, verdict_of
 
 _SHORT = 64
 """Longest text that is taken over from elsewhere, in characters."""
+_LONGEST = 160
+"""Longest verdict, in characters."""
 _VERBS = {
     "step retried": "retry",
     "step skipped": "skip",
@@ -206,20 +209,21 @@ def short_path(path: str) -> str:
 
 
 def place_of(incident: Incident) -> str:
-    """Returns what incidents with the same cause have in common, in a few words.
-
-    It is the operation and source line that made the NaN or Inf, or the cause, or the kind. What
-    did not recur when the same steps were run again is not the fault of a line.
-    """
+    """Returns what incidents with the same cause have in common; see `verdict.place_in`."""
     origin = incident.origin
-    if origin is not None and origin.cause != "input" and incident.verdict != "transient":
-        line = f" at {PurePath(origin.file).name}:{origin.line}" if origin.file else ""
-        return f"{origin.op}{line}"
-    return incident.cause or f"{incident.first.kind}, cause unknown"
+    known = ("op", "file", "line", "cause")
+    return place_in(
+        {
+            "kind": incident.first.kind,
+            "cause": incident.cause,
+            "verdict": incident.verdict,
+            "origin": origin and {name: getattr(origin, name) for name in known},
+        }
+    )
 
 
 def summary(incidents: Sequence[Incident]) -> str:
-    """Returns the text at the end of a fit: how many causes there were, and a row for each.
+    """Returns the text at the end of a fit: causes, a row for each, and what is left to do.
 
     Args:
         incidents: of the fit, at least one.
@@ -233,7 +237,9 @@ def summary(incidents: Sequence[Incident]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-    return "\n".join([_headline(incidents, list(groups)), *lines])
+    verdict = verdict_of([each.as_dict() for each in incidents]).line()
+    last = textwrap.shorten(f"verdict: {verdict}", _LONGEST, placeholder=" ...")
+    return "\n".join([_headline(incidents, list(groups)), *lines, last])
 
 
 def _headline(incidents: Sequence[Incident], places: Sequence[str]) -> str:

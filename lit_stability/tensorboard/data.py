@@ -7,17 +7,30 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from lit_stability.incidents.step_history import FIELDS, PRECISIONS
-from lit_stability.tensorboard.run_tags import RunTags, read_incident, read_tags, whole_rows
-from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, layers_prefix, steps_tag
+from lit_stability.incidents.verdict import verdict_of
+from lit_stability.tensorboard.run_summary import (
+    in_force,
+    names_of,
+    series_of,
+    summary_of,
+    width_of,
+)
+from lit_stability.tensorboard.run_tags import (
+    RunTags,
+    read_incident,
+    read_status,
+    read_tags,
+    whole_rows,
+)
+from lit_stability.tensorboard.tags import INCIDENTS, PLUGIN, STATUS, layers_prefix, steps_tag
 
 log = logging.getLogger("tensorboard")
 
@@ -51,12 +64,14 @@ class StabilityData:
         """Returns all runs that have data of this plugin, sorted by name.
 
         Each entry has the number of steps and layers of the first optimizer, for every optimizer
-        its index and the part of the model that it trains, and as ``problem`` what is damaged, or
-        None.
+        its index and the part of the model that it trains, as ``problem`` what is damaged, or
+        None, as ``updated`` the time of its last step, and as ``status`` its ``state``, ``step``
+        and ``time`` (seconds since 1970), None for a run of an older version.
         """
         listed = self._list()
         rows = self._read_all(sorted(listed), steps_tag(0))
-        return [_summary(run, listed[run], rows[run]) for run in sorted(listed)]
+        states = self._read_all(sorted(listed), STATUS)
+        return [summary_of(run, listed[run], rows[run], states[run]) for run in sorted(listed)]
 
     def steps(self, run: str, optimizer: int = 0) -> dict[str, Any]:
         """Returns the rows of a run, ordered by step attempt.
@@ -94,11 +109,11 @@ class StabilityData:
             DamagedDataError: if all that it has of this quantity cannot be read.
         """
         tags, prefix = self._tags_of(run), layers_prefix(optimizer, quantity)
-        series = _series(tags.about, prefix)
+        series = series_of(tags.about, prefix)
         damaged = [tag for tag in tags.damaged if tag.startswith(prefix)]
         if damaged and not series:
             raise DamagedDataError(f"run {run!r}: {damaged[0]}: {tags.damaged[damaged[0]]}")
-        names = _names(series)
+        names = names_of(series)
         found = {tag: self._samples(run, tag, len(series[tag]["names"])) for tag in series}
         attempts = np.array([d.step for data in found.values() for d in data], dtype=np.int64)
         values = np.full((len(attempts), len(names)), np.nan, dtype="<f4")
@@ -129,6 +144,25 @@ class StabilityData:
         data = self._read(runs=[run], tags=tags).get(run, {}) if tags else {}
         found = [_incident(run, tag, data[tag][-1]) for tag in tags if data.get(tag)]
         return sorted(filter(None, found), key=lambda i: (i["attempt"], i["time"]))
+
+    def verdict(self, run: str) -> dict[str, Any]:
+        """Returns what the incidents of a run mean; see `lit_stability.incidents.verdict`.
+
+        Raises:
+            NoDataError: if the run has no data of this plugin.
+            DamagedDataError: if its last step cannot be read.
+        """
+        incidents = self.incidents(run)
+        return verdict_of(incidents, None if incidents else self._length_of(run)).as_dict()
+
+    def _length_of(self, run: str) -> int:
+        """Returns the number of optimizer steps of a run so far; 0 if it is not known."""
+        tag, tags = steps_tag(0), self._tags_of(run)
+        found = self._read(runs=[run], tags=[STATUS, tag]).get(run, {})
+        ended = [read_status(datum.numpy) for datum in found.get(STATUS, [])[-1:]]
+        last = whole_rows(found.get(tag, [])[-1:], width_of(tags, tag), steps=True)
+        steps = [int(status["step"]) for status in ended if status]
+        return max([0, *steps, *(int(datum.numpy[1]) + 1 for datum in last)])
 
     def _steps_at(self, run: str, optimizer: int, tags: RunTags, attempts: Any) -> list[int]:
         """Returns ``global_step`` of attempts, extrapolated from the last row if one is missing."""
@@ -166,14 +200,14 @@ class StabilityData:
         tag = steps_tag(optimizer)
         if tag not in tags.about:
             return []
-        return self._samples(run, tag, _width(tags, tag), steps=True)
+        return self._samples(run, tag, width_of(tags, tag), steps=True)
 
     def _samples(self, run: str, tag: str, width: int, *, steps: bool = False) -> list[Any]:
         data = self._read(runs=[run], tags=[tag]).get(run, {}).get(tag, [])
         whole = whole_rows(data, width, steps=steps)
         if len(whole) < len(data):
             _warn(f"run {run}: {tag} has damaged values, which are ignored")
-        return _in_force(whole)
+        return in_force(whole)
 
     def _read_all(self, runs: Sequence[str], tag: str) -> dict[str, list[Any] | str]:
         """Returns the samples of a tag of each run; or the reason, if they cannot be read."""
@@ -212,78 +246,6 @@ class StabilityData:
                 f"{where}: {tags[0]} cannot be read ({type(error).__name__}: {error})"
             ) from error
         return found
-
-
-def _summary(run: str, tags: RunTags, rows: list[Any] | str) -> dict[str, Any]:
-    """Returns the entry of `StabilityData.runs` for a run.
-
-    Args:
-        run: its name.
-        tags: its tags.
-        rows: samples of its first optimizer; or why they cannot be read.
-    """
-    tag, unreadable = steps_tag(0), rows if isinstance(rows, str) else None
-    data = [] if isinstance(rows, str) or tag not in tags.about else rows
-    whole = whole_rows(data, _width(tags, tag), steps=True)
-    broken = f"{tag}: {len(data) - len(whole)} of {len(data)} rows are damaged and ignored"
-    steps = _in_force(whole)
-    return {
-        "run": run,
-        "steps": len(steps),
-        "layers": len(_names(_series(tags.about, layers_prefix(0, "grad_norm")))),
-        "incidents": sum(tag.startswith(INCIDENTS) for tag in tags.about),
-        "last": int(steps[-1].numpy[1]) if steps else None,
-        "optimizers": _optimizers(tags.about),
-        "problem": tags.problem or unreadable or (broken if len(whole) < len(data) else None),
-    }
-
-
-def _width(tags: RunTags, tag: str) -> int:
-    """Returns the number of values in a row of steps."""
-    return len(tags.about.get(tag, {}).get("fields", FIELDS))
-
-
-def _series(tags: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Mapping[str, Any]]:
-    return {tag: about for tag, about in tags.items() if tag.startswith(prefix)}
-
-
-def _optimizers(tags: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the index of each optimizer, and the module that contains all its layers."""
-    return [
-        {"index": i, "part": common_part(_names(_series(tags, layers_prefix(i, "grad_norm"))))}
-        for i in range(len(tags))
-        if steps_tag(i) in tags
-    ]
-
-
-def common_part(names: Sequence[str]) -> str:
-    """Returns the innermost module that contains all parameters; "" for the whole model.
-
-    >>> common_part(["gan.critic.0.weight", "gan.critic.1.bias"]), common_part(["a.b", "ab.c"])
-    ('gan.critic', '')
-    """
-    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return ".".join(level[0] for level in takewhile(lambda parts: len({*parts}) == 1, levels))
-
-
-def _names(series: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns the layers of all series; the longest series comes first, in model order."""
-    by_length = sorted((about["names"] for about in series.values()), key=len, reverse=True)
-    return list(dict.fromkeys(name for names in by_length for name in names))
-
-
-def _in_force(data: Iterable[Any]) -> list[Any]:
-    """Returns samples in order of their attempts; of repeated attempts, only the later ones.
-
-    A job that resumes a checkpoint continues the count from there. What the previous job did after
-    that checkpoint is no longer part of the run.
-    """
-    kept: list[Any] = []
-    for datum in data:
-        while kept and kept[-1].step >= datum.step:
-            kept.pop()
-        kept.append(datum)
-    return kept
 
 
 def _incident(run: str, tag: str, datum: Any) -> dict[str, Any] | None:

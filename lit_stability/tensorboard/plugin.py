@@ -42,9 +42,10 @@ Answer = Callable[[StabilityData, Any], Any]
 class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
     """Serves the data that `lit_stability.tensorboard.tab_writer` wrote, and the page.
 
-    The routes ``runs``, ``steps?run=R``, ``layers?run=R&quantity=Q`` and ``incidents?run=R`` return
-    JSON in which NaN and Inf are strings. ``steps`` and ``layers`` accept ``optimizer=1`` and so on
-    if there are several. Invalid requests are answered with ``{"error": ..., "do": ...}``.
+    The routes ``runs``, ``steps?run=R``, ``layers?run=R&quantity=Q``, ``incidents?run=R`` and
+    ``verdict?run=R`` return JSON in which NaN and Inf are strings. ``steps`` and ``layers`` accept
+    ``optimizer=1`` and so on if there are several. Invalid requests are answered with
+    ``{"error": ..., "do": ...}``.
 
     Args:
         context: TensorBoard's ``TBContext``.
@@ -69,6 +70,7 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 lambda data, args: data.layers(_run(args), _quantity(args), _optimizer(args))
             ),
             "/incidents": self._app(lambda data, args: data.incidents(_run(args))),
+            "/verdict": self._app(lambda data, args: data.verdict(_run(args))),
         }
 
     def is_active(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from lit_stability.incidents.record_check import FIELDS as INCIDENT_FIELDS
 from lit_stability.incidents.record_check import problem_of
 from lit_stability.incidents.step_history import FIELDS
-from lit_stability.tensorboard.tags import INCIDENTS, LAYERS, SCHEMA, STEPS
+from lit_stability.tensorboard.tags import INCIDENTS, LAYERS, SCHEMA, STATUS, STATUS_SCHEMA, STEPS
 
 _LARGEST = 2**53
 """Largest step that a float64 holds exactly."""
@@ -60,7 +60,7 @@ def read_tags(contents: Mapping[str, bytes]) -> RunTags:
         problem = found if isinstance(found, str) else _problem_of(tag, found)
         if problem is not None:
             damaged[tag] = problem
-        elif isinstance(found, dict) and found.get("schema", 0) > SCHEMA:
+        elif isinstance(found, dict) and found.get("schema", 0) > _newest_schema(tag):
             newer = True
         elif isinstance(found, dict):
             about[tag] = found
@@ -103,6 +103,27 @@ def read_incident(value: Any) -> dict[str, Any] | str:
     return {key: item for key, item in found.items() if key in INCIDENT_FIELDS}
 
 
+def read_status(value: Any) -> dict[str, Any] | None:
+    """Returns the status of a run; None if it is damaged.
+
+    Args:
+        value: the array of a sample, which should hold one string of JSON.
+
+    >>> import numpy as np
+    >>> read_status(np.array(b'{"state": "finished", "step": 9, "time": 2.5}', dtype=object))
+    {'state': 'finished', 'step': 9, 'time': 2.5}
+    >>> read_status(np.array(1.5))
+    """
+    content = value.item() if value.size == 1 else None
+    found = _parsed(content) if isinstance(content, bytes) and content else None
+    if not isinstance(found, dict) or not isinstance(found.get("state"), str):
+        return None
+    numbers = (found.get("step"), found.get("time"))
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        return None
+    return {key: found[key] for key in ("state", "step", "time")}
+
+
 def _parsed(content: bytes) -> dict[str, Any] | str:
     """Returns metadata, or why they are damaged; the first version wrote none for incidents."""
     if not content:
@@ -118,8 +139,12 @@ def _parsed(content: bytes) -> dict[str, Any] | str:
     return found
 
 
+def _newest_schema(tag: str) -> int:
+    return STATUS_SCHEMA if tag == STATUS else SCHEMA
+
+
 def _problem_of(tag: str, about: Mapping[str, Any]) -> str | None:
-    if about.get("schema", 0) > SCHEMA or tag.startswith(INCIDENTS):
+    if about.get("schema", 0) > _newest_schema(tag) or tag.startswith((INCIDENTS, STATUS)):
         return None
     if tag.startswith(LAYERS):
         return None if _are_names(about.get("names")) else "names is not a list of layer names"

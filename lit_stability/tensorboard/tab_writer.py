@@ -5,7 +5,9 @@ Imports neither torch nor Lightning, and TensorBoard only if a logger writes eve
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -24,7 +26,15 @@ from lit_stability.loggers.size_limits import (
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
 from lit_stability.outside import guarded, tried
 from lit_stability.tensorboard.layout import write_layout
-from lit_stability.tensorboard.tags import incident_tag, layers_tag, metadata, steps_tag
+from lit_stability.tensorboard.tags import (
+    STATUS,
+    STATUS_SCHEMA,
+    RunState,
+    incident_tag,
+    layers_tag,
+    metadata,
+    steps_tag,
+)
 
 log = suite_logger()
 
@@ -121,11 +131,23 @@ class StabilityTab:
 
         def build() -> Any:
             content = self._fitting(tag, text, None if last else short, always)
-            return None if content is None else self._incident(tag, content)
+            return None if content is None else self._text(tag, content)
 
         self._write(build, attempt)
         if last:
             self._begun.discard(tag)
+        self._for_each(lambda experiment: experiment.flush())
+
+    def write_status(self, state: RunState, step: int, attempt: int) -> None:
+        """Writes whether the run goes on, and flushes the event files.
+
+        Args:
+            state: whether it goes on, or how it ended.
+            step: number of optimizer steps so far.
+            attempt: number of the latest step attempt.
+        """
+        content = json.dumps({"state": state, "step": step, "time": time.time()})
+        self._write(lambda: self._text(STATUS, content, schema=STATUS_SCHEMA), attempt)
         self._for_each(lambda experiment: experiment.flush())
 
     def _fitting(
@@ -168,10 +190,10 @@ class StabilityTab:
             values.append(floats(tag, _in_order(known, names, numbers), about))
         return event_of(values)
 
-    def _incident(self, tag: str, content: str) -> Any:
+    def _text(self, tag: str, content: str, **about: object) -> Any:
         from lit_stability.tensorboard.events import event_of, text
 
-        return event_of([text(tag, content, self._about(tag))])
+        return event_of([text(tag, content, self._about(tag, **about))])
 
     def _series(
         self, optimizer: int, quantity: str, names: tuple[str, ...]

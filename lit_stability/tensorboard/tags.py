@@ -8,6 +8,7 @@ tag                                     tensor                                 m
 ``stability/steps``                     float64, one per field                 fields, precisions
 ``stability/layers/QUANTITY/NAMES``     float32, one per layer                 quantity, names
 ``stability/incident/ID/TIME``          string, the incident as JSON           none
+``stability/status``                    string, the status as JSON             none
 ======================================  =====================================  ====================
 
 NAMES is a digest of the layer names, so that a run whose layers change, for example when a backbone
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Literal
 
 PLUGIN = "stability"
 """Name of the plugin, in the metadata of every tag and in TensorBoard's routes."""
@@ -28,12 +30,18 @@ SAMPLES = 2000
 """Number of samples per tag that TensorBoard is asked to keep."""
 SCHEMA = 1
 """Version of the layout; readers ignore newer versions."""
+STATUS_SCHEMA = 2
+"""The same for the status of a run, which versions that only know 1 ignore."""
+RunState = Literal["running", "finished", "stopped", "interrupted", "failed"]
+"""``stopped``: by this package. ``interrupted``: by a signal. ``failed``: another exception."""
 QUANTITIES = ("grad_norm", "update_ratio")
 """Quantities that are written by layer."""
 STEPS = f"{PLUGIN}/steps"
 LAYERS = f"{PLUGIN}/layers"
 INCIDENTS = f"{PLUGIN}/incident/"
-"""Prefixes of the three kinds of tags."""
+"""Prefixes of the tags of steps, layers and incidents."""
+STATUS = f"{PLUGIN}/status"
+"""Tag of whether the run goes on."""
 
 
 def steps_tag(optimizer: int) -> str:

@@ -73,6 +73,7 @@ def test_opening_and_end_are_posted_as_json_with_what_was_done(server, tmp_path)
     for part in ("step 20", "cause: ", "done: step retried", "what to try: ", "details: "):
         assert part in first["text"]
     assert first["incident"]["value"] == "nan"
+    assert "source" not in first["incident"]["origin"]
     assert (second["step"], second["incidents"], second["incident"]["id"]) == (40, 2, 2)
     assert "finished at step 55\nincidents: 2" in end["text"]
     assert end["run"] == first["run"]

@@ -44,6 +44,7 @@ def logarithm(number=1, step=48, line=11, samples=(3,), digests=(7,)):
         **{"kind": "domain error", "overflow": False, "advice": "clamp the argument above 0"},
         **{"samples": samples, "batch_size": 16, "digests": digests},
         describe=lambda: "log made -inf",
+        as_dict=lambda: {**where, "line": line, "cause": "operation"},
     )
     return made
 
@@ -187,7 +188,7 @@ def test_summary_has_one_row_for_each_cause():
         each.resolve(SkipStep())
         each.close("recovered", each.first.step + 10)
     incidents[2].close("recurring", 94)
-    headline, head, *rows = summary(incidents).split("\n")
+    headline, head, *rows, verdict = summary(incidents).split("\n")
     assert headline == "summary: 4 incidents, 3 causes; 4 batches skipped"
     assert head.split() == ["incident", "step", "cause", "done", "outcome"]
     assert [row.split("  ")[0] for row in rows] == ["1..3", "2", "4"]
@@ -195,13 +196,14 @@ def test_summary_has_one_row_for_each_cause():
     assert "skip x2" in rows[0]
     assert rows[0].endswith("recovered, recurring")
     assert "gradient spike, cause unknown" in rows[1]
+    assert verdict.startswith("verdict: 2 times log at model.py:11, it comes back. To do: ")
 
 
 def test_summary_of_one_cause_names_it_in_its_headline():
     incidents = [logarithm(number, 10 * number) for number in range(1, 13)]
     for each in incidents[1:]:
         each.resolve(SkipStep())
-    headline, _, row = summary(incidents).split("\n")
+    headline, _, row, _ = summary(incidents).split("\n")
     assert headline == ("summary: 12 incidents, one cause: log at model.py:11; 11 batches skipped")
     assert row.split()[:2] == ["1..12", "10..120"]
     assert row.endswith("open")
@@ -210,7 +212,9 @@ def test_summary_of_one_cause_names_it_in_its_headline():
 def test_summary_of_long_texts_stays_narrow():
     trouble = spike(kind="a detector of the user " * 9)
     trouble.resolve(Stop("no budget is left: " + 30 * "tried this and that; "))
-    assert max(len(line) for line in summary([trouble]).split("\n")[1:]) < 120
+    *rows, verdict = summary([trouble]).split("\n")[1:]
+    assert max(map(len, rows)) < 120
+    assert len(verdict) <= 160
 
 
 def test_place_of_a_bad_input_is_its_cause_and_not_the_operation_that_met_it():

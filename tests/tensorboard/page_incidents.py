@@ -28,6 +28,8 @@ ORIGIN = {
     ],
     "note": "",
     "advice": "clamp the argument into the range where the function is defined",
+    "source": "def entropy(weights):\n    safe = weights.float()\n    return safe.log()",
+    "source_line": 85,
 }
 
 
@@ -99,6 +101,26 @@ def rate_jump(rows):
         responses=["learning rate held, x0.0101", "stopped: the learning rate stays where it is"],
         outcome="stopped",
     )
+
+
+def same_sample(rows):
+    """The same bad sample in five epochs, and a spike between them."""
+    known = {"origin": ORIGIN, "batch_size": 16, "outcome": "recurring", "batch_idx": 12}
+    found = [
+        incident(
+            number,
+            "non-finite loss",
+            rows[number * 80],
+            rows,
+            **known,
+            epoch=number,
+            samples=[8],
+            same_sample_as=1 if number > 1 else None,
+            responses=["step skipped"],
+        )
+        for number in (1, 2, 3, 4, 5)
+    ]
+    return [*found, incident(6, "loss spike", rows[450], rows, outcome="observed")]
 
 
 def three_incidents(rows):

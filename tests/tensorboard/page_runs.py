@@ -10,6 +10,8 @@ FIELDS += ["clip_threshold", "loss_scale", "precision", "optimizer", "taken"]
 PRECISIONS = ["16-mixed", "bf16-mixed"]
 NAN_AT, WEIGHT_AT, RATE_AT = 150, 251, 383
 """Attempts at which the three incidents open."""
+LAST = 476
+"""Last step of its 500 attempts."""
 MARKUP = '<img src=x onerror="window.parent.faulty=1">'
 
 
@@ -58,6 +60,11 @@ def run_rows(attempts=500, seed=0, faults=True):
     return rows
 
 
+def step_of(attempt):
+    """Where an attempt of the run with faults is on the x axis."""
+    return run_rows()[attempt][1]
+
+
 def two_optimizers(rows):
     """The attempts of a run, by turns of either optimizer; the norms of the second are larger."""
     norm, whose = FIELDS.index("grad_norm"), FIELDS.index("optimizer")
@@ -87,6 +94,7 @@ def run_layers(rows, seed=1, markup=False, every=1, skipped=False):
         if RATE_AT <= row[0] < RATE_AT + 30:
             values[i, 20:26] *= 10 ** (2.2 * (1 - (row[0] - RATE_AT) / 30))
     values[60:120, 12] = 0.0
+    values[:, 9] *= np.logspace(0, -3, len(rows))
     values[:90, -8:] *= np.linspace(0.004, 1, 90)[:, None]
     kept = [i for i, row in enumerate(rows) if i % every == 0 or (skipped and not row[-1])]
     where = [[rows[i][field] for i in kept] for field in (0, 1)]

@@ -16,9 +16,11 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 import lit_stability
-from tests.tensorboard.page_incidents import three_incidents
+from lit_stability.incidents.verdict import verdict_of
+from tests.tensorboard.page_incidents import same_sample, three_incidents
 from tests.tensorboard.page_runs import (
     MARKUP,
+    incident,
     layers_of,
     plain,
     run_layers,
@@ -101,6 +103,23 @@ def gan():
 
 
 @cache
+def repeated():
+    """A run in which one sample is bad in every epoch."""
+    rows = run_rows(faults=False)
+    entry = info("repeated", rows, 35, 6)
+    entry |= {"status": {"state": "finished", "step": 500, "time": 1.8e9}, "updated": 1.8e9}
+    return [entry], {"repeated": (steps_of(rows), run_layers(rows), same_sample(rows))}
+
+
+@cache
+def unknown():
+    """A run with a spike of which nothing is known."""
+    rows = run_rows(faults=False)
+    spike = incident(1, "loss spike", rows[450], rows, outcome="observed")
+    return [info("unknown", rows, 35, 1)], {"unknown": (steps_of(rows), run_layers(rows), [spike])}
+
+
+@cache
 def markup():
     """A run in which every text that comes from outside is markup."""
     rows = run_rows(200)
@@ -164,7 +183,14 @@ def broken():
 
 
 SETS = {"normal": normal, "empty": lambda: ([], {}), "markup": markup, "large": large}
-SETS |= {"broken": broken, "damaged": damaged, "sampled": sampled, "gan": gan}
+SETS |= {
+    "broken": broken,
+    "damaged": damaged,
+    "sampled": sampled,
+    "gan": gan,
+    "repeated": repeated,
+    "unknown": unknown,
+}
 
 
 @cache
@@ -177,6 +203,8 @@ def answer(name, route, run, quantity, optimizer="0"):
     if key not in data:
         return None
     steps, layers, incidents = data[key]
+    if route == "verdict":
+        return json.dumps(verdict_of(incidents, len(steps["rows"])).as_dict()).encode()
     if route == "layers" and quantity == "update_ratio" and run == "twin":
         layers = layers_of([], [], [], np.zeros(0))
     found = {"steps": steps, "layers": layers, "incidents": incidents}[route]
@@ -238,7 +266,7 @@ class PageServer(ThreadingHTTPServer):
     def warm(self, name):
         """Make the answers beforehand."""
         for run in SETS[name]()[1]:
-            for route in ("steps", "layers", "incidents"):
+            for route in ("steps", "layers", "incidents", "verdict"):
                 answer(name, route, run, "grad_norm" if route == "layers" else "")
 
     def close(self):

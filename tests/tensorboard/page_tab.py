@@ -2,6 +2,8 @@
 
 import re
 
+from tests.tensorboard.page_runs import LAST
+
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 ARGS += ["--headless", "--disable-background-networking", "--disable-component-update"]
 TIMELINE, HEATMAP, WINDOW = ".timeline .plot", ".heatmap .plot", ".detail .plot"
@@ -46,14 +48,14 @@ class Tab:
     def hash(self):
         return self.page.evaluate("location.hash")
 
-    def px(self, plot, attempt, shown=(0, 499)):
-        """Where an attempt lies, in the plot's own pixels; the gutters are the page's."""
+    def px(self, plot, step, shown=(0, LAST)):
+        """Where a step lies, in the plot's own pixels; the gutters are the page's."""
         width = self.all(plot).bounding_box()["width"]
         left = 236 if width > 900 else 160
-        return left + (attempt - shown[0]) / (shown[1] - shown[0]) * (width - 26 - left)
+        return left + (step - shown[0]) / (shown[1] - shown[0]) * (width - 26 - left)
 
-    def hover(self, plot, attempt, y=60, shown=(0, 499)):
-        self.all(plot).hover(position={"x": self.px(plot, attempt, shown), "y": y})
+    def hover(self, plot, step, y=60, shown=(0, LAST)):
+        self.all(plot).hover(position={"x": self.px(plot, step, shown), "y": y})
         return self.see(f"{plot} .tooltip").text(f"{plot} .tooltip")
 
     def row(self, name):
@@ -66,6 +68,6 @@ class Tab:
         return self.all(f"{plot} canvas").first.evaluate("canvas => canvas.toDataURL()")
 
     def range(self):
-        """First and last attempt in view as the address says, None for all."""
+        """First and last step in view as the address says, None for all."""
         found = re.search(r"p\.stability\.from=(\d+)&p\.stability\.to=(\d+)", self.hash())
         return found and tuple(map(int, found.groups()))

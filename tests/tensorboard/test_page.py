@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.tensorboard.page_runs import NAN_AT, RATE_AT, WEIGHT_AT
+from tests.tensorboard.page_runs import LAST, NAN_AT, RATE_AT, WEIGHT_AT, step_of
 from tests.tensorboard.page_tab import TIMELINE, WINDOW
 
 
@@ -30,15 +30,15 @@ def test_list_of_three_incidents_tells_kind_cause_layer_response_and_outcome(tab
 @pytest.mark.parametrize(
     ("attempt", "parts"),
     [
-        (20, ["attempt 20 · step 20", "gradient norm", "effective LR", "2^16", "16-mixed"]),
-        (NAN_AT, ["attempt 150", "NaN", "Incident 1: non-finite loss", "Rejected"]),
-        (WEIGHT_AT - 5, ["Undone by the rollback of incident 2"]),
+        (20, ["step 20 · attempt 20", "gradient norm", "applied LR", "2^16", "16-mixed"]),
+        (NAN_AT, ["Attempt 150", "NaN", "Incident 1: non-finite loss", "Rejected"]),
+        (WEIGHT_AT - 5, ["attempt 268", "Attempt 246: Undone by the rollback of incident 2"]),
         (WEIGHT_AT + 20, ["LR factor", "÷2", "2^15"]),
         (RATE_AT + 5, ["÷99", "bf16-mixed"]),
     ],
 )
 def test_timeline_hovered_reads_the_values_of_that_attempt(tab, attempt, parts):
-    text = tab.open().hover(TIMELINE, attempt)
+    text = tab.open().hover(TIMELINE, step_of(attempt))
     assert [part for part in parts if part not in text] == []
 
 
@@ -46,14 +46,14 @@ def test_timeline_hovered_reads_the_values_of_that_attempt(tab, attempt, parts):
     ("attempt", "read"), [(NAN_AT, NAN_AT), (61, 59), (NAN_AT + 7, NAN_AT + 7)]
 )
 def test_timeline_of_a_sampled_run_has_every_attempt_around_an_incident(tab, attempt, read):
-    text = tab.open("sampled").hover(TIMELINE, attempt, shown=(9, 499))
-    assert f"attempt {read} " in text
+    text = tab.open("sampled").hover(TIMELINE, step_of(attempt), shown=(9, LAST))
+    assert re.search(rf"attempt {read}\b", text, re.IGNORECASE)
 
 
 def test_timeline_dragged_over_shows_that_stretch_and_double_click_shows_all(tab):
     tab.open()
     box = tab.all(TIMELINE).bounding_box()
-    x = [box["x"] + tab.px(TIMELINE, attempt) for attempt in (100, 300)]
+    x = [box["x"] + tab.px(TIMELINE, step) for step in (100, 300)]
     tab.page.mouse.move(x[0], box["y"] + 80)
     tab.page.mouse.down()
     tab.page.mouse.move(x[1], box["y"] + 90, steps=3)
@@ -61,7 +61,7 @@ def test_timeline_dragged_over_shows_that_stretch_and_double_click_shows_all(tab
     first, last = tab.range()
     assert abs(first - 100) <= 2
     assert abs(last - 300) <= 2
-    assert "attempt 200" in tab.hover(TIMELINE, 200, shown=tab.range())
+    assert "step 200" in tab.hover(TIMELINE, 200, shown=tab.range())
     tab.all(TIMELINE).dblclick(position={"x": 500, "y": 80})
     assert tab.range() is None
 
@@ -76,22 +76,22 @@ def test_wheel_zooms_at_the_pointer_with_ctrl_alone(tab):
     tab.page.keyboard.up("Control")
     tab.page.wait_for_function("location.hash.includes('from=')")
     first, last = tab.range()
-    assert last - first < 499 * 0.7
-    assert (400 - first) / (last - first) == pytest.approx(400 / 499, abs=0.02)
+    assert last - first < LAST * 0.7
+    assert (400 - first) / (last - first) == pytest.approx(400 / LAST, abs=0.02)
 
 
 def test_keyboard_zooms_pans_and_reads_values(tab):
     tab.open().all(TIMELINE).focus()
     tab.page.keyboard.press("+")
     first, last = tab.range()
-    assert (last - first) == pytest.approx(499 / 2, abs=2)
+    assert (last - first) == pytest.approx(LAST / 2, abs=2)
     tab.page.keyboard.press("ArrowRight")
     assert tab.range()[0] > first
     tab.page.keyboard.press("0")
     assert tab.range() is None
     tab.page.keyboard.press("Shift+ArrowRight")
     tab.page.keyboard.press("Shift+ArrowRight")
-    assert "attempt 1 ·" in tab.text(f"{TIMELINE} .tooltip")
+    assert "step 1 ·" in tab.text(f"{TIMELINE} .tooltip")
 
 
 def test_scale_switched_to_linear_redraws_the_timeline(tab):
@@ -102,7 +102,7 @@ def test_scale_switched_to_linear_redraws_the_timeline(tab):
 
 
 def test_pin_clicked_opens_the_detail_of_its_incident(tab):
-    tab.open().all(TIMELINE).click(position={"x": tab.px(TIMELINE, WEIGHT_AT), "y": 13})
+    tab.open().all(TIMELINE).click(position={"x": tab.px(TIMELINE, step_of(WEIGHT_AT)), "y": 13})
     tab.see(".detail header")
     assert "Incident 2: non-finite weight" in tab.text(".detail header")
     assert "p.stability.incident=2" in tab.hash()
@@ -170,18 +170,28 @@ def test_run_switched_shows_the_other_run_and_writes_it_into_the_address(tab):
     assert "p.stability.run=twin" in tab.hash()
 
 
-def test_comparison_lays_two_runs_over_each_other_by_step(tab):
+def test_comparison_lays_another_run_over_the_time_line_and_lists_what_differs(tab):
     tab.open().all("#other").select_option("twin")
-    tab.see(".comparison .plot")
-    assert "no incident" in tab.text(".comparison .legend")
-    plot = ".comparison .plot"
-    text = tab.hover(plot, 300, shown=(0, 476))
+    tab.see(".differences")
+    rows = dict(row.split("\t", 1) for row in tab.all(".differences tr").all_inner_texts())
+    assert rows["last step"] == "476\t469\t−7"
+    assert rows["incidents"] == "3 incidents: 2 recovered, 1 stopped\tno incident\t−3"
+    assert re.fullmatch(r"[\d.]+\t[\d.]+\t[×÷][\d.]+", rows["final loss"])
+    text = tab.hover(TIMELINE, 300)
     assert re.search(r"loss\s+[\d.]+ \| [\d.]+ \([×÷][\d.]+\)", text)
-    text = tab.hover(plot, 240, shown=(0, 476))
+    text = tab.hover(TIMELINE, 240)
     assert "0.0015 | 0.003 (×2)" in text, "undone steps are excluded"
     assert "p.stability.compare=twin" in tab.hash()
     tab.all("#other").select_option("")
     tab.gone(".comparison")
+
+
+def test_comparison_is_in_view_once_it_is_chosen(tab):
+    tab.open(width=1280).page.set_viewport_size({"width": 1280, "height": 500})
+    tab.all("main").evaluate("main => main.scrollTo(0, 1000)")
+    tab.all("#other").select_option("twin")
+    box = tab.see(".differences").all(".comparison").bounding_box()
+    assert 0 <= box["y"] < 250
 
 
 def test_damaged_run_says_so_shows_the_rest_and_is_not_shown_first(tab):

@@ -13,8 +13,8 @@ def test_link_opens_run_incident_stretch_and_comparison(tab):
     link = "&p.stability.run=translation&p.stability.compare=twin&p.stability.incident=3"
     tab.open(link=link + "&p.stability.from=350&p.stability.to=450")
     assert "Incident 3" in tab.text(".detail h2")
-    tab.see(".comparison .plot")
-    assert "attempt 400" in tab.hover(TIMELINE, 400, shown=(350, 450))
+    tab.see(".differences")
+    assert "step 400" in tab.hover(TIMELINE, 400, shown=(350, 450))
     assert tab.range() == (350, 450)
 
 
@@ -81,7 +81,7 @@ def test_host_that_has_reloaded_is_answered_and_data_fetched_again(tab, server):
     assert tab.page.evaluate("[answered.id, answered.isReply]") == [7, True]
     tab.page.wait_for_timeout(300)
     routes = sorted(route for route, _ in server.requests)
-    assert routes == ["incidents", "runs", "steps"], (
+    assert routes == ["incidents", "runs", "steps", "verdict"], (
         "layers are not fetched again until a step arrives"
     )
     assert "Incident 2" in tab.text(".detail h2")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.tensorboard.page_runs import NAN_AT, RATE_AT, WEIGHT_AT
+from tests.tensorboard.page_runs import LAST, NAN_AT, RATE_AT, WEIGHT_AT, step_of
 from tests.tensorboard.page_tab import HEATMAP
 
 
@@ -28,11 +28,13 @@ def warmth(tab, x, y):
 def test_heatmap_hovered_tells_layer_value_and_ratio_to_its_median(tab):
     """S8: layer by layer, on a logarithmic scale."""
     tab.open()
-    text = tab.hover(HEATMAP, RATE_AT + 1, y=tab.row('[data-group="decoder.layers.1"]'))
+    text = tab.hover(HEATMAP, step_of(RATE_AT + 1), y=tab.row('[data-group="decoder.layers.1"]'))
     assert "network.decoder.layers.1.self_attention.query.weight" in text
     ratio = float(re.search(r"ratio\s*×([\d.]+)", text)[1])
     assert ratio > 20
-    assert "NaN" in tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.0"]'))
+    assert "NaN" in tab.hover(
+        HEATMAP, step_of(NAN_AT), y=tab.row('[data-group="encoder.layers.0"]')
+    )
 
 
 def test_heatmap_group_folded_takes_one_row_and_says_how_many_layers(tab):
@@ -46,7 +48,7 @@ def test_heatmap_group_folded_takes_one_row_and_says_how_many_layers(tab):
     assert group.evaluate("each => each === document.activeElement")
     tab.all('button:text-is("Fold all")').click()
     assert rows.count() == 0
-    text = tab.hover(HEATMAP, NAN_AT, y=tab.row('[data-group="encoder.layers.1"]'))
+    text = tab.hover(HEATMAP, step_of(NAN_AT), y=tab.row('[data-group="encoder.layers.1"]'))
     assert "NaN" in text
     assert "The most extreme of 4 layers" in text
 
@@ -64,7 +66,7 @@ def test_heatmap_marks_zero_and_nonfinite_unlike_any_ratio(tab):
     top, x = 42, tab.px(HEATMAP, 80)
     y = tab.row('.layer-name:text-is("norm") >> nth=2')
     assert canvas.evaluate(colours, [x, y - 2, 30, 4]) == 2
-    assert canvas.evaluate(colours, [tab.px(HEATMAP, NAN_AT) - 4, top - 9, 8, 8]) > 1
+    assert canvas.evaluate(colours, [tab.px(HEATMAP, step_of(NAN_AT)) - 4, top - 9, 8, 8]) > 1
     assert canvas.evaluate(colours, [tab.px(HEATMAP, 300), top - 9, 8, 8]) == 1
 
 
@@ -72,18 +74,26 @@ def test_heatmap_colours_a_layer_by_its_own_median(tab):
     """Orange above, blue below, neither where it is as usual, whatever the layer's own size."""
     tab.open()
     warm, cold = tab.row('[data-group="decoder.layers.1"]'), tab.row('[data-group="head"]')
-    assert warmth(tab, tab.px(HEATMAP, RATE_AT + 2), warm) > 60
+    assert warmth(tab, tab.px(HEATMAP, step_of(RATE_AT + 2)), warm) > 60
     assert warmth(tab, tab.px(HEATMAP, 3), cold) < -45
     for row in (warm, cold):
         assert abs(warmth(tab, tab.px(HEATMAP, 300), row)) < 30
 
 
+def test_heatmap_does_not_colour_a_slow_drift(tab):
+    """The norm of this layer falls to a thousandth; the median is that of the steps around."""
+    y = tab.open().row('[data-group="encoder.layers.2"]')
+    assert [
+        step for step in (40, 240, 440) if abs(warmth(tab, tab.px(HEATMAP, step), y)) > 45
+    ] == []
+
+
 def test_heatmap_colours_stay_wherever_one_zooms(tab):
-    """The median is that of the run, not that of the stretch in view."""
+    """The median does not depend on the stretch in view."""
     levels = []
-    for first, last in ((0, 499), (RATE_AT, RATE_AT + 20)):
+    for first, last in ((0, LAST), (step_of(RATE_AT), step_of(RATE_AT + 20))):
         tab.open(link=f"&p.stability.from={first}&p.stability.to={last}")
-        at = tab.px(HEATMAP, RATE_AT + 2, (first, last))
+        at = tab.px(HEATMAP, step_of(RATE_AT + 2), (first, last))
         levels.append(warmth(tab, at, tab.row('[data-group="decoder.layers.1"]')))
         tab.page.goto("about:blank")
     assert levels[0] == levels[1] > 60
@@ -92,11 +102,19 @@ def test_heatmap_colours_stay_wherever_one_zooms(tab):
 @pytest.mark.parametrize(("by", "faulty"), [(0.3, True), (-1, False), (2, False)])
 def test_rejected_step_covers_no_healthy_ones_up_to_the_next_sample(tab, by, faulty):
     """Samples are 10 attempts apart, except for the rejected one."""
-    shown = (WEIGHT_AT - 11, WEIGHT_AT + 13)
+    at = step_of(WEIGHT_AT)
+    shown = (at - 11, at + 13)
     tab.open("sampled", link=f"&p.stability.from={shown[0]}&p.stability.to={shown[1]}")
     row = tab.row('[data-group="encoder.layers.0"]')
-    found = colour(tab, tab.px(HEATMAP, WEIGHT_AT + by, shown), row)
+    found = colour(tab, tab.px(HEATMAP, at + by, shown), row)
     assert (found == [0xB0, 0x00, 0x6D]) is faulty
+
+
+def test_most_unusual_layers_come_first_when_asked_for(tab):
+    tab.open().all('button:text-is("most unusual first")').click()
+    assert tab.text(".group-name").endswith("decoder.layers.1")
+    tab.all('button:text-is("model order")').click()
+    assert tab.text(".group-name").endswith("embedding")
 
 
 def test_quantity_switched_reads_the_update_ratio_and_says_where_there_is_none(tab, server):
@@ -115,5 +133,5 @@ def test_twenty_thousand_steps_of_three_hundred_layers_draw_in_four_seconds(tab,
     started = time.perf_counter()
     tab.open("large")
     assert time.perf_counter() - started < 4
-    tab.all('button:text-is("Fold all")').click()
-    assert tab.all(".group-name").count() == 25
+    assert tab.all(".group-name").count() == 25, "more than 60 rows are folded at first"
+    assert tab.text('.heatmap button[aria-pressed="true"] >> nth=1') == "most unusual first"

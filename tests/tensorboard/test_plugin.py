@@ -87,9 +87,12 @@ def plugin(tmp_path_factory):
 def test_runs_are_those_with_data(plugin):
     """K5."""
     a = {"run": "a", "steps": 4, "layers": 2, "incidents": 1, "last": 1}
-    a |= {"optimizers": [{"index": 0, "part": ""}], "problem": None}
+    a |= {"optimizers": [{"index": 0, "part": ""}], "problem": None, "status": None}
     b = a | {"run": "b/deep", "steps": 2, "incidents": 0}
-    assert ask(plugin, "runs") == (200, [a, b])
+    code, runs = ask(plugin, "runs")
+    assert code == 200
+    assert all(run.pop("updated") > 1e9 for run in runs)
+    assert runs == [a, b]
 
 
 def test_steps_are_the_rows_in_order_of_their_attempts(plugin):
@@ -127,6 +130,12 @@ def test_incidents_come_with_their_windows(plugin):
     assert (found["id"], found["attempt"], found["message"]) == (3, 3, "loss is nan")
     assert [row[0] for row in found["window"]["rows"]] == [1, 2, 3]
     assert ask(plugin, "incidents?run=b/deep") == (200, [])
+    code, verdict = ask(plugin, "verdict?run=a")
+    assert (code, verdict["level"], [each["incidents"] for each in verdict["groups"]]) == (
+        *(200, "watch"),
+        [["3/3"]],
+    )
+    assert ask(plugin, "verdict?run=b/deep")[1]["text"] == "no incidents in 2 steps"
 
 
 def test_data_of_a_newer_version_and_damaged_ones_are_passed_over(tmp_path, monkeypatch, caplog):

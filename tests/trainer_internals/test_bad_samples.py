@@ -39,6 +39,7 @@ def test_sample_is_named_and_recognised_in_the_batches_of_a_shuffled_epoch(tmp_p
     for each in records[1:]:
         assert f"sample {each['samples'][0]} of 16 (the same sample as #1)" in text
     assert "summary: 3 incidents, one cause: sqrt at test_bad_samples.py:" in text
+    assert "verdict: 3 times the same bad sample. To do: fix or remove sample " in text
 
 
 def test_position_is_that_in_the_batch(tmp_path):
@@ -46,6 +47,9 @@ def test_position_is_that_in_the_batch(tmp_path):
     fit(tmp_path, stability_callbacks(), Rooted, loader, max_steps=19)
     (record,) = read_incidents(tmp_path)
     assert (record["batch_idx"], record["samples"]) == (12, [5])
+    source = record["origin"]["source"].split("\n")
+    assert len(source) == 7, "three lines on either side of the origin, no more"
+    assert ".sqrt().mean()" in source[record["origin"]["line"] - record["origin"]["source_line"]]
 
 
 X = torch.ones(4, 3)

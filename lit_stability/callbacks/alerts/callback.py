@@ -182,10 +182,16 @@ class _Fit:
             "host": platform.node(),
             "time": time.time(),
             "incidents": len(monitor_of(self._trainer).incidents),
-            "incident": None if incident is None else incident.as_dict(),
+            "incident": None if incident is None else _without_source(incident.as_dict()),
         }
         for background, send in self._senders:
             background.call("an alert was not delivered", partial(send, fields))
+
+
+def _without_source(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record without the lines of the program, which stay on this machine."""
+    origin = {k: v for k, v in (record["origin"] or {}).items() if not k.startswith("source")}
+    return record | {"origin": origin or None}
 
 
 def _in_words(incident: Incident) -> str:

@@ -528,7 +528,7 @@ class GradientMonitor(StabilityCallback):
             return
         stopped = isinstance(exception, TrainingStopped)
         self._tracker.end(trainer, pl_module, stopped=stopped)
-        self._reporter.end()
+        self._reporter.end(exception)
         self._reporter.print_summary(self.incidents)
         # A fit that fails has no teardown.
         show_empty_hooks(trainer)

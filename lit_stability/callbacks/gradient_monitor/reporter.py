@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lit_stability.callbacks.gradient_monitor.step_history_writer import StepHistoryWriter
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.console import rich_draws, show_card
-from lit_stability.incidents import Incident
+from lit_stability.incidents import Incident, TrainingStopped
 from lit_stability.incidents.card import IncidentCard
 from lit_stability.incidents.console_lines import (
     cause_line,
@@ -25,11 +25,12 @@ from lit_stability.incidents.console_lines import (
 from lit_stability.incidents.log import IncidentRecord
 from lit_stability.incidents.step_history import StepHistory
 from lit_stability.lightning_choice import suite_logger
-from lit_stability.lightning_package import LightningModule, Trainer
+from lit_stability.lightning_package import LightningModule, SIGTERMException, Trainer
 from lit_stability.loggers.writer import StabilityWriter
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.outside import guarded
 from lit_stability.policies.actions import Stop
+from lit_stability.tensorboard.tags import RunState
 from lit_stability.trainer_internals import (
     adapter_of,
     callbacks_of,
@@ -48,6 +49,16 @@ _ADVICE = "give the Trainer a default_root_dir, or its logger a save_dir, that i
 def only_warnings(record: logging.LogRecord) -> bool:
     """Filters the log of ranks other than the first."""
     return record.levelno >= logging.WARNING
+
+
+def _ending(exception: BaseException | None) -> RunState:
+    """Returns how a fit ended."""
+    if exception is None:
+        return "finished"
+    if isinstance(exception, TrainingStopped):
+        return "stopped"
+    signalled = isinstance(exception, (KeyboardInterrupt, SystemExit, SIGTERMException))
+    return "interrupted" if signalled else "failed"
 
 
 @dataclass
@@ -217,9 +228,13 @@ class Reporter:
                 f"first {bad[0]}: do not resume from it"
             )
 
-    def end(self) -> None:
-        """Writes the rest of the history of step attempts."""
-        self.history.end()
+    def end(self, exception: BaseException | None = None) -> None:
+        """Writes the rest of the history of step attempts.
+
+        Args:
+            exception: in which the fit ended; None if it finished.
+        """
+        self.history.end(_ending(exception))
         self._write_lines()
         if self._trainer.is_global_zero:
             self._upload()

@@ -17,7 +17,9 @@ from lit_stability.incidents.log import to_json
 from lit_stability.incidents.step_history import StepHistory, row_of
 from lit_stability.lightning_package import Trainer
 from lit_stability.measurement.step_stats import StepStats
+from lit_stability.redaction import redacted_tree
 from lit_stability.tensorboard.tab_writer import StabilityTab
+from lit_stability.tensorboard.tags import RunState
 from lit_stability.training_state.gradient_clipping import clip_threshold
 from lit_stability.training_state.skipped_step import is_skipped
 
@@ -58,6 +60,7 @@ class StepHistoryWriter:
     def __init__(self, trainer: Trainer, history: StepHistory) -> None:
         self._trainer, self._history = trainer, history
         history.start()
+        self._started = False
         self._tab = StabilityTab(trainer.loggers if trainer.is_global_zero else [])
         self._pending: list[PendingAttempt] = []
         self._write_current = False
@@ -116,16 +119,27 @@ class StepHistoryWriter:
             return
         for attempt in pending:
             self._add(attempt)
+        if pending and not self._started:
+            self._started = True
+            self._write_status("running")
         self._record_changes(self._history.count)
         changed, self._changed = self._changed, []
         for incident in changed:
             self._write(incident)
         self._finish_windows(everything=False)
 
-    def end(self) -> None:
-        """Writes what is left at the end of the fit."""
+    def end(self, state: RunState) -> None:
+        """Writes what is left at the end of the fit.
+
+        Args:
+            state: how it ended.
+        """
         self.batch_ended()
         self._finish_windows(everything=True)
+        self._write_status(state)
+
+    def _write_status(self, state: RunState) -> None:
+        self._tab.write_status(state, self._trainer.global_step, self._history.count)
 
     def _add(self, attempt: PendingAttempt) -> None:
         stats = attempt.stats
@@ -167,7 +181,7 @@ class StepHistoryWriter:
                 self._finished[old].pop("window", None)
 
     def _write_with(self, incident: Incident, around: Mapping[str, Any], *, last: bool) -> None:
-        record = _shortened(incident.as_dict())
+        record = redacted_tree(_shortened(incident.as_dict()))
         without_steps = {key: around[key] for key in around if key != "window"}
         self._tab.write_incident(
             incident.id,

@@ -3,7 +3,7 @@
 Imports neither torch nor Lightning.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -89,6 +89,10 @@ class NonFiniteOrigin:
     """Checksum of each of the samples, by which it is recognised in another batch."""
     note: str = ""
     """Remark: compiled parts were run eagerly, or the loss is finite."""
+    source: str = field(default="", repr=False)
+    """``line`` and up to three lines on either side as they were at that time; "" if unreadable."""
+    source_line: int = 0
+    """Number of the first line of ``source``."""
 
     @property
     def advice(self) -> str:

@@ -26,6 +26,7 @@ from lit_stability.diagnosis.nonfinite.call_sites import CallSites, Site, kernel
 from lit_stability.diagnosis.nonfinite.kernel_call import KernelCall, Operand, traits_of
 from lit_stability.diagnosis.nonfinite.kinds import Facts, Kind, kind_of, kind_of_constant
 from lit_stability.diagnosis.nonfinite.origin import Cause, NonFiniteOrigin, TensorRange
+from lit_stability.diagnosis.nonfinite.source_lines import lines_around
 from lit_stability.diagnosis.nonfinite.values import (
     bad_rows,
     has_nan,
@@ -261,6 +262,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call is not None and call.is_collective:
             site = Site(op=call.kernel.strip("_"), phase=site.phase)
         samples, batch_size = bad_rows(made)
+        source_line, source = lines_around(site.file, site.line)
         return NonFiniteOrigin(
             op=site.op or (kernel_name(call.kernel) if call else ""),
             kernel=str(call.func) if call else "",
@@ -278,6 +280,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             inputs=inputs,
             samples=samples,
             batch_size=batch_size,
+            source=source,
+            source_line=source_line,
         )
 
     def source_of(self, tensor: Tensor) -> Source | None:

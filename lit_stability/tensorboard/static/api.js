@@ -2,8 +2,11 @@
  * Fetches the plugin's data and converts its JSON to typed arrays and objects.
  *
  * @typedef {{run: string, steps: number, layers: number, incidents: number, last: number,
- *   optimizers: {index: number, part: string}[], problem: string|null}} RunInfo
- *   `part` is the part of the model that the optimizer trains; `problem` describes damaged data.
+ *   optimizers: {index: number, part: string}[], problem: string|null, updated: number|null,
+ *   status: {state: string, step: number, time: number}|null}} RunInfo
+ *   `part` is the part of the model that the optimizer trains; `problem` describes damaged data;
+ *   `updated` is the time of the last step; `status` is null for a run of an older version.
+ * @typedef {{level: string, text: string, do: string, groups: Grouping[]}} Verdict
  * @typedef {{names: string[], attempts: Float64Array, steps: Float64Array, values: Float32Array}} Layers
  *   `values` is row-major, [samples, layers].
  */
@@ -45,6 +48,9 @@ export async function fetchIncidents(run, signal) {
   }
   return incidents.sort((a, b) => a.attempt - b.attempt);
 }
+
+/** @returns {Promise<Verdict>} what the incidents of a run mean, and their groups. */
+export const fetchVerdict = (run, signal) => get("verdict", { run }, signal);
 
 /** The optimizer whose attempt opened the incident; the first one if it is not known. */
 function optimizerAt({ around, attempt }) {

@@ -78,10 +78,10 @@ function drawStretch(
   height,
   colours,
 ) {
-  const start = Math.max(left, x.px(columns.attempt[from]));
+  const start = Math.max(left, x.px(columns.step[from]));
   const end = Math.min(
     right,
-    x.px(to < columns.length ? columns.attempt[to] : columns.attempt[to - 1] + 1),
+    x.px(to < columns.length ? columns.step[to] : columns.step[to - 1] + 1),
   );
   const width = Math.max(end - start, 1.5);
   if (band.quiet(value)) return;

@@ -28,12 +28,7 @@ export function toColumns(fields, rows, precisions = []) {
 export function ofOptimizer(columns, optimizer) {
   const whose = columns.optimizer;
   if (!whose || whose.every((each) => each === optimizer)) return columns;
-  const mine = Array.from(whose.keys()).filter((i) => whose[i] === optimizer);
-  const taken = { length: mine.length, precisions: columns.precisions };
-  for (const field of fieldsOf(columns)) {
-    taken[field] = Float64Array.from(mine, (i) => columns[field][i]);
-  }
-  return taken;
+  return samplesAt(columns, Array.from(whose.keys()).filter((i) => whose[i] === optimizer));
 }
 
 /**
@@ -44,7 +39,7 @@ export function ofOptimizer(columns, optimizer) {
  *
  * @param {Columns} steps
  * @param {Columns[]} windows
- * @returns {Columns} each attempt once
+ * @returns {Columns} each attempt once; `dense` is 1 where only a window has it
  */
 export function mergeColumns(steps, windows) {
   const found = new Map();
@@ -54,10 +49,20 @@ export function mergeColumns(steps, windows) {
   if (found.size === steps.length) return steps;
   const order = [...found.keys()].sort((a, b) => a - b).map((attempt) => found.get(attempt));
   const merged = { length: order.length, precisions: steps.precisions };
+  merged.dense = Float64Array.from(order, ([source]) => Number(source !== steps));
   for (const field of fieldsOf(steps)) {
     merged[field] = Float64Array.from(order, ([source, i]) => source[field]?.[i] ?? NaN);
   }
   return merged;
+}
+
+/** Returns the samples at some indices, in that order. @returns {Columns} */
+export function samplesAt(columns, indices) {
+  const found = { length: indices.length, precisions: columns.precisions };
+  for (const field of fieldsOf(columns)) {
+    found[field] = Float64Array.from(indices, (i) => columns[field][i]);
+  }
+  return found;
 }
 
 /** Returns the names of the fields. */

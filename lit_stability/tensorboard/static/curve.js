@@ -15,15 +15,14 @@ export function slice(xs, [low, high], length = xs.length) {
 /**
  * Returns a y axis that contains all visible finite values of several series; null if none.
  *
- * @param {Float64Array[]} series
- * @param {[number, number]} indices
+ * @param {[Float64Array, [number, number]][]} series  values, and which of them are visible
  * @param {[number, number]} pixels  bottom and top
  * @param {boolean} log
  */
-export function yScale(series, [from, to], pixels, log) {
+export function yScale(series, pixels, log) {
   let low = Infinity;
   let high = -Infinity;
-  for (const values of series) {
+  for (const [values, [from, to]] of series) {
     for (let i = from; i < to; i++) {
       const value = values[i];
       if (!Number.isFinite(value) || (log && value <= 0)) continue;
@@ -122,6 +121,19 @@ export function drawDots(context, xs, ys, taken, [from, to], x, y, colours) {
       rejected ? colours.bad : colours.line,
     );
   }
+}
+
+/** Draws a faint point at each sample, and a ring at rejected attempts. */
+export function drawFaint(context, xs, ys, taken, [from, to], x, y, { colour, bad }) {
+  context.save();
+  context.globalAlpha = 0.45;
+  for (let i = from; i < to; i++) {
+    if (!Number.isFinite(ys[i])) continue;
+    const rejected = taken && taken[i] === 0;
+    if (rejected) mark(context, "ring", x.px(xs[i]), y.px(ys[i]), 3, bad);
+    else mark(context, "circle", x.px(xs[i]), y.px(ys[i]), 1.4, colour);
+  }
+  context.restore();
 }
 
 /** Draws a cross at the top of the chart for each NaN or Inf, which has no height. */

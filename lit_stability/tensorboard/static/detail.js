@@ -6,13 +6,14 @@
  */
 
 import { button, el, path, prose, replace } from "./dom.js";
-import { causes, checks, incidentFolder, origin, tried, worstLayers } from "./findings.js";
+import { causes, checks, incidentFolder, origin, sourceLines, tried, worstLayers } from "./findings.js";
+import { groupIncidents, groupOf } from "./incident_groups.js";
 import { moveIncident } from "./incidents.js";
 import { count, plural } from "./scales.js";
 import { currentIncident, fullRange, optimizersOf } from "./store.js";
 import { colourOf } from "./theme.js";
 import { createWindowChart, windowTable } from "./window_chart.js";
-import { causeText, moment, outcomeText, place, responses, worstLayer } from "./words.js";
+import { causeText, moment, outcomeText, place, responseKinds, worstLayer } from "./words.js";
 
 const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
@@ -50,15 +51,17 @@ function onKey(event, store, element) {
 }
 
 function content(store, incident, chart) {
+  const { incidents, verdict } = store.get();
   return [
     head(store, incident),
     el("p", { class: "headline" }, prose(incident.message)),
-    story(incident),
+    story(incident, groupOf(groupIncidents(incidents, verdict?.groups ?? []), incident)),
+    sourceLines(incident),
     el(
       "h3",
       {},
       "Step by step ",
-      button("Show on the time line", () => store.set({ range: around(incident, store.get()) })),
+      button("Show on the time line", () => showAround(store, incident)),
     ),
     chart ? chart.element : el("p", { class: "message" }, "The steps around it were not recorded."),
     chart &&
@@ -100,37 +103,60 @@ function head(store, incident) {
   );
 }
 
-/** Returns the range of attempts of an incident's window, extended by half its length each way. */
-function around({ window: columns, attempt }, state) {
+/** Zooms the charts to an incident; in a narrow window they are below it. */
+function showAround(store, incident) {
+  store.set({ range: around(incident, store.get()) });
+  document.querySelector("section.timeline")?.scrollIntoView({ block: "nearest" });
+}
+
+/** Returns the range of steps of an incident's window, extended by half its length each way. */
+function around({ window: columns, step }, state) {
   const full = fullRange(state);
-  const first = columns.length > 0 ? columns.attempt[0] : attempt - 50;
-  const last = columns.length > 0 ? columns.attempt[columns.length - 1] : attempt + 50;
+  const first = columns.length > 0 ? Math.min(...columns.step) : step - 50;
+  const last = columns.length > 0 ? Math.max(...columns.step) : step + 50;
   const margin = (last - first) / 2;
   return [Math.max(full[0], first - margin), Math.min(full[1], last + margin)];
 }
 
-/** Creates four cells: origin, cause, responses, outcome. */
-function story(incident) {
-  const done = responses(incident);
-  const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";
+/** Creates four cells: what was done, what to do, and in smaller print cause and origin. */
+function story(incident, group) {
   const cells = [
-    ["first seen in", firstSeen(incident)],
+    ["what was done", done(incident)],
+    ["what you should do", toDo(incident, group)],
     ["cause", causeText(incident)],
-    ["response", done.join(", ") || "nothing changed"],
-    [
-      "outcome",
-      el(
-        "span",
-        { class: `outcome ${colourOf(incident.outcome)}` },
-        outcomeText(incident) + times,
-      ),
-    ],
+    ["first seen in", firstSeen(incident)],
   ];
   return el(
     "dl",
     { class: "story" },
     cells.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))),
   );
+}
+
+function done(incident) {
+  const times = incident.strikes > 1 ? ` after ${plural(incident.strikes, "occurrence")}` : "";
+  return [
+    responseKinds(incident).join(", ") || "nothing changed",
+    el("br"),
+    el(
+      "span",
+      { class: `outcome ${colourOf(incident.outcome)}` },
+      outcomeText(incident) + times,
+    ),
+  ];
+}
+
+/** The advice on its group, which knows what the incidents have in common. */
+function toDo(incident, group) {
+  const { do: advice, ignore, incidents = [] } = group ?? {};
+  const notes = [
+    ignore && `Safe to ignore ${ignore}.${advice ? "" : ` Otherwise: ${incident.remedy}.`}`,
+    incidents.length > 1 && `One of ${incidents.length} of the same cause.`,
+  ];
+  return [
+    prose(advice || (ignore ? "nothing, it was handled" : incident.remedy) || "nothing"),
+    notes.filter(Boolean).map((note) => el("span", { class: "aside" }, prose(note))),
+  ];
 }
 
 function firstSeen(incident) {

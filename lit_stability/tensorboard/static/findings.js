@@ -63,6 +63,24 @@ function inputText({ name, dtype, shape, minimum, maximum, nonfinite }) {
   }`;
 }
 
+/** The line that made the first NaN or Inf, with the lines around it, as they were in the run. */
+export function sourceLines({ origin: found }) {
+  if (!found?.source) return null;
+  const lines = found.source.split("\n").map((text, i) => {
+    const number = found.source_line + i;
+    return el(
+      "span",
+      { class: number === found.line ? "source-line origin" : "source-line" },
+      el("span", { class: "line-number", "aria-hidden": "true" }, number),
+      text || " ",
+    );
+  });
+  return part(
+    `Source, ${place(found)}`,
+    el("pre", { class: "source", tabindex: "0", "aria-label": "Source lines of the origin" }, lines),
+  );
+}
+
 /** The likely causes, best supported first. */
 export function causes({ hypotheses = [], remedy }) {
   if (hypotheses.length === 0) {

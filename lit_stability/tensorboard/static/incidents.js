@@ -1,26 +1,22 @@
-/** The list of incidents: one row per incident, newest last. */
+/** The list of incidents: equal ones are one row that unfolds; with a search and an order. */
 
-import { button, el, path, replace, section } from "./dom.js";
-import { count, plural } from "./scales.js";
-import { colourOf } from "./theme.js";
-import { causeText, moment, outcomeText, responses, worstLayer } from "./words.js";
+import { el, replace, section } from "./dom.js";
+import { groupIncidents, groupOf, matching, ORDERS, sorted } from "./incident_groups.js";
+import { groupRow, headRow, incidentRow, usedColumns } from "./incident_rows.js";
+import { plural } from "./scales.js";
+import { moment } from "./words.js";
 
-const COLUMNS = ["", "time", "step", "kind", "cause", "worst layer", "response", "outcome"];
 const MOVES = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 };
 
 /** @returns {HTMLElement} the section, which is updated when the store changes. */
 export function createIncidents(store) {
-  const body = el("tbody");
-  const head = el(
-    "thead",
-    {},
-    el("tr", {}, COLUMNS.map((name) => el("th", { scope: "col" }, name))),
-  );
-  const table = el("table", {}, head, body);
-  const frame = el("div", { class: "frame" }, table);
+  const [head, body] = [el("thead"), el("tbody")];
+  const frame = el("div", { class: "frame" }, el("table", {}, head, body));
   const none = el("div", { class: "message" });
-  const draw = () => drawRows(store, body, frame, none);
-  const choose = () => markChosen(store.get(), body);
+  const list = { query: "", order: ORDERS[0][0], unfolded: new Set(), drawn: "", chosen: null, redraw: null };
+  const draw = () => drawList(store, list, { head, body, frame, none }, tools);
+  const tools = controls(list, draw);
+  list.redraw = draw;
   body.addEventListener("keydown", (event) => {
     if (!(event.key in MOVES)) return;
     event.preventDefault();
@@ -28,9 +24,26 @@ export function createIncidents(store) {
     moveIncident(store, MOVES[event.key]);
     body.querySelector('tr[aria-selected="true"] button')?.focus();
   });
-  store.on(["incidents", "steps"], draw);
-  store.on(["incident"], choose);
-  return section("incidents", "Incidents", [], none, frame);
+  store.on(["run"], () => {
+    list.unfolded = new Set();
+  });
+  store.on(["incidents", "verdict", "steps"], draw);
+  store.on(["incident", "verdict"], (state) => {
+    if (!unfoldChosen(state, list)) return;
+    draw();
+    markChosen(state, body, true);
+  });
+  return section("incidents", "Incidents", tools, none, frame);
+}
+
+/** Unfolds the group of an incident that was just selected; returns whether another one was. */
+function unfoldChosen({ incident, incidents, verdict }, list) {
+  if (incident === list.chosen || (incident !== null && !verdict)) return false;
+  list.chosen = incident;
+  const groups = groupIncidents(incidents, verdict?.groups ?? []);
+  const group = groupOf(groups, incidents.find(({ id }) => id === incident));
+  if (group?.incidents.length > 1) list.unfolded.add(group.key);
+  return true;
 }
 
 /** Selects the next or the previous incident; the first or the last if none is selected. */
@@ -52,57 +65,79 @@ export function summary(incidents) {
     : `${plural(incidents.length, "incident")}: ${parts.join(", ")}`;
 }
 
-function drawRows(store, body, frame, none) {
-  const { incidents, steps, run } = store.get();
-  frame.hidden = incidents.length === 0;
-  none.hidden = incidents.length > 0;
-  replace(none, steps ? calm(steps) : "");
-  const key = [run, ...incidents.map((each) => each.key)].join();
-  if (body.key === key) return; // same data after a reload: keep the focus
-  body.key = key;
-  const days = new Set(incidents.map(({ time }) => moment(time).date));
-  replace(body, incidents.map((incident) => row(store, incident, days.size > 1)));
+function controls(list, draw) {
+  const search = el("input", {
+    type: "search",
+    placeholder: "search incidents",
+    "aria-label": "Search incidents by kind, cause, layer, response or outcome",
+    oninput: () => {
+      list.query = search.value;
+      draw();
+    },
+  });
+  const order = el(
+    "select",
+    {
+      "aria-label": "Order of the incidents",
+      onchange: () => {
+        list.order = order.value;
+        draw();
+      },
+    },
+    ORDERS.map(([value, text]) => el("option", { value }, text)),
+  );
+  return [search, order];
+}
+
+function drawList(store, list, { head, body, frame, none }, tools) {
+  const { incidents, verdict, steps, run } = store.get();
+  const groups = groupIncidents(incidents, verdict?.groups ?? []);
+  const shown = sorted(matching(groups, list.query), list.order);
+  for (const each of tools) each.hidden = incidents.length < 2;
+  frame.hidden = shown.length === 0;
+  none.hidden = shown.length > 0;
+  replace(none, incidents.length > 0 ? "No incident fits the search." : steps ? calm(steps) : "");
+  const key = [run, list.query, list.order, ...list.unfolded, ...incidents.map(({ key }) => key)];
+  key.push(JSON.stringify(verdict));
+  if (list.drawn === key.join()) return; // same data after a reload: keep the focus
+  list.drawn = key.join();
+  const columns = usedColumns(groups);
+  const dated = new Set(incidents.map(({ time }) => moment(time).date)).size > 1;
+  replace(head, headRow(columns));
+  replace(body, shown.map((group) => rowsOf(store, list, group, { columns, dated })));
   markChosen(store.get(), body);
+}
+
+function rowsOf(store, list, group, { columns, dated }) {
+  const inner = group.incidents.length > 1;
+  const unfolded = list.unfolded.has(group.key);
+  const rows = group.incidents.map((incident) => () =>
+    incidentRow(incident, columns, {
+      dated,
+      inner,
+      open: () => store.set({ incident: incident.id }),
+    })
+  );
+  if (!inner) return rows[0]();
+  const toggle = (event) => {
+    event.stopPropagation();
+    if (!list.unfolded.delete(group.key)) list.unfolded.add(group.key);
+    list.redraw();
+  };
+  const head = groupRow(group, columns, { dated, unfolded, toggle });
+  return unfolded ? [head, ...rows.map((make) => make())] : head;
 }
 
 function calm(steps) {
   if (steps.length === 0) return "No incident in this run yet.";
-  const attempts = steps.attempt[steps.length - 1] - steps.attempt[0] + 1;
-  return `No incident in this run: ${
-    plural(attempts, "attempt")
-  } monitored. To test one, add a lit_stability.faults.FaultInjector to the callbacks.`;
+  return "No incident in this run. To test one, add a lit_stability.faults.FaultInjector to the " +
+    "callbacks.";
 }
 
-function row(store, incident, dated) {
-  const { clock, date } = moment(incident.time);
-  const open = () => store.set({ incident: incident.id });
-  const cells = [
-    button(String(incident.id), open, {
-      "aria-label": `Incident ${incident.id}: ${incident.kind}, ${incident.outcome}`,
-    }),
-    el(
-      "time",
-      { title: date, datetime: `${date}T${clock}` },
-      dated ? `${date.slice(5)} ${clock}` : clock,
-    ),
-    count(incident.step),
-    el("strong", {}, incident.kind),
-    causeText(incident),
-    path(worstLayer(incident) || "–", { title: worstLayer(incident) }),
-    responses(incident).join(", ") || "nothing changed",
-    el("span", { class: `outcome ${colourOf(incident.outcome)}` }, outcomeText(incident)),
-  ];
-  return el(
-    "tr",
-    { "data-id": incident.id, onclick: open },
-    cells.map((cell) => el("td", {}, cell)),
-  );
-}
-
-function markChosen({ incident }, body) {
+function markChosen({ incident }, body, scroll = false) {
   for (const each of body.rows) {
     const chosen = each.dataset.id === String(incident);
     each.setAttribute("aria-selected", String(chosen));
-    if (chosen) each.scrollIntoView({ block: "nearest" });
+    if (chosen && scroll) each.scrollIntoView({ block: "nearest" });
   }
 }

@@ -22,8 +22,9 @@ import { noRun } from "./messages.js";
 import { createStore, currentIncident } from "./store.js";
 import { createTimeline } from "./timeline.js";
 import { createToolbar } from "./toolbar.js";
+import { createVerdict } from "./verdict.js";
 
-const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css"];
+const STYLES = ["theme.css", "page.css", "incident.css", "detail.css", "heatmap.css", "narrow.css"];
 
 /** Creates the page in this document. */
 export async function render() {
@@ -36,7 +37,10 @@ export async function render() {
     runs: [],
     scale: "log",
     steps: null,
+    course: null,
+    rival: null,
     incidents: [],
+    verdict: null,
     dark: isDark(),
   });
   const heatmap = createHeatmap(store);
@@ -58,9 +62,10 @@ function shell(store, heatmap, comparison) {
   const main = el(
     "main",
     {},
+    createVerdict(store),
     createIncidents(store),
-    createTimeline(store),
     comparison.element,
+    createTimeline(store),
     heatmap.element,
   );
   const columns = el("div", { class: "columns" }, main, createDetail(store));
@@ -71,7 +76,6 @@ function shell(store, heatmap, comparison) {
     message,
     columns,
   );
-  comparison.element.hidden = true;
   store.on(
     ["incident", "incidents"],
     (state) => element.classList.toggle("with-detail", Boolean(currentIncident(state))),

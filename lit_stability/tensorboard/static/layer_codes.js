@@ -1,8 +1,8 @@
 /**
- * Encodes gradient norms relative to the median of their layer, in one byte each.
+ * Encodes gradient norms relative to the rolling median of their layer, in one byte each.
  *
- * The median is over all samples of the run, so that a colour means the same at every zoom level. A
- * slow drift over the run is visible as a change of colour; a spike differs from its neighbours.
+ * The median is over the samples around, at every zoom level the same, so that a colour means the same
+ * wherever one zooms. A spike differs from its neighbours; a slow drift over the run does not.
  *
  * A byte holds the logarithm of the ratio: 100 is the median, 0 is a thousandth of it or less, 200 is
  * a thousand times the median or more. Draws nothing.
@@ -11,44 +11,87 @@
 export const [MEDIAN, TOP_CODE, NON_FINITE, ZERO, NOTHING] = [100, 200, 255, 254, 253];
 const DECADES = 3;
 const PER_DECADE = MEDIAN / DECADES;
+/** Samples of a rolling median: at least this many, and at least this share of all. */
+const [FEWEST, SHARE] = [25, 1 / 6];
 
-/** @typedef {{codes: Uint8Array, medians: Float64Array, samples: number}} Coded
- *   `codes` is row-major, [layers, samples]. */
+/**
+ * @typedef {object} Coded
+ * @property {Uint8Array} codes  row-major, [layers, samples]
+ * @property {number} samples
+ * @property {Float64Array} medians  common logarithms, row-major, [layers, knots]
+ * @property {number} every  samples between two knots, between which medians are interpolated
+ */
 
 /** @param {Layers} layers @returns {Coded} */
 export function encode({ names, values }) {
   const layers = names.length;
   const samples = layers === 0 ? 0 : Math.floor(values.length / layers);
-  const coded = {
-    codes: new Uint8Array(layers * samples),
-    medians: new Float64Array(layers),
-    samples,
-  };
-  const column = new Float32Array(samples);
+  const window = Math.max(FEWEST, Math.ceil(samples * SHARE));
+  const every = window >> 1;
+  const knots = Math.ceil(samples / every) + 1;
+  const medians = new Float64Array(layers * knots);
+  const coded = { codes: new Uint8Array(layers * samples), samples, medians, every };
   const bits = new Uint32Array(samples);
   const asFloats = new Float32Array(bits.buffer);
   for (let layer = 0; layer < layers; layer++) {
     for (let i = 0; i < samples; i++) asFloats[i] = values[i * layers + layer];
-    column.set(asFloats);
-    coded.medians[layer] = medianOf(column);
-    encodeLayer(
-      bits,
-      coded.medians[layer],
-      coded.codes.subarray(layer * samples, (layer + 1) * samples),
-    );
+    const own = medians.subarray(layer * knots, (layer + 1) * knots);
+    rollingMedians(asFloats, every, own);
+    encodeLayer(bits, own, every, coded.codes.subarray(layer * samples, (layer + 1) * samples));
   }
   return coded;
 }
 
-function encodeLayer(bits, median, codes) {
-  const shift = MEDIAN + 0.5 - Math.log10(median) * PER_DECADE;
-  for (let i = 0; i < bits.length; i++) {
-    const scaled = SCALED_LOG[bits[i] >>> 16] + shift;
-    if (bits[i] << 1 === 0) codes[i] = ZERO;
-    else if (scaled !== scaled) codes[i] = NON_FINITE;
-    else codes[i] = scaled < 0 ? 0 : scaled > TOP_CODE ? TOP_CODE : scaled;
+/** Returns the rolling median of a layer at a sample. */
+export function medianAt({ medians, every, samples }, layer, i) {
+  const knots = Math.ceil(samples / every) + 1;
+  const [knot, rest] = [Math.floor(i / every), (i % every) / every];
+  const [before, after] = [medians[layer * knots + knot], medians[layer * knots + knot + 1]];
+  return 10 ** (before + (after - before) * rest);
+}
+
+/** Sets the logarithm of the median around every knot; where all is zero, that of the knot before. */
+function rollingMedians(values, every, medians) {
+  const width = 2 * every + 1;
+  for (let knot = 0; knot < medians.length; knot++) {
+    const start = Math.max(0, Math.min((knot - 1) * every, values.length - width));
+    const found = medianOf(values.slice(start, start + width));
+    medians[knot] = found > 0 ? Math.log10(found) : (medians[knot - 1] ?? 0);
   }
 }
+
+function encodeLayer(bits, medians, every, codes) {
+  for (let knot = 0, i = 0; i < bits.length; knot++) {
+    const rise = ((medians[knot + 1] - medians[knot]) / every) * PER_DECADE;
+    let shift = MEDIAN + 0.5 - medians[knot] * PER_DECADE;
+    for (const end = Math.min(bits.length, (knot + 1) * every); i < end; i++, shift -= rise) {
+      const scaled = SCALED_LOG[bits[i] >>> 16] + shift;
+      if (bits[i] << 1 === 0) codes[i] = ZERO;
+      else if (scaled !== scaled) codes[i] = NON_FINITE;
+      else codes[i] = scaled < 0 ? 0 : scaled > TOP_CODE ? TOP_CODE : scaled;
+    }
+  }
+}
+
+/**
+ * Returns how unusual each layer is: the mean distance of its samples from the median, where it is
+ * more than a factor of three; NaN and Inf count as a factor of a thousand.
+ *
+ * @param {Coded} coded  @param {number} layers
+ */
+export function unusualness({ codes, samples }, layers) {
+  const scores = new Float64Array(layers);
+  for (let layer = 0; layer < layers; layer++) {
+    for (let i = layer * samples; i < (layer + 1) * samples; i++) scores[layer] += EXCESS[codes[i]];
+    scores[layer] /= Math.max(1, samples);
+  }
+  return scores;
+}
+
+const EXCESS = Float64Array.from({ length: 256 }, (_, code) => {
+  if (code === NON_FINITE) return MEDIAN;
+  return code > TOP_CODE ? 0 : Math.max(0, Math.abs(code - MEDIAN) - PER_DECADE / 2);
+});
 
 /**
  * A table of codes by the upper half of a float32: sign, exponent and seven bits of the mantissa.
@@ -66,14 +109,14 @@ function scaledLogs() {
   });
 }
 
-/** Returns the median of the finite values that are not zero, 1 if there are none. Sorts in place. */
+/** Returns the median of the finite values that are not zero, 0 if there are none. Sorts in place. */
 function medianOf(values) {
   let kept = 0;
   for (let i = 0; i < values.length; i++) {
     const value = Math.abs(values[i]);
     if (value > 0 && value < Infinity) values[kept++] = value;
   }
-  return kept === 0 ? 1 : select(values, kept >> 1, kept - 1);
+  return kept === 0 ? 0 : select(values, kept >> 1, kept - 1);
 }
 
 /** Returns the k-th smallest value up to index `high`. Reorders the array (Hoare's quickselect). */

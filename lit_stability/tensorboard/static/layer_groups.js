@@ -26,6 +26,19 @@ export function groupLayers(names) {
   return [...groups.values()];
 }
 
+/**
+ * Returns the groups with the most unusual layers first, and so the layers in each of them.
+ *
+ * @param {Group[]} groups
+ * @param {Float64Array} scores  of each layer
+ */
+export function unusualFirst(groups, scores) {
+  const highest = ({ layers }) => Math.max(...layers.map((layer) => scores[layer]));
+  return groups
+    .map((group) => ({ ...group, layers: [...group.layers].sort((a, b) => scores[b] - scores[a]) }))
+    .sort((a, b) => highest(b) - highest(a));
+}
+
 /** Returns the name of a layer without the name of its group. */
 export function nameInGroup(name, group) {
   const at = name.indexOf(`${group}.`);

@@ -7,62 +7,73 @@ import { channels } from "./theme.js";
 /**
  * Assigns samples to the cells of the x axis, and cells to pixels.
  *
- * Zoomed out, a cell is one pixel with many samples; zoomed in, it is one sample with many pixels.
+ * Zoomed out, a cell is one pixel with many samples; zoomed in, it is one step with many pixels.
  *
- * @param {Float64Array} attempts  @param {Scale} x
+ * @param {Float64Array} steps  ascending; attempts at the same step share a cell
+ * @param {Scale} x
  * @param {[number, number]} pixels  left and right
  * @returns {{edges: Int32Array, cellOf: Int32Array}} first sample of each cell, and the end of the
  *   last one; the cell of each pixel, -1 for none
  */
-export function cells(attempts, x, [left, right]) {
+export function cells(steps, x, [left, right]) {
   const width = Math.max(1, Math.round(right - left));
-  const from = lowerBound(attempts, x.value(left));
-  const to = Math.max(from, Math.min(attempts.length, lowerBound(attempts, x.value(right)) + 1));
+  const from = lowerBound(steps, x.value(left));
+  const to = Math.max(from, Math.min(steps.length, lowerBound(steps, x.value(right)) + 1));
   return to - from > width
-    ? pixelCells(attempts, x, left, width)
-    : sampleCells(attempts, x, left, width, from, to);
+    ? pixelCells(steps, x, left, width)
+    : stepCells(steps, x, left, width, from, to);
 }
 
-function pixelCells(attempts, x, left, width) {
+function pixelCells(steps, x, left, width) {
   const edges = Int32Array.from(
     { length: width + 1 },
-    (_, i) => lowerBound(attempts, x.value(left + i)),
+    (_, i) => lowerBound(steps, x.value(left + i)),
   );
-  edges[width] = Math.min(attempts.length, edges[width] + 1);
+  edges[width] = lowerBound(steps, (steps[edges[width]] ?? Infinity) + 0.5);
   return { edges, cellOf: Int32Array.from({ length: width }, (_, i) => i) };
 }
 
-function sampleCells(attempts, x, left, width, from, to) {
-  const first = Math.max(0, from - 1);
-  const last = Math.min(attempts.length, to + 1);
-  const edges = Int32Array.from({ length: last - first + 1 }, (_, i) => first + i);
+function stepCells(steps, x, left, width, from, to) {
+  const firsts = firstOfEach(steps, Math.max(0, from - 2), Math.min(steps.length, to + 2));
+  const at = Float64Array.from(firsts, (i) => steps[i]);
   const cellOf = new Int32Array(width).fill(-1);
-  for (let i = first; i < last; i++) {
-    const start = x.value(left) >= attempts[i] ? left : x.px(border(attempts, i - 1));
-    const end = i + 1 < attempts.length ? x.px(border(attempts, i)) : left + width;
-    cellOf.fill(
-      i - first,
-      Math.max(0, Math.round(start - left)),
-      Math.min(width, Math.round(end - left)),
-    );
+  const narrow = [];
+  for (let i = 0; i < at.length; i++) {
+    const start = x.value(left) >= at[i] ? left : x.px(border(at, i - 1));
+    const isLast = i + 1 === at.length && firsts.end === steps.length;
+    const end = isLast ? left + width : x.px(border(at, i));
+    const [first, after] = [Math.round(start - left), Math.round(end - left)];
+    if (first === after && first >= 0 && first < width) narrow.push([first, i]);
+    cellOf.fill(i, Math.max(0, first), Math.max(0, Math.min(width, after)));
   }
-  return { edges, cellOf };
+  // A step that is narrower than a pixel takes one from its neighbours, or it could not be seen.
+  for (const [pixel, i] of narrow) cellOf[pixel] = i;
+  return { edges: Int32Array.from([...firsts, firsts.end]), cellOf };
+}
+
+/** Returns the index of the first sample of each step in a range that is extended to whole steps. */
+function firstOfEach(steps, from, to) {
+  const firsts = [];
+  let i = from < steps.length ? lowerBound(steps, steps[from]) : from;
+  for (; i < to; i = lowerBound(steps, steps[i] + 0.5)) firsts.push(i);
+  return Object.assign(firsts, { end: i });
 }
 
 /**
- * Returns where sample `i` ends and the next begins: halfway, if the samples are regular.
+ * Returns where the cell of step `i` ends and the next begins: halfway, if the steps are regular.
  *
- * An extra sample between two regular ones, such as a rejected attempt, is one attempt wide.
- * Otherwise a fault of one step would cover the healthy steps up to the next sample.
+ * An extra step between two regular ones, such as a rejected one, is one step wide. Otherwise a fault
+ * of one step would cover the healthy steps up to the next sample.
  */
-function border(attempts, i) {
-  if (i < 0) return attempts[0] - 0.5;
-  const [before, after] = [reach(attempts, i), reach(attempts, i + 1)];
-  return attempts[i] + ((attempts[i + 1] - attempts[i]) * before) / (before + after);
+function border(at, i) {
+  if (i < 0) return at[0] - 0.5;
+  if (i + 1 >= at.length) return at[i] + 0.5;
+  const [before, after] = [reach(at, i), reach(at, i + 1)];
+  return at[i] + ((at[i + 1] - at[i]) * before) / (before + after);
 }
 
-const reach = (attempts, i) =>
-  Math.min(attempts[i] - (attempts[i - 1] ?? -Infinity), (attempts[i + 1] ?? Infinity) - attempts[i]);
+const reach = (at, i) =>
+  Math.min(at[i] - (at[i - 1] ?? -Infinity), (at[i + 1] ?? Infinity) - at[i]);
 
 /**
  * Draws all rows.

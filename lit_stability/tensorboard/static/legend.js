@@ -7,7 +7,7 @@ export function legend() {
   const scale = el(
     "span",
     { class: "scale" },
-    ...["÷1000", "layer's median over the run", "×1000"].map((text) => el("span", {}, text)),
+    ...["÷1000", "rolling median of the layer", "×1000"].map((text) => el("span", {}, text)),
   );
   return el(
     "div",
@@ -20,7 +20,7 @@ export function legend() {
     ),
     swatch("non-finite", "NaN or Inf (▾ above the map)"),
     swatch("zero", "exactly zero"),
-    swatch("undone", "undone by a rollback"),
+    swatch("undone", "↶ rolled back"),
   );
 }
 

@@ -5,8 +5,9 @@
  * are large, and are fetched again only if there is a new step.
  */
 
-import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps } from "./api.js";
+import { fetchIncidents, fetchLayers, fetchRuns, fetchSteps, fetchVerdict } from "./api.js";
 import { mergeColumns, ofOptimizer } from "./columns.js";
+import { courseOf } from "./course.js";
 import { damaged, failure, loading, noLayers, noSteps } from "./messages.js";
 
 /**
@@ -44,14 +45,17 @@ export function createLoader(store, views) {
       views.heatmap.show(null, loading("layers"));
     }
     try {
-      const { steps, incidents } = await fetchRun(run, optimizer, signal);
+      const [{ steps, course, incidents }, verdict] = await Promise.all([
+        fetchRun(run, optimizer, signal),
+        fetchVerdict(run, signal),
+      ]);
       const { incident } = store.get();
       const known = incidents.some((each) => each.id === incident);
       const info = found(store.get().runs, run);
       const lost = Math.max(0, (info?.incidents ?? 0) - incidents.length);
       const notes = [damaged(info?.problem, lost), steps.length === 0 && noSteps()];
       views.say("ready", notes);
-      store.set({ steps, incidents, incident: known ? incident : null });
+      store.set({ steps, course, incidents, verdict, incident: known ? incident : null });
       const extent = [run, optimizer, steps.length, steps.attempt?.[steps.length - 1]].join();
       await Promise.all([extent !== drawn && loadLayers(), loadOther()]);
       drawn = extent;
@@ -75,13 +79,14 @@ export function createLoader(store, views) {
   async function loadOther() {
     const { runs, other, optimizer } = store.get();
     const signal = latest.other();
-    if (!other) return views.comparison.show(null);
+    if (!other) return store.set({ rival: null });
     try {
       const its = oneOf(found(runs, other), optimizer);
-      return views.comparison.show({ run: other, ...(await fetchRun(other, its, signal)) });
+      return store.set({ rival: { run: other, ...(await fetchRun(other, its, signal)) } });
     } catch (error) {
       if (error.name === "AbortError") return undefined;
-      return views.comparison.show(null, failure(error, loadOther));
+      store.set({ rival: null });
+      return views.comparison.fail(failure(error, loadOther));
     }
   }
 
@@ -95,7 +100,7 @@ export function createLoader(store, views) {
   store.on(["run", "optimizer"], ({ runs, run, optimizer }) => {
     const its = oneOf(found(runs, run), optimizer);
     if (its !== optimizer) return store.set({ optimizer: its });
-    store.set({ steps: null, incidents: [] });
+    store.set({ steps: null, course: null, incidents: [], verdict: null });
     return run && loadRun({ fresh: true });
   });
   store.on(["quantity"], loadLayers);
@@ -109,7 +114,8 @@ async function fetchRun(run, optimizer, signal) {
     fetchIncidents(run, signal),
   ]);
   const windows = incidents.map(({ around }) => ofOptimizer(around, optimizer));
-  return { steps: mergeColumns(steps, windows), incidents };
+  const merged = mergeColumns(steps, windows);
+  return { steps: merged, course: courseOf(merged, incidents), incidents };
 }
 
 const found = (runs, name) => runs.find((each) => each.run === name);

@@ -1,13 +1,17 @@
 /**
- * Draws one panel of a chart over attempts or steps: title, axis, lines, dots, non-finite values.
+ * Draws one panel of a chart over attempts or steps: title, axis, lines, points, non-finite values.
+ *
+ * @typedef {{columns: Columns, indices: [number, number]}} Series  samples, and which are visible
  *
  * @typedef {object} View
  * @property {CanvasRenderingContext2D} context
- * @property {Columns} steps
- * @property {Float64Array} xs        values of the x axis: attempts or steps
+ * @property {Series} line            samples that are connected
+ * @property {Series|null} [faint]    samples between them
+ * @property {Series|null} [others]   rejected and undone attempts
+ * @property {Series|null} [rival]    samples of another run
+ * @property {string} [axis]          field on the x axis: "step" or "attempt"
  * @property {Scale} x
  * @property {[number, number]} edges left and right
- * @property {[number, number]} indices
  * @property {Record<string, string>} palette
  *
  * @typedef {object} Panel
@@ -18,7 +22,7 @@
  */
 
 import { vertical } from "./canvas.js";
-import { drawCurve, drawDots, drawNonFinite, drawYAxis, yScale } from "./curve.js";
+import { drawCurve, drawDots, drawFaint, drawNonFinite, drawYAxis, yScale } from "./curve.js";
 import { count } from "./scales.js";
 
 const [DOT_SPACING, GUTTER] = [5, 120];
@@ -28,13 +32,17 @@ const above = (left) => (left >= GUTTER ? 6 : 16);
 
 /** @param {View} view @param {Panel} panel @param {number} top @param {boolean} log */
 export function drawPanel(view, { title, height, lines, switched }, top, log) {
-  const { context, steps, palette, indices } = view;
+  const { context, palette } = view;
   const [left, right] = view.edges;
-  const present = lines.filter(([field]) => steps[field]?.some(Number.isFinite));
-  const y = yScale(present.map(([field]) => steps[field]), indices, [
-    top + height,
-    top + above(left),
-  ], log);
+  const every = [view.line, view.faint, view.others, view.rival].filter(Boolean);
+  const present = lines.filter(([field]) => every.some((each) => isUsed(each, field)));
+  const y = yScale(
+    every.flatMap(({ columns, indices }) =>
+      present.filter(([field]) => columns[field]).map(([field]) => [columns[field], indices])
+    ),
+    [top + height, top + above(left)],
+    log,
+  );
   drawTitle(view, title + (switched && log ? " (log)" : ""), present, top + 5);
   if (!y) return;
   context.strokeStyle = palette.line;
@@ -44,23 +52,41 @@ export function drawPanel(view, { title, height, lines, switched }, top, log) {
   context.beginPath();
   context.rect(left, top - 2, right - left, height + 4);
   context.clip();
-  drawLines(view, present, y, top);
+  drawSeries(view, present, y, top);
   context.restore();
 }
 
-function drawLines({ context, steps, xs, x, palette, edges, indices }, lines, y, top) {
-  for (const [field, colour, dash] of lines) {
-    drawCurve(context, xs, steps[field], indices, x, y, { colour: palette[colour], dash });
-  }
+const isUsed = ({ columns }, field) => columns[field]?.some(Number.isFinite) ?? false;
+
+function drawSeries(view, lines, y, top) {
+  const { context, x, palette, edges, line, faint, others, rival, axis = "step" } = view;
   const [field, colour] = lines[0];
+  const isMeasured = field === "loss" || field === "grad_norm"; // others hardly vary from step to step
+  const points = [isMeasured && faint, others];
+  for (const each of points.filter((series) => series && isUsed(series, field))) {
+    const { columns, indices } = each;
+    const pen = { colour: each === others ? palette.muted : palette[colour], bad: palette.bad };
+    drawFaint(context, columns[axis], columns[field], columns.taken, indices, x, y, pen);
+  }
+  if (rival && isUsed(rival, field)) {
+    const { columns, indices } = rival;
+    const pen = { colour: palette.other, dash: [6, 3], width: 1.8 };
+    drawCurve(context, columns[axis], columns[field], indices, x, y, pen);
+  }
+  const { columns, indices } = line;
+  for (const [name, ink, dash] of lines.filter(([name]) => columns[name])) {
+    drawCurve(context, columns[axis], columns[name], indices, x, y, { colour: palette[ink], dash });
+  }
   if ((edges[1] - edges[0]) / (indices[1] - indices[0]) > DOT_SPACING) {
-    drawDots(context, xs, steps[field], steps.taken, indices, x, y, {
+    drawDots(context, columns[axis], columns[field], columns.taken, indices, x, y, {
       line: palette[colour],
       bad: palette.bad,
     });
   }
-  if (field === "loss" || field === "grad_norm") {
-    drawNonFinite(context, xs, steps[field], indices, x, top + above(edges[0]) + 4, palette.bad);
+  if (!isMeasured) return;
+  for (const each of [line, faint, others].filter((series) => series?.columns[field])) {
+    const at = top + above(edges[0]) + 4;
+    drawNonFinite(context, each.columns[axis], each.columns[field], each.indices, x, at, palette.bad);
   }
 }
 

@@ -7,13 +7,18 @@
  * @property {string} other       run it is compared with; "" for none
  * @property {number} optimizer   index of the optimizer whose steps and layers are shown
  * @property {number|null} incident  id of the selected incident; null if none
- * @property {[number, number]|null} range  first and last visible attempt; null for all
+ * @property {[number, number]|null} range  first and last visible step; null for all
  * @property {string} quantity    "grad_norm" or "update_ratio", of the heat map
  * @property {string} scale       "log" or "linear", of the time line
- * @property {Columns|null} steps
+ * @property {Columns|null} steps  all attempts
+ * @property {Course|null} course  the same by step
+ * @property {Other|null} rival  the run it is compared with
  * @property {object[]} incidents
+ * @property {Verdict|null} verdict  of the run shown
  * @property {boolean} dark
  */
+
+/** @typedef {{run: string, steps: Columns, course: Course, incidents: object[]}} Other */
 
 /** Creates a store: one state, and listeners for some of its keys. */
 export function createStore(initial) {
@@ -48,14 +53,15 @@ export function optimizersOf({ runs, run }) {
   return runs.find((each) => each.run === run)?.optimizers ?? [];
 }
 
-/** Returns the first and the last attempt of the run; [0, 1] if there is none. */
-export function fullRange({ steps }) {
-  if (!steps || steps.length === 0) return [0, 1];
-  const first = steps.attempt[0];
-  return [first, Math.max(first + 1, steps.attempt[steps.length - 1])];
+/** Returns the first and the last step of the runs shown; [0, 1] if there is none. */
+export function fullRange({ course, rival }) {
+  const axes = [course?.at, rival?.course.at].filter((at) => at?.length > 0);
+  if (axes.length === 0) return [0, 1];
+  const first = Math.min(...axes.map((at) => at[0]));
+  return [first, Math.max(first + 1, ...axes.map((at) => at[at.length - 1]))];
 }
 
-/** Returns the first and the last visible attempt. */
+/** Returns the first and the last visible step. */
 export function rangeInView(state) {
   return state.range ?? fullRange(state);
 }

@@ -1,29 +1,32 @@
 /**
- * The time line: all measurements of a run by attempt, with its incidents.
+ * The time line: all measurements of a run by step, with its incidents, and those of another run.
  *
- * All panels share the x axis. An attempt is one try of an optimizer step. The counter of attempts
- * never decreases, so attempts that a rollback undid are still visible, and shaded.
+ * All panels share the x axis. Attempts that a rollback undid, or that were rejected, are faint points
+ * at their steps; an arrow leads from where the run was back to where it went on from.
  */
 
 import { BANDS, drawBand } from "./bands.js";
 import { gutter, layeredCanvas, vertical } from "./canvas.js";
+import { attemptsAt } from "./course.js";
 import { slice } from "./curve.js";
 import { button, choice, el, section } from "./dom.js";
-import { drawPins, drawSpans, pinAt, undoneBy } from "./marks.js";
+import { drawLoops, drawPins, pinAt, undoneBy } from "./marks.js";
 import { drawPanel, drawXAxis } from "./panels.js";
 import { linearScale, nearest } from "./scales.js";
-import { stepNotes, stepRows, stepTitle } from "./step_words.js";
+import { attemptNote, stepNotes, stepRows, stepTitle, withRival } from "./step_words.js";
 import { fullRange, rangeInView } from "./store.js";
 import { colours } from "./theme.js";
 import { attachCursor, createTooltip } from "./tooltip.js";
 import { attachZoom } from "./zoom.js";
 
-const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 30, 12, 20, 26];
+const [RIGHT, TOP, GAP, BAND, AXIS] = [26, 34, 12, 20, 26];
+/** Share of the visible steps that must be recorded for a line through all of them. */
+const COVERED = 0.9;
 
 const KEY = [
-  "by attempt: rollbacks decrease the step, not the attempt",
+  "↶ rolled back, the steps were run again",
   "× NaN or Inf",
-  "shaded: undone by a rollback",
+  "faint: undone, rejected, or recorded only around an incident",
 ].join(" · ");
 
 const PANELS = [
@@ -34,14 +37,22 @@ const PANELS = [
     lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]],
     switched: true,
   },
-  { title: "effective learning rate", height: 64, lines: [["learning_rate", "rate"]] },
+  {
+    title: "learning rate",
+    height: 72,
+    lines: [
+      ["learning_rate", "rate", [], "applied"],
+      ["scheduled_rate", "clip", [5, 3], "scheduled"],
+    ],
+    switched: true,
+  },
   { title: "update / weight", height: 64, lines: [["update_ratio", "update"]], switched: true },
 ];
 
 /** @returns {HTMLElement} the section, which is updated when the store changes. */
 export function createTimeline(store) {
   const layers = layeredCanvas(
-    "Time line by attempt. Plus and minus zoom, arrows pan, 0 shows all, Shift with arrows reads values.",
+    "Time line by step. Plus and minus zoom, arrows pan, 0 shows all, Shift with arrows reads values.",
     () => draw(),
   );
   const tooltip = createTooltip(layers.element);
@@ -72,10 +83,10 @@ export function createTimeline(store) {
   });
   attachCursor(layers.element, {
     point: (px, py) => {
-      const { steps } = store.get();
+      const { course } = store.get();
       const inside = px >= gutter(layers.width()) - 8 && px <= layers.width() - RIGHT + 8;
-      if (!steps || steps.length === 0 || !inside) return leave();
-      return point(nearest(steps.attempt, x().value(px), steps.length), py);
+      if (!course || course.at.length === 0 || !inside) return leave();
+      return point(nearest(course.at, x().value(px)), py);
     },
     step: (by) => moveCursor(store.get(), at, by, (i) => point(i, TOP)),
     leave: () => leave(),
@@ -85,13 +96,13 @@ export function createTimeline(store) {
     tooltip.hide();
     layers.beginCursor();
   };
-  store.on(["steps", "incidents", "incident", "range", "scale", "dark"], draw);
+  store.on(["course", "rival", "incidents", "incident", "range", "scale", "dark"], draw);
   return section("timeline", "Time line", controls(store), layers.element);
 }
 
 function controls(store) {
   const scale = choice(
-    "Scale of loss and norm",
+    "Scale of the values",
     [["log", "log"], ["linear", "linear"]],
     store.get().scale,
     (value) => store.set({ scale: value }),
@@ -106,55 +117,87 @@ function controls(store) {
   return [scale, all, el("span", { class: "aside" }, KEY)];
 }
 
-function moveCursor({ steps, range }, at, by, point) {
-  if (!steps || steps.length === 0) return;
-  const start = at >= 0
-    ? at
-    : nearest(steps.attempt, range ? range[0] : -Infinity, steps.length) - by;
-  point(Math.min(Math.max(start + by, 0), steps.length - 1));
+function moveCursor({ course, range }, at, by, point) {
+  if (!course || course.at.length === 0) return;
+  const start = at >= 0 ? at : nearest(course.at, range ? range[0] : -Infinity) - by;
+  point(Math.min(Math.max(start + by, 0), course.at.length - 1));
 }
 
 function drawAll(state, layers, x) {
-  const { steps, incidents, incident, scale } = state;
-  if (!steps || steps.length === 0) return;
-  const shown = PANELS.filter(({ lines }) =>
-    lines.some(([field]) => steps[field]?.some(Number.isFinite))
-  );
-  const bands = BANDS.filter(({ field }) => steps[field]?.some(Number.isFinite));
+  const { course, rival, incidents, incident, scale } = state;
+  if (!course || course.at.length === 0) return;
+  const { kept, others } = course;
+  const isUsed = (field) =>
+    [kept, others, rival?.course.kept].some((columns) => columns?.[field]?.some(Number.isFinite));
+  const shown = PANELS.filter(({ lines }) => isUsed(lines[0][0]));
+  const bands = BANDS.filter((band) => isVaried(kept, band));
   const bottom = TOP + shown.reduce((sum, each) => sum + each.height + GAP, 0) +
     bands.length * (BAND + 4);
   const context = layers.begin(bottom + AXIS);
   const palette = colours();
   const edges = [gutter(layers.width()), layers.width() - RIGHT];
-  const indices = slice(steps.attempt, rangeInView(state), steps.length);
-  const view = { context, steps, xs: steps.attempt, x, edges, indices, palette };
-  drawSpans(context, incidents, x, edges, TOP, bottom, palette);
+  const view = { context, x, edges, palette, ...seriesOf(course, rival, rangeInView(state)) };
+  drawLoops(context, course.loops, x, edges, TOP - 6, bottom, palette);
   let top = TOP;
   for (const panel of shown) {
     drawPanel(view, panel, top, panel.switched && scale === "log");
     top += panel.height + GAP;
   }
   for (const band of bands) {
-    drawBandRow(view, band, top);
+    drawBandRow(view, kept, rangeInView(state), band, top);
     top += BAND + 4;
   }
-  drawXAxis(view, bottom, "attempt");
+  drawXAxis(view, bottom, "step");
   drawPins(context, incidents, incident, x, rangeInView(state), 13, bottom, palette);
 }
 
-function drawBandRow({ context, steps, x, edges, palette, indices }, band, top) {
+/** A band that is the same all along says nothing, unless it names something, as a precision. */
+const isVaried = (kept, { field, quiet }) =>
+  kept[field]?.some((value) => Number.isFinite(value) && !quiet(value)) ?? false;
+
+/**
+ * Returns what to connect with a line, and what to draw as faint points.
+ *
+ * Around an incident every attempt is recorded, elsewhere one in many. A line through all of them would
+ * look noisier there, so it is only drawn where most steps are recorded.
+ */
+function seriesOf(course, rival, range) {
+  const [from, to] = within(course.kept, range).indices;
+  const all = to - from > COVERED * (range[1] - range[0]);
+  return {
+    line: within(all ? course.kept : course.regular, range),
+    faint: all ? null : within(course.dense, range),
+    others: within(course.others, range),
+    rival: rival && within(rival.course.regular, range),
+  };
+}
+
+const within = (columns, range) => ({
+  columns,
+  indices: columns.length > 0 ? slice(columns.step, range, columns.length) : [0, 0],
+});
+
+function drawBandRow({ context, x, edges, palette }, kept, range, band, top) {
   context.textAlign = "left";
   context.fillStyle = palette.ink;
   context.fillText(band.title, 0, top + BAND / 2);
   context.fillStyle = palette.surface;
   context.fillRect(edges[0], top, edges[1] - edges[0], BAND);
-  drawBand(context, band, steps, indices, x, edges, top, BAND, palette);
+  drawBand(context, band, kept, within(kept, range).indices, x, edges, top, BAND, palette);
 }
 
-function showCursor({ steps, incidents }, layers, x, tooltip, i, py) {
+function showCursor({ course, rival, incidents }, layers, x, tooltip, i, py) {
   const context = layers.beginCursor();
-  const at = x.px(steps.attempt[i]);
+  const step = course.at[i];
+  const at = x.px(step);
   vertical(context, at, TOP - 6, layers.element.clientHeight - AXIS, colours().ink);
-  const notes = stepNotes(steps, i, incidents, undoneBy(incidents, steps.attempt[i]));
-  tooltip.show([at, py], stepTitle(steps, i), stepRows(steps, i), notes);
+  const [[columns, j], ...rest] = attemptsAt(course, step);
+  const notesOf = (found, k) =>
+    stepNotes(found, k, incidents, undoneBy(incidents, found.attempt[k]));
+  const rows = withRival(stepRows(columns, j), step, rival);
+  tooltip.show([at, py], stepTitle(columns, j), rows.rows, [
+    ...notesOf(columns, j),
+    ...rest.map(([found, k]) => attemptNote(found, k, notesOf(found, k))),
+    ...rows.notes,
+  ]);
 }

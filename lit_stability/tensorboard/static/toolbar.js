@@ -4,13 +4,23 @@ import { el, replace } from "./dom.js";
 import { summary } from "./incidents.js";
 import { count, plural } from "./scales.js";
 import { optimizersOf } from "./store.js";
+import { runStatus } from "./run_status.js";
 import { optimizerText } from "./words.js";
+
+/** Number of runs from which on they can be filtered. */
+const MANY = 4;
 
 /** @returns {HTMLElement} the header, which is updated when the store changes. */
 export function createToolbar(store) {
   const run = el("select", {
     id: "run",
     onchange: () => store.set({ run: run.value, incident: null, range: null }),
+  });
+  const filter = el("input", {
+    type: "search",
+    placeholder: "filter runs",
+    "aria-label": "Filter the runs by name, number of incidents or status",
+    oninput: () => fill(store.get()),
   });
   const optimizer = el("select", {
     id: "optimizer",
@@ -20,6 +30,7 @@ export function createToolbar(store) {
   const other = el("select", { id: "other", onchange: () => store.set({ other: other.value }) });
   const chooser = [
     el("label", { for: "run" }, "Run"),
+    filter,
     run,
     several,
     el("label", { for: "other" }, "compare with"),
@@ -27,8 +38,12 @@ export function createToolbar(store) {
   ].flat();
   const status = el("p", { class: "summary", role: "status" });
   const fill = (state) => {
-    replace(run, state.runs.map((each) => option(each, state.run)));
-    const others = state.runs.filter((each) => each.run !== state.run);
+    const fits = (each) => textOf(each).toLowerCase().includes(filter.value.toLowerCase());
+    const listed = state.runs.filter((each) => each.run === state.run || fits(each));
+    replace(run, listed.map((each) => option(each, state.run)));
+    const others = state.runs.filter((each) =>
+      each.run !== state.run && (each.run === state.other || fits(each))
+    );
     replace(
       other,
       el("option", { value: "" }, "no other run"),
@@ -37,6 +52,7 @@ export function createToolbar(store) {
     const optimizers = optimizersOf(state);
     replace(optimizer, optimizers.map((each) => optimizerOption(each, state.optimizer)));
     for (const each of chooser) each.hidden = state.runs.length === 0;
+    filter.hidden = state.runs.length < MANY;
     for (const each of several) each.hidden = optimizers.length < 2;
     other.disabled = others.length === 0;
     if (state.other === state.run && state.other) store.set({ other: "" });
@@ -54,11 +70,18 @@ export function createToolbar(store) {
   );
 }
 
-function option({ run, incidents, problem }, chosen) {
-  const notes = [incidents > 0 && plural(incidents, "incident"), problem && "damaged"]
-    .filter(Boolean);
-  const text = notes.length > 0 ? `${run} (${notes.join(", ")})` : run;
-  return el("option", { value: run, selected: run === chosen }, text);
+function option(info, chosen) {
+  return el("option", { value: info.run, selected: info.run === chosen }, textOf(info));
+}
+
+function textOf(info) {
+  const { run, incidents, problem } = info;
+  const notes = [
+    incidents > 0 && plural(incidents, "incident"),
+    runStatus(info).state,
+    problem && "damaged",
+  ].filter(Boolean);
+  return notes.length > 0 ? `${run} (${notes.join(", ")})` : run;
 }
 
 function optimizerOption(optimizer, chosen) {

@@ -19,7 +19,12 @@ const PANELS = [
     lines: [["grad_norm", "norm"], ["clip_threshold", "clip", [5, 3], "clip threshold"]],
     switched: true,
   },
-  { title: "effective learning rate", height: 52, lines: [["learning_rate", "rate"]] },
+  {
+    title: "applied learning rate",
+    height: 68,
+    lines: [["learning_rate", "rate"]],
+    switched: true,
+  },
 ];
 
 /** @returns {{element: HTMLElement, draw: () => void}} */
@@ -63,11 +68,10 @@ function drawAll(incident, incidents, layers, x, range) {
   const edges = [LEFT, layers.width() - RIGHT];
   const view = {
     context,
-    steps,
-    xs: steps.attempt,
+    line: { columns: steps, indices: slice(steps.attempt, range, steps.length) },
+    axis: "attempt",
     x,
     edges,
-    indices: slice(steps.attempt, range, steps.length),
     palette,
   };
   drawSpans(context, incidents, x, edges, TOP, bottom, palette);
@@ -77,7 +81,7 @@ function drawAll(incident, incidents, layers, x, range) {
     top += panel.height + GAP;
   }
   drawXAxis(view, bottom, "attempt");
-  drawPins(context, incidents, incident.id, x, range, 12, bottom, palette);
+  drawPins(context, incidents, incident.id, x, range, 12, bottom, palette, "attempt");
 }
 
 /** Creates a table of the same numbers. */

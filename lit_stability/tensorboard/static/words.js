@@ -48,6 +48,13 @@ export function responses({ responses: given = [] }) {
   return runs.map(({ text, times }) => (times > 1 ? `${text} (${times}x)` : text));
 }
 
+/** Returns each kind of response once, with its number: ["step retried (8x)", "step skipped (8x)"]. */
+export function responseKinds({ responses: given = [] }) {
+  const tally = new Map();
+  for (const text of given) tally.set(text, (tally.get(text) ?? 0) + 1);
+  return [...tally].map(([text, times]) => (times > 1 ? `${text} (${times}x)` : text));
+}
+
 /** Returns the best supported cause with its certainty. */
 export function causeText({ cause, hypotheses }) {
   const best = hypotheses?.[0];

@@ -1,5 +1,5 @@
 /**
- * Zooming and panning along the attempts, the same in every chart.
+ * Zooming and panning along the steps, the same in every chart.
  *
  * Drag to zoom into a range, use the wheel with Ctrl or Alt to zoom at the pointer, double-click to
  * show all. When the chart has the focus: + and - zoom, arrow keys pan, 0 shows all.
