@@ -53,7 +53,7 @@ class MemoryUse:
     ) -> None:
         self._trainer, self._module = trainer, pl_module
         self._store, self._ring, self._frozen = store, ring, frozen
-        self._budget, self._max_ring_bytes = budget, ring.max_bytes
+        self._budget, self._max_replay_bytes = budget, ring.max_bytes
         self._batches: int | None = None
         """Bytes of the batches since the older of two snapshots, once that is known."""
         self._stated: object = None
@@ -63,7 +63,7 @@ class MemoryUse:
         return Needs(
             snapshot=max(self._newest_bytes, snapshot_bytes(self._trainer, self._module)),
             frozen=self._frozen.nbytes,
-            batches=min(self._max_ring_bytes, self._batches or 0),
+            batches=min(self._max_replay_bytes, self._batches or 0),
             batches_held=self._ring.nbytes,
             incident=incident_bytes(self._module, reruns=self._reruns),
         )
@@ -97,14 +97,14 @@ class MemoryUse:
         needs = self.needs()
         planned = 1 if self._batches is None else len(self._store.homes.of)
         taken = max(planned, len(self._store.rotation.all)) * needs.snapshot + needs.beside
-        self._ring.bound(max(0, min(self._max_ring_bytes, self._budget - taken)))
+        self._ring.bound(max(0, min(self._max_replay_bytes, self._budget - taken)))
 
     @property
     def bound_on_batches(self) -> str:
         """The bound on the batches, with the argument that sets it."""
-        if self._ring.max_bytes < self._max_ring_bytes:
+        if self._ring.max_bytes < self._max_replay_bytes:
             return f"the {self._ring.max_bytes} bytes that memory_budget={self._budget} leaves"
-        return f"max_replay_bytes={self._max_ring_bytes}"
+        return f"max_replay_bytes={self._max_replay_bytes}"
 
     def startup_text(self) -> str:
         """Returns the snapshots, where they are and their size, before the first step."""
