@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+from lit_stability.checks.finding import Severity
 from lit_stability.checks.metric_log.causes import causes_of
 from lit_stability.checks.metric_log.report import LogFinding
 from lit_stability.checks.metric_log.series import MetricLog, Series
@@ -42,7 +43,7 @@ _SLOW = 20
 """Points that a spike may take to come back before it is a warning."""
 _LONG = 200
 """Steps that a run needs before it can be blamed for having learnt nothing."""
-_CHANCES = (2, 3, 4, 5, 10, 20, 100, 1000)
+_CHANCES = (2, 10, 100, 1000)
 """Numbers of classes whose chance level ``ln(classes)`` is recognised."""
 
 
@@ -225,10 +226,16 @@ def _divergence(course: _Course, timeline: Timeline) -> LogFinding | None:
     onset = course.onset(threshold)
     if onset is None:
         return None
+    severity: Severity
     learnt = first - lowest
     lost = (last - lowest) / learnt if learnt > 0 else math.inf
     grown = last / first if first > 0 else 0.0
-    if onset == 0 or first <= threshold:
+    if min(course.values) < 0:
+        # Such as the loss of an adversary or a policy, which does not have to fall.
+        severity = "warning" if lost >= 1 + _UNLEARNT_RISE else "note"
+        text = f"and {first:.4g} in the first steps; it is negative at times, so healthy runs do "
+        text += "that too"
+    elif onset == 0 or first <= threshold:
         severity = "error" if grown >= _UNLEARNT_RISE else "warning"
         text = f"from {first:.4g} in the first steps"
     elif lost >= 1:
@@ -246,7 +253,7 @@ def _divergence(course: _Course, timeline: Timeline) -> LogFinding | None:
     )  # fmt: skip
     causes = causes_of(anomaly, timeline, course.places[rising])
     return LogFinding(
-        severity="error" if severity == "error" else "warning",
+        severity=severity,
         check="loss",
         what=f"divergence from step {step} on",
         where=(series.name,),
@@ -323,7 +330,7 @@ def _unlearnt(course: _Course, timeline: Timeline) -> Iterator[LogFinding]:
     start, peak = min(course.values[:3]), max(course.values)
     if trend.learnt and min(course.medians) < start:
         return
-    classes = [k for k in _CHANCES if abs(course.last - math.log(k)) < 0.01 * math.log(k)]
+    classes = [k for k in _CHANCES if abs(course.last - math.log(k)) < 0.005 * math.log(k)]
     chance = f", about ln({classes[0]}): a guess among {classes[0]} classes" if classes else ""
     rose = peak >= _ROSE * start
     index = course.places[course.values.index(peak)] if rose else len(series) - 1

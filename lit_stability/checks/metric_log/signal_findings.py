@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 
 from lit_stability.checks.metric_log.causes import causes_of
@@ -16,12 +16,14 @@ from lit_stability.checks.metric_log.report import LogFinding
 from lit_stability.checks.metric_log.series import Series
 from lit_stability.checks.metric_log.timeline import Timeline
 from lit_stability.detectors.anomaly import Anomaly
-from lit_stability.detectors.dead_learning_rate import DeadLearningRate
+from lit_stability.detectors.dead_learning_rate import DEAD_SHARE, DeadLearningRate
 from lit_stability.detectors.loss_scale import LossScale
 from lit_stability.detectors.vanishing import Vanishing
 
 _PERSIST = 20
 """Points for which a gradient norm must be zero, tiny or non-finite."""
+_TINY = 1e-6
+"""Bound of a vanishing gradient norm, as in a live run."""
 _FALL = LossScale().halvings
 """Halvings of the loss scale that are worth a note."""
 _CLEARLY = 1.05
@@ -136,7 +138,9 @@ def _non_finite_gradient(norms: Series, timeline: Timeline) -> Iterator[LogFindi
 
 
 def _vanishing(norms: Series, timeline: Timeline) -> Iterator[LogFinding]:
-    detector = Vanishing(persist=_PERSIST, min_step=0)
+    if not any(0 < value < _TINY for value in norms.values):
+        return  # a million points would take a minute
+    detector = Vanishing(bound=_TINY, persist=_PERSIST, min_step=0)
     for stats in timeline.all_stats():
         if not math.isfinite(stats.loss) or not 0 < stats.grad_norm < math.inf:
             continue
@@ -181,6 +185,8 @@ def _learning_rate(timeline: Timeline) -> Iterator[LogFinding]:
             step=bad[0].steps[at],
         )
         return
+    if not any(_dies(series) for series in rates):
+        return  # a million points would take a minute
     for stats in timeline.all_stats():
         if not math.isfinite(stats.loss) or not stats.learning_rates:
             continue
@@ -206,6 +212,12 @@ def _learning_rate(timeline: Timeline) -> Iterator[LogFinding]:
             causes=causes,
         )
         return
+
+
+def _dies(series: Series) -> bool:
+    """Whether a learning rate ever is next to nothing beside an earlier one."""
+    largest = accumulate(series.values, max)
+    return any(v <= 2 * DEAD_SHARE * p for v, p in zip(series.values, largest, strict=True) if p)
 
 
 def _validation(timeline: Timeline) -> Iterator[LogFinding]:

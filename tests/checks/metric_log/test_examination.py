@@ -1,0 +1,141 @@
+"""Series in, findings out."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from lit_stability.checks.metric_log import MetricLog, NoLossError, examine_log
+from lit_stability.checks.metric_log.causes import LOG_CAUSES
+from lit_stability.checks.metric_log.roles import choose_roles
+from lit_stability.diagnosis import CAUSES
+
+NAN = math.nan
+
+
+def log_of(*, every=1, seconds=None, **metrics):
+    """A log in which each metric has a point at every step, or every few steps."""
+    log = MetricLog("CSV", Path("metrics.csv"), ())
+    for name, values in metrics.items():
+        for i, value in enumerate(values):
+            time = NAN if seconds is None else sum(seconds[: i + 1])
+            log.add(name, i * every, value, time)
+    return log
+
+
+def falling(count=400, noise=0.1, seed=0, start=2.3, end=0.4):
+    """A loss that falls exponentially, with multiplicative noise."""
+    draw = random.Random(seed)
+    shape = [end + (start - end) * math.exp(-6 * i / count) for i in range(count)]
+    return [value * math.exp(noise * draw.gauss(0, 1)) for value in shape]
+
+
+def whats(log, **options):
+    return [f"{f.severity}: {f.what}" for f in examine_log(log, **options).findings]
+
+
+def replaced(values, start, new):
+    return [*values[:start], *new, *values[start + len(new) :]]
+
+
+BASE = falling()
+CASES = {
+    "one spike": (replaced(BASE, 300, [9.0]), ["note: a loss spike at step 300"]),
+    "spike of 40 steps": (replaced(BASE, 200, [6.0] * 40), ["warning: a loss spike at step 200"]),
+    "NaN once": (replaced(BASE, 100, [NAN]), ["warning: non-finite loss at step 100"]),
+    "NaN to the end": (BASE[:390] + [NAN] * 10, ["error: non-finite loss at step 390"]),
+    "NaN from the start": ([NAN] * 50, ["error: non-finite loss at step 0"]),
+    "rise to the start": (
+        BASE[:300] + [0.5 + 0.05 * i for i in range(100)],
+        ["error: divergence from step 307 on"],
+    ),
+    "rise by half": (BASE[:300] + [1.4] * 100, ["warning: divergence from step 300 on"]),
+    "chance": ([math.log(10) + 0.01 * math.sin(i) for i in range(400)], ["warning: no learning"]),
+    "high from the start": ([3.3] * 400, ["note: no learning"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_gives_the_finding(case):
+    values, expected = CASES[case]
+    assert whats(log_of(train_loss=values)) == expected
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("count", [12, 40, 100, 1000])
+def test_falling_loss_of_any_length_and_noise_is_silent(count, noise):
+    for seed in range(20):
+        found = whats(log_of(loss=falling(count, noise, seed)))
+        assert [each for each in found if not each.startswith("note")] == []
+
+
+def test_dead_gradient_is_an_error_unless_the_loss_is_solved():
+    norms = [1.0] * 200 + [0.0] * 200
+    found = whats(log_of(loss=BASE, grad_norm=norms))
+    assert found == ["error: gradient norm of 0 from step 200 on"]
+    solved = [max(0.0, 1 - i / 200) for i in range(400)]
+    assert whats(log_of(loss=solved, grad_norm=norms)) == []
+
+
+def test_step_that_goes_back_is_a_resume_and_what_it_replaced_does_not_count():
+    log = log_of(loss=[*BASE[:250], *[NAN] * 5])
+    for step in range(240, 400):
+        log.add("loss", step, BASE[step])
+    assert whats(log) == [
+        "warning: non-finite loss at step 250, before a restart",
+        "note: steps that go back",
+    ]
+
+
+def test_validation_loss_that_rises_while_training_falls_is_a_note():
+    log = log_of(train_loss=BASE)
+    for i in range(20):
+        log.add("val_loss", i * 20, 1.0 + 0.01 * (i - 5) ** 2)
+    (finding,) = examine_log(log).findings
+    assert (finding.severity, finding.what) == ("note", "overfitting since step 100")
+
+
+def test_steps_that_take_longer_and_a_gap_are_notes():
+    seconds = [0.1 + 0.001 * i for i in range(400)]
+    assert whats(log_of(loss=BASE, seconds=seconds)) == ["note: steps take longer and longer"]
+    seconds = replaced([0.1] * 400, 200, [5000.0])
+    assert whats(log_of(loss=BASE, seconds=seconds)) == ["note: a gap in the log after step 199"]
+
+
+NAMES = {
+    "train_loss_step": ["train_loss_epoch", "train_loss_step", "val_loss", "loss_scale"],
+    "loss": ["eval_loss", "loss", "learning_rate"],
+    "train/loss": ["train/box_loss", "train/cls_loss", "train/loss", "val/loss"],
+    "Train/LossTotal": ["Train/LossTotal", "Valid/LossTotal", "grad_norm"],
+    "nll": ["accuracy", "nll", "loss_weight"],
+}
+
+
+@pytest.mark.parametrize("chosen", NAMES)
+def test_training_loss_is_chosen_by_name(chosen):
+    few = {name: 10 if name.endswith("epoch") else 40 for name in NAMES[chosen]}
+    log = log_of(**{name: [1.0] * few[name] for name in NAMES[chosen]})
+    assert choose_roles(log).loss.name == chosen
+
+
+def test_other_metrics_are_found_by_the_names_of_many_loggers():
+    names = ["loss", "grad_2.0_norm/net.weight", "grad_2.0_norm_total", "lr-AdamW/pg1"]
+    names += ["lr-AdamW/pg1-momentum", "val/loss", "amp_scale"]
+    roles = choose_roles(log_of(**{name: [1.0, 1.0] for name in names}))
+    assert roles.gradient_norm.name == "grad_2.0_norm_total"
+    assert [series.name for series in roles.learning_rates] == ["lr-AdamW/pg1"]
+    assert (roles.validation_loss.name, roles.loss_scale.name) == ("val/loss", "amp_scale")
+
+
+def test_loss_can_be_named_and_a_wrong_name_lists_the_metrics():
+    log = log_of(loss=BASE, aux=[*BASE[:-1], NAN])
+    assert whats(log, loss="aux") == ["error: non-finite loss at step 399"]
+    with pytest.raises(NoLossError, match=r"has no metric 'los'; it has aux, loss"):
+        examine_log(log, loss="los")
+    with pytest.raises(NoLossError, match=r"choose one with --loss NAME: accuracy"):
+        examine_log(log_of(accuracy=[0.1]))
+
+
+def test_causes_have_the_names_of_the_live_diagnosis():
+    assert {cause.name for cause in LOG_CAUSES} <= set(CAUSES)
