@@ -135,6 +135,7 @@ def _check_targets(args: argparse.Namespace) -> None:
 def _examine(given: Path, limit: int | None, *, quiet: bool) -> _Examined:
     from lit_stability.checks.checkpoint.examination import examine
     from lit_stability.checks.checkpoint.load import (
+        NoCheckpointError,
         find_file,
         load,
         load_gradients,
@@ -142,7 +143,10 @@ def _examine(given: Path, limit: int | None, *, quiet: bool) -> _Examined:
     )
     from lit_stability.checks.checkpoint.table import format_report
 
-    file = find_file(newest_run(given))
+    try:
+        file = find_file(newest_run(given))
+    except NoCheckpointError as error:
+        raise ConfigError(f"{error}; nor has it a metric log: {READ}") from error
     checkpoint = load(file)
     try:
         gradients = load_gradients(file)

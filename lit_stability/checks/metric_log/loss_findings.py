@@ -30,7 +30,7 @@ _LOST = 0.25
 """Share of what was learnt whose loss is a warning; all of it is an error."""
 _HUNDREDFOLD = 100.0
 """Factor over the lowest level that is a warning, whatever share of the first loss it is."""
-_UNLEARNT_RISE = 10.0
+_RUNAWAY = 1000.0
 """Factor over the first losses that is an error in a run that never learnt."""
 _ROSE = 10.0
 """Factor over the first losses to which a loss that learnt nothing has risen if it diverged."""
@@ -232,12 +232,14 @@ def _divergence(course: _Course, timeline: Timeline) -> LogFinding | None:
     grown = last / first if first > 0 else 0.0
     if min(course.values) < 0:
         # Such as the loss of an adversary or a policy, which does not have to fall.
-        severity = "warning" if lost >= 1 + _UNLEARNT_RISE else "note"
+        severity = "warning" if lost >= _ROSE else "note"
         text = f"and {first:.4g} in the first steps; it is negative at times, so healthy runs do "
         text += "that too"
     elif onset == 0 or first <= threshold:
-        severity = "error" if grown >= _UNLEARNT_RISE else "warning"
-        text = f"from {first:.4g} in the first steps"
+        if last < max(course.medians) / 2:
+            return None  # it falls again
+        severity = "error" if grown >= _RUNAWAY else "warning"
+        text = f"and {first:.4g} in the first steps"
     elif lost >= 1:
         severity, text = "error", "which is no better than the first losses"
     elif lost >= _LOST or (lowest > 0 and last >= _HUNDREDFOLD * lowest):

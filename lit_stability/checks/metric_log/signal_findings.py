@@ -215,9 +215,10 @@ def _learning_rate(timeline: Timeline) -> Iterator[LogFinding]:
 
 
 def _dies(series: Series) -> bool:
-    """Whether a learning rate ever is next to nothing beside an earlier one."""
+    """Whether a learning rate is next to nothing beside an earlier one, for long enough."""
     largest = accumulate(series.values, max)
-    return any(v <= 2 * DEAD_SHARE * p for v, p in zip(series.values, largest, strict=True) if p)
+    shares = (v / p for v, p in zip(series.values, largest, strict=True) if p > 0)
+    return sum(share <= 2 * DEAD_SHARE for share in shares) >= _PERSIST
 
 
 def _validation(timeline: Timeline) -> Iterator[LogFinding]:
