@@ -289,8 +289,12 @@ def _spikes(timeline: Timeline, end: int, before: int | None) -> Iterator[LogFin
     lasted = [at - e[0][0] for at, e in zip(returns, episodes, strict=True) if at is not None]
     index, worst = max((each for e in episodes for each in e), key=lambda each: each[1].value)
     at, usual = series.steps[index], worst.baseline or 0.0
-    if None in returns:
-        kept = "after the last one it did not come back"
+    left = end - 1 - episodes[-1][-1][0]
+    stays = None in returns and left >= _APART
+    if stays:
+        kept = f"at the {left} points after the last one it did not come back"
+    elif None in returns:
+        kept = f"the log ends {left} point{'s' if left != 1 else ''} after the last one"
     else:
         kept = f"it came back within {max(lasted)} point{'s' if max(lasted) > 1 else ''}"
     shown = Anomaly(
@@ -300,7 +304,7 @@ def _spikes(timeline: Timeline, end: int, before: int | None) -> Iterator[LogFin
     causes = causes_of(shown, timeline, index)
     count = f"{len(episodes)} loss spikes" if len(episodes) > 1 else "a loss spike"
     yield LogFinding(
-        severity="warning" if None in returns or max(lasted) > _SLOW else "note",
+        severity="warning" if stays or max(lasted, default=0) > _SLOW else "note",
         check="loss",
         what=f"{count}, the largest at step {at}" if len(episodes) > 1 else f"{count} at step {at}",
         where=(series.name,),
@@ -329,18 +333,19 @@ def _unlearnt(course: _Course, timeline: Timeline) -> Iterator[LogFinding]:
     trend = LossTrend(block=course.width)
     for value in course.values:
         trend.update(value)
-    start, peak = min(course.values[:3]), max(course.values)
+    start, peak = min(course.values[:3]), max(course.medians)
     if trend.learnt and min(course.medians) < start:
         return
     classes = [k for k in _CHANCES if abs(course.last - math.log(k)) < 0.005 * math.log(k)]
     chance = f", about ln({classes[0]}): a guess among {classes[0]} classes" if classes else ""
     rose = peak >= _ROSE * start
-    index = course.places[course.values.index(peak)] if rose else len(series) - 1
+    highest = course.medians.index(peak) + course.width // 2
+    index = course.places[highest] if rose else len(series) - 1
     anomaly = Anomaly(
         kind="divergence" if rose else "no learning", step=series.steps[index], value=course.last,
         signal="loss", message=f"the loss never fell below {start:.4g}",
     )  # fmt: skip
-    up = f"it rose to {peak:.4g} at step {series.steps[index]} and " if rose else ""
+    up = f"its level rose to {peak:.4g} at step {series.steps[index]} and " if rose else ""
     yield LogFinding(
         severity="warning" if classes or rose else "note",
         check="loss",
