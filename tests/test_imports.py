@@ -117,8 +117,9 @@ LIGHT = {
     *(
         f"checks/metric_log/{m}.py"
         for m in (
-            *("__init__", "causes", "examination", "gradient_course", "loss_findings"),
-            *("progress_findings", "report", "roles", "series", "signal_findings", "text"),
+            *("__init__", "causes", "examination", "gradient_course", "level_findings"),
+            *("loss_findings", "loss_levels", "progress_findings", "report", "roles"),
+            *("series", "signal_findings", "text"),
             *("timeline", "readers/__init__", "readers/csv_file", "readers/hugging_face"),
             *("readers/tensorboard", "readers/wandb"),
         )

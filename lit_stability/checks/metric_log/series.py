@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,20 @@ class Series:
         return Series(
             self.name, self.steps[start:end], self.values[start:end], self.times[start:end]
         )
+
+    def tail(self, condition: Callable[[float], bool]) -> int:
+        """Returns the index from which on all values meet a condition; the length if none does.
+
+        >>> loss = Series("loss")
+        >>> for step, value in enumerate((0.0, 1.0, 0.0, 0.0)):
+        ...     loss.add(step, value)
+        >>> loss.tail(lambda value: value == 0)
+        2
+        """
+        start = len(self)
+        while start > 0 and condition(self.values[start - 1]):
+            start -= 1
+        return start
 
     def attempts(self) -> Iterator[tuple[int, int]]:
         """Returns first index and end of each part in which the steps do not go back.
@@ -107,6 +121,11 @@ class MetricLog:
         if found is None:
             found = self.series[name] = Series(name)
         found.add(step, value, time)
+
+
+def is_bad(value: float) -> bool:
+    """Returns whether a value is NaN or Inf."""
+    return not math.isfinite(value)
 
 
 def number_of(value: object) -> float | None:

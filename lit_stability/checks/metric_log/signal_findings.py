@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from statistics import median
 
 from lit_stability.checks.metric_log.causes import causes_of
 from lit_stability.checks.metric_log.report import LogFinding
-from lit_stability.checks.metric_log.series import Series
+from lit_stability.checks.metric_log.series import Series, is_bad
 from lit_stability.checks.metric_log.timeline import Timeline
 from lit_stability.detectors.anomaly import Anomaly
 from lit_stability.detectors.dead_learning_rate import DEAD_SHARE, DeadLearningRate
@@ -91,7 +91,7 @@ def _gradient(timeline: Timeline) -> Iterator[LogFinding]:
     if norms is None or not len(norms):
         return
     yield from _non_finite_gradient(norms, timeline)
-    zeros = _tail(norms, lambda value: value == 0)
+    zeros = len(norms) - norms.tail(lambda value: value == 0)
     if zeros >= _PERSIST and not _is_solved(timeline):
         step = norms.steps[-zeros]
         anomaly = Anomaly(
@@ -114,7 +114,7 @@ def _gradient(timeline: Timeline) -> Iterator[LogFinding]:
 
 
 def _non_finite_gradient(norms: Series, timeline: Timeline) -> Iterator[LogFinding]:
-    bad = _tail(norms, lambda value: not math.isfinite(value))
+    bad = len(norms) - norms.tail(is_bad)
     loss = timeline.roles.loss.values[-1]
     if bad < _PERSIST or not math.isfinite(loss) or loss == 0:
         return  # a loss of NaN, or 0 in place of it, is a finding of its own
@@ -225,7 +225,7 @@ def _validation(timeline: Timeline) -> Iterator[LogFinding]:
     held_out, loss = timeline.roles.validation_loss, timeline.roles.loss
     if held_out is None or not len(held_out):
         return
-    bad = _tail(held_out, lambda value: not math.isfinite(value))
+    bad = len(held_out) - held_out.tail(is_bad)
     if bad and math.isfinite(loss.values[-1]) and loss.values[-1] != 0:
         yield LogFinding(
             severity="warning",
@@ -266,16 +266,6 @@ def _overfitting(held_out: Series, loss: Series) -> Iterator[LogFinding]:
         step=held_out.steps[at],
         certainty="likely",
     )
-
-
-def _tail(series: Series, condition: Callable[[float], bool]) -> int:
-    """Returns how many of the last values meet a condition."""
-    count = 0
-    for value in reversed(series.values):
-        if not condition(value):
-            break
-        count += 1
-    return count
 
 
 def _is_solved(timeline: Timeline) -> bool:

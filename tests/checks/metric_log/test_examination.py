@@ -78,6 +78,57 @@ def test_dead_gradient_is_an_error_unless_the_loss_is_solved():
     assert whats(log_of(loss=solved, grad_norm=norms)) == []
 
 
+SIGNALS = {
+    "vanished gradient": (
+        {"loss": [3.3 + 0.1 * math.sin(i) for i in range(400)], "grad_norm": [1e-9] * 400},
+        "warning: vanishing gradient by step 100",
+    ),
+    "converged gradient": ({"loss": BASE, "grad_norm": [1.0] * 200 + [1e-9] * 200}, None),
+    "gradient of NaN": (
+        {"loss": BASE, "grad_norm": [1.0] * 300 + [NAN] * 100},
+        "error: non-finite gradient from step 300 on",
+    ),
+    "negative rate": (
+        {"loss": BASE, "lr": [0.1] * 399 + [-0.1]},
+        "error: impossible learning rate at step 399",
+    ),
+    "decay to 0": ({"loss": BASE, "lr": [1e-3 * (1 - i / 399) for i in range(400)]}, None),
+    "rate of 0 at once": (
+        {"loss": falling(400), "lr": [1e-3] * 60 + [0.0] * 340},
+        "warning: dead learning rate from step 60 on",
+    ),
+    "search for a scale": (
+        {"loss": BASE, "loss_scale": [2.0 ** max(4, 16 - i) for i in range(400)]},
+        "note: loss-scale fall",
+    ),
+    "scale of a usual run": ({"loss": BASE, "loss_scale": [2.0**15, 2.0**16] * 200}, None),
+    "collapse of the scale": (
+        {"loss": BASE, "loss_scale": [2.0 ** min(16, 216 - i) for i in range(400)]},
+        "error: loss-scale collapse at step 227",
+    ),
+    "validation of NaN": (
+        {"loss": BASE, "val_loss": [1.0] * 10 + [NAN] * 10},
+        "warning: non-finite validation loss from step 10 on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_other_metrics_give_the_finding(case):
+    metrics, expected = SIGNALS[case]
+    found = [each for each in whats(log_of(**metrics)) if each != "note: no learning"]
+    assert found == ([] if expected is None else [expected])
+
+
+def test_run_that_ended_with_an_exit_code_or_not_at_all_is_reported():
+    log = log_of(loss=BASE)
+    log.complete, log.planned_steps = False, 1000
+    ends = "note: the log ends at step 399 of 1000, without the end of the run"
+    assert whats(log) == [ends]
+    log.complete, log.exit_code = True, 1
+    assert whats(log) == ["warning: the run ended with exit code 1"]
+
+
 def test_step_that_goes_back_is_a_resume_and_what_it_replaced_does_not_count():
     log = log_of(loss=[*BASE[:250], *[NAN] * 5])
     for step in range(240, 400):
