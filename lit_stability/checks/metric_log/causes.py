@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from statistics import median
 
 from lit_stability.checks.metric_log.gradient_course import GradientRise, rise_before
 from lit_stability.checks.metric_log.series import Series
@@ -21,7 +22,7 @@ from lit_stability.diagnosis.context import DiagnosisContext
 _PEAK = 0.5
 """Share of its largest value so far from which on a learning rate counts as near its peak."""
 _HIGH = 3.0
-"""Factor over the lowest loss that counts as a loss that has risen."""
+"""Factor over the median loss that counts as a loss that has risen."""
 _TINY = 2.0**-149
 """Smallest positive float32: a loss scale of 0 was halved to it before."""
 _JUMP = 5.0
@@ -61,9 +62,12 @@ def _is_dense(context: DiagnosisContext) -> bool:
 def _was_high(context: DiagnosisContext) -> str | None:
     """The loss had already risen at the two points before the event."""
     before = [s.loss for s in context.history if math.isfinite(s.loss)]
-    if len(before) < 3 or not 0 < _HIGH * min(before[:-2]) < min(before[-2:]):
+    if len(before) < 3:
         return None
-    return f"the loss had risen from {min(before[:-2]):.4g} to {before[-1]:.4g} before"
+    usual = median(before[-22:-2])
+    if not 0 < _HIGH * usual < min(before[-2:]):
+        return None
+    return f"the loss had risen from {usual:.4g} to {before[-1]:.4g} before"
 
 
 def _scale_falls(context: DiagnosisContext) -> str | None:
@@ -93,12 +97,12 @@ def _near_peak(context: DiagnosisContext) -> str | None:
 
 
 def _rate_jumped(context: DiagnosisContext) -> str | None:
-    """The learning rate of the last points is far above all earlier ones."""
+    """At one of the last 50 points the learning rate rose far above all earlier ones."""
     rates = context.rates
-    earlier = rates[:-20]
-    if not earlier or not 0 < _JUMP * max(earlier) < max(rates[-20:]):
-        return None
-    return f"the learning rate rose from {max(earlier):.3g} to {max(rates[-20:]):.3g}"
+    for i in range(max(5, len(rates) - 50), len(rates)):
+        if 0 < _JUMP * max(rates[:i]) < rates[i]:
+            return f"the learning rate jumped from {max(rates[:i]):.3g} to {rates[i]:.3g}"
+    return None
 
 
 _GROWS = _pattern("exponential growth")

@@ -218,7 +218,7 @@ def _dies(series: Series) -> bool:
     """Whether a learning rate is next to nothing beside an earlier one, for long enough."""
     largest = accumulate(series.values, max)
     shares = (v / p for v, p in zip(series.values, largest, strict=True) if p > 0)
-    return sum(share <= 2 * DEAD_SHARE for share in shares) >= _PERSIST
+    return sum(share <= 2 * DEAD_SHARE for share in shares) >= max(_PERSIST, len(series) // 20)
 
 
 def _validation(timeline: Timeline) -> Iterator[LogFinding]:

@@ -190,3 +190,21 @@ def test_loss_can_be_named_and_a_wrong_name_lists_the_metrics():
 
 def test_causes_have_the_names_of_the_live_diagnosis():
     assert {cause.name for cause in LOG_CAUSES} <= set(CAUSES)
+
+
+EXPLODED = [*BASE[:300], *[0.5 * 1.2 ** min(i, 30) for i in range(100)]]
+RATES = {
+    "constant rate": ([1e-3] * 400, None),
+    "jump": ([1e-3] * 298 + [0.1] * 102, "learning rate jumped"),
+    "ramp": ([1e-3 * 1.02**i for i in range(400)], None),
+}
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_jump_of_the_learning_rate_is_named_and_a_ramp_is_none(case):
+    rates, cause = RATES[case]
+    finding = examine_log(log_of(loss=EXPLODED, lr=rates)).findings[0]
+    assert finding.what.startswith("divergence")
+    found = [each.cause for each in finding.causes]
+    assert "learning rate too high" in found
+    assert ("learning rate jumped" in found) == (cause is not None)

@@ -43,7 +43,7 @@ def find_logs(path: Path) -> Iterator[tuple[LogReader, list[Path]]]:
     """Returns the reader and the files of each run at a path, in the order of their names.
 
     Event files in one folder are one run. Of the states that checkpoints of Hugging Face's Trainer
-    have, the newest is read, as it has the rows of all others.
+    have, the newest is read, as it has the rows of all others. Hidden folders are left out.
 
     Args:
         path: A file, the folder of a run, or a folder of runs.
@@ -55,7 +55,7 @@ def find_logs(path: Path) -> Iterator[tuple[LogReader, list[Path]]]:
         return
     states: dict[Path, list[Path]] = {}
     for folder, folders, names in os.walk(path):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names)]
         events = [file for file in files if tensorboard.accepts(file)]
         if events:
