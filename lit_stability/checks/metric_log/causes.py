@@ -138,7 +138,7 @@ LOG_CAUSES = (
     ),
     Cause(
         name="learning rate jumped",
-        rules=((4, c.both(c.TROUBLE, _rate_jumped)),),
+        rules=((8, c.both(c.TROUBLE, _rate_jumped)),),
         remedy="fix the scheduler: it set a learning rate far above all earlier ones",
         ignore_when="if the jump is intended",
     ),
