@@ -150,6 +150,13 @@ LOG_CAUSES = (
         ignore_when="if training was meant to end there",
     ),
     Cause(
+        name="change of regime",
+        rules=((4, c.kind("change of regime")),),
+        remedy="find what changes at this step: the loss and its weights, the data or their scale, "
+        "the trainable parts",
+        ignore_when="if the change is intended",
+    ),
+    Cause(
         name="no warm-up",
         rules=((3, c.both(c.both(c.TROUBLE, c.no_warmup), c.early)), (1, _GROWS), (1, c.DIVERGES)),
         contradictions=(c.no_step_yet, _sudden),

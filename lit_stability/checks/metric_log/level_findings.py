@@ -39,12 +39,12 @@ def divergence(levels: LossLevels, timeline: Timeline) -> LogFinding | None:
     judged = _judge(levels, starts_high=onset == 0 or first <= threshold)
     if judged is None:
         return None
-    severity, text = judged
+    severity, text, falls = judged
     series, index = timeline.roles.loss, levels.places[onset]
     step = series.steps[index]
     rising = max(onset, min(len(levels.values) - 1, onset + levels.width // 2))
     anomaly = Anomaly(
-        kind="divergence", step=step, value=last, signal="loss",
+        kind="change of regime" if falls else "divergence", step=step, value=last, signal="loss",
         message=f"the loss rose from {lowest:.4g} and stayed high",
     )  # fmt: skip
     causes = causes_of(anomaly, timeline, levels.places[rising])
@@ -62,8 +62,12 @@ def divergence(levels: LossLevels, timeline: Timeline) -> LogFinding | None:
     )
 
 
-def _judge(levels: LossLevels, *, starts_high: bool) -> tuple[Severity, str] | None:
-    """Returns the severity of a rise and what it is compared with; None if it is no finding.
+def _judge(levels: LossLevels, *, starts_high: bool) -> tuple[Severity, str, bool] | None:
+    """Judges a rise.
+
+    Returns:
+        Its severity, what the level at the end is compared with, and whether the loss falls again;
+        None if it is no finding.
 
     Args:
         levels: Of the loss.
@@ -75,16 +79,18 @@ def _judge(levels: LossLevels, *, starts_high: bool) -> tuple[Severity, str] | N
     before = f"and {first:.4g} in the first steps"
     if min(levels.values) < 0:
         # Such as the loss of an adversary or a policy, which does not have to fall.
-        text = f"{before}; it is negative at times, so healthy runs do that too"
-        return "warning" if lost >= _ROSE else "note", text
+        return "note", f"{before}; it is negative at times, so healthy runs do that too", False
+    falls = last < max(levels.medians[levels.medians.index(lowest) :]) / 2
     if starts_high:
-        if last < max(levels.medians) / 2:
-            return None  # it falls again
-        return "error" if last >= _RUNAWAY * first > 0 else "warning", before
+        severity: Severity = "error" if last >= _RUNAWAY * first > 0 else "warning"
+        return None if falls else (severity, before, False)
+    if lost >= 1 and falls:
+        # Such as data that became harder at once: the loss is learnt again.
+        return "warning", "no better than the first losses, but it falls again", True
     if lost >= 1:
-        return "error", "which is no better than the first losses"
+        return "error", "which is no better than the first losses", False
     if lost >= _LOST or last >= _HUNDREDFOLD * lowest > 0:
-        return "warning", f"so {lost:.0%} of what was learnt is lost"
+        return "warning", f"so {lost:.0%} of what was learnt is lost", falls
     return None
 
 
@@ -98,11 +104,11 @@ def no_learning(levels: LossLevels, timeline: Timeline) -> LogFinding | None:
     for value in levels.values:
         trend.update(value)
     start, peak = min(levels.values[:3]), max(levels.medians)
-    if trend.learnt and min(levels.medians) < start:
+    if trend.learnt and (start <= 0 or min(levels.medians) < start):
         return None
     classes = [k for k in _CHANCES if abs(levels.last - math.log(k)) < 0.005 * math.log(k)]
     chance = f", about ln({classes[0]}): a guess among {classes[0]} classes" if classes else ""
-    rose = peak >= _ROSE * start
+    rose = peak >= _ROSE * start > 0 and min(levels.values) >= 0
     highest = levels.medians.index(peak) + levels.width // 2
     index = levels.places[highest] if rose else len(series) - 1
     anomaly = Anomaly(

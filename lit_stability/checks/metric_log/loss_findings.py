@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 from lit_stability.checks.metric_log.causes import causes_of
 from lit_stability.checks.metric_log.level_findings import divergence, no_learning
@@ -23,7 +24,7 @@ means over many steps."""
 _APART = 5
 """Points between spikes of one episode."""
 _SLOW = 20
-"""Points that a spike may take to come back before it is a warning."""
+"""Points that a spike above the first losses may take to come back before it is a warning."""
 
 
 def loss_findings(log: MetricLog, timeline: Timeline) -> Iterator[LogFinding]:
@@ -151,6 +152,7 @@ def _spikes(timeline: Timeline, end: int, before: int | None) -> Iterator[LogFin
     at, usual = series.steps[index], worst.baseline or 0.0
     left = end - 1 - episodes[-1][-1][0]
     stays = None in returns and left >= _APART
+    slow = stays or max(lasted, default=0) > _SLOW
     if stays:
         kept = f"at the {left} points after the last one it did not come back"
     elif None in returns:
@@ -164,7 +166,7 @@ def _spikes(timeline: Timeline, end: int, before: int | None) -> Iterator[LogFin
     causes = causes_of(shown, timeline, index)
     count = f"{len(episodes)} loss spikes" if len(episodes) > 1 else "a loss spike"
     yield LogFinding(
-        severity="warning" if stays or max(lasted, default=0) > _SLOW else "note",
+        severity="warning" if slow and worst.value > median(series.values[:5]) else "note",
         check="loss",
         what=f"{count}, the largest at step {at}" if len(episodes) > 1 else f"{count} at step {at}",
         where=(series.name,),

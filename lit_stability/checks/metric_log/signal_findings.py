@@ -18,6 +18,7 @@ from lit_stability.checks.metric_log.timeline import Timeline
 from lit_stability.detectors.anomaly import Anomaly
 from lit_stability.detectors.dead_learning_rate import DEAD_SHARE, DeadLearningRate
 from lit_stability.detectors.loss_scale import LossScale
+from lit_stability.detectors.trends import ROUNDING
 from lit_stability.detectors.vanishing import Vanishing
 
 _PERSIST = 20
@@ -271,4 +272,4 @@ def _overfitting(held_out: Series, loss: Series) -> Iterator[LogFinding]:
 def _is_solved(timeline: Timeline) -> bool:
     """Whether the loss is 0, or next to nothing beside its first value."""
     values = [v for v in timeline.roles.loss.values if math.isfinite(v)]
-    return not values or abs(values[-1]) <= 1e-3 * max(abs(values[0]), 1e-12)
+    return not values or abs(values[-1]) <= max(1e-3 * abs(values[0]), ROUNDING)

@@ -208,3 +208,9 @@ def test_jump_of_the_learning_rate_is_named_and_a_ramp_is_none(case):
     found = [each.cause for each in finding.causes]
     assert "learning rate too high" in found
     assert ("learning rate jumped" in found) == (cause is not None)
+
+
+def test_loss_that_jumps_and_falls_again_is_a_change_of_regime():
+    values = BASE[:200] + [3.0 + 9 * math.exp(-i / 40) for i in range(200)]
+    (finding,) = examine_log(log_of(loss=values)).findings
+    assert finding.causes[0].cause == "change of regime"
