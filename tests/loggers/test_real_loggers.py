@@ -6,6 +6,7 @@ Skipped where they are not installed, as in CI, where stubs made from them stand
 import importlib.util
 import json
 import struct
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -96,7 +97,11 @@ def test_doctor_reads_what_wandb_has_written_and_how_the_run_ended(tmp_path, mon
         run.log({"train": {"loss": loss}, "histogram": wandb.Histogram([1, 2]), **wide}, step)
     run.finish(exit_code=3)
     ((reader, files),) = find_logs(tmp_path)
-    log = reader.read(files)
+    for _ in range(100):  # another process writes the last records, sometimes after `finish`
+        log = reader.read(files)
+        if log.complete:
+            break
+        time.sleep(0.1)
     series = log.series["train.loss"]
     assert list(map(str, series.values)) == [str(float(loss)) for loss in losses]
     assert list(series.steps) == [0, 1, 2, 3, 4, 5]
