@@ -34,7 +34,7 @@ test-deepspeed:
 	{ printf '`make test-deepspeed`, %s:\n\n' "$$(date +%F)"; tail -n 1 runs/sharded_tests.log; } \
 		> benchmarks/results/sharded_tests.md
 
-# The adapters with W&B, MLflow, Comet and apprise themselves, after `pip install -e ".[loggers,alerts]"`; in CI
+# The adapters and the doctor with W&B, MLflow, Comet and apprise themselves, after `pip install -e ".[loggers,alerts]"`; in CI
 # stubs stand in. After an update of these: `python -m tests.loggers.record`.
 test-loggers:
 	pytest -q tests/loggers/test_real_loggers.py tests/callbacks/test_alerts.py
@@ -68,6 +68,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.clipping
 	$(BENCH) -m benchmarks.changes
 	$(BENCH) -m benchmarks.healthy
+	$(BENCH) -m benchmarks.log_doctor
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
 	$(BENCH) -m benchmarks.false_alarms

@@ -39,8 +39,8 @@ ROOMS = {
     },
     "faults": {"distributed", "lightning_package", "measurement", "trainer_internals"},
     "checks": {
-        *("diagnosis", "errors", "figures", "lightning_choice", "measurement", "printing"),
-        "training_state",
+        *("detectors", "diagnosis", "errors", "figures", "lightning_choice", "measurement"),
+        *("printing", "training_state"),
     },
     "loggers": {
         *("background", "incidents", "lightning_choice", "measurement", "outside"),
@@ -115,6 +115,17 @@ LIGHT = {
     "checks/checkpoint/tensor_findings.py",
     "checks/finding.py",
     "checks/text_table.py",
+    *(
+        f"checks/metric_log/{m}.py"
+        for m in (
+            *("__init__", "causes", "examination", "gradient_course", "level_findings"),
+            *("loss_findings", "loss_levels", "progress_findings", "report", "roles"),
+            *("series", "signal_findings", "text"),
+            *("timeline", "readers/__init__", "readers/csv_file", "readers/hugging_face"),
+            *("readers/tensorboard", "readers/wandb"),
+        )
+    ),
+    "cli/log_doctor.py",
     "checks/preflight/report.py",
     "checks/precision_ranges/bins.py",
     "checks/precision_ranges/limits.py",

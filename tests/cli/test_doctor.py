@@ -321,4 +321,4 @@ def test_help_documents_the_exit_codes_and_loads_no_torch(capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1  an error was found in CHECKPOINT" in done.stdout
+    assert "1  an error was found in PATH" in done.stdout

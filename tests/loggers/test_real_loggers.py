@@ -6,12 +6,15 @@ Skipped where they are not installed, as in CI, where stubs made from them stand
 import importlib.util
 import json
 import struct
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 from lit_stability import GradientMonitor, read_incidents, stability_callbacks
+from lit_stability.checks.metric_log import find_logs
 from lit_stability.faults import BadBatch, FaultInjector, NanLoss
 from lit_stability.loggers.rows import COLUMNS
 from tests.conftest import Regression, regression_data
@@ -80,6 +83,30 @@ def test_wandb_offline_has_table_alert_summary_tags_and_folders(tmp_path, monkey
     assert max(len(table["data"]) for table in rows) == 2
     assert rows[0]["columns"] == list(COLUMNS)
     assert len(read_incidents(tmp_path / "p" / logger.version)) == 2
+
+
+@need("wandb")
+def test_doctor_reads_what_wandb_has_written_and_how_the_run_ended(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = wandb.init(project="p", mode="offline", dir=tmp_path)
+    losses = [2.0, 1.5, 1e-30, float("nan"), float("inf"), 10**12]
+    for step, loss in enumerate(losses):
+        wide = {f"metric_{i}": "x" * 9000 for i in range(9)}  # rows that span blocks of the file
+        run.log({"train": {"loss": loss}, "histogram": wandb.Histogram([1, 2]), **wide}, step)
+    run.finish(exit_code=3)
+    ((reader, files),) = find_logs(tmp_path)
+    for _ in range(100):  # another process writes the last records, sometimes after `finish`
+        log = reader.read(files)
+        if log.complete:
+            break
+        time.sleep(0.1)
+    series = log.series["train.loss"]
+    assert list(map(str, series.values)) == [str(float(loss)) for loss in losses]
+    assert list(series.steps) == [0, 1, 2, 3, 4, 5]
+    assert all(later >= before for before, later in pairwise(series.times))
+    assert (log.complete, log.exit_code, log.problems) == (True, 3, [])
 
 
 @need("mlflow")

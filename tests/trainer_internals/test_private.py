@@ -30,6 +30,7 @@ STANDARD_LIBRARY = {
 }
 OURS = {
     *("_target_", "_replace_"),  # keys of a config
+    *("_step", "_timestamp"),  # keys of a row of W&B
     "_original_forward",  # an attribute of a module that is kept in float32
     *("_begun", "_forward"),
 }

@@ -22,6 +22,10 @@ from lit_stability.training_state.checkpoint_file import damage_of
 from lit_stability.training_state.good_checkpoints import find_last_good
 
 
+class NoCheckpointError(ConfigError):
+    """Raised for a folder in which there is no checkpoint to examine."""
+
+
 def find_file(given: Path) -> Path:
     """Returns the checkpoint file for a path: the file itself, or the last known good one of a run.
 
@@ -29,7 +33,8 @@ def find_file(given: Path) -> Path:
         given: A file, the folder of a run, or the folder of an incident.
 
     Raises:
-        ConfigError: If there is no checkpoint, or the path is a sharded checkpoint.
+        NoCheckpointError: If a folder has no checkpoint.
+        ConfigError: If there is no such file, or the path is a sharded checkpoint.
     """
     if given.is_file():
         return given
@@ -45,7 +50,7 @@ def find_file(given: Path) -> Path:
         return find_file(given / "checkpoint.ckpt")
     good = find_last_good(given)
     if good is None:
-        raise ConfigError(
+        raise NoCheckpointError(
             f"{given}: contains no known good checkpoint; give the path of a checkpoint file, or "
             "train with the callback `lit_stability.LastKnownGood`, which writes one"
         )
