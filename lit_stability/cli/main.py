@@ -19,6 +19,7 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 
 from lit_stability import __version__
+from lit_stability.cli.completion import add_completion
 from lit_stability.cli.config import as_written, compose
 from lit_stability.cli.doctor import add_doctor
 from lit_stability.cli.ending import INTERRUPTED, run_to_end
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     add_incidents(commands)
     add_experiments(commands)
+    add_completion(commands, parser)
     for command in commands.choices.values():
         command.description = textwrap.fill(str(command.description), 79)
     return parser
