@@ -40,6 +40,21 @@ def run(rate: str, clip: QKClip | None, seed: int) -> Result:
     return train(case if rate == "0.1" else case.healthy(), seed, callbacks)
 
 
+def figure(rate: str, name: str, seed: int) -> dict[str, Any]:
+    """Returns what became of a run, and prints it."""
+    options = CLIPS[name]
+    clip = None if options is None else QKClip(**options)
+    result = run(rate, clip, seed)
+    found = {
+        **{"rate": rate, "clip": name, "seed": seed, "loss": result.loss, "steps": result.steps},
+        "steps with a rescaling": 0 if clip is None else clip.steps,
+        "heads": {} if clip is None else clip.rescaled,
+        "incidents": [i.first.kind for i in result.incidents],
+    }
+    print(found, flush=True)
+    return found
+
+
 def main() -> None:
     """Runs the benchmark and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -51,26 +66,17 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows, figures = [], []
-    for rate, names in {"0.1": list(CLIPS), "1e-3": ["none", "QKClip()"]}.items():
-        for name in names:
-            for seed in args.seeds or ([0] if args.quick else [0, 1, 2]):
-                options = CLIPS[name]
-                clip = None if options is None else QKClip(**options)
-                result = run(rate, clip, seed)
-                heads = {} if clip is None else clip.rescaled
-                steps = 0 if clip is None else clip.steps
-                figures.append(
-                    {"rate": rate, "clip": name, "seed": seed, "loss": result.loss}
-                    | {"steps": result.steps, "rescaled steps": steps, "heads": heads}
-                    | {"incidents": [i.first.kind for i in result.incidents]}
-                )
-                incidents = ", ".join(figures[-1]["incidents"]) or "-"
-                rows.append(
-                    [rate, name, str(seed), f"{result.loss:.3f}", str(result.steps)]
-                    + [str(steps), str(sum(heads.values())), incidents]
-                )
-                print(rows[-1], flush=True)
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    names = {"0.1": list(CLIPS), "1e-3": ["none", "QKClip()"]}
+    figures = [figure(rate, n, seed) for rate, own in names.items() for n in own for seed in seeds]
+    rows = [
+        [
+            *(each["rate"], each["clip"], str(each["seed"]), f"{each['loss']:.3f}"),
+            *(str(each["steps"]), str(each["steps with a rescaling"])),
+            *(str(sum(each["heads"].values())), ", ".join(each["incidents"]) or "-"),
+        ]
+        for each in figures
+    ]
     columns = ["learning rate", "clip", "seed", "loss", "steps"]
     columns += ["steps with a rescaling", "heads rescaled", "incidents"]
     table = Table("QK-clip on a byte GPT", columns, rows)
