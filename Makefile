@@ -71,6 +71,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.log_doctor
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
+	$(BENCH) -m benchmarks.qk_clip
 	$(BENCH) -m benchmarks.false_alarms
 	$(BENCH) -m benchmarks.prediction
 

@@ -30,14 +30,19 @@ from benchmarks.overhead.suites import Suite
 from benchmarks.overhead.turns import Setting, take_turns
 from benchmarks.results import Spread, Table, add_options, folder_of, save
 from benchmarks.trainers import quiet_trainer
-from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor
+from lit_stability import AttentionProbe, CurvatureProbe, GradientMonitor, QKClip
 from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 
 PROBES: dict[str, Any] = {
     "AttentionProbe": lambda: [GradientMonitor(), AttentionProbe(every=1)],
     "CurvatureProbe": lambda: [GradientMonitor(), CurvatureProbe(every=1)],
+    "QKClip": lambda: [GradientMonitor(), QKClip(every=1)],
 }
-INTERVALS = {"AttentionProbe": AttentionProbe().every, "CurvatureProbe": CurvatureProbe().every}
+INTERVALS = {
+    "AttentionProbe": AttentionProbe().every,
+    "CurvatureProbe": CurvatureProbe().every,
+    "QKClip": QKClip().every,
+}
 PROBES_OF_CASE: dict[str, Any] = {
     "attention logits grow": lambda: [AttentionProbe()],
     "Adam's beta2 makes spikes": lambda: [CurvatureProbe(every=1)],

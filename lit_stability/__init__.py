@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.callbacks import PrecisionFallback as PrecisionFallback
     from lit_stability.callbacks import PreemptionCheckpoint as PreemptionCheckpoint
     from lit_stability.callbacks import Preflight as Preflight
+    from lit_stability.callbacks import QKClip as QKClip
     from lit_stability.callbacks import RankWatchdog as RankWatchdog
     from lit_stability.callbacks import StabilityCallback as StabilityCallback
     from lit_stability.callbacks import stability_callbacks as stability_callbacks
@@ -63,6 +64,7 @@ _HOME = {
     "PrecisionFallback": "callbacks",
     "PreemptionCheckpoint": "callbacks",
     "Preflight": "callbacks",
+    "QKClip": "callbacks",
     "RankWatchdog": "callbacks",
     "StabilityCallback": "callbacks",
     "StepStats": "measurement.step_stats",

@@ -12,6 +12,7 @@ from lit_stability.policies.clip_rules import (
     FixedClip,
     MeanSigmaClip,
     PercentileClip,
+    PerTensorClip,
     TieredClip,
     ZScoreClip,
 )
@@ -63,6 +64,8 @@ def expected(rule, norms):
 
 RULE = TieredClip(tiers=((1.5, 0.5, 0.5),), otherwise=0.25, lr_steps=3)
 
+PER_TENSOR = PerTensorClip(known_after=5, until_known=0.5)
+
 
 class WholeNorms(Callback):
     """Measured and clipped norm of the whole gradient; to stand behind the suite."""
@@ -82,15 +85,17 @@ class WholeNorms(Callback):
 def clipped_fits(root, name):
     """What a rank tells of a clean fit and one that is rolled back, under each strategy."""
     warnings.simplefilter("ignore")
-    return {
+    found = {
         (strategy, case): _fit(root / f"{strategy}-{case}", strategy, clean=case == "clean")
         for strategy in ("ddp", "fsdp2")
         for case in ("clean", "rolled back")
     }
+    found["fsdp2", "per tensor"] = _fit(root / "tensors", "fsdp2", clean=True, rule=PER_TENSOR)
+    return found
 
 
-def _fit(root, strategy, *, clean):
-    monitor, clipping, norms = GradientMonitor(), AdaptiveGradientClipping(rule=RULE), WholeNorms()
+def _fit(root, strategy, *, clean, rule=RULE):
+    monitor, clipping, norms = GradientMonitor(), AdaptiveGradientClipping(rule=rule), WholeNorms()
     fault = CorruptWeight(step=25, rank=1, parameter="net.0.weight")
     faults = [] if clean else [FaultInjector([fault])]
     suite = [*faults, monitor, clipping, AutoRollback(), norms]

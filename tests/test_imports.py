@@ -242,6 +242,7 @@ def test_public_names_are_frozen():
         "PrecisionFallback",
         "PreemptionCheckpoint",
         "Preflight",
+        "QKClip",
         "RankWatchdog",
         "StabilityCallback",
         "StepStats",

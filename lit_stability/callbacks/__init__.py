@@ -6,6 +6,7 @@ One optimizer step, with the hooks in place::
                                 AutoRollback records buffers and epoch metrics
                                 CurvatureProbe keeps the batch, if it measures this step
       training_step             AttentionProbe records attention kernels, if it measures this step
+                                QKClip measures each attention head
                                 AutoRollback goes on with a loss of 0 if it raises
       on_before_backward        GradientMonitor reads the loss (DDP: the ranks start to measure)
       backward
@@ -14,7 +15,7 @@ One optimizer step, with the hooks in place::
                                   on_healthy_step of every callback, in order, or
                                   on_incident     of every callback, in order
                                 AdaptiveGradientClipping clips the step, unless it is skipped
-      the Trainer's own clipping, update
+      the Trainer's own clipping, update; at its end QKClip rescales queries and keys
       lr_scheduler_step
     on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
                                 CrashPrediction learns from the accepted step, and may act on it
@@ -74,6 +75,7 @@ from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
 from lit_stability.callbacks.preemption_checkpoint import PreemptionCheckpoint
 from lit_stability.callbacks.preflight import Preflight
+from lit_stability.callbacks.qk_clip import QKClip
 from lit_stability.callbacks.rank_watchdog import RankWatchdog
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "PrecisionFallback",
     "PreemptionCheckpoint",
     "Preflight",
+    "QKClip",
     "RankWatchdog",
     "StabilityCallback",
     "stability_callbacks",

@@ -4,6 +4,7 @@ May import Lightning.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,14 @@ from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.outside import to_each
-from lit_stability.policies.clip_rules import ClipRule, CutsLearningRate, PercentileClip
-from lit_stability.trainer_internals import log_every, logger_step
-from lit_stability.training_state.gradient_clipping import clip_step
+from lit_stability.policies.clip_rules import (
+    ClipRule,
+    ClipsTensors,
+    CutsLearningRate,
+    PercentileClip,
+)
+from lit_stability.trainer_internals import adapter_of, log_every, logger_step
+from lit_stability.training_state.gradient_clipping import clip_step, clip_tensors
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.skipped_step import is_skipped
 
@@ -36,8 +42,9 @@ class AdaptiveGradientClipping(StabilityCallback):
     repairs it; that is the task of a responder such as `AutoRollback`. If the threshold is never
     reached, the run is bit-identical to one without this callback.
 
-    If `AutoRollback` has tightened the clip as well, the smaller threshold applies, and the
-    learning-rate factors of both multiply. ``Trainer(gradient_clip_val=...)`` clips afterwards.
+    A rule that is a `ClipsTensors` limits each tensor by itself, by norms that are on the host
+    already. If `AutoRollback` has tightened the clip as well, the smaller threshold applies, and
+    the learning-rate factors of both multiply. ``Trainer(gradient_clip_val=...)`` clips afterwards.
     What a rule has learnt is saved in checkpoints and in the snapshots that a rollback restores.
     Every optimizer has its own copy of the rule.
 
@@ -45,9 +52,11 @@ class AdaptiveGradientClipping(StabilityCallback):
 
     * ``stability/clip_threshold``: the norm that this step was clipped to, or would have been.
     * ``stability/clip_coefficient``: smallest factor that was applied to the measured gradients
-      since it was last logged, in (0, 1]; 1 if nothing was clipped.
+      since it was last logged, in (0, 1]; 1 if nothing was clipped. Of a rule that clips each
+      tensor by itself, the norm that was left over the norm that was measured.
 
-    Both are absent for a step whose norm is not finite. With several optimizers, the metrics of the
+    Both are absent for a step whose norm is not finite, the first also where a rule has no
+    threshold for the whole gradient. With several optimizers, the metrics of the
     second have the suffix ``_1``, and so on. The console reports when a rule lowers or restores the
     learning rate and, at the end of the fit, how many steps were clipped.
 
@@ -136,11 +145,32 @@ class AdaptiveGradientClipping(StabilityCallback):
         rule = self._rules[index]
         threshold = rule.threshold(stats.grad_norm)
         coefficient = clip_step(optimizer, stats, threshold)
+        clipped = stats.grad_norm > threshold
+        if isinstance(rule, ClipsTensors):
+            coefficient, tensors = self._clip_tensors(trainer, pl_module, optimizer, stats, rule)
+            clipped = clipped or tensors
         if index in self._cutting:
             factor = self._cutting[index].lr_factor(stats.grad_norm)
             self._scale(trainer, optimizer, factor, stats)
         rule.update(stats.grad_norm)
-        self._record(trainer, index, threshold, coefficient, clipped=stats.grad_norm > threshold)
+        self._record(trainer, index, threshold, coefficient, clipped=clipped)
+
+    @staticmethod
+    def _clip_tensors(
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        stats: StepStats,
+        rule: ClipsTensors,
+    ) -> tuple[float, bool]:
+        """Clips each tensor by itself; returns the factor on the norm, and if any was clipped."""
+        thresholds = rule.tensor_thresholds(stats.names)
+        parameters = dict(adapter_of(trainer).named_parameters(pl_module))
+        left = clip_tensors(optimizer, stats, parameters, thresholds)
+        rule.update_tensors(stats.names, left)
+        factor = math.hypot(*left) / stats.grad_norm if stats.grad_norm else 1.0
+        pairs = zip(stats.grad_norms, thresholds, strict=True)
+        return min(factor, 1.0), any(norm > limit for norm, limit in pairs)
 
     def _scale(
         self, trainer: Trainer, optimizer: Optimizer, factor: float, stats: StepStats | None = None
@@ -166,10 +196,9 @@ class AdaptiveGradientClipping(StabilityCallback):
         if self._count[index] % log_every(trainer):
             return
         suffix = f"_{index}" if index else ""
-        metrics = {
-            f"stability/clip_threshold{suffix}": threshold,
-            f"stability/clip_coefficient{suffix}": self._smallest.pop(index),
-        }
+        metrics = {f"stability/clip_coefficient{suffix}": self._smallest.pop(index)}
+        if threshold < math.inf:
+            metrics[f"stability/clip_threshold{suffix}"] = threshold
         step = logger_step(trainer)
         to_each(trainer.loggers, lambda logger: logger.log_metrics(metrics, step=step))
 

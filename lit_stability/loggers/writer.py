@@ -84,6 +84,7 @@ class StabilityWriter:
         metrics = {
             "/".join(filter(None, ("stability", r.quantity, r.where))): r.value
             for r in stats.readings
+            if r.logged
         }
         self._log_metrics(metrics, step)
 

@@ -12,15 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lit_stability.compat import CompiledCodeStaysCompiled
@@ -31,6 +26,7 @@ from lit_stability.measurement.attention_logits import (
     score_statistics,
 )
 from lit_stability.measurement.norms import DeviceReadings
+from lit_stability.measurement.running_modules import RunningModules
 from lit_stability.measurement.step_stats import ProbeReading
 
 LOGIT, ENTROPY = "attention_logit", "attention_entropy"
@@ -91,11 +87,8 @@ class AttentionMonitor(CompiledCodeStaysCompiled):  # type: ignore[no-untyped-ca
 
     def __init__(self, model: nn.Module, modules: str | Sequence[str] = "*") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._paths = {id(m): path for path, m in model.named_modules()}
         self._fitting = fitting(model, modules)
-        self._stack = [""]
-        self._thread = get_ident()
-        self._handles: list[Any] = []
+        self._modules = RunningModules(model)
         self._products: deque[tuple[int, int]] = deque(maxlen=_RECENT)
         self._measured: dict[str, list[Tensor]] = {}
         self._entered = False
@@ -104,24 +97,21 @@ class AttentionMonitor(CompiledCodeStaysCompiled):  # type: ignore[no-untyped-ca
 
     def __enter__(self) -> "AttentionMonitor":
         """Registers the module hooks and enters the dispatch mode."""
-        self._handles = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ]
+        self._modules.follow()
         self._entered = True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Ends the measurement, unless `stop` already has."""
-        self._unhook()
+        self._modules.stop()
         if self._entered:
             self._entered = False
             super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Ends the measurement; below another dispatch mode this one stays entered but is inert."""
-        self._unhook()
+        self._modules.stop()
         if self._entered and _get_current_dispatch_mode() is self:
             self.__exit__(None, None, None)
 
@@ -144,7 +134,7 @@ class AttentionMonitor(CompiledCodeStaysCompiled):  # type: ignore[no-untyped-ca
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
-        if self._handles and schema is not None:
+        if self._modules.followed and schema is not None:
             try:
                 self._inspect(schema, args, kwargs, out)
             except Exception as error:
@@ -165,7 +155,7 @@ class AttentionMonitor(CompiledCodeStaysCompiled):  # type: ignore[no-untyped-ca
             self._measure(inputs["query"], lambda: _scores_of(inputs))
 
     def _measure(self, tensor: Tensor, scores: Callable[[], Tensor]) -> None:
-        path = self._stack[-1]
+        path = self._modules.innermost
         if (
             path not in self._fitting
             or tensor.numel() == 0
@@ -176,23 +166,6 @@ class AttentionMonitor(CompiledCodeStaysCompiled):  # type: ignore[no-untyped-ca
             return
         with torch.no_grad():  # below autograd and autocast, which do not affect this code
             self._measured.setdefault(path, []).append(score_statistics(scores()))
-
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        if self._counts():
-            self._stack.append(self._paths.get(id(module), self._stack[-1]))
-
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._counts() and len(self._stack) > 1:
-            self._stack.pop()
-
-    def _counts(self) -> bool:
-        """Whether to handle a hook call; hooks also run in other threads and while compiling."""
-        return not torch.compiler.is_compiling() and get_ident() == self._thread
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 def fitting(model: nn.Module, modules: str | Sequence[str]) -> frozenset[str]:

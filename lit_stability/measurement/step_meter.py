@@ -163,14 +163,18 @@ class StepMeter:
         self._updated_weights = None
         self._write_sums: list[Tensor] = []
         self.scanned_at = None
+        self.weights_rescaled()
+        self._moments.forget()
+        self._moment_ratio.forget()
+        self._last_lr = self._last_nominal_lr = 0.0
+
+    def weights_rescaled(self) -> None:
+        """Forgets the last weights only: the next update, and moves, cannot be measured."""
         self._last_weights: Tensor | None = None
         self._last_square: Tensor | None = None
         self._scanned: tuple[int, Sequence[float], Sequence[float]] | None = None
         self._scanned_weights: Tensor | None = None
-        self._moments.forget()
         self._rounding.forget()
-        self._moment_ratio.forget()
-        self._last_lr = self._last_nominal_lr = 0.0
 
     @torch.no_grad()
     def measure(

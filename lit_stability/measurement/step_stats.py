@@ -5,7 +5,7 @@ Imports neither torch nor Lightning.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,10 @@ class ProbeReading:
     where: str
     """Name of the module or parameter; "" for the whole model."""
     value: float
+    largest: bool = False
+    """Whether the value of several ranks is the largest and not the mean."""
+    logged: bool = True
+    """Whether loggers get it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +146,8 @@ class StepStats:
     details: tuple[GradientDetail, ...] = field(default=(), repr=False)
     """Distribution per parameter; only on steps that request it."""
     readings: tuple[ProbeReading, ...] = ()
-    """Readings of the probes that ran on this step; with several ranks, the mean of each."""
+    """Readings of the probes that ran on this step; with several ranks, the mean of each, or
+    the largest."""
 
     @property
     def finite_gradients(self) -> bool:
@@ -172,14 +177,21 @@ class StepStats:
         return pairs[:count]
 
 
-def mean_readings(by_rank: Sequence[Sequence[ProbeReading]]) -> list[ProbeReading]:
-    """Returns the mean over the ranks of each quantity at each place.
+def merged_readings(by_rank: Sequence[Sequence[ProbeReading]]) -> list[ProbeReading]:
+    """Returns each quantity at each place as the mean over the ranks, or as the largest.
 
-    >>> mean_readings([[ProbeReading("a", "x", 1.0)], [ProbeReading("a", "x", 3.0)]])
-    [ProbeReading(quantity='a', where='x', value=2.0)]
+    >>> merged_readings([[ProbeReading("a", "x", 1.0)], [ProbeReading("a", "x", 3.0)]])[0].value
+    2.0
     """
-    values: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[ProbeReading]] = {}
     for readings in by_rank:
         for r in readings:
-            values.setdefault((r.quantity, r.where), []).append(r.value)
-    return [ProbeReading(*key, sum(found) / len(found)) for key, found in values.items()]
+            found.setdefault((r.quantity, r.where), []).append(r)
+    return [replace(own[0], value=_merged(own)) for own in found.values()]
+
+
+def _merged(readings: Sequence[ProbeReading]) -> float:
+    values = [r.value for r in readings]
+    if readings[0].largest:
+        return max(values, key=lambda x: math.inf if math.isnan(x) else x)
+    return sum(values) / len(values)

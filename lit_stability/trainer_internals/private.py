@@ -218,6 +218,9 @@ TORCH = (
     Private("_step_supports_amp_scaling", "the fused option of the groups"),
     Private("_to_copy", "the name of the operator, as text", ("diagnosis",)),
     Private("_values", "Tensor.coalesce().values()", ("diagnosis",)),
+    Private(
+        "_base", "parameters that are not views, of which a part is never found", ("measurement",)
+    ),
     Private("_version", "comparing copies", ("measurement", "trainer_internals", "training_state")),
     Private("torch.autograd.graph:_engine_run_backward", "torch.autograd.backward", ("diagnosis",)),
     Private("torch.distributed.fsdp._runtime_utils:_reshard", _FSDP1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -80,6 +80,39 @@ def clip_step(optimizer: Optimizer, stats: StepStats, max_norm: float) -> float:
         scale_gradients(parameters, wanted / before)
     _CLIPPED[optimizer] = (stats.step, wanted, min(smallest, max_norm))
     return wanted
+
+
+def clip_tensors(
+    optimizer: Optimizer,
+    stats: StepStats,
+    tensors: Mapping[str, Tensor],
+    max_norms: Sequence[float],
+) -> list[float]:
+    """Clips each gradient of the step that is about to be taken by itself, in place.
+
+    What was clipped before counts, and what is clipped later starts from the norm that is left.
+
+    Args:
+        optimizer: whose gradients to clip.
+        stats: of that step, as measured before anything was clipped.
+        tensors: the parameters by name, or what this rank has of them.
+        max_norms: largest norm that each gradient may keep, in the order of ``stats.names``.
+
+    Returns:
+        The norm of each gradient that is left.
+    """
+    step, before, smallest = _CLIPPED.get(optimizer, (None, 1.0, math.inf))
+    before, smallest = (before, smallest) if step == stats.step else (1.0, math.inf)
+    norms = [before * norm for norm in stats.grad_norms]
+    left = [min(pair) for pair in zip(norms, max_norms, strict=True)]
+    rows = zip(stats.names, norms, left, strict=True)
+    cut = [(tensors[name].grad, kept / norm) for name, norm, kept in rows if kept < norm]
+    grads = [(local(grad), factor) for grad, factor in cut if grad is not None]
+    if grads:
+        torch._foreach_mul_([grad for grad, _ in grads], [factor for _, factor in grads])
+        total = math.hypot(*left)
+        _CLIPPED[optimizer] = (stats.step, total / stats.grad_norm, min(smallest, total))
+    return left
 
 
 def clip_threshold(optimizer: Optimizer, stats: StepStats) -> float | None:

@@ -1,6 +1,7 @@
 """Clipping by a rule beside a rollback, a restart, other precisions and other ranks."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -182,6 +183,17 @@ def test_ranks_clip_the_norm_of_all_to_the_same(strategy, ranks):
     assert one["state"] == other["state"]
     assert one["clipped"] == pytest.approx(expected(RULE, one["measured"]), rel=1e-4)
     assert min(one["clipped"]) < 0.5 * max(one["measured"])
+
+
+def test_ranks_limit_each_tensor_by_its_norm_on_all_of_them(ranks):
+    """Under FSDP2 each has a part of the tensor, and one has no part of the smallest."""
+    one, other = (rank["fsdp2", "per tensor"] for rank in ranks)
+    assert torch.equal(one["weights"], other["weights"])
+    assert one["state"] == other["state"]
+    averages = list(one["state"]["0"]["state"]["norms"].values())
+    limit = 1.05 * 1.001**30 * math.hypot(*averages)
+    assert max(one["clipped"][:5]) == pytest.approx(0.5, rel=1e-4)
+    assert max(one["clipped"][5:]) <= limit < 0.7 * max(one["measured"][5:])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -15,6 +15,7 @@ from lit_stability.policies.clip_rules import (
     FixedClip,
     MeanSigmaClip,
     PercentileClip,
+    PerTensorClip,
     TieredClip,
     ZScoreClip,
 )
@@ -286,3 +287,59 @@ def test_options_are_frozen(name):
 def test_option_out_of_range_is_refused_with_its_value(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+def feed_tensors(rule, steps):
+    """The limits before each step, whose clipped norms are then learnt."""
+    limits = []
+    for norms in steps:
+        limits.append(dict(zip(norms, rule.tensor_thresholds(list(norms)), strict=True)))
+        rule.update_tensors(list(norms), [min(n, limits[-1][k]) for k, n in norms.items()])
+        rule.update(1.0)
+    return limits
+
+
+def test_tensor_is_limited_by_its_own_average_and_a_held_spike_hardly_raises_it():
+    rule = PerTensorClip(known_after=10)
+    usual = {"a": 1.0, "b": 0.01}
+    limits = feed_tensors(rule, [usual] * 10 + [{"a": 1e6, "b": 0.01}] * 20 + [usual])
+    assert limits[9] == {"a": INF, "b": INF}
+    assert limits[10] == {"a": 1.05, "b": pytest.approx(0.0105)}
+    assert limits[30]["a"] == pytest.approx(1.05 * 1.001**20)
+    assert limits[30]["b"] == limits[10]["b"], "the other tensor is as it was"
+
+
+def test_whole_gradient_is_clipped_until_tensors_are_known():
+    rule = PerTensorClip(known_after=3, until_known=2.0)
+    assert feed(rule, [9.0, NAN, 9.0, 9.0, 9.0]) == [2.0, 2.0, 2.0, 2.0, INF]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, 0.0, 1e200])
+def test_norm_that_is_zero_or_not_finite_teaches_a_tensor_nothing(bad):
+    """A zero among the first norms would stop a tensor for ever."""
+    rule, twin = PerTensorClip(known_after=3), PerTensorClip(known_after=3)
+    rule.update_tensors(["a"], [bad])
+    for each in (rule, twin):
+        feed_tensors(each, [{"a": 2.0}] * 5)
+    rule.update_tensors(["a"], [bad])
+    assert rule.tensor_thresholds(["a"]) == twin.tensor_thresholds(["a"])
+
+
+def test_tensor_that_comes_later_has_first_steps_of_its_own_and_state_is_kept():
+    rule = PerTensorClip(known_after=3)
+    feed_tensors(rule, [{"a": 2.0}] * 5 + [{"a": 2.0, "late": 7.0}] * 2)
+    copied = PerTensorClip(known_after=3)
+    copied.load_state_dict(copy.deepcopy(rule.state_dict()))
+    for each in (rule, copied):
+        limits = feed_tensors(each, [{"late": 7.0}] * 2)
+        assert limits == [{"late": INF}, {"late": pytest.approx(7.35)}]
+    assert copied.state_dict() == rule.state_dict()
+
+
+@pytest.mark.parametrize(
+    "option", [{"ratio": 1.0}, {"decay": 1.0}, {"until_known": 0.0}, {"known_after": 0}]
+)
+def test_wrong_option_of_per_tensor_clip_is_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        PerTensorClip(**option)

@@ -495,6 +495,14 @@ class GradientMonitor(StabilityCallback):
         for meter in self._meters.values():
             meter.forget()
 
+    def weights_rescaled(self) -> None:
+        """Forgets the last weights; to be called when a callback rescales some in an update.
+
+        The change is then not measured as one that the optimizer made.
+        """
+        if self._measurer is not None:
+            self._measurer.weights_rescaled()
+
     def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replaces the meters: weights and optimizer state may be other tensors now."""
         if self._measurer is not None:

@@ -16,7 +16,7 @@ from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.distributed_step_meter import DistributedStepMeter
 from lit_stability.measurement.norms import DeviceReadings
 from lit_stability.measurement.step_meter import StepMeter
-from lit_stability.measurement.step_stats import ProbeReading, StepStats, mean_readings
+from lit_stability.measurement.step_stats import ProbeReading, StepStats, merged_readings
 from lit_stability.measurement.watched_buffers import WatchedBuffers
 from lit_stability.trainer_internals import (
     MeasuredClipping,
@@ -89,6 +89,11 @@ class StepMeasurer:
         """Measures writes to the weights outside of optimizer steps from now on."""
         for meter in self.meters.values():
             meter.watches_writes = True
+
+    def weights_rescaled(self) -> None:
+        """Forgets the last weights: a callback has rescaled some as a part of the update."""
+        for meter in self.meters.values():
+            meter.weights_rescaled()
 
     def close(self) -> None:
         """Removes the hooks from the optimizers, and leaves the clipping to Lightning."""
@@ -229,7 +234,7 @@ class StepMeasurer:
     def _readings(
         self, answers: Sequence[ProbeAnswer], also: Sequence[float]
     ) -> list[ProbeReading]:
-        """Returns what probes measured, as means over the ranks; all ranks call it alike."""
+        """Returns what probes measured, as one over all ranks; all ranks call it alike."""
         if all(each is None for each in answers):
             return []
         own: list[ProbeReading] = []
@@ -239,7 +244,7 @@ class StepMeasurer:
                 own, also = [*own, *each.read(also[:count])], also[count:]
             else:
                 own += each or []
-        return own if self._ranks is None else mean_readings(self._ranks.gather(own))
+        return own if self._ranks is None else merged_readings(self._ranks.gather(own))
 
     def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:
         if self.meters[index].stale:

@@ -1,6 +1,6 @@
 """The interface of clipping rules. Imports neither torch nor Lightning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 _LARGEST = 1e100
@@ -45,6 +45,26 @@ class CutsLearningRate(Protocol):
 
         Args:
             grad_norm: norm of the coming step; 0 for the factor that holds for any norm.
+        """
+
+
+@runtime_checkable
+class ClipsTensors(Protocol):
+    """A rule that also limits each tensor by itself, after the whole gradient was clipped."""
+
+    def tensor_thresholds(self, names: Sequence[str]) -> Sequence[float]:
+        """Returns the largest norm of each tensor's gradient, Inf for no limit.
+
+        Args:
+            names: the parameters that have a gradient.
+        """
+
+    def update_tensors(self, names: Sequence[str], norms: Sequence[float]) -> None:
+        """Learns from an accepted step.
+
+        Args:
+            names: the parameters that have a gradient.
+            norms: norm of each one's gradient after all clipping; finite.
         """
 
 
