@@ -76,6 +76,15 @@ def test_resume_after_an_exception_ends_like_the_uninterrupted_run(tmp_path, sha
     assert any("the data continue with the next batch" in line for line in after[0]["log"])
 
 
+@SHARDED_LONG
+def test_short_fit_leaves_a_trained_checkpoint_from_which_it_goes_on_exactly(tmp_path, sharded):
+    straight = fitted(tmp_path / "straight", sharded, good={"every_n_steps": 500})
+    fitted(tmp_path / "run", sharded, steps=35, good={"every_n_steps": 500})
+    assert steps(tmp_path / "run")[-1] == 20
+
+    assert_equal(straight, resumed(tmp_path / "run", sharded, good={"every_n_steps": 500}))
+
+
 @SHARDED
 def test_resume_after_one_rank_was_killed_ends_like_the_uninterrupted_run(tmp_path, sharded):
     straight = fitted(tmp_path / "straight", sharded)
