@@ -200,7 +200,8 @@ class OptimizerState:
     """Flags a non-finite momentum, and a second moment that changed by more than it can.
 
     ``v_t = b v_(t-1) + (1 - b) g^2`` can never be below ``b v_(t-1)`` (Kingma & Ba 2015,
-    Algorithm 1), and its sum never above ``b sum(v_(t-1)) + (1 - b) |g|^2``. A sampled sum below
+    Algorithm 1), and its sum never above ``b sum(v_(t-1)) + (1 - b) |g|^2``; so it is with RMSprop
+    and Adadelta, and with Adagrad, where both factors are 1. A sampled sum below
     ``share`` of the first, above ``excess`` times the second, or a non-finite one, was damaged from
     outside. The bounds are exact: on an undamaged optimizer there is no false alarm.
 

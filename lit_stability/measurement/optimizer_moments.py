@@ -23,8 +23,11 @@ _Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 _BLOCKS = 2
 """Sampled blocks per moment; few, because relevant damage affects the whole tensor."""
-_KEYS = ("exp_avg", "momentum_buffer", "exp_avg_sq")
-"""Keys of moments in the state of an optimizer."""
+_FIRST = ("exp_avg", "momentum_buffer")
+_SECOND = ("exp_avg_sq", "square_avg", "sum")
+"""Keys of moments in the state of an optimizer: of Adam and its kin, of RMSprop and Adadelta, and
+of Adagrad."""
+_KEYS = (*_FIRST, *_SECOND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,14 @@ class OptimizerMoments:
         self._first_at = self._second_at = np.empty(0, dtype=int)
         """Positions of the first moments among the sums, in the order of ``_first``."""
         self._decay: _Numbers = np.empty(0)
+        self._gain: _Numbers = np.empty(0)
+        """By what a square is multiplied that is added to a second moment."""
         self.decays: dict[str, float] = {}
-        """Decay of the second moment, by parameter; only of parameters that have one."""
+        """Decay of the second moment of Adam, by parameter; only of parameters that have one."""
         self._last: _Numbers | None = None
         self._last_sums: Tensor | None = None
         self._decays_on_device: Tensor | None = None
+        self._gains_on_device: Tensor | None = None
         self._first_names: Tensor | None = None
         self._second_names: Tensor | None = None
         """Place among the names of each parameter with a moment; None if all have one."""
@@ -105,22 +111,25 @@ class OptimizerMoments:
         self._known = found
         first: dict[str, Tensor] = {}
         second: dict[str, Tensor] = {}
+        kinds: dict[str, str] = {}
         for name, parameter in zip(self._names, self._parameters, strict=True):
             state = self._optimizer.state.get(parameter) or {}
-            momentum = state.get("exp_avg", state.get("momentum_buffer"))
+            momentum = next((state[key] for key in _FIRST if state.get(key) is not None), None)
             # The momentum of sparse gradients may be sparse, without memory to sample from.
             if momentum is not None and momentum.layout is torch.strided:
                 first[name] = momentum
-            if "exp_avg_sq" in state:
-                second[name] = state["exp_avg_sq"]
+            kind = next((key for key in _SECOND if isinstance(state.get(key), Tensor)), None)
+            if kind is not None and state[kind].layout is torch.strided:
+                second[name], kinds[name] = state[kind], kind
         tensors = [*first.values(), *second.values()]
         self._samples = WeightSampler(tensors, _BLOCKS) if tensors else None
         self._first, self._second = list(first), list(second)
         positions = np.array([] if self._samples is None else self._samples.positions, dtype=int)
         self._first_at, self._second_at = positions[: len(first)], positions[len(first) :]
-        decay = self._decays()
-        self.decays = {name: decay[name] for name in second}
-        self._decay = np.array([*self.decays.values()])
+        rates = self._rates(kinds)
+        self.decays = {n: rates[n][0] for n, kind in kinds.items() if kind == "exp_avg_sq"}
+        self._decay = np.array([rates[name][0] for name in second])
+        self._gain = np.array([rates[name][1] for name in second])
         self._decays_on_device = self._first_names = None
         self._last = self._last_sums = None
 
@@ -133,7 +142,8 @@ class OptimizerMoments:
         if last is None or len(last) != len(second):
             return MomentStats(bad)
         with np.errstate(all="ignore"):
-            # v_t = b v_(t-1) + (1 - b) g^2 >= b v_(t-1) (Kingma & Ba 2015, Algorithm 1).
+            # v_t = b v_(t-1) + c g^2 >= b v_(t-1): c is 1 - b (Kingma & Ba 2015, Algorithm 1), or
+            # b = c = 1 (Duchi et al. 2011).
             floors = self._decay * last
             ratios = second / floors
             ratios[~np.isfinite(second)] = math.nan
@@ -149,7 +159,7 @@ class OptimizerMoments:
         """Returns the largest ratio to the upper bound, with its parameter."""
         # The sample of a tensor has no larger sum of squares than the whole.
         norms = np.array([self._gradients.get(name, math.nan) for name in self._second])
-        bounds = floors + (1 - self._decay) * norms * norms
+        bounds = floors + self._gain * norms * norms
         ratios = second / bounds
         ratios[~((bounds > 0) & (bounds < math.inf))] = -1.0
         most = int(ratios.argmax())
@@ -177,6 +187,7 @@ class OptimizerMoments:
         if last is not None and len(second):
             if self._decays_on_device is None:
                 self._decays_on_device = last.new_tensor(self._decay.tolist())
+                self._gains_on_device = last.new_tensor(self._gain.tolist())
                 self._second_names = self._indices(self._second, device)
             floor = last * self._decays_on_device
             ratio = torch.where(torch.isfinite(second), second / floor, math.nan)
@@ -184,8 +195,9 @@ class OptimizerMoments:
             row[1], least = torch.where(floor > 0, ratio, math.inf).min(dim=0)
             row[2] = least if self._second_names is None else self._second_names[least]
             gradients = self._gradients_on_device
-            if gradients is not None and self._second_names is None:
-                added = (1 - self._decays_on_device) * gradients.to(floor).square()
+            gains = self._gains_on_device
+            if gradients is not None and self._second_names is None and gains is not None:
+                added = gains * gradients.to(floor).square()
                 growth = torch.where(floor + added > 0, second / (floor + added), 0.0)
                 row[3], row[4] = growth.nan_to_num(0.0).max(dim=0)
         return row
@@ -213,10 +225,26 @@ class OptimizerMoments:
         places = {name: i for i, name in enumerate(self._names)}
         return torch.tensor([places[name] for name in names], device=device)
 
-    def _decays(self) -> dict[str, float]:
-        by_id = {
-            id(p): float(group["betas"][1]) if "betas" in group else 0.0
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-        }
-        return {n: by_id[id(p)] for n, p in zip(self._names, self._parameters, strict=True)}
+    def _rates(self, kinds: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+        """Returns decay and gain of the second moment of each parameter that has one."""
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        pairs = zip(self._names, self._parameters, strict=True)
+        return {n: _rates_of(kinds[n], groups[id(p)]) for n, p in pairs if n in kinds}
+
+
+def _rates_of(kind: str, group: Mapping[str, Any]) -> tuple[float, float]:
+    """Returns decay and gain of a second moment; if they are not known, any change is possible.
+
+    >>> _rates_of("exp_avg_sq", {"betas": (0.9, 0.75)}), _rates_of("square_avg", {"alpha": 0.5})
+    ((0.75, 0.25), (0.5, 0.5))
+    >>> _rates_of("sum", {"lr_decay": 0.0}), _rates_of("exp_avg_sq", {"decay_rate": -0.8})
+    ((1.0, 1.0), (0.0, inf))
+    """
+    if kind == "sum" and "lr_decay" in group:
+        return 1.0, 1.0
+    decay = None
+    if kind == "square_avg":
+        decay = group.get("alpha", group.get("rho"))
+    elif kind == "exp_avg_sq" and "betas" in group:
+        decay = group["betas"][1]
+    return (0.0, math.inf) if decay is None else (float(decay), 1.0 - float(decay))
