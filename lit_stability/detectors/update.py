@@ -109,6 +109,13 @@ class UpdateSpike(_RatioWindow):
         above = math.log(moved / expected) if expected > 0 else math.inf
         if above <= self.sigmas * self.window.sigma:
             return None
+        message = "the last update made weights non-finite"
+        if math.isfinite(moved):
+            times = moved / expected if expected > 0 else math.inf
+            message = (
+                f"the last update moved the weights by {moved:.2g} of their norm, "
+                f"{times:.0f} times what its learning rate and gradient explain"
+            )
         return Anomaly(
             kind="update spike",
             step=stats.step,
@@ -120,8 +127,7 @@ class UpdateSpike(_RatioWindow):
             state_corrupted=True,
             replay_first=True,
             since=max(0, stats.step - 1),
-            message=f"the last update moved the weights by {moved:.2g} of their norm, "
-            f"{moved / expected:.0f} times what its learning rate and gradient explain",
+            message=message,
         )
 
 

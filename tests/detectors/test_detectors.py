@@ -159,6 +159,8 @@ def test_update_spike_marks_the_state_as_corrupted():
     assert found.state_corrupted
     assert (found.value, found.baseline) == (0.2, pytest.approx(4e-3))
     assert "50 times" in found.message
+    damaged = detector.check(stats(30, update_ratio=NAN, update_learning_rate=0.1))
+    assert damaged.message == "the last update made weights non-finite"
 
 
 def test_update_that_follows_its_gradient_is_no_spike_and_one_that_does_not_is():
