@@ -131,13 +131,17 @@ def test_ctrl_c_exits_with_130_saves_and_prints_the_command_that_goes_on(cwd):  
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
     )
     deadline = time.monotonic() + 120
     while not [*Path("runs/x").glob("good/*.ckpt")] and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(2.0)  # some hundred steps
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    try:
+        _, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, error
     assert error.rstrip().endswith("interrupted; go on with: lit-stability resume runs/x")
     assert json.loads(Path("runs/x/outcome.json").read_text())["ends"] == "interrupted"
