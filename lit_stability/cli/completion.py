@@ -14,13 +14,13 @@ _INSTALL = {
     "tcsh": "lit-stability completion tcsh | source /dev/stdin  # in ~/.tcshrc",
 }
 _CONFIGS = {
-    "bash": "_lit_stability_configs",
+    "bash": "lit_stability_configs",
     "zsh": "_files -W '(. configs)' -g '*.yaml'",
     "tcsh": "f:*.yaml",
 }
 _PREAMBLE = {
     "bash": """\
-_lit_stability_configs() {
+lit_stability_configs() {
   compgen -f -X '!*.yaml' -- "$1"
   compgen -d -- "$1"
   (cd configs 2>/dev/null && compgen -f -X '!*.yaml' -- "$1" | sed 's/\\.yaml$//')

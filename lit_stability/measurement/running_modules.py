@@ -22,7 +22,7 @@ class RunningModules:
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> running, seen = RunningModules(model), []
     >>> running.follow()
-    >>> handle = model[0].register_forward_hook(lambda *_: seen.append(running.innermost))
+    >>> handle = model[0].register_forward_pre_hook(lambda *_: seen.append(running.innermost))
     >>> _ = model(torch.zeros(1, 2)); running.stop(); handle.remove(); seen
     ['0']
     """

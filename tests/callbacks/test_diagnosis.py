@@ -139,7 +139,7 @@ def test_certain_architectural_cause_ends_the_fit_with_its_diagnosis(warn_only, 
 
 def test_certain_architectural_cause_is_only_reported_where_no_stop_is_wanted(tmp_path):
     finds = Finds("attention collapse", 30, warn_only=True)
-    callbacks = [GradientMonitor(detectors=[finds]), *suite(stop=False)[1:]]
+    callbacks = [GradientMonitor(detectors=[finds]), *suite(stop_on_certain_cause=False)[1:]]
     _, trainer = fit(tmp_path, callbacks, max_steps=50)
     assert trainer.global_step == 50
     (incident,) = callbacks[0].incidents

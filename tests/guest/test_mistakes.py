@@ -68,12 +68,12 @@ def test_module_without_an_optimizer_is_rejected_because_nothing_is_trained(tmp_
 
 
 @pytest.mark.parametrize("kind", [GradientMonitor, AutoRollback])
-def test_stateful_callback_given_twice_is_refused_by_lightning(kind, tmp_path):
-    with pytest.raises(RuntimeError, match=f"stateful callback of type `{kind.__name__}`"):
+def test_callback_given_twice_is_refused_when_the_trainer_is_created(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"callbacks have {kind.__name__} twice; stability_callb"):
         make_trainer(tmp_path, [GradientMonitor(), kind(), kind()])
 
 
-def test_stateless_callback_given_twice_is_refused_by_us(tmp_path):
+def test_callback_derived_from_ours_and_given_twice_is_refused_in_the_fit(tmp_path):
     class Untitled(Diagnosis):
         """Of a class of its own, so that Lightning sees nothing in it."""
 

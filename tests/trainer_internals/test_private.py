@@ -25,7 +25,15 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 LISTS_THEM = "trainer_internals/private.py"
 
 STANDARD_LIBRARY = {
-    *("_SubParsersAction", "_getframe", "_fields", "_is_protocol", "_current_frames", "_exit"),
+    *(
+        "_SubParsersAction",
+        "_actions",
+        "_getframe",
+        "_fields",
+        "_is_protocol",
+        "_current_frames",
+        "_exit",
+    ),
     "_thread:start_new_thread",
 }
 OURS = {
