@@ -256,7 +256,7 @@ def test_tuner_with_the_suite_leaves_no_file(tune, tmp_path):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.long)])
 @pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS)
 def test_finder_beside_the_suite_finds_what_it_finds_without_it(finder, order, tmp_path):
     def nothing(trainer, module):

@@ -85,7 +85,7 @@ def test_short_fit_leaves_a_trained_checkpoint_from_which_it_goes_on_exactly(tmp
     assert_equal(straight, resumed(tmp_path / "run", sharded, good={"every_n_steps": 500}))
 
 
-@SHARDED
+@SHARDED_LONG
 def test_resume_after_one_rank_was_killed_ends_like_the_uninterrupted_run(tmp_path, sharded):
     straight = fitted(tmp_path / "straight", sharded)
     killed(tmp_path / "run", sharded, 26, who=(1,))
@@ -93,7 +93,7 @@ def test_resume_after_one_rank_was_killed_ends_like_the_uninterrupted_run(tmp_pa
     assert_equal(straight, resumed(tmp_path / "run", sharded))
 
 
-@SHARDED
+@SHARDED_LONG
 def test_resume_after_a_signal_to_one_rank_ends_like_the_uninterrupted_run(tmp_path, sharded):
     straight = fitted(tmp_path / "straight", sharded)
     first = run(tmp_path / "run", cases.preempted, sharded, {"good": {"every_n_steps": 30}})

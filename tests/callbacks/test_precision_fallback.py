@@ -45,7 +45,15 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("name", DYING)
+LONG = (
+    "half-precision weights, learning rate 3e-4",
+    "half-precision squared error, targets x2000",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in DYING]
+)
 def test_run_that_dies_of_its_precision_reaches_the_loss_of_its_fp32_twin(name, tmp_path):
     """S9: within 5 %; unprotected it is NaN, far behind, or has no loss to see."""
     module, loader, options, done = DYING[name]

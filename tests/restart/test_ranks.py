@@ -46,9 +46,8 @@ def records(folder):
     return sorted(folder.glob("recovery-*/attempt=*/*.json"))
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)], ids=["ddp", "fsdp2"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_killed_rank_is_restarted_and_the_run_ends_like_the_uninterrupted_one(tmp_path, strategy):
     straight, code, text = recovered(tmp_path / "straight", "none", strategy)
     assert code == 0, text

@@ -57,6 +57,7 @@ def tab(browser, live):
     assert [c for c in tab.complaints if "Three.js" not in c] == []
 
 
+@pytest.mark.long
 def test_incident_of_the_main_job_is_shown(tab):
     tab.open("&p.stability.run=main")
     cells = tab.text(".incidents tbody tr").split("\t")
