@@ -20,11 +20,13 @@ def in_earlier_state(
 
     Args:
         trainer: at the end of its fit.
-        earlier: the state to restore, in which the optimizers had the same groups as now.
+        earlier: the state to restore, from before a batch was fetched, in which the optimizers had
+            the same groups as now.
         present: captured just now.
     """
     loop = trainer.fit_loop.epoch_loop
     loops, logged_steps = LoopState(trainer), loop._batches_that_stepped
+    at_end_of_epoch = loop.batch_progress.is_last_batch
     weights = list(trainer.lightning_module.parameters())
     gradients = [weight.grad for weight in weights]
     for weight in weights:
@@ -33,10 +35,12 @@ def in_earlier_state(
         loop._batches_that_stepped -= trainer.global_step - earlier.step
         earlier.restore(trainer, replay=False)
         earlier.loops.restore_at_fetch(trainer)
+        loop.batch_progress.is_last_batch = False
         yield
     finally:
         present.restore(trainer, replay=False)
         loops.restore_at_fetch(trainer)
         loop._batches_that_stepped = logged_steps
+        loop.batch_progress.is_last_batch = at_end_of_epoch
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient

@@ -53,6 +53,7 @@ class FailsInStep(Regression):
 
 ENDS = {
     "finished": ([], Regression, {"max_steps": END}),
+    "finished with an epoch": ([], Regression, {"max_steps": -1, "max_epochs": 4}),
     "stopped early": ([Stops], Regression, {}),
     "Ctrl-C": ([lambda: EndsAt("on_train_batch_start", KeyboardInterrupt)], Regression, {}),
     "exception after backward": ([lambda: EndsAt("on_after_backward")], Regression, {}),
@@ -64,6 +65,7 @@ DATA = {
     "shuffled epochs of 11 batches": lambda: DataLoader(
         regression_data(batches=11).dataset, 16, shuffle=True
     ),
+    "epochs of one batch": lambda: regression_data(batches=1),
     "a generator of its own": lambda: DataLoader(
         regression_data(batches=25).dataset,
         16,
@@ -96,6 +98,8 @@ def differences(a, b):
     ("end", "data"),
     [
         ("finished", "shuffled epochs of 11 batches"),
+        ("finished with an epoch", "shuffled epochs of 11 batches"),
+        ("exception after backward", "epochs of one batch"),
         ("stopped early", "a generator of its own"),
         ("Ctrl-C", "one epoch"),
         ("exception after backward", "shuffled epochs of 11 batches"),
