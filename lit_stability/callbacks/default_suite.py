@@ -119,10 +119,15 @@ def stability_callbacks(
         _check_observers(given)
         given |= {name: False for name in given if name not in _OBSERVERS}
         given["diagnosis"] = _with(given["diagnosis"], "stop_on_certain_cause", False)
-    if directory is not None:
-        given["monitor"] = _with(monitor, "directory", directory)
     if monitor is False:
         raise ValueError("monitor=False: the other callbacks need a GradientMonitor")
+    if directory is not None:
+        if isinstance(monitor, Callback):
+            raise ValueError(
+                f"directory={str(directory)!r} and monitor= were both given: write "
+                f"monitor=GradientMonitor(directory={str(directory)!r})"
+            )
+        given["monitor"] = _with(monitor, "directory", directory)
     suite = [_made(name, options) for name, options in given.items() if options is not False]
     if alerts is None:
         return suite
@@ -149,7 +154,7 @@ def _check_observers(given: Mapping[str, Options]) -> None:
 
 
 def _with(options: Options, key: str, value: Any) -> Options:
-    """Returns options with one more, unless they are a callback or have it."""
+    """Returns options with one more, unless they have it, or are a callback or False."""
     if isinstance(options, Callback) or options is False:
         return options
     return {key: value, **(options or {})}

@@ -70,8 +70,8 @@ unpack it, as in Trainer(callbacks=[*stability_callbacks(), ...])
 def _being_created() -> Trainer | None:
     frame = sys._getframe(1)
     for _ in range(_FRAMES):
-        owner = frame.f_locals.get("self")
-        trainer = getattr(owner, "trainer", None) if owner is not None else None
+        # Not by getattr: `trainer` of a user's object may be a property that raises.
+        trainer = getattr(frame.f_locals.get("self"), "__dict__", {}).get("trainer")
         if isinstance(trainer, Trainer):
             return trainer
         if frame.f_back is None:

@@ -5,7 +5,6 @@ May import the configuration; torch and Lightning are imported only when a run h
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import traceback
@@ -18,6 +17,7 @@ from lit_stability.cli.config import resolve
 from lit_stability.cli.experiments.judgement import judge
 from lit_stability.cli.experiments.outcome import Outcome
 from lit_stability.cli.experiments.running import expectation_of
+from lit_stability.cli.run_folders import is_first_process
 from lit_stability.errors import ConfigError
 from lit_stability.printing import printable
 
@@ -49,14 +49,14 @@ def run_to_end(config: DictConfig, run: Callable[[], object], *, strict: bool) -
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_ctrl_c(error):
             raise
-        if _is_first_rank():
+        if is_first_process():
             print(printable(f"interrupted; {how_to_go_on(folder)}"), file=sys.stderr)
         return INTERRUPTED
     except Exception:
         if not strict:
             raise
         traceback.print_exc()
-    if not strict or not _is_first_rank():
+    if not strict or not is_first_process():
         return 0
     outcome = Outcome.read(folder)
     expect = expectation_of(str(plain["experiment"]), plain)
@@ -79,7 +79,3 @@ def how_to_go_on(run: Path) -> str:
 def _is_ctrl_c(error: BaseException) -> bool:
     """Returns whether Ctrl-C ended the run; Lightning makes a SystemExit of it."""
     return any(isinstance(each, KeyboardInterrupt) for each in (error, error.__context__))
-
-
-def _is_first_rank() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

@@ -26,7 +26,7 @@ from lit_stability.cli.ending import INTERRUPTED, run_to_end
 from lit_stability.cli.experiments.command import add_experiments
 from lit_stability.cli.incidents import add_incidents
 from lit_stability.cli.ranges import add_ranges
-from lit_stability.cli.run_folders import choose_run_dir, is_run, newest_run
+from lit_stability.cli.run_folders import choose_run_dir, is_first_process, is_run, newest_run
 from lit_stability.cli.signature import is_signed
 from lit_stability.cli.sweep import is_sweep, run_sweep
 from lit_stability.cli.targets import add_allow
@@ -334,7 +334,7 @@ def _resume(args: argparse.Namespace) -> int:
     ending = "" if end is None else f"; the run {end.in_words()}"
     kind = "preemption" if PREEMPTED in checkpoint.parts[-3:] else "good"
     line = f"resuming from the {kind} checkpoint of step {step_of(checkpoint)}{ending}"
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(printable(line))
     from lit_stability.cli.fit import fit
 

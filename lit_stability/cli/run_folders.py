@@ -52,7 +52,8 @@ def choose_run_dir(
     elif unset:
         config.run_dir = f"{RUN_DIR}/{_name(_run_dir(config))}"
     folder = _run_dir(config)
-    if _starts_the_run() and not (overwrite or resume) and is_run(folder):
+    starts = is_first_process() and not _is_restarted()  # others find the folder of the run
+    if starts and not (overwrite or resume) and is_run(folder):
         raise ConfigError(
             f"{folder}: has an earlier run, and two runs must not mix; add --resume last to "
             "continue it, --overwrite to replace it, or --name for another folder"
@@ -136,7 +137,7 @@ def _is_restarted() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in restarts)
 
 
-def _starts_the_run() -> bool:
-    """Returns whether this is the first process of a run: later ones find its folder."""
+def is_first_process() -> bool:
+    """Returns whether this is the first of the processes that train together."""
     ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return not _is_restarted() and all(os.environ.get(name, "0") == "0" for name in ranks)
+    return all(os.environ.get(name, "0") == "0" for name in ranks)

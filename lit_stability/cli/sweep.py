@@ -138,7 +138,7 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if given:
             raise ConfigError(f"{option}: goes with one run; give each key one value")
-    if {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         raise ConfigError(
             "several values: a sweep starts its runs one after another, which several processes "
             "cannot; run each value with its own torchrun or srun"

@@ -51,6 +51,10 @@ def test_options_are_given_by_callback():
         ({"mode": "watch"}, "mode must be 'protect' or 'observe', got 'watch'"),
         ({"mode": "observe", "rollback": {}}, None),
         ({"mode": "observe", "rollback": {"snapshot_every": 3}}, "has no AutoRollback: leave it"),
+        (
+            {"monitor": GradientMonitor(), "directory": "runs"},
+            r"write monitor=GradientMonitor\(directory='runs'\)",
+        ),
         ({"monitor": False}, "the other callbacks need a GradientMonitor"),
     ],
 )
@@ -93,6 +97,18 @@ def test_directory_gets_a_folder_for_each_run(tmp_path):
         (tmp_path / "elsewhere").rglob("*.ckpt")
     )
     assert runs[1] in find_last_good(records).parents
+
+
+def test_trainer_that_an_object_with_a_raising_property_creates_is_left_as_it_is():
+    class Study:
+        @property
+        def trainer(self):
+            raise RuntimeError("there is none yet")
+
+        def create(self):
+            return Trainer(callbacks=[GradientMonitor()], **QUIET)
+
+    assert names(Study().create().callbacks)[0] == "GradientMonitor"
 
 
 @pytest.mark.parametrize(

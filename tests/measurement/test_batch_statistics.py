@@ -36,6 +36,8 @@ USUAL = {
     "copies": lambda: torch.randint(0, 30, (16, 1)).expand(16, 8).float(),
     "images": lambda: torch.randint(0, 255, (8, 3, 8, 8), dtype=torch.uint8),
     "by name": lambda: {"x": torch.randn(16, 4), "y": torch.randint(0, 3, (16,))},
+    "many labels": lambda: torch.randint(0, 50_000, (200_000,)),
+    "many samples": lambda: torch.randint(0, 300, (2_000, 8)),
     "few samples": lambda: torch.randint(0, 2, (2, 3)),
 }
 

@@ -447,9 +447,10 @@ class RollbackEngine:
 
         Also returned is the index of the first that is of the same epoch.
         """
-        entries = [each for each in self._ring.entries if not each.modified]
-        if not entries or not isinstance(entries[-1].item, tuple):
+        kept = self._ring.entries
+        if not kept or kept[-1].modified or not isinstance(kept[-1].item, tuple):
             return [], 0
+        entries = [each for each in kept if not each.modified]
         first = next(i for i, e in enumerate(entries) if e.epoch == entries[-1].epoch)
         return [each.item[0] for each in entries], first
 
