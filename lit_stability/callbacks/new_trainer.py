@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_stability.callbacks.default_suite import name_in_suite
-from lit_stability.callbacks.hooks import implements
+from lit_stability.callbacks.hooks import StabilityCallback, implements
 from lit_stability.lightning_package import Callback, Trainer
 
 _FRAMES = 10
@@ -51,7 +51,8 @@ unpack it, as in Trainer(callbacks=[*stability_callbacks(), ...])
                 f"{type(each[0]).__name__}: unpack it, as in "
                 "Trainer(callbacks=[*stability_callbacks(), ...])"
             )
-    own = [each for each in callbacks if type(each).__module__.startswith("lit_stability.")]
+    ours = [each for each in callbacks if isinstance(each, StabilityCallback)]
+    own = [each for each in ours if type(each).__module__.startswith("lit_stability.")]
     for each in own:
         cls = type(each)
         twice = sum(type(other) is cls for other in own) > 1

@@ -9,6 +9,7 @@ from lit_stability import (
     GradientFlow,
     GradientMonitor,
     LastKnownGood,
+    StabilityCallback,
     find_last_good,
     stability_callbacks,
 )
@@ -97,6 +98,14 @@ def test_directory_gets_a_folder_for_each_run(tmp_path):
         (tmp_path / "elsewhere").rglob("*.ckpt")
     )
     assert runs[1] in find_last_good(records).parents
+
+
+def test_callbacks_of_a_user_and_faults_may_be_there_twice():
+    class Pager(StabilityCallback):
+        pass
+
+    callbacks = [FaultInjector([NanLoss(step=1)]), FaultInjector([NanLoss(step=2)])]
+    Trainer(callbacks=[*callbacks, GradientMonitor(), Pager(), Pager()], **QUIET)
 
 
 def test_trainer_that_an_object_with_a_raising_property_creates_is_left_as_it_is():
