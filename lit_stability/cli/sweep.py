@@ -103,12 +103,14 @@ def run_sweep(args: argparse.Namespace) -> int:
             nothing was started.
     """
     _check(args)
-    runs = combinations(args.overrides)
+    runs = list(dict.fromkeys(combinations(args.overrides)))
     configs = [compose(args.config, each) for each in runs]
     choose_run_dir(configs[0], name=args.name, resume=None, overwrite=args.overwrite)
     folder = Path(str(resolve(configs[0])["run_dir"]))
     swept = [key for key in map(_key, args.overrides) if len({_value(r, key) for r in runs}) > 1]
     folders = {run: folder / _name({key: _value(run, key) for key in swept}) for run in runs}
+    if len({*folders.values()}) < len(runs):  # the values differ in what no name can show
+        folders = {run: folder / str(number) for number, run in enumerate(runs, 1)}
     for each in folders.values():
         if is_run(each) and not args.overwrite:
             raise ConfigError(

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from lit_stability.cli import sweep
 from lit_stability.cli.config import compose
+from lit_stability.cli.experiments.process import Ended
 from lit_stability.cli.fit import fit
 from lit_stability.cli.main import main
 from lit_stability.cli.sweep import combinations, values_of
 from tests.cli.test_main import CONFIG, ROOT, cwd  # noqa: F401
 
+ENDED = Ended(code=0, started=0.0, seconds=1.0)
 LOGGING = "model._target_=cli_targets.Logging"
 EXPECTING = """
 compose: [small]
@@ -70,6 +73,17 @@ def test_sweep_runs_each_value_in_its_folder_and_prints_a_table(cwd, capsys, mon
     assert head.split() == ["model.fail", "ended", "incidents", "loss", "time"]
     assert main(["fit", "-c", "small", "--name", "s", "model.fail=false,true"]) == 2
     assert "s/model.fail=false: has an earlier run; add --overwrite" in capsys.readouterr().err
+
+
+def test_values_that_no_folder_can_be_named_after_have_numbers(cwd, monkeypatch):  # noqa: F811
+    """Equal values are one run; in an interactive job of SLURM a sweep is started as anywhere."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    started = []
+    monkeypatch.setattr(sweep, "fit_in_process", lambda *given: started.append(given) or ENDED)
+    assert main(["fit", "-c", "small", "--name", "s", "about='a/b','a_b','a_b'"]) == 0
+    assert [folder.name for _, folder in started] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
