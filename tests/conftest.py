@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -16,6 +17,29 @@ from lit_stability.trainer_internals import keep_records_in
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects those that are long
+def pytest_collection_modifyitems(items):
+    """Marks the cases of an ``each_value`` test as long that add no value of a parameter."""
+    tests = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("each_value") and not item.get_closest_marker("long"):
+            tests[item.path, item.originalname].append(item)
+    for cases in tests.values():
+        used = Counter()
+        for _ in range(len(cases)):
+            values = [[(k, id(v)) for k, v in case.callspec.params.items()] for case in cases]
+            rank = [
+                (sum(not used[v] for v in each), -sum(used[v] for v in each)) for each in values
+            ]
+            best = rank.index(max(rank))
+            if rank[best][0] == 0:
+                break
+            used.update(values[best])
+            cases.pop(best)
+        for case in cases:
+            case.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,6 +63,14 @@ def _snapshots_take_no_time():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot_timer, "clock", lambda: 0.0)
         yield
+
+
+def every_other(names):
+    """Parameters of a test, every other of them long."""
+    return [
+        pytest.param(name, marks=[pytest.mark.long] if i % 2 else [])
+        for i, name in enumerate(names)
+    ]
 
 
 class Regression(LightningModule):

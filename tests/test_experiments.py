@@ -24,6 +24,8 @@ SHORT = (
 )
 """The others are run by ``make experiments`` only: together they take as long as a fifth of all
 tests."""
+LONGER = {"translation_embedding_unscaled", "translation_mask_inverted", "translation_zombie"}
+"""Of the short ones, those whose findings have tests of their own; run by ``make test-long``."""
 RESULTS = {
     each["name"]: each
     for each in json.loads((ROOT / "benchmarks/results/experiments.json").read_text())[
@@ -72,7 +74,10 @@ def test_experiment_says_what_it_is_about_and_what_is_expected_of_it(experiment)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", SHORT)
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONGER else []) for name in SHORT],
+)
 def test_experiment_shows_what_it_states(experiment, tmp_path):
     """C1 to C5, S7, T1 to T4, V1, V2: as shipped, under the suite; each config says which."""
     overrides = [f"run_dir={tmp_path}/run", "trainer.enable_progress_bar=false"]

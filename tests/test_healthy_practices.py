@@ -53,6 +53,7 @@ def ends(tmp_path, module, **options):
     return flat(bare), flat(fit(tmp_path / "suite", suite, module, **options)[0]), suite
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("every", [30, 70])
 def test_weights_written_on_purpose_cost_one_rollback_and_change_nothing(way, every, tmp_path):
@@ -109,6 +110,7 @@ CHOSEN = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("chosen", CHOSEN)
 @pytest.mark.parametrize("factor", [30.0, 300.0])
 def test_large_gradients_that_come_back_are_clipped_at_most_a_few_times(factor, chosen, tmp_path):
@@ -124,6 +126,7 @@ def test_large_gradients_that_come_back_are_clipped_at_most_a_few_times(factor, 
 FAULTS = {"constant": lambda loss: loss * float("nan"), "domain": lambda loss: torch.log(-loss)}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["1", "2"])
 def test_fault_of_one_batch_index_costs_few_batches_and_is_named(fault, options, tmp_path):

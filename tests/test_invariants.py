@@ -118,6 +118,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_leaves_nothing_non_finite_behind(fault, precision, tmp_path):

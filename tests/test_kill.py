@@ -117,7 +117,7 @@ def assert_little_was_lost(folder):
 
 
 @pytest.mark.parametrize(
-    "kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids=["twice", "twenty times"]
+    "kills", [pytest.param(2, marks=pytest.mark.long), 20], ids=["twice", "twenty times"]
 )
 def test_killed_run_ends_bit_identical_and_loses_few_steps(kills, server, undisturbed, tmp_path):
     """S11, S12: SIGKILL at random moments, also in the middle of a write."""

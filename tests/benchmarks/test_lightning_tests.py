@@ -69,6 +69,7 @@ def run_main(monkeypatch, *args):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_separates_what_counts_callbacks_from_what_breaks(checkout, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="2 tests pass bare and fail with the suite"):
         run_main(monkeypatch, checkout, "--out", tmp_path / "out")

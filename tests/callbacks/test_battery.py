@@ -112,6 +112,7 @@ def test_callback_in_fast_dev_run_leaves_no_file(cls, tmp_path):
     assert not list(tmp_path.rglob("good*"))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("loggers", ["none", "tensorboard", "two"])
 def test_callback_with_loggers_trains_through_an_incident(cls, loggers, tmp_path):
     logger = {
@@ -128,6 +129,7 @@ CHANGES_A_HEALTHY_RUN = {"AdaptiveGradientClipping"}
 """Callbacks whose purpose is to change healthy steps; all others leave every bit as it is."""
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_callback_with_accumulation_trains_as_the_run_without_it(cls, accumulate, tmp_path):
     options = {"accumulate_grad_batches": accumulate, "max_steps": 15, "max_epochs": 1}

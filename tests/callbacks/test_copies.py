@@ -45,6 +45,7 @@ for hook in (
     setattr(Copies, hook, look)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("cls", PUBLIC, ids=lambda c: c.__name__)
 def test_copy_in_any_hook_changes_nothing_and_can_be_used(cls, way, tmp_path):

@@ -43,6 +43,7 @@ CELLS.remove(
 )  # in manual optimization a fault of the loss is no fault
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("net", "fault"), CELLS)
 def test_rollback_to_a_copy_that_took_its_time_is_exact(net, fault, tmp_path, monkeypatch):
     delay_copies(monkeypatch)

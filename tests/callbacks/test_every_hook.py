@@ -120,6 +120,7 @@ def test_hook_called_alone_outside_of_a_fit_raises_nothing(cls, tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("seed", range(3))
 def test_hooks_called_in_any_order_before_and_between_fits_change_no_fit(cls, seed, tmp_path):
     callbacks = suite_with(cls)
@@ -153,6 +154,7 @@ def test_hooks_called_in_any_order_after_a_failed_fit_change_no_fit(cls, tmp_pat
         assert torch.equal(flat(module), flat(bare))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fn", ["validate", "test", "predict"])
 def test_callback_in_an_evaluation_and_a_checkpoint_saved_after_it(cls, fn, tmp_path):
     """A Trainer that never fits, and one that has fitted."""
@@ -242,7 +244,13 @@ def files(root):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("tune", TUNING.values(), ids=TUNING)
+@pytest.mark.parametrize(
+    "tune",
+    [
+        pytest.param(tune, marks=[pytest.mark.long] if name == "binsearch" else [], id=name)
+        for name, tune in TUNING.items()
+    ],
+)
 def test_tuner_with_the_suite_finds_what_it_finds_without_it(tune, tmp_path):
     bare = tuned(tmp_path / "bare", [], tune)
     suite = stability_callbacks()

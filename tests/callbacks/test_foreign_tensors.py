@@ -49,6 +49,7 @@ def test_healthy_run_with_the_suite_is_bit_identical(name, tmp_path):
     assert torch.equal(content(bare), content(with_suite))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("where", ["device", "host", "auto"])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_rollback_and_retry_are_exact(name, where, tmp_path):

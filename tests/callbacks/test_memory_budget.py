@@ -42,6 +42,7 @@ def record_of(root, budget, **options):
     return read_incidents(root)[0]["memory"]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("budget", "snapshots"),
     [

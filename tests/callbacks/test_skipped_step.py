@@ -173,6 +173,7 @@ SKIPPED = [
 ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("module", "options", "fault"), SKIPPED)
 def test_skipped_step_with_later_hooks_is_as_if_the_fault_had_never_been(
     module, options, fault, tmp_path

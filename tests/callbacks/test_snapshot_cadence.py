@@ -116,6 +116,7 @@ def test_ranks_take_their_snapshots_at_the_same_steps(tmp_path):
 FAULTS = {"weight": CorruptWeight, "moment": CorruptMoment, "loss": NanLoss}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("step", [52, 71, 100, 185])
 def test_recovery_is_exact_at_any_distance(fault, step, tmp_path, monkeypatch):

@@ -181,6 +181,7 @@ def test_fit_without_a_crash_equals_one_without_recovery(tmp_path):
 # --- out of memory
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_out_of_memory_equals_small_batches_with_accumulation_bit_by_bit(
@@ -424,6 +425,7 @@ def test_batch_that_cannot_be_read_is_skipped_and_named(workers, tmp_path, caplo
     assert line["message"].endswith("sample 19 is damaged")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("where", [3, 0, EPOCH - 1])
 def test_epoch_that_lacks_a_batch_ends_validates_and_saves_as_ever(workers, where, tmp_path):

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from lit_stability import GradientMonitor, LastKnownGood
 from lit_stability.trainer_internals import data_position
 from lit_stability.training_state.good_checkpoints import good_files, step_of
-from tests.conftest import flat, make_trainer
+from tests.conftest import every_other, flat, make_trainer
 from tests.test_invariants import optimizer_state
 
 BATCH, SAMPLES = 4, 28
@@ -292,12 +292,13 @@ def test_following_the_data_changes_nothing(name, tmp_path):
     assert good_files(tmp_path / "good")
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", every_other(LOADERS))
 def test_resumed_fit_ends_bit_identical(name, tmp_path, caplog):
     """S12: weights, optimizer, generators, order, losses, logged metrics."""
     check_resumes(tmp_path, caplog, LOADERS[name], max_epochs=12 if name.startswith("one") else 3)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("loader", ["shuffled", "stream shuffled by torch"])
 def test_resumed_fit_ends_bit_identical_with_options(loader, name, tmp_path, caplog):

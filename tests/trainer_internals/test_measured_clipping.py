@@ -95,6 +95,7 @@ def both(root, module=Regression, callbacks=list, **options):
     return fits
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("threshold", [NEVER, SOMETIMES, ALWAYS])
 @pytest.mark.parametrize("module", [Deep, Reversed, TwoTypes, Outside, Unused, Halves, ByHook])
 def test_clipped_fit_with_suite_ends_at_the_same_bits(tmp_path, module, threshold):
