@@ -88,9 +88,15 @@ def fit_with_recovery(
 
     Raises:
         ValueError: if an option is out of range, or ``make_trainer`` does not work as described.
+        TypeError: if ``datamodule`` is something else, such as a loader.
         RuntimeError: if the trainer has several devices, and torchrun has not started them; after
             a restart, if the run before has found no remedy.
     """
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(
+            f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}; "
+            "pass loaders as train_dataloaders="
+        )
     limits = Recover(max_crashes=max_crashes, progress_steps=progress_steps)
     data = {
         "datamodule": datamodule,

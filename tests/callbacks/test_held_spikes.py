@@ -24,11 +24,14 @@ class PlainSGD(Regression):
         return torch.optim.SGD(self.parameters(), 1e-2)
 
 
-@pytest.mark.parametrize(("module", "steps"), [(Regression, 20), (PlainSGD, 5)])
-def test_they_are_clipped_to_the_usual_norm_and_cost_one_step(module, steps, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "first", "steps"),
+    [(Regression, 60, 20), (PlainSGD, 60, 5), (Regression, 5, 20), (PlainSGD, 3, 5)],
+)
+def test_they_are_clipped_to_the_usual_norm_and_cost_one_step(module, first, steps, tmp_path):
     """The smallest remedy that is enough: no rollback, no lower learning rate."""
     callbacks = stability_callbacks()
-    net, _ = fit(tmp_path, [Held(60, steps), *callbacks], module, max_steps=120)
+    net, _ = fit(tmp_path, [Held(first, steps), *callbacks], module, max_steps=120)
     (incident,) = callbacks[0].incidents
     assert incident.responses == ["step retried"] + ["gradients clipped"] * steps
     assert incident.outcome == "recovered"

@@ -67,9 +67,13 @@ def monitored(detectors, rows):
         ([*CALM, INF, 900.0, -INF, 900.0, *CALM, 900.0], [41, 43, 84]),
         ([*CALM, 900.0, 900.0, 900.0, 1.0, 900.0, *CALM], [40, 41, 42, 44]),
         ([*CALM, 1e-12, 0.0, -1.0, 1.0, 900.0], [44]),
-        # Nothing is flagged before there is a history.
-        ([1.0] * 19 + [900.0], []),
-        ([1.0] * 20 + [900.0], [20]),
+        # Nothing is flagged before there is a history; with a short one a hundredfold counts.
+        ([1.0] * 2 + [900.0], []),
+        ([1.0] * 3 + [99.0], []),
+        ([1.0] * 3 + [101.0, 1.0, 1.0], [3]),
+        ([50.0, 1.0, 1.0, 1.0, 900.0], [4]),
+        ([1.0] * 19 + [90.0], []),
+        ([1.0] * 20 + [90.0], [20]),
         # Twenty times the median counts, not less, however quiet the window was.
         ([1.0] * 30 + [20.0], []),
         ([1.0] * 30 + [20.1], [30]),

@@ -720,6 +720,12 @@ def test_unfit_make_trainer_is_rejected_before_the_first_fit(make, message):
         fit_with_recovery(make, Net(), Data())
 
 
+def test_loader_in_the_place_of_the_data_module_is_named_with_where_it_belongs(tmp_path):
+    loader = DataLoader(list(range(8)))
+    with pytest.raises(TypeError, match="got DataLoader; pass loaders as train_dataloaders="):
+        fit_with_recovery(maker(tmp_path), Net(), loader)
+
+
 @pytest.mark.parametrize(("name", "value"), [("max_crashes", -1), ("progress_steps", 0)])
 def test_limit_out_of_range_is_rejected(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
