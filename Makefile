@@ -1,10 +1,22 @@
 # One command each, the same here and in CI.
-.PHONY: check test test-long test-ranks test-deepspeed test-loggers compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
+.PHONY: check docs dist test test-long test-ranks test-deepspeed test-loggers compat experiments bench bench-all bench-quick lightning-tests gpu gpu-wheels
 
 check:
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The documentation, in docs/_build/html, after `pip install -e ".[docs]"`: a warning is an error. Nothing is fetched, and
+# the notebooks are shown as they are committed.
+docs:
+	python -m sphinx -q -W --keep-going -n docs docs/_build/html
+
+# The sdist and the wheel that is built from it in dist/, checked, after `pip install -e ".[dist,dev]"`.
+dist:
+	rm -rf build dist
+	python -m build
+	twine check --strict dist/*
+	LIT_STABILITY_WHEEL=$$(ls $(CURDIR)/dist/*.whl) pytest -q tests/test_wheel.py
 
 test:
 	pytest

@@ -41,7 +41,12 @@ def old_setuptools():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, as a folder `build/` that an earlier build left would find its way in."""
+    """The file that `LIT_STABILITY_WHEEL` names, or one built from a copy.
+
+    From a copy, as a folder `build/` that an earlier build left would find its way in.
+    """
+    if "LIT_STABILITY_WHEEL" in os.environ:
+        return Path(os.environ["LIT_STABILITY_WHEEL"])
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

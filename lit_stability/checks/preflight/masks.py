@@ -79,7 +79,7 @@ def nudged(module: nn.Module, positions: Tensor, size: float = 1.0) -> Iterator[
     Use it on an embedding if the mask is computed from the ids, so that the ids cannot be changed.
 
     Args:
-        module: Returns a tensor of shape (*positions.shape, width), such as an embedding.
+        module: Returns a tensor of shape ``(*positions.shape, width)``, such as an embedding.
         positions: Boolean; where to change the output.
         size: Size of the change, in units of the rms of the output.
     """
