@@ -126,7 +126,7 @@ rescued, folder = train("translation_rescue")
 # ## Comparison
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
 for axis, curve, title in ((axes[0], dead, "unprotected"), (axes[1], rescued, "with the suite")):
     axis.plot(*zip(*clean), color="0.75", lw=3, label="undisturbed")
     axis.plot(*zip(*curve), color="tab:blue", lw=1, label=title)

@@ -2,27 +2,33 @@
 # # Your model in five lines
 #
 # The suite works with any LightningModule. This one classifies two spirals, and one of its batches
-# is broken: it contains a NaN, as from a faulty sensor. Without the suite all weights become NaN.
-# With five more lines the run survives.
+# has a NaN, as from a faulty sensor. The run is trained twice: as it is, and with these lines:
+#
+# ```python
+# from lightning.pytorch import Trainer
+# from lit_stability import stability_callbacks
+#
+# trainer = Trainer(callbacks=stability_callbacks())
+# trainer.fit(model, data)
+# ```
 
 # %%
+import logging
+import tempfile
 import warnings
 
-warnings.filterwarnings("ignore")
-
-import logging
-import os
-import tempfile
-
+# %matplotlib inline
+import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+from lit_stability import Preflight, read_incidents, stability_callbacks
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips of Lightning here
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
-FAST = os.environ.get("NOTEBOOKS", "fast") == "fast"  # NOTEBOOKS=full for the longer runs
-STEPS = 200 if FAST else 2000
 
 
 class Spirals(LightningModule):
@@ -33,43 +39,40 @@ class Spirals(LightningModule):
         self.net = nn.Sequential(
             nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)
         )
+        self.losses = []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         loss = nn.functional.cross_entropy(self.net(x), y)
-        self.log("train/loss", loss)
+        self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def spirals(n=4096):
-    g = torch.Generator().manual_seed(0)
-    t = 3 * torch.rand(n, generator=g) ** 0.5
-    y = torch.arange(n) % 2
-    angle = 2 * t + torch.pi * y
-    x = torch.stack([t * angle.cos(), t * angle.sin()], 1)
-    return x + 0.05 * torch.randn(n, 2, generator=g), y
-
-
-x, y = spirals()
+g = torch.Generator().manual_seed(0)
+t = 3 * torch.rand(4096, generator=g) ** 0.5
+y = torch.arange(4096) % 2
+angle = 2 * t + torch.pi * y
+x = torch.stack([t * angle.cos(), t * angle.sin()], 1)
+x = x + 0.05 * torch.randn(4096, 2, generator=g)
 broken = x.clone()
 broken[64 * 40 + 5] = torch.nan  # one sample, in batch 40
 
+# %% [markdown]
+# ## Without the suite, and with it
+#
+# The batch recurs in every epoch. The suite retries the step, in case the error was transient; the
+# error recurs, so it skips the batch, and names the operation that first saw the NaN and the
+# sample.
 
-def report(model):
-    with torch.no_grad():
-        accuracy = (model.net(x).argmax(1) == y).float().mean()
-    bad = sum(p.isnan().sum() for p in model.parameters())
-    print(f"accuracy {accuracy:.3f}, {bad} weights are NaN")
 
-
-def fit(callbacks):
-    seed_everything(0, verbose=False)
-    model = Spirals()
+# %%
+def fit(model, data, callbacks):
+    """Trains 200 steps without further output."""
     trainer = Trainer(
-        max_steps=STEPS,
+        max_steps=200,
         accelerator="cpu",
         callbacks=callbacks,
         default_root_dir=tempfile.mkdtemp(),
@@ -78,37 +81,30 @@ def fit(callbacks):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(TensorDataset(broken, y), 64))
-    return model, trainer
+    trainer.fit(model, DataLoader(TensorDataset(data, y), 64))
+    return trainer
 
 
-# %% [markdown]
-# ## Without the suite
-
-# %%
-model, _ = fit([])
-report(model)
-
-# %% [markdown]
-# ## With the suite
-#
-# ```python
-# from lightning.pytorch import Trainer
-# from lit_stability import stability_callbacks
-#
-# trainer = Trainer(callbacks=stability_callbacks())
-# trainer.fit(model, data)
-# ```
-#
-# The batch recurs in every epoch, and the suite logs each time what it does: it retries the step,
-# in case the error was transient; the error recurs, so it skips the batch. The log line names the
-# operation that produced the NaN.
+models = {}
+for name, callbacks in (("without", []), ("with the suite", stability_callbacks())):
+    seed_everything(0, verbose=False)
+    models[name] = Spirals()
+    trainer = fit(models[name], broken, callbacks)
 
 # %%
-from lit_stability import read_incidents, stability_callbacks
-
-model, trainer = fit(stability_callbacks())
-report(model)
+figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+axes.plot(models["without"].losses, color="tab:red", lw=4, alpha=0.5, label="without")
+axes.plot(models["with the suite"].losses, color="tab:blue", lw=1, label="with the suite")
+axes.plot(39, models["without"].losses[39], "x", color="tab:red", ms=10)
+axes.annotate("without: NaN from batch 40 on", (39, 0.1), (46, 0.3), color="tab:red")
+axes.set(xlabel="batch", ylabel="loss")
+axes.legend()
+plt.show()
+for name, model in models.items():
+    with torch.no_grad():
+        accuracy = (model.net(x).argmax(1) == y).float().mean()
+    bad = sum(int(p.isnan().sum()) for p in model.parameters())
+    print(f"{name:14} accuracy {accuracy:.3f}, {bad} weights are NaN")
 
 # %% [markdown]
 # ## The record of an incident
@@ -127,28 +123,17 @@ for key in ("step", "kind", "message", "cause", "responses", "outcome"):
 # `Preflight` checks the first batch, the loss and the optimizer before training starts. Here the
 # learning rate should be 1e-1, but the minus sign is missing.
 
+
 # %%
-from lit_stability import Preflight
-
-
 class Typo(Spirals):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e1)
 
 
 seed_everything(0, verbose=False)
-trainer = Trainer(
-    max_steps=1,
-    accelerator="cpu",
-    callbacks=[Preflight()],
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-)
-trainer.fit(Typo(), DataLoader(TensorDataset(x, y), 64))
+_ = fit(Typo(), x, [Preflight()])
 
 # %% [markdown]
 # Next: `a_death_and_a_rescue.ipynb` injects three faults into the training of a translation model;
-# `help(lit_stability.GradientMonitor)` lists what is measured; `CONTRIBUTING.md` shows how to write
-# your own detector, responder or cause in about twenty lines.
+# `a_killed_rank.ipynb` kills one of two processes; `help(lit_stability.GradientMonitor)` lists what
+# is measured.
