@@ -32,7 +32,7 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"lit_stability {release}"
-pygments_dark_style = "one-dark"
+pygments_dark_style = "github-dark"
 html_copy_source = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b5cad", "color-brand-content": "#0b5cad"},
@@ -126,8 +126,23 @@ def _restore_attribute(app, what, name, obj, options, lines):
     lines[:] = _as_written.pop(name, lines)
 
 
+def _show_indented_as_code(app, what, name, obj, options, lines):
+    """Makes an indented block of a module's docstring a literal one, as it is in `help()`."""
+    if what != "module":
+        return
+    shown, before = [], ""
+    for line in lines:
+        begins = line.startswith("    ") and not before.startswith("    ")
+        if begins and not before.endswith("::"):
+            shown += [".. code-block:: text", ""]
+        shown.append(line)
+        before = line or before
+    lines[:] = shown
+
+
 def setup(app):
     """Registers the functions above."""
+    app.connect("autodoc-process-docstring", _show_indented_as_code, priority=50)
     app.connect("config-inited", _copy_notebooks)
     app.connect("autodoc-process-docstring", _keep_attribute, priority=100)
     app.connect("autodoc-process-docstring", _restore_attribute, priority=900)
