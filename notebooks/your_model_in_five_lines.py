@@ -17,6 +17,8 @@ import logging
 import tempfile
 import warnings
 
+warnings.filterwarnings("ignore")
+
 # %matplotlib inline
 import matplotlib.pyplot as plt
 import torch
@@ -26,7 +28,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import Preflight, read_incidents, stability_callbacks
 
-warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips of Lightning here
 logging.getLogger("lightning.pytorch.lit_stability").setLevel(logging.INFO)
 
