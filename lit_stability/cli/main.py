@@ -123,7 +123,7 @@ class _Version(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the command that was probably meant."""
+    """Suggests the command, or the option, that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -132,6 +132,8 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(wrong[1], commands, n=1)
             meant = f"did you mean {close[0]!r}? " if close else ""
             message = f"{wrong[1]!r} is no command; {meant}commands: {', '.join(commands)}"
+        if message.endswith("required: -c/--config"):
+            message = "which config? write -c NAME, such as -c translation_rescue"
         super().error(message)
 
 

@@ -90,6 +90,7 @@ def estimate_memory(
     Raises:
         ValueError: if an argument is out of its range, or the state of an optimizer cannot be
             foreseen.
+        TypeError: if ``optimizer`` is a class.
 
     >>> net = nn.Linear(1024, 1024)
     >>> found = estimate_memory(net, torch.optim.AdamW(net.parameters()))
@@ -97,6 +98,9 @@ def estimate_memory(
     ('12.0 MiB', '28.0 MiB', '12.0 MiB')
     """
     _check(strategy, ranks, snapshot_device, snapshot_every)
+    if isinstance(optimizer, type):
+        name = optimizer.__name__
+        raise TypeError(f"optimizer is the class {name}; create it: {name}(module.parameters())")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     trained = sum(_weight_bytes(p) for p in module.parameters() if p.requires_grad)
     frozen = sum(_weight_bytes(p) for p in module.parameters() if not p.requires_grad)

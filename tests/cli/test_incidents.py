@@ -112,3 +112,11 @@ def test_mistyped_command_gets_the_one_that_was_meant(word, meant, capsys):
     assert stopped.value.code == 2
     suggestion = f"did you mean {meant!r}? " if meant else ""
     assert f"{word!r} is no command; {suggestion}commands: fit, resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "check", "ranges"])
+def test_config_without_its_option_is_answered_with_the_option(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "translation_rescue"])
+    assert end.value.code == 2
+    assert "which config? write -c NAME, such as -c translation_rescue" in capsys.readouterr().err

@@ -119,6 +119,11 @@ def test_bad_argument_is_refused_with_its_value(options, message):
         estimate_memory(nn.Linear(2, 2), **options)
 
 
+def test_class_in_the_place_of_an_optimizer_is_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"is the class AdamW; create it: AdamW\(module.parameters"):
+        estimate_memory(nn.Linear(2, 2), optim.AdamW)
+
+
 def test_optimizer_that_needs_a_closure_is_refused_with_what_to_do():
     net = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="the state of LBFGS cannot be foreseen") as error:
