@@ -84,6 +84,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
 	$(BENCH) -m benchmarks.qk_clip
+	$(BENCH) -m benchmarks.mechanisms
 	$(BENCH) -m benchmarks.false_alarms
 	$(BENCH) -m benchmarks.prediction
 
