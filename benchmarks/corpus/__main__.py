@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scores": scores,
         "runs": {name: [_figures(run) for run in group] for name, group in runs.items()},
     }
-    save("corpus", folder_of(args), figures, tables(runs, scores))
+    raises_alarms = {find(name).name for name in protections if find(name).raises_alarms}
+    save("corpus", folder_of(args), figures, tables(runs, scores, raises_alarms))
 
 
 def _available(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:

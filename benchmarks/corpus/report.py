@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import quantiles
 
 from benchmarks.corpus.scores import Run, Score
@@ -10,41 +10,49 @@ from benchmarks.rescue.report import by_family, everything
 from benchmarks.results import Table
 
 
-def tables(runs: Mapping[str, Sequence[Run]], scores: Mapping[str, Score]) -> list[Table]:
+def tables(
+    runs: Mapping[str, Sequence[Run]], scores: Mapping[str, Score], raises_alarms: Collection[str]
+) -> list[Table]:
     """Creates all tables.
 
     Args:
         runs: Runs by the name of the protection.
         scores: Figures by the name of the protection.
+        raises_alarms: Protections that raise alarms; the others have a dash in those columns.
     """
     verdicts = [run.verdict for group in runs.values() for run in group]
     entries = next(iter(runs.values()))
     return [
-        failing(scores),
-        healthy(scores),
+        failing(scores, raises_alarms),
+        healthy(scores, raises_alarms),
         by_family(verdicts),
         everything(verdicts),
         lost_at(entries),
     ]
 
 
-def failing(scores: Mapping[str, Score]) -> Table:
+def failing(scores: Mapping[str, Score], raises_alarms: Collection[str]) -> Table:
     """Creates the table of the runs that fail."""
     columns = ["protection", "saved", "saved where bare is lost", "lost where bare is saved"]
-    columns += ["recall, alarms", "recall, alarms or changed updates"]
+    columns += ["recall, alarms", "alarm only later", "recall, alarms or changed updates"]
     columns += ["lead time of alarms, quartiles", "of diverging runs"]
     rows = [
         [
             *(name, str(s.saved), str(s.saved_of_lost), str(s.lost_of_saved)),
-            *(str(s.noticed), str(s.noticed_or_acted_on)),
-            *(_quartiles(s.leads), f"{len(s.leads)}/{s.failing_visibly}"),
+            *_alarms(name in raises_alarms, str(s.noticed), str(s.noticed_later)),
+            str(s.noticed_or_acted_on),
+            *_alarms(
+                name in raises_alarms,
+                _quartiles(s.leads),
+                f"{len(s.leads)}/{s.failing_visibly}",
+            ),
         ]
         for name, s in scores.items()
     ]
     return Table("Runs that fail", columns, rows)
 
 
-def healthy(scores: Mapping[str, Score]) -> Table:
+def healthy(scores: Mapping[str, Score], raises_alarms: Collection[str]) -> Table:
     """Creates the table of the healthy runs."""
     columns = ["protection", "steps", "false alarms", "per 1,000 steps (95 % bound)"]
     columns += ["runs with an alarm", "updates changed per 1,000 steps"]
@@ -52,9 +60,14 @@ def healthy(scores: Mapping[str, Score]) -> Table:
     columns += ["more than 5 % worse", "more than 5 % better", "not finished"]
     rows = [
         [
-            *(name, f"{s.healthy_steps:,}", str(s.alarms)),
-            f"{s.per_thousand(s.alarms):.2f} (< {s.alarm_bound:.2f})",
-            *(str(s.with_alarm), f"{s.per_thousand(s.changed):.1f}"),
+            *(name, f"{s.healthy_steps:,}"),
+            *_alarms(
+                name in raises_alarms,
+                str(s.alarms),
+                f"{s.per_thousand(s.alarms):.2f} (< {s.alarm_bound:.2f})",
+                str(s.with_alarm),
+            ),
+            f"{s.per_thousand(s.changed):.1f}",
             *(f"{s.per_thousand(s.clipped):.1f}", str(s.identical)),
             *(str(s.worse), str(s.better), str(s.unfinished)),
         ]
@@ -75,6 +88,10 @@ def lost_at(runs: Sequence[Run]) -> Table:
         if not run.entry.healthy
     ]
     return Table("Where the unprotected runs are lost", columns, rows)
+
+
+def _alarms(has_alarms: bool, *cells: str) -> list[str]:
+    return [*cells] if has_alarms else ["-"] * len(cells)
 
 
 def _step(step: int | None) -> str:

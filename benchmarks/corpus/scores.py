@@ -69,6 +69,12 @@ class Run:
         return self.first_alarm is not None
 
     @property
+    def noticed_later(self) -> bool:
+        """Whether there are alarms after the window and none in it."""
+        alarms = self.record.outcome.alarms
+        return not self.noticed and any(alarm > self.window[1] for alarm in alarms)
+
+    @property
     def changed(self) -> frozenset[int]:
         """Batches whose update was changed beyond plain clipping, by this protection."""
         return frozenset(self.record.changed) - frozenset(self.bare.changed)
@@ -102,6 +108,8 @@ class Score:
     """Of the others, those that are lost with the protection."""
     noticed: Share
     """Runs with an alarm in their window, of all that are lost without protection."""
+    noticed_later: Share
+    """Runs whose first alarm comes after their window."""
     noticed_or_acted_on: Share
     """Runs with an alarm or a changed update in their window."""
     leads: tuple[int, ...]
@@ -149,6 +157,7 @@ def score(runs: Sequence[Run]) -> Score:
         saved_of_lost=_share(run.verdict.saved for run in lost),
         lost_of_saved=_share(not run.verdict.saved for run in failing if not run.bare_is_lost),
         noticed=_share(run.noticed for run in lost),
+        noticed_later=_share(run.noticed_later for run in lost),
         noticed_or_acted_on=_share(run.noticed or run.acted_on for run in lost),
         leads=tuple(sorted(leads)),
         failing_visibly=len(visible),
