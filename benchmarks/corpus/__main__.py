@@ -141,6 +141,8 @@ def _figures(run: Run) -> dict[str, Any]:
         "noticed": run.noticed,
         "lead": run.lead,
         **{k: v for k, v in asdict(run.record.outcome).items() if k not in OMITTED},
+        # The rest of a long message names temporary folders.
+        "message": run.record.outcome.message[:80],
     }
 
 

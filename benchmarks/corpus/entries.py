@@ -50,13 +50,22 @@ class Entry:
         return not self.cause
 
 
+def slug(text: str) -> str:
+    """Returns a text as a file name.
+
+    >>> slug("clipping at 1.0")
+    'clipping-at-1-0'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def id_of(source: str, name: str, seed: int) -> str:
     """Returns the identifier of a run, which is also the name of its file.
 
     >>> id_of("prediction", "SGD, rate x10", 13)
     'prediction-sgd-rate-x10-13'
     """
-    return re.sub(r"[^a-z0-9]+", "-", f"{source} {name} {seed}".lower()).strip("-")
+    return slug(f"{source} {name} {seed}")
 
 
 def read(path: Path = PATH) -> list[Entry]:

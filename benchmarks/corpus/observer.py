@@ -100,6 +100,9 @@ def change_of(before: Mapping[Tensor, Tensor], optimizer: Optimizer) -> Change:
     none
     plain clipping
     other
+    >>> weight.grad = torch.tensor([3e-5, 4e-5])
+    >>> change_of({weight: torch.tensor([3e-4, 4e-4])}, optimizer)  # the norm is below 1.0
+    'other'
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p in before]
     if not parameters:
@@ -112,7 +115,9 @@ def change_of(before: Mapping[Tensor, Tensor], optimizer: Optimizer) -> Change:
     norm = float(old.norm())
     if float((new - old).norm()) <= EXACT * norm:
         return "none"
-    plain = old * min(1.0, PLAIN_NORM / (norm + 1e-6))
+    if norm <= PLAIN_NORM:
+        return "other"
+    plain = old * (PLAIN_NORM / norm)
     return "plain clipping" if float((new - plain).norm()) <= EXACT * PLAIN_NORM else "other"
 
 

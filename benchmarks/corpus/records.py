@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.alternatives import find
-from benchmarks.corpus.entries import VERSION, Entry, id_of
+from benchmarks.corpus.entries import VERSION, Entry, read, slug
 from benchmarks.corpus.observer import Observer
 from benchmarks.corpus.sources import scenario_of
 from benchmarks.prediction.traces import onset
@@ -93,7 +93,7 @@ class Store:
         self._path(entry, protection).unlink(missing_ok=True)
 
     def _path(self, entry: Entry, protection: str) -> Path:
-        return self.folder / id_of("", protection, 0) / f"{entry.id}.json"
+        return self.folder / slug(protection) / f"{entry.id}.json"
 
 
 def measure_all(
@@ -142,8 +142,6 @@ def _in_processes(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Record]]
 
 def serve(pipe: Connection) -> None:
     """Runs jobs from the pipe until it is closed."""
-    from benchmarks.corpus.entries import read
-
     limit_threads_and_output()
     entries = {entry.id: entry for entry in read()}
     while True:
