@@ -80,6 +80,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.clipping
 	$(BENCH) -m benchmarks.changes
 	$(BENCH) -m benchmarks.healthy
+	$(BENCH) -m benchmarks.corpus
 	$(BENCH) -m benchmarks.log_doctor
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
@@ -97,6 +98,7 @@ bench-quick:
 	$(BENCH) -m benchmarks.memory --quick
 	$(BENCH) -m benchmarks.locate --quick
 	$(BENCH) -m benchmarks.prediction --quick
+	$(BENCH) -m benchmarks.corpus --quick
 	$(BENCH) -m benchmarks.soak --quick
 	$(BENCH) -m benchmarks.readme --quick
 

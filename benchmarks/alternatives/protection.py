@@ -1,4 +1,4 @@
-"""Common interface of the protections.
+"""Interface of the protections that the benchmarks compare.
 
 Imports Lightning; a protection imports the package that it wraps inside its methods.
 """
@@ -6,6 +6,7 @@ Imports Lightning; a protection imports the package that it wraps inside its met
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +15,12 @@ from lightning.pytorch import Callback
 
 
 class Protection:
-    """A protection of one fit; create a new object for each fit.
+    """A protection of one fit; the benchmarks create a new object for each fit.
 
-    Pass ``callbacks(folder)`` to the Trainer, after the callbacks of the run itself, and
-    ``trainer_options()``.
+    A fit gets ``callbacks(folder)``, after the callbacks of the run itself, and
+    ``trainer_options()``, of which the run overrides those that it sets itself. After each batch
+    the benchmark reads ``alarms()`` and records new ones with the number of that batch, so a
+    protection cannot choose the step of its alarms. `docs/corpus.md` has a complete example.
     """
 
     name: ClassVar[str]
@@ -42,9 +45,12 @@ class Protection:
         """Returns further arguments of the Trainer."""
         return {}
 
-    def alarms(self) -> int:
-        """Returns the number of alarms so far."""
-        return 0
+    def alarms(self) -> Sequence[str]:
+        """Returns all alarms so far, the newest last, each as a word or two ("spike").
+
+        An alarm says that the run is at fault or about to be; what is only recorded is none.
+        """
+        return ()
 
     def stops(self) -> tuple[type[BaseException], ...]:
         """Returns the exceptions with which the protection ends a fit on purpose."""

@@ -7,7 +7,7 @@ one is listed with its error. Imports Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ class StabilityGuard(Protection):
 
         return [_GuardOptimizers(guard)]
 
-    def alarms(self) -> int:
+    def alarms(self) -> Sequence[str]:
         """Returns the spikes of all guarded optimizers."""
-        return sum(guard.total_spikes for guard in self.guards)
+        return ["spike"] * sum(guard.total_spikes for guard in self.guards)
 
 
 class _GuardOptimizers(Callback):
@@ -149,7 +149,7 @@ class Arc(Protection):
         self.callback = LightningCallback(verbose=False)
         return [self.callback]
 
-    def alarms(self) -> int:
+    def alarms(self) -> Sequence[str]:
         """See `Protection`."""
         controller = getattr(self.callback, "controller", None)
-        return 0 if controller is None else int(controller.failures_detected)
+        return [] if controller is None else ["failure"] * int(controller.failures_detected)

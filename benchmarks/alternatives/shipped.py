@@ -5,8 +5,9 @@ Imports Lightning and `lit_stability`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch import Callback
@@ -46,9 +47,9 @@ class LightningSpikeDetection(Protection):
         self.callback = SpikeDetection(exclude_batches_path=str(folder / "skip_batches.json"))
         return [self.callback]
 
-    def alarms(self) -> int:
-        """Returns the number of spikes; each excludes two batches."""
-        return 0 if self.callback is None else len(self.callback.bad_batches) // 2
+    def alarms(self) -> Sequence[str]:
+        """Returns the spikes; each excludes two batches."""
+        return [] if self.callback is None else ["spike"] * (len(self.callback.bad_batches) // 2)
 
     def stops(self) -> tuple[type[BaseException], ...]:
         """See `Protection`."""
@@ -60,13 +61,15 @@ class Suite(Protection):
 
     name = "this suite"
     raises_alarms = True
+    options: ClassVar[dict[str, Any]] = {}
+    """Options of `stability_callbacks`."""
 
     def __init__(self) -> None:
         self.monitor: GradientMonitor | None = None
 
     def callbacks(self, folder: Path) -> list[Callback]:
         """See `Protection`."""
-        suite = stability_callbacks()
+        suite = stability_callbacks(**self.options)
         self.monitor = next(c for c in suite if isinstance(c, GradientMonitor))
         return suite
 
@@ -75,10 +78,17 @@ class Suite(Protection):
         """All incidents so far."""
         return [] if self.monitor is None else self.monitor.incidents
 
-    def alarms(self) -> int:
-        """See `Protection`."""
-        return len(self.incidents)
+    def alarms(self) -> Sequence[str]:
+        """Returns the kind of the first anomaly of each incident."""
+        return [incident.first.kind for incident in self.incidents]
 
     def stops(self) -> tuple[type[BaseException], ...]:
         """See `Protection`."""
         return (TrainingStopped,)
+
+
+class ObservingSuite(Suite):
+    """``stability_callbacks(mode="observe")``: reports incidents and changes nothing."""
+
+    name = "this suite, observing"
+    options: ClassVar[dict[str, Any]] = {"mode": "observe"}

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from benchmarks.prediction.families import make_run
+from benchmarks.prediction.runs import Run
 from benchmarks.trainers import quiet_trainer
 from lit_stability import GradientMonitor, StepStats
 
@@ -54,34 +56,43 @@ class Trace:
         ]
 
     def onset(self) -> int | None:
-        """Returns the first step of the divergence, or None.
+        """Returns the first step of the divergence, or None; see `onset`."""
+        return onset(self.loss)
 
-        It is the first step with a non-finite loss, or the first with a loss above a bound that at
-        least 75 % of the losses exceed, both in the next 20 steps and to the end of the run. The
-        bound is the larger of three times the best level and the mean of best and initial level.
-        The best level is the lowest median of ten consecutive losses so far, the initial level the
-        median of the first ten.
-        """
-        best = math.inf
-        for step, loss in enumerate(self.loss):
-            if not math.isfinite(loss):
-                return step
-            if step < 10:
-                continue
-            best = min(best, median(self.loss[step - 10 : step]))
-            bound = max(3 * best, (best + median(self.loss[:10])) / 2)
-            if loss > bound and self._stays_above(bound, step):
-                return step
-        return None
 
-    def _stays_above(self, bound: float, step: int) -> bool:
-        high = [not x <= bound for x in self.loss[step:]]
-        next_steps = high[:PERSIST]
-        return (
-            sum(next_steps) >= 0.75 * len(next_steps)
-            and sum(high) >= 0.75 * len(high)
-            and len(high) > 1
-        )
+def onset(losses: Sequence[float]) -> int | None:
+    """Returns the first step of a divergence, or None.
+
+    It is the first step with a non-finite loss, or the first with a loss above a bound that at
+    least 75 % of the losses exceed, both in the next 20 steps and to the end of the run. The
+    bound is the larger of three times the best level and the mean of best and initial level.
+    The best level is the lowest median of ten consecutive losses so far, the initial level the
+    median of the first ten.
+
+    >>> onset([1.0] * 30 + [100.0] * 30), onset([1.0] * 60), onset([1.0, float("nan")])
+    (30, None, 1)
+    """
+    best = math.inf
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return step
+        if step < 10:
+            continue
+        best = min(best, median(losses[step - 10 : step]))
+        bound = max(3 * best, (best + median(losses[:10])) / 2)
+        if loss > bound and _stay_above(bound, losses[step:]):
+            return step
+    return None
+
+
+def _stay_above(bound: float, losses: Sequence[float]) -> bool:
+    high = [not x <= bound for x in losses]
+    next_steps = high[:PERSIST]
+    return (
+        sum(next_steps) >= 0.75 * len(next_steps)
+        and sum(high) >= 0.75 * len(high)
+        and len(high) > 1
+    )
 
 
 class _Recorder(Callback):
@@ -107,22 +118,30 @@ class _Recorder(Callback):
         trainer.should_stop = not math.isfinite(self.trace.loss[-1])
 
 
+def trainer_options(run: Run) -> dict[str, Any]:
+    """Returns the options of the Trainer for the precision of a run."""
+    if not run.fp16:
+        return {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return {"plugins": [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]}
+
+
+def loader_of(run: Run) -> DataLoader[Any]:
+    """Returns the training data of a run."""
+    return DataLoader(run.data, None) if isinstance(run.data, list) else run.data
+
+
 def record(family: str, seed: int) -> Trace:
     """Trains a run with a monitor and without responders, and records it."""
     trace, run = Trace(family, seed), make_run(family, seed)
-    plugins: list[Any] = []
-    if run.fp16:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]
     with tempfile.TemporaryDirectory() as root:
         trainer = quiet_trainer(
             max_steps=run.steps,
-            plugins=plugins,
             callbacks=[GradientMonitor(details_every=0), _Recorder(trace)],
             default_root_dir=root,
+            **trainer_options(run),
         )
-        data = DataLoader(run.data, None) if isinstance(run.data, list) else run.data
-        trainer.fit(run.module, data)
+        trainer.fit(run.module, loader_of(run))
     return trace
 
 

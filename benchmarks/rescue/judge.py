@@ -41,7 +41,7 @@ class Verdict:
     false_alarms: int
     """Alarms before the fault; all alarms of a healthy run."""
     untouched: bool
-    """Whether the held-out loss is bit-identical to that of the unprotected run."""
+    """Whether the final weights are bit-identical to those of the unprotected run."""
     slower: float | None
     """CPU time divided by that of the unprotected run."""
 
@@ -67,7 +67,8 @@ def judge(
         ratio = outcome.loss / twin.loss
     after = [alarm - scenario.step for alarm in outcome.alarms if alarm >= scenario.step]
     named = outcome.cause in scenario.causes if names_causes and not scenario.healthy else None
-    within = outcome.ended == "finished" and ratio is not None and ratio <= TOLERANCE
+    reference = None if twin is None else twin.loss
+    within = outcome.ended == "finished" and within_tolerance(outcome.loss, reference)
     false_alarms = len(outcome.alarms) if scenario.healthy else len(outcome.alarms) - len(after)
     return Verdict(
         outcome=outcome,
@@ -80,9 +81,27 @@ def judge(
         named=named,
         lost=_lost(outcome, twin),
         false_alarms=false_alarms,
-        untouched=bare is not None and outcome.loss is not None and outcome.loss == bare.loss,
+        untouched=bare is not None and bit_identical(outcome, bare),
         slower=outcome.cpu_seconds / bare.cpu_seconds if bare and bare.cpu_seconds else None,
     )
+
+
+def within_tolerance(loss: float | None, reference: float | None) -> bool:
+    """Returns whether a loss is at most 5 % of the reference's size above it.
+
+    >>> within_tolerance(1.04, 1.0), within_tolerance(-1.04, -1.0), within_tolerance(-0.9, -1.0)
+    (True, True, False)
+    >>> within_tolerance(None, 1.0)
+    False
+    """
+    if loss is None or reference is None:
+        return False
+    return loss <= reference + (TOLERANCE - 1) * abs(reference)
+
+
+def bit_identical(outcome: Outcome, bare: Outcome) -> bool:
+    """Returns whether two runs ended with the same weights and a finite held-out loss."""
+    return outcome.loss is not None and (outcome.loss, outcome.weights) == (bare.loss, bare.weights)
 
 
 def _lost(outcome: Outcome, twin: Outcome | None) -> int | None:

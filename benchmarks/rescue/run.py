@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from benchmarks.alternatives import PROTECTIONS, Protection
+from benchmarks.alternatives import Protection, find
 from benchmarks.alternatives.shipped import Suite
+from benchmarks.healthy.run import digest
 from benchmarks.rescue.scenario import Scenario
 from benchmarks.trainers import quiet_trainer
 from lit_stability import Incident
@@ -39,6 +40,8 @@ class Outcome:
     """Error or reason, if the run did not finish."""
     loss: float | None = None
     """Held-out loss; None if it is not finite."""
+    weights: str = ""
+    """Digest of the final weights and buffers; equal for two runs if they are bit-identical."""
     batches: int = 0
     """Batches trained on, repeated ones included."""
     updates: int | None = None
@@ -46,6 +49,8 @@ class Outcome:
     restores too; None if the optimizer has no count."""
     alarms: tuple[int, ...] = ()
     """Batches at which the protection raised an alarm, counted like ``batches``."""
+    alarm_kinds: tuple[str, ...] = ()
+    """What each alarm is, in the protection's words."""
     cause: str = ""
     """Cause that the suite named in the first incident it responded to."""
     incidents: tuple[str, ...] = ()
@@ -61,7 +66,7 @@ class Outcome:
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Outcome:
         """Creates an outcome from the result of `as_dict`."""
-        lists = {name: tuple(row[name]) for name in ("alarms", "incidents")}
+        lists = {name: tuple(row.get(name, ())) for name in ("alarms", "alarm_kinds", "incidents")}
         return cls(**(row | lists))
 
 
@@ -75,6 +80,7 @@ class AlarmRecorder(Callback):
     def __init__(self, protection: Protection) -> None:
         self.protection, self.batches = protection, 0
         self.alarms: list[int] = []
+        self.kinds: list[str] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Counts the batch."""
@@ -86,36 +92,48 @@ class AlarmRecorder(Callback):
 
     def record(self) -> None:
         """Records the batch of each new alarm; the first batch is 0."""
-        new = self.protection.alarms() - len(self.alarms)
-        self.alarms += [self.batches - 1] * new
+        new = self.protection.alarms()[len(self.alarms) :]
+        self.kinds += new
+        self.alarms += [self.batches - 1] * len(new)
 
 
-def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
-    """Runs a scenario with a protection and a seed."""
-    protection = PROTECTIONS[protection_name]()
+def run(
+    scenario: Scenario, protection_name: str, seed: int, observers: Sequence[Callback] = ()
+) -> Outcome:
+    """Runs a scenario with a protection and a seed.
+
+    Args:
+        scenario: To run.
+        protection_name: See `benchmarks.alternatives.find`.
+        seed: Of the weights, the data and everything drawn in training.
+        observers: Callbacks that change nothing; they come before those of the protection.
+    """
+    protection = find(protection_name)()
     recorder = AlarmRecorder(protection)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         seed_everything(seed, verbose=False)
         module, data = scenario.task.module(), scenario.task.data(seed)
         scenario.disturbance.corrupt(data)
-        trainer = _trainer(scenario, protection, recorder, Path(folder))
+        trainer = _trainer(scenario, protection, [*observers], recorder, Path(folder))
         wall, cpu = time.perf_counter(), time.process_time()
         ended, message = _fit(trainer, module, data, protection)
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
         recorder.record()
-        updates = _updates(trainer.optimizers)
+        updates, weights = _updates(trainer.optimizers), digest(module.state_dict())
         loss = scenario.task.held_out(module, seed)
     finite = math.isfinite(loss)
     return Outcome(
         scenario=scenario.name,
-        protection=protection_name,
+        protection=protection.name,
         seed=seed,
         ended="NaN" if ended == "finished" and not finite else ended,
         message=message,
         loss=loss if finite else None,
+        weights=weights,
         batches=recorder.batches,
         updates=updates,
         alarms=tuple(recorder.alarms),
+        alarm_kinds=tuple(recorder.kinds),
         **_suite_report(protection, scenario.step),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
@@ -123,9 +141,15 @@ def run(scenario: Scenario, protection_name: str, seed: int) -> Outcome:
 
 
 def _trainer(
-    scenario: Scenario, protection: Protection, recorder: AlarmRecorder, folder: Path
+    scenario: Scenario,
+    protection: Protection,
+    observers: list[Callback],
+    recorder: AlarmRecorder,
+    folder: Path,
 ) -> Trainer:
     task = scenario.task
+    # What the run itself sets, such as its own clipping, takes precedence.
+    options = protection.trainer_options() | task.trainer()
     return quiet_trainer(
         max_steps=task.steps,
         devices=1,
@@ -133,11 +157,11 @@ def _trainer(
         callbacks=[
             *scenario.disturbance.callbacks(),
             *task.callbacks(),
+            *observers,
             *protection.callbacks(folder),
             recorder,
         ],
-        **task.trainer(),
-        **protection.trainer_options(),
+        **options,
     )
 
 

@@ -121,7 +121,7 @@ def outcome_without_result(job: Job, ended: Any, message: str) -> Outcome:
 
 def serve_runs(pipe: Connection) -> None:
     """Runs jobs from the pipe until it is closed."""
-    _limit_threads_and_output()
+    limit_threads_and_output()
     from benchmarks.rescue.run import run
     from benchmarks.rescue.table import by_name
 
@@ -133,7 +133,7 @@ def serve_runs(pipe: Connection) -> None:
         pipe.send(run(by_name(job.scenario), job.protection, job.seed))
 
 
-def _limit_threads_and_output() -> None:
+def limit_threads_and_output() -> None:
     """Sets torch to one thread and silences warnings and logs."""
     import logging
     import warnings
