@@ -114,7 +114,7 @@ def measure_all(
         if store.load(entry, protection) is None
     }
     start = time.monotonic()
-    results = _in_this_process(jobs) if workers == 0 else _in_processes(list(jobs), workers)
+    results = _in_this_process(jobs) if workers == 0 else _in_processes(jobs, workers)
     for done, (job, record) in enumerate(results, 1):
         store.save(jobs[job], job.protection, record)
         outcome = record.outcome
@@ -129,13 +129,14 @@ def _in_this_process(jobs: dict[Job, Entry]) -> Iterator[tuple[Job, Record]]:
         yield job, measure(entry, job.protection)
 
 
-def _in_processes(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Record]]:
-    results: Iterator[Any] = run_all(jobs, workers, TIMEOUT, serve=serve)
+def _in_processes(jobs: dict[Job, Entry], workers: int) -> Iterator[tuple[Job, Record]]:
+    results: Iterator[Any] = run_all(list(jobs), workers, TIMEOUT, serve=serve)
     for result in results:
         if isinstance(result, Outcome):  # of a process that died or was stopped
             job = Job(result.scenario, result.protection, result.seed)
-            title = find(job.protection).name
-            yield job, Record(outcome=replace(result, protection=title))
+            entry, title = jobs[job], find(job.protection).name
+            name = scenario_of(entry.source, entry.name, entry.seed).name
+            yield job, Record(outcome=replace(result, scenario=name, protection=title))
         else:
             yield result
 

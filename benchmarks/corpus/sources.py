@@ -5,6 +5,7 @@ Imports Lightning through `benchmarks.rescue`, `benchmarks.prediction` and `benc
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
@@ -108,6 +109,8 @@ def _kind(kind: Kind) -> Task:
     """Returns a kind of healthy practice; its loss is the median of its last tenth of values."""
 
     def final_value(module: Any, seed: int) -> float:
+        if not module.values:  # the fit failed before its first step
+            return math.nan
         end = start_and_end(module.values)[1]
         return end if kind.floor is None else max(end, kind.floor)
 
