@@ -1,11 +1,11 @@
 """Measures what `IntegrityAudit` finds, how often it is wrong, and what it costs.
 
-    python -m benchmarks.integrity [--parts recall clean cost] [--quick] [--out FOLDER]
+    python -m benchmarks.integrity [--parts recall clean noisy cost] [--quick] [--out FOLDER]
 
 ``recall``: single bits are flipped in audited steps of small nets, each bit position in turn: in a
 weight or a moment while the step runs, in a gradient between backward pass and update, and in the
 output of a matrix product in the forward pass. ``clean``: runs of `benchmarks.healthy` with every
-step audited. ``cost``: processor time of audited and other steps of a byte GPT. One thread.
+step audited. ``noisy``: the same for a net that does not repeat itself. ``cost``: processor time of audited and other steps of a byte GPT. One thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,13 +38,23 @@ from lit_stability.measurement.bit_patterns import words
 PLACES = ("weight", "moment", "gradient", "output of a matrix product")
 GROUPS = (("mantissa, bits 0 to 11", 0, 12), ("mantissa, bits 12 to 22", 12, 23))
 GROUPS += (("exponent, bits 23 to 30", 23, 31), ("sign, bit 31", 31, 32))
+NOISE = 1e-6
+NOISY = "fp32, kernels with noise of 1e-6"
+SETTINGS = (("fp32", PLACES, 32), ("bf16-mixed", PLACES[3:], 16), (NOISY, PLACES[3:], 32))
 
 
 class Net(LightningModule):
-    """A classifier with attention, norms, dropout and a batch norm, in a few thousand weights."""
+    """A classifier with attention, norms, dropout and a batch norm, in a few thousand weights.
 
-    def __init__(self) -> None:
+    Args:
+        noise: relative noise of the first layer, different each time, as of nondeterministic
+            kernels.
+    """
+
+    def __init__(self, noise: float = 0.0) -> None:
         super().__init__()
+        self.noise, self.generator = noise, [torch.Generator()]
+        self.generator[0].seed()
         self.embed = nn.Linear(8, 24)
         self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
         self.norm = nn.LayerNorm(24)
@@ -53,6 +64,8 @@ class Net(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Returns the cross-entropy."""
         x = self.embed(batch[0])
+        if self.noise:
+            x = x * (1 + self.noise * torch.randn(x.shape, generator=self.generator[0]))
         x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
         x = x + self.down(F.gelu(self.up(x)))
         return F.cross_entropy(self.head(x.mean(1)), batch[1])
@@ -107,49 +120,54 @@ def fault(place: str, bit: int, seed: int) -> Fault:
     return CorruptOutput(step=5, module=module, bit=bit, element=chosen.randrange(10**6))
 
 
-def found(place: str, bit: int, seed: int, precision: Any) -> tuple[bool, bool]:
+@cache
+def bare(setting: str, seed: int) -> Tensor:
+    """Returns the weights of a run without a fault, as integers."""
+    return weights(setting, seed, [])
+
+
+def weights(setting: str, seed: int, callbacks: list[Callback]) -> Tensor:
+    """Trains and returns the weights."""
+    seed_everything(seed, verbose=False)
+    module = Net(noise=NOISE if setting == NOISY else 0.0)
+    precision: Any = setting if setting == "bf16-mixed" else "32-true"
+    quiet_trainer(max_steps=8, callbacks=callbacks, precision=precision).fit(module, data(seed))
+    return torch.cat([words(p).flatten() for p in module.parameters()])
+
+
+def found(setting: str, place: str, bit: int, repeat: int) -> tuple[bool, bool]:
     """Returns whether a flip was found, and whether it changed the weights after the fit."""
     monitor, audit = GradientMonitor(), IntegrityAudit(every=5)
-    injected = fault(place, bit, seed)
-    fits = []
-    for callbacks in ([monitor, audit, FaultInjector([injected])], []):
-        seed_everything(seed, verbose=False)
-        module = Net()
-        trainer = quiet_trainer(max_steps=8, callbacks=callbacks, precision=precision)
-        trainer.fit(module, data(seed))
-        fits.append(torch.cat([words(p).flatten() for p in module.parameters()]))
+    injected = fault(place, bit, 100 * bit + repeat)
+    end = weights(setting, repeat, [monitor, audit, FaultInjector([injected])])
     seen = any(i.first.kind == "silent data corruption" for i in monitor.incidents)
-    return seen, not torch.equal(*fits)
+    return seen, not torch.equal(end, bare(setting, repeat))
 
 
 def recall(quick: bool) -> tuple[list[Table], dict[str, Any]]:
     """Flips every bit at every place."""
-    repeats = 1 if quick else 6
+    repeats = 1 if quick else 3
     rows: list[dict[str, Any]] = []
-    for precision, width in (("32-true", 32), ("bf16-mixed", 16)):
-        places = PLACES if width == 32 else PLACES[3:]
+    for setting, places, width in SETTINGS:
         for place in places:
             for bit in range(width):
-                runs = [found(place, bit, 100 * bit + r, precision) for r in range(repeats)]
-                rows.append(
-                    {
-                        **{"precision": precision, "place": place, "bit": bit, "flips": len(runs)},
-                        "found": sum(seen for seen, _ in runs),
-                        "changed the run": sum(changed for _, changed in runs),
-                        "found of these": sum(seen and changed for seen, changed in runs),
-                    }
-                )
-            print(precision, place, sum(r["found"] for r in rows if r["place"] == place))
-    groups = [("32-true", *g) for g in GROUPS] + [("bf16-mixed", "bits 0 to 15", 0, 16)]
+                runs = [found(setting, place, bit, r) for r in range(repeats)]
+                counts = {"flips": len(runs), "found": sum(seen for seen, _ in runs)}
+                if setting != NOISY:  # there, every run ends with other weights
+                    counts["changed the run"] = sum(changed for _, changed in runs)
+                    counts["found of these"] = sum(seen and changed for seen, changed in runs)
+                rows.append({"setting": setting, "place": place, "bit": bit, **counts})
+            own = [r for r in rows if (r["setting"], r["place"]) == (setting, place)]
+            print(setting, place, sum(r["found"] for r in own), flush=True)
     cells = []
-    for precision, name, low, high in groups:
-        for place in PLACES:
-            own = [r for r in rows if (r["precision"], r["place"]) == (precision, place)]
-            own = [r for r in own if low <= r["bit"] < high]
-            if own:
-                total = {k: sum(r[k] for r in own) for k in own[0] if k in _COUNTS}
-                cells.append([precision, place, name, *(str(total[k]) for k in _COUNTS)])
-    columns = ["precision", "place", "bits", *_COUNTS]
+    for setting, places, width in SETTINGS:
+        for place in places:
+            for name, low, high in GROUPS if width == 32 else (("bits 0 to 15", 0, 16),):
+                own = [r for r in rows if (r["setting"], r["place"]) == (setting, place)]
+                own = [r for r in own if low <= r["bit"] < high]
+                sums = [str(sum(r[k] for r in own)) if k in own[0] else "-" for k in _COUNTS]
+                cells.append([setting, place, name, *sums])
+    columns = ["setting", "place", "bits", *_COUNTS]
     return [Table("Single bit flips in an audited step", columns, cells)], {"recall": rows}
 
 
@@ -187,6 +205,29 @@ def clean(quick: bool) -> tuple[list[Table], dict[str, Any]]:
     cells = [[*map(str, total), bound]]
     table = Table("Healthy runs, every step audited", [*columns, "upper bound (95 %)"], cells)
     return [table], {"clean": rows, "bound": 3 / audits}
+
+
+def noisy(quick: bool) -> tuple[list[Table], dict[str, Any]]:
+    """Trains the net with noise, every step audited: no difference may look like a fault."""
+    rows = []
+    for seed in range(2 if quick else 12):
+        seed_everything(seed, verbose=False)
+        monitor, audit = GradientMonitor(), IntegrityAudit(every=1)
+        trainer = quiet_trainer(max_steps=200, callbacks=[monitor, audit])
+        trainer.fit(Net(noise=10.0 ** -(4 + seed % 4)), data(seed))
+        found = sum(i.first.kind == "silent data corruption" for i in monitor.incidents)
+        rows.append({"noise": f"1e-{4 + seed % 4}", "audits": audit.audits, "alarms": found})
+        rows[-1]["ledger"] = audit.suspects()
+        print(rows[-1], flush=True)
+    cells = []
+    for noise in sorted({r["noise"] for r in rows}):
+        own = [r for r in rows if r["noise"] == noise]
+        counts = (sum(r[key] for r in own) for key in ("audits", "alarms"))
+        cells.append([noise, *map(str, counts)])
+    table = Table(
+        "Healthy runs with noise, every step audited", ["noise", "audits", "alarms"], cells
+    )
+    return [table], {"noisy": rows}
 
 
 class Clock(Callback):
@@ -243,7 +284,7 @@ def cost(quick: bool) -> tuple[list[Table], dict[str, Any]]:
     return [table], {"cost": figures, "ratio": ratio, "amortised": amortised}
 
 
-PARTS = {"recall": recall, "clean": clean, "cost": cost}
+PARTS = {"recall": recall, "clean": clean, "noisy": noisy, "cost": cost}
 
 
 def main() -> None:

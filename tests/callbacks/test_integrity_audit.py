@@ -16,7 +16,7 @@ from tests.conftest import Regression, by_hand, fit, flat
 from tests.distributed import run_ranks
 from tests.exact import Batches, differences, loader, run
 from tests.integrity_rank_cases import audited as audited_rank
-from tests.integrity_rank_cases import both
+from tests.integrity_rank_cases import both, hybrid
 from tests.probe_models import Attending
 
 KIND = "silent data corruption"
@@ -253,3 +253,11 @@ def test_healthy_ranks_are_bit_identical_and_raise_no_alarm(strategy, steps, tmp
         assert result["weights"] == result["bare"]
         assert (result["incidents"], result["suspects"]) == ([], [])
         assert result["audits"] == 2 * len(steps)
+
+
+@pytest.mark.long
+def test_replicas_of_a_shard_are_compared_under_fsdp2_with_two_dimensions(tmp_path):
+    for incidents in run_ranks(hybrid, tmp_path, ranks=4, folder=tmp_path):
+        ((step, message),) = incidents
+        assert step == 10
+        assert message.startswith("net.0.weight differs between ranks 0, 2")

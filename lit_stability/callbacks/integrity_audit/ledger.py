@@ -12,8 +12,10 @@ class Ledger:
     """How often each rank was audited and found wrong; never rewound, and kept in checkpoints.
 
     >>> ledger = Ledger()
-    >>> ledger.count("rank 0 on host-a (cpu)", AUDITS), ledger.count("rank 1 on host-b (cpu)", WRONG)
-    (1, 1)
+    >>> ledger.count("rank 0 on host-a (cpu)", AUDITS)
+    1
+    >>> ledger.count("rank 1 on host-b (cpu)", WRONG)
+    1
     >>> ledger.suspects()
     [('rank 1 on host-b (cpu)', 1)]
     """
