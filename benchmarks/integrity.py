@@ -5,7 +5,8 @@
 ``recall``: single bits are flipped in audited steps of small nets, each bit position in turn: in a
 weight or a moment while the step runs, in a gradient between backward pass and update, and in the
 output of a matrix product in the forward pass. ``clean``: runs of `benchmarks.healthy` with every
-step audited. ``noisy``: the same for a net that does not repeat itself. ``cost``: processor time of audited and other steps of a byte GPT. One thread.
+step audited. ``noisy``: the same for a net that does not repeat itself. ``cost``: processor time of
+audited and other steps of a byte GPT. One thread.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def timed(callbacks: Callable[[Clock], list[Callback]], steps: int) -> list[floa
 
 def cost(quick: bool) -> tuple[list[Table], dict[str, Any]]:
     """Times audited steps and their neighbours in one run, and a run without the callback."""
-    steps = 24 if quick else 124
+    steps = 24 if quick else 64
     with_audit = timed(lambda clock: [clock, GradientMonitor(), IntegrityAudit(every=4)], steps)
     without = timed(lambda clock: [clock, GradientMonitor()], steps)
     # The step after an audited one has its report.

@@ -31,7 +31,7 @@ def why_not_recorded(trainer: Trainer, pl_module: LightningModule) -> str | None
     adapter = adapter_of(trainer)
     if not pl_module.automatic_optimization:
         return "in manual optimization a training_step cannot be run without its update"
-    if adapter.gathers_weights or adapter.sharing == "untried":
+    if adapter.gathers_weights:
         return "a rank holds only a part of the weights"
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         return "LBFGS runs the training_step several times in a step"
@@ -148,10 +148,14 @@ class StepRecording:
         before = self._changed_weights()
         attributes = PlainAttributes(owners_in(self._trainer, self._module, of_torch=False))
         attributes.capture()
+        groups = [g for optimizer in self._trainer.optimizers for g in optimizer.param_groups]
+        options = [{k: (v, _cloned(v)) for k, v in g.items() if k != "params"} for g in groups]
         try:
             return self._rerun()
         finally:
             attributes.restore()
+            for group, own in zip(groups, options, strict=True):
+                group.update({key: _restored(*pair) for key, pair in own.items()})
             self._restore_weights(before)
 
     def _rerun(self) -> StepResult:
@@ -248,6 +252,12 @@ def _loss_of(output: Any) -> Tensor | None:
 
 def _loss_name(index: int) -> str:
     return LOSS if index == 0 else f"{LOSS} of micro-batch {index}"
+
+
+@torch.no_grad()
+def _restored(value: Any, copy: Any) -> Any:
+    """Returns a value with what it was when it was copied, such as a learning rate."""
+    return value.copy_(copy) if type(value) is Tensor else value
 
 
 def _cloned(value: Any) -> Any:

@@ -38,6 +38,7 @@ _BY_PARAMETER = frozenset(
 _CHUNK = 2**22
 """Elements from which on parameters are updated in several parts, to bound the memory."""
 _WEIGHT = "weight"
+_SCALER = ("grad_scale", "found_inf")
 _Start: TypeAlias = tuple[Tensor, dict[str, Any], dict[str, Any]]
 """A parameter, the options of its group, and copies of weight and state before the update."""
 
@@ -192,6 +193,8 @@ def _updated(optimizer: Optimizer, chunk: Sequence[_Start]) -> list[dict[str, An
     # A copy of an optimizer has no hooks.
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
+    # A loss scaler leaves these on a fused optimizer, for this step.
+    vars(twin).update({key: vars(optimizer)[key] for key in _SCALER if key in vars(optimizer)})
     groups: dict[int, dict[str, Any]] = {}
     weights = []
     for p, options, start in chunk:

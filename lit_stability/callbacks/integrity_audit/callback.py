@@ -78,8 +78,8 @@ class IntegrityAudit(StabilityCallback):
     Each finding is a line in ``integrity.jsonl`` in the folder of the run, with rank, host and
     device. The counts are kept in checkpoints and survive a restart; see `suspects`.
 
-    Memory on audited steps: weights and gradients twice, moments once. If that is not there, steps
-    are not run again from then on.
+    Memory on audited steps: weights and gradients twice more, three times in a second rerun; then
+    weights and moments once more. If that is not there, steps are not run again from then on.
 
     >>> from lit_stability import stability_callbacks
     >>> callbacks = [*stability_callbacks(), IntegrityAudit(every=500)]
@@ -142,10 +142,13 @@ class IntegrityAudit(StabilityCallback):
         self._reset()
         self._due = trainer.global_step
         self._place = f"rank {trainer.global_rank} on {socket.gethostname()} ({_device(trainer)})"
-        if not adapter_of(trainer).trains_own_tensors:
+        adapter = adapter_of(trainer)
+        unsupported = adapter.sharing == "untried" or not adapter.can_measure()
+        if unsupported or not adapter.trains_own_tensors:
             self._due = _NEVER
+            why = adapter.why_unsupported or "its optimizers train other tensors than the module's"
             name = type(trainer.strategy).__name__
-            log.warning("IntegrityAudit does nothing under %s: weights are not the module's", name)
+            log.warning("IntegrityAudit does nothing under %s: %s", name, why)
             return
         self._obstacle = why_not_recorded(trainer, pl_module)
         reasons = (why_no_update_rerun(optimizer) for optimizer in trainer.optimizers)
