@@ -257,7 +257,7 @@ def timed(callbacks: Callable[[Clock], list[Callback]], steps: int) -> list[floa
 
 def cost(quick: bool) -> tuple[list[Table], dict[str, Any]]:
     """Times audited steps and their neighbours in one run, and a run without the callback."""
-    steps = 24 if quick else 64
+    steps = 24 if quick else 40
     with_audit = timed(lambda clock: [clock, GradientMonitor(), IntegrityAudit(every=4)], steps)
     without = timed(lambda clock: [clock, GradientMonitor()], steps)
     # The step after an audited one has its report.
