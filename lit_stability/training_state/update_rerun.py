@@ -87,6 +87,8 @@ class UpdateRerun:
     ) -> None:
         self._names, self._on_before, self._on_after = names, before, after
         self._start: list[_Start] = []
+        self.error: str | None = None
+        """Why the update could not be computed again, or None."""
         first = optimizer.register_step_post_hook(self._after)
         # What other hooks do to the weights afterwards is not a part of the update.
         hooks: Any = optimizer._optimizer_step_post_hooks
@@ -124,6 +126,15 @@ class UpdateRerun:
         # A fused optimizer unscales the gradients in place.
         if is_skipped(optimizer) or getattr(optimizer, "grad_scale", None) is not None:
             return
+        try:
+            self._record(optimizer)
+        except Exception as error:  # training goes on
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.error, self._start = f"{type(error).__name__}: {error}", []
+
+    def _record(self, optimizer: Optimizer) -> None:
         self._on_before()
         for group in optimizer.param_groups:
             options = {k: _copied(v) for k, v in group.items() if k != "params"}
@@ -133,9 +144,12 @@ class UpdateRerun:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         start, self._start = self._start, []
-        if start:
-            found = [each for chunk in _chunks(start) for each in self._compare(optimizer, chunk)]
-            self._on_after(found)
+        if not start:
+            return
+        try:
+            self._on_after([x for chunk in _chunks(start) for x in self._compare(optimizer, chunk)])
+        except Exception as error:  # training goes on
+            self._failed(error)
 
     def _compare(
         self, optimizer: Optimizer, chunk: Sequence[_Start]

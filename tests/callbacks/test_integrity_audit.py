@@ -247,7 +247,10 @@ def test_ranks_agree_on_a_fault_of_one_of_them(strategy, fault, text, tmp_path):
         assert [place.split()[1] for place, _ in first["suspects"]] == ["1"]
 
 
-@pytest.mark.parametrize(("strategy", "steps"), [("ddp", [0, 1, 2, 5, 10]), ("fsdp2", [0, 5, 10])])
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [("ddp", [0, 1, 2, 5, 10]), pytest.param("fsdp2", [0, 5, 10], marks=pytest.mark.long)],
+)
 def test_healthy_ranks_are_bit_identical_and_raise_no_alarm(strategy, steps, tmp_path):
     for result in run_ranks(both, tmp_path, strategy, folder=tmp_path):
         assert result["weights"] == result["bare"]

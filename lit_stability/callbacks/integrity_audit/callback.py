@@ -13,6 +13,7 @@ from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.integrity_audit.finding import Finding, RankReport
 from lit_stability.callbacks.integrity_audit.ledger import AUDITS, RERUN, WRONG, Ledger
 from lit_stability.callbacks.integrity_audit.replicas import GRADIENT, ReplicaCheck
+from lit_stability.callbacks.integrity_audit.state_check import StateCheck, is_comparable
 from lit_stability.callbacks.integrity_audit.step_check import StepCheck
 from lit_stability.callbacks.requirements import gather_of, require_monitor
 from lit_stability.detectors.anomaly import require
@@ -21,8 +22,7 @@ from lit_stability.distributed.dtensor import shard_place
 from lit_stability.incidents.log import append_lines
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
-from lit_stability.measurement.bit_patterns import Difference, RestGuard, checksums
-from lit_stability.measurement.majority import Majority
+from lit_stability.measurement.bit_patterns import checksums
 from lit_stability.measurement.step_stats import ProbeReading
 from lit_stability.outside import guarded
 from lit_stability.trainer_internals import (
@@ -32,7 +32,6 @@ from lit_stability.trainer_internals import (
     sharing,
     why_not_recorded,
 )
-from lit_stability.training_state.update_rerun import UpdateRerun, why_no_update_rerun
 
 log = suite_logger()
 
@@ -108,14 +107,10 @@ class IntegrityAudit(StabilityCallback):
         self._obstacle: str | None = None
         self._check = StepCheck(_CALIBRATION)
         self._replicas = ReplicaCheck()
-        self._updates_known = 0
-        """Audited updates that had no difference; a check that never had one is not trusted."""
-        self._update_obstacle: str | None = None
         self._recording: StepRecording | None = None
-        self._updates: list[UpdateRerun] = []
-        self._guard = RestGuard()
-        self._pending: list[Finding] = []
-        self._names: dict[int, str] = {}
+        self._state: StateCheck | None = None
+        self._error: str | None = None
+        """Why this rank can check nothing any more."""
         self._place = ""
 
     def _outside_a_fit(self) -> dict[str, Any]:
@@ -151,17 +146,17 @@ class IntegrityAudit(StabilityCallback):
             log.warning("IntegrityAudit does nothing under %s: %s", name, why)
             return
         self._obstacle = why_not_recorded(trainer, pl_module)
-        reasons = (why_no_update_rerun(optimizer) for optimizer in trainer.optimizers)
-        self._update_obstacle = next((reason for reason in reasons if reason is not None), None)
+        self._state = StateCheck(trainer)
         if trainer.is_global_zero:
-            self._log_obstacles()
+            if self._state.obstacle is not None:
+                log.warning("IntegrityAudit computes no update again: %s", self._state.obstacle)
+            self._log_obstacle()
 
-    def _log_obstacles(self) -> None:
-        left = "memory and replicas" if self._update_obstacle else "updates, memory and replicas"
+    def _log_obstacle(self) -> None:
         if self._obstacle is not None:
+            left = "memory, replicas"
+            left += "" if self._state is None or self._state.obstacle else ", updates"
             log.warning("IntegrityAudit runs no step again: %s; it checks %s", self._obstacle, left)
-        if self._update_obstacle is not None:
-            log.warning("IntegrityAudit computes no update again: %s", self._update_obstacle)
 
     def startup_text(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Returns how often steps are audited."""
@@ -186,25 +181,25 @@ class IntegrityAudit(StabilityCallback):
         calibrating = self._check.calibration > 1 and self._obstacle is None
         every = self.every
         self._due = self._step + 1 if calibrating else (self._step // every + 1) * every
-        named = dict(pl_module.named_parameters())
-        self._names = {id(p): name for name, p in named.items()}
-        self._guard.record(_at_rest(trainer, named))
-        if self._obstacle is None:
-            self._recording = StepRecording(trainer, pl_module)
-        if self._update_obstacle is None:
-            self._updates = [
-                UpdateRerun(
-                    optimizer,
-                    self._names,
-                    before=lambda: self._checked_memory("before the update"),
-                    after=lambda found: self._updated(trainer, named, found),
-                )
-                for optimizer in trainer.optimizers
-            ]
+        try:
+            assert self._state is not None
+            self._state.begin(dict(pl_module.named_parameters()))
+            if self._obstacle is None:
+                self._recording = StepRecording(trainer, pl_module)
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Keeps the reason, for the report that all ranks exchange: an audit ends no run."""
+        self._error = f"{type(error).__name__}: {error}"
 
     def _end(self) -> None:
         """Ends an audit at the start of the next step, whose report has what came after it."""
-        self._checked_memory("after the update")
+        try:
+            assert self._state is not None
+            self._state.check("after the update")
+        except Exception as error:
+            self._failed(error)
         self._close()
         self._reports = True
 
@@ -212,38 +207,9 @@ class IntegrityAudit(StabilityCallback):
         """Removes everything that an audit has attached, and releases its copies."""
         if self._recording is not None:
             self._recording.stop()
-        for update in self._updates:
-            update.remove()
-        self._recording, self._updates, self._opened = None, [], False
-        self._guard.forget()
-
-    def _checked_memory(self, when: str, since: int | None = None) -> None:
-        since = self._step if since is None else since
-        for name, bit in self._guard.check():
-            text = f"bit {bit} of {name} flipped in memory {when}"
-            self._pending.append(Finding(name, text, since, state=True))
-
-    def _updated(
-        self,
-        trainer: Trainer,
-        named: Mapping[str, Tensor],
-        found: list[tuple[Majority, Difference]],
-    ) -> None:
-        """Keeps what was wrong in an update, for the report of the next step."""
-        wrong = [each for verdict, each in found if verdict == "training"]
-        reruns = [each for verdict, each in found if verdict == "rerun"]
-        if wrong and not self._updates_known:
-            self._update_obstacle = f"reruns of the first update give another {wrong[0].name}"
-            log.warning("IntegrityAudit computes no update again: %s", self._update_obstacle)
-        elif wrong:
-            text = f"the update of {wrong[0].text()} differs from two reruns, which agree"
-            self._pending.append(Finding(wrong[0].name, text, self._step, state=True))
-        elif reruns:
-            text = f"{reruns[0].text()} differs in a rerun of the update, not in training"
-            self._pending.append(Finding(reruns[0].name, text, self._step, harmless=True))
-        else:
-            self._updates_known += 1
-        self._guard.record(_at_rest(trainer, named))
+        if self._state is not None:
+            self._state.close()
+        self._recording, self._opened = None, False
 
     def probe_readings(
         self, trainer: Trainer, pl_module: LightningModule
@@ -255,33 +221,45 @@ class IntegrityAudit(StabilityCallback):
         self._reports = False
         own = self._report(trainer, pl_module, audited)
         reports = gather_of(trainer)(own)
+        error = next((report.error for report in reports if report.error is not None), None)
         off = next((report.off for report in reports if report.off is not None), None)
-        if off is not None and self._obstacle is None:
+        if error is not None:
+            self._close()
+            self._due = _NEVER
+            if trainer.is_global_zero:
+                log.warning("IntegrityAudit is off for this fit: %s", error)
+        elif off is not None and self._obstacle is None:
             self._obstacle = off
             if trainer.is_global_zero:
-                self._log_obstacles()
+                self._log_obstacle()
         return self._readings(trainer, reports)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, audited: bool) -> RankReport:
+        assert self._state is not None
         report = RankReport(self._place, audited)
         if audited:
-            # A snapshot of the start of this step may have been copied after that.
-            self._checked_memory("before the gradients", since=max(0, self._step - 1))
+            # All ranks run the step again, whatever one of them has failed to do.
             self._audit_step(trainer, pl_module, report)
-            self._audit_memory(trainer, pl_module, report)
-        found = {(each.tensor, each.state): each for each in (*self._pending, *report.findings)}
-        report.findings, self._pending = list(found.values()), []
+            try:
+                self._audit_memory(trainer, pl_module, report)
+            except Exception as error:
+                self._failed(error)
+        both = (*self._state.take_findings(), *report.findings)
+        report.findings = list({(each.tensor, each.state): each for each in both}.values())
+        report.error = self._error
         return report
 
     def _audit_step(self, trainer: Trainer, pl_module: LightningModule, report: RankReport) -> None:
         """Runs the step again, on all ranks or on none: it may contain collectives."""
         recording, self._recording = self._recording, None
-        if recording is None:
+        if self._obstacle is not None:
             return
-        recording.stop()
+        if recording is not None:
+            recording.stop()
+        obstacle = "no step was recorded" if recording is None else recording.obstacle
         gather = gather_of(trainer)
-        if any(gather(recording.obstacle)):
-            report.off = recording.obstacle
+        if any(gather(obstacle)) or recording is None:
+            report.off = obstacle
             return
         try:
             report.findings += self._check.findings(trainer, pl_module, recording, gather)
@@ -292,14 +270,16 @@ class IntegrityAudit(StabilityCallback):
     def _audit_memory(
         self, trainer: Trainer, pl_module: LightningModule, report: RankReport
     ) -> None:
+        assert self._state is not None
+        self._state.before_gradients()
         named = dict(pl_module.named_parameters())
         grads = {f"{GRADIENT}{n}": p.grad for n, p in named.items() if p.grad is not None}
-        plain = {name: grad for name, grad in grads.items() if not grad.is_sparse}
+        grads = {name: grad for name, grad in grads.items() if is_comparable(grad)}
         if sharing(trainer) != "alone":
-            shared = {**named, **plain}
+            shared = {**{n: p for n, p in named.items() if is_comparable(p)}, **grads}
             report.group = _replica_group(named)
             report.checksums = dict(zip(shared, checksums(list(shared.values())), strict=True))
-        self._guard.record({**_at_rest(trainer, named), **plain})
+        self._state.watch(grads)
 
     def _readings(self, trainer: Trainer, reports: list[RankReport]) -> list[ProbeReading]:
         """Counts and records what all ranks have found; returns what training must react to."""
@@ -346,13 +326,16 @@ class IntegrityAudit(StabilityCallback):
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the audit in progress: its weights are no longer those of the run."""
+        self._forget()
+
+    def _forget(self) -> None:
         self._close()
-        self._pending = []
+        if self._state is not None:
+            self._state.take_findings()
 
     def on_precision_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns again how exactly a step repeats itself."""
-        self._close()
-        self._pending = []
+        self._forget()
         self._check = StepCheck(_CALIBRATION)
         self._due = min(self._due, trainer.global_step)
 
@@ -390,18 +373,6 @@ class IntegrityAudit(StabilityCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the ledger's counts."""
         self._ledger.load_state_dict(state_dict["ledger"])
-
-
-def _at_rest(trainer: Trainer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors that only an optimizer's step should change."""
-    tensors = dict(named)
-    names = {id(p): name for name, p in named.items()}
-    for optimizer in trainer.optimizers:
-        for p, state in optimizer.state.items():
-            for key, value in state.items() if isinstance(state, dict) else ():
-                if isinstance(value, Tensor):
-                    tensors[f"{key} of {names.get(id(p), 'a parameter')}"] = value
-    return tensors
 
 
 def _replica_group(named: Mapping[str, Tensor]) -> str:

@@ -36,3 +36,5 @@ class RankReport:
     """Of weights and averaged gradients, by name."""
     off: str | None = None
     """Why this rank cannot run steps again."""
+    error: str | None = None
+    """Why this rank can check nothing any more."""
