@@ -57,7 +57,10 @@ class _MicroBatch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: dict[str, Any]
-    buffers: dict[int, Tensor]
+    buffers: list[tuple[dict[str, Any], str, Tensor]]
+    """Table of a module, key in it, and the buffer itself: it may be replaced in the step."""
+    copies: dict[int, Tensor]
+    """Copies of the buffers by their ids."""
     attributes: tuple[PlainAttributes, ModuleAttributes]
 
 
@@ -81,7 +84,9 @@ class StepRecording:
         self._versions: dict[str, int] = {}
         self._training = StepResult()
         self.obstacle: str | None = None
-        """Why the step cannot be run again, or None."""
+        """Why steps cannot be run again, or None."""
+        self.incomplete = False
+        """Whether this step cannot be compared, as a ``training_step`` has returned None."""
         self._handles = _collect(self._named, self._training.numbers)
         self._original = pl_module.training_step
         self._patch = Patch(pl_module, "training_step", self._run)
@@ -96,7 +101,7 @@ class StepRecording:
         output = self._original(*args, **kwargs)
         loss = _loss_of(output)
         if loss is None:
-            self.obstacle = "training_step returns no loss"
+            self.incomplete = True
         else:
             self._training.numbers[_loss_name(len(self._batches) - 1)] = loss.detach().clone()
         return output
@@ -116,7 +121,8 @@ class StepRecording:
                 args=_cloned(args),
                 kwargs=_cloned(kwargs),
                 rng=capture_rng(),
-                buffers={id(b): b.detach().clone() for b in self._module.buffers()},
+                buffers=_places_of_buffers(self._module),
+                copies={id(b): b.detach().clone() for b in self._module.buffers()},
                 attributes=attributes,
             )
         )
@@ -127,8 +133,7 @@ class StepRecording:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if not self._batches and self.obstacle is None:
-            self.obstacle = "no training_step was run"
+        self.incomplete = self.incomplete or not self._batches
 
     @property
     def training(self) -> StepResult:
@@ -172,9 +177,10 @@ class StepRecording:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.enable_grad())
             for index, micro in enumerate(self._batches):
-                tensors = {**copies, **{key: b.clone() for key, b in micro.buffers.items()}}
-                # A buffer that was made since then has no copy of that time.
-                with replaced_tensors(self._module, lambda t, own=tensors: own.get(id(t), t)):  # type: ignore[misc]
+                with replaced_tensors(self._module, lambda t: copies.get(id(t), t)):
+                    fresh = {key: copy.clone() for key, copy in micro.copies.items()}
+                    for table, key, buffer in micro.buffers:
+                        table[key] = fresh[id(buffer)]
                     result.numbers[_loss_name(index)] = self._run_again(micro)
                     result.state = self._state()
                 for copy in by_name.values():
@@ -243,6 +249,11 @@ def _collect(named: Mapping[str, Tensor], totals: dict[str, Tensor]) -> list[Rem
         hooks.move_to_end(handle.id, last=False)
         handles.append(handle)
     return handles
+
+
+def _places_of_buffers(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    tables = (each._buffers for each in module.modules())
+    return [(table, k, b) for table in tables for k, b in table.items() if b is not None]
 
 
 def _loss_of(output: Any) -> Tensor | None:

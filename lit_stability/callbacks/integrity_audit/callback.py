@@ -257,15 +257,17 @@ class IntegrityAudit(StabilityCallback):
         if recording is not None:
             recording.stop()
         obstacle = "no step was recorded" if recording is None else recording.obstacle
+        incomplete = recording is None or recording.incomplete
         gather = gather_of(trainer)
-        if any(gather(obstacle)) or recording is None:
+        if any(obstacle or incomplete for obstacle, incomplete in gather((obstacle, incomplete))):
             report.off = obstacle
             return
+        assert recording is not None
         try:
             report.findings += self._check.findings(trainer, pl_module, recording, gather)
         except Exception as error:  # an audit never ends the run
             report.off = f"{type(error).__name__}: {error}"
-        report.off = report.off or recording.obstacle
+        report.off = report.off or recording.obstacle or self._check.obstacle
 
     def _audit_memory(
         self, trainer: Trainer, pl_module: LightningModule, report: RankReport

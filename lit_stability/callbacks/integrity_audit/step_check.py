@@ -33,10 +33,14 @@ class StepCheck:
         self.calibration = calibration
         """Audits that still only learn."""
         self.tolerance = Tolerance()
+        self.obstacle: str | None = None
+        """Why steps cannot be compared, or None."""
         self._written: set[str] = set()
         """Weights and buffers that the program writes between training_step and update."""
         self._changed_gradients: set[str] = set()
         """Gradients that the program, or another rank, changes after the backward pass."""
+        self._noisy: str | None = None
+        """The first tensor that a rerun did not repeat, in the audits that only learn."""
         self._in_a_row = 0
         self._logged: set[str] = set()
 
@@ -117,13 +121,20 @@ class StepCheck:
             what = f"{part} pass: {text} from two reruns, which agree"
             return [Finding(first_wrong, what, step)]
         self.tolerance.learn([*apart, *again, *reruns])
-        self._log_once(
-            "IntegrityAudit: a step of this program does not repeat itself: %s; from now on only "
-            "relative differences above %.2g are found",
-            text,
-            self.tolerance.typical,
-        )
+        self._report_tolerance(apart[0].name)
         return []
+
+    def _report_tolerance(self, first: str) -> None:
+        """Logs, once, how much the tolerance hides; too much, and steps are not compared."""
+        typical = self.tolerance.typical
+        if self.tolerance.useless:
+            self.obstacle = f"reruns of a step differ too much, first in {first}"
+        else:
+            self._log_once(
+                "IntegrityAudit: a step of this program does not repeat itself to the bit, first "
+                "in %s; only relative differences above %.2g are found (median over the tensors)",
+                *(first, typical),
+            )
 
     def _calibrate(
         self,
@@ -143,13 +154,9 @@ class StepCheck:
             d.name for d in _gradient_differences(trainer, pl_module, training)
         }
         self.calibration -= 1
-        if self.calibration == 0 and not self.tolerance.exact:
-            self._log_once(
-                "IntegrityAudit: a step of this program does not repeat itself to the bit, first "
-                "%s; only relative differences above %.2g are found (median over the tensors)",
-                noise[0].name if noise else "in an earlier audit",
-                self.tolerance.typical,
-            )
+        self._noisy = self._noisy or next((each.name for each in noise), None)
+        if self.calibration == 0 and self._noisy is not None:
+            self._report_tolerance(self._noisy)
 
     def _damaged(
         self,
