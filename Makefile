@@ -72,6 +72,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.probes cost
 	$(BENCH) -m benchmarks.instabilities
 	$(BENCH) -m benchmarks.qk_clip
+	$(BENCH) -m benchmarks.integrity
 	$(BENCH) -m benchmarks.false_alarms
 	$(BENCH) -m benchmarks.prediction
 
