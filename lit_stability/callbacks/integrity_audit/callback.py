@@ -141,7 +141,8 @@ class IntegrityAudit(StabilityCallback):
         unsupported = adapter.sharing == "untried" or not adapter.can_measure()
         if unsupported or not adapter.trains_own_tensors:
             self._due = _NEVER
-            why = adapter.why_unsupported or "its optimizers train other tensors than the module's"
+            other = "its optimizers train other tensors than the module's"
+            why = adapter.why_unsupported if unsupported else other
             name = type(trainer.strategy).__name__
             log.warning("IntegrityAudit does nothing under %s: %s", name, why)
             return
@@ -160,6 +161,8 @@ class IntegrityAudit(StabilityCallback):
 
     def startup_text(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Returns how often steps are audited."""
+        if self._due == _NEVER:
+            return ""
         return f"one step in {self.every} is audited for silent data corruption"
 
     def on_train_batch_start(
