@@ -86,6 +86,7 @@ bench-all: bench
 	$(BENCH) -m benchmarks.instabilities
 	$(BENCH) -m benchmarks.qk_clip
 	$(BENCH) -m benchmarks.mechanisms
+	$(BENCH) -m benchmarks.integrity
 	$(BENCH) -m benchmarks.false_alarms
 	$(BENCH) -m benchmarks.prediction
 

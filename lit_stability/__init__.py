@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from lit_stability.callbacks import Diagnosis as Diagnosis
     from lit_stability.callbacks import GradientFlow as GradientFlow
     from lit_stability.callbacks import GradientMonitor as GradientMonitor
+    from lit_stability.callbacks import IntegrityAudit as IntegrityAudit
     from lit_stability.callbacks import LastKnownGood as LastKnownGood
     from lit_stability.callbacks import NonFiniteLocator as NonFiniteLocator
     from lit_stability.callbacks import PrecisionFallback as PrecisionFallback
@@ -58,6 +59,7 @@ _HOME = {
     "GradientFlow": "callbacks",
     "GradientMonitor": "callbacks",
     "Incident": "incidents",
+    "IntegrityAudit": "callbacks",
     "LastKnownGood": "callbacks",
     "NonFiniteLocator": "callbacks",
     "NonFiniteOrigin": "diagnosis.nonfinite",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_stability.distributed.dtensor import local
 from lit_stability.lightning_package import Callback, LightningModule, Trainer
+from lit_stability.measurement.bit_patterns import words
 from lit_stability.measurement.tensor_tree import tensors_in
 from lit_stability.trainer_internals import adapter_of
 
@@ -80,16 +81,60 @@ class ScaleLoss(Fault):
 
 @dataclass(kw_only=True)
 class CorruptGradient(Fault):
-    """Sets one element of each matching gradient to ``value``, such as NaN or Inf."""
+    """Sets one element of each matching gradient to ``value``, or flips one of its bits."""
 
     parameter: str = "*"
     value: float = math.nan
+    bit: int | None = None
+    """Bit to flip instead, of the gradient's own format; 0 is the lowest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_bit(self.bit)
 
     def on_gradients(self, pl_module: LightningModule) -> None:
         """See `Fault`."""
         for _, p in _matching(pl_module, self.parameter):
             if p.grad is not None:
-                _first(local(p.grad)).fill_(self.value)
+                first = _first(local(p.grad.data))
+                if self.bit is None:
+                    first.fill_(self.value)
+                else:
+                    _flip(first, self.bit)
+
+
+@dataclass(kw_only=True)
+class CorruptOutput(Fault):
+    """Flips one bit of the output of a module, the first time that it runs in the step.
+
+    Raises:
+        ValueError: if ``bit`` is out of range; at the step, if no module has the name.
+    """
+
+    module: str
+    """Name of the module, as in ``named_modules``."""
+    bit: int = 30
+    """Bit to flip, of the output's own format; 0 is the lowest."""
+    element: int = 0
+    """Which element of the output."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_bit(self.bit)
+
+    def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """See `Fault`."""
+        modules = dict(pl_module.named_modules())
+        if self.module not in modules:
+            raise ValueError(f"no module is named {self.module!r}; there are {[*modules][:10]}")
+
+        def flip(module: nn.Module, args: Any, output: Tensor) -> None:
+            handle.remove()
+            # A view of the memory: autograd must not see the write, as it does not see a fault.
+            size = output.numel()
+            _flip(output.data.view(-1)[self.element % size :][:1], self.bit)
+
+        handle = modules[self.module].register_forward_hook(flip)
 
 
 @dataclass(kw_only=True)
@@ -117,8 +162,7 @@ class CorruptWeight(Fault):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bit is not None and not 0 <= self.bit <= 31:
-            raise ValueError(f"bit must be in 0..31, got {self.bit!r}")
+        _require_bit(self.bit)
 
     @torch.no_grad()
     def on_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -257,6 +301,22 @@ class FaultInjector(Callback):
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+
+def _require_bit(bit: int | None) -> None:
+    if bit is not None and not 0 <= bit <= 31:
+        raise ValueError(f"bit must be in 0..31, got {bit!r}")
+
+
+@torch.no_grad()
+def _flip(element: Tensor, bit: int) -> None:
+    """Flips a bit in the memory of one element."""
+    integers = words(element)
+    width = 8 * integers.element_size()
+    if bit >= width:
+        raise ValueError(f"bit must be in 0..{width - 1} for {element.dtype}, got {bit!r}")
+    # The highest bit exceeds a signed integer; its two's complement has the same bits.
+    integers ^= (1 << bit) - ((1 << width) if bit == width - 1 else 0)
 
 
 def _first(tensor: Tensor) -> Tensor:

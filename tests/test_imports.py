@@ -236,6 +236,7 @@ def test_public_names_are_frozen():
         "GradientFlow",
         "GradientMonitor",
         "Incident",
+        "IntegrityAudit",
         "LastKnownGood",
         "NonFiniteLocator",
         "NonFiniteOrigin",

@@ -10,7 +10,7 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,18 +76,19 @@ class MetricRecorder(Callback):
         self.metrics["validation", trainer.global_step] = dict(trainer.callback_metrics)
 
 
-def run(kind: Kind, seed: int, with_suite: bool) -> Run:
+def run(kind: Kind, seed: int, with_suite: bool, beside: Sequence[Callback] = ()) -> Run:
     """Trains a kind with a seed.
 
     Args:
         kind: To train.
         seed: Of the weights, the data and everything drawn in training.
         with_suite: Adds ``stability_callbacks()``, after the callbacks of the kind.
+        beside: Callbacks to add to the suite.
     """
     result = Run()
     seed_everything(seed, verbose=False)
     module, recorder = kind.module(), MetricRecorder()
-    own, suite = kind.callbacks(), stability_callbacks() if with_suite else []
+    own, suite = kind.callbacks(), [*stability_callbacks(), *beside] if with_suite else []
     with tempfile.TemporaryDirectory() as folder, _recorded_warnings(result):
         for fold in range(kind.fits):
             trainer = _trainer(kind, [*own, *suite, recorder], folder)

@@ -5,6 +5,7 @@ One optimizer step, with the hooks in place::
     on_train_batch_start        Preflight runs its checks, before the first step of a run
                                 AutoRollback records buffers and epoch metrics
                                 CurvatureProbe keeps the batch, if it measures this step
+                                IntegrityAudit checks memory, and records the start of the step
       training_step             AttentionProbe records attention kernels, if it measures this step
                                 QKClip measures each attention head
                                 AutoRollback goes on with a loss of 0 if it raises
@@ -15,7 +16,8 @@ One optimizer step, with the hooks in place::
                                   on_healthy_step of every callback, in order, or
                                   on_incident     of every callback, in order
                                 AdaptiveGradientClipping clips the step, unless it is skipped
-      the Trainer's own clipping, update; at its end QKClip rescales queries and keys
+      the Trainer's own clipping, update; IntegrityAudit computes it again; at its end QKClip
+      rescales queries and keys
       lr_scheduler_step
     on_train_batch_end          GradientMonitor counts the votes of the ranks (DDP)
                                 CrashPrediction learns from the accepted step, and may act on it
@@ -70,6 +72,7 @@ from lit_stability.callbacks.diagnosis import Diagnosis
 from lit_stability.callbacks.gradient_flow import GradientFlow
 from lit_stability.callbacks.gradient_monitor import GradientMonitor
 from lit_stability.callbacks.hooks import StabilityCallback
+from lit_stability.callbacks.integrity_audit import IntegrityAudit
 from lit_stability.callbacks.last_known_good import LastKnownGood
 from lit_stability.callbacks.nonfinite_locator import NonFiniteLocator
 from lit_stability.callbacks.precision_fallback import PrecisionFallback
@@ -89,6 +92,7 @@ __all__ = [
     "Diagnosis",
     "GradientFlow",
     "GradientMonitor",
+    "IntegrityAudit",
     "LastKnownGood",
     "NonFiniteLocator",
     "PrecisionFallback",

@@ -50,6 +50,7 @@ from lit_stability.detectors.lost_updates import LostUpdates
 from lit_stability.detectors.nonfinite import NonFinite
 from lit_stability.detectors.rank_agreement import Replicas, Vote, disagreement, rates_differ
 from lit_stability.detectors.rolling_window import Window
+from lit_stability.detectors.silent_corruption import SilentCorruption
 from lit_stability.detectors.spike import Spike
 from lit_stability.detectors.stalled_layers import Stall
 from lit_stability.detectors.update import LearningRateJump, OptimizerState, UpdateSpike
@@ -73,6 +74,7 @@ __all__ = [
     "OptimizerState",
     "RegimeChange",
     "Replicas",
+    "SilentCorruption",
     "Spike",
     "Stall",
     "UpdateSpike",
@@ -96,6 +98,7 @@ def default_detectors() -> list[Detector]:
     nothing else is done.
     """
     return [
+        SilentCorruption(),
         NonFinite(),
         LossScale(),
         OptimizerState(),

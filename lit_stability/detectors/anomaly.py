@@ -33,6 +33,7 @@ Kind = Literal[
     "attention-logit growth",
     "attention collapse",
     "curvature beyond the edge",
+    "silent data corruption",
 ]
 
 
@@ -97,6 +98,8 @@ def with_damage(anomaly: Anomaly, weights: Sequence[str], moments: Sequence[str]
         weights: names of the parameters that are non-finite.
         moments: names of the parameters whose optimizer state is non-finite.
     """
+    if anomaly.kind == "silent data corruption" and anomaly.state_corrupted:
+        return anomaly  # it names the cause of what is non-finite
     if weights and anomaly.kind != "non-finite weight":
         kind, damage = "non-finite weight", f"{len(weights)} parameters are non-finite"
     elif moments and not weights and not anomaly.state_corrupted:

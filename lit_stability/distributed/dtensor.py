@@ -84,3 +84,20 @@ def share(tensor: Any, ranks: int) -> float:
         if not (placement.is_replicate() or placement.is_partial()):
             shards *= tensor.device_mesh.size(dimension)
     return shards / ranks
+
+
+def shard_place(tensor: Any) -> tuple[int, ...]:
+    """Returns which shard of a tensor this rank holds; empty for a plain or replicated tensor.
+
+    Ranks with the same place hold the same elements.
+
+    Args:
+        tensor: plain or sharded.
+    """
+    placements = getattr(tensor, "placements", ())
+    coordinate = tensor.device_mesh.get_coordinate() if placements else ()
+    return tuple(
+        place
+        for place, placement in zip(coordinate or (), placements, strict=False)
+        if not placement.is_replicate()
+    )

@@ -66,6 +66,12 @@ from lit_stability.trainer_internals.skip_step import (
     remove_gradients,
 )
 from lit_stability.trainer_internals.step_guard import StepFailure, StepGuard, step_failure
+from lit_stability.trainer_internals.step_recording import (
+    LOSS,
+    StepRecording,
+    StepResult,
+    why_not_recorded,
+)
 from lit_stability.trainer_internals.step_rerun import Outcome, RecordedStep
 from lit_stability.trainer_internals.strategies import (
     adapter_of,
@@ -98,6 +104,7 @@ from lit_stability.trainer_internals.training_snapshot import (
 from lit_stability.trainer_internals.worker_exit import at_worker_exit
 
 __all__ = [
+    "LOSS",
     "AroundNextStep",
     "BatchRecorder",
     "BetweenBatches",
@@ -120,6 +127,8 @@ __all__ = [
     "Stateful",
     "StepFailure",
     "StepGuard",
+    "StepRecording",
+    "StepResult",
     "StepSkipper",
     "StepStart",
     "TrainingSnapshot",
@@ -179,4 +188,5 @@ __all__ = [
     "unscale",
     "why_fixed",
     "why_no_directory",
+    "why_not_recorded",
 ]

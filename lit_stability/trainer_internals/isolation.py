@@ -27,7 +27,7 @@ def isolated_step(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
         trainer: in its fit.
         pl_module: the module in training.
     """
-    attributes, state = _Attributes(pl_module), IsolatedModel(pl_module)
+    attributes, state = ModuleAttributes(pl_module), IsolatedModel(pl_module)
     metrics = LoggedMetrics(pl_module)
     metrics.capture(trainer)
     silenced = {name: vars(pl_module).get(name) for name in ("log", "log_dict")}
@@ -44,8 +44,12 @@ def isolated_step(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
         state.restore()
 
 
-class _Attributes:
-    """Attributes of a module other than parameters, buffers and submodules."""
+class ModuleAttributes:
+    """Attributes of a module other than parameters, buffers and submodules, as they are now.
+
+    Args:
+        module: whose attributes are kept, with the contents of its lists, dicts, sets and deques.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -181,6 +181,10 @@ _SCHEMA = "the operator's signature, passed as text"
 TORCH = (
     Private("_C", "no operation of the backward pass is named", ("diagnosis",)),
     Private("_DisableAutocast", "no operation of the backward pass is named", ("diagnosis",)),
+    Private(
+        "_backward_hooks",
+        "comparing gradients that hooks of the user have changed, which often differ",
+    ),
     Private("_buffers", _MODULE, ("training_state", "trainer_internals")),
     Private("_cdata", _STORAGE, ("diagnosis", "training_state")),
     Private("_compiled_call_impl", "asking the user", ("measurement",)),
@@ -205,6 +209,11 @@ TORCH = (
     Private("_opname", _SCHEMA, ("diagnosis",)),
     Private("_orig_mod", "asking the user", ("measurement",)),
     Private("_parameters", _MODULE),
+    Private(
+        "_optimizer_step_post_hooks",
+        "registering the hook before all others, at the start of the fit",
+        ("training_state",),
+    ),
     Private("_params", _FSDP1),
     Private(
         "_post_accumulate_grad_hooks",

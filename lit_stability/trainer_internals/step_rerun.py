@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,11 +187,23 @@ def _loss(
     return share if scaler is None else scaler.scale(share)
 
 
-@contextmanager
-def _copies(pl_module: LightningModule, float32: bool) -> Iterator[None]:
+def _copies(pl_module: LightningModule, float32: bool) -> AbstractContextManager[None]:
     """Replaces parameters and buffers with copies, so that no gradient reaches the originals.
 
     Copied parameters share memory with the originals, unless they are converted to float32.
+    """
+    return replaced_tensors(pl_module, lambda value: _copy(value, float32))
+
+
+@contextmanager
+def replaced_tensors(
+    pl_module: LightningModule, replacement: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Has other tensors in the place of all parameters and buffers of a module.
+
+    Args:
+        pl_module: the module; its tensors are in their places again afterwards.
+        replacement: called once with each of them; returns what takes its place.
     """
     entries: list[tuple[dict[str, Any], str, Tensor]] = [
         (table, key, value)
@@ -200,7 +212,8 @@ def _copies(pl_module: LightningModule, float32: bool) -> Iterator[None]:
         for key, value in table.items()
         if value is not None
     ]
-    copies = {id(value): _copy(value, float32) for _, _, value in entries}
+    unique = {id(value): value for _, _, value in entries}
+    copies = {key: replacement(value) for key, value in unique.items()}
     try:
         for table, key, value in entries:
             table[key] = copies[id(value)]

@@ -59,7 +59,8 @@ def cls(request):
 
 def test_battery_finds_the_callbacks():
     beside_the_suite = {"AdaptiveGradientClipping", "CrashPrediction", "GradientFlow", "Preflight"}
-    beside_the_suite |= {"Alerts", "CurvatureProbe", "QKClip", "StabilityCallback"}
+    beside_the_suite |= {"Alerts", "CurvatureProbe", "IntegrityAudit", "QKClip"}
+    beside_the_suite |= {"StabilityCallback"}
     suite = {type(c).__name__ for c in stability_callbacks()}
     assert {c.__name__ for c in PUBLIC} == suite | beside_the_suite, (
         "a public callback that the default suite lacks needs its own line here"
@@ -174,7 +175,7 @@ def test_suite_with_two_optimizers_skips_the_bad_one_only(tmp_path):
         *("AdaptiveGradientClipping", "AnomalyCheckpoint", "AutoRollback"),
         *("CrashPrediction", "GradientFlow", "LastKnownGood", "NonFiniteLocator"),
         *("PrecisionFallback", "PreemptionCheckpoint"),
-        *("AttentionProbe", "CurvatureProbe", "QKClip"),
+        *("AttentionProbe", "CurvatureProbe", "IntegrityAudit", "QKClip"),
     ],
 )
 @pytest.mark.parametrize("order", ["alone", "before"])

@@ -101,6 +101,7 @@ OPTIONS = {
     "GradientFlow": {"every_n_steps": 100, "layers": 5},
     "QKClip": {"threshold": 50.0, "every": 2, "modules": ["*"]},
     "AttentionProbe": {"modules": ["*"], "every": 20, "quiet": False},
+    "IntegrityAudit": {"every": 500},
     "CurvatureProbe": {"every": 30, "follow": 2},
     "StabilityCallback": {},
 }

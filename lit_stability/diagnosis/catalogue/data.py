@@ -141,6 +141,13 @@ MACHINE = (
         ignore_when="if it happens once",
     ),
     Cause(
+        name="silent data corruption",
+        rules=((14, c.kind("silent data corruption")),),
+        remedy="continue from before the wrong numbers; if the same rank or host comes again, take "
+        "it out and test its memory and processor (see integrity.jsonl)",
+        ignore_when="if it happens once in weeks: a cosmic ray flips bits, too",
+    ),
+    Cause(
         name="weights damaged from outside",
         rules=(
             (8, c.kind("weight corruption")),

@@ -63,6 +63,11 @@ class StrategyAdapter:
         return None
 
     @property
+    def trains_own_tensors(self) -> bool:
+        """Whether the optimizers train the module's parameters, whose memory is there all along."""
+        return True
+
+    @property
     def steps_now(self) -> bool:
         """Whether the optimizer will take a step, in ``on_before_optimizer_step``."""
         return True

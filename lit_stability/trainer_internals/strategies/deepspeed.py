@@ -65,6 +65,11 @@ class DeepSpeedAdapter(StrategyAdapter):
         return "untried" if self.why_unsupported else "shards"
 
     @property
+    def trains_own_tensors(self) -> bool:
+        """DeepSpeed trains copies in fp32."""
+        return False
+
+    @property
     def why_unsupported(self) -> str:
         """What the configuration of DeepSpeed asks for that was never tried."""
         config = self._strategy.config or {}

@@ -33,6 +33,11 @@ class FSDP1Adapter(StrategyAdapter):
         return "FSDP1 with cpu_offload was never tried, as it needs a GPU; leave it out"
 
     @property
+    def trains_own_tensors(self) -> bool:
+        """The optimizers' parameters are parts of a flat tensor, and the module's are freed."""
+        return False
+
+    @property
     def why_precision_fixed(self) -> str | None:
         """The shards have the dtype that they were created with."""
         return "FSDP1 fixes the dtype of its shards when it creates them (FSDP2 does not)"

@@ -14,6 +14,11 @@ class UnsupportedAdapter(StrategyAdapter):
         return "untried"
 
     @property
+    def trains_own_tensors(self) -> bool:
+        """Not known."""
+        return False
+
+    @property
     def why_unsupported(self) -> str:
         """The reason, by the name of the strategy."""
         if "XLA" in type(self._strategy).__name__:
