@@ -1,7 +1,5 @@
 """`IntegrityAudit`: finds silent data corruption by running healthy steps again."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Mapping
 from typing import Any
