@@ -82,7 +82,7 @@ _HOME = {
     "stability_callbacks": "callbacks",
 }
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = sorted(_HOME)
 
 
