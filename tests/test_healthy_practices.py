@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from lit_stability import GradientMonitor, stability_callbacks
 from lit_stability.callbacks.auto_rollback import AutoRollback
+from lit_stability.incidents.verdict import verdict_of
 from tests.conftest import Regression, fit, flat, regression_data
 
 
@@ -143,6 +144,9 @@ def test_fault_of_one_batch_index_costs_few_batches_and_is_named(fault, options,
     assert trainer.global_step >= 3 * 64 / window - 16
     assert torch.isfinite(flat(module)).all()
     assert {i.cause for i in suite[0].incidents} == {"fault of one batch index"}
+    # It comes back in each epoch, so that there is something to do.
+    verdict = verdict_of([i.as_dict() for i in suite[0].incidents])
+    assert verdict.to_do.startswith("look at what training_step does at this batch_idx only")
     assert sum(r == "step skipped" for i in suite[0].incidents for r in i.responses) <= 3
 
 

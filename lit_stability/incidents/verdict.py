@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 Record = Mapping[str, Any]
 Level = Literal["ok", "watch", "act"]
-"""``ok``: nothing to do. ``watch``: it may need attention. ``act``: it does not pass by itself."""
+"""``ok``: nothing to do. ``watch``: it may need attention, or will come again. ``act``: it does not
+pass by itself."""
 
 _NAMED = 2
 """Groups that a verdict names; the others are counted."""
@@ -63,7 +64,9 @@ class IncidentGroup:
             return "act"
         if outcome == "recurring":
             return "act" if len(self.records) > 1 else "watch"
-        return "ok" if outcome in ("recovered", "handled") else "watch"
+        if outcome in ("recovered", "handled"):
+            return "watch" if _leave(self.records[-1]).startswith("never:") else "ok"
+        return "watch"
 
     @property
     def text(self) -> str:
@@ -155,11 +158,16 @@ def ignore_in(record: Record) -> str:
     Args:
         record: with ``cause``, ``outcome`` and the likely causes.
     """
-    best: Record = next(iter(record.get("hypotheses") or ()), {})
-    when = str(best.get("leave") or "")
-    known = bool(record.get("cause")) and best.get("cause") == record.get("cause")
+    when = _leave(record)
     serious = record.get("outcome") in ("recurring", "stopped", "contained")
-    return when if known and not serious and not when.startswith("never") else ""
+    return "" if serious or when.startswith("never") else when
+
+
+def _leave(record: Record) -> str:
+    """Returns when the cause of an incident may be ignored; "" if it is not known."""
+    best: Record = next(iter(record.get("hypotheses") or ()), {})
+    known = bool(record.get("cause")) and best.get("cause") == record.get("cause")
+    return str(best.get("leave") or "") if known else ""
 
 
 def groups_of(records: Sequence[Record]) -> tuple[IncidentGroup, ...]:

@@ -196,7 +196,9 @@ def test_summary_has_one_row_for_each_cause():
     assert "skip x2" in rows[0]
     assert rows[0].endswith("recovered, recurring")
     assert "gradient spike, cause unknown" in rows[1]
-    assert verdict.startswith("verdict: 2 times log at model.py:11, it comes back. To do: ")
+    assert verdict.startswith(
+        "verdict: 2 times log at model.py:11, it comes back; log at model.py:30, recovered. To do: "
+    )
 
 
 def test_summary_of_one_cause_names_it_in_its_headline():

@@ -153,6 +153,8 @@ def test_remedy_of_what_did_not_recur_blames_neither_data_nor_model(kind):
     trouble.verdict = "transient"
     damaged = kind in ("non-finite weight", "weight corruption")
     remedy = "continue from an earlier state" if damaged else "nothing in data or model"
+    if kind == "silent data corruption":
+        remedy = "continue from before the wrong numbers"
     assert trouble.remedy.startswith(remedy)
 
 

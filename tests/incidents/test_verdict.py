@@ -5,6 +5,7 @@ import pytest
 from lit_stability.incidents.verdict import groups_of, ignore_in, verdict_of
 
 LOG = {"op": "log", "file": "/src/model.py", "line": 11, "cause": "operation"}
+LASTING = [{"cause": "log", "leave": "never: the next batch fails as well"}]
 RARE = [{"cause": "bad batch", "leave": "if it is one of thousands: it was skipped"}]
 
 
@@ -56,6 +57,11 @@ STOP = record(4, "stopped", responses=["step skipped", "stopped: no budget\nis l
             "act",
             "bad batch, and the run does not learn: loss 2.5, 0.125 before. To do: look at the "
             "batch",
+        ),
+        (
+            [record(1, cause="log", remedy="clamp it", hypotheses=LASTING)],
+            "watch",
+            "log, recovered. To do: clamp it",
         ),
         (
             [record(n, "observed", cause=cause) for n, cause in enumerate("aabcd", 1)],

@@ -392,6 +392,8 @@ class ResponseExecutor:
                 if new_random_numbers:
                     self._redraw(incident)
                 if next_index:
+                    # The same batch with another index is no repetition that could clear the step.
+                    incident.verdict = "deterministic"
                     self._engine.move_index(incident.anomaly.step)
                     self._moved = incident
             case SkipStep(new_random_numbers):

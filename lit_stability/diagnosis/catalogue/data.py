@@ -77,7 +77,7 @@ DATA = (
         rules=((-8, c.bad_input),),
         remedy="look at what training_step does at this batch_idx only, such as a term that is "
         "added every so many batches",
-        ignore_when="if it is rare: the index is left out",
+        ignore_when="never: the index comes back in every epoch",
     ),
     Cause(
         name="loss or labels",
