@@ -125,6 +125,8 @@ class ModuleSnapshot:
         self._parameters: list[Tensor] = []
         self._written: list[Tensor] = []
         self._homes: _Homes = []
+        self._layout: list[tuple[nn.Module, str]] = []
+        """Module and name of each parameter and buffer."""
 
     def capture(
         self,
@@ -141,6 +143,7 @@ class ModuleSnapshot:
         """
         self._module = module
         modules = list(module.modules())
+        self._layout = [(m, key) for m in modules for key in (*m._parameters, *m._buffers)]
         own = (p for m in modules for p in m._parameters.values() if p is not None)
         held = (p for p in dict.fromkeys(own) if id(p) not in leave)
         found, wrapped = apart(p for p in held if not _is_frozen_wrapper(p))
@@ -162,6 +165,10 @@ class ModuleSnapshot:
         self._wrapped.restore()
         for frozen in self._kept:
             frozen.restore()
+
+    def has_same_layout(self, other: ModuleSnapshot) -> bool:
+        """Returns whether another snapshot has parameters and buffers of the same names."""
+        return self._layout == other._layout
 
     @property
     def nbytes(self) -> int:
@@ -223,9 +230,12 @@ class OptimizerSnapshot:
         self._other: list[tuple[Tensor, str, Any]] = []
         self._groups: list[dict[str, Any]] = []
         self._members: list[list[Tensor]] = []
+        self._with_state: list[Tensor] = []
+        """Parameters that have a state, which may be empty."""
 
     def capture(self, optimizer: Optimizer) -> None:
         """Copies the optimizer's state and group options."""
+        self._with_state = [*optimizer.state]
         self._keys, self._other, self._wrappers = [], [], []
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
@@ -265,7 +275,7 @@ class OptimizerSnapshot:
             del optimizer.param_groups[len(self._groups) :]
             for group, members in zip(optimizer.param_groups, self._members, strict=False):
                 group["params"][:] = members
-        kept: dict[Tensor, dict[str, Any]] = {}
+        kept: dict[Tensor, dict[str, Any]] = {parameter: {} for parameter in self._with_state}
         targets = []
         for (parameter, key, then), saved in zip(self._keys, self.bank.saved, strict=True):
             now = optimizer.state.get(parameter, {}).get(key)

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelPruning
 from torch.utils.data import DataLoader
 
 from lit_stability import AutoRollback, GradientMonitor, LastKnownGood, find_last_good
@@ -165,3 +166,16 @@ def test_copy_is_due_by_time_too(tmp_path, monkeypatch):
 def test_time_must_be_positive(seconds):
     with pytest.raises(ValueError, match="every_n_seconds must be a positive number or None, got"):
         LastKnownGood(every_n_seconds=seconds)
+
+
+@pytest.mark.parametrize("permanent", [True, False])
+def test_fit_in_which_weights_are_pruned_is_unchanged(permanent, tmp_path):
+    """The module has other parameters and buffers at its end than in the last snapshot."""
+    states = []
+    for name in ("suite", "bare"):
+        pruning = ModelPruning("l1_unstructured", amount=0.2, make_pruning_permanent=permanent)
+        callbacks = suite(pruning) if name == "suite" else [pruning]
+        net, _ = fit(tmp_path / name, callbacks, max_steps=-1, max_epochs=2)
+        states.append(net.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))

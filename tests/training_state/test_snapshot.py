@@ -139,6 +139,18 @@ def test_state_of_one_parameter_made_after_the_capture_is_gone_after_the_restore
     assert float(optimizer.state[a]["step"]) == 1.0
 
 
+def test_empty_state_of_a_parameter_is_there_after_the_restore():
+    """An optimizer without moments may look its state up all the same."""
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = O.SGD([a, b], 0.1)
+    assert optimizer.state[a] == {}
+    moments = OptimizerSnapshot()
+    moments.capture(optimizer)
+    optimizer.state[b]["extra"] = torch.ones(1)
+    moments.restore(optimizer)
+    assert optimizer.state == {a: {}}
+
+
 def test_restore_of_state_that_was_deleted_brings_it_back():
     net, optimizer = make("adamw")
     train(net, optimizer, 3)

@@ -216,8 +216,8 @@ class RollbackEngine:
 
         Yields:
             Epoch of the next batch in that state, and its index in the epoch; None if the fit stays
-            in its present state, as there is no memory to go back to it, or the batches since then
-            are not known.
+            in its present state, as there is no memory to go back to it, the batches since then
+            are not known, or the module has other parameters or buffers now.
         """
         confirmed = self.confirmed
         if (
@@ -231,7 +231,7 @@ class RollbackEngine:
         present = self._store.capture_present(
             functools.partial(self._capture, position=self._ring.position)
         )
-        if present is None:
+        if present is None or not present.module.has_same_layout(confirmed.module):
             yield None
             return
         following = self._ring.since(confirmed.position)[0]
