@@ -1,6 +1,7 @@
 """The corpus is fixed, and the documented example enters a protection."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -11,8 +12,16 @@ from benchmarks.corpus.__main__ import main
 from benchmarks.corpus.entries import read, with_twins
 from benchmarks.corpus.selection import entry_of
 
+ROOT = Path(__file__).parents[2]
 ENTRIES = {entry.id: entry for entry in read()}
 DIVERGING = "prediction-sgd-rate-too-high-16"
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before():
+    """Runs in this process silence all logs."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def test_corpus_file_is_the_one_of_its_version():
@@ -40,7 +49,7 @@ def test_entries_are_what_their_benchmark_defines(source):
 
 
 def test_documented_example_is_measured_beside_the_unprotected_runs(tmp_path, monkeypatch):
-    text = Path("docs/corpus.md").read_text(encoding="utf8")
+    text = (ROOT / "docs/corpus.md").read_text(encoding="utf8")
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     (tmp_path / "my_protection.py").write_text(code, encoding="utf8")
     monkeypatch.syspath_prepend(tmp_path)
