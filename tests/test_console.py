@@ -78,6 +78,7 @@ def test_lines_without_a_terminal_are_those_of_the_log(tmp_path):
     assert PREFIX not in done.stdout
 
 
+@pytest.mark.long
 def test_lines_for_a_file_do_not_go_to_the_terminal_of_the_bar(tmp_path):
     """As with `python train.py 2> errors.txt`: rich would print them above its bar."""
     errors = tmp_path / "errors.txt"

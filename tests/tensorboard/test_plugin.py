@@ -221,7 +221,7 @@ def test_second_optimizer_is_served_on_request(tmp_path):
     assert ask(plugin, route)[1]["names"] == ["critic.0.c", "critic.1.c"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_long_run_of_many_layers_loses_no_incident(tmp_path):
     """20,000 attempts of 300 layers: samples are dropped, incidents never."""
     names = tuple(f"layer.{i}" for i in range(300))

@@ -308,6 +308,7 @@ def test_resumed_fit_ends_bit_identical_with_options(loader, name, tmp_path, cap
     check_resumes(tmp_path, caplog, LOADERS[loader], **OPTIONS[name])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("loader", ["shuffled", "augmented", "workers"])
 @pytest.mark.parametrize(
     "when",

@@ -80,6 +80,7 @@ def test_experiments_without_a_name_lists_them_with_a_line_each(cwd, capsys):
     assert not (cwd / "runs").exists()
 
 
+@pytest.mark.long
 def test_experiments_run_one_after_another_and_the_bad_one_stops_no_other(cwd, capsys):
     """K5."""
     assert main(["experiments", "--all", "--out", "out"]) == 1
