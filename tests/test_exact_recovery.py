@@ -290,12 +290,12 @@ CELLS = [
 
 
 def cells():
-    """Every cell; of the faults with one practice CI runs every third, in turn."""
+    """Every cell; of the faults with one practice CI runs every fifth, in turn."""
     seen = {}
     for name, options, cell in CELLS:
         practice = name.rsplit(", ", 1)[0]
         before = seen.setdefault(practice, [len(seen), 0])
-        long = practice != "plain" and sum(before) % 3
+        long = practice != "plain" and sum(before) % 5
         before[1] += 1
         marks = [pytest.mark.long] if long else []
         yield pytest.param(options, cell, marks=marks, id=name.replace(" ", "-"))

@@ -60,7 +60,7 @@ def run_fast(name, monkeypatch):
 IN_KERNELS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @IN_KERNELS
 def test_five_lines_save_the_accuracy(monkeypatch):
     """S7, K4: what the suite says comes below the cell that trains."""

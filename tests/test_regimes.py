@@ -31,6 +31,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("change", "optimizer"), CHANGES)
 def test_change_that_stays_is_accepted_and_the_run_goes_on(change, optimizer, tmp_path, caplog):
     """Invariant 3: rejections of finite values end in a new window, and this is logged."""
