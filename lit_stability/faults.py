@@ -172,9 +172,9 @@ class CorruptWeight(Fault):
             if self.bit is None:
                 first.fill_(self.value)
             else:
-                # 1 << 31 exceeds int32; its two's complement has the same bits.
-                mask = (1 << self.bit) - (1 << 32 if self.bit == 31 else 0)
-                first.copy_((first.float().view(torch.int32) ^ mask).view(torch.float32))
+                wide = first.float().clone()
+                _flip(wide, self.bit)
+                first.copy_(wide)
 
 
 @dataclass(kw_only=True)

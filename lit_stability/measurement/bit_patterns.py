@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from lit_stability.distributed.dtensor import local
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL = 8
 """Elements up to which damage of a tensor looks like a write of the program."""
+_BLOCKS = 1024
+"""Most parts of a tensor whose checksums `RestGuard` keeps apart."""
 
 
 def words(tensor: Tensor) -> Tensor:
@@ -40,26 +43,39 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     >>> checksums([torch.tensor([1.0, 2.0])]) == checksums([torch.tensor([2.0, 1.0])])
     True
     """
-    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for index, tensor in enumerate(tensors):
-        total = words(tensor).sum(dtype=torch.int64)
-        by_device.setdefault(total.device, []).append((index, total))
-    found = [0] * len(tensors)
-    for sums in by_device.values():
-        host = torch.stack([total for _, total in sums]).tolist()
-        for (index, _), total in zip(sums, host, strict=True):
-            found[index] = int(total)
+    return _to_host([words(tensor).sum(dtype=torch.int64) for tensor in tensors])
+
+
+def _to_host(numbers: Sequence[Tensor]) -> list[Any]:
+    """Returns the content of integer tensors of one shape; one copy from each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, each in enumerate(numbers):
+        by_device.setdefault(each.device, []).append(index)
+    found: list[Any] = [None] * len(numbers)
+    for indices in by_device.values():
+        host = torch.stack([numbers[i] for i in indices]).tolist()
+        for index, content in zip(indices, host, strict=True):
+            found[index] = content
     return found
 
 
-def flipped_bit(before: int, now: int) -> int | None:
-    """Returns which bit of one element has flipped between two checksums; None for other changes.
+def _of_blocks(tensor: Tensor) -> Tensor:
+    """Returns the sums of `words` of equal parts of a tensor, and of the rest, modulo 2**64."""
+    flat = words(tensor).reshape(-1)
+    size = max(1, -(-flat.numel() // _BLOCKS))
+    whole = flat.numel() // size * size
+    blocks = flat[:whole].view(-1, size).sum(1, dtype=torch.int64)
+    return torch.cat([blocks, flat[whole:].sum(dtype=torch.int64).reshape(1)])
 
-    >>> flipped_bit(1000, 1000 + 2**12), flipped_bit(1000, 1000 - 2**31), flipped_bit(1000, 1003)
-    (12, 31, None)
+
+def flipped_bit(change: int) -> int | None:
+    """Returns which bit of one element has flipped, by the change of a checksum; None for others.
+
+    >>> flipped_bit(2**12), flipped_bit(-(2**31)), flipped_bit(3), flipped_bit(0)
+    (12, 31, None, None)
     """
-    change = abs(now - before)
-    return change.bit_length() - 1 if change and change & (change - 1) == 0 else None
+    size = abs(change)
+    return size.bit_length() - 1 if size and size & (size - 1) == 0 else None
 
 
 @dataclass(frozen=True)
@@ -126,36 +142,38 @@ def _wide(tensor: Tensor) -> Tensor:
 class RestGuard:
     """Finds a bit that flipped in tensors that nothing should write in the meantime.
 
-    A tensor whose version counter has risen was written by the program, and one whose checksum
-    changed by other than a power of two is taken as written through ``tensor.data``: neither is
-    judged. So a flip of several bits at once is not found here.
+    A tensor whose version counter has risen was written by the program. One in which more than one
+    of up to 1024 blocks has changed, or one by other than a power of two, is taken as written
+    through ``tensor.data``: halving or negating a tensor changes its checksum by a power of two, if
+    that many elements are in it. Neither is judged, so a flip of several bits is not found here.
 
-    >>> weight = torch.zeros(16)
+    >>> weight = torch.ones(16)
     >>> guard = RestGuard(); guard.record({"w": weight})
     >>> weight.view(torch.int32).data[3] ^= 1 << 20
     >>> guard.check()
     [('w', 20)]
+    >>> guard.record({"w": weight}); weight.data.mul_(0.5).numel(); guard.check()
+    16
+    []
     """
 
     def __init__(self) -> None:
-        self._kept: list[tuple[str, Tensor, int, int]] = []
+        self._kept: list[tuple[str, Tensor, int, Tensor]] = []
 
     def record(self, tensors: Mapping[str, Tensor]) -> None:
         """Computes the checksums of tensors; replaces what was recorded before."""
         large = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel() > SMALL}
-        sums = checksums(list(large.values()))
-        self._kept = [
-            (name, t, t._version, total)
-            for (name, t), total in zip(large.items(), sums, strict=True)
-        ]
+        self._kept = [(name, t, t._version, _of_blocks(t)) for name, t in large.items()]
 
     def check(self) -> list[tuple[str, int]]:
         """Returns name and bit of each tensor in which a bit has flipped; forgets them all."""
         kept = [each for each in self._kept if each[1]._version == each[2]]
         self._kept = []
-        now = checksums([tensor for _, tensor, _, _ in kept])
-        pairs = zip(kept, now, strict=True)
-        found = ((name, flipped_bit(before, total)) for (name, _, _, before), total in pairs)
+        changes = [_of_blocks(tensor) - before for _, tensor, _, before in kept]
+        # Number of blocks that changed, and by how much in all.
+        counts = _to_host([torch.stack([c.count_nonzero(), c.sum()]) for c in changes])
+        pairs = zip(kept, counts, strict=True)
+        found = ((name, flipped_bit(s)) for (name, *_), (n, s) in pairs if n == 1)
         return [(name, bit) for name, bit in found if bit is not None]
 
     def forget(self) -> None:

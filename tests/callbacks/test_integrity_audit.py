@@ -218,6 +218,56 @@ def test_counters_growing_buffers_and_writes_through_data_raise_no_alarm(tmp_pat
     assert torch.equal(flat(net), flat(bare))
 
 
+class Writing(Regression):
+    """Writes to its weights through ``data`` in a hook of some steps."""
+
+    def __init__(self, hook, write):
+        super().__init__(dropout=0.0)
+        self.write = write
+        setattr(self, hook, self._write)
+
+    def _write(self, *args):
+        if self.global_step % 7 == 6:
+            self.write(self.net)
+
+
+HOOKS = ("on_train_batch_end", "on_before_zero_grad", "on_after_backward")
+WHOLE = {
+    "halved": lambda net: [p.data.mul_(0.5) for p in net.parameters()],
+    "negated": lambda net: [p.data.neg_() for p in net.parameters()],
+    "clamped": lambda net: [p.data.clamp_(-0.2, 0.2) for p in net.parameters()],
+}
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("write", WHOLE)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_weights_that_the_program_writes_through_data_raise_no_alarm(hook, write, tmp_path):
+    """Halved or negated, all words of a tensor change by one power of two, and so may their sum."""
+    callbacks = [GradientMonitor(), IntegrityAudit(every=1)]
+    fit(tmp_path, callbacks, lambda: Writing(hook, WHOLE[write]), max_steps=30)
+    assert [i for i in callbacks[0].incidents if i.first.kind == KIND] == []
+    assert callbacks[1].suspects() == []
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_sign_that_the_program_flips_costs_one_rollback_and_changes_nothing(hook, tmp_path):
+    """One element looks like damage; what comes again in the replay is the program's."""
+
+    def module():
+        return Writing(hook, lambda net: net[0].weight.data[3, 2].neg_())
+
+    audit = IntegrityAudit(every=1)
+    suite = [*stability_callbacks(), audit]
+    net, _ = fit(tmp_path / "with", suite, module, max_steps=40)
+    bare, _ = fit(tmp_path / "bare", (), module, max_steps=40)
+    assert torch.equal(flat(net), flat(bare))
+    (incident,) = suite[0].incidents
+    assert sum("rolled back" in response for response in incident.responses) == 1
+    assert incident.cause == "weights written by the program"
+    assert audit.suspects() == []
+
+
 def test_manual_optimization_is_reported_and_memory_is_still_checked(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning.pytorch.lit_stability"):
         incidents, _, _ = audited(tmp_path, [FlipMoment()], by_hand(Regression))

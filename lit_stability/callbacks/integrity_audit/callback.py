@@ -15,8 +15,9 @@ from lit_stability.callbacks.integrity_audit.state_check import StateCheck, is_c
 from lit_stability.callbacks.integrity_audit.step_check import StepCheck
 from lit_stability.callbacks.requirements import gather_of, require_monitor
 from lit_stability.detectors.anomaly import require
-from lit_stability.detectors.silent_corruption import STATE, STEP, reading
+from lit_stability.detectors.silent_corruption import KIND, STATE, STEP, reading
 from lit_stability.distributed.dtensor import shard_place
+from lit_stability.incidents.incident import Incident
 from lit_stability.incidents.log import append_lines
 from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
@@ -110,6 +111,12 @@ class IntegrityAudit(StabilityCallback):
         self._error: str | None = None
         """Why this rank can check nothing any more."""
         self._place = ""
+        self._seen: set[tuple[int, Finding]] = set()
+        """Damage so far, by rank."""
+        self._written: set[str] = set()
+        """Tensors of which the same damage came again in a replay: the program writes them."""
+        self._incident: Incident | None = None
+        """The last one of this callback's findings."""
 
     def _outside_a_fit(self) -> dict[str, Any]:
         fresh = IntegrityAudit(self.every)
@@ -295,6 +302,8 @@ class IntegrityAudit(StabilityCallback):
             if report.audited:
                 self._ledger.count(report.place, AUDITS)
             for finding in by_rank[rank]:
+                if finding.state and self._is_of_the_program(trainer, rank, report.place, finding):
+                    continue
                 row = self._count(trainer, report.place, finding)
                 rows.append(row)
                 if not finding.harmless:
@@ -302,10 +311,32 @@ class IntegrityAudit(StabilityCallback):
                     again = f", finding {row['count']} there" if row["count"] > 1 else ""
                     text = f"{finding.text}, on {report.place}{again}"
                     readings.append(reading(quantity, finding.tensor, text, finding.step))
-        if readings:
-            self._due = trainer.global_step
+        if readings:  # a replay audits these steps again
+            self._due = min(int(each.value) for each in readings)
         self._write(trainer, rows)
         return readings
+
+    def _is_of_the_program(self, trainer: Trainer, rank: int, place: str, finding: Finding) -> bool:
+        """Whether damage came again when its step was run again, as no flipped bit does."""
+        if finding.tensor in self._written:
+            return True
+        if (rank, finding) not in self._seen:
+            self._seen.add((rank, finding))
+            return False
+        self._written.add(finding.tensor)
+        self._ledger.withdraw(place, WRONG)
+        what = f"{finding.text}, also when step {finding.step} was run again: the program does it"
+        if trainer.is_global_zero:
+            log.warning("IntegrityAudit: %s, and %s is no longer checked", what, finding.tensor)
+        if self._incident is not None:
+            self._incident.verdict = "deterministic"
+            self._incident.note("weights written by the program", what)
+        return True
+
+    def on_incident(self, trainer: Trainer, pl_module: LightningModule, incident: Incident) -> None:
+        """Keeps an incident of these findings; a replay may show that the program has made it."""
+        if incident.anomaly.kind == KIND:
+            self._incident = incident
 
     def _count(self, trainer: Trainer, place: str, finding: Finding) -> dict[str, Any]:
         what = RERUN if finding.harmless else WRONG

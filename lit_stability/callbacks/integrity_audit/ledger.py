@@ -30,6 +30,10 @@ class Ledger:
         own[what] = own.get(what, 0) + 1
         return own[what]
 
+    def withdraw(self, place: str, what: str) -> None:
+        """Takes one back that was no fault of the place."""
+        self.counts[place][what] -= 1
+
     def suspects(self) -> list[tuple[str, int]]:
         """Returns the places with findings, wrong reruns included, the most frequent first."""
         found = {place: own.get(WRONG, 0) + own.get(RERUN, 0) for place, own in self.counts.items()}

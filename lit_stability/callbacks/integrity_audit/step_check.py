@@ -67,6 +67,9 @@ class StepCheck:
         apart = [] if first is None else differences(training.numbers, first.numbers)
         apart = self.tolerance.beyond(apart)
         changed = [] if first is None else recording.changed_outside(first)
+        names = {name for name, _ in pl_module.named_parameters()}
+        if any(each.name in self._written and each.name in names for each in changed):
+            apart = []  # the backward pass may have used other weights than the forward pass
         changed = [each for each in changed if each.name not in self._written]
         wanted = self.calibration > 0 or bool(apart or changed)
         second = None
@@ -82,7 +85,6 @@ class StepCheck:
         if second is None or not wanted:
             self._in_a_row = 0
             return found
-        names = {name for name, _ in pl_module.named_parameters()}
         weights = [each for each in changed if each.name in names]
         # Buffers follow from a forward pass that was wrong.
         if weights or not apart:
@@ -144,12 +146,16 @@ class StepCheck:
         first: StepResult,
         second: StepResult,
     ) -> None:
-        training = recording.training
-        pairs = ((training, first), (training, second), (first, second))
+        training, changed = recording.training, recording.changed_outside(first)
+        weights = {name for name, _ in pl_module.named_parameters()}
+        pairs = [(first, second)]
+        if any(each.name in weights for each in changed):
+            self._learn_written(changed)
+        else:
+            pairs += [(training, first), (training, second)]
         noise = [d for a, b in pairs for d in differences(a.numbers, b.numbers)]
         self.tolerance.learn(noise)
-        self._written |= {d.name for d in recording.changed_outside(first)}
-        self._written |= recording.written_outside(first)
+        self._written |= {d.name for d in changed} | recording.written_outside(first)
         self._changed_gradients |= {
             d.name for d in _gradient_differences(trainer, pl_module, training)
         }
@@ -165,20 +171,23 @@ class StepCheck:
         second: StepResult,
         changed: Sequence[Difference],
     ) -> Difference | None:
-        """Returns the one element that changed in memory; None if the program may have written."""
+        """Returns the one bit that changed in memory; None if the program may have written."""
         written = recording.written_outside(first)
         only = changed[0]
         stable = difference("", first.state[only.name], second.state[only.name]) is None
-        alone = len(changed) == 1 and only.elements == 1 and only.size > SMALL
+        alone = len(changed) == 1 and _is_one_bit(only)
         if alone and stable and only.name not in written:
             return only
+        self._learn_written(changed)
+        return None
+
+    def _learn_written(self, changed: Sequence[Difference]) -> None:
         self._written |= {each.name for each in changed}
         self._log_once(
             "IntegrityAudit: %s changed during a step by other code than its training_step; steps "
             "in which that happens are not compared",
             _text(changed),
         )
-        return None
 
     def _gradients_at_rest(
         self, trainer: Trainer, pl_module: LightningModule, training: StepResult, step: int
@@ -187,7 +196,7 @@ class StepCheck:
         known = self._changed_gradients
         found = _gradient_differences(trainer, pl_module, training)
         new = [each for each in found if each.name not in known]
-        if len(new) == 1 and new[0].elements == 1 and new[0].size > SMALL:
+        if len(new) == 1 and _is_one_bit(new[0]):
             text = f"the gradient of {new[0].text()} changed in memory after the backward pass"
             return [Finding(new[0].name, text, step)]
         known |= {each.name for each in new}
@@ -211,6 +220,11 @@ def _gradient_differences(
         if p.grad is not None and not p.grad.is_sparse
     }
     return differences(named, training.numbers)
+
+
+def _is_one_bit(found: Difference) -> bool:
+    """Whether one bit differs, in a tensor that is too large for the program to write that."""
+    return found.elements == len(found.bits) == 1 and found.size > SMALL
 
 
 def _text(found: Sequence[Difference]) -> str:

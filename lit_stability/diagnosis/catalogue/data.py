@@ -143,6 +143,7 @@ MACHINE = (
     Cause(
         name="silent data corruption",
         rules=((14, c.kind("silent data corruption")),),
+        contradictions=(lambda context: context.shown.get("weights written by the program"),),
         remedy="continue from before the wrong numbers; if the same rank or host comes again, take "
         "it out and test its memory and processor (see integrity.jsonl)",
         ignore_when="if it happens once in weeks: a cosmic ray flips bits, too",
