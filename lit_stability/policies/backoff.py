@@ -5,7 +5,9 @@ Imports neither torch nor Lightning. A rollback does not restore its state; chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from operator import lt
 from typing import Any
 
 from lit_stability.detectors import Window
@@ -19,12 +21,14 @@ _MOST_PATIENCE = 64
 class Backoff:
     """Factors on the learning rate and the clipping threshold, and holds of single optimizers.
 
-    Cuts multiply. After every ``relax_after`` calm steps both factors are doubled, until they are
-    1. A cut after a doubling shows that the doubling came too early: the wait is then four times
-    as long, until ten waits of calm steps have passed and both factors are 1. A lasting cut, for a
-    learning rate that is itself the cause, begins with a wait 16 times as long. A hold scales the
-    groups of one optimizer down while its schedule stays high; it is released when the schedule
-    falls to a fifth or less from one step to the next.
+    Cuts multiply. They also limit the learning rate, as a schedule that rises would lead back to
+    the value at which the run failed, and beyond it. After every ``relax_after`` calm steps factors
+    and limits are doubled, until the factors are 1 and the limits above the schedule. A cut after a
+    doubling shows that the doubling came too early: the wait is then four times as long, until ten
+    waits of calm steps have passed without a cut in force. A lasting cut, for a learning rate that
+    is itself the cause, begins with a wait 16 times as long. A hold scales the groups of one
+    optimizer down while its schedule stays high; it is released when the schedule falls to a fifth
+    or less from one step to the next.
 
     Args:
         relax_after: calm steps between relaxations.
@@ -43,23 +47,40 @@ class Backoff:
         """Factor on the nominal learning rate, in (0, 1]."""
         self.clip_factor = 1.0
         """Ratio of clipping threshold to twice the median gradient norm; 1 means no clipping."""
+        self.limits: dict[int, tuple[float, ...]] = {}
+        """Optimizer index -> largest learning rate of each group, ``inf`` for none."""
         self.holds: dict[int, tuple[float, ...]] = {}
         """Optimizer index -> additional factor on the learning rate of each group."""
         self.patience = 1
         """Factor on ``relax_after``."""
         self._relaxed = False
-        self.before: tuple[float, float, int, bool] | None = None
-        """Factors, patience and flag at the start of the last incident."""
+        self.before: dict[str, Any] | None = None
+        """The `state_dict` at the start of the last incident."""
         self._calm = 0
         self._schedule: dict[int, float] = {}
 
     @property
     def active(self) -> bool:
-        """Whether a factor is below 1."""
-        return self.lr_factor < 1 or self.clip_factor < 1
+        """Whether a factor is below 1 or a learning rate is limited."""
+        return self.lr_factor < 1 or self.clip_factor < 1 or bool(self.limits)
 
-    def cut(self, lr_factor: float, clip_factor: float, *, lasting: bool = False) -> None:
-        """Multiplies both factors, in addition to earlier cuts."""
+    def cut(
+        self,
+        lr_factor: float,
+        clip_factor: float,
+        *,
+        lasting: bool = False,
+        failed_at: Mapping[int, Sequence[float]] | None = None,
+    ) -> None:
+        """Multiplies both factors, in addition to earlier cuts.
+
+        Args:
+            lr_factor: factor on the learning rate.
+            clip_factor: factor on the clipping threshold.
+            lasting: whether the learning rate is itself the cause.
+            failed_at: optimizer index -> learning rate of each group with which the run failed;
+                the limit is the factor times this.
+        """
         if lasting:
             self.patience = max(self.patience, _LASTING)
         if self._relaxed and lr_factor < 1:
@@ -67,11 +88,14 @@ class Backoff:
             self._relaxed = False
         self.lr_factor *= lr_factor
         self.clip_factor *= clip_factor
+        if lr_factor < 1:
+            for optimizer, rates in (failed_at or {}).items():
+                self.limits[optimizer] = tuple(lr_factor * rate or math.inf for rate in rates)
         self._calm = 0
 
     def remember(self) -> None:
         """Stores the current factors at the start of an incident, for `undo_cuts`."""
-        self.before = self.lr_factor, self.clip_factor, self.patience, self._relaxed
+        self.before = self.state_dict()
 
     def undo_cuts(self) -> bool:
         """Undoes the cuts since the start of the incident; returns whether there were any.
@@ -80,10 +104,17 @@ class Backoff:
         """
         if self.before is None:
             return False
-        lr_factor, clip_factor, self.patience, self._relaxed = self.before
-        cut = lr_factor > self.lr_factor or clip_factor > self.clip_factor
-        self.lr_factor = max(lr_factor, self.lr_factor)
-        self.clip_factor = max(clip_factor, self.clip_factor)
+        before = Backoff(self.relax_after)
+        before.load_state_dict(self.before)
+        cut = before.lr_factor > self.lr_factor or before.clip_factor > self.clip_factor
+        self.lr_factor = max(before.lr_factor, self.lr_factor)
+        self.clip_factor = max(before.clip_factor, self.clip_factor)
+        self.limits = {
+            optimizer: tuple(map(max, before.limits[optimizer], limits))
+            for optimizer, limits in self.limits.items()
+            if optimizer in before.limits
+        }
+        self.patience, self._relaxed = before.patience, before._relaxed
         self.before, self._calm = None, 0
         return cut
 
@@ -96,6 +127,12 @@ class Backoff:
     def factors(self, optimizer: int, groups: int) -> list[float]:
         """Returns the factor on the nominal learning rate of each group."""
         return [self.lr_factor * h for h in self.holds.get(optimizer, (1.0,) * groups)]
+
+    def limits_of(self, optimizer: int, groups: int) -> tuple[float, ...] | None:
+        """Returns the largest learning rate of each group; None without a limit."""
+        limits = self.limits.get(optimizer, ())
+        # Limits do not apply if groups were added since, or differ from those of a checkpoint.
+        return limits if len(limits) == groups else None
 
     def disturbed(self) -> None:
         """Restarts the count of calm steps."""
@@ -114,13 +151,20 @@ class Backoff:
         wait = self.relax_after * self.patience
         if not self.active and self._calm >= 10 * wait:
             self.patience, self._relaxed = 1, False
-        if not self.active or self._calm % wait:
+        relax = self.active and self._calm % wait == 0
+        if relax:
+            self.lr_factor = min(1.0, 2 * self.lr_factor)
+            self.clip_factor = min(1.0, 2 * self.clip_factor)
+            self.limits = {i: tuple(2 * x for x in limits) for i, limits in self.limits.items()}
+            self._relaxed = True
+        if self.lr_factor == 1 and not any(map(lt, self.limits.get(optimizer, ()), nominal)):
+            self.limits.pop(optimizer, None)
+        if not relax:
             return None
-        self.lr_factor = min(1.0, 2 * self.lr_factor)
-        self.clip_factor = min(1.0, 2 * self.clip_factor)
-        self._relaxed = True
-        if self.active:
+        if self.lr_factor < 1 or self.clip_factor < 1:
             return f"learning rate x{self.lr_factor:.3g}, clip x{self.clip_factor:.3g}"
+        if optimizer in self.limits:
+            return f"learning rate at most {max(self.limits[optimizer]):.3g}"
         return "learning rate and clip are back to normal"
 
     def _release(self, optimizer: int, nominal: Sequence[float]) -> bool:
@@ -141,6 +185,7 @@ class Backoff:
             "clip_factor": self.clip_factor,
             "patience": self.patience,
             "relaxed": self._relaxed,
+            "limits": {str(i): list(limits) for i, limits in self.limits.items()},
             "holds": {str(i): list(h) for i, h in self.holds.items()},
         }
 
@@ -149,6 +194,7 @@ class Backoff:
         self.lr_factor = float(state["lr_factor"])
         self.clip_factor = float(state["clip_factor"])
         self.patience, self._relaxed = int(state["patience"]), bool(state["relaxed"])
+        self.limits = {int(i): tuple(limits) for i, limits in state.get("limits", {}).items()}
         self.holds = {int(i): tuple(h) for i, h in state["holds"].items()}
 
 

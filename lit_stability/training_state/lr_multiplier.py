@@ -1,8 +1,8 @@
-"""Factors on the learning rate that no scheduler can undo.
+"""Factors on the learning rate, and limits of it, that no scheduler can undo.
 
 The nominal learning rate, which schedulers read and write, is scaled when ``optimizer.step`` begins
-and restored when it ends. Several owners can hold factors at once: the factors multiply, and each
-owner changes only its own. May import torch.
+and restored when it ends. Several owners can hold factors at once: the factors multiply, the lowest
+limit counts, and each owner changes only its own. May import torch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class LearningRateMultiplier:
         self._nominal: list[float] | None = None
         self._written: list[float] = []
         self._held: dict[str, tuple[float, ...]] = {}
+        self._limits: dict[str, tuple[float, ...]] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -42,16 +43,29 @@ class LearningRateMultiplier:
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """Returns the factor of each parameter group: the product over all owners."""
+        """Returns the factor of each parameter group at its present nominal learning rate.
+
+        It is the product over all owners, or less where a limit is below what that gives.
+        """
         groups = zip_longest(*self._held.values(), fillvalue=1.0)
-        return tuple(math.prod(factors) for factors in groups)
+        factors = tuple(math.prod(factors) for factors in groups)
+        if not self._limits:
+            return factors
+        limits = [min(each) for each in zip_longest(*self._limits.values(), fillvalue=math.inf)]
+        limits += [math.inf] * (len(factors) - len(limits))
+        return tuple(
+            min(factor, limit / rate) if rate > 0 else factor
+            for factor, limit, rate in zip(factors, limits, self.nominal(), strict=False)
+        )
 
     def held_by(self, owner: str) -> tuple[float, ...]:
         """Returns the factors of an owner, one per group; empty if it has set none."""
         return self._held.get(owner, ())
 
-    def set(self, factors: Sequence[float], owner: str) -> None:
-        """Sets an owner's factors, which multiply with those of other owners.
+    def set(
+        self, factors: Sequence[float], owner: str, limits: Sequence[float] | None = None
+    ) -> None:
+        """Sets an owner's factors, which multiply with those of other owners, and its limits.
 
         Inside a step's closure, they apply to the update that follows.
 
@@ -59,18 +73,26 @@ class LearningRateMultiplier:
             factors: one per parameter group, in (0, 1].
             owner: name of the caller, such as "rollback". Its earlier factors are replaced, those
                 of other owners are unchanged.
+            limits: largest learning rate of each group, above 0, however high its schedule;
+                ``inf`` for none.
 
         Raises:
-            ValueError: if a factor is out of range, or the count is not the number of groups.
+            ValueError: if a factor or limit is out of range, or the count is not the number of
+                groups.
         """
         groups = self._groups()
         if len(factors) != len(groups):
             raise ValueError(f"{len(factors)} factors for {len(groups)} parameter groups")
+        if limits is not None and (len(limits) != len(groups) or not all(x > 0 for x in limits)):
+            raise ValueError(f"limits {limits!r} for {len(groups)} parameter groups")
         for factor in factors:
             if not 0 < factor <= 1:
                 raise ValueError(f"a learning-rate factor must be in (0, 1], got {factor!r}")
         nominal = self.nominal()
         self._held[owner] = tuple(factors)
+        self._limits.pop(owner, None)
+        if limits is not None:
+            self._limits[owner] = tuple(limits)
         if self._inside:
             self._nominal = nominal
             self._write()

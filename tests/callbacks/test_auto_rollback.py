@@ -1,6 +1,10 @@
+from statistics import median
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_stability import (
     AutoRollback,
@@ -18,6 +22,7 @@ from lit_stability.faults import (
 )
 from lit_stability.policies.actions import SkipStep
 from lit_stability.policies.escalation import Budget
+from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from tests.callbacks.test_battery import TwoOptimizers
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data, skipping_suite
 from tests.test_invariants import fp16_on_cpu, optimizer_state
@@ -101,6 +106,41 @@ def test_held_learning_rate_is_let_go_when_the_schedule_comes_back(tmp_path, cap
     held, _ = fit(tmp_path, [Back(), *stability_callbacks()], max_steps=100)
     assert "the learning rate is no longer held" in caplog.text
     assert torch.isfinite(flat(held)).all()
+
+
+class Ramp(Regression):
+    """A linear model whose learning rate grows by 6 % in each step from step 50 on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.values, self.used = nn.Linear(8, 1), [], []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.values.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.02)
+        optimizer.register_step_post_hook(
+            lambda o, *_: self.used.append(learning_rate_multiplier(o).effective()[0])
+        )
+        schedule = LambdaLR(optimizer, lambda step: 1.06 ** max(0, step - 50))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_schedule_that_rises_too_far_is_limited_below_where_it_failed(tmp_path):
+    """A factor alone would follow the schedule to the next divergence, and to the one after."""
+    callbacks = stability_callbacks()
+    ramp, trainer = fit(tmp_path, callbacks, Ramp, max_steps=200)
+    (incident,) = read_incidents(tmp_path)
+    assert incident["cause"] == "learning rate too high"
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 1.06**150)
+    assert ramp.used[-1] == pytest.approx(ramp.used[-20])
+    assert ramp.used[-1] < max(ramp.used) / 2
+    assert median(ramp.values[-20:]) < 2 * 0.1**2, "the noise of the data has a variance of 0.01"
+    bare, _ = fit(tmp_path, [], Ramp, max_steps=200)
+    assert not median(bare.values[-20:]) < 1e6
 
 
 def test_settled_incident_is_left_to_whoever_settled_it(tmp_path):

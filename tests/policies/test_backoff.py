@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from lit_stability.policies.backoff import Backoff, Baseline
@@ -135,3 +137,43 @@ def test_excess_compares_an_update_with_its_median():
     assert baseline.excess(0.3) == pytest.approx(30.0)
     assert baseline.excess(0.001) == 1.0
     assert baseline.excess(None) == 1.0
+
+
+def test_cut_limits_a_rising_schedule_to_the_share_of_where_it_failed():
+    backoff = Backoff(relax_after=10)
+    backoff.cut(0.5, 0.5, failed_at={0: [0.8, 0.0], 1: [0.2]})
+    assert backoff.limits_of(0, 2) == (0.4, math.inf)
+    assert backoff.limits_of(1, 1) == (0.1,)
+    assert backoff.limits_of(0, 3) is None  # a group was added since
+    backoff.cut(0.5, 0.5, failed_at={0: [0.4, 0.0], 1: [0.1]})
+    assert backoff.limits_of(0, 2) == (0.2, math.inf)
+
+
+def test_rollback_that_cuts_no_learning_rate_limits_none():
+    backoff = Backoff(relax_after=10)
+    backoff.cut(1.0, 1.0, failed_at={0: [0.8]})
+    assert backoff.limits_of(0, 1) is None
+    assert not backoff.active
+
+
+def test_limit_is_doubled_until_it_is_above_the_schedule():
+    backoff = Backoff(relax_after=10)
+    backoff.cut(0.5, 0.5, failed_at={0: [0.8]})
+    assert calm_steps(backoff, 40, nominal=[3.0]) == [
+        "learning rate at most 0.8",
+        "learning rate at most 1.6",
+        "learning rate and clip are back to normal",
+    ]
+    assert not backoff.active
+
+
+def test_limits_are_saved_and_put_back_with_the_cuts_of_an_incident():
+    backoff = Backoff(relax_after=10)
+    backoff.cut(0.5, 0.5, failed_at={0: [0.8]})
+    resumed = Backoff(relax_after=10)
+    resumed.load_state_dict(backoff.state_dict())
+    assert resumed.limits_of(0, 1) == (0.4,)
+    resumed.remember()
+    resumed.cut(0.5, 0.5, failed_at={0: [0.4], 1: [0.1]})
+    assert resumed.undo_cuts()
+    assert (resumed.limits_of(0, 1), resumed.limits_of(1, 1)) == ((0.4,), None)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 
@@ -337,3 +338,27 @@ def test_owner_that_cuts_inside_a_step_scales_this_update_on_top_of_the_other():
     optimizer.step(closure)
     assert [-float(w[0].detach()) for w in weights] == [0.25, 0.25]
     assert rates(optimizer) == left
+
+
+def test_limit_holds_under_a_schedule_that_rises_and_leaves_one_that_falls():
+    _, optimizer = make(lr=[1.0, 1.0])
+    scale = learning_rate_multiplier(optimizer)
+    scale.set([0.5, 0.5], OWNER, [0.4, math.inf])
+    scale.set([0.5, 0.5], "clipping")
+    for nominal, effective in [(0.4, [0.1, 0.1]), (2.0, [0.4, 0.5]), (8.0, [0.4, 2.0])]:
+        for group in optimizer.param_groups:
+            group["lr"] = nominal
+        assert scale.effective() == pytest.approx(effective)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 8.0})
+    assert scale.effective() == pytest.approx([0.4, 2.0, 8.0])
+    scale.set([1.0] * 3, OWNER)
+    assert scale.effective() == [4.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize("limits", [[0.4], [0.4, 0.0], [0.4, math.nan]])
+def test_limits_out_of_range_are_refused_and_change_nothing(limits):
+    _, optimizer = make(lr=[1.0, 1.0])
+    scale = learning_rate_multiplier(optimizer)
+    with pytest.raises(ValueError, match="limits"):
+        scale.set([0.5, 0.5], OWNER, limits)
+    assert scale.effective() == [1.0, 1.0]

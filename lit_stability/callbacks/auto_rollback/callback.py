@@ -101,9 +101,9 @@ class AutoRollback(StabilityCallback):
             batches to replay have room, until they cost no more. It then depends on the clock to
             which snapshot a run goes back, but not how it goes on. None for a fixed distance.
         confirm_after: healthy steps after which a snapshot is confirmed.
-        relax_after: healthy steps after which a lowered learning rate and a tightened clip are
-            doubled, again and again until both are restored. A learning rate that is held against
-            a jump of its schedule is released when the schedule comes back.
+        relax_after: healthy steps after which a lowered learning rate, its limit and a
+            tightened clip are doubled, again and again until all are restored. A learning rate
+            that is held against a jump of its schedule is released when the schedule comes back.
         budget: how many responses the run may spend.
         max_replay_bytes: bound on the raw batches kept; beyond it they cannot be replayed.
         clone_batches: keep copies from the start, for a ``training_step`` that changes its batch.

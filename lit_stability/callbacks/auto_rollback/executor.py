@@ -104,8 +104,10 @@ class ResponseExecutor:
     def apply_learning_rates(self) -> None:
         """Puts the factors on the learning rates in force."""
         for index, optimizer in enumerate(self._trainer.optimizers):
-            factors = self._backoff.factors(index, len(optimizer.param_groups))
-            learning_rate_multiplier(optimizer).set(factors, _OWNER)
+            groups = len(optimizer.param_groups)
+            factors = self._backoff.factors(index, groups)
+            limits = self._backoff.limits_of(index, groups)
+            learning_rate_multiplier(optimizer).set(factors, _OWNER, limits)
 
     @property
     def can_roll_back(self) -> bool:
@@ -401,10 +403,14 @@ class ResponseExecutor:
                 if new_random_numbers:
                     self._redraw(incident)
             case RollBack():
+                optimizers = enumerate(self._trainer.optimizers)
+                rates = {i: learning_rate_multiplier(o).effective() for i, o in optimizers}
                 self._roll_back(response, incident)
                 call_hook("on_rollback", self._trainer, self._module)
                 lasting = incident.recommended_action == "lower"
-                self._backoff.cut(response.lr_factor, response.clip_factor, lasting=lasting)
+                self._backoff.cut(
+                    response.lr_factor, response.clip_factor, lasting=lasting, failed_at=rates
+                )
             case Stop():
                 self._stop(response, incident)
 
