@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_stability.detectors.anomaly import Anomaly, require
+from lit_stability.detectors.trends import ROUNDING
 from lit_stability.measurement.step_stats import StepStats
 
 _NO_GAIN = ("bias", "beta", "b")
@@ -17,9 +18,10 @@ class DeadGradients:
     and an expert that is not chosen has none for a while. A parameter is therefore dead only when
     its gradient was exactly 0 for ``persist`` consecutive steps, with a learning rate above 0 and a
     gradient elsewhere, and for ``patience`` times its longest earlier stretch of zeros. A step
-    without any gradient, or with a non-finite one, neither counts nor resets the count. A parameter
-    that has never had a gradient, in a module whose other parameters (biases aside) have one, is
-    not dead but unused by the data, like the vector of a mask token.
+    without any gradient, or with a non-finite one, neither counts nor resets the count, nor does
+    one whose gradients are rounding errors, a millionth of the largest, as in a run that has
+    converged. A parameter that has never had a gradient, in a module whose other parameters (biases
+    aside) have one, is not dead but unused by the data, like the vector of a mask token.
 
     The cause usually lies after the last dead parameter: a gain of 0, a detached output, a
     saturated or masked branch. A weight (not a bias) that was exactly 0 at the last scan and has no
@@ -54,10 +56,12 @@ class DeadGradients:
         self._never: set[str] | None = None
         """Parameters without a gradient so far; None before the first step."""
         self._zero_weights: tuple[str, ...] = ()
+        self._largest = 0.0
+        """Largest gradient norm so far."""
 
     def check(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly if a parameter that is not reported yet is dead."""
-        if not (self._zero_for or 0.0 in stats.grad_norms) or not _counts(stats):
+        if not (self._zero_for or 0.0 in stats.grad_norms) or not self._counts(stats):
             return None
         dead = self._dead(stats)
         if all(name in self._reported for name in dead):
@@ -113,8 +117,9 @@ class DeadGradients:
             self._zero_weights = tuple(
                 n for n, v in stats.weight_norms if v == 0 and n.split(".")[-1] not in _NO_GAIN
             )
-        if not _counts(stats):
+        if not self._counts(stats):
             return
+        self._largest = max(self._largest, stats.grad_norm)
         if self._never is None:
             pairs = zip(stats.names, stats.grad_norms, strict=True)
             self._never = {name for name, norm in pairs if norm == 0}
@@ -129,6 +134,10 @@ class DeadGradients:
                 self._longest[name] = max(self._zero_for.pop(name), self._longest.get(name, 0))
                 self._reported.discard(name)
 
+    def _counts(self, stats: StepStats) -> bool:
+        moves = not stats.learning_rates or max(stats.learning_rates) > 0
+        return moves and stats.finite_gradients and stats.grad_norm > ROUNDING * self._largest
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the stretches of zeros by parameter, and which were reported."""
         return {
@@ -137,6 +146,7 @@ class DeadGradients:
             "told": sorted(self._reported),
             "never": None if self._never is None else sorted(self._never),
             "zero_weights": list(self._zero_weights),
+            "largest": self._largest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -144,12 +154,8 @@ class DeadGradients:
         self._zero_for, self._longest = dict(state["zero_for"]), dict(state["longest"])
         self._reported, self._zero_weights = set(state["told"]), tuple(state["zero_weights"])
         self._never = None if state["never"] is None else set(state["never"])
+        self._largest = float(state.get("largest", 0.0))
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _counts(stats: StepStats) -> bool:
-    moves = not stats.learning_rates or max(stats.learning_rates) > 0
-    return moves and stats.finite_gradients and stats.grad_norm > 0

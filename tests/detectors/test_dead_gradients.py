@@ -43,6 +43,9 @@ ONE = row(0.0, 1.0, 1.0)
         # No gradient anywhere is another matter; a NaN neither counts nor clears.
         ([row(0.0, 0.0, 0.0)] * 20, []),
         ([DEAD] * 3 + [row(math.nan, 0.0, 1.0)] * 9 + [DEAD] * 2, [13]),
+        # A run has converged when all that is left are rounding errors.
+        ([LIVE] * 5 + [row(0.0, 0.0, 1e-7)] * 20, []),
+        ([LIVE] * 5 + [row(0.0, 0.0, 1e-3)] * 20, [9]),
         # Underflow is no zero.
         ([row(1e-30, 1e-30, 1.0)] * 20, []),
     ],
