@@ -6,6 +6,7 @@ an interpreter of its own instead.
 """
 
 import atexit
+import io
 import os
 import runpy
 import signal
@@ -71,7 +72,7 @@ class Program:
             )
             self._process.start()
         atexit.register(self._process.kill)  # else the interpreter would wait for it at its end
-        self.stdin = open(os.devnull, "wb") if stdin == subprocess.PIPE else None
+        self.stdin = io.BytesIO() if stdin == subprocess.PIPE else None
         self.pid = self._process.pid
         # Else who ends the group of the program may end that of the tests.
         while start_new_session and self.poll() is None and os.getpgid(self.pid) != self.pid:

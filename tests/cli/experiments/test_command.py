@@ -82,9 +82,7 @@ def test_experiments_without_a_name_lists_them_with_a_line_each(cwd, capsys):
     assert not (cwd / "runs").exists()
 
 
-def test_experiments_run_one_after_another_and_the_bad_one_stops_no_other(
-    cwd, capsys, monkeypatch
-):
+def test_experiments_run_one_after_another_and_the_bad_one_stops_no_other(cwd, capsys, monkeypatch):
     """K5."""
     monkeypatch.setattr(subprocess, "Popen", Program)
     assert main(["experiments", "--all", "--out", "out"]) == 1
