@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_stability import AutoRollback, stability_callbacks
 from lit_stability.callbacks.auto_rollback import snapshot_timer
+from lit_stability.callbacks.gradient_flow import callback as gradient_flow
 from lit_stability.console import PREFIX
+from lit_stability.figures import new_figure
 from lit_stability.trainer_internals import keep_records_in
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -89,6 +91,12 @@ def _entry_points_are_read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "entry_points", entry_points)
         yield
+
+
+@pytest.fixture
+def empty_pictures(monkeypatch):
+    """`GradientFlow` draws nothing, for tests of where its pictures go: one takes half a second."""
+    monkeypatch.setattr(gradient_flow, "draw_gradient_flow", lambda *_, **options: new_figure())
 
 
 def every_other(names):

@@ -17,6 +17,8 @@ from lit_stability.faults import FaultInjector, NanLoss
 from lit_stability.outside import to_each
 from tests.conftest import fit, flat
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 
 class Experiment:
     """An experiment of which one method raises."""

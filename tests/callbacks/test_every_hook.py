@@ -189,7 +189,7 @@ class Tuned(Regression):
         return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
 
     def train_dataloader(self):
-        data = regression_data().dataset
+        data = regression_data(20).dataset
         return DataLoader(data, self.batch_size, shuffle=True)
 
     def val_dataloader(self):

@@ -15,6 +15,8 @@ from lit_stability.callbacks import GradientMonitor
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import Regression, make_trainer, regression_data
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
