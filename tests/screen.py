@@ -2,11 +2,11 @@
 
 import os
 import pty
-import subprocess
 import sys
 
 import pyte
 
+from tests.programs import Program
 from tests.project import ROOT
 
 
@@ -16,14 +16,14 @@ def printed_on_a_terminal(arguments, **options):
     environment = {**os.environ, "TERM": "xterm-256color"}
     for name in ("COLUMNS", "NO_COLOR", "CI", "TQDM_DISABLE"):
         environment.pop(name, None)
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with subprocess.Popen(
+    streams = {"stdout": theirs, "stderr": theirs}
+    process = Program(
         [sys.executable, *arguments], cwd=ROOT, env=environment, **(streams | options)
-    ) as process:
-        os.close(theirs)
-        data = b"".join(iter(lambda: _read(ours), b""))
+    )
+    os.close(theirs)
+    data = b"".join(iter(lambda: _read(ours), b""))
     os.close(ours)
-    assert process.returncode == 0, data.decode(errors="replace")
+    assert process.wait() == 0, data.decode(errors="replace")
     return data
 
 

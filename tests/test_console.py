@@ -2,12 +2,12 @@
 
 import logging
 import os
-import subprocess
 import sys
 
 import pytest
 
 from lit_stability.console import PREFIX, attach
+from tests.programs import Program, run_program
 from tests.project import ROOT
 from tests.screen import printed_on_a_terminal, rendered
 from tests.screen_fits import SEPARATOR
@@ -66,13 +66,9 @@ def test_summary_is_below_the_progress_bar(fit, screens):
 
 
 def test_lines_without_a_terminal_are_those_of_the_log(tmp_path):
-    done = subprocess.run(
-        [sys.executable, *arguments(tmp_path, [("rich", 80)])],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, *arguments(tmp_path, [("rich", 80)])]
+    done = run_program(command, folder=tmp_path, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     (records,) = logged(tmp_path)
     assert [each for each in records if each not in done.stderr] == []
     assert PREFIX not in done.stdout
@@ -118,7 +114,10 @@ def test_handlers_of_all_loggers_above_get_each_record_once_by_their_level():
 
 NOTEBOOK = """
 import logging
+import sys
 from pathlib import Path
+for handler in logging.getLogger("lightning.pytorch").handlers:
+    handler.setStream(sys.stderr)  # as if Lightning were imported here for the first time
 from lit_stability import stability_callbacks
 from lit_stability.faults import FaultInjector, NanLoss
 from tests.conftest import fit
@@ -132,6 +131,7 @@ fit(Path("."), [faults, *stability_callbacks()], max_steps=60);
 def test_incident_is_one_card_in_a_notebook_and_lines_in_the_users_file(tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    monkeypatch.setattr("jupyter_client.launcher.Popen", Program)
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     nbclient.NotebookClient(book, resources={"metadata": {"path": str(tmp_path)}}).execute()

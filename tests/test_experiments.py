@@ -26,9 +26,10 @@ SHORT = (
 tests."""
 LONGER = {
     *("translation_embedding_unscaled", "translation_inner_zero", "translation_mask_inverted"),
-    "translation_zombie",
+    *("translation_zombie", "causal_small_gain_init", "causal_unfrozen"),
 }
-"""Of the short ones, those whose findings have tests of their own; run by ``make test-long``."""
+"""Of the short ones, those whose findings have tests of their own, and the longest; run by
+``make test-long``."""
 RESULTS = {
     each["name"]: each
     for each in json.loads((ROOT / "benchmarks/results/experiments.json").read_text())[

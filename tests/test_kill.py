@@ -3,65 +3,37 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
 from lit_stability.training_state.good_checkpoints import RunEnd
-from tests.kill_server import CONFIRM, EVERY
+from tests.distributed import CONTEXT
+from tests.kill_cases import CONFIRM, EVERY, train
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def start(folder, result):
+    """Starts a training process."""
+    process = CONTEXT.Process(target=train, args=(folder, result), daemon=True)
+    process.start()
+    return process
 
 
-class Server:
-    """The forking process, and what it says of its children."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kill_server"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    def start(self, folder, result):
-        """Start a training process; returns its id."""
-        folder.mkdir(exist_ok=True)
-        self.process.stdin.write(f"{folder} {result}\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self):
-        """The exit status of the process started last; minus the signal that ended it."""
-        return int(self.process.stdout.readline())
-
-    def run(self, folder, result):
-        """Let one train to its end."""
-        self.start(folder, result)
-        assert self.wait() == 0, (folder / "output").read_text()
-        return torch.load(result, weights_only=True)
+def run(folder, result):
+    """Lets one train to its end."""
+    folder.mkdir(exist_ok=True)
+    process = start(folder, result)
+    process.join(120)
+    assert process.exitcode == 0, (folder / "output").read_text()
+    return torch.load(result, weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.process.stdin.close()
-    server.process.stdout.close()
-    server.process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(server, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return server.run(folder, folder / "end.pt")
+    return run(folder, folder / "end.pt")
 
 
 def diary(folder):
@@ -77,10 +49,11 @@ def diary(folder):
     return runs
 
 
-def recur(server, folder, result, kind, steps, moment=0.0):
-    """Start a process, and send it a signal so long after so many steps; returns its status."""
+def end_by(kind, folder, result, steps, moment=0.0):
+    """Starts a process, and sends it a signal so long after so many steps; returns its status."""
+    folder.mkdir(exist_ok=True)
     begun = len(diary(folder))
-    child = server.start(folder, result)
+    process = start(folder, result)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         runs = diary(folder)
@@ -88,8 +61,9 @@ def recur(server, folder, result, kind, steps, moment=0.0):
             break
         time.sleep(0.002)
     time.sleep(moment)
-    os.kill(child, kind)
-    return server.wait()
+    os.kill(process.pid, kind)
+    process.join(60)
+    return process.exitcode
 
 
 def assert_same(a, b):
@@ -117,29 +91,30 @@ def assert_little_was_lost(folder):
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(2, marks=pytest.mark.long), 20], ids=["twice", "twenty times"]
+    "kills", [8, pytest.param(20, marks=pytest.mark.long)], ids=["eight times", "twenty times"]
 )
-def test_killed_run_ends_bit_identical_and_loses_few_steps(kills, server, undisturbed, tmp_path):
+def test_killed_run_ends_bit_identical_and_loses_few_steps(kills, undisturbed, tmp_path):
     """S11, S12: SIGKILL at random moments, also in the middle of a write."""
     draw = random.Random(kills)
     folder, result = tmp_path / "run", tmp_path / "end.pt"
     for _ in range(kills):
         when = draw.randrange(50), draw.uniform(0.0, 0.01)
-        status = recur(server, folder, result, signal.SIGKILL, *when)
+        status = end_by(signal.SIGKILL, folder, result, *when)
         assert status == -signal.SIGKILL, "it was still training"
-    assert_same(server.run(folder, result), undisturbed)
+    assert_same(run(folder, result), undisturbed)
     assert len(diary(folder)) == kills + 1
     assert_little_was_lost(folder)
 
 
-def test_terminated_run_ends_bit_identical_and_loses_no_more(server, undisturbed, tmp_path):
+def test_terminated_run_ends_bit_identical_and_loses_no_more(undisturbed, tmp_path):
     """S12: SIGTERM ends the fit at the end of a batch; what was being written is written."""
     folder, result = tmp_path / "run", tmp_path / "end.pt"
     for steps in (28, 51):
-        assert recur(server, folder, result, signal.SIGTERM, steps) not in (0, -signal.SIGTERM)
+        assert end_by(signal.SIGTERM, folder, result, steps) >= 0, "it ends by itself"
+        assert not result.exists()
         end = RunEnd.read(folder / "good")
         assert end is not None
         assert end.state == "interrupted"
         assert not list((folder / "good").glob(".part-*"))
-    assert_same(server.run(folder, result), undisturbed)
+    assert_same(run(folder, result), undisturbed)
     assert_little_was_lost(folder)

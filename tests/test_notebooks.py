@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import lit_stability
+from tests.programs import Program
 
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -77,6 +78,7 @@ def test_five_lines_save_the_accuracy(monkeypatch):
 @IN_KERNELS
 def test_rescue_ends_as_the_undisturbed_run(monkeypatch):
     """S7, C3."""
+    monkeypatch.setattr("jupyter_client.launcher.Popen", Program)
     book = run_fast("a_death_and_a_rescue", monkeypatch)
     last = {
         k: float(v) for k, v in re.findall(r"^(un\w+|with the suite) +(\S+)$", printed(book), re.M)

@@ -71,6 +71,14 @@ DDP = {
     "two optimizers": ((ScaleGradients(step=60, rank=1),), {"module": Manual, "max_steps": 100}),
 }
 FSDP2 = {**BOTH, "validation": ((), {"val": True, "val_check_interval": 10})}
+RUNS = {"ddp": DDP, "fsdp2": FSDP2}
+LONG = {
+    "ddp": ("NaN loss", "NaN weight", "loss spike twice", "scaled gradients"),
+    "fsdp2": ("NaN loss twice", "four NaN batches", "loss spike", "flipped bit", "zeroed moment",
+              "NaN gradient"),
+}  # fmt: skip
+"""Cases that only the long tests run. CI has each case under one strategy at least, and each kind
+of response under both."""
 
 OF_THREE = {"devices": 3, "max_steps": 40}
 THREE = {
@@ -89,14 +97,20 @@ def three(tmp_path_factory):
     return run_ranks_once(tmp_path_factory, outcomes, "ddp", THREE, ranks=3, label="three")
 
 
+def run_cases(tmp_path_factory, strategy, long=False):
+    cases = {k: v for k, v in RUNS[strategy].items() if (k in LONG[strategy]) == long}
+    label = "-long" if long else ""
+    return run_ranks_once(tmp_path_factory, outcomes, strategy, cases, label=label)
+
+
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    return run_ranks_once(tmp_path_factory, outcomes, "ddp", DDP)
+    return run_cases(tmp_path_factory, "ddp")
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
-    return run_ranks_once(tmp_path_factory, outcomes, "fsdp2", FSDP2)
+    return run_cases(tmp_path_factory, "fsdp2")
 
 
 @pytest.fixture(params=["ddp", "fsdp2"])
@@ -104,27 +118,46 @@ def both(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize(
-    ("case", "kind", "responses"),
-    [
-        ("NaN loss", "non-finite loss", AGAIN),
-        ("NaN loss twice", "non-finite loss", AGAIN + SKIP),
-        # The fault writes into rank 1's batch: where one cannot replay, nobody does.
-        ("NaN batch", "non-finite loss", SKIP),
-        # One rank's batches are to blame: no rank draws other random numbers for them.
-        ("four NaN batches", "non-finite loss", (AGAIN + SKIP) * 4),
-        ("loss spike", "gradient spike", AGAIN),
-        ("loss spike twice", "gradient spike", AGAIN + CLIP),
-        ("NaN weight", "non-finite weight", BACK),
-        ("flipped bit", "non-finite weight", BACK),
-        ("zeroed moment", "optimizer state", BACK),
-    ],
-)
-def test_fault_on_one_rank_gets_the_same_response_on_both_at_the_same_step(
-    case, kind, responses, both
-):
+@pytest.fixture
+def of_both(both, request, tmp_path_factory):
+    """The results of each rank, those of the long cases too in a long test."""
+    strategy = request.node.callspec.params["both"]
+    if request.node.callspec.params["case"] not in LONG[strategy]:
+        return both[1]
+    _, more = run_cases(tmp_path_factory, strategy, long=True)
+    return [short | long for short, long in zip(both[1], more, strict=True)]
+
+
+def each_of_both(*cases, strategies=("ddp", "fsdp2")):
+    """Parametrizes a test by strategy and case."""
+    cells = [
+        pytest.param(strategy, case, marks=[pytest.mark.long] if case in LONG[strategy] else [])
+        for strategy in strategies
+        for case in cases
+    ]
+    return pytest.mark.parametrize(("both", "case"), cells, indirect=["both"])
+
+
+RESPONSES = {
+    "NaN loss": ("non-finite loss", AGAIN),
+    "NaN loss twice": ("non-finite loss", AGAIN + SKIP),
+    # The fault writes into rank 1's batch: where one cannot replay, nobody does.
+    "NaN batch": ("non-finite loss", SKIP),
+    # One rank's batches are to blame: no rank draws other random numbers for them.
+    "four NaN batches": ("non-finite loss", (AGAIN + SKIP) * 4),
+    "loss spike": ("gradient spike", AGAIN),
+    "loss spike twice": ("gradient spike", AGAIN + CLIP),
+    "NaN weight": ("non-finite weight", BACK),
+    "flipped bit": ("non-finite weight", BACK),
+    "zeroed moment": ("optimizer state", BACK),
+}
+
+
+@each_of_both(*RESPONSES)
+def test_fault_on_one_rank_gets_the_same_response_on_both_at_the_same_step(case, of_both):
     """Invariant 5."""
-    one, other = (rank[case] for rank in both[1])
+    kind, responses = RESPONSES[case]
+    one, other = (rank[case] for rank in of_both)
     assert one["incidents"] == [(1, kind, 30, len(responses), responses, "recovered")]
     same_on_both_ranks(one, other)
 
@@ -138,24 +171,22 @@ def same_on_both_ranks(one, other):
     assert [s.loss for s in one["stats"][-15:]] == [s.loss for s in other["stats"][-15:]]
 
 
-@pytest.mark.parametrize("case", ["NaN loss twice", "NaN batch"])
-def test_batch_skipped_on_all_ranks_leaves_no_trace(case, both):
+@each_of_both("NaN loss twice", "NaN batch")
+def test_batch_skipped_on_all_ranks_leaves_no_trace(case, of_both):
     """Invariant 2: weights of all ranks, rank 0's buffers, which DDP hands round, the count."""
-    equals_run_without_fault(both[1], case, "without batch 30")
+    equals_run_without_fault(of_both, case, "without batch 30")
 
 
-@pytest.mark.parametrize(
-    "case", ["NaN loss", "loss spike", "NaN weight", "flipped bit", "zeroed moment"]
-)
-def test_transient_fault_leaves_no_trace(case, both):
+@each_of_both("NaN loss", "loss spike", "NaN weight", "flipped bit", "zeroed moment")
+def test_transient_fault_leaves_no_trace(case, of_both):
     """Invariant 7."""
-    equals_run_without_fault(both[1], case, "clean")
+    equals_run_without_fault(of_both, case, "clean")
 
 
-@pytest.mark.parametrize("case", ["scaled gradients", "NaN gradient", "one element", "checkpoints"])
-def test_disagreement_leaves_no_trace(case, ddp):
+@each_of_both("scaled gradients", "NaN gradient", "one element", "checkpoints", strategies=["ddp"])
+def test_disagreement_leaves_no_trace(case, of_both):
     """Invariant 7."""
-    equals_run_without_fault(ddp[1], case, "clean")
+    equals_run_without_fault(of_both, case, "clean")
 
 
 def equals_run_without_fault(ranks, case, clean):
@@ -235,30 +266,29 @@ def test_healthy_step_under_fsdp2_asks_for_one_collective(fsdp2):
         assert others == {("all_reduce async",)}
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("scaled gradients", "rank 1 rejects its gradients, the others do not"),
-        ("NaN gradient", "rank 1 rejects its gradients, the others do not"),
-        ("scaled on rank 0", "rank 0 rejects its gradients, the others do not"),
-        ("one element", "the ranks' averaged gradients differ"),
-        ("checkpoints", "rank 1 rejects its gradients"),
-    ],
-)
-def test_gradient_damaged_after_averaging_is_a_disagreement_that_all_roll_back(case, message, ddp):
+DISAGREEMENTS = {
+    "scaled gradients": "rank 1 rejects its gradients, the others do not",
+    "NaN gradient": "rank 1 rejects its gradients, the others do not",
+    "scaled on rank 0": "rank 0 rejects its gradients, the others do not",
+    "one element": "the ranks' averaged gradients differ",
+    "checkpoints": "rank 1 rejects its gradients, the others do not",
+}
+
+
+@each_of_both(*DISAGREEMENTS, strategies=["ddp"])
+def test_gradient_damaged_after_averaging_is_a_disagreement_that_all_roll_back(case, of_both):
     """Invariant 5: no rank waits for a rank that has detected nothing."""
-    one, other = (rank[case] for rank in ddp[1])
+    message = DISAGREEMENTS[case]
+    one, other = (rank[case] for rank in of_both)
     assert one["incidents"] == [(1, APART, 30, 1, BACK, "recovered")]
     assert one["messages"][0].startswith(message)
     same_on_both_ranks(one, other)
 
 
-@pytest.mark.parametrize(
-    ("case", "kind"),
-    [("scaled gradients", "gradient spike"), ("NaN gradient", "non-finite gradient")],
-)
-def test_gradient_shard_that_is_damaged_is_seen_by_all_before_the_update(case, kind, fsdp2):
-    one, other = (rank[case] for rank in fsdp2[1])
+@each_of_both("scaled gradients", "NaN gradient", strategies=["fsdp2"])
+def test_gradient_shard_that_is_damaged_is_seen_by_all_before_the_update(case, of_both):
+    kind = {"scaled gradients": "gradient spike", "NaN gradient": "non-finite gradient"}[case]
+    one, other = (rank[case] for rank in of_both)
     assert one["incidents"] == [(1, kind, 30, 1, AGAIN, "recovered")]
     same_on_both_ranks(one, other)
 

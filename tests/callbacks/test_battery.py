@@ -1,6 +1,7 @@
 """Every public callback through the same mill: the forgotten case is always one of these."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -55,6 +56,12 @@ class TwoOptimizers(LightningModule):
 @pytest.fixture(params=PUBLIC, ids=lambda c: c.__name__)
 def cls(request):
     return request.param
+
+
+@functools.cache
+def bare_fit(module=None, **options):
+    """The fit without any callback, which is the same for each of them."""
+    return fit(None, (), module, **options)
 
 
 def test_battery_finds_the_callbacks():
@@ -136,7 +143,7 @@ def test_callback_with_accumulation_trains_as_the_run_without_it(cls, accumulate
     options = {"accumulate_grad_batches": accumulate, "max_steps": 15, "max_epochs": 1}
     callbacks = suite_with(cls)
     module, trainer = fit(tmp_path / "with", callbacks, **options)
-    bare, _ = fit(tmp_path / "bare", **options)
+    bare, _ = bare_fit(**options)
     assert trainer.global_step == 15
     assert len(module.losses) == 15 * accumulate
     assert callbacks[0].incidents == []
@@ -150,7 +157,7 @@ def test_callback_with_manual_optimization_and_two_optimizers_trains_as_without_
     """The number of steps of each optimizer, its scheduler, and every weight."""
     callbacks = suite_with(cls)
     module, trainer = fit(tmp_path / "with", callbacks, TwoOptimizers, max_steps=60)
-    bare, alone = fit(tmp_path / "bare", (), TwoOptimizers, max_steps=60)
+    bare, alone = bare_fit(TwoOptimizers, max_steps=60)
     assert trainer.global_step == 60
     assert callbacks[0].incidents == []
     steps = [int(s["step"]) for s in trainer.optimizers[0].state.values()]

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_stability import find_last_good, stability_callbacks
 from lit_stability.faults import CorruptWeight, FaultInjector
-from tests.callbacks.test_battery import CHANGES_A_HEALTHY_RUN, PUBLIC, suite_with
+from tests.callbacks.test_battery import CHANGES_A_HEALTHY_RUN, PUBLIC, bare_fit, suite_with
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 
 WAYS = {"pickle": lambda value: pickle.loads(pickle.dumps(value)), "deepcopy": copy.deepcopy}
@@ -51,7 +51,7 @@ for hook in (
 def test_copy_in_any_hook_changes_nothing_and_can_be_used(cls, way, tmp_path):
     copies = Copies(way)
     module, _ = fit(tmp_path / "copied", [*suite_with(cls), copies], max_steps=15)
-    bare, _ = fit(tmp_path / "bare", max_steps=15)
+    bare, _ = bare_fit(max_steps=15)
     if cls.__name__ not in CHANGES_A_HEALTHY_RUN:
         assert torch.equal(flat(module), flat(bare))
     again, trainer = fit(tmp_path / "again", copies.callbacks, max_steps=15)

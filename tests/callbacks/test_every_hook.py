@@ -22,7 +22,7 @@ from lit_stability.detectors import Anomaly
 from lit_stability.faults import CorruptWeight, FaultInjector
 from lit_stability.incidents import Incident
 from lit_stability.measurement.step_stats import StepStats
-from tests.callbacks.test_battery import CHANGES_A_HEALTHY_RUN, PUBLIC, suite_with
+from tests.callbacks.test_battery import CHANGES_A_HEALTHY_RUN, PUBLIC, bare_fit, suite_with
 from tests.conftest import Regression, fit, flat, make_trainer, regression_data
 
 OF_LIGHTNING = [
@@ -127,7 +127,7 @@ def test_hooks_called_in_any_order_before_and_between_fits_change_no_fit(cls, se
     call_all(callbacks[-1], *unused(tmp_path / "unused", callbacks), seed)
     for turn in range(2):
         module, trainer = fit(tmp_path / "with", callbacks, max_steps=12)
-        bare, _ = fit(tmp_path / "bare", max_steps=12)
+        bare, _ = bare_fit(max_steps=12)
         assert trainer.global_step == 12
         if cls.__name__ not in CHANGES_A_HEALTHY_RUN:
             assert torch.equal(flat(module), flat(bare)), turn
@@ -149,7 +149,7 @@ def test_hooks_called_in_any_order_after_a_failed_fit_change_no_fit(cls, tmp_pat
         trainer.fit(module, regression_data())
     call_all(callbacks[-1], trainer, module, 0)
     module, _ = fit(tmp_path / "with", callbacks, max_steps=12)
-    bare, _ = fit(tmp_path / "bare", max_steps=12)
+    bare, _ = bare_fit(max_steps=12)
     if cls.__name__ not in CHANGES_A_HEALTHY_RUN:
         assert torch.equal(flat(module), flat(bare))
 
@@ -189,7 +189,7 @@ class Tuned(Regression):
         return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
 
     def train_dataloader(self):
-        data = regression_data().dataset
+        data = regression_data(20).dataset
         return DataLoader(data, self.batch_size, shuffle=True)
 
     def val_dataloader(self):

@@ -27,8 +27,8 @@ def flow_of(every=20, details_every=10):
 
 def test_pictures_are_of_the_steps_that_were_measured(tmp_path):
     """S8: details at steps 9, 19, ...; the first of them, and then one in twenty steps."""
-    fit(tmp_path, flow_of(), max_steps=60)
-    assert pictures(tmp_path) == [f"step={step:08d}.png" for step in (9, 29, 49)]
+    fit(tmp_path, flow_of(), max_steps=40)
+    assert pictures(tmp_path) == [f"step={step:08d}.png" for step in (9, 29)]
     content = (tmp_path / "gradient_flow" / "step=00000009.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
@@ -47,6 +47,7 @@ def test_pictures_go_to_tensorboard_where_it_takes_them(tmp_path):
     assert [i.step for i in events.Images("stability/gradient_flow_incident")] == [35]
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_logger_that_takes_no_images_leaves_files(tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     fit(tmp_path, flow_of(), logger=logger, max_steps=12)
@@ -82,6 +83,7 @@ def test_after_a_responder_it_says_that_there_is_nothing_to_draw(tmp_path, caplo
     assert not (tmp_path / "gradient_flow").exists()
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_each_optimizer_has_its_own_pictures(tmp_path):
     fit(tmp_path, flow_of(), TwoOptimizers, max_steps=20)
     assert pictures(tmp_path) == ["step=00000018.png", "step=00000019-optimizer-1.png"]
@@ -95,6 +97,7 @@ def test_weights_are_bit_identical_with_and_without(tmp_path):
     assert drawn.losses == plain.losses
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_unwritable_folder_is_a_warning_and_training_goes_on(tmp_path, caplog):
     (tmp_path / "gradient_flow").write_text("in the way")
     _, trainer = fit(tmp_path, flow_of(), max_steps=15)
@@ -120,6 +123,7 @@ def test_monitor_without_details_is_refused_with_the_line_to_write(tmp_path):
         fit(tmp_path, flow_of(details_every=0))
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_norms_by_phase_are_logged_saved_and_printed_by_the_doctor(tmp_path, caplog, capsys):
     """V3: warm-up and descent of a OneCycle run, from its own history."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch.lit_stability")
@@ -141,6 +145,7 @@ def test_norms_by_phase_are_logged_saved_and_printed_by_the_doctor(tmp_path, cap
     assert phase_range.in_words() in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_steps_taken_again_after_a_rollback_count_once(tmp_path):
     suite = stability_callbacks()[1:]
     hurt = flow_of(every=1000)

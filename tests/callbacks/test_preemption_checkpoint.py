@@ -319,7 +319,11 @@ def ranks(folder, name, *args, timeout=60, **options):
     return codes, [(folder / f"output{r}").read_text() for r in range(2)]
 
 
-@pytest.mark.parametrize("hits", [(0,), (1,), (0, 1)], ids=["rank 0", "rank 1", "both"])
+@pytest.mark.parametrize(
+    "hits",
+    [pytest.param((0,), marks=pytest.mark.long), (1,), (0, 1)],
+    ids=["rank 0", "rank 1", "both"],
+)
 def test_ranks_save_together_and_end_with_the_same_code(hits, tmp_path):
     codes, output = ranks(tmp_path, "ddp", hits)
     assert codes == [TERM, TERM], output
@@ -337,7 +341,7 @@ def test_ranks_save_together_and_end_with_the_same_code(hits, tmp_path):
     ("name", "options"),
     [
         ("fsdp2", {}),
-        ("ddp", {"accumulate_grad_batches": 3}),
+        pytest.param("ddp", {"accumulate_grad_batches": 3}, marks=pytest.mark.long),
         ("ddp", {"module": Manual}),
     ],
     ids=["FSDP2", "accumulation", "manual optimization"],

@@ -29,8 +29,8 @@ from tests.exact import Batches, differences, loader, run
 from tests.test_exact_recovery import Net, TwoOptimizers, in_dict, onecycle, plateau, sequence
 from tests.test_invariants import fp16_on_cpu
 
-BAD = 10
-"""Index of the batch that raises."""
+BATCHES, BAD = 16, 10
+"""Number in an epoch, and index of the batch that raises."""
 
 
 def normal(out):
@@ -110,7 +110,7 @@ def pair(tmp_path, module, *, suite=None, nan=(BAD,), make=None, callbacks=None,
     for name in ("bad", "clean"):
         others = [] if callbacks is None else callbacks(tmp_path / name)
         used = [GradientMonitor(), AutoRollback()] if suite is None else suite()
-        data = make(**({"nan": nan} if name == "bad" else {"left_out": nan}))
+        data = make(count=BATCHES, **({"nan": nan} if name == "bad" else {"left_out": nan}))
         own = {k: v() if callable(v) else v for k, v in options.items()}
         root, used = tmp_path / name, [*(used if name == "bad" else []), *others]
         results.append(run(root, module, data, used, val=loader(Batches(4)), **own))
@@ -239,7 +239,7 @@ FEATURES = {
     "by hand, every second batch": {"module": raising(EverySecondBatch, normal)},
     "LBFGS": {"module": Lbfgs},
     "LBFGS, third evaluation": {"module": functools.partial(Lbfgs, 3)},
-    "last batch": {"nan": (23,)},
+    "last batch": {"nan": (15,)},
     "first batch of the second epoch": {"make": lambda **o: sequence(Batches(**o)), "nan": (2,)},
     "two adjacent batches": {"nan": (10, 11)},
     "three adjacent batches": {"nan": (10, 11, 12)},
@@ -401,8 +401,8 @@ def test_rows_of_bad_batches_among_many_bad_ones_do_not_end_the_fit(tmp_path):
     bad = range(1, 24, 3)
     module = functools.partial(Raise, lambda: ValueError("bad label"), batches=labels(*bad))
     data = sequence(Batches())
-    _, trainer = fit(tmp_path, stability_callbacks(), module, data, max_epochs=12, max_steps=-1)
-    assert trainer.global_step == 12 * (24 - len(bad))
+    _, trainer = fit(tmp_path, stability_callbacks(), module, data, max_epochs=6, max_steps=-1)
+    assert trainer.global_step == 6 * (24 - len(bad))
 
 
 def test_batches_that_raise_are_dropped_where_data_are_not_replayed(tmp_path):
@@ -467,8 +467,8 @@ def test_damaged_weight_in_a_model_that_raises_is_rolled_back_exactly(module, tm
     fault = CorruptWeight(step=30, parameter="first.0.weight")
     suite = [FaultInjector([fault]), *stability_callbacks()]
     results = [
-        run(tmp_path / "bad", module, loader(Batches()), suite, max_epochs=3),
-        run(tmp_path / "clean", module, loader(Batches()), max_epochs=3),
+        run(tmp_path / "bad", module, loader(Batches()), suite, max_epochs=2),
+        run(tmp_path / "clean", module, loader(Batches()), max_epochs=2),
     ]
     assert differences(*results) == {}
     (incident,) = read_incidents(tmp_path / "bad")

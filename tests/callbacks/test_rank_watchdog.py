@@ -48,7 +48,7 @@ def line(ended, rank=0):
 
 
 @pytest.mark.parametrize("where", ["forward", pytest.param("backward", marks=pytest.mark.long)])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_rank_that_is_killed_is_named_by_the_other(rank, where, tmp_path):
     ended, _, _ = hangs(tmp_path, {rank: (where, "die")})
     other = 1 - rank
@@ -174,7 +174,7 @@ def test_slow_healthy_fits_are_unharmed_and_leave_no_thread(tmp_path):
     assert_unharmed(tmp_path, [name for name in HEALTHY if name not in QUICK])
 
 
-@pytest.mark.parametrize("phase", ["data", "forward"])
+@pytest.mark.parametrize("phase", ["data", pytest.param("forward", marks=pytest.mark.long)])
 def test_slow_rank_is_reported_once_with_its_phase(phase, tmp_path):
     ended = run_mortal_ranks(straggle, tmp_path, phase, folder=tmp_path)
     assert [each.code for each in ended] == [0, 0]

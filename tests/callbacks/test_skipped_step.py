@@ -180,8 +180,9 @@ def test_skipped_step_with_later_hooks_is_as_if_the_fault_had_never_been(
 ):
     suite = stability_callbacks()
     callbacks = [FaultInjector([fault(module)]), *suite]
-    saved, _ = fit(tmp_path / "suite", callbacks, module, **options_of(options))
-    bare, _ = fit(tmp_path / "bare", (), module, **options_of(options))
+    steps = {"max_steps": 45}
+    saved, _ = fit(tmp_path / "suite", callbacks, module, **steps, **options_of(options))
+    bare, _ = fit(tmp_path / "bare", (), module, **steps, **options_of(options))
     assert [i.outcome for i in suite[0].incidents] == ["recovered"]
     assert torch.equal(flat(saved), flat(bare))
 

@@ -1,7 +1,6 @@
 """`fit` with several values, `--strict`, and Ctrl-C: what is printed, written and returned."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lit_stability.cli.fit import fit
 from lit_stability.cli.main import main
 from lit_stability.cli.sweep import combinations, values_of
 from tests.cli.test_main import CONFIG, ROOT, cwd  # noqa: F401
+from tests.programs import Program
 
 ENDED = Ended(code=0, started=0.0, seconds=1.0)
 LOGGING = "model._target_=cli_targets.Logging"
@@ -53,7 +53,7 @@ def test_every_combination_is_run_and_the_last_key_varies_fastest():
 
 def test_sweep_runs_each_value_in_its_folder_and_prints_a_table(cwd, capsys, monkeypatch):  # noqa: F811
     """One run that fails does not end the others."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(subprocess, "Popen", Program)
     assert (
         main(["fit", "-c", "small", "--name", "s", "model.fail=false,true", "seed=3", LOGGING]) == 1
     )
@@ -139,24 +139,20 @@ callbacks:
 
 def test_ctrl_c_exits_with_130_saves_and_prints_the_command_that_goes_on(cwd):  # noqa: F811
     (cwd / "configs/slow.yaml").write_text(SLOW)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_stability.cli.main", "fit", "-c", "slow", "run_dir=runs/x"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
-    )
+    command = [sys.executable, "-m", "lit_stability.cli.main", "fit", "-c", "slow"]
+    with Path("errors").open("w") as errors:
+        process = Program([*command, "run_dir=runs/x"], stderr=errors)
     deadline = time.monotonic() + 120
     while not [*Path("runs/x").glob("good/*.ckpt")] and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(2.0)  # some hundred steps
+    time.sleep(1.0)  # some hundred steps
     process.send_signal(signal.SIGINT)
     try:
-        _, error = process.communicate(timeout=120)
+        code = process.wait(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, error
+    error = Path("errors").read_text()
+    assert code == 130, error
     assert error.rstrip().endswith("interrupted; go on with: lit-stability resume runs/x")
     assert json.loads(Path("runs/x/outcome.json").read_text())["ends"] == "interrupted"
     assert main(["resume", "runs/x", "trainer.max_steps=1"]) == 0

@@ -15,6 +15,8 @@ from lit_stability.callbacks import GradientMonitor
 from lit_stability.faults import CorruptWeight, FaultInjector, NanLoss
 from tests.conftest import Regression, make_trainer, regression_data
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
@@ -29,7 +31,7 @@ def files(folder):
 def rescued(root, **options):
     """A fit through two incidents with everything that writes files."""
     faults = FaultInjector([NanLoss(step=20), CorruptWeight(step=35)])
-    more = [CrashPrediction(), GradientFlow(every_n_steps=10), Preflight()]
+    more = [CrashPrediction(), GradientFlow(every_n_steps=40), Preflight()]
     suite = stability_callbacks()
     callbacks = [faults, suite[0], *more, *suite[1:]]
     trainer = make_trainer(root, callbacks, max_steps=60, **options)

@@ -123,6 +123,7 @@ def test_several_loggers_are_all_given_the_same_scalars(tmp_path):
     assert loggers[1].tables
 
 
+@pytest.mark.usefixtures("empty_pictures")
 def test_names_of_all_that_is_written_are_names_on_windows_too(tmp_path):
     faults = FaultInjector([NanLoss(step=15), CorruptWeight(step=30, parameter="net.0.*")])
     suite = [*stability_callbacks(), CrashPrediction(), GradientFlow(every_n_steps=10), Preflight()]

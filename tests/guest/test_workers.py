@@ -1,12 +1,12 @@
 """Fits in worker processes, of which Lightning tells the callbacks nothing when one fails."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 
 from lit_stability import read_incidents
+from tests.programs import run_program
 
 SCRIPT = """
 import sys
@@ -45,14 +45,8 @@ def test_exception_in_a_worker_leaves_no_hidden_file_and_closes_the_record(
 ):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run"), strategy, str(devices)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [sys.executable, script, tmp_path / "run", strategy, devices]
+    done = run_program(command, folder=tmp_path, timeout=300)
     assert "ZeroDivisionError: of the user" in done.stderr
     assert not list((tmp_path / "run").rglob(".*"))
     assert [i["outcome"] for i in read_incidents(tmp_path / "run")] == ["handled"]

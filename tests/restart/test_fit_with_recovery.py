@@ -644,7 +644,10 @@ def test_crashes_in_a_row_are_limited(tmp_path):
     assert "3 crashes in a row, max_crashes=2" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize(("progress", "in_a_row"), [(3, [1, 1, 1]), (5, [1, 2, 3]), (4, [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("progress", "in_a_row"),
+    [pytest.param(3, [1, 1, 1], marks=pytest.mark.long), (5, [1, 2, 3]), (4, [1, 1, 1])],
+)
 def test_progress_past_the_furthest_crash_resets_the_count(progress, in_a_row, tmp_path):
     at = [EPOCH + 1, EPOCH + 5, EPOCH + 9]
 

@@ -86,6 +86,7 @@ def test_stretch_dragged_over_is_shown_step_by_step(tab):
     assert "Rejected" in tab.hover(TIMELINE, FAULT_AT, shown=(first, last))
 
 
+@pytest.mark.long
 def test_keyboard_zooms_and_shows_all_again(tab):
     tab.open("&p.stability.run=faulty").all(HEATMAP).focus()
     for _ in range(3):
@@ -127,6 +128,7 @@ def test_link_opens_run_incident_and_stretch_and_back_returns(tab):
     tab.see(".incidents .message:has-text('No incident in this run')").gone(".detail")
 
 
+@pytest.mark.long
 def test_optimizers_of_a_run_are_separate(tab):
     tab.open("&p.stability.run=gan")
     assert tab.all("#optimizer option").all_inner_texts() == ["0: generator", "1: critic"]
@@ -136,6 +138,7 @@ def test_optimizers_of_a_run_are_separate(tab):
     assert tab.attempt_at(600) % 2 == 0
 
 
+@pytest.mark.long
 def test_markup_in_the_name_of_a_layer_stays_text(tab):
     tab.open("&p.stability.run=hostile&p.stability.incident=1")
     text = tab.hover(HEATMAP, 30, y=tab.row('[data-group*="img"]'), shown=(1, 61))

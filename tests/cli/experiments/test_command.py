@@ -1,6 +1,7 @@
 """`lit-stability experiments`, as a user types it, on two experiments of a second."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from lit_stability.cli.experiments.table import as_text
 from lit_stability.cli.fit import check_options, compose, fit, resolve
 from lit_stability.cli.main import main
 from lit_stability.errors import ConfigError
+from tests.programs import Program
 
 MODULE = """
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -80,9 +82,9 @@ def test_experiments_without_a_name_lists_them_with_a_line_each(cwd, capsys):
     assert not (cwd / "runs").exists()
 
 
-@pytest.mark.long
-def test_experiments_run_one_after_another_and_the_bad_one_stops_no_other(cwd, capsys):
+def test_experiments_run_one_after_another_and_the_bad_one_stops_no_other(cwd, capsys, monkeypatch):
     """K5."""
+    monkeypatch.setattr(subprocess, "Popen", Program)
     assert main(["experiments", "--all", "--out", "out"]) == 1
     printed = capsys.readouterr().out
     assert "expectation NOT met: value > 1.5, observed 1 (" in printed

@@ -54,7 +54,7 @@ def test_zombie_feedforwards_stay_dead_after_many_steps(feedforward, model_of, b
     assert not any(gains[name].any() for name in dead)
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("norm", [pytest.param("layernorm", marks=pytest.mark.long), "rmsnorm"])
 def test_zombie_under_post_norm_stalls_for_good(norm, model_of, batch):
     """T2: at best the frequencies of the tokens are learnt."""
     model = model_of(init="zombie", norm_position="post", norm=norm)

@@ -1,16 +1,10 @@
-"""Forks a training process per command, so that only the first pays for its imports.
-
-Reads lines ``FOLDER RESULT`` and answers with the child's process id; once the child is gone, with
-its exit status. A child goes on from the last known good checkpoint in its folder, if there is one,
-and saves what it ended with.
-"""
+"""What the processes of tests/test_kill.py train: each goes on from the last known good checkpoint
+in its folder, if there is one, and saves what it ended with."""
 
 import logging
 import os
-import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -40,6 +34,9 @@ class Diary(Callback):
 
 
 def train(folder, result):
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     logging.disable()
     torch.set_num_threads(1)
     checkpoint = find_last_good(folder)
@@ -65,27 +62,3 @@ def schedule(module):
     optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=STEPS)
     return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-
-def main():
-    for line in sys.stdin:
-        folder, result = map(Path, line.split())
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-                os.dup2(os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-                os.dup2(1, 2)
-                train(folder, result)
-                status = 0
-            except SystemExit as stop:
-                status = stop.code if isinstance(stop.code, int) else 1
-            finally:
-                os._exit(status)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    main()
