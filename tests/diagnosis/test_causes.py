@@ -132,6 +132,38 @@ CASES = {
         ),
         "dead part of the model",
     ),
+    "no gradient at all": (
+        context("vanishing gradient", history=history(CALM, grad_norm=0.0), grad_norm=0.0),
+        "no gradient reaches the optimizer",
+    ),
+    "gradients that are 0": (
+        context(
+            "vanishing gradient",
+            history=history(CALM, grad_norm=0.0, names=("w",), grad_norms=(0.0,)),
+            grad_norm=0.0,
+            now={"names": ("w",), "grad_norms": (0.0,)},
+        ),
+        "no gradient reaches the optimizer",
+    ),
+    "gradients that 16 bits may have rounded to 0": (
+        context(
+            "vanishing gradient",
+            history=history(CALM, grad_norm=0.0, names=("w",), grad_norms=(0.0,)),
+            grad_norm=0.0,
+            now={"names": ("w",), "grad_norms": (0.0,)},
+            precision="16-true",
+        ),
+        "vanishing gradient",
+    ),
+    "gradients that have become tiny": (
+        context("vanishing gradient", grad_norm=1e-9),
+        "vanishing gradient",
+    ),
+    "an exception": (context("exception", loss=NAN), "the model raises on this batch"),
+    "an exception that did not come again": (
+        context("exception", loss=NAN, verdict="transient"),
+        "glitch",
+    ),
     "post-norm": (
         context("stalled layers", history=history(CALM, start=100), rate_rose=False),
         "no warm-up",

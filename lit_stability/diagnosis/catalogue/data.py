@@ -73,6 +73,13 @@ DATA = (
         ignore_when="if it is rare: the step is retried with other random numbers",
     ),
     Cause(
+        name="the model raises on this batch",
+        rules=((4, c.kind("exception")), (-8, c.transient)),
+        remedy="look at the batch in the incident folder, and at what the message says of it: "
+        "labels and indices out of range, empty or very long samples; fix it where it is loaded",
+        ignore_when="if it is one of thousands: it was skipped",
+    ),
+    Cause(
         name="fault of one batch index",
         rules=((-8, c.bad_input),),
         remedy="look at what training_step does at this batch_idx only, such as a term that is "
