@@ -313,6 +313,14 @@ def needs_no_warmup(context: DiagnosisContext) -> str | None:
     return "the model has neither norms nor attention"
 
 
+def stalled_after_warmup(context: DiagnosisContext) -> str | None:
+    """The layers of a model that needs a warm-up have stalled although it had one."""
+    stalled = context.anomaly.kind == "stalled layers" and context.rate_rose
+    if not stalled or not context.layer_types or needs_no_warmup(context):
+        return None
+    return f"{context.anomaly.message}, after a warm-up"
+
+
 def no_norms(context: DiagnosisContext) -> str | None:
     """The model has no norm layers."""
     types = context.layer_types

@@ -168,6 +168,14 @@ CASES = {
         context("stalled layers", history=history(CALM, start=100), rate_rose=False),
         "no warm-up",
     ),
+    "post-norm, warmed up": (
+        context(
+            "stalled layers",
+            history=history(CALM, start=100),
+            layer_types=frozenset({"layernorm", "multiheadattention"}),
+        ),
+        "learning rate too high",
+    ),
     "a jump of the learning rate": (
         context("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
         "learning rate jumped",
