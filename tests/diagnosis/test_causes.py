@@ -611,3 +611,19 @@ def test_context_of_nothing_but_an_anomaly_is_enough():
     assert diagnose(alone) == []
     assert alone.pattern is None
     assert alone.layers() == []
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("ValueError: Expected parameter scale of distribution Normal(loc: torch...", "softplus"),
+        ("IndexError: Target 3 is out of bounds.", "0 to C - 1"),
+        ("RuntimeError: all elements of target should be between 0 and 1", "sigmoid"),
+        ("IndexError: index out of range in self", "embedding"),
+        ("LinAlgError: the input is not positive-definite", "jitter"),
+        ("ValueError: empty", "look at the batch"),
+    ],
+)
+def test_advice_on_an_exception_goes_by_its_message(message, part):
+    found, *_ = diagnose(context("exception", loss=NAN, anomaly={"message": message}))
+    assert part in found.remedy

@@ -15,6 +15,43 @@ def _advice_for_origin(context: DiagnosisContext) -> str:
     return str(context.origin.advice) if context.origin else "check the operation that is named"
 
 
+_RAISED = (
+    (
+        "of distribution",
+        "keep the named parameter of the distribution in its range: softplus plus an epsilon, or "
+        "exp of a clamped number, for a scale; a clamp for a probability",
+    ),
+    (
+        "between 0 and 1",
+        "bring outputs into [0, 1] with a sigmoid, or use the loss of the logits; look for targets "
+        "outside of [0, 1]",
+    ),
+    (
+        "out of bounds",
+        "compare the labels of the batch with the number of outputs: they must be 0 to C - 1, or "
+        "the ignore_index",
+    ),
+    (
+        "index out of range",
+        "compare the indices of the batch with the rows of the embedding: they must be smaller",
+    ),
+    (
+        "positive-definite",
+        "add a small multiple of the identity to the matrix (jitter), and compute in float64",
+    ),
+)
+"""Part of the message of an exception -> what to try."""
+
+
+def _advice_for_exception(context: DiagnosisContext) -> str:
+    known = (advice for part, advice in _RAISED if part in context.anomaly.message)
+    return next(
+        known,
+        "look at the batch in the incident folder, and at what the message says of it: labels and "
+        "indices out of range, empty or very long samples; fix it where it is loaded",
+    )
+
+
 DATA = (
     Cause(
         name="bad batch",
@@ -75,9 +112,8 @@ DATA = (
     Cause(
         name="the model raises on this batch",
         rules=((4, c.kind("exception")), (-8, c.transient)),
-        remedy="look at the batch in the incident folder, and at what the message says of it: "
-        "labels and indices out of range, empty or very long samples; fix it where it is loaded",
-        ignore_when="if it is one of thousands: it was skipped",
+        remedy=_advice_for_exception,
+        ignore_when="never: a batch of this kind raises again",
     ),
     Cause(
         name="fault of one batch index",
