@@ -618,7 +618,8 @@ def test_context_of_nothing_but_an_anomaly_is_enough():
     [
         ("ValueError: Expected parameter scale of distribution Normal(loc: torch...", "softplus"),
         ("IndexError: Target 3 is out of bounds.", "0 to C - 1"),
-        ("RuntimeError: all elements of target should be between 0 and 1", "sigmoid"),
+        ("RuntimeError: all elements of target should be between 0 and 1", "the targets"),
+        ("RuntimeError: all elements of input should be between 0 and 1", "sigmoid"),
         ("IndexError: index out of range in self", "embedding"),
         ("LinAlgError: the input is not positive-definite", "jitter"),
         ("ValueError: empty", "look at the batch"),

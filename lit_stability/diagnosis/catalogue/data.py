@@ -22,9 +22,12 @@ _RAISED = (
         "exp of a clamped number, for a scale; a clamp for a probability",
     ),
     (
-        "between 0 and 1",
-        "bring outputs into [0, 1] with a sigmoid, or use the loss of the logits; look for targets "
-        "outside of [0, 1]",
+        "elements of target should be between 0 and 1",
+        "scale the targets to [0, 1], and look for some outside of it",
+    ),
+    (
+        "elements of input should be between 0 and 1",
+        "bring the outputs into [0, 1] with a sigmoid, or use the loss of the logits",
     ),
     (
         "out of bounds",
