@@ -177,7 +177,9 @@ class Diagnosis(StabilityCallback):
             batch=tuple(dict.fromkeys(line for answer in answers for line in answer[1])),
             unscaled=tuple(dict.fromkeys(line for answer in answers for line in answer[2])),
             unusual=tuple(dict.fromkeys(line for answer in answers for line in answer[3])),
-            batch_examined=all(answer[0] for answer in answers),
+            # Of several batches of a step only the last is here: the others may be bad.
+            batch_examined=trainer.accumulate_grad_batches == 1
+            and all(answer[0] for answer in answers),
         )
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -95,6 +95,16 @@ def ordinary_gradient(context: DiagnosisContext) -> str | None:
     return f"the gradient norm is normal, {ratio:.2g} times its median"
 
 
+def without_gradient(context: DiagnosisContext) -> str | None:
+    """No parameter has a gradient, neither now nor in the recent steps; 16 bits round some to 0."""
+    steps = [*context.history[-50:], *([] if context.stats is None else [context.stats])]
+    if not steps or any(s.grad_norm != 0 for s in steps):
+        return None
+    if not any(s.names for s in steps):
+        return "no parameter has a gradient"
+    return None if context.mixed else "the gradient of every parameter is exactly 0"
+
+
 def large_update(context: DiagnosisContext) -> str | None:
     """The last update was much larger than the median update."""
     excess = context.update_excess
@@ -301,6 +311,14 @@ def needs_no_warmup(context: DiagnosisContext) -> str | None:
     if not types or any(part in name for part in _WARMED_UP for name in types):
         return None
     return "the model has neither norms nor attention"
+
+
+def stalled_after_warmup(context: DiagnosisContext) -> str | None:
+    """The layers of a model that needs a warm-up have stalled although it had one."""
+    stalled = context.anomaly.kind == "stalled layers" and context.rate_rose
+    if not stalled or not context.layer_types or needs_no_warmup(context):
+        return None
+    return f"{context.anomaly.message}, after a warm-up"
 
 
 def no_norms(context: DiagnosisContext) -> str | None:

@@ -6,6 +6,7 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ _VERBS = {
 }
 """Beginning of a description of `lit_stability.policies.actions` -> word under which it counts."""
 _STOP = "stopped: "
+_RAISED_AT = re.compile(r" at (\S+:\d+ in [^\s;]+)")
+"""Place in the message of an exception; see `trainer_internals.step_exceptions.raised_at`."""
 _OUTCOMES = {
     "contained": "contained, not learning",
     "handled": "handled, the run ended before it was confirmed",
@@ -163,6 +166,8 @@ def what_text(incident: Incident) -> str:
     """Returns kind and observation in a few words."""
     first, origin = incident.first, incident.origin
     message = " ".join(first.message.split())
+    if first.kind == "exception":
+        message = _RAISED_AT.sub("", message)
     if first.state_corrupted:  # what was flagged comes first, the damage that was found last
         message = message.split("; ")[-1]
     if origin is not None and origin.cause == "operation":
@@ -184,6 +189,10 @@ def where_text(incident: Incident) -> str:
         place = f"{origin.op} in {module}{line}, {origin.phase} pass"
     elif incident.first.layers:
         place = incident.first.layers[0][0]
+    elif incident.first.kind == "exception" and (
+        found := _RAISED_AT.search(incident.first.message)
+    ):
+        place = found[1]
     data = f"epoch {incident.epoch}, batch {incident.batch_idx}{_samples(incident)}"
     return "; ".join(filter(None, [place, data]))
 

@@ -308,8 +308,10 @@ class Incident:
     @property
     def remedy(self) -> str:
         """What to try, in one sentence."""
-        causes = self.likely_causes
-        if self.cause and causes:
+        cause, causes = self.cause, self.likely_causes
+        if cause in self.shown and cause not in CAUSES:
+            return f"see how it was found: {self.shown[cause]}"
+        if cause and causes:
             return causes[0].remedy
         return "inspect the files in the incident folder; the cause is unknown"
 

@@ -40,6 +40,8 @@ class IncidentGroup:
         """
         if len(self.records) < 2 or not any(map(_repeats_sample, self.records)):
             return ""
+        if len(set(map(_sample_root, self.records))) > 1:
+            return ""
         places = {(each.get("batch_idx"), *each.get("samples", ())) for each in self.records}
         first = self.records[0]
         if len(first.get("samples", ())) != 1:
@@ -173,16 +175,23 @@ def _leave(record: Record) -> str:
 def groups_of(records: Sequence[Record]) -> tuple[IncidentGroup, ...]:
     """Groups incidents by cause and sample, in the order of the first of each group.
 
+    One sample that fails again and again is to blame itself; an operation that fails with several
+    samples is to blame for all of them.
+
     Args:
         records: of a run, the oldest first.
     """
     shared = {(each.get("run"), each.get("same_sample_as")) for each in records}
+    failed_with: dict[str, set[object]] = {}
+    for each in records:
+        if _is_operation(each) and each.get("samples"):
+            failed_with.setdefault(place_in(each), set()).add(_sample_root(each))
     groups: dict[object, list[Record]] = {}
     for each in records:
-        root = each.get("same_sample_as")
-        first = (each.get("run"), each.get("id") if root is None else root)
-        key = first if root is not None or first in shared else place_in(each)
-        groups.setdefault(key, []).append(each)
+        place, sample = place_in(each), _sample_root(each)
+        of_sample = _repeats_sample(each) or sample in shared
+        several = _is_operation(each) and len(failed_with.get(place, ())) > 1
+        groups.setdefault(sample if of_sample and not several else place, []).append(each)
     return tuple(IncidentGroup(place_in(group[0]), tuple(group)) for group in groups.values())
 
 
@@ -227,6 +236,18 @@ def _counts(group: IncidentGroup, latest: Record) -> bool:
 
 def _repeats_sample(record: Record) -> bool:
     return record.get("same_sample_as") is not None
+
+
+def _sample_root(record: Record) -> tuple[object, object]:
+    """Returns the run, and the first incident with the same sample."""
+    root = record.get("same_sample_as")
+    return record.get("run"), record.get("id") if root is None else root
+
+
+def _is_operation(record: Record) -> bool:
+    """Whether an operation of the program made the NaN or Inf out of finite data."""
+    origin = record.get("origin")
+    return origin is not None and origin.get("cause") == "operation"
 
 
 def _reason(record: Record) -> str:

@@ -28,7 +28,7 @@ from lit_stability.measurement.norms import (
     to_host,
     total,
 )
-from lit_stability.measurement.number_formats import is_measurable
+from lit_stability.measurement.number_formats import is_measurable, which_are_finite
 from lit_stability.measurement.optimizer_moments import MomentStats, OptimizerMoments
 from lit_stability.measurement.second_moment_ratio import SecondMomentRatio
 from lit_stability.measurement.step_stats import StepStats, WeightMoves
@@ -320,8 +320,9 @@ class StepMeter:
                 if isinstance(value, Tensor) and is_measurable(value):
                     owners.append(name)
                     tensors.append(local(value))
-        moments = to_host({"norms": norms_of(tensors)})["norms"]
-        return self.bad_weights(), non_finite(owners, moments)
+        # By element and not by norm: that of a second moment of 1e20 overflows.
+        bad = (n for n, ok in zip(owners, which_are_finite(tensors), strict=True) if not ok)
+        return self.bad_weights(), tuple(dict.fromkeys(bad))
 
     def _read(
         self,

@@ -230,7 +230,11 @@ TORCH = (
     Private(
         "_base", "parameters that are not views, of which a part is never found", ("measurement",)
     ),
-    Private("_version", "comparing copies", ("measurement", "trainer_internals", "training_state")),
+    Private(
+        "_version",
+        "comparing copies",
+        ("callbacks", "measurement", "trainer_internals", "training_state"),
+    ),
     Private("torch.autograd.graph:_engine_run_backward", "torch.autograd.backward", ("diagnosis",)),
     Private("torch.distributed.fsdp._runtime_utils:_reshard", _FSDP1),
     Private("torch.nn.modules.batchnorm:_NormBase", "a tuple of its subclasses", ("checks",)),

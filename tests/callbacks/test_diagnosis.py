@@ -56,6 +56,14 @@ def test_poisoned_batch_is_named_in_incident_record_and_report(tmp_path):
         assert part in report
 
 
+def test_poisoned_batch_is_named_where_others_of_its_step_follow_it(tmp_path):
+    callbacks = stability_callbacks()
+    options = {"max_steps": 20, "accumulate_grad_batches": 3}
+    fit(tmp_path, callbacks, data=poisoned(30), **options)
+    (incident,) = callbacks[0].incidents
+    assert (incident.cause, incident.likely_causes[0].certainty) == ("bad batch", "certain")
+
+
 def test_fault_that_does_not_return_is_a_glitch_and_data_are_not_blamed(tmp_path, caplog):
     callbacks = [FaultInjector([NanLoss(step=30)]), *suite()]
     fit(tmp_path, callbacks, max_steps=50)

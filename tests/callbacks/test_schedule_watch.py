@@ -44,8 +44,8 @@ def warnings_of(caplog):
     return [line.removeprefix(f"{PREFIX} ") for line in warned]
 
 
-def run(root, caplog, make, *callbacks, epochs=10, **options):
-    """Ten batches in an epoch; returns the module, its bare twin and what was warned of."""
+def run(root, caplog, make, *callbacks, epochs=10, train=10, **options):
+    """Compares with a bare twin; returns what was warned of. An epoch has ``train`` batches."""
     fits = []
     for suite in ([], stability_callbacks()):
         trainer_options = {"max_steps": -1, "max_epochs": epochs, "enable_checkpointing": True}
@@ -54,7 +54,7 @@ def run(root, caplog, make, *callbacks, epochs=10, **options):
                 root / str(len(fits)),
                 [*suite, *(each() for each in callbacks)],
                 make,
-                regression_data(10),
+                regression_data(train),
                 regression_data(2),
                 **(trainer_options | options),
             )
@@ -72,6 +72,24 @@ def test_rate_that_a_scheduler_makes_0_is_warned_of_once_with_its_name(tmp_path,
     (line,) = run(tmp_path, caplog, make)
     assert line.startswith("step 29: the learning rate is 0 since step 10, after 0.01")
     assert line.endswith("check ExponentialLR (gamma=0.0)")
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_warm_up_from_0_that_is_stepped_by_epochs_is_warned_of(interval, tmp_path, caplog):
+    def make():
+        def warm_up(optimizer):
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, i / 40))
+
+        return Scheduled(warm_up, interval=interval)
+
+    lines = run(tmp_path, caplog, make, epochs=2, train=25)
+    if interval == "step":
+        assert lines == []
+        return
+    (line,) = lines
+    assert line.startswith(
+        "step 19: the learning rate is 0 since the start, and LambdaLR changes it once per epoch"
+    )
 
 
 def test_rate_of_schedulers_in_sequence_names_each_of_them(tmp_path, caplog):

@@ -132,9 +132,49 @@ CASES = {
         ),
         "dead part of the model",
     ),
+    "no gradient at all": (
+        context("vanishing gradient", history=history(CALM, grad_norm=0.0), grad_norm=0.0),
+        "no gradient reaches the optimizer",
+    ),
+    "gradients that are 0": (
+        context(
+            "vanishing gradient",
+            history=history(CALM, grad_norm=0.0, names=("w",), grad_norms=(0.0,)),
+            grad_norm=0.0,
+            now={"names": ("w",), "grad_norms": (0.0,)},
+        ),
+        "no gradient reaches the optimizer",
+    ),
+    "gradients that 16 bits may have rounded to 0": (
+        context(
+            "vanishing gradient",
+            history=history(CALM, grad_norm=0.0, names=("w",), grad_norms=(0.0,)),
+            grad_norm=0.0,
+            now={"names": ("w",), "grad_norms": (0.0,)},
+            precision="16-true",
+        ),
+        "vanishing gradient",
+    ),
+    "gradients that have become tiny": (
+        context("vanishing gradient", grad_norm=1e-9),
+        "vanishing gradient",
+    ),
+    "an exception": (context("exception", loss=NAN), "the model raises on this batch"),
+    "an exception that did not come again": (
+        context("exception", loss=NAN, verdict="transient"),
+        "glitch",
+    ),
     "post-norm": (
         context("stalled layers", history=history(CALM, start=100), rate_rose=False),
         "no warm-up",
+    ),
+    "post-norm, warmed up": (
+        context(
+            "stalled layers",
+            history=history(CALM, start=100),
+            layer_types=frozenset({"layernorm", "multiheadattention"}),
+        ),
+        "learning rate too high",
     ),
     "a jump of the learning rate": (
         context("learning-rate jump", (*CALM, 2.3, 2.8, 4.5), loss=12.0),
@@ -571,3 +611,20 @@ def test_context_of_nothing_but_an_anomaly_is_enough():
     assert diagnose(alone) == []
     assert alone.pattern is None
     assert alone.layers() == []
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("ValueError: Expected parameter scale of distribution Normal(loc: torch...", "softplus"),
+        ("IndexError: Target 3 is out of bounds.", "0 to C - 1"),
+        ("RuntimeError: all elements of target should be between 0 and 1", "the targets"),
+        ("RuntimeError: all elements of input should be between 0 and 1", "sigmoid"),
+        ("IndexError: index out of range in self", "embedding"),
+        ("LinAlgError: the input is not positive-definite", "jitter"),
+        ("ValueError: empty", "look at the batch"),
+    ],
+)
+def test_advice_on_an_exception_goes_by_its_message(message, part):
+    found, *_ = diagnose(context("exception", loss=NAN, anomaly={"message": message}))
+    assert part in found.remedy

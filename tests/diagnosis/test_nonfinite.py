@@ -287,6 +287,11 @@ WHY = {
     "acos at 1": ([1.0], lambda p: p.acos().sum(), "infinite slope", "inside of (-1, 1)"),
     # A divisor that is too small, and a dividend that is too large.
     "division by a denormal": ([1e-40], lambda p: (1 / p).sum(), "division by zero", "epsilon"),
+    "divergence from a target that underflows": (
+        [0.0, -300.0],
+        lambda p: F.kl_div(torch.zeros(2).log_softmax(0), p.softmax(0), reduction="sum"),
+        *("division by zero", "log_target=True"),
+    ),
     "slope of a division": ([1e-25], lambda p: (1 / p).sum(), "division by zero", "epsilon"),
     "large dividend": ([1e38], lambda p: (p / 0.01).sum(), "overflow", "too large"),
     # A value that is too large.

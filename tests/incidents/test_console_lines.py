@@ -64,6 +64,15 @@ def test_incident_opens_in_four_short_lines_what_where_done_and_details():
     assert max(map(len, lines)) <= 100
 
 
+def test_exception_is_located_by_its_line():
+    text = "RuntimeError: all elements of input should be between 0 and 1 at model.py:11 in loss"
+    first, where, *_ = opening_lines(
+        spike(kind="exception", message=text, signal="training_step")
+    ).split("\n")
+    assert "exception: RuntimeError: all elements of input should be between 0 and 1;" in first
+    assert where == "  where: model.py:11 in loss; epoch 3, batch 17"
+
+
 def test_incident_that_is_only_observed_says_that_nothing_was_changed():
     first, where, done = opening_lines(spike()).split("\n")
     assert first == (

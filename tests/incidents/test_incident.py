@@ -85,8 +85,10 @@ def test_cause_that_was_shown_comes_before_all_that_speaks_for_another():
 
 def test_cause_that_was_shown_and_is_in_no_registry_is_reported_all_the_same():
     trouble = incident()
+    assert trouble.likely_causes[0].cause == "exploding gradient"
     trouble.note("cosmic ray", "a neutron was seen")
     assert trouble.cause == "cosmic ray"
+    assert trouble.remedy == "see how it was found: a neutron was seen", "not that of another cause"
 
 
 @pytest.fixture

@@ -87,6 +87,15 @@ def test_incidents_are_grouped_by_sample_and_else_by_cause():
     ]
 
 
+def test_operation_that_fails_with_several_samples_is_to_blame_and_not_the_samples():
+    """Each of two samples has failed twice at the same line."""
+    seen = [bad_sample(1), bad_sample(2), bad_sample(3), bad_sample(4)]
+    roots = (None, None, 1, 2)
+    records = [each | {"same_sample_as": root} for each, root in zip(seen, roots, strict=True)]
+    found = verdict_of([each | {"remedy": "clamp it"} for each in records])
+    assert found.line() == "4 times log at model.py:11, it comes back. To do: clamp it"
+
+
 def test_verdict_is_on_the_latest_fit_of_a_folder():
     found = verdict_of([record(1, "contained", run="a"), record(1, run="b")])
     assert (found.text, len(found.groups)) == ("1 incident, handled; nothing to do", 1)

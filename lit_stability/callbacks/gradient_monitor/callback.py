@@ -25,6 +25,7 @@ from lit_stability.callbacks.gradient_monitor.validation import (
     require_package,
     require_watchable,
 )
+from lit_stability.callbacks.gradient_monitor.zero_grad_watch import ZeroGradWatch
 from lit_stability.callbacks.hooks import (
     StabilityCallback,
     call_hook,
@@ -212,7 +213,7 @@ class GradientMonitor(StabilityCallback):
         tracker = IncidentTracker(None, self.close_after, self._tracker.count)
         tracker.incidents = list(self.incidents)
         return {
-            **dict.fromkeys(("_measurer", "_reporter", "_schedules", "_pending")),
+            **dict.fromkeys(("_measurer", "_reporter", "_schedules", "_zero_grad", "_pending")),
             "_detectors": DetectorSet([], [], log.info),
             "_consensus": RankConsensus(None),
             "_tracker": tracker,
@@ -271,6 +272,7 @@ class GradientMonitor(StabilityCallback):
         self._run = run_id(trainer, self._run)
         self._reporter = Reporter(trainer, self._history, self._run, uploads=self.upload_incidents)
         self._schedules = ScheduleWatch(trainer)
+        self._zero_grad = ZeroGradWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
         self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
         self._detectors = DetectorSet(
@@ -328,6 +330,7 @@ class GradientMonitor(StabilityCallback):
     ) -> None:
         """Adds the loss of a batch to that of the accumulation window."""
         if self._measurer is not None:
+            self._zero_grad.backward()
             self._measurer.take_loss(trainer, loss, scan=self.current is not None)
 
     def on_before_optimizer_step(
@@ -336,6 +339,7 @@ class GradientMonitor(StabilityCallback):
         """Measures the step, asks the detectors, and calls the hooks for the verdict."""
         if self._measurer is None or not adapter_of(trainer).steps_now:
             return
+        self._zero_grad.step(optimizer)
         failure = step_failure(trainer)
         stats = self._measurer.measure(
             trainer, optimizer, scan=self.current is not None, failed=failure is not None

@@ -11,11 +11,15 @@ from lit_stability.lightning_package import EarlyStopping, ModelCheckpoint, Trai
 from lit_stability.measurement.step_stats import StepStats
 from lit_stability.trainer_internals import callbacks_of, describe_scheduler, known_metrics
 
+_UNTRAINED = 20
+"""First steps at a learning rate of 0 after which a schedule by epochs is reported."""
+
 
 class ScheduleWatch:
     """Reports a monitored metric that is NaN, and a learning rate that is almost 0; each once.
 
-    A learning rate is almost 0 because its schedule ends, or because responses have cut it.
+    A learning rate is almost 0 because its schedule ends, because responses have cut it, or because
+    a warm-up from 0 is stepped once per epoch, so that the whole first epoch trains nothing.
 
     `ReduceLROnPlateau` takes a NaN for no improvement and lowers the learning rate, `EarlyStopping`
     stops and `ModelCheckpoint` cannot rank. Lightning says that of `EarlyStopping` only.
@@ -27,6 +31,8 @@ class ScheduleWatch:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._rate = DeadLearningRate()
+        self._untrained: int | None = 0
+        """Steps so far, all at a learning rate of 0; None once that is over or was reported."""
         self._reported: set[str] = set()
         """Metrics that were NaN."""
         self._largest = 0.0
@@ -46,7 +52,35 @@ class ScheduleWatch:
         )
         if dead is not None:
             self._warn(f"step {stats.step}: {self._text(dead)}")
+        self._look_at_start(stats)
         self._look_at_cuts(stats)
+
+    def _look_at_start(self, stats: StepStats) -> None:
+        """Reports once a fit that begins with many steps at a learning rate of 0, by epochs.
+
+        One step at 0 is how a warm-up of steps begins. A rate that is 0 without a schedule, or for
+        some groups only, is meant.
+        """
+        if self._untrained is None:
+            return
+        if any(rate > 0 for rate in stats.nominal_learning_rates):
+            self._untrained = None
+            return
+        self._untrained += 1
+        if self._untrained < _UNTRAINED:
+            return
+        self._untrained = None
+        if not self._trainer.lightning_module.automatic_optimization:
+            return  # the module steps its schedulers itself
+        configs = (c for c in self._trainer.lr_scheduler_configs if not c.reduce_on_plateau)
+        by_epoch = [describe_scheduler(c.scheduler) for c in configs if c.interval == "epoch"]
+        if by_epoch:
+            names = " and ".join(by_epoch)
+            self._warn(
+                f"step {stats.step}: the learning rate is 0 since the start, and {names} changes "
+                "it once per epoch: nothing is learnt until then; set its interval to 'step' if "
+                "it counts steps, or let it start above 0"
+            )
 
     def _look_at_cuts(self, stats: StepStats) -> None:
         """Reports once a learning rate of which the responses to incidents have left nothing.

@@ -125,6 +125,7 @@ def _checks_without_step(subject: Subject, expect: Expectations) -> dict[str, Ch
         "batch": lambda: inputs.check_batch(subject.batch),
         "frozen": lambda: trainable.check_frozen(model, expect.frozen),
         "optimizer": lambda: trainable.check_optimized(model, optimizers),
+        "registered": lambda: trainable.check_registered(model),
         "duplicates": lambda: sharing.check_duplicates(model, optimizers),
         "copies": lambda: sharing.check_copies(model),
         "initialisation": lambda: scales.check_initialisation(model),

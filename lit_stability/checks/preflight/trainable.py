@@ -205,5 +205,41 @@ def check_optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[F
     return findings
 
 
+def check_registered(model: nn.Module) -> list[Finding]:
+    """Finds trainable parameters in plain lists, tuples and dicts, which a module does not see."""
+    registered = {id(p) for p in model.parameters()}
+    hidden: dict[str, int] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            found = {id(p): p for p in _parameters_in(value) if id(p) not in registered}
+            if found:
+                hidden[".".join(filter(None, (name, attribute)))] = len(found)
+    if not hidden:
+        return []
+    count = sum(hidden.values())
+    return [
+        Finding(
+            check="registered",
+            severity="warning",
+            what=f"{count} trainable {'parameter is' if count == 1 else 'parameters are'} in a "
+            "plain list, tuple or dict",
+            where=tuple(hidden),
+            why="parameters() does not have them: they are neither trained, moved to the device, "
+            "nor saved",
+            remedy="use nn.ModuleList, nn.ModuleDict or nn.ParameterList; freeze what is hidden on "
+            "purpose with requires_grad_(False)",
+        )
+    ]
+
+
+def _parameters_in(value: Iterable[object]) -> Iterable[nn.Parameter]:
+    """Yields the trainable parameters among the elements, and in modules among them."""
+    for each in value.values() if isinstance(value, dict) else value:
+        inner = each.parameters() if isinstance(each, nn.Module) else (each,)
+        yield from (p for p in inner if isinstance(p, nn.Parameter) and p.requires_grad)
+
+
 def _count(names: Sequence[str], what: str) -> str:
     return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"

@@ -15,6 +15,46 @@ def _advice_for_origin(context: DiagnosisContext) -> str:
     return str(context.origin.advice) if context.origin else "check the operation that is named"
 
 
+_RAISED = (
+    (
+        "of distribution",
+        "keep the named parameter of the distribution in its range: softplus plus an epsilon, or "
+        "exp of a clamped number, for a scale; a clamp for a probability",
+    ),
+    (
+        "elements of target should be between 0 and 1",
+        "scale the targets to [0, 1], and look for some outside of it",
+    ),
+    (
+        "elements of input should be between 0 and 1",
+        "bring the outputs into [0, 1] with a sigmoid, or use the loss of the logits",
+    ),
+    (
+        "out of bounds",
+        "compare the labels of the batch with the number of outputs: they must be 0 to C - 1, or "
+        "the ignore_index",
+    ),
+    (
+        "index out of range",
+        "compare the indices of the batch with the rows of the embedding: they must be smaller",
+    ),
+    (
+        "positive-definite",
+        "add a small multiple of the identity to the matrix (jitter), and compute in float64",
+    ),
+)
+"""Part of the message of an exception -> what to try."""
+
+
+def _advice_for_exception(context: DiagnosisContext) -> str:
+    known = (advice for part, advice in _RAISED if part in context.anomaly.message)
+    return next(
+        known,
+        "look at the batch in the incident folder, and at what the message says of it: labels and "
+        "indices out of range, empty or very long samples; fix it where it is loaded",
+    )
+
+
 DATA = (
     Cause(
         name="bad batch",
@@ -71,6 +111,12 @@ DATA = (
         remedy="bound what is drawn before it is used, such as a uniform number before its "
         "logarithm; any batch fails with such a draw",
         ignore_when="if it is rare: the step is retried with other random numbers",
+    ),
+    Cause(
+        name="the model raises on this batch",
+        rules=((4, c.kind("exception")), (-8, c.transient)),
+        remedy=_advice_for_exception,
+        ignore_when="never: a batch of this kind raises again",
     ),
     Cause(
         name="fault of one batch index",

@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from lit_stability.diagnosis import evidence as c
 from lit_stability.diagnosis.cause import Cause
+from lit_stability.diagnosis.context import DiagnosisContext
+
+
+def _advice_without_gradient(context: DiagnosisContext) -> str:
+    if context.stats is not None and context.stats.names:
+        return (
+            "look at the last operations before the loss: a clamp, a ReLU or a mask that is 0 "
+            "for every sample, a saturated output, a factor of 0"
+        )
+    return (
+        "look for what cuts the graph between weights and loss: detach(), .data, no_grad(), "
+        "argmax, a loss made into a new tensor with requires_grad=True; or for a zero_grad() "
+        "between backward and step"
+    )
+
 
 MODEL = (
     Cause(
@@ -37,8 +52,15 @@ MODEL = (
         ignore_when="if that part is unused on purpose, such as the head of a later task",
     ),
     Cause(
+        name="no gradient reaches the optimizer",
+        rules=((8, c.both(c.kind("vanishing gradient"), c.without_gradient)),),
+        remedy=_advice_without_gradient,
+        ignore_when="never: nothing is learnt",
+    ),
+    Cause(
         name="vanishing gradient",
         rules=((6, c.kind("vanishing gradient")),),
+        contradictions=(c.without_gradient,),
         remedy="check the gradient flow layer by layer; use norms before the sublayers, residual "
         "connections or a larger initialisation; in fp16 raise the loss scale",
         ignore_when="during warm-up, and after the loss has converged: small gradients are normal "

@@ -142,6 +142,12 @@ _ROWS: tuple[tuple[Kind, tuple[str, ...], str], ...] = (
     ),
     (
         "division by zero",
+        ("kl_div",),
+        "the target is 0 and needs a gradient, whose slope is log 0: pass its logarithm "
+        "(log_softmax) with log_target=True, or detach it",
+    ),
+    (
+        "division by zero",
         ("gaussian_nll_loss",),
         "a variance is 0: pass a larger eps, or predict its logarithm and clamp that from below",
     ),

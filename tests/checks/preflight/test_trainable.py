@@ -10,6 +10,7 @@ from lit_stability.checks.preflight.trainable import (
     check_frozen,
     check_gradients,
     check_optimized,
+    check_registered,
     frozen_modules,
 )
 from tests.checks.preflight.nets import Classifier
@@ -100,3 +101,20 @@ def test_optimizers_that_share_the_model_between_them_are_silent():
     model = Classifier()
     optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (model.trunk, model.head)]
     assert check_optimized(model, optimizers) == []
+
+
+def test_trainable_layers_in_plain_containers_are_named_and_frozen_ones_are_not():
+    model = Classifier()
+    model.blocks = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    model.trunk.scales = {"first": nn.Parameter(torch.ones(1))}
+    model.teacher = [nn.Linear(2, 2).requires_grad_(False)]
+    model.body = list(model.trunk.parameters())
+    (found,) = check_registered(model)
+    assert found.where == ("blocks", "trunk.scales")
+    assert "5 trainable parameters" in found.what
+
+
+def test_module_with_registered_layers_only_is_silent():
+    model = Classifier()
+    model.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    assert check_registered(model) == []
