@@ -38,6 +38,9 @@ from lit_stability.policies.reproducibility import ReproducibilityCheck, Verdict
 
 _BURST = 5
 """Steps after a clipped one in which another large gradient is clipped without a retry."""
+_CLIPS = 10
+"""Clipped steps in a row after which a loss that has risen all the same shows that to clip is not
+enough."""
 _CERTAIN = 3
 """Batches in a row that must fail before a certain cause is one of all batches."""
 _MOVED_AFTER = (2, 5, 8)
@@ -123,13 +126,15 @@ class EscalationPolicy:
         """The last step at which a batch was skipped."""
         self._clipped: int | None = None
         """The last step that was clipped."""
+        self._clips_in_a_row = 0
+        """Clipped steps since the last healthy one or the last rollback."""
         self.lowered: tuple[int, float] | None = None
         """Step and value of the anomaly for which the learning rate, as its cause, was lowered;
         None once that step is healthy."""
 
     def healthy(self, step: int | None = None) -> Verdict | None:
         """Counts a healthy step; returns the verdict of a check that ends with it, or None."""
-        self._skips_in_a_row = 0
+        self._skips_in_a_row = self._clips_in_a_row = 0
         self._healthy += 1
         if self.lowered is not None and step is not None and step >= self.lowered[0]:
             self.lowered = None
@@ -166,6 +171,7 @@ class EscalationPolicy:
         clippable: bool = False,
         random: bool = True,
         movable: bool = False,
+        loss_rose: bool = False,
         recommended_action: RecommendedAction = "usual",
         cause: str = "",
     ) -> Response:
@@ -184,6 +190,7 @@ class EscalationPolicy:
             clippable: whether the gradients are still there to be clipped.
             random: whether the step has drawn random numbers.
             movable: whether the batch can be trained on at the index of the batch after it.
+            loss_rose: whether the loss is far above its level before the incident.
             recommended_action: what the likely cause recommends; see `lit_stability.diagnosis`.
             cause: name of the likely cause, for the reason of a stop.
         """
@@ -199,7 +206,7 @@ class EscalationPolicy:
             return HoldLearningRate(anomaly.hold)
         if (
             recommended_action == "lower"
-            and anomaly.kind != "gradient spike"
+            and (anomaly.kind != "gradient spike" or (loss_rose and self._clips_in_a_row >= _CLIPS))
             and not self._lowered_in_vain(anomaly)
             and self._spend("rollbacks")
         ):
@@ -209,6 +216,7 @@ class EscalationPolicy:
         if clippable and self.clips(anomaly, damaged=damaged, replay=replay):
             self.retried.end()
             self._skips_in_a_row, self._clipped = 0, anomaly.step
+            self._clips_in_a_row += 1
             return ClipStep()
         streak_is_over = self._skips_in_a_row >= self.budget.skips_in_a_row
         if not damaged and not streak_is_over and self._spend("skips"):
@@ -290,7 +298,7 @@ class EscalationPolicy:
 
     def _lower(self, excess: float, replay: bool) -> RollBack:
         self._since_rollback = 0
-        self._skips_in_a_row = 0
+        self._skips_in_a_row = self._clips_in_a_row = 0
         return RollBack(self._cut(excess), self.budget.clip_factor, replay)
 
     def _lowered_in_vain(self, anomaly: Anomaly) -> bool:

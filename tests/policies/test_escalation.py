@@ -535,3 +535,15 @@ def test_large_gradient_in_damaged_state_is_rolled_back():
         anomaly("gradient spike", step=3), state_corrupted=True, replay=True, clippable=True
     )
     assert isinstance(response, RollBack)
+
+
+@pytest.mark.parametrize(
+    ("recommended", "rose", "last"),
+    [("lower", True, RollBack(0.5, 0.5)), ("lower", False, CLIPPED), ("usual", True, CLIPPED)],
+)
+def test_clipping_in_vain_is_followed_by_a_lower_learning_rate(recommended, rose, last):
+    """A run that diverges from its first step on is clipped in each step and learns nothing."""
+    policy = EscalationPolicy()
+    options = {"clippable": True, "recommended_action": recommended, "loss_rose": rose}
+    spikes = (anomaly("gradient spike", step=step) for step in range(3, 14))
+    assert [policy.respond(each, **options) for each in spikes] == [*[CLIPPED] * 10, last]

@@ -42,6 +42,8 @@ log = suite_logger()
 
 _OWNER = "rollback"
 """Of its factor on the learning rate."""
+_FAR = 10.0
+"""Multiple of its level by which a loss is far above it."""
 
 
 class ResponseExecutor:
@@ -321,6 +323,7 @@ class ResponseExecutor:
             clippable=self._is_clippable(anomaly),
             random=random,
             movable=not incident.agree(not movable, self._gather),
+            loss_rose=incident.agree(self._loss_rose(incident), self._gather),
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
@@ -330,6 +333,13 @@ class ResponseExecutor:
                 f"there was no memory for a snapshot to go back to ({anomaly.message}); {where}"
             )
         return response
+
+    def _loss_rose(self, incident: Incident) -> bool:
+        """Whether the loss is far above its level before the incident."""
+        if incident.stats is None or incident.before is None:
+            return False
+        before = incident.before
+        return incident.stats.loss > before.middle + _FAR * max(abs(before.middle), before.spread)
 
     def _of_this_step(self, incident: Incident) -> Anomaly:
         """Returns the anomaly, as one of the present step if the program damaged weights in it."""
