@@ -147,6 +147,7 @@ class RollbackEngine:
         self._writes = WeightWrites(
             watched, trainer.optimizers, lambda optimizer: self._skipper.skips(optimizer)
         )
+        self._optimizer_count = len(trainer.optimizers)
         self._pause = SchedulerPause()
         self._skipper = StepSkipper(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
@@ -277,6 +278,10 @@ class RollbackEngine:
             self._find_writes()
         self._hooks_have_ended = False
         self._follow_optimizers()
+        if len(self._trainer.optimizers) != self._optimizer_count:
+            # No snapshot has the state of those that there are now.
+            self._optimizer_count, self._window_is_new = len(self._trainer.optimizers), True
+            self._store.rotation.restart()
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None

@@ -280,7 +280,13 @@ class GradientMonitor(StabilityCallback):
         self._reporter = Reporter(trainer, self._history, self._run, uploads=self.upload_incidents)
         self._schedules = ScheduleWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
-        self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
+        self._measurer = StepMeasurer(
+            trainer,
+            pl_module,
+            ranks,
+            **every,
+            optimizer_replaced=lambda index: self._detectors.optimizer_replaced(index),
+        )
         self._detectors = DetectorSet(
             self.detectors, self._measurer.meters, self._reporter.log_line
         )
