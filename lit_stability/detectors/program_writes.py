@@ -32,8 +32,9 @@ class ProgramWrites:
     unless it is absurd.
     Moments of the optimizer that are found damaged, but finite, once more when the steps run again
     are the program's too, as where it prunes them for a fresh start.
-    What an accepted write causes, a loss or a gradient far above the window, is no fault either:
-    the detectors learn again, unless such writes are routine.
+    What an accepted write causes, a loss or a gradient far above the window, or a large update
+    where moments were written, is no fault either: the detectors learn again, unless such writes
+    are routine.
 
     >>> writes = ProgramWrites()
     >>> reset = StepStats(step=100, loss=1.0, grad_norm=1.0, outside_writes=(("head.weight", 1.2),))
@@ -52,6 +53,8 @@ class ProgramWrites:
         """Step up to which steps are run again, after state was found damaged."""
         self.writes_moments = False
         """Whether the program is known to write moments of the optimizer."""
+        self._moments_written_at: int | None = None
+        """Step of the last write to moments that is no damage."""
         self._moments_at = -1
         """Step whose moments were found damaged, for which steps run again."""
         self._harm: Anomaly | None = None
@@ -132,7 +135,11 @@ class ProgramWrites:
             if not math.isfinite(anomaly.value):
                 return False
             self.writes_moments |= anomaly.step == self._moments_at
+            if self.writes_moments:
+                self._moments_written_at = anomaly.step
             return self.writes_moments
+        if anomaly.kind == "update spike" and self._moments_written_at is not None:
+            return 0 <= anomaly.suspect - self._moments_written_at <= _REACH
         if anomaly.kind not in ("gradient spike", "loss spike", "divergence") or not self._writes:
             return False
         last = self._writes[-1]

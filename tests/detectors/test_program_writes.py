@@ -148,6 +148,9 @@ def test_finite_moments_that_are_written_again_are_the_programs(value, explained
     writes.rolled_back_for(first)
     assert not writes.explains(damaged_moments(12, value)), "of another step"
     assert writes.explains(first) == explained
+    spike = replace(first, kind="update spike", step=12, since=11)
+    assert writes.explains(spike) == explained
+    assert not writes.explains(replace(spike, step=22, since=21)), "long after"
     restored = ProgramWrites()
     restored.load_state_dict(writes.state_dict())
     assert restored.explains(damaged_moments(50, value)) == explained
