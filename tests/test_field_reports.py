@@ -10,7 +10,7 @@ from torch.ao.quantization import FakeQuantize, MinMaxObserver, MovingAverageMin
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_stability import stability_callbacks
+from lit_stability import Preflight, stability_callbacks
 from tests.conftest import fit, regression_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -266,12 +266,65 @@ def test_broken_batch_is_left_out_of_a_healthy_practice(kind, tmp_path):
     assert len(suite[0].incidents) == 4
 
 
-def test_lazy_module_without_a_shape_is_refused_by_name(tmp_path):
-    class Unvalidated(Lazy):
-        validation_step = LightningModule.validation_step
+class Unvalidated(Reported):
+    """Lazy modules that the first batch gives their shapes."""
 
-    with pytest.raises(ValueError, match=r"net\.0\.weight has no shape yet"):
-        fit(tmp_path, stability_callbacks(), Unvalidated, batches())
+    build = Lazy.build
+
+
+class StepsInBackward(Reported):
+    """Each weight has an optimizer of its own, which steps in the backward pass (torchtune)."""
+
+    def build(self):
+        for p in self.net.parameters():
+            optimizer = torch.optim.SGD([p], 1e-2)
+            p.register_post_accumulate_grad_hook(lambda p, own=optimizer: steps(own))
+
+    def configure_optimizers(self):
+        return None
+
+
+def steps(optimizer):
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class TrainsATensor(Reported):
+    """Optimizes a tensor that is no parameter, as an inverse problem does."""
+
+    def build(self):
+        self.shift = [torch.zeros(8, requires_grad=True)]
+
+    def predict(self, x):
+        return super().predict(x + self.shift[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.shift, 1e-2)
+
+
+UNWATCHABLE = {
+    Unvalidated: "net.0.weight has no shape yet",
+    StepsInBackward: "StepsInBackward returned no optimizer",
+    TrainsATensor: "optimizer 0 (SGD) holds no parameter of TrainsATensor",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None")
+@pytest.mark.parametrize("kind", UNWATCHABLE)
+def test_fit_that_cannot_be_watched_goes_on_as_without_the_suite(kind, tmp_path, caplog):
+    """And the next fit of the same callbacks is watched."""
+    suite = [Preflight(), *stability_callbacks()]
+    bare = trained(tmp_path / "bare", [], kind)
+    module = trained(tmp_path / "suite", suite, kind)
+    assert same(module, bare)
+    assert torch.equal(module.predict(torch.ones(2, 8)), bare.predict(torch.ones(2, 8)))
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "goes on without the suite" in line
+    assert UNWATCHABLE[kind] in line
+    assert not list((tmp_path / "suite").rglob("*.*"))
+
+    trained(tmp_path / "next", suite, Reported, BROKEN)
+    assert len(suite[1].incidents) == 4
 
 
 def test_adam_in_fp16_whose_epsilon_underflows_stays_finite(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_stability.callbacks import stability_callbacks
 from lit_stability.callbacks.gradient_monitor.reporter import log
-from lit_stability.callbacks.gradient_monitor.validation import require_package, require_watchable
+from lit_stability.callbacks.gradient_monitor.validation import require_package, why_unwatchable
 from lit_stability.callbacks.hooks import StabilityCallback
 from lit_stability.callbacks.requirements import (
     require_supported_strategy,
@@ -21,8 +21,8 @@ class AutomaticSuite(StabilityCallback):
     """Adds `stability_callbacks` at the start of a fit, unless one of them is already there.
 
     If the Trainer or the module already has one of them, the user has made a choice: nothing is
-    added, and the log reports it. Where an explicit suite would refuse the fit, because its
-    strategy is not supported or nothing is trained, this one leaves it alone, and the log gives
+    added, and the log reports it. Nothing is added either where an explicit suite would refuse the
+    fit or stand aside, because its strategy is not supported or nothing is trained; the log gives
     the reason. The suite is inserted before the callbacks that write checkpoints. Lightning adds
     this callback to every Trainer if ``LIT_STABILITY_AUTO=1``, see `lit_stability.registration`.
     """
@@ -61,10 +61,12 @@ class AutomaticSuite(StabilityCallback):
         """Removes the suite again if it cannot work with the optimizers; logs what was added."""
         if self._added_to is None or self._added_to() is not trainer:
             return
+        reason: str | Exception | None = why_unwatchable(trainer, pl_module)
         try:
-            require_watchable(trainer, pl_module, [])
             require_whole_optimizers(trainer, self._added[-1])
-        except (ValueError, RuntimeError) as reason:
+        except RuntimeError as refused:
+            reason = refused
+        if reason is not None:
             self._remove(trainer, pl_module)
             log.info("LIT_STABILITY_AUTO=1 adds nothing: %s", _first_sentence(reason))
             return
@@ -85,6 +87,6 @@ class AutomaticSuite(StabilityCallback):
         self._added_to, self._added = None, []
 
 
-def _first_sentence(reason: Exception) -> str:
+def _first_sentence(reason: str | Exception) -> str:
     """Returns what is the matter, without the advice for an explicit suite."""
     return str(reason).split(". ")[0].split("; ")[0]

@@ -260,6 +260,12 @@ _PER_BATCH = (
 )
 """Hooks that Lightning calls for every batch."""
 
+_ALWAYS_CALLED = ("on_exception", "on_save_checkpoint", "on_load_checkpoint")
+_IN_A_FIT = tuple(
+    name for name in vars(Callback) if name.startswith("on_") and name not in _ALWAYS_CALLED
+)
+"""Hooks that Lightning calls only where they are callable, as long as no exception ends the fit."""
+
 
 def hide_empty_hooks(trainer: Trainer) -> None:
     """Spares Lightning the calls of hooks that do nothing, for as long as a fit lasts.
@@ -288,6 +294,33 @@ def hide_hooks(callback: StabilityCallback) -> None:
     vars(callback).update(dict.fromkeys(_PER_BATCH))
 
 
+def stand_aside(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Ends the work of the callbacks of this package for one fit, which goes on without them.
+
+    Called before the first batch, when only their ``setup`` has run. Their hooks come back by
+    `show_empty_hooks`. Callbacks of the user keep theirs.
+
+    Args:
+        trainer: at the start of its fit.
+        pl_module: the module in training.
+    """
+    own = [
+        each
+        for each in callbacks_of(trainer)
+        if isinstance(each, StabilityCallback) and _is_of_this_package(each)
+    ]
+    for each in own:
+        each.teardown(trainer, pl_module, "fit")
+    for each in own:
+        vars(each).update(dict.fromkeys(_IN_A_FIT))
+
+
+def _is_of_this_package(callback: StabilityCallback) -> bool:
+    """Returns whether a class of the package, or one derived from it, is this callback's."""
+    kinds = (kind for kind in type(callback).__mro__ if kind is not StabilityCallback)
+    return any(kind.__module__.startswith("lit_stability.") for kind in kinds)
+
+
 def show_hooks(callback: StabilityCallback) -> None:
     """Gives a callback the hooks back that it has nothing in the place of."""
     for name in _hidden_in(callback):
@@ -295,7 +328,7 @@ def show_hooks(callback: StabilityCallback) -> None:
 
 
 def _hidden_in(callback: Any) -> list[str]:
-    return [name for name in _PER_BATCH if vars(callback).get(name, callback) is None]
+    return [name for name in _IN_A_FIT if vars(callback).get(name, callback) is None]
 
 
 HOOKS: tuple[str, ...] = tuple(n for n in vars(StabilityCallback) if not n.startswith("_"))

@@ -71,6 +71,12 @@ class DetectorSet:
             anomaly = replace(anomaly, layers=tuple(stats.worst_layers()))
         return anomaly, True
 
+    def optimizer_replaced(self, index: int) -> None:
+        """Forgets how an optimizer moved the weights: the program has put another in its place."""
+        for detector in self._sets.get(index, []):
+            if hasattr(detector, "optimizer_replaced"):
+                detector.optimizer_replaced()
+
     def damage(self, stats: StepStats) -> Anomaly | None:
         """Returns an anomaly of damaged weights for a step without loss and gradients, or None.
 
@@ -147,9 +153,16 @@ class DetectorSet:
 
     def _unexplained(self, anomaly: Anomaly | None, stats: StepStats) -> Anomaly | None:
         """Returns the anomaly, or None if it follows from what the program has written."""
-        if anomaly is None or not self._writes[stats.optimizer].explains(anomaly):
+        writes = self._writes[stats.optimizer]
+        knew_moments = writes.writes_moments
+        if anomaly is None or not writes.explains(anomaly):
             return anomaly
-        if anomaly.kind != "weight corruption":
+        if anomaly.kind == "optimizer state":
+            if not knew_moments:
+                names = ", ".join(name for name, _ in anomaly.layers)
+                what = f"the program writes moments of the optimizer, such as those of {names}"
+                self._accept(stats, RegimeChange("weights written by the program", what))
+        elif anomaly.kind != "weight corruption":
             what = f"{anomaly.message}, right after the program has written weights"
             self._accept(stats, RegimeChange("weights written by the program", what))
         return None
@@ -187,7 +200,7 @@ class DetectorSet:
         return {
             str(i): [
                 *([label, d.state_dict()] for label, d in zip(_labels(ds), ds, strict=True)),
-                *([_WRITES, w.state_dict()] for w in [self._writes[i]] if w.accepted),
+                *([_WRITES, w.state_dict()] for w in [self._writes[i]] if w.has_learnt),
             ]
             for i, ds in self._sets.items()
         }

@@ -30,8 +30,11 @@ class ProgramWrites:
     accepted only once it has come again without that batch.
     Between two epochs the hooks of the program run, so what is written there is not questioned
     unless it is absurd.
-    What an accepted write causes, a loss or a gradient far above the window, is no fault either:
-    the detectors learn again, unless such writes are routine.
+    Moments of the optimizer that are found damaged, but finite, once more when the steps run again
+    are the program's too, as where it prunes them for a fresh start.
+    What an accepted write causes, a loss or a gradient far above the window, or a large update
+    where moments were written, is no fault either: the detectors learn again, unless such writes
+    are routine.
 
     >>> writes = ProgramWrites()
     >>> reset = StepStats(step=100, loss=1.0, grad_norm=1.0, outside_writes=(("head.weight", 1.2),))
@@ -48,6 +51,12 @@ class ProgramWrites:
         """Those of them that the last `check` has accepted."""
         self._runs_again_until = -1
         """Step up to which steps are run again, after state was found damaged."""
+        self.writes_moments = False
+        """Whether the program is known to write moments of the optimizer."""
+        self._moments_written_at: int | None = None
+        """Step of the last write to moments that is no damage."""
+        self._moments_at = -1
+        """Step whose moments were found damaged, for which steps run again."""
         self._harm: Anomaly | None = None
         """What made them run again, if it is more than that weights have changed."""
         self._questioned: dict[str, int] = {}
@@ -57,9 +66,15 @@ class ProgramWrites:
         self._writes: list[int] = []
         """Steps of the last two writes to accepted parameters."""
 
+    @property
+    def has_learnt(self) -> bool:
+        """Whether the program is known to write anything."""
+        return bool(self.accepted) or self.writes_moments
+
     def rolled_back_for(self, anomaly: Anomaly) -> None:
         """Records that the state was found damaged, so the steps before are replayed."""
         self._runs_again_until = anomaly.step
+        self._moments_at = anomaly.step if anomaly.kind == "optimizer state" else -1
         self._harm = anomaly if anomaly.kind in ("non-finite weight", "divergence") else None
 
     def check(self, stats: StepStats) -> Anomaly | None:
@@ -116,6 +131,15 @@ class ProgramWrites:
         if anomaly.kind == "weight corruption":
             names = [name for name, _ in anomaly.layers]
             return bool(names) and all(self._explains_change(n, anomaly.suspect) for n in names)
+        if anomaly.kind == "optimizer state":
+            if not math.isfinite(anomaly.value):
+                return False
+            self.writes_moments |= anomaly.step == self._moments_at
+            if self.writes_moments:
+                self._moments_written_at = anomaly.step
+            return self.writes_moments
+        if anomaly.kind == "update spike" and self._moments_written_at is not None:
+            return 0 <= anomaly.suspect - self._moments_written_at <= _REACH
         if anomaly.kind not in ("gradient spike", "loss spike", "divergence") or not self._writes:
             return False
         last = self._writes[-1]
@@ -127,9 +151,11 @@ class ProgramWrites:
         return name in self.accepted or self._written_at.get(name, -1) >= since
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the names of the accepted parameters."""
-        return {"accepted": sorted(self.accepted)}
+        """Returns the names of the accepted parameters, and whether moments are written."""
+        moments = {"moments": True} if self.writes_moments else {}
+        return {"accepted": sorted(self.accepted), **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Adds the accepted parameters of a state; no restore takes any back."""
         self.accepted |= set(state["accepted"])
+        self.writes_moments |= bool(state.get("moments"))

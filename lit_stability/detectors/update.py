@@ -30,6 +30,10 @@ class _RatioWindow:
         if stats.update_ratio and stats.update_learning_rate > 0:
             self.window.add(math.log(stats.update_ratio / stats.update_learning_rate))
 
+    def optimizer_replaced(self) -> None:
+        """Forgets the window: another optimizer moves the weights by other amounts."""
+        self.window.replace([])
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the window."""
         return {"window": list(self.window.values)}
@@ -190,6 +194,11 @@ class LearningRateJump(_RatioWindow):
             self.largest = list(rates)
         self.largest = [max(r, b) for r, b in zip(rates, self.largest, strict=True)]
         self.last = list(rates)
+
+    def optimizer_replaced(self) -> None:
+        """Forgets the learning rates too, which mean something else for another optimizer."""
+        super().optimizer_replaced()
+        self.largest, self.last = [], []
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the window, and the largest and last learning rate of each group."""

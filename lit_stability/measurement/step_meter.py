@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_not
 from typing import Any
 
 import torch
@@ -98,7 +100,8 @@ class StepMeter:
         *,
         parts: bool = False,
     ) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = {id(p) for p in self._held}
         own = [(n, p) for n, p in named_parameters if id(p) in held and is_measurable(p)]
         # Without elements nothing is dead; a sharded parameter counts those of all ranks.
         found = [(n, p) for n, p in own if parts or p.numel()]
@@ -110,7 +113,6 @@ class StepMeter:
                 f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
                 "the module; pass it `module.parameters()`"
             )
-        self._held = len(held)
         self._buffers = buffers
         self.names = tuple(n for n, _ in pairs)
         self.parameters = [p for _, p in pairs]
@@ -146,8 +148,12 @@ class StepMeter:
 
     @property
     def stale(self) -> bool:
-        """Whether the optimizer has gained or lost parameters, as when a backbone unfreezes."""
-        return sum(len(group["params"]) for group in self.optimizer.param_groups) != self._held
+        """Whether the optimizer has gained, lost or exchanged parameters, as in an unfreezing."""
+        groups = self.optimizer.param_groups
+        if sum(len(group["params"]) for group in groups) != len(self._held):
+            return True
+        # In each step, so without a list in between.
+        return any(map(is_not, chain.from_iterable(g["params"] for g in groups), self._held))
 
     def close(self) -> None:
         """Removes the hook from the optimizer."""

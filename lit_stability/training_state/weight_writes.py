@@ -64,6 +64,8 @@ class WeightWrites:
             return
         self.close()
         self._optimizers = found
+        # The parameters may be others too, and one that the module no longer has may be an alias.
+        self._watched = []
         self._handles = [o.register_step_post_hook(self._stepped) for o in found]
         self.begin()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from torch.nn.utils.parametrizations import weight_norm
 
 from lit_stability import AutoRollback, GradientMonitor, TrainingStopped, read_incidents
 from lit_stability.callbacks.auto_rollback import rollback_engine
@@ -114,15 +115,48 @@ def test_state_of_a_callback_that_cannot_be_read_is_logged_once(tmp_path, caplog
     assert caplog.text.count("the state of Saves is not rolled back: RuntimeError") == 1
 
 
-def test_steps_of_an_optimizer_that_was_replaced_are_no_writes(tmp_path, caplog):
-    class Replaces(Net):
-        def on_train_epoch_start(self):
-            if self.current_epoch == 1:
-                self.trainer.strategy.optimizers = [torch.optim.SGD(self.parameters(), 1e-2)]
+def replace_the_optimizer(module):
+    module.trainer.strategy.optimizers = [torch.optim.SGD(module.parameters(), 1e-2)]
 
-    module, _ = train(tmp_path, Replaces, NanLoss(step=40))
+
+class ReplacesBetweenEpochs(Net):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            replace_the_optimizer(self)
+
+
+class ReplacesInABatch(Net):
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 30:
+            replace_the_optimizer(self)
+
+
+class ReplacesAWeightToo(Net):
+    """The parameter of ``weight_norm`` is an alias of the weight that it takes the place of."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            weight_norm(self.first[0])
+            replace_the_optimizer(self)
+
+
+@pytest.mark.parametrize("kind", [ReplacesBetweenEpochs, ReplacesInABatch, ReplacesAWeightToo])
+def test_steps_of_an_optimizer_that_was_replaced_are_no_writes(kind, tmp_path, caplog):
+    module, _ = train(tmp_path, kind, NanLoss(step=40))
     assert "itself" not in caplog.text
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_weights_written_before_the_first_step_are_not_copied_with_each_step(tmp_path, caplog):
+    """Weights that a learning rate finder restores, or that are loaded late."""
+
+    class Loads(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 0:
+                self.load_state_dict(self.state_dict())
+
+    train(tmp_path, Loads, max_epochs=1)
+    assert "itself" not in caplog.text
 
 
 def test_place_in_the_step_of_a_write_is_named(tmp_path, caplog):

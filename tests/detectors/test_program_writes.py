@@ -126,3 +126,31 @@ def corruption(*names, since):
     layers = tuple((name, 9.0) for name in names)
     found = {"kind": "weight corruption", "value": 9.0, "message": "", "signal": "weight_norm"}
     return Anomaly(step=30, since=since, layers=layers, **found)
+
+
+def damaged_moments(step, value):
+    return Anomaly(
+        kind="optimizer state",
+        step=step,
+        value=value,
+        signal="moment_ratio",
+        layers=(("w", value),),
+        state_corrupted=True,
+        message="",
+    )
+
+
+@pytest.mark.parametrize(("value", "explained"), [(0.01, True), (float("nan"), False)])
+def test_finite_moments_that_are_written_again_are_the_programs(value, explained):
+    writes = ProgramWrites()
+    first = damaged_moments(10, value)
+    assert not writes.explains(first)
+    writes.rolled_back_for(first)
+    assert not writes.explains(damaged_moments(12, value)), "of another step"
+    assert writes.explains(first) == explained
+    spike = replace(first, kind="update spike", step=12, since=11)
+    assert writes.explains(spike) == explained
+    assert not writes.explains(replace(spike, step=22, since=21)), "long after"
+    restored = ProgramWrites()
+    restored.load_state_dict(writes.state_dict())
+    assert restored.explains(damaged_moments(50, value)) == explained

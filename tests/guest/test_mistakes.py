@@ -55,18 +55,6 @@ def test_bound_for_a_layer_that_is_not_there_is_refused_with_names_that_are(tmp_
         fit(tmp_path, callbacks)
 
 
-def test_module_without_an_optimizer_is_rejected_because_nothing_is_trained(tmp_path):
-    class Frozen(Regression):
-        def configure_optimizers(self):
-            return None
-
-    with (
-        pytest.warns(UserWarning, match="returned `None`"),
-        pytest.raises(ValueError, match=r"configure_optimizers of Frozen.*nothing is trained"),
-    ):
-        fit(tmp_path, [GradientMonitor()], Frozen)
-
-
 @pytest.mark.parametrize("kind", [GradientMonitor, AutoRollback])
 def test_callback_given_twice_is_refused_when_the_trainer_is_created(kind, tmp_path):
     with pytest.raises(ValueError, match=f"callbacks have {kind.__name__} twice; stability_callb"):

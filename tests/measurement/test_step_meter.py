@@ -147,6 +147,15 @@ def test_meter_is_stale_when_the_optimizer_was_given_more():
     assert m.stale
 
 
+def test_meter_is_stale_when_a_parameter_was_exchanged():
+    """As where points are added to a cloud, and where a head gets another shape."""
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    m = StepMeter(net.named_parameters(), optimizer)
+    optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.zeros(4))
+    assert m.stale
+
+
 def test_optimizer_of_other_parameters_is_refused_by_name():
     other = torch.optim.RMSprop([nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match=r"optimizer 2 \(RMSprop\) holds no parameter"):

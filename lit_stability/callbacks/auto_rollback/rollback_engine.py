@@ -147,13 +147,14 @@ class RollbackEngine:
         self._writes = WeightWrites(
             watched, trainer.optimizers, lambda optimizer: self._skipper.skips(optimizer)
         )
+        self._optimizer_count = len(trainer.optimizers)
         self._pause = SchedulerPause()
         self._skipper = StepSkipper(trainer, self._pause)
         self._finish: StepStart | TrainingSnapshot | None = None
         self._undone = False
         """Whether the last batch was undone, so that its gradients must not be added to."""
-        self._hooks_have_ended = False
-        """Whether all hooks of the last batch have run."""
+        self._hooks_have_ended = True
+        """Whether all hooks of the last batch have run; also before the first batch."""
         self._undone_to: StepStart | TrainingSnapshot | None = None
         """What the last batch was undone to, while further hooks of that batch run."""
         owners = owners_in(trainer, pl_module, of_torch=False)
@@ -276,8 +277,11 @@ class RollbackEngine:
         if not self._hooks_have_ended:
             self._find_writes()
         self._hooks_have_ended = False
-        self._writes.follow(self._trainer.optimizers)
-        self._store.follow(self._trainer.optimizers)
+        self._follow_optimizers()
+        if len(self._trainer.optimizers) != self._optimizer_count:
+            # No snapshot has the state of those that there are now.
+            self._optimizer_count, self._window_is_new = len(self._trainer.optimizers), True
+            self._store.rotation.restart()
         if self._finish is not None:
             self._finish.loops.restore_at_fetch(self._trainer)
             self._finish = None
@@ -355,8 +359,15 @@ class RollbackEngine:
         self._after_undo.restore()
 
     def measured(self) -> None:
-        """Looks for weights that the program has written in this step."""
+        """Looks for weights that the program has written in this step, before their update."""
         self._wrote = self._find_writes(_BEFORE_UPDATE) or self._wrote
+        # A hook may have replaced the optimizer since the batch was fetched.
+        self._follow_optimizers()
+
+    def _follow_optimizers(self) -> None:
+        """Watches the steps of the optimizers that the Trainer has now."""
+        self._writes.follow(self._trainer.optimizers)
+        self._store.follow(self._trainer.optimizers)
 
     def _find_writes(self, place: str = _AFTER_UPDATE) -> bool:
         found = self._writes.check()

@@ -22,8 +22,9 @@ from lit_stability.callbacks.gradient_monitor.schedule_watch import ScheduleWatc
 from lit_stability.callbacks.gradient_monitor.step_measurer import StepMeasurer
 from lit_stability.callbacks.gradient_monitor.validation import (
     asked_detectors,
+    require_bounded_layers,
     require_package,
-    require_watchable,
+    why_unwatchable,
 )
 from lit_stability.callbacks.gradient_monitor.zero_grad_watch import ZeroGradWatch
 from lit_stability.callbacks.hooks import (
@@ -32,6 +33,7 @@ from lit_stability.callbacks.hooks import (
     hide_empty_hooks,
     report_misspelt_hooks,
     show_empty_hooks,
+    stand_aside,
 )
 from lit_stability.detectors import (
     Anomaly,
@@ -248,6 +250,7 @@ class GradientMonitor(StabilityCallback):
         require_package(trainer, self)
         # A fit that ended in an exception has had no teardown.
         self._measurer = None
+        show_empty_hooks(trainer)
         if self.directory is not None:
             keep_runs_below(trainer, self.directory)
         if stage == "fit":
@@ -265,7 +268,12 @@ class GradientMonitor(StabilityCallback):
                 )
             return
         adapter.attach()
-        require_watchable(trainer, pl_module, self.detectors)
+        if (reason := why_unwatchable(trainer, pl_module)) is not None:
+            if trainer.is_global_zero:
+                log.warning("this fit goes on without the suite: %s", reason)
+            stand_aside(trainer, pl_module)
+            return
+        require_bounded_layers(trainer, pl_module, self.detectors)
         adapter.reshard(pl_module)
         ranks = adapter.ranks(self.allow_strategies)
         self._consensus = RankConsensus(ranks)
@@ -274,7 +282,13 @@ class GradientMonitor(StabilityCallback):
         self._schedules = ScheduleWatch(trainer)
         self._zero_grad = ZeroGradWatch(trainer)
         every = {"scan_weights_every": self.scan_weights_every, "details_every": self.details_every}
-        self._measurer = StepMeasurer(trainer, pl_module, ranks, **every)
+        self._measurer = StepMeasurer(
+            trainer,
+            pl_module,
+            ranks,
+            **every,
+            optimizer_replaced=lambda index: self._detectors.optimizer_replaced(index),
+        )
         self._detectors = DetectorSet(
             self.detectors, self._measurer.meters, self._reporter.log_line
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from lit_stability.callbacks.gradient_monitor.failed_step import without_gradients
 from lit_stability.callbacks.hooks import implements
 from lit_stability.distributed.collectives import Ranks
+from lit_stability.lightning_choice import suite_logger
 from lit_stability.lightning_package import LightningModule, Trainer
 from lit_stability.measurement.distributed_step_meter import DistributedStepMeter
 from lit_stability.measurement.norms import DeviceReadings
@@ -26,12 +27,15 @@ from lit_stability.trainer_internals import (
     clip_norm,
     ends_window,
     loss_scaler,
+    parameters_of,
     step_failure,
     unscale,
 )
 from lit_stability.training_state.gradient_clipping import gradients_are_new
 from lit_stability.training_state.lr_multiplier import learning_rate_multiplier
 from lit_stability.training_state.skipped_step import is_skipped, skip_gate
+
+log = suite_logger()
 
 ProbeAnswer: TypeAlias = list[ProbeReading] | DeviceReadings | None
 """What a probe returns: None for a step that it does not measure."""
@@ -46,6 +50,7 @@ class StepMeasurer:
         ranks: the ranks that measure together; None for a single one.
         scan_weights_every: optimizer steps between full scans of the weights.
         details_every: optimizer steps between measurements of distributions; 0 for never.
+        optimizer_replaced: called with the index of an optimizer that the program has replaced.
     """
 
     def __init__(
@@ -56,9 +61,12 @@ class StepMeasurer:
         *,
         scan_weights_every: int,
         details_every: int,
+        optimizer_replaced: Callable[[int], None],
     ) -> None:
+        self._trainer = trainer
         self._module, self._ranks, self._adapter = pl_module, ranks, adapter_of(trainer)
         self._scan_every, self._details_every = scan_weights_every, details_every
+        self._optimizer_replaced = optimizer_replaced
         self._buffers = WatchedBuffers(pl_module, self._adapter.weights_in_use)
         self._clipping = MeasuredClipping(trainer, pl_module)
         self._flagged = [c for c in callbacks_of(trainer) if implements(c, "rank_flag")]
@@ -68,6 +76,8 @@ class StepMeasurer:
             skip_gate(optimizer)
         self._loss: Tensor | None = None
         self._measured: set[int] = set()
+        self._unmeasured: set[int] = set()
+        """Indices of optimizers that came in the fit and have no meter."""
         self._epochs: dict[int, int] = {}
         """Epoch of the last measured step, by optimizer."""
         wanted = any(getattr(c, "needs_recorded_step", False) for c in callbacks_of(trainer))
@@ -151,6 +161,8 @@ class StepMeasurer:
         """
         index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), None)
         if index is None:  # of another fit: one that failed has had no teardown
+            return None
+        if not self._can_measure(index, optimizer):
             return None
         if isinstance(optimizer, LBFGS) and index in self._measured:
             # Its closure runs many times per step; only the first run has the weights of the step.
@@ -246,8 +258,28 @@ class StepMeasurer:
                 own += each or []
         return own if self._ranks is None else merged_readings(self._ranks.gather(own))
 
+    def _can_measure(self, index: int, optimizer: Optimizer) -> bool:
+        """Returns whether an optimizer has a meter, or can have one in the place of another.
+
+        The program may use more optimizers than at the start, or one of other tensors.
+        """
+        if index in self.meters and self.meters[index].optimizer is optimizer:
+            return True
+        named = self._adapter.named_parameters(self._module)
+        own = {id(p) for p in parameters_of(optimizer)}
+        if index in self.meters and any(id(p) in own for _, p in named):
+            return True
+        if index not in self._unmeasured:
+            self._unmeasured.add(index)
+            text = "the program uses optimizer %d (%s) since step %d: its steps are not monitored"
+            log.info(text, index, type(optimizer).__name__, self._trainer.global_step)
+        return False
+
     def _meter(self, index: int, optimizer: Optimizer) -> StepMeter:
-        if self.meters[index].stale:
+        if self.meters[index].optimizer is not optimizer:
+            self._optimizer_replaced(index)
+            self.meters[index] = self._replaced(index, optimizer)
+        elif self.meters[index].stale:
             self.meters[index] = self._replaced(index, optimizer)
         return self.meters[index]
 

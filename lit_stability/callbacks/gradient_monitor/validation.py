@@ -53,10 +53,36 @@ def require_package(trainer: Trainer, callback: Callback) -> None:
         raise ValueError(f"{type(callback).__name__} was given to a Trainer of {reason}")
 
 
-def require_watchable(
+def why_unwatchable(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Returns why a fit that Lightning can run cannot be monitored, and what to do; None if it can.
+
+    Args:
+        trainer: at the start of its fit.
+        pl_module: the module in training.
+    """
+    # Without an optimizer Lightning uses a mock, which has no parameter groups.
+    if all(not optimizer.param_groups for optimizer in trainer.optimizers):
+        return f"configure_optimizers of {type(pl_module).__name__} returned no optimizer"
+    for name, parameter in pl_module.named_parameters():
+        if is_lazy(parameter):
+            return (
+                f"{name} has no shape yet; run a batch through the lazy modules before the fit, or "
+                "let the sanity check of the validation do it"
+            )
+    own = {id(parameter) for _, parameter in adapter_of(trainer).named_parameters(pl_module)}
+    for index, optimizer in enumerate(trainer.optimizers):
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            return (
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
+                f"{type(pl_module).__name__}; register what it trains as parameters of the module"
+            )
+    return None
+
+
+def require_bounded_layers(
     trainer: Trainer, pl_module: LightningModule, detectors: Sequence[Detector]
 ) -> None:
-    """Refuses a fit that updates nothing, lazy parameters, and bounds on those that do not exist.
+    """Refuses bounds on layers that do not exist.
 
     Args:
         trainer: at the start of its fit.
@@ -64,30 +90,9 @@ def require_watchable(
         detectors: those that are asked.
 
     Raises:
-        ValueError: naming what was found instead.
+        ValueError: naming the layers that there are.
     """
-    # Without an optimizer Lightning uses a mock, which has no parameter groups.
-    if all(not optimizer.param_groups for optimizer in trainer.optimizers):
-        raise ValueError(
-            f"configure_optimizers of {type(pl_module).__name__} returned no optimizer: nothing is "
-            "trained, so nothing can be monitored; return one, or fit without the suite"
-        )
-    unshaped = [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]
-    if unshaped:
-        raise ValueError(
-            f"{unshaped[0]} has no shape yet, so it cannot be monitored; run a batch through the "
-            "lazy modules before the fit, or let the sanity check of the validation do it"
-        )
-    named = list(adapter_of(trainer).named_parameters(pl_module))
-    own = {id(parameter) for _, parameter in named}
-    for index, optimizer in enumerate(trainer.optimizers):
-        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter of "
-                f"{type(pl_module).__name__}; pass it `module.parameters()`, or fit without the "
-                "suite"
-            )
-    names = [name for name, _ in named]
+    names = [name for name, _ in adapter_of(trainer).named_parameters(pl_module)]
     for each in detectors:
         if isinstance(each, LayerBounds):
             each.require_fit(names)
