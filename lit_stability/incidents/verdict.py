@@ -34,8 +34,9 @@ class IncidentGroup:
     def sample(self) -> str:
         """Where the common bad sample is; "" if they have none.
 
-        >>> seen = {"samples": [8], "batch_size": 16, "batch_idx": 12, "epoch": 0}
-        >>> IncidentGroup("log", (seen, {**seen, "epoch": 1, "same_sample_as": 1})).sample
+        >>> seen = {"id": 1, "samples": [8], "batch_size": 16, "batch_idx": 12, "epoch": 0}
+        >>> again = {**seen, "id": 2, "epoch": 1, "same_sample_as": 1}
+        >>> IncidentGroup("log", (seen, again)).sample
         'sample 8 of 16 in batch 12 of every epoch (index 200 of the data, if it is not shuffled)'
         """
         if len(self.records) < 2 or not any(map(_repeats_sample, self.records)):
