@@ -6,7 +6,8 @@ Imports neither torch nor Lightning. A rollback does not restore its state; chec
                                       the next batch fails too, retry with new random numbers;
                                       if the one after fails too, at the next batch index
     large but finite gradient ....... retry the step; if it recurs, clip it to the usual norm,
-                                      and so the rest of the burst
+                                      and so the rest of the burst; after ten in a row in which the
+                                      loss has risen, as a learning rate that is too high
     learning rate jumped ............ hold it at its last accepted value
     weights or moments damaged ...... roll back and replay; if the damage recurs, skip the suspected
                                       batch; then use an older snapshot; then as below

@@ -26,6 +26,9 @@ class Manual(Regression):
         optimizer.step()
         if self.how in ("to None", "to 0", "two passes"):
             optimizer.zero_grad(set_to_none=self.how == "to None")
+        if self.how == "by data":
+            for parameter in self.net.parameters():
+                parameter.grad.data.zero_()
 
 
 class Automatic(Regression):
@@ -59,7 +62,7 @@ def test_gradients_that_are_never_zeroed_are_warned_of_once(make, tmp_path, capl
 @pytest.mark.parametrize(
     "make",
     [
-        *(lambda how=how: Manual(how) for how in ("to None", "to 0", "two passes")),
+        *(lambda how=how: Manual(how) for how in ("to None", "to 0", "by data", "two passes")),
         Regression,
         TwoOptimizers,
     ],

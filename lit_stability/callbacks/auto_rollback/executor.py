@@ -323,7 +323,7 @@ class ResponseExecutor:
             clippable=self._is_clippable(anomaly),
             random=random,
             movable=not incident.agree(not movable, self._gather),
-            loss_rose=incident.agree(self._loss_rose(incident), self._gather),
+            loss_rose=incident.agree(_loss_rose(incident), self._gather),
             recommended_action=self._recommended(incident),
             cause=incident.cause,
         )
@@ -333,13 +333,6 @@ class ResponseExecutor:
                 f"there was no memory for a snapshot to go back to ({anomaly.message}); {where}"
             )
         return response
-
-    def _loss_rose(self, incident: Incident) -> bool:
-        """Whether the loss is far above its level before the incident."""
-        if incident.stats is None or incident.before is None:
-            return False
-        before = incident.before
-        return incident.stats.loss > before.middle + _FAR * max(abs(before.middle), before.spread)
 
     def _of_this_step(self, incident: Incident) -> Anomaly:
         """Returns the anomaly, as one of the present step if the program damaged weights in it."""
@@ -491,6 +484,14 @@ class ResponseExecutor:
     def close(self) -> None:
         """Leaves the trainer as it was before the fit."""
         self._engine.close()
+
+
+def _loss_rose(incident: Incident) -> bool:
+    """Returns whether the loss is far above its level before the incident."""
+    stats, before = incident.stats, incident.before
+    if stats is None or before is None:
+        return False
+    return stats.loss > before.middle + _FAR * max(abs(before.middle), before.spread)
 
 
 class BadMicroBatchFinder:

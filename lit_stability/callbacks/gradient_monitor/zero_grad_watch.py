@@ -36,7 +36,8 @@ class ZeroGradWatch:
     one. A gradient that is the same tensor as before the last step, and was written to once, by
     the backward pass, was not zeroed. It is not looked for where there is any other reason for a
     write, such as two backward passes or clipping, nor once an optimizer was seen to zero its
-    gradients. It reads no value from the device, but one before the report.
+    gradients. A write to ``grad.data`` raises no counter, so before the report one value is read
+    from the device: a gradient of 0 at the start of a backward pass was zeroed.
 
     Args:
         trainer: at the start of its fit.
@@ -51,6 +52,9 @@ class ZeroGradWatch:
     def backward(self) -> None:
         """Counts a backward pass, before it runs."""
         self._backwards += 1
+        for key, last in self._last.items():
+            if last is not None and last.row == _ROW - 1 and not last.grad.any():
+                self._last[key] = None
 
     def step(self, optimizer: Optimizer) -> None:
         """Looks at the gradients of an optimizer, before it steps."""
@@ -63,14 +67,13 @@ class ZeroGradWatch:
             return
         grad = last.parameter.grad
         passes = self._backwards - last.backwards
-        if grad is not last.grad or grad._version != last.version + 1 or passes > 1:
+        if grad is not last.grad or grad._version != last.version + 1 or passes != 1:
             self._last[key] = None
             return
         last.version, last.backwards, last.row = grad._version, self._backwards, last.row + 1
         if last.row == _ROW:
             self._last[key] = None
-            if grad.any():  # one of 0 was zeroed, and no backward pass has reached it since
-                self._report()
+            self._report()
 
     def _first(self, optimizer: Optimizer) -> _LastStep | None:
         trained = (p for group in optimizer.param_groups for p in group["params"])
