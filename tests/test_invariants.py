@@ -320,10 +320,8 @@ def test_learning_rate_factor_holds_through_a_scheduler_and_comes_back(tmp_path)
     factor = Factor()
     callbacks = [FaultInjector([NanLoss(step=30, steps=11)]), *skipping_suite(), factor]
     module, _ = fit(tmp_path, callbacks, lambda: Regression(scheduler="onecycle"), max_steps=100)
-    lowered = [f for f in factor.factors if f < 1]
-    assert lowered[0] == 0.5
-    assert 0.25 < min(lowered) < 0.5, "the schedule rises; the learning rate is limited as well"
-    assert 10 <= len(lowered) <= 60
+    assert min(factor.factors) == 0.5
+    assert 10 <= factor.factors.count(0.5) <= 40
     assert factor.factors[-1] == 1.0
     healthy, _ = fit(tmp_path, [], lambda: Regression(scheduler="onecycle"), max_steps=100)
     assert module.rates[-20:] == healthy.rates[-20:]

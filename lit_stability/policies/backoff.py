@@ -21,14 +21,14 @@ _MOST_PATIENCE = 64
 class Backoff:
     """Factors on the learning rate and the clipping threshold, and holds of single optimizers.
 
-    Cuts multiply. They also limit the learning rate, as a schedule that rises would lead back to
-    the value at which the run failed, and beyond it. After every ``relax_after`` calm steps factors
-    and limits are doubled, until the factors are 1 and the limits above the schedule. A cut after a
-    doubling shows that the doubling came too early: the wait is then four times as long, until ten
-    waits of calm steps have passed without a cut in force. A lasting cut, for a learning rate that
-    is itself the cause, begins with a wait 16 times as long. A hold scales the groups of one
-    optimizer down while its schedule stays high; it is released when the schedule falls to a fifth
-    or less from one step to the next.
+    Cuts multiply. Where the learning rate is itself the cause they also limit it, as a schedule
+    that rises would lead back to the value at which the run failed, and beyond it. After every
+    ``relax_after`` calm steps factors and limits are doubled, until the factors are 1 and the
+    limits above the schedule. A cut after a doubling shows that the doubling came too early: the
+    wait is then four times as long, until ten waits of calm steps have passed without a cut in
+    force. A lasting cut, for a learning rate that is itself the cause, begins with a wait 16 times
+    as long. A hold scales the groups of one optimizer down while its schedule stays high; it is
+    released when the schedule falls to a fifth or less from one step to the next.
 
     Args:
         relax_after: calm steps between relaxations.

@@ -406,13 +406,13 @@ class ResponseExecutor:
                 if new_random_numbers:
                     self._redraw(incident)
             case RollBack():
-                optimizers = enumerate(self._trainer.optimizers)
-                rates = {i: learning_rate_multiplier(o).effective() for i, o in optimizers}
+                lasting = incident.recommended_action == "lower"
+                optimizers = enumerate(self._trainer.optimizers if lasting else ())
+                failed_at = {i: learning_rate_multiplier(o).effective() for i, o in optimizers}
                 self._roll_back(response, incident)
                 call_hook("on_rollback", self._trainer, self._module)
-                lasting = incident.recommended_action == "lower"
                 self._backoff.cut(
-                    response.lr_factor, response.clip_factor, lasting=lasting, failed_at=rates
+                    response.lr_factor, response.clip_factor, failed_at=failed_at, lasting=lasting
                 )
             case Stop():
                 self._stop(response, incident)
